@@ -1,0 +1,77 @@
+"""What capture hands on: the model as one flat functional graph, and the facts about its values that every later pass reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """One tensor of the graph: `shape`, `dtype`, and whether a gradient flows through it. Stored as `node.meta["info"]`.
+
+    A node with several results holds a tuple of these (None for a result that is not a tensor).
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        n = self.dtype.itemsize
+        for size in self.shape:
+            n *= size
+        return n
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The model's forward as one `fx.Graph` of functional ATen ops at fixed shapes.
+
+    Nodes: `placeholder` for every tensor of the batch (named as in `inputs`); `get_attr` with the original name as target for every
+    parameter, buffer and constant; `call_function` for ATen overloads and `operator.getitem`; one `output` whose argument is a flat tuple:
+    first the tensors of the model's output in the order of `out_spec`, then one new value per entry of `mutations`.
+
+    `node.meta`: "info" (`Info` or a tuple of them), "module" (name of the submodule that ran it, "" for the root), "region" (name of the block
+    it belongs to, None outside), "source" ("file.py:line"), and "seed" (a running number) on nodes that draw random numbers.
+    """
+
+    graph: fx.Graph
+    parameters: tuple[str, ...]
+    """Canonical names of the parameters the graph uses, in the model's order."""
+    aliases: Mapping[str, str]
+    """Every other name of a tied parameter -> its canonical name."""
+    buffers: tuple[str, ...]
+    constants: Mapping[str, torch.Tensor]
+    """Tensors the forward created from Python data, by `get_attr` target (`_constant_0`, ...)."""
+    inputs: tuple[str, ...]
+    """Placeholder names, one per tensor leaf of `in_spec` (leaves that are not tensors are frozen into the graph)."""
+    in_spec: pytree.TreeSpec
+    """Structure of `(args, kwargs)`."""
+    in_leaves: tuple[Any, ...]
+    """The leaves of `in_spec` with every tensor replaced by its placeholder's name wrapped in `Slot`."""
+    batch_dims: Mapping[str, int]
+    """Placeholder -> the dim that holds samples; inputs without one are absent."""
+    out_spec: pytree.TreeSpec
+    out_leaves: tuple[Any, ...]
+    """The leaves of `out_spec`: `Slot(i)` for the i-th value of the output node, anything else as the model returned it."""
+    loss: int | None
+    """Which value of the output node is the training loss, if the model returns one."""
+    mutations: tuple[str, ...]
+    """Buffers the forward updates, in the order of their new values at the end of the output tuple."""
+    dropped: tuple[str, ...] = ()
+    """Outputs left out because their type is not known to pytree (for instance a cache), as readable paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in a pytree that a tensor fills."""
+
+    key: str | int

@@ -1,0 +1,44 @@
+"""Errors that say what was asked, what was found, which values would do and what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MeshparError(Exception):
+    """Any error raised by meshpar on purpose."""
+
+
+class ConfigError(MeshparError, ValueError):
+    """A configuration, mesh or argument that cannot be meant."""
+
+
+class CaptureError(MeshparError):
+    """The model's forward could not be turned into a graph."""
+
+
+class PlanError(MeshparError):
+    """No plan satisfies what was asked, or a plan does not fit the model."""
+
+
+class BatchError(MeshparError, ValueError):
+    """A batch that does not fit the model, the mesh or the other ranks."""
+
+
+class RankError(MeshparError, RuntimeError):
+    """Another rank failed; the message is its own."""
+
+
+class CheckpointError(MeshparError):
+    """A checkpoint is corrupt, incomplete, or not what was asked for."""
+
+
+def near(name: str, known: Iterable[str], *, count: int = 3) -> str:
+    """A sentence with the names nearest to `name`, or an empty string.
+
+    >>> near("layer.0.weight", ["layers.0.weight", "head.bias"])
+    ' Did you mean layers.0.weight?'
+    """
+    found = get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f" Did you mean {', '.join(found)}?" if found else ""
