@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -42,3 +42,12 @@ def near(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """
     found = get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" Did you mean {', '.join(found)}?" if found else ""
+
+
+def raise_all(error: type[MeshparError], heading: str, complaints: Sequence[str]) -> None:
+    """Raise one `error` that holds every complaint; with none, do nothing.
+
+    >>> raise_all(ConfigError, "ParallelConfig:", [])
+    """
+    if complaints:
+        raise error(f"{heading} {complaints[0]}" if len(complaints) == 1 else "\n  ".join((heading, *complaints)))
