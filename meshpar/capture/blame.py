@@ -1,0 +1,70 @@
+"""Whose line it was: the user's source line of a node or of an exception, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from meshpar.errors import CaptureError
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+
+@lru_cache(maxsize=4096)
+def source_of(stack_trace: str | None) -> str:
+    """ "file.py:line" of the innermost frame that is neither torch's nor ours, or an empty string."""
+    for path, line in reversed(_FRAME.findall(stack_trace or "")):
+        if _is_users(path):
+            return f"{os.path.basename(path)}:{line}"
+    return ""
+
+
+def _is_users(path: str) -> bool:
+    return not path.startswith((_TORCH, _OURS, "<"))
+
+
+_ADVICE: tuple[tuple[str, str, str], ...] = (
+    (
+        r"data-dependent|GuardOnDataDependent|unbacked|\bu\d+\b|_local_scalar_dense",
+        "it turns the values of a tensor into Python numbers or shapes (.item(), .tolist(), nonzero(), a boolean mask as an index, or `if tensor:`)",
+        "Use torch.where, masked_fill or a fixed shape instead, or hand the number in as a plain Python argument",
+    ),
+    (
+        r"mutat|assign",
+        "it changes a tensor that is neither a buffer nor made in the same forward",
+        "Register it with register_buffer, or compute a new tensor instead of changing the old one",
+    ),
+    (
+        r"not registered as pytree|Unsupported input type|pytree",
+        "it uses a type that torch does not know how to take apart",
+        "Pass tensors, numbers, strings, and lists, tuples and dicts of them",
+    ),
+    (r"loss_fn", "the loss could not be computed", "Make loss_fn return one floating number"),
+)
+
+
+def explain(error: Exception, model: nn.Module) -> CaptureError:
+    """The exception that export raised, told by the model's own line."""
+    where = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if _is_users(frame.filename):
+            where = f" at {os.path.basename(frame.filename)}:{frame.lineno}" + (f" ({frame.line})" if frame.line else "")
+            break
+    if isinstance(error, CaptureError):
+        return error
+    text = str(error).strip()
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    for pattern, reason, way_out in _ADVICE:
+        if re.search(pattern, f"{type(error).__name__}: {text}"):
+            return CaptureError(f"{type(model).__name__} cannot be captured{where}: {reason}.\n  {way_out}.\n  torch says: {first}")
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {first}\n"
+        "  Check that model(**batch) runs by itself with this batch; if it does, rewrite the line above with tensor operations of fixed shape."
+    )

@@ -1,0 +1,245 @@
+"""capture(): any nn.Module, unmodified, as one flat functional graph at the global shape of a microbatch."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from meshpar.capture import blame, fake, grad, graph, regions, simplify, structure
+from meshpar.capture.captured import Captured, Slot
+from meshpar.errors import BatchError, CaptureError, ConfigError
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    scale: int = 1,
+    divide: int = 1,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    batch_dims: Mapping[str, int] | None = None,
+) -> Captured:
+    """The forward of `model` (in its present mode, training or evaluation) as a flat functional graph.
+
+    `args` and `kwargs` are one data rank's local batch. The graph has the shapes of `local // divide * scale` samples: `divide` is the
+    number of microbatches, `scale` the number of data ranks. A tensor holds samples along dim 0 when that dim is as long as the first
+    tensor's; `batch_dims` (input name -> dim) says otherwise. `device` is where the model will run; parameters on `meta` are read as if
+    they were there already. Nothing is allocated and the model is not changed.
+
+    `loss_fn(output, batch)` computes the loss where the model does not; `batch` is the keyword arguments, or the tuple of positional ones.
+
+    Raises BatchError when the batch does not divide, CaptureError when the forward cannot become such a graph.
+
+    >>> captured = capture(nn.Linear(4, 2), (torch.randn(8, 4),))
+    >>> captured.graph.print_tabular()                                        # doctest: +SKIP
+    """
+    device = _usable(torch.device(device))
+    batch = _read_batch(model, args, dict(kwargs or {}), batch_dims or {}, scale=scale, divide=divide)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [fake.fake_of(leaf, device, mode, shape=shape) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
+    with fake.faked(model, device, mode) as names, torch.inference_mode(False), torch.enable_grad():
+        recorder = _Recorder(model, batch, loss_fn)
+        program = _export(recorder, inputs)
+        renamed = _canonical(program, recorder, names)
+    built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
+    regions.assign(built.graph)
+    grad.propagate(built.graph, batch.requires_grad | {name: parameter.requires_grad for name, parameter in model.named_parameters()})
+    simplify.simplify(built.graph)
+    return _captured(model, built, batch, recorder.outcome)
+
+
+
+_PREFIX = "model."
+"""Where the user's model sits in the recorder: every name and module path of the export starts with it."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One data rank's batch, read: a name and a captured shape for every tensor."""
+
+    tensors: tuple[torch.Tensor, ...]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    dims: Mapping[str, int]
+
+    @property
+    def requires_grad(self) -> dict[str, bool]:
+        return {name: tensor.requires_grad for name, tensor in zip(self.names, self.tensors, strict=True)}
+
+
+def _usable(device: torch.device) -> torch.device:
+    """The device, if this machine can run on it: a fake tensor on a missing accelerator would end the process inside autograd."""
+    if device.type == "meta":
+        raise ConfigError("capture(device='meta') was asked for, but the graph needs the device the model will run on. Type device='cpu' or 'cuda'.")
+    if device.type != "cpu" and not getattr(getattr(torch, device.type, None), "is_available", lambda: True)():
+        raise ConfigError(f"This machine has no usable {device.type!r} device. Capture on it with device='cpu': shapes and layouts are the same.")
+    return device
+
+
+def _read_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dims: Mapping[str, int], *, scale: int, divide: int
+) -> _Batch:
+    pairs, spec = pytree.tree_flatten_with_path((args, kwargs))
+    positional = _positional_names(model, len(args))
+    names: dict[str, torch.Tensor] = {}
+    leaves: list[Any] = []
+    for path, leaf in pairs:
+        if isinstance(leaf, torch.Tensor):
+            name = _unique(_input_name(path, positional), names)
+            names[name] = leaf
+            leaf = Slot(name)
+        leaves.append(leaf)
+    dims = _batch_dims(names, batch_dims)
+    shapes = _scaled(names, dims, scale=scale, divide=divide)
+    return _Batch(tuple(names.values()), tuple(names), shapes, spec, tuple(leaves), dims)
+
+
+def _positional_names(model: nn.Module, count: int) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [known[i] if i < len(known) else f"input_{i}" for i in range(count)]
+
+
+def _input_name(path: tuple[Any, ...], positional: list[str]) -> str:
+    """A placeholder name for the leaf at `path` of (args, kwargs): its argument's name, then the keys below it."""
+    where, first, *rest = path
+    head = positional[first.idx] if where.idx == 0 else str(first.key)
+    tail = [str(getattr(key, "idx", getattr(key, "key", getattr(key, "name", key)))) for key in rest]
+    return "".join(c if c.isalnum() else "_" for c in "_".join([head, *tail]))
+
+
+def _unique(name: str, taken: Mapping[str, Any]) -> str:
+    return name if name not in taken else next(f"{name}_{i}" for i in range(1, len(taken) + 2) if f"{name}_{i}" not in taken)
+
+
+def _batch_dims(tensors: Mapping[str, torch.Tensor], asked: Mapping[str, int]) -> dict[str, int]:
+    """Which dim of each input holds samples."""
+    unknown = [name for name in asked if name not in tensors]
+    if unknown:
+        raise BatchError(f"batch_dims names {', '.join(unknown)}, but the tensors of the batch are {', '.join(tensors)}.")
+    first = next((tensor.shape[asked.get(name, 0)] for name, tensor in tensors.items() if tensor.dim() > 0), None)
+    dims = {name: 0 for name, tensor in tensors.items() if tensor.dim() > 0 and tensor.shape[0] == first}
+    return {name: asked.get(name, dims.get(name, -1)) for name in tensors if name in asked or name in dims}
+
+
+def _scaled(tensors: Mapping[str, torch.Tensor], dims: Mapping[str, int], *, scale: int, divide: int) -> tuple[tuple[int, ...] | None, ...]:
+    """The captured shape of each input; None keeps shape and strides."""
+    uneven = {name: tensors[name].shape[dim] for name, dim in dims.items() if tensors[name].shape[dim] % divide}
+    if uneven:
+        found = ", ".join(f"{name} has {samples}" for name, samples in uneven.items())
+        valid = [n for n in range(1, min(uneven.values()) + 1) if all(tensors[name].shape[dim] % n == 0 for name, dim in dims.items())]
+        raise BatchError(f"{divide} microbatches do not divide the samples of a local batch: {found}. Numbers that do: {valid}.")
+    if scale == divide:
+        return tuple(None for _ in tensors)
+
+    def shape(name: str) -> tuple[int, ...] | None:
+        if name not in dims:
+            return None
+        return tuple(n // divide * scale if d == dims[name] else n for d, n in enumerate(tensors[name].shape))
+
+    return tuple(shape(name) for name in tensors)
+
+
+@dataclass
+class _Outcome:
+    """What the recorder saw of the model's output (export puts a module's own attributes back, so it is kept outside)."""
+
+    spec: pytree.TreeSpec | None = None
+    leaves: tuple[Any, ...] = ()
+    dropped: tuple[str, ...] = ()
+    loss: int | None = None
+
+
+class _Recorder(nn.Module):
+    """Calls the model on the tensors of the batch and returns the tensors of its output, the loss last when it is computed outside."""
+
+    def __init__(self, model: nn.Module, batch: _Batch, loss_fn: Callable[[Any, Any], torch.Tensor] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.outcome = _Outcome()
+        self._batch = batch
+        self._loss_fn = loss_fn
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        by_name = dict(zip(self._batch.names, tensors, strict=True))
+        leaves = [by_name[leaf.key] if isinstance(leaf, Slot) else leaf for leaf in self._batch.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._batch.spec)
+        output = self.model(*args, **kwargs)
+        loss = structure.find_loss(output) if self._loss_fn is None else structure.call_loss(self._loss_fn, output, kwargs or args)
+        return self._record(output, loss)
+
+    def _record(self, output: Any, loss: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        found = self.outcome
+        leaves, found.spec, found.dropped = structure.flatten(output)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        slots = iter(range(len(tensors)))
+        found.leaves = tuple(Slot(next(slots)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        found.loss = next((i for i, tensor in enumerate(tensors) if tensor is loss), None)
+        if loss is not None and found.loss is None:
+            found.loss = len(tensors)
+            tensors.append(loss)
+        return tuple(tensors)
+
+
+def _export(recorder: _Recorder, inputs: list[torch.Tensor]) -> ExportedProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(recorder, tuple(inputs), strict=False)
+            grad.inline(program.graph_module)
+            return program.run_decompositions({})
+        except Exception as error:
+            raise blame.explain(error, recorder.model) from error
+
+
+def _canonical(program: ExportedProgram, recorder: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
+    """Exported name -> the model's first name for the same tensor."""
+    renamed: dict[str, str] = {}
+    for name, tensor in (*recorder.named_parameters(remove_duplicate=False), *recorder.named_buffers(remove_duplicate=False)):
+        renamed[name] = names[id(tensor)]
+    return renamed
+
+
+def _captured(model: nn.Module, built: graph.Built, batch: _Batch, outcome: _Outcome) -> Captured:
+    used = {node.target for node in built.graph.nodes if node.op == "get_attr"}
+    parameters = list(model.named_parameters())
+    aliases = _aliases(model)
+    assert outcome.spec is not None
+    return Captured(
+        graph=built.graph,
+        parameters=tuple(name for name, _ in parameters if name in used),
+        aliases=aliases,
+        buffers=tuple(name for name, _ in model.named_buffers() if name in used or name in built.mutations),
+        constants={name: value for name, value in built.constants.items() if name in used},
+        inputs=batch.names,
+        in_spec=batch.spec,
+        in_leaves=batch.leaves,
+        batch_dims=batch.dims,
+        out_spec=outcome.spec,
+        out_leaves=outcome.leaves,
+        loss=outcome.loss,
+        mutations=built.mutations,
+        dropped=outcome.dropped,
+    )
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if first.setdefault(id(tensor), name) != name:
+            aliases[name] = first[id(tensor)]
+    return aliases

@@ -1,0 +1,72 @@
+"""Stand-ins without memory: during capture every parameter, buffer and input of the model is a fake tensor on the real device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+@contextmanager
+def faked(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> Iterator[Mapping[int, str]]:
+    """Inside, `model` holds fake tensors on `device`; afterwards it is what it was, whatever happened.
+
+    Ties survive: one tensor under two names becomes one fake under two names. Yields the canonical (first) name of every parameter and
+    buffer by the `id` of its fake.
+    """
+    saved = [(module, _copy_of(module)) for module in model.modules()]
+    stand_ins: dict[int, torch.Tensor] = {}
+    try:
+        for module, _ in saved:
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = stand_ins.setdefault(id(tensor), fake_of(tensor, device, mode))
+            for name, value in module.__dict__.items():
+                if isinstance(value, torch.Tensor) and value.is_meta:  # not a buffer, but on a device the others left
+                    module.__dict__[name] = stand_ins.setdefault(id(value), fake_of(value, device, mode))
+        yield _names(model)
+    finally:
+        for module, before in saved:
+            _restore(module, before)
+
+
+def fake_of(tensor: torch.Tensor, device: torch.device, mode: FakeTensorMode, *, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    """A fake of `tensor` on `device`: the same strides, or contiguous with another `shape`."""
+    with mode:
+        if shape is None:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        else:
+            fake = torch.empty(shape, dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        names.setdefault(id(tensor), name)
+    return names
+
+
+def _copy_of(module: nn.Module) -> dict[str, Any]:
+    """The module's attributes, and copies of the tables that the swap writes to."""
+    before = dict(module.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        before[table] = dict(before[table])
+    return before
+
+
+def _restore(module: nn.Module, before: dict[str, Any]) -> None:
+    for table in ("_parameters", "_buffers", "_modules"):
+        live = module.__dict__[table]
+        live.clear()
+        live.update(before[table])
+        before[table] = live
+    module.__dict__.clear()
+    module.__dict__.update(before)

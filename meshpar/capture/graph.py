@@ -1,0 +1,122 @@
+"""From an exported program to our graph: parameters by name, facts on every node, nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.node import map_arg
+
+from meshpar.capture.blame import source_of
+from meshpar.capture.captured import Info
+from meshpar.errors import CaptureError
+
+_CALL_NUMBER = re.compile(r"@\d+$")
+
+
+@dataclass(frozen=True)
+class Built:
+    """The graph, the values of its constants, and the buffers whose new values end its output."""
+
+    graph: fx.Graph
+    constants: Mapping[str, torch.Tensor]
+    mutations: tuple[str, ...]
+
+
+def build(program: ExportedProgram, renamed: Mapping[str, str], inputs: Sequence[str], *, prefix: str) -> Built:
+    """Copy the nodes of `program` into a new graph with `get_attr` nodes for everything but the inputs.
+
+    `renamed` maps an exported name to the model's own; `prefix` is what the export put before the paths of modules.
+    """
+    graph = fx.Graph()
+    constants = _constants(program, renamed)
+    copies = _leaves(graph, program, renamed | {name: new for name, (new, _) in constants.items()}, inputs)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = _call(graph, node, copies, prefix)
+        elif node.op == "get_attr":
+            raise CaptureError(f"The forward runs a sub-graph ({node.target}) that cannot be made flat. Replace torch.cond or scan by torch.where.")
+    values, mutations = _results(program, copies, renamed)
+    graph.output(values)
+    return Built(graph, dict(constants.values()), mutations)
+
+
+def _constants(program: ExportedProgram, renamed: Mapping[str, str]) -> dict[str, tuple[str, torch.Tensor]]:
+    """Exported name -> (name in our graph, value) of every tensor that is neither a parameter nor a buffer of the model."""
+    found: dict[str, tuple[str, torch.Tensor]] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind != InputKind.USER_INPUT and spec.target is not None and spec.target not in renamed:
+            found[spec.target] = (f"_constant_{len(found)}", program.constants[spec.target])
+    return found
+
+
+def _leaves(graph: fx.Graph, program: ExportedProgram, renamed: Mapping[str, str], inputs: Sequence[str]) -> dict[fx.Node, fx.Node]:
+    """Placeholders for the batch first, then one `get_attr` per parameter, buffer and constant that is used."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    copies: dict[fx.Node, fx.Node] = {}
+    attributes: dict[str, fx.Node] = {}
+    names = iter(inputs)
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.USER_INPUT:
+            node = nodes[spec.arg.name]
+            copies[node] = graph.placeholder(next(names))
+            _describe(copies[node], node, module="")
+    for spec in program.graph_signature.input_specs:
+        if spec.kind != InputKind.USER_INPUT:
+            node, name = nodes[spec.arg.name], renamed[str(spec.target)]
+            if name not in attributes:
+                attributes[name] = graph.get_attr(name)
+                _describe(attributes[name], node, module=name.rpartition(".")[0])
+            copies[node] = attributes[name]
+    return copies
+
+
+def _call(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node], prefix: str) -> fx.Node:
+    args = map_arg(node.args, copies.__getitem__)
+    kwargs = map_arg(node.kwargs, copies.__getitem__)
+    copy = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+    stack = [_CALL_NUMBER.sub("", path).removeprefix(prefix) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    stack = ["" if path == prefix.rstrip(".") else path for path in stack]
+    _describe(copy, node, module=stack[-1] if stack else "")
+    copy.meta["stack"] = tuple(dict.fromkeys(stack))
+    return copy
+
+
+def _describe(copy: fx.Node, node: fx.Node, *, module: str) -> None:
+    value = node.meta.get("val")
+    if isinstance(value, tuple | list):
+        copy.meta["info"] = tuple(_info(item) for item in value)
+    elif isinstance(value, torch.Tensor):
+        copy.meta["info"] = _info(value)
+    copy.meta["module"] = module
+    copy.meta["source"] = source_of(node.meta.get("custom", {}).get("source") or node.meta.get("stack_trace"))
+
+
+def _info(value: Any) -> Info | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    return Info(tuple(int(n) for n in value.shape), value.dtype, False)
+
+
+def _results(program: ExportedProgram, copies: Mapping[fx.Node, fx.Node], renamed: Mapping[str, str]) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """The values of the output node: what the forward returns, then the new values of the buffers it updates."""
+    by_name = {node.name: copies[node] for node in copies}
+    returned: list[fx.Node] = []
+    updated: dict[str, fx.Node] = {}
+    for spec in program.graph_signature.output_specs:
+        if spec.kind == OutputKind.USER_OUTPUT:
+            returned.append(by_name[spec.arg.name])
+        elif spec.kind == OutputKind.BUFFER_MUTATION:
+            updated[renamed[str(spec.target)]] = by_name[spec.arg.name]
+        elif spec.kind != OutputKind.USER_INPUT_MUTATION:  # a changed input is the caller's to lose: nothing of the result depends on it
+            raise CaptureError(
+                f"The forward changes {renamed.get(str(spec.target), spec.target)} in place, which is a parameter or a tensor of the model.\n"
+                "  Only buffers may change in a forward: make it one with register_buffer, or change it outside."
+            )
+    return (*returned, *updated.values()), tuple(updated)
