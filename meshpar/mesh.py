@@ -184,9 +184,9 @@ def agree(value: str, mesh: DeviceMesh, what: str, *, error: type[MeshparError] 
     odd = _odd_ones(table)
     if odd:
         common = next(digest for rank, digest in table.items() if rank not in odd)
-        mine = f"This is rank {dist.get_rank()}, which has {_digest(value.encode()).hex()[:8]}."
         raise error(
-            f"{what} differs between ranks: {_listed(list(odd))} of {len(table)} differ from the rest (fingerprint {common.hex()[:8]}). {mine} "
+            f"{what} differs between ranks: {_listed(list(odd))} of {len(table)} differ from the rest. This is rank {dist.get_rank()}; "
+            f"its fingerprint is {table[dist.get_rank()].hex()[:8]}, that of the rest {common.hex()[:8]}. "
             f"Every rank must pass the same model, mesh, configuration and rules."
         )
 
@@ -202,8 +202,8 @@ def check_batch(batch: Any, mesh: DeviceMesh) -> None:
     odd = _odd_ones({rank: both[:32] for rank, both in table.items()})
     if odd:
         raise BatchError(
-            f"the batch of {_listed(list(odd))} has other names, shapes or dtypes than that of the other ranks (this rank, {dist.get_rank()}: "
-            f"{_describe(batch)}). Every data rank passes a local batch of the same shapes."
+            f"the batch of {_listed(list(odd))} has other names, shapes or dtypes than that of the other ranks. "
+            f"This is rank {dist.get_rank()}, which has {_describe(batch)}. Every data rank passes a local batch of the same shapes."
         )
     complaints = []
     for ranks in _same_batch_ranks(mesh):

@@ -1,0 +1,202 @@
+"""How a model is to be trained in parallel, beyond the mesh: one frozen `ParallelConfig`, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from meshpar.errors import ConfigError, near, raise_all
+
+MiB = 2**20
+
+Schedule = Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"]
+Recompute = Literal["none", "selective", "full"]
+DataParallel = Literal["replicate", "zero1", "zero2", "zero3"]
+
+SCHEDULES: Mapping[str, tuple[int, int | None]] = {
+    "gpipe": (1, 1),
+    "1f1b": (1, 1),
+    "interleaved-1f1b": (2, None),
+    "zero-bubble": (1, None),
+    "zbv": (2, 2),
+    "dualpipev": (2, 2),
+}
+"""Pipeline schedule -> the fewest and the most stages it puts on one rank (None: no limit)."""
+RECOMPUTE = ("none", "selective", "full")
+DATA_PARALLEL = ("replicate", "zero1", "zero2", "zero3")
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+    "float": torch.float32,
+    "half": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The dtypes of training. None keeps what the model has.
+
+    `param_dtype`: of the parameters that the optimizer steps (the master copy); `compute_dtype`: of parameters and floating inputs inside
+    forward and backward; `reduce_dtype`: in which gradients are summed over the data ranks. Strings such as "bf16" are accepted.
+
+    >>> Precision(compute_dtype="bf16").compute_dtype
+    torch.bfloat16
+    """
+
+    param_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        complaints = []
+        for name in ("param_dtype", "compute_dtype", "reduce_dtype"):
+            try:
+                object.__setattr__(self, name, _dtype(getattr(self, name)))
+            except ConfigError as error:
+                complaints.append(f"{name}: {error}")
+        raise_all(ConfigError, "Precision:", complaints)
+
+    @classmethod
+    def named(cls, name: str) -> Precision:
+        """ "bf16" and "fp16": compute in it, keep parameters and sum gradients in fp32; "fp32", "fp64": everything in it."""
+        dtype = _dtype(name)
+        if dtype in (torch.bfloat16, torch.float16):
+            return cls(torch.float32, dtype, torch.float32)
+        return cls(dtype, dtype, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What one name of another tool's configuration became here: `becomes` is empty when it has no meaning, and `why` says why."""
+
+    name: str
+    value: Any
+    becomes: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value!r} -> {self.becomes or 'nothing'}" + (f": {self.why}" if self.why else "")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How to train in parallel. Every complaint about the values is raised at once, as one `ConfigError`.
+
+    >>> ParallelConfig(microbatches=8, schedule="interleaved-1f1b").virtual_stages
+    2
+    """
+
+    microbatches: int = 1
+    """Into how many parts dim 0 of a local batch is cut."""
+    schedule: Schedule = "1f1b"
+    """Pipeline schedule; of no effect without a `pp` axis."""
+    virtual_stages: int | None = None
+    """Pipeline stages per rank; None takes the fewest that the schedule allows."""
+    sequence_parallel: bool | Literal["auto"] = "auto"
+    """Whether the residual stream is split along the sequence over `tp`; "auto" does so where it costs no extra communication."""
+    recompute: Recompute = "none"
+    """What is computed again in backward, per block: nothing, all but matmul and attention outputs, or everything."""
+    data_parallel: DataParallel = "zero3"
+    """What is split over the data ranks: nothing, optimizer state, also gradients, also parameters."""
+    bucket_bytes: int = 25 * MiB
+    """Gradient bytes per all-reduce with `data_parallel="replicate"` and "zero1"."""
+    precision: Precision = field(default_factory=Precision)
+    """The dtypes; a string such as "bf16" is short for `Precision.named`."""
+    overlap_grad_reduce: bool = True
+    """Sum gradients over the data ranks while backward still runs."""
+    overlap_param_gather: bool = True
+    """Gather the next block's parameters while the current one computes."""
+    overlap_tensor_parallel: bool = True
+    """Start collectives of `tp` as soon as their input is ready and wait at first use."""
+    seed: int = 0
+    """Seeds dropout and initialisation."""
+    translation: tuple[Translation, ...] = field(default=(), compare=False, repr=False)
+    """From `from_megatron`: what every given name became."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.precision, str) and self.precision in _DTYPES:
+            object.__setattr__(self, "precision", Precision.named(self.precision))
+        if self.virtual_stages is None and self.schedule in SCHEDULES:
+            object.__setattr__(self, "virtual_stages", SCHEDULES[self.schedule][0])
+        raise_all(ConfigError, "ParallelConfig:", self._complaints())
+
+    @property
+    def stages_per_rank(self) -> int:
+        """`virtual_stages` as a number."""
+        assert self.virtual_stages is not None
+        return self.virtual_stages
+
+    @classmethod
+    def from_megatron(cls, config: object, ddp_config: object = None) -> ParallelConfig:
+        """The same from Megatron's names, given as dicts or objects; `.translation` says what each of them became, or why nothing.
+
+        Mesh sizes are not part of a `ParallelConfig`: `megatron_mesh` makes the text for `make_mesh` of them. Raises `ConfigError` for
+        names it does not know.
+
+        >>> ParallelConfig.from_megatron({"sequence_parallel": True, "bf16": True}, {"use_distributed_optimizer": True}).data_parallel
+        'zero1'
+        """
+        from meshpar.megatron import translate
+
+        fields, translation = translate(config, ddp_config)
+        return cls(**fields, translation=translation)
+
+    def _complaints(self) -> list[str]:
+        complaints = [
+            f"{name}={value!r}: a whole number of at least {least}."
+            for name, value, least in (
+                ("microbatches", self.microbatches, 1),
+                ("virtual_stages", self.virtual_stages, 1),
+                ("bucket_bytes", self.bucket_bytes, 1),
+                ("seed", self.seed, 0),
+            )
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least)
+        ]
+        complaints += [
+            f"{name}={value!r}: one of {', '.join(allowed)}.{near(str(value), allowed)}"
+            for name, value, allowed in (
+                ("schedule", self.schedule, tuple(SCHEDULES)),
+                ("recompute", self.recompute, RECOMPUTE),
+                ("data_parallel", self.data_parallel, DATA_PARALLEL),
+            )
+            if value not in allowed
+        ]
+        complaints += [
+            f"{name}={value!r}: True or False."
+            for name in ("overlap_grad_reduce", "overlap_param_gather", "overlap_tensor_parallel")
+            if not isinstance(value := getattr(self, name), bool)
+        ]
+        if not isinstance(self.sequence_parallel, bool) and self.sequence_parallel != "auto":
+            complaints.append(f'sequence_parallel={self.sequence_parallel!r}: True, False or "auto".')
+        if not isinstance(self.precision, Precision):
+            complaints.append(
+                f"precision={self.precision!r}: a Precision, or one of {', '.join(_DTYPES)}.{near(str(self.precision), _DTYPES)}"
+            )
+        return complaints + self._stage_complaints()
+
+    def _stage_complaints(self) -> list[str]:
+        least, most = SCHEDULES.get(self.schedule, (1, None))
+        stages = self.virtual_stages
+        if not isinstance(stages, int) or (least <= stages and (most is None or stages <= most)):
+            return []
+        wanted = f"exactly {least}" if most == least else f"at least {least}"
+        return [f"virtual_stages={stages}: schedule {self.schedule!r} puts {wanted} on a rank. Leave it out, or choose another schedule."]
+
+
+def _dtype(value: object) -> torch.dtype | None:
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    if isinstance(value, str) and value.removeprefix("torch.") in _DTYPES:
+        return _DTYPES[value.removeprefix("torch.")]
+    raise ConfigError(f"{value!r} is no floating dtype; write one of {', '.join(_DTYPES)}, or a torch.dtype.{near(str(value), _DTYPES)}")
