@@ -1,13 +1,279 @@
-"""simplify(): a captured graph without what says nothing, and with every operator in the form that rules know."""
+"""simplify(): a captured graph without what says nothing, and with every operator in the one form that rules know."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
+from meshpar.capture.captured import Info
+
 aten = torch.ops.aten
+
+Cleanup = Callable[[fx.Node], fx.Node | None]
+"""Looks at one node; returns what to use instead (an older node, or new ones it put before this one), or None for "not mine"."""
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Run every cleanup once over every node, in the order of the table; then drop what nobody uses."""
+    """Run every cleanup of the table over every node, in order; then drop what nobody uses.
+
+        view(clone(expand(x, s)), t)      ->   reshape(expand(x, s), t)
+        cat([empty, y]), add(y, 0)        ->   y
+        cross_entropy_loss(x, t)          ->   div(cross_entropy_loss(x, t, sum), sum(t != -100))
+    """
+    drop_asserts(graph)
+    for cleanup in CLEANUPS:
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            instead = cleanup(node)
+            if instead is not None:
+                node.replace_all_uses_with(instead)
+                graph.erase_node(node)
+    forget_device_numbers(graph)
     graph.eliminate_dead_code()
+
+
+def drop_asserts(graph: fx.Graph) -> None:
+    """Checks that export wrote down: the shapes and types of this graph are known."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and str(node.target).startswith(("aten._assert_", "aten.sym_constrain")) and not node.users:
+            graph.erase_node(node)
+
+
+def skip_copies(node: fx.Node) -> fx.Node | None:
+    """alias, clone, cast to the same type, detach of a constant: nothing in the graph is ever overwritten, so a copy says nothing.
+
+    A copy made to be contiguous stays, unless a view follows, which becomes a reshape.
+    """
+    if node.target in (aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default):
+        return _operand(node)
+    if node.target is aten.clone.default:
+        return _operand(node) if _format(node) in (None, torch.preserve_format) or _only_viewed(node) else None
+    if node.target is aten.detach.default:
+        return None if _info(_operand(node)).requires_grad else _operand(node)
+    if node.target is aten._to_copy.default:
+        same = _info(node).dtype == _info(_operand(node)).dtype and not node.kwargs.get("device") and _format(node) in (None, torch.preserve_format)
+        return _operand(node) if same else None
+    return None
+
+
+def skip_neutral(node: fx.Node) -> fx.Node | None:
+    """x + 0, x - 0, x * 1, x / 1 where neither type nor shape changes."""
+    neutral = _NEUTRAL.get(node.target)
+    if neutral is None or len(node.args) < 2 or isinstance(node.args[1], fx.Node) or node.args[1] != neutral:
+        return None
+    return _operand(node) if _same(node, _operand(node)) else None
+
+
+def skip_idle_dropout(node: fx.Node) -> fx.Node | None:
+    """Dropout that drops nothing."""
+    if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
+        return _operand(node)
+    picks_value = str(node.target) == "<built-in function getitem>" and node.args[1] == 0
+    source = node.args[0] if picks_value else None
+    if isinstance(source, fx.Node) and source.target is aten.native_dropout.default and (source.args[1] == 0 or source.args[2] is False):
+        return _operand(source)
+    return None
+
+
+def skip_idle_views(node: fx.Node) -> fx.Node | None:
+    """Views that change nothing."""
+    if node.target not in _VIEWS or not _same(node, _operand(node)):
+        return None
+    if node.target is aten.slice.Tensor and len(node.args) > 4 and node.args[4] != 1:
+        return None
+    if node.target is aten.permute.default and list(_integers(node.args[1])) != list(range(len(_info(node).shape))):
+        return None
+    return _operand(node)
+
+
+def without_empty_parts(node: fx.Node) -> fx.Node | None:
+    """cat accepts operands of shape (0,) next to any other (an empty cache is one): drop them."""
+    if node.target is not aten.cat.default:
+        return None
+    parts = [part for part in node.args[0] if _info(part).shape != (0,)]  # type: ignore[union-attr]
+    if len(parts) == len(node.args[0]) or not parts:  # type: ignore[arg-type]
+        return None
+    if len(parts) == 1 and _same(node, parts[0]):
+        return parts[0]
+    return _emit(node, aten.cat.default, (parts, *node.args[1:]), _info(node))
+
+
+def views_as_reshape(node: fx.Node) -> fx.Node | None:
+    """view and its kin -> reshape: the strides of a shard may differ from the whole tensor's."""
+    if node.target in (aten.view.default, aten._unsafe_view.default, aten.view_copy.default, aten._reshape_alias.default):
+        return _emit(node, aten.reshape.default, (_operand(node), list(_info(node).shape)), _info(node))
+    return None
+
+
+def transposes(node: fx.Node) -> fx.Node | None:
+    """t, numpy_T, mT -> transpose or permute."""
+    rank = len(_info(_operand(node)).shape) if node.target in _TRANSPOSES else 0
+    if node.target not in _TRANSPOSES:
+        return None
+    if rank < 2:
+        return _operand(node)
+    if node.target is aten.numpy_T.default and rank > 2:
+        return _emit(node, aten.permute.default, (_operand(node), list(range(rank - 1, -1, -1))), _info(node))
+    return _emit(node, aten.transpose.int, (_operand(node), rank - 2, rank - 1), _info(node))
+
+
+def copies_as_expand(node: fx.Node) -> fx.Node | None:
+    """copy(old, new) has no derivative; its value is `new` in the type and shape of `old`."""
+    if node.target is not aten.copy.default:
+        return None
+    value = node.args[1]
+    assert isinstance(value, fx.Node)
+    want, have = _info(node), _info(value)
+    if have.dtype != want.dtype:
+        value = _emit(node, aten._to_copy.default, (value,), Info(have.shape, want.dtype, want.requires_grad), {"dtype": want.dtype})
+    return value if have.shape == want.shape else _emit(node, aten.expand.default, (value, list(want.shape)), want)
+
+
+def losses_by_element(node: fx.Node) -> fx.Node | None:
+    """mse_loss(x, y, mean) -> mean(mse_loss(x, y, none)): a mean over a sharded dim is then an ordinary mean."""
+    position = _ELEMENTWISE_LOSSES.get(node.target)
+    if position is None:
+        return None
+    reduction = _argument(node, position, "reduction", 1)
+    if reduction == 0:
+        return None
+    args = [*node.args[:position]] + ([None] * (position - len(node.args)))
+    kwargs = {key: value for key, value in node.kwargs.items() if key != "reduction"}
+    operands = [part for part in node.all_input_nodes]
+    shape = torch.broadcast_shapes(*(_info(part).shape for part in operands))
+    info = Info(tuple(shape), _info(node).dtype, _info(node).requires_grad)
+    each = _emit(node, node.target, (*args, 0, *node.args[position + 1 :]), info, kwargs)
+    return _emit(node, aten.mean.default if reduction == 1 else aten.sum.default, (each,), _info(node))
+
+
+def losses_by_count(node: fx.Node) -> fx.Node | None:
+    """cross_entropy_loss(mean) -> a sum divided by the number (or weight) of labels that count, which can be had for the global batch."""
+    if node.target not in _LABEL_LOSSES or _argument(node, 3, "reduction", 1) != 1:
+        return None
+    logits, target, weight = _operand(node), node.args[1], _argument(node, 2, "weight", None)
+    assert isinstance(target, fx.Node)
+    if _info(target).dtype.is_floating_point:
+        return None
+    loss = _info(node)
+    wide = Info((), torch.float32 if loss.dtype == torch.float16 else loss.dtype, loss.requires_grad)  # a sum of labels overflows float16
+    if wide.dtype != loss.dtype:
+        logits = _emit(node, aten._to_copy.default, (logits,), Info(_info(logits).shape, wide.dtype, True), {"dtype": wide.dtype})
+    ignore = _argument(node, 4, "ignore_index", -100)
+    rest = (_argument(node, 5, "label_smoothing", 0.0),) if node.target is aten.cross_entropy_loss.default else ()
+    total = _emit(node, node.target, (logits, target, weight, 2, ignore, *rest), wide)
+    count = _labels(node, target, ignore) if weight is None else _label_weights(node, target, weight, ignore)
+    if _info(count).dtype != wide.dtype:
+        count = _emit(node, aten._to_copy.default, (count,), Info((), wide.dtype, False), {"dtype": wide.dtype})
+    mean = _emit(node, aten.div.Tensor, (total, count), wide)
+    return mean if wide.dtype == loss.dtype else _emit(node, aten._to_copy.default, (mean,), loss, {"dtype": loss.dtype})
+
+
+def _labels(node: fx.Node, target: fx.Node, ignore: int) -> fx.Node:
+    valid = _emit(node, aten.ne.Scalar, (target, ignore), Info(_info(target).shape, torch.bool, False))
+    return _emit(node, aten.sum.default, (valid,), Info((), torch.int64, False))
+
+
+def _label_weights(node: fx.Node, target: fx.Node, weight: fx.Node, ignore: int) -> fx.Node:
+    shape, dtype = _info(target).shape, _info(weight).dtype
+    ignored = _emit(node, aten.eq.Scalar, (target, ignore), Info(shape, torch.bool, False))
+    safe = _emit(node, aten.masked_fill.Scalar, (target, ignored, 0), Info(shape, torch.int64, False))
+    each = _emit(node, aten.embedding.default, (_column(node, weight), safe), Info((*shape, 1), dtype, False))
+    each = _emit(node, aten.reshape.default, (each, list(shape)), Info(shape, dtype, False))
+    each = _emit(node, aten.masked_fill.Scalar, (each, ignored, 0), Info(shape, dtype, False))
+    return _emit(node, aten.sum.default, (each,), Info((), dtype, False))
+
+
+def _column(node: fx.Node, weight: fx.Node) -> fx.Node:
+    info = _info(weight)
+    return _emit(node, aten.reshape.default, (weight, [*info.shape, 1]), Info((*info.shape, 1), info.dtype, info.requires_grad))
+
+
+CLEANUPS: tuple[Cleanup, ...] = (
+    skip_copies,
+    skip_neutral,
+    skip_idle_dropout,
+    without_empty_parts,
+    transposes,
+    copies_as_expand,
+    views_as_reshape,
+    skip_idle_views,
+    losses_by_element,
+    losses_by_count,
+)
+
+_NEUTRAL: Mapping[Any, int] = {
+    aten.add.Tensor: 0,
+    aten.add.Scalar: 0,
+    aten.sub.Tensor: 0,
+    aten.sub.Scalar: 0,
+    aten.mul.Tensor: 1,
+    aten.mul.Scalar: 1,
+    aten.div.Tensor: 1,
+    aten.div.Scalar: 1,
+}
+_VIEWS = frozenset({aten.reshape.default, aten.expand.default, aten.slice.Tensor, aten.permute.default})
+_TRANSPOSES = frozenset({aten.t.default, aten.numpy_T.default, aten.mT.default, aten.matrix_H.default})
+_ELEMENTWISE_LOSSES: Mapping[Any, int] = {
+    aten.mse_loss.default: 2,
+    aten.l1_loss.default: 2,
+    aten.smooth_l1_loss.default: 2,
+    aten.huber_loss.default: 2,
+    aten.soft_margin_loss.default: 2,
+    aten.kl_div.default: 2,
+    aten.binary_cross_entropy.default: 3,
+    aten.binary_cross_entropy_with_logits.default: 4,
+}
+"""Losses of one number per element -> the position of their `reduction`."""
+_LABEL_LOSSES = frozenset({aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default})
+
+
+def forget_device_numbers(graph: fx.Graph) -> None:
+    """device="cuda:3" -> "cuda": each rank runs the graph on its own current device."""
+    for node in graph.nodes:
+        device = node.kwargs.get("device") if node.op == "call_function" else None
+        if isinstance(device, torch.device) and device.index is not None:
+            node.kwargs = {**node.kwargs, "device": torch.device(device.type)}
+
+
+def _emit(before: fx.Node, target: Any, args: tuple[Any, ...], info: Info, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+    """A new node in front of `before`, with its origin."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, dict(kwargs or {}))
+    node.meta = {**before.meta, "info": info}
+    return node
+
+
+def _operand(node: fx.Node) -> fx.Node:
+    first = node.args[0]
+    assert isinstance(first, fx.Node), node.format_node()
+    return first
+
+
+def _info(node: Any) -> Info:
+    info = node.meta["info"]
+    assert isinstance(info, Info), node.format_node()
+    return info
+
+
+def _same(node: fx.Node, other: fx.Node) -> bool:
+    return _info(node).shape == _info(other).shape and _info(node).dtype == _info(other).dtype
+
+
+def _format(node: fx.Node) -> Any:
+    return node.kwargs.get("memory_format")
+
+
+def _only_viewed(node: fx.Node) -> bool:
+    return all(user.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default) for user in node.users)
+
+
+def _integers(value: Any) -> list[int]:
+    return [int(item) for item in value]
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
