@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from meshpar.capture import blame, fake, grad, graph, regions, simplify, structure
+from meshpar.capture import blame, experts, fake, grad, graph, regions, simplify, structure
 from meshpar.capture.captured import Captured, Slot
 from meshpar.errors import BatchError, CaptureError, ConfigError
 
@@ -48,7 +48,7 @@ def capture(
     batch = _read_batch(model, args, dict(kwargs or {}), batch_dims or {}, scale=scale, divide=divide)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [fake.fake_of(leaf, device, mode, shape=shape) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
-    with fake.faked(model, device, mode) as names, torch.inference_mode(False), torch.enable_grad():
+    with fake.faked(model, device, mode) as names, experts.seam(model), torch.inference_mode(False), torch.enable_grad():
         recorder = _Recorder(model, batch, loss_fn)
         program = _export(recorder, inputs)
         renamed = _canonical(program, recorder, names)
