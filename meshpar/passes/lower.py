@@ -1,0 +1,340 @@
+"""Lowering: every value becomes this rank's part of it, every change of type an explicit collective.
+
+    before, with x: I, w: S(0)            after
+      y = linear(x, w)    y: S(2)           x_r = i_to_r(x, group=..., size=2, rank=0)
+                                            y   = linear(x_r, w)
+      z = reshape(y, [4, 12, 8, 8])         z   = reshape(y, [4, 12, -1, 8])
+
+The pass decides nothing: it obeys the AxisPlan. It lowers one mesh axis; lowering its result again on the next axis nests the shards.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..capture.captured import Info
+from ..mesh import Axis
+from ..ops import collectives, vocab_parallel
+from ..plan import AxisPlan, NodePlan
+from ..sharding.conversions import conversion
+from ..sharding.op import Op, Value, read, value_of
+from ..sharding.types import Partial, Shard, Type, local_shape
+from ..sharding.views import slice_bounds
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Lower a graph on one axis. `axis` says which rank this is; simulated ranks (-1) share the graph of rank 0 and must be even."""
+
+    plan: AxisPlan
+    axis: Axis
+
+    def __call__(self, graph: fx.Graph) -> fx.Graph:
+        return _Lowering(graph, self.plan, self.axis).run()
+
+
+class _Lowering:
+    def __init__(self, graph: fx.Graph, plan: AxisPlan, axis: Axis) -> None:
+        self.graph, self.plan, self.axis = graph, plan, axis
+        self.shape_rank = max(axis.rank, 0)
+        self.new = fx.Graph()
+        self.held: dict[Value, fx.Node] = {}
+        self.types: dict[Value, Type] = {}
+        self.home: dict[Value, str | None] = {}
+        self.converted: dict[tuple[Value, Type, str | None], fx.Node] = {}
+        self.current: fx.Node | None = None
+
+    def run(self) -> fx.Graph:
+        for node in self.graph.nodes:
+            self.current = node
+            if node.op == "output":
+                self._output(node)
+            elif node.op != "call_function":
+                copied = self.new.node_copy(node, lambda n: n)
+                self._made(node, copied, self.plan.nodes[node.name])
+            elif node.target is not operator.getitem:
+                self._call(node)
+        return self.new
+
+    # -- values -------------------------------------------------------------------------------------------------------------------------------
+
+    def _made(self, node: fx.Node, new: fx.Node, plan: NodePlan) -> None:
+        """Remember what `new` holds, and convert at once what other blocks will ask for in another type."""
+        info = node.meta["info"]
+        infos = info if isinstance(info, tuple) else (info,)
+        local = tuple(None if i is None else self._local(i, t) for i, t in zip(infos, plan.outs, strict=True))
+        new.meta = {**node.meta, "info": local if isinstance(info, tuple) else local[0]}
+        new.meta["cut"] = tuple(sorted({*node.meta.get("cut", ()), *([self.axis.name] if any(isinstance(t, (Shard, Partial)) for t in plan.outs) else [])}))
+        for index, type_ in enumerate(plan.outs):
+            value = (node, index)
+            self.types[value] = type_
+            self.home[value] = node.meta.get("region")
+            if not isinstance(info, tuple):
+                self.held[value] = new
+        if isinstance(info, tuple):
+            self._items(node, new, local)
+        for index, type_ in enumerate(plan.handed):
+            if type_ is not None and (node, index) in self.held:
+                self._as(self._value_node(node, index), type_)
+
+    def _items(self, node: fx.Node, new: fx.Node, local: tuple[Info | None, ...]) -> None:
+        used = {u.args[1] for u in node.users if u.target is operator.getitem}
+        for index, info in enumerate(local):
+            if info is not None and index in used:
+                item = self.new.call_function(operator.getitem, (new, index))
+                item.meta = {**new.meta, "info": info}
+                self.held[node, index] = item
+
+    def _value_node(self, node: fx.Node, index: int) -> fx.Node:
+        if not isinstance(node.meta["info"], tuple):
+            return node
+        return next(u for u in node.users if u.target is operator.getitem and u.args[1] == index)
+
+    def _local(self, info: Info, type_: Type) -> Info:
+        return replace(info, shape=local_shape(info.shape, type_, self.axis.size, self.shape_rank))
+
+    def _as(self, operand: fx.Node, type_: Type) -> fx.Node:
+        """The value of `operand` at `type_`: as it is, or converted, once for each block that asks."""
+        value = value_of(operand)
+        before = self.types[value]
+        handed = self._handed(value)
+        assert self.current is not None
+        region = self.current.meta.get("region")
+        if handed is not None and handed != before and region != self.home[value]:
+            before, start = handed, self.converted[value, handed, self.home[value]]
+        else:
+            start = self.held[value]
+        if before == type_:
+            return start
+        key = (value, type_, region)
+        if key not in self.converted:
+            self.converted[key] = self._convert(start, operand.meta["info"], before, type_)
+        return self.converted[key]
+
+    def _handed(self, value: Value) -> Type | None:
+        plan = self.plan.nodes[value[0].name]
+        return plan.handed[value[1]] if plan.handed else None
+
+    def _convert(self, start: fx.Node, info: Info, before: Type, after: Type) -> fx.Node:
+        found = conversion(before, after)
+        assert found is not None and self.current is not None
+        layouts: list[Any] = []
+        for type_ in (before, after):
+            if isinstance(type_, Shard):
+                layouts += [type_.dim, type_.repeat, type_.segments]
+        node = self.new.call_function(getattr(collectives, found.op), (start, *layouts), self._where())
+        node.meta = {k: v for k, v in self.current.meta.items() if k in ("region", "module", "source")}
+        node.meta.update(info=self._local(info, after), conversion=(self.axis.name, self.axis.size, before, after, info))
+        node.meta["cut"] = start.meta.get("cut", ())
+        return node
+
+    def _where(self) -> dict[str, Any]:
+        return {"group": self.axis.group, "size": self.axis.size, "rank": self.axis.rank}
+
+    # -- nodes --------------------------------------------------------------------------------------------------------------------------------
+
+    def _output(self, node: fx.Node) -> None:
+        values = [
+            self._as(v, t) if isinstance(v, fx.Node) else v for v, t in zip(node.args[0], self.plan.outputs, strict=True)
+        ]
+        self.new.output(tuple(values)).meta = dict(node.meta)
+
+    def _call(self, node: fx.Node) -> None:
+        plan = self.plan.nodes[node.name]
+        uses = iter(plan.uses)
+        args, kwargs = _map((node.args, dict(node.kwargs)), lambda n: self._as(n, next(uses)))
+        call = LocalCall(read(node), plan, self.axis, self.shape_rank, node.target, list(args), kwargs)
+        if any(isinstance(t, Shard) for t in (*plan.uses, *plan.outs)):
+            LOCAL.get(call.op.name, _unchanged)(call)
+        new = self.new.call_function(call.target, tuple(call.args), call.kwargs)
+        if call.scale is not None:
+            new.meta = {**node.meta, "info": self._local(call.op.out, plan.outs[0])}
+            new = self.new.call_function(aten.mul.Tensor, (new, call.scale))
+        self._made(node, new, plan)
+
+
+def _map(value: Any, change: Callable[[fx.Node], fx.Node]) -> Any:
+    """Replace every node among nested arguments, in the order of `operands`."""
+    if isinstance(value, fx.Node):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, change) for k, v in value.items()}
+    return value
+
+
+# -- how single operators speak of local sizes ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LocalCall:
+    """One call being lowered: what it was, how it is typed, and the call it becomes."""
+
+    op: Op
+    plan: NodePlan
+    axis: Axis
+    rank: int
+    target: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    scale: float | None = None
+    """A factor applied to the result."""
+
+    def out_shape(self, index: int = 0) -> tuple[int, ...]:
+        """The local shape of a result."""
+        out = self.op.outs[index]
+        assert out is not None
+        return local_shape(out.shape, self.plan.outs[index], self.axis.size, self.rank)
+
+    def in_shape(self, index: int = 0) -> tuple[int, ...]:
+        """The local shape of an operand."""
+        return local_shape(self.op.infos[index].shape, self.plan.uses[index], self.axis.size, self.rank)
+
+    def out_shard(self) -> Shard | None:
+        """The shard of the first result, if it is one."""
+        found = self.plan.outs[0]
+        return found if isinstance(found, Shard) else None
+
+    def in_shard(self, index: int = 0) -> Shard | None:
+        """The shard of an operand, if it is one."""
+        found = self.plan.uses[index]
+        return found if isinstance(found, Shard) else None
+
+    def sizes(self) -> list[int]:
+        """The local shape of the result as a reshape wants it: -1 for the cut dim, which may differ between ranks."""
+        cut = self.out_shard()
+        return [-1 if cut and d == cut.dim else n for d, n in enumerate(self.out_shape())]
+
+    def set(self, name: str, value: Any) -> None:
+        """Set an argument by its schema name."""
+        for place, argument in enumerate(self.target._schema.arguments):
+            if argument.name == name:
+                if place < len(self.args):
+                    self.args[place] = value
+                else:
+                    self.kwargs[name] = value
+                return
+        raise KeyError(name)
+
+    def where(self) -> dict[str, Any]:
+        """The axis as keyword arguments of our own operators."""
+        return {"group": self.axis.group, "size": self.axis.size, "rank": self.axis.rank}
+
+
+def _unchanged(call: LocalCall) -> None:
+    """Most operators read their sizes off their operands."""
+
+
+def _reshape(call: LocalCall) -> None:
+    call.target, call.args, call.kwargs = aten.reshape.default, [call.args[0], call.sizes()], {}
+
+
+def _expand(call: LocalCall) -> None:
+    out, before = call.out_shape(), call.in_shape()
+    shift = len(out) - len(before)
+    call.set("size", [-1 if d >= shift and before[d - shift] == n else n for d, n in enumerate(out)])
+
+
+def _created(call: LocalCall) -> None:
+    call.set("size", list(call.out_shape()))
+
+
+def _split(call: LocalCall) -> None:
+    dim = call.op.dim()
+    widths = [call.out_shape(k)[dim] for k in range(len(call.op.outs))]
+    call.target, call.args, call.kwargs = aten.split_with_sizes.default, [call.args[0], widths, dim], {}
+
+
+def _slice(call: LocalCall) -> None:
+    """The bounds of a slice among what this rank holds of the dim."""
+    dim, cut = call.op.dim(), call.in_shard()
+    if cut is None or cut.dim != dim:
+        return
+    bounds = slice_bounds(call.op)
+    assert bounds is not None
+    held = cut.ranges(call.axis.size, call.rank)
+    start, stop = (sum(max(0, min(high, b) - low) for low, high in held) for b in bounds)
+    whole = call.op.out.shape[dim] == call.op.infos[0].shape[dim]
+    call.target, call.args, call.kwargs = aten.slice.Tensor, [call.args[0], dim, start, 2**63 - 1 if whole else stop], {}
+
+
+def _ratio(call: LocalCall) -> None:
+    out, before = call.out_shape(), call.in_shape()
+    shift = len(out) - len(before)
+    call.set("repeats", [n // max(1, before[d - shift]) if d >= shift else n for d, n in enumerate(out)])
+
+
+def _interleave(call: LocalCall) -> None:
+    dim = call.op.dim()
+    call.args, call.kwargs = [call.args[0], call.out_shape()[dim] // max(1, call.in_shape()[dim]), dim], {}
+
+
+def _mean(call: LocalCall) -> None:
+    """A mean over a cut dim is the sum of the rank's part over the global count."""
+    if not isinstance(call.plan.outs[0], Partial) or call.in_shard() is None:
+        return
+    count = 1
+    for d in call.op.dims():
+        count *= call.op.infos[0].shape[d]
+    keep, dtype = bool(call.op.arguments.get("keepdim", False)), call.op.arguments.get("dtype")
+    call.target = aten.sum.dim_IntList
+    call.args, call.kwargs = [call.args[0], list(call.op.dims()), keep], {"dtype": dtype} if dtype else {}
+    call.scale = 1.0 / count
+
+
+def _embedding(call: LocalCall) -> None:
+    cut = call.in_shard(0)
+    if cut is None or cut.dim != 0:
+        return
+    padding = call.op.arguments.get("padding_idx", -1)
+    call.target = vocab_parallel.embedding
+    call.args = [call.args[1], call.args[0], padding, cut.dim, cut.repeat, cut.segments]
+    call.kwargs = call.where()
+
+
+def _cross_entropy(call: LocalCall) -> None:
+    cut, logits = call.in_shard(0), call.op.infos[0].shape
+    class_dim = 0 if len(logits) == 1 else 1
+    if cut is None or cut.dim != class_dim:
+        return
+    a = call.op.arguments
+    call.target = vocab_parallel.cross_entropy
+    weight = call.args[2] if len(call.args) > 2 else call.kwargs.get("weight")
+    call.kwargs = {
+        "reduction": "sum" if a["reduction"] == 2 else "none",
+        "ignore_index": a["ignore_index"],
+        "label_smoothing": a["label_smoothing"],
+        **call.where(),
+    }
+    call.args = [*call.args[:2], weight, cut.dim, cut.repeat, cut.segments]
+
+
+def _convolution(call: LocalCall) -> None:
+    groups = int(call.op.arguments.get("groups", 1))
+    weight = call.in_shard(1)
+    if groups > 1 and weight is not None and weight.dim == 0:
+        call.set("groups", call.in_shape(1)[0])
+
+
+LOCAL: dict[str, Callable[[LocalCall], None]] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape),
+    **dict.fromkeys(("expand", "broadcast_to"), _expand),
+    **dict.fromkeys(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn"), _created),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
+    "slice": _slice,
+    "repeat": _ratio,
+    "repeat_interleave": _interleave,
+    "mean": _mean,
+    "embedding": _embedding,
+    "cross_entropy_loss": _cross_entropy,
+    **dict.fromkeys(("convolution", "conv1d", "conv2d", "conv3d"), _convolution),
+}

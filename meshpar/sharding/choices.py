@@ -1,0 +1,133 @@
+"""What one operator could do on one mesh axis: every consistent typing of its operands and results, with its price."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..capture.captured import Info
+from .factors import shard
+from .infer import Call, Inference, pattern_in
+from .notation import Dims
+from .price import Price
+from .types import I, P, R, Shard, Type
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One typing: the type each operand is used at, the type of each result, and seconds of work."""
+
+    uses: tuple[Type, ...]
+    outs: tuple[Type, ...]
+    cost: float
+    why: str
+
+
+def at_rest(info: Info, type_: Type) -> Type:
+    """Values without a gradient are never replicate: invariant says the same of them."""
+    return I if type_ == R and not info.requires_grad else type_
+
+
+def choices(call: Call, inference: Inference, factors: Iterable[int], size: int, price: Price, work: float) -> tuple[Choice, ...]:
+    """All typings of a call when any of `factors` may be cut over `size` ranks. `work`: seconds of the whole operator."""
+    found = [_whole(call, work)]
+    differentiable = any(o is not None and o.requires_grad for o in call.op.outs)
+    if differentiable:
+        found.append(_replicated(call, work + price.launch / 100))
+    signature = call.signature
+    if signature is not None:
+        for group in signature.linear:
+            found.extend(_partial(call, group, work))
+        seen: set[tuple[tuple[Type, ...], tuple[Type, ...]]] = {(c.uses, c.outs) for c in found}
+        for factor in factors:
+            for group in _groups(call, inference, factor):
+                one = _cut(call, inference, group, factor, size, work)
+                if one is not None and (one.uses, one.outs) not in seen:
+                    seen.add((one.uses, one.outs))
+                    found.append(one)
+    return tuple(found)
+
+
+def _outs(call: Call, type_: Type) -> tuple[Type, ...]:
+    return tuple(I if o is None else at_rest(o, type_) for o in call.op.outs)
+
+
+def _whole(call: Call, work: float) -> Choice:
+    return Choice((I,) * len(call.op.operands), tuple(I for _ in call.op.outs), work, "whole")
+
+
+def _replicated(call: Call, work: float) -> Choice:
+    return Choice(tuple(at_rest(i, R) for i in call.op.infos), _outs(call, R), work, "replicated")
+
+
+def _partial(call: Call, group: frozenset[int], work: float) -> list[Choice]:
+    if len(call.op.outs) != 1 or not call.op.operands:
+        return []
+    uses = tuple(P if i in group else at_rest(info, R) for i, info in enumerate(call.op.infos))
+    return [Choice(uses, (P,), work, "partial")]
+
+
+def _groups(call: Call, inference: Inference, factor: int) -> list[frozenset[str]]:
+    signature = call.signature
+    assert signature is not None
+    out: list[frozenset[str]] = []
+    for name, one in call.names.items():
+        if name not in signature.fixed and inference.extents.pattern(one, factor) is not None:
+            group = signature.group(name)
+            if group not in out and not group & signature.fixed:
+                out.append(group)
+    return out
+
+
+def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, size: int, work: float) -> Choice | None:
+    signature = call.signature
+    assert signature is not None
+    uses: list[Type | None] = []
+    held: set[int] = set()
+    for index, (labels, info) in enumerate(zip(signature.inputs, call.op.infos, strict=True)):
+        type_ = _type(call, inference, labels, group, factor, size)
+        if type_ is None:
+            return None
+        if isinstance(type_, Shard):
+            held.add(index)
+        uses.append(at_rest(info, type_))
+    outs: list[Type] = []
+    for index, info in enumerate(call.op.outs):
+        if info is None:
+            outs.append(I)
+            continue
+        type_ = _type(call, inference, signature.outputs[index], group, factor, size)
+        if type_ is None:
+            return None
+        if not isinstance(type_, Shard) and held:
+            if group & signature.gathers:
+                type_ = I
+            elif signature.summed is not None and index not in signature.summed:
+                return None
+            else:
+                type_ = P
+        outs.append(type_)
+    if not held and not any(isinstance(t, Shard) for t in outs):
+        return None
+    if P in outs and not isinstance(uses[0] if uses else None, type(None)):
+        # What is added to a contraction must be added once.
+        for together in signature.linear:
+            if together & held:
+                uses = [P if i in together and i not in held else t for i, t in enumerate(uses)]
+    if P in outs and any(isinstance(t, Shard) for t in outs):
+        return None
+    return Choice(tuple(uses), tuple(outs), work / size, " ".join(sorted(group)))  # type: ignore[arg-type]
+
+
+def _type(call: Call, inference: Inference, labels: Dims, group: frozenset[str], factor: int, size: int) -> Type | None:
+    """The shard of one tensor when `group` is cut; R when it holds none of its names; None when that cannot be."""
+    found: Type = R
+    for d, dim in enumerate(labels):
+        if not any(n in group for segment in dim for n in segment):
+            continue
+        pattern = pattern_in(call, inference.extents, dim, group, factor)
+        cut = shard(d, pattern, size) if pattern is not None else None
+        if cut is None or isinstance(found, Shard):
+            return None
+        found = cut
+    return found

@@ -1,0 +1,119 @@
+"""Read a graph once: the signature of every operator, and which dims of which values are the same extent."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from .factors import Extents, Pattern, join, nest
+from .notation import Dim, Dims, Signature
+from .op import Op, Value, read, value_of
+from .rules import rule_for
+
+Axes = tuple[int | None, ...]
+"""The extent of every dim of a value; None for dims of size 1."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call with its signature and the extent behind each of its names."""
+
+    op: Op
+    signature: Signature | None
+    names: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the rules say about a whole graph."""
+
+    extents: Extents
+    dims: Mapping[Value, Axes]
+    calls: Mapping[fx.Node, Call]
+
+
+def infer(graph: fx.Graph) -> Inference:
+    """Bind every rule and unify extents along the graph, in time linear in its size."""
+    extents = Extents()
+    dims: dict[Value, Axes] = {}
+    calls: dict[fx.Node, Call] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            if "info" in node.meta:
+                dims[node, 0] = _fresh(extents, node.meta["info"].shape)
+        elif node.op == "call_function" and node.target is not operator.getitem:
+            call = _call(extents, dims, node)
+            calls[node] = call
+    return Inference(extents, dims, calls)
+
+
+def _fresh(extents: Extents, shape: tuple[int, ...]) -> Axes:
+    return tuple(extents.new(n) if n > 1 else None for n in shape)
+
+
+def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node) -> Call:
+    op = read(node)
+    signature = rule_for(op)
+    names: dict[str, int] = {}
+    if signature is not None:
+        for operand, labels in zip(op.operands, signature.inputs, strict=True):
+            for dim, one in zip(labels, dims[value_of(operand)], strict=True):
+                if len(dim) == 1 and len(dim[0]) == 1 and one is not None:
+                    _meet(extents, names, dim[0][0], one)
+        for operand, labels in zip(op.operands, signature.inputs, strict=True):
+            for dim, one in zip(labels, dims[value_of(operand)], strict=True):
+                if dim and one is not None and not (len(dim) == 1 and len(dim[0]) == 1):
+                    extents.unify(one, _build(extents, names, dim, signature))
+    for index, info in enumerate(op.outs):
+        if info is None:
+            continue
+        labels: Dims | None = signature.outputs[index] if signature is not None else None
+        dims[node, index] = (
+            _fresh(extents, info.shape)
+            if labels is None
+            else tuple(_build(extents, names, d, signature) if d and n > 1 else extents.new(n) if n > 1 else None for d, n in zip(labels, info.shape, strict=True))  # type: ignore[arg-type]
+        )
+    return Call(op, signature, names)
+
+
+def _meet(extents: Extents, names: dict[str, int], name: str, one: int) -> None:
+    if name in names:
+        extents.unify(names[name], one)
+    else:
+        names[name] = one
+
+
+def _build(extents: Extents, names: dict[str, int], dim: Dim, signature: Signature) -> int:
+    def named(name: str) -> int:
+        if name not in names:
+            names[name] = extents.new(signature.sizes[name])
+        return names[name]
+
+    segments = [extents.product([named(n) for n in segment]) for segment in dim]
+    return extents.row(segments)
+
+
+def pattern_in(call: Call, extents: Extents, dim: Dim, group: frozenset[str], factor: int) -> Pattern | None:
+    """How `factor` lies in a dim of an operand when exactly the names of `group` are cut, or None when that is impossible."""
+    found: list[Pattern] = []
+    assert call.signature is not None
+    sizes = call.signature.sizes
+    for segment in dim:
+        hits = [i for i, n in enumerate(segment) if n in group]
+        if len(hits) != 1:
+            return None
+        at = hits[0]
+        inner = extents.pattern(call.names[segment[at]], factor) if segment[at] in call.names else None
+        if inner is None:
+            return None
+        outer = 1
+        for n in segment[:at]:
+            outer *= sizes[n]
+        rest = 1
+        for n in segment[at + 1 :]:
+            rest *= sizes[n]
+        found.append(nest(outer, inner, rest))
+    return join(found)

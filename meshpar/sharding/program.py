@@ -1,0 +1,147 @@
+"""A 0-1 program over the typings of a group of operators: pick one typing each and pay for the conversions in between.
+
+Variables: one per (operator, typing); one per (value, type it is made in, type it is wanted in), shared by all who want it so, so that three
+projections of one input pay for one all-gather. Every use must find its value made in that type or converted to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_matrix
+
+from ..capture.captured import Info
+from ..errors import PlanError
+from .choices import Choice
+from .conversions import cost
+from .price import Price
+from .types import Partial, Replicate, Type
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operator of the program: its typings, and for each operand the (step, result) that makes it, or an index into `given`."""
+
+    options: tuple[Choice, ...]
+    operands: tuple[tuple[int, int] | int, ...]
+    outs: tuple[Info | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A group of operators. `given`: values from outside with their type. `wanted`: (step, result, type) someone outside needs."""
+
+    steps: tuple[Step, ...]
+    given: tuple[tuple[Info, Type], ...]
+    wanted: tuple[tuple[int, int, Type], ...]
+    size: int
+
+    def key(self) -> Hashable:
+        """Equal for isomorphic problems."""
+        return self
+
+
+def choose(problem: Problem, price: Price, *, time_limit: float = 20.0) -> tuple[int, ...]:
+    """The index of the chosen typing of every step.
+
+    Raises PlanError when no combination of typings is consistent.
+    """
+    model = _Model(problem, price)
+    return model.solve(time_limit)
+
+
+class _Model:
+    def __init__(self, problem: Problem, price: Price) -> None:
+        self.problem, self.price = problem, price
+        self.costs: list[float] = []
+        self.entries: list[tuple[int, int, float]] = []
+        self.low: list[float] = []
+        self.high: list[float] = []
+        self.first: list[int] = []
+        for step in problem.steps:
+            self.first.append(len(self.costs))
+            self.costs.extend(o.cost + 1e-10 * k for k, o in enumerate(step.options))
+        self._pick_one()
+        self._uses()
+
+    def _row(self, terms: Sequence[tuple[int, float]], low: float, high: float) -> None:
+        row = len(self.low)
+        self.entries.extend((row, column, value) for column, value in terms)
+        self.low.append(low)
+        self.high.append(high)
+
+    def _pick_one(self) -> None:
+        for step, first in zip(self.problem.steps, self.first, strict=True):
+            self._row([(first + k, 1.0) for k in range(len(step.options))], 1.0, 1.0)
+
+    def _uses(self) -> None:
+        wanted: dict[tuple[int, int] | int, dict[Type, list[list[int]]]] = {}
+        for index, step in enumerate(self.problem.steps):
+            for place, operand in enumerate(step.operands):
+                by_type: dict[Type, list[int]] = {}
+                for k, option in enumerate(step.options):
+                    by_type.setdefault(option.uses[place], []).append(self.first[index] + k)
+                for type_, columns in by_type.items():
+                    wanted.setdefault(operand, {}).setdefault(type_, []).append(columns)
+        for producer, result, type_ in self.problem.wanted:
+            wanted.setdefault((producer, result), {}).setdefault(type_, []).append([])
+        for source, by in wanted.items():
+            self._source(source, by)
+
+    def _source(self, source: tuple[int, int] | int, wanted: dict[Type, list[list[int]]]) -> None:
+        made, info = self._made(source)
+        for type_, users in wanted.items():
+            terms = [(column, -1.0) for column in made.get(type_, [])]
+            constant = 1.0 if type_ in made and not made[type_] else 0.0
+            for before, columns in made.items():
+                if before == type_ or not possible(before, type_, info):
+                    continue
+                convert = len(self.costs)
+                self.costs.append(cost(before, type_, info, self.problem.size, self.price) + 1e-9)
+                if columns:
+                    self._row([(convert, 1.0), *((c, -1.0) for c in columns)], -np.inf, 0.0)
+                terms.append((convert, -1.0))
+            for user in users:
+                needed = [(c, 1.0) for c in user]
+                self._row([*needed, *terms], -np.inf, constant if user else constant - 1.0)
+
+    def _made(self, source: tuple[int, int] | int) -> tuple[dict[Type, list[int]], Info]:
+        """Types a value can be made in -> the variables that make it so; an empty list means it just is so."""
+        if isinstance(source, int):
+            info, type_ = self.problem.given[source]
+            return {type_: []}, info
+        index, result = source
+        step, made = self.problem.steps[index], dict[Type, list[int]]()
+        for k, option in enumerate(step.options):
+            made.setdefault(option.outs[result], []).append(self.first[index] + k)
+        info = step.outs[result]
+        assert info is not None
+        return made, info
+
+    def solve(self, time_limit: float) -> tuple[int, ...]:
+        count = len(self.costs)
+        rows, columns, values = zip(*self.entries, strict=True)
+        matrix = coo_matrix((values, (rows, columns)), shape=(len(self.low), count)).tocsr()
+        scale = 1e6
+        found = milp(
+            np.asarray(self.costs) * scale,
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix, self.low, self.high),
+            options={"time_limit": time_limit, "mip_rel_gap": 1e-4},
+        )
+        if found.x is None:
+            raise PlanError(f"no consistent typing of {len(self.problem.steps)} operators: {found.message}")
+        return tuple(
+            int(np.argmax(found.x[first : first + len(step.options)])) for first, step in zip(self.first, self.problem.steps, strict=True)
+        )
+
+
+def possible(before: Type, after: Type, info: Info) -> bool:
+    """Whether a conversion makes sense for this value: pending sums only of numbers, replicate only of what has a gradient."""
+    if isinstance(after, Partial) and info.dtype.itemsize == 1 and not info.dtype.is_floating_point:
+        return False
+    return info.requires_grad or not isinstance(after, Replicate)

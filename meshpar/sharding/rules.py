@@ -1,0 +1,366 @@
+"""The table of rules: what every operator allows, one line each.
+
+A row is notation (see `notation`) plus the sets of operands in which the operator is linear. Pointwise operators, reductions and rearrangements are
+families, found by torch's own tags and by name. An operator without a rule still runs correctly: on invariant values.
+
+Users add rows with `add_rule("mylib.my_op", "n [c], [c] -> n [c]")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from .notation import Dims, Signature, bind
+from .op import Op
+from .views import VIEWS, fixed_dims, named, sizes_of
+
+Rule = Callable[[Op], "Signature | None"]
+
+
+def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[str] = ()) -> Rule:
+    """A rule written in the notation."""
+    linear = tuple(tuple(g) for g in linear)
+
+    def rule(op: Op) -> Signature | None:
+        outs = [o.shape for o in op.outs if o is not None]
+        try:
+            return bind(text, op.shapes, outs, linear=linear, gathers=gathers)
+        except ValueError:
+            return None
+
+    return rule
+
+
+# -- pointwise ----------------------------------------------------------------------------------------------------------------------------
+
+_JOINTLY = {"add", "sub", "rsub", "add_", "sub_"}
+_EACH = {"mul", "mul_"}
+_FIRST = {"div", "div_", "neg", "to", "_to_copy", "type_as", "clone", "positive", "real", "conj"}
+_CHOICE = {"where"}
+
+
+def pointwise(op: Op) -> Signature:
+    """Dims aligned from the right; a dim of size 1 against a larger one is broadcast."""
+    out = op.out.shape
+    names = named("d", out)
+    inputs = []
+    for shape in op.shapes:
+        shift = len(out) - len(shape)
+        inputs.append(tuple(names[i + shift] if n == out[i + shift] else () for i, n in enumerate(shape)))
+    return Signature(tuple(inputs), (names,) * len(op.outs), sizes_of("d", out), frozenset(), tuple(frozenset(g) for g in _linear(op)))
+
+
+def _linear(op: Op) -> list[set[int]]:
+    count = len(op.infos)
+    if op.name in _JOINTLY:
+        tensors = [a for a in ("self", "other") if isinstance(op.arguments.get(a), torch.fx.Node)]
+        return [set(range(count))] if len(tensors) == 2 else []
+    if op.name in _EACH:
+        return [{i} for i in range(count)] if op.node.args[0] is not op.node.args[-1] else []
+    if op.name == "div":
+        return [{0}] if isinstance(op.arguments.get("self"), torch.fx.Node) and op.arguments.get("rounding_mode") is None else []
+    if op.name in {"_to_copy", "to", "type_as"}:
+        return [{0}] if _widens(op) else []
+    if op.name in _FIRST:
+        return [{0}]
+    if op.name in _CHOICE and count == 3:
+        return [{1, 2}]
+    return []
+
+
+def _widens(op: Op) -> bool:
+    """A pending sum may be cast only where the cast loses nothing."""
+    a, b = op.infos[0].dtype, op.out.dtype
+    return a == b or (b.is_floating_point and b.itemsize >= a.itemsize) or (not a.is_floating_point and b.itemsize > a.itemsize)
+
+
+# -- reductions ---------------------------------------------------------------------------------------------------------------------------
+
+_SUMS = {"sum", "mean", "nansum", "count_nonzero"}
+
+
+def reduction(op: Op) -> Signature:
+    """Sums leave a pending sum when a summed dim is sharded; other reductions need the whole dim."""
+    shape = op.infos[0].shape
+    gone = set(op.dims())
+    base = named("d", shape)
+    keep = op.out.shape
+    kept = tuple(base[i] if i not in gone else () for i in range(len(shape)))
+    out: Dims = kept if len(keep) == len(shape) else tuple(d for i, d in enumerate(kept) if i not in gone)
+    summed = op.name in _SUMS
+    fixed = frozenset() if summed else frozenset(f"d{i}" for i in gone)
+    linear = (frozenset({0}),) if op.name in {"sum", "mean"} else ()
+    return Signature((base,), (out,) * len(op.outs), sizes_of("d", shape), fixed, linear)
+
+
+# -- rows that need the arguments ------------------------------------------------------------------------------------------------------------
+
+
+def matmul(op: Op) -> Signature | None:
+    a, b = len(op.infos[0].shape), len(op.infos[1].shape)
+    left = {1: "k"}.get(a, "... i k")
+    right = {1: "k", 2: "k j"}.get(b, "... k j")
+    out = " ".join(["..."] * (a > 2 or b > 2) + ["i"] * (a > 1) + ["j"] * (b > 1))
+    return row(f"{left if a != 2 else 'i k'}, {right} -> {out}", linear=((0,), (1,)))(op)
+
+
+def einsum(op: Op) -> Signature | None:
+    equation = str(op.arguments["equation"]).replace(" ", "")
+    if "." in equation or "->" not in equation:
+        return None
+    left, _, out = equation.partition("->")
+    text = ", ".join(" ".join(t) for t in left.split(",")) + " -> " + " ".join(out)
+    return row(text, linear=tuple((i,) for i in range(len(op.infos))))(op)
+
+
+def attention(op: Op) -> Signature | None:
+    q, k = op.shapes[0], op.shapes[1]
+    if len(q) != 4 or len(k) != 4:
+        return row("... [s] [e], ... [t] [e], ... [t] [f], ... [s] [t] -> ... [s] [f]", linear=((2,),))(op)
+    lead = "b (k g)" if q[1] != k[1] else "b k"
+    mask = "b [h] [s] [t]" if q[1] != k[1] and len(op.shapes) > 3 and op.shapes[3][-3:-2] not in ((), (1,)) else "b k [s] [t]"
+    rest = ""
+    if len(op.shapes) > 3:
+        terms = mask.split(" ")
+        rest = ", " + " ".join(terms[4 - len(op.shapes[3]) :])
+    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f]{rest} -> {lead} [s] [f]", linear=((2,),))(op)
+
+
+def normalised(op: Op) -> Signature:
+    """layer_norm and rms_norm: the trailing dims given by `normalized_shape` are needed whole."""
+    shape = op.infos[0].shape
+    count = len(op.arguments["normalized_shape"])
+    base = named("d", shape)
+    tail = base[len(shape) - count :]
+    outs = [base] + [tuple(d if i < len(shape) - count else () for i, d in enumerate(base))] * (len(op.outs) - 1)
+    fixed = frozenset(f"d{i}" for i in range(len(shape) - count, len(shape)))
+    return Signature((base, *[tail] * (len(op.infos) - 1)), tuple(outs), sizes_of("d", shape), fixed)
+
+
+def index(op: Op) -> Signature | None:
+    """`x[:, i, j]`: the dims without an index keep their names, the indexed ones are needed whole."""
+    given = [a for a in op.arguments["indices"]]
+    places = [i for i, a in enumerate(given) if a is not None]
+    if not places or places != list(range(places[0], places[-1] + 1)) or any(i.dtype == torch.bool for i in op.infos[1 : 1 + len(places)]):
+        return None
+    shape = op.infos[0].shape
+    rank = max(len(i.shape) for i in op.infos[1 : 1 + len(places)])
+    new = op.out.shape[places[0] : places[0] + rank]
+    base, at = named("d", shape), named("n", new)
+    out = (*base[: places[0]], *at, *base[places[-1] + 1 :])
+    indices = [tuple(at[rank - len(i.shape) + k] if n > 1 else () for k, n in enumerate(i.shape)) for i in op.infos[1 : 1 + len(places)]]
+    values = [out[len(out) - len(i.shape) :] for i in op.infos[1 + len(places) :]]
+    if values:
+        return None
+    fixed = [f"d{i}" for i in places]
+    return Signature((base, *indices), (out,), {**sizes_of("d", shape), **sizes_of("n", new)}, frozenset(fixed), (frozenset({0}),))
+
+
+def index_select(op: Op) -> Signature:
+    dim, shape = op.dim(), op.infos[0].shape
+    base = named("d", shape)
+    out = tuple(((("n",),) if op.out.shape[dim] > 1 else ()) if i == dim else d for i, d in enumerate(base))
+    lookup = ((("n",),) if op.infos[1].shape and op.infos[1].shape[0] > 1 else (),) if op.infos[1].shape else ()
+    return Signature((base, lookup), (out,), {**sizes_of("d", shape), "n": op.out.shape[dim]}, frozenset({f"d{dim}"}), (frozenset({0}),))
+
+
+def gather(op: Op) -> Signature:
+    """gather and take_along_dim: other dims may be cut where index and source have the same size."""
+    dim, shape, other = op.dim(), op.infos[0].shape, op.infos[1].shape
+    base = tuple(d if i != dim and shape[i] == other[i] else ((f"x{i}",),) if n > 1 else () for i, (d, n) in enumerate(zip(named("d", shape), shape)))
+    out = tuple(((f"d{i}",),) if n > 1 and i != dim and shape[i] == n else ((f"n{i}",),) if n > 1 else () for i, n in enumerate(other))
+    sizes = {**sizes_of("d", shape), **sizes_of("x", shape), **sizes_of("n", other)}
+    fixed = frozenset(n for n in sizes if n[0] in "xn")
+    return Signature((base, out), (out,), sizes, fixed, (frozenset({0}),))
+
+
+def scatter(op: Op) -> Signature | None:
+    dim, shape, other = op.dim(), op.infos[0].shape, op.infos[1].shape
+    if any(shape[i] != other[i] for i in range(len(shape)) if i != dim) or len(op.infos) > 3:
+        return None
+    base = named("d", shape)
+    at = tuple((((f"n{i}",),) if n > 1 else ()) if i == dim else base[i] for i, n in enumerate(other))
+    inputs = [base, at, *([at] if len(op.infos) > 2 else [])]
+    linear = (frozenset({0, 2}),) if op.name == "scatter_add" else ()
+    return Signature(tuple(inputs), (base,), {**sizes_of("d", shape), f"n{dim}": other[dim]}, frozenset({f"d{dim}", f"n{dim}"}), linear)
+
+
+def one_hot(op: Op) -> Signature:
+    shape = op.infos[0].shape
+    base = named("d", shape)
+    return Signature((base,), ((*base, (("classes",),)),), {**sizes_of("d", shape), "classes": op.out.shape[-1]}, frozenset({"classes"}))
+
+
+def convolution(op: Op) -> Signature | None:
+    groups = int(op.arguments.get("groups", 1))
+    rank = len(op.infos[0].shape) - 2
+    if rank < 1 or op.arguments.get("transposed"):
+        return None
+    space = " ".join(f"[s{i}]" for i in range(rank))
+    kernel = " ".join(f"[k{i}]" for i in range(rank))
+    out = " ".join(f"[r{i}]" for i in range(rank))
+    channels = op.infos[0].shape[1]
+    if groups == 1:
+        return row(f"b i {space}, o i {kernel}, o -> b o {out}", linear=((0, 2), (1, 2)))(op)
+    if groups == channels and op.infos[1].shape[0] == channels:
+        return row(f"b c {space}, c [u] {kernel}, c -> b c {out}", linear=((0, 2), (1, 2)))(op)
+    return row(f"b [i] {space}, [o] [u] {kernel}, [o] -> b [o] {out}", linear=((0, 2), (1, 2)))(op)
+
+
+def pooling(op: Op) -> Signature | None:
+    rank = len(op.out.shape) - 2
+    if rank < 1:
+        return None
+    space, out = " ".join(f"[s{i}]" for i in range(rank)), " ".join(f"[r{i}]" for i in range(rank))
+    return row(f"b c {space} -> " + ", ".join([f"b c {out}"] * len(op.outs)))(op)
+
+
+def padding(op: Op) -> Signature:
+    shape = op.infos[0].shape
+    base, sizes = named("d", shape), sizes_of("d", shape)
+    changed = [i for i, (a, b) in enumerate(zip(shape, op.out.shape, strict=True)) if a != b]
+    out = tuple((((f"n{i}",),) if op.out.shape[i] > 1 else ()) if i in changed else d for i, d in enumerate(base))
+    sizes.update({f"n{i}": op.out.shape[i] for i in changed})
+    linear = (frozenset({0}),) if op.arguments.get("mode", "constant") == "constant" and not op.arguments.get("value") else ()
+    return Signature((base,), (out,), sizes, frozenset(f"{p}{i}" for i in changed for p in "dn"), linear)
+
+
+def cross_entropy(op: Op) -> Signature | None:
+    """Sum over the samples: a pending sum where samples are sharded; a sharded class dim is settled by the operator itself."""
+    if op.arguments.get("reduction", 1) == 1 or op.infos[1].dtype.is_floating_point:
+        return None
+    logits = op.infos[0].shape
+    rest = " ".join(f"d{i}" for i in range(len(logits) - 2))
+    lead = "" if len(logits) == 1 else "n"
+    out = f"{lead} {rest}" if op.arguments.get("reduction") == 0 else ""
+    return row(f"{lead} v {rest}, {lead} {rest}, [v_w] -> {out}", gathers=("v",))(op)
+
+
+def created(op: Op) -> Signature:
+    """Operators that make a tensor of one value from a shape alone can make any part of it."""
+    shape = op.out.shape
+    inputs = [tuple(() for _ in i.shape) if len(i.shape) != len(shape) or i.shape != shape else named("d", shape) for i in op.infos]
+    return Signature(tuple(inputs), (named("d", shape),), sizes_of("d", shape))
+
+
+def searched(op: Op) -> Signature:
+    """topk, sort, argsort, kthvalue: along one dim, which is needed whole."""
+    shape = op.infos[0].shape
+    dim = op.dim() if "dim" in op.arguments else len(shape) - 1
+    base = named("d", shape)
+    new = op.out.shape[dim]
+    out = tuple((((f"n{i}",),) if new > 1 else ()) if i == dim else d for i, d in enumerate(base))
+    return Signature((base,), (out,) * len(op.outs), {**sizes_of("d", shape), f"n{dim}": new}, frozenset({f"d{dim}", f"n{dim}"}))
+
+
+def dropout(op: Op) -> Signature:
+    shape = op.infos[0].shape
+    base = named("d", shape)
+    return Signature((base,), (base,) * len(op.outs), sizes_of("d", shape))
+
+
+def collective(op: Op) -> Signature:
+    """A conversion on another axis, already written out: it moves dims whole."""
+    shapes = [i.shape for i in op.infos]
+    inputs, outs, sizes, fixed = [], [], {}, []
+    for k, shape in enumerate(shapes):
+        out = op.outs[min(k, len(op.outs) - 1)]
+        assert out is not None
+        base = named(f"d{k}_", shape)
+        changed = [i for i, (a, b) in enumerate(zip(shape, out.shape, strict=True)) if a != b]
+        sizes.update({f"d{k}_{i}": n for i, n in enumerate(shape)} | {f"n{k}_{i}": out.shape[i] for i in changed})
+        fixed += [f"{p}{k}_{i}" for i in changed for p in "dn"]
+        inputs.append(tuple((((f"d{k}_{i}",),) if n > 1 else ()) for i, n in enumerate(shape)))
+        outs.append(tuple((((f"n{k}_{i}",),) if out.shape[i] > 1 else ()) if i in changed else d for i, d in enumerate(base)))
+    return Signature(tuple(inputs), tuple(outs[: len(op.outs)]), sizes, frozenset(fixed), (frozenset(range(len(shapes))),))
+
+
+_COLLECTIVES = (
+    "i_to_r", "i_to_r_many", "p_to_i", "p_to_r", "p_to_s", "s_to_r", "s_to_i", "i_to_s", "r_to_s", "i_to_p", "r_to_p", "r_to_i", "s_to_s", "s_to_p",
+)  # fmt: skip
+
+RULES: dict[str, Rule] = {
+    # matrices
+    "linear": row("... i, o i, o -> ... o", linear=((0, 2), (1, 2))),
+    "mm": row("i k, k j -> i j", linear=((0,), (1,))),
+    "bmm": row("b i k, b k j -> b i j", linear=((0,), (1,))),
+    "addmm": row("... o, n i, i o -> n o", linear=((0, 1), (0, 2))),
+    "baddbmm": row("... j, b i k, b k j -> b i j", linear=((0, 1), (0, 2))),
+    "matmul": matmul,
+    "mv": row("i k, k -> i", linear=((0,), (1,))),
+    "dot": row("k, k -> ", linear=((0,), (1,))),
+    "outer": row("i, j -> i j", linear=((0,), (1,))),
+    "einsum": einsum,
+    "scaled_dot_product_attention": attention,
+    "convolution": convolution,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
+    # lookups
+    "embedding": row("v c, ... -> ... c"),
+    "index": index,
+    "index_select": index_select,
+    **dict.fromkeys(("gather", "take_along_dim"), gather),
+    **dict.fromkeys(("scatter", "scatter_add"), scatter),
+    "one_hot": one_hot,
+    # norms, softmax
+    **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), normalised),
+    "group_norm": row("b [c] ..., [c], [c] -> b [c] ..."),
+    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "cumprod", "logcumsumexp", "cummax"), fixed_dims(lambda op: [op.dim()])),
+    "_safe_softmax": fixed_dims(lambda op: [op.dim()]),
+    # losses
+    "cross_entropy_loss": cross_entropy,
+    # reductions
+    **dict.fromkeys(("sum", "mean", "nansum", "amax", "amin", "any", "all", "logsumexp", "var", "std", "var_mean", "std_mean", "prod"), reduction),
+    **dict.fromkeys(("max", "min", "argmax", "argmin", "linalg_vector_norm", "norm", "count_nonzero", "median"), reduction),
+    # shape-preserving with one dim needed whole
+    **dict.fromkeys(("topk", "sort", "argsort", "kthvalue"), searched),
+    **dict.fromkeys(("pad", "constant_pad_nd"), padding),
+    **dict.fromkeys(("max_pool2d", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool2d", "max_pool2d_with_indices", "upsample_nearest2d"), pooling),
+    **dict.fromkeys(("_adaptive_avg_pool2d", "adaptive_avg_pool1d", "max_pool1d"), pooling),
+    # casts carry no pointwise tag
+    **dict.fromkeys(("_to_copy", "to", "type_as"), pointwise),
+    # random
+    **dict.fromkeys(("dropout", "native_dropout", "bernoulli", "rand_like", "randn_like"), dropout),
+    # created
+    **dict.fromkeys(("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"), created),
+    **dict.fromkeys(("scalar_tensor", "new_empty", "randn", "rand"), created),
+    **VIEWS,
+    **dict.fromkeys((f"meshpar.ops.collectives.{n}" for n in _COLLECTIVES), collective),
+}
+
+
+def rule_for(op: Op, extra: dict[str, Rule] | None = None) -> Signature | None:
+    """The signature of an operator call, or None when it has no rule and must run on invariant values."""
+    rule = (extra or {}).get(op.name) or RULES.get(op.name)
+    if rule is None:
+        tags: Sequence[object] = getattr(op.node.target, "tags", ())
+        if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags or not op.infos:
+            return None
+        rule = pointwise
+    elif op.infos and op.name in _POINTWISE_FIRST and torch.Tag.pointwise in getattr(op.node.target, "tags", ()):
+        rule = pointwise
+    found = rule(op)
+    return found if found is not None and _fits(found, op) else None
+
+
+_POINTWISE_FIRST = {"max", "min", "clone"}
+
+
+def _fits(found: Signature, op: Op) -> bool:
+    return (
+        len(found.inputs) == len(op.infos)
+        and all(len(d) == len(i.shape) for d, i in zip(found.inputs, op.infos, strict=True))
+        and len(found.outputs) >= sum(o is not None for o in op.outs)
+    )
+
+
+def add_rule(name: str, text: str, *, linear: Iterable[Iterable[int]] = ()) -> None:
+    """Teach meshpar an operator: `name` is "namespace.op", `text` its rule, `linear` the operand sets it is linear in.
+
+    Raises ValueError when the text is not a rule.
+
+    >>> add_rule("mylib.scale_rows", "n c, n -> n c", linear=[(0,), (1,)])
+    """
+    bind(text, [], [])
+    RULES[name] = row(text, linear=linear)

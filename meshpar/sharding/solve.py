@@ -1,0 +1,348 @@
+"""Choose the type of every value on one mesh axis.
+
+    graph ── rules ──> extents ── seeds ──> typings per operator ── one 0-1 program per unique block ──> AxisPlan
+
+Tensor axis: what may be cut is what the model's matrices are made of (heads, MLP width, vocabulary, ...), and the sequence of the residual stream.
+Data axis: samples are cut, parameters stay whole and their gradients are pending sums. Blocks meet in values whose type a policy sets, so each
+block is solved alone, and equal blocks are solved once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from torch import fx
+
+from ..capture.captured import Info
+from ..plan import AxisPlan, NodePlan
+from .choices import Choice, at_rest, choices
+from .factors import shard
+from .infer import Call, Inference, infer
+from .op import Value, info_of, operands, value_of
+from .price import Price
+from .program import Problem, Step, choose
+from .types import I, R, Shard, Type
+
+_MATRIX = {"linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "convolution", "conv1d", "conv2d", "conv3d", "meshpar.grouped_mm"}
+_MATRIX |= {"scaled_dot_product_attention"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be solved: the axis, and what the user or an earlier solution already fixed."""
+
+    axis: str
+    size: int
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    """Placeholders cut along the axis -> the dim that is cut (data axes only)."""
+    parameters: frozenset[str] = frozenset()
+    """Names of parameters, among the get_attr targets."""
+    pinned: Mapping[str, Type] = field(default_factory=dict)
+    """Parameters whose type is given."""
+    shard_parameters: bool = True
+    sequence: bool = True
+    """Whether the residual stream is cut along its sequence where that is possible."""
+    outputs: Sequence[Type | None] = ()
+    """Types the outputs must have; None leaves it to the solver."""
+    price: Price = Price()
+    data_parameters: Type = R
+    """How parameters enter on a data axis: R leaves their gradients pending for the runtime, I reduces them in the graph."""
+
+
+def solve(graph: fx.Graph, request: Request) -> AxisPlan:
+    """The cheapest consistent typing of `graph` on one axis under the house's policies.
+
+    Raises PlanError when what was pinned cannot be met.
+    """
+    return _Solver(graph, request).run()
+
+
+class _Solver:
+    def __init__(self, graph: fx.Graph, request: Request) -> None:
+        self.graph, self.request = graph, request
+        self.inference = infer(graph)
+        self.size, self.price = request.size, request.price
+        self.units = _units(graph, request.parameters)
+        self.crossing = self._crossing()
+        self.batch = self._batch_factors()
+        self.depends = self._depends_on_batch()
+        self.hidden = self._contracted_with_parameters()
+        self.residual = self._residual_types()
+        self.seeds = self._seeds()
+        self.total = sum(prod(n.meta["info"].shape) for n in graph.nodes if n.op == "get_attr" and n.target in request.parameters) or 1
+        self.found: dict[str, NodePlan] = {}
+        self.types: dict[Value, Type] = {}
+        self.solved: dict[Problem, tuple[int, ...]] = {}
+
+    # -- reading the graph ------------------------------------------------------------------------------------------------------------------
+
+    def _crossing(self) -> dict[Value, set[str | None]]:
+        """Values used in another unit than they are made in -> the units that use them."""
+        found: dict[Value, set[str | None]] = {}
+        for node in self.graph.nodes:
+            if node.op != "call_function" or node.target is operator.getitem:
+                continue
+            for operand in operands(node):
+                value = value_of(operand)
+                if value[0].op == "call_function" and self.units[value[0]] != self.units[node]:
+                    found.setdefault(value, set()).add(self.units[node])
+        return found
+
+    def _batch_factors(self) -> tuple[int, ...]:
+        found: dict[int, None] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name in self.request.inputs:
+                one = self.inference.dims[node, 0][self.request.inputs[node.name]]
+                if one is not None:
+                    found.update(dict.fromkeys((self.inference.extents.find(one), *self.inference.extents.leaves(one))))
+        return tuple(found)
+
+    def _depends_on_batch(self) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "placeholder" or (node.op == "call_function" and any(o in found for o in operands(node))):
+                found.add(node)
+        return found
+
+    def _contracted_with_parameters(self) -> set[int]:
+        """Factors a matrix of the model sums over: the hidden size of the residual stream is one of them."""
+        found: set[int] = set()
+        for call in self.inference.calls.values():
+            if call.signature is None or call.op.name not in _MATRIX:
+                continue
+            if not any(n.op == "get_attr" for n in call.op.operands):
+                continue
+            kept = {n for dims in call.signature.outputs for dim in dims for segment in dim for n in segment}
+            for name, one in call.names.items():
+                if name not in kept:
+                    found.update((self.inference.extents.find(one), *self.inference.extents.leaves(one)))
+        return found
+
+    def _residual_types(self) -> dict[Value, Type]:
+        """The type in which each value that crosses between units is handed over."""
+        users = {v: len(u) for v, u in self.crossing.items()}
+        return {value: self._crossing_type(value, users[value]) for value in self.crossing}
+
+    def _crossing_type(self, value: Value, users: int) -> Type:
+        info = info_of(value)
+        axes = self.inference.dims[value]
+        if not self.request.shard_parameters:
+            for factor in self.batch:
+                for d, one in enumerate(axes):
+                    cut = self._shard(d, one, factor)
+                    if cut is not None:
+                        return cut
+            return I if value[0] in self.depends or not info.requires_grad else at_rest(info, self.request.data_parameters)
+        if not (self.request.sequence and info.requires_grad and users <= 3):
+            return I
+        return self._sequence_type(axes) or I
+
+    def _sequence_type(self, axes: Sequence[int | None]) -> Shard | None:
+        """A cut along positions: of the dims that are neither samples nor summed over by a matrix, the last one."""
+        find, leaves = self.inference.extents.find, self.inference.extents.leaves
+        if not any(one is not None and self._is_hidden(one) for one in axes):
+            return None
+        for d in reversed(range(len(axes))):
+            one = axes[d]
+            if one is None or self._is_hidden(one):
+                continue
+            for factor in (*reversed(leaves(one)), find(one)):
+                if factor in self.batch or factor in self.hidden:
+                    continue
+                cut = self._shard(d, one, factor)
+                if cut is not None:
+                    return cut
+        return None
+
+    def _is_hidden(self, one: int) -> bool:
+        return self.inference.extents.find(one) in self.hidden or any(leaf in self.hidden for leaf in self.inference.extents.leaves(one))
+
+    def _shard(self, dim: int, one: int | None, factor: int) -> Shard | None:
+        pattern = None if one is None else self.inference.extents.pattern(one, factor)
+        return None if pattern is None else shard(dim, pattern, self.size)
+
+    def _seeds(self) -> dict[str | None, tuple[int, ...]]:
+        """Per unit, the factors that may be cut: those of its matrices that are not the residual's, and the residual's sequence."""
+        if not self.request.shard_parameters:
+            return dict.fromkeys(set(self.units.values()), self.batch)
+        carried: set[int] = set()
+        sequence: dict[int, None] = {}
+        for value, type_ in self.residual.items():
+            axes = self.inference.dims[value]
+            if not info_of(value).requires_grad:
+                continue
+            for d, one in enumerate(axes):
+                if one is None:
+                    continue
+                if self._is_hidden(one):
+                    carried.update((self.inference.extents.find(one), *self.inference.extents.leaves(one)))
+                if isinstance(type_, Shard) and type_.dim == d:
+                    for factor in (*reversed(self.inference.extents.leaves(one)), self.inference.extents.find(one)):
+                        if self._shard(d, one, factor) == type_:
+                            sequence[factor] = None
+                            break
+        found: dict[str | None, dict[int, None]] = {}
+        for node in self.graph.nodes:
+            if node.op != "get_attr" or node.target not in self.request.parameters or len(node.meta["info"].shape) < 2:
+                continue
+            for one in self.inference.dims[node, 0]:
+                if one is not None:
+                    for unit in self._units_using(node):
+                        mine = found.setdefault(unit, {})
+                        mine.update((leaf, None) for leaf in self.inference.extents.leaves(one) if leaf not in carried)
+        units = set(self.units.values())
+        return {u: tuple(dict.fromkeys([*found.get(u, {}), *sequence])) for u in units}
+
+    def _units_using(self, node: fx.Node) -> set[str | None]:
+        return {self.units[u] for u in node.users if u in self.units}
+
+    # -- solving ---------------------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> AxisPlan:
+        groups: dict[str | None, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node.op in ("placeholder",):
+                self._input(node)
+            elif node.op == "get_attr" and node.target not in self.request.parameters:
+                self._settle(node, (), (I,), "buffer")
+            elif node.op in ("call_function", "get_attr") and node.target is not operator.getitem:
+                groups.setdefault(self.units[node], []).append(node)
+        pins = self._outputs()
+        # The root comes last: parameters shared with a block follow the block.
+        for unit in sorted(groups, key=lambda u: u is None):
+            self._solve_unit(unit, groups[unit], pins)
+        outputs = tuple(self._output_type(v, pins) for v in self._output_values())
+        return AxisPlan(self.request.axis, self.size, self.found, outputs)
+
+    def _input(self, node: fx.Node) -> None:
+        type_: Type = I
+        if node.name in self.request.inputs:
+            dim = self.request.inputs[node.name]
+            type_ = Shard(dim, 1, ((node.meta["info"].shape[dim], 1),))
+        self._settle(node, (), (type_,), "input")
+
+    def _settle(self, node: fx.Node, uses: tuple[Type, ...], outs: tuple[Type, ...], why: str) -> None:
+        handed = tuple(self.residual.get((node, k)) for k in range(len(outs)))
+        self.found[node.name] = NodePlan(uses, outs, why, handed if any(handed) else ())
+        for index, type_ in enumerate(outs):
+            self.types[node, index] = type_
+
+    def _output_values(self) -> list[Value | None]:
+        last = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        return [value_of(v) if isinstance(v, fx.Node) else None for v in last.args[0]]
+
+    def _outputs(self) -> dict[Value, Type]:
+        given = list(self.request.outputs)
+        values = self._output_values()
+        given += [None] * (len(values) - len(given))
+        return {v: t for v, t in zip(values, given, strict=True) if v is not None and t is not None}
+
+    def _output_type(self, value: Value | None, pins: Mapping[Value, Type]) -> Type:
+        if value is None:
+            return I
+        found = pins.get(value) or self.residual.get(value) or self.types[value]
+        return found if isinstance(found, Shard) else I
+
+    def _solve_unit(self, unit: str | None, nodes: list[fx.Node], pins: Mapping[Value, Type]) -> None:
+        index = {n: i for i, n in enumerate(nodes)}
+        given: dict[Value, int] = {}
+        steps = []
+        for node in nodes:
+            places: list[tuple[int, int] | int] = []
+            if node.op == "call_function":
+                for operand in operands(node):
+                    value = value_of(operand)
+                    places.append((index[value[0]], value[1]) if value[0] in index else given.setdefault(value, len(given)))
+            info = node.meta["info"]
+            steps.append(Step(self._options(node, unit), tuple(places), info if isinstance(info, tuple) else (info,)))
+        wanted = []
+        for node in nodes:
+            for result in range(len(steps[index[node]].outs)):
+                for type_ in self._needed((node, result), pins):
+                    wanted.append((index[node], result, type_))
+        outside = tuple((info_of(v), self._type_from_outside(v)) for v in given)
+        problem = Problem(tuple(steps), outside, tuple(wanted), self.size)
+        if problem not in self.solved:
+            self.solved[problem] = choose(problem, self.price)
+        for node, step, picked in zip(nodes, steps, self.solved[problem], strict=True):
+            option = step.options[picked]
+            self._settle(node, option.uses, option.outs, option.why)
+
+    def _needed(self, value: Value, pins: Mapping[Value, Type]) -> Iterable[Type]:
+        if value in self.residual:
+            yield self.residual[value]
+        if value in pins:
+            yield pins[value]
+
+    def _type_from_outside(self, value: Value) -> Type:
+        if value in self.residual:
+            return self.residual[value]
+        return self.types[value] if value in self.types else self._early(value)
+
+    def _early(self, value: Value) -> Type:
+        raise AssertionError(f"{value[0]} is used before it is solved")
+
+    def _options(self, node: fx.Node, unit: str | None) -> tuple[Choice, ...]:
+        if node.op == "get_attr":
+            return self._placements(node)
+        call = self.inference.calls[node]
+        return choices(call, self.inference, self.seeds[unit], self.size, self.price, self._work(call))
+
+    def _work(self, call: Call) -> float:
+        infos = [i for i in (*call.op.infos, *call.op.outs) if i is not None]
+        grad = 3.0 if any(i.requires_grad for i in infos) else 1.0
+        if call.op.name in _FREE:
+            return 0.0
+        flops = 2.0 * prod(call.signature.sizes.values()) if call.signature and call.op.name in _MATRIX else 0.0
+        return grad * self.price.compute(flops, sum(i.nbytes for i in infos))
+
+    def _placements(self, node: fx.Node) -> tuple[Choice, ...]:
+        """Where a parameter may lie. Leaving a matrix whole is priced so that it only happens when nothing can be cut."""
+        info: Info = node.meta["info"]
+        if node.target in self.request.pinned:
+            return (Choice((), (self.request.pinned[str(node.target)],), 0.0, "rule"),)
+        if not self.request.shard_parameters:
+            return (Choice((), (at_rest(info, self.request.data_parameters),), 0.0, "data"),)
+        share = prod(info.shape) / self.total
+        found = [Choice((), (I,), self._whole_price(info, share), "whole")]
+        seen: set[Type] = set()
+        seeds = dict.fromkeys(f for unit in sorted(self._units_using(node), key=str) for f in self.seeds[unit])
+        for factor in seeds:
+            for d, one in enumerate(self.inference.dims[node, 0]):
+                cut = self._shard(d, one, factor)
+                if cut is not None and cut not in seen:
+                    seen.add(cut)
+                    found.append(Choice((), (cut,), 0.0 if cut.is_contiguous else 1e-9, "matrix"))
+        return tuple(found)
+
+    def _whole_price(self, info: Info, share: float) -> float:
+        held = self.price.touch(8.0 * info.nbytes)
+        return held if len(info.shape) < 2 else held + 10.0 * share
+
+
+_FREE = {"view", "reshape", "_unsafe_view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "t", "slice", "select", "split", "unbind", "detach"}
+_FREE |= {"alias", "split_with_sizes", "chunk"}
+
+
+def _units(graph: fx.Graph, parameters: frozenset[str]) -> dict[fx.Node, str | None]:
+    """The unit each node is solved with: its block when that holds at least two matrices and everything in it lies together, else the root."""
+    matrices: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in parameters and len(node.meta["info"].shape) >= 2:
+            for region in {u.meta.get("region") for u in node.users}:
+                if region is not None:
+                    matrices[region] += 1
+    units: dict[fx.Node, str | None] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            region = node.meta.get("region")
+            units[node] = region if matrices[region] >= 2 else None
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            users = {units.get(u) for u in node.users}
+            units[node] = users.pop() if len(users) == 1 else next((units[u] for u in node.users if units.get(u) is not None), None)
+    return units
