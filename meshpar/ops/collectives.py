@@ -20,8 +20,8 @@ Types: invariant (the same everywhere, and its gradient), replicate (the same, g
 same everywhere), shard (`sharding.types.Shard`; here its fields `dim, repeat, segments`, so that fx can print the call).
 
 Every function takes the axis as plain constants: `group`, the name of its process group; `size`; and `rank`, this process's coordinate on
-it, or -1 inside `simulate` (all ranks at once). On an axis of size 1 all are the identity. None changes its input; results may alias it where
-nothing is to be done. Values that need no gradient (integers, or under `no_grad`) skip autograd.
+it, or -1 inside `simulate` (all ranks at once). On an axis of size 1 all are the identity. None changes its input; results may alias it
+where nothing is to be done. Values that need no gradient (integers, or under `no_grad`) skip autograd.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class _Convert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         return ctx.conjugate(grad, ctx.layout, ctx.axis), None, None, None, None, None
 
 
@@ -256,7 +256,7 @@ class _ConvertMany(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         return (None, None, None, *_all_reduce_together(grads, ctx.axis))
 
 
@@ -269,8 +269,8 @@ def _all_reduce_together(xs: tuple[Tensor | None, ...], axis: tuple[str, int, in
         if len(tensors) == 1:
             results[places[0]] = _all_reduce(tensors[0], (), axis)
             continue
-        flat = _on_rank(_concatenate, axis, *tensors)
-        for i, total in zip(places, _on_rank(_separate, axis, _all_reduce(flat, (), axis), *tensors)):
+        flat = on_rank(_concatenate, axis, *tensors)
+        for i, total in zip(places, on_rank(_separate, axis, _all_reduce(flat, (), axis), *tensors)):
             results[i] = total
     return results
 
@@ -283,7 +283,7 @@ def _separate(rank: int, flat: Tensor, *like: Tensor) -> tuple[Tensor, ...]:
     return tuple(piece.view(x.shape) for piece, x in zip(flat.split([x.numel() for x in like]), like))
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise NotImplementedError("meshpar: conversions between shardings have no second derivative (backward ran with create_graph=True).")
 
@@ -297,20 +297,20 @@ def _same(x: Tensor, layout: Any, axis: Any) -> Tensor:
 
 def _all_reduce(x: Tensor, layout: Any, axis: Any) -> Tensor:
     group, _, rank = axis
-    return _call(functional.all_reduce.default, _held_by_all(x, rank), "sum", group)
+    return call(functional.all_reduce.default, _held_by_all(x, rank), "sum", group)
 
 
 def _keep_on_first(x: Tensor, layout: Any, axis: Any) -> Tensor:
-    return _on_rank(lambda rank, x: x if rank == 0 else torch.zeros_like(x), axis, x)
+    return on_rank(lambda rank, x: x if rank == 0 else torch.zeros_like(x), axis, x)
 
 
 def _slice(x: Tensor, layout: Any, axis: Any) -> Tensor:
     """This rank's part, as a copy: a view would keep the whole tensor alive."""
-    return _on_rank(lambda rank, x: _take(x, layout, axis[1], rank).clone(memory_format=torch.contiguous_format), axis, x)
+    return on_rank(lambda rank, x: _take(x, layout, axis[1], rank).clone(memory_format=torch.contiguous_format), axis, x)
 
 
 def _zero_padded(x: Tensor, layout: Any, axis: Any) -> Tensor:
-    return _on_rank(lambda rank, x: _surround(x, layout, axis[1], rank), axis, x)
+    return on_rank(lambda rank, x: _surround(x, layout, axis[1], rank), axis, x)
 
 
 def _all_gather(x: Tensor, layout: Any, axis: Any) -> Tensor:
@@ -319,13 +319,13 @@ def _all_gather(x: Tensor, layout: Any, axis: Any) -> Tensor:
     if x.dtype in _CARRIERS:
         return _carried(_all_gather, x, layout, axis)
     if len(segments) == 1 and segments[0][0] % size == 0:
-        gathered = _call(functional.all_gather_into_tensor.default, _held_by_all(x, rank).contiguous(), size, group)
+        gathered = call(functional.all_gather_into_tensor.default, _held_by_all(x, rank).contiguous(), size, group)
         if dim == 0 and repeat == 1:
             return gathered
-        return _on_rank(lambda rank, y, x: _ranks_inside(y, x.shape, dim, repeat, size), axis, gathered, x)
-    flat = _on_rank(lambda rank, x: _padded(x.reshape(-1), max(_numels(x.shape, layout, size))), axis, x)
-    gathered = _call(functional.all_gather_into_tensor.default, flat, size, group)
-    return _on_rank(lambda rank, y, x: _join(_unpack(y, _local_shapes(x.shape, layout, size)), layout, size), axis, gathered, x)
+        return on_rank(lambda rank, y, x: _ranks_inside(y, x.shape, dim, repeat, size), axis, gathered, x)
+    flat = on_rank(lambda rank, x: _padded(x.reshape(-1), max(_numels(x.shape, layout, size))), axis, x)
+    gathered = call(functional.all_gather_into_tensor.default, flat, size, group)
+    return on_rank(lambda rank, y, x: _join(_unpack(y, _local_shapes(x.shape, layout, size)), layout, size), axis, gathered, x)
 
 
 def _reduce_scatter(x: Tensor, layout: Any, axis: Any) -> Tensor:
@@ -333,13 +333,13 @@ def _reduce_scatter(x: Tensor, layout: Any, axis: Any) -> Tensor:
     dim, repeat, segments = layout
     if len(segments) == 1 and segments[0][0] % size == 0:
         if dim == 0 and repeat == 1:
-            return _call(functional.reduce_scatter_tensor.default, _held_by_all(x, rank).contiguous(), "sum", size, group)
-        parts = _on_rank(lambda rank, x: _ranks_first(x, dim, repeat, size), axis, x)
-        mine = _call(functional.reduce_scatter_tensor.default, parts, "sum", size, group)
-        return _on_rank(lambda rank, y, x: y.view(_local_shape(x.shape, layout, size, rank)), axis, mine, x)
-    packed = _on_rank(lambda rank, x: _pack([_take(x, layout, size, r) for r in range(size)], max(_numels(x.shape, layout, size))), axis, x)
-    mine = _call(functional.reduce_scatter_tensor.default, packed, "sum", size, group)
-    return _on_rank(lambda rank, y, x: _unpadded(y, _local_shape(x.shape, layout, size, rank)), axis, mine, x)
+            return call(functional.reduce_scatter_tensor.default, _held_by_all(x, rank).contiguous(), "sum", size, group)
+        parts = on_rank(lambda rank, x: _ranks_first(x, dim, repeat, size), axis, x)
+        mine = call(functional.reduce_scatter_tensor.default, parts, "sum", size, group)
+        return on_rank(lambda rank, y, x: y.view(_local_shape(x.shape, layout, size, rank)), axis, mine, x)
+    packed = on_rank(lambda rank, x: _pack([_take(x, layout, size, r) for r in range(size)], max(_numels(x.shape, layout, size))), axis, x)
+    mine = call(functional.reduce_scatter_tensor.default, packed, "sum", size, group)
+    return on_rank(lambda rank, y, x: _unpadded(y, _local_shape(x.shape, layout, size, rank)), axis, mine, x)
 
 
 def _all_to_all(x: Tensor, layouts: Any, axis: Any) -> Tensor:
@@ -350,29 +350,29 @@ def _all_to_all(x: Tensor, layouts: Any, axis: Any) -> Tensor:
         return _cut_anew(x, here, there, axis)
     group, size, _ = axis
     if all(len(segments) == 1 and segments[0][0] % size == 0 for segments in (here[2], there[2])):
-        moved = _exchange(_on_rank(lambda rank, x: _ranks_first(x, there[0], there[1], size), axis, x), size, group)
-        return _on_rank(
+        moved = _exchange(on_rank(lambda rank, x: _ranks_first(x, there[0], there[1], size), axis, x), size, group)
+        return on_rank(
             lambda rank, y, x: _ranks_inside(y, _local_shape(x.shape, there, size, rank), here[0], here[1], size), axis, moved, x
         )
-    parts = _on_rank(
+    parts = on_rank(
         lambda rank, x: _pack([_take(x, there, size, r) for r in range(size)], _piece_numel(x.shape, here, there, size)), axis, x
     )
     moved = _exchange(parts, size, group)
-    return _on_rank(lambda rank, y, x: _join(_unpack(y, _pieces_for(x.shape, here, there, size, rank)), here, size), axis, moved, x)
+    return on_rank(lambda rank, y, x: _join(_unpack(y, _pieces_for(x.shape, here, there, size, rank)), here, size), axis, moved, x)
 
 
 def _cut_anew(x: Tensor, here: Any, there: Any, axis: Any) -> Tensor:
     """The exchange between two layouts of the same dim."""
     group, size, _ = axis
     moves = _moves(here[1], here[2], there[1], there[2], size)
-    moved = _exchange(_on_rank(lambda rank, x: _pack_moves(x, here[0], moves, rank), axis, x), size, group)
-    return _on_rank(lambda rank, y, x: _unpack_moves(y, x.shape, here[0], moves, rank), axis, moved, x)
+    moved = _exchange(on_rank(lambda rank, x: _pack_moves(x, here[0], moves, rank), axis, x), size, group)
+    return on_rank(lambda rank, y, x: _unpack_moves(y, x.shape, here[0], moves, rank), axis, moved, x)
 
 
 # ------------------------------------------------------------------------------------------------------- calls to torch, and ranks
 
 
-def _call(op: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+def call(op: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
     """Run a functional collective and wait for it, past the autograd layer that torch registers for it in Python."""
     if torch.compiler.is_compiling():
         return functional.wait_tensor.default(op(x, *args))
@@ -383,10 +383,10 @@ def _call(op: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
 def _exchange(parts: Tensor, size: int, group: str) -> Tensor:
     """Piece q of dim 0 (of `size` equal pieces) goes to rank q."""
     split = [parts.shape[0] // size] * size
-    return _call(functional.all_to_all_single.default, parts, split, split, group)
+    return call(functional.all_to_all_single.default, parts, split, split, group)
 
 
-def _on_rank(fn: Callable[..., Any], axis: tuple[str, int, int], *tensors: Tensor) -> Any:
+def on_rank(fn: Callable[..., Any], axis: tuple[str, int, int], *tensors: Tensor) -> Any:
     """`fn(rank on the axis, *tensors)`, here or for every simulated rank."""
     group, _, rank = axis
     if rank >= 0:
