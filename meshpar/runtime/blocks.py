@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.distributed.tensor import DTensor
 
-from meshpar._torch import dtensor_like, local_of
+from meshpar.runtime.local import LocalParameters, Store
 from meshpar.runtime.regions import Cut, Piece, cut
 
 Code = Callable[..., Any]
-Store = dict[str, torch.Tensor | None]
 
 
 def build(
@@ -101,7 +99,9 @@ class Tree(Block):
         made = cut(graph, *self._names, aliases=self._aliases, mutated=mutations, key=key)
         sharded = [path for path in made.inlined if _is_wrapped(_module_at(self, path))]
         if sharded:
-            raise ValueError(f"program {key!r} cannot run {sharded[0]} as a block ({made.inlined[sharded[0]]}), but it was sharded as one before.")
+            raise ValueError(
+                f"program {key!r} cannot run {sharded[0]} as a block ({made.inlined[sharded[0]]}), but it was sharded as one before."
+            )
         for path, piece in made.blocks.items():
             _module_at(self, path)._programs[key] = self._call(path, piece, constants or {})
         self._programs[key] = self._call("", made.root, constants or {}, mutations=mutations)
@@ -156,16 +156,15 @@ class Call:
         copied: frozenset[int],
         mutations: list[tuple[Store, str]],
     ) -> None:
-        self.code, self.parameters, self.buffers, self.constants = code, parameters, buffers, constants
+        self.code, self.parameters, self.buffers, self.constants = code, LocalParameters(parameters), buffers, constants
         self.copied, self.mutations = copied, mutations
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Run the code on the local tensors of this moment (FSDP2 swaps parameters between calls)."""
-        parameters = local_tensors([store[name] for store, name in self.parameters])  # type: ignore[misc]
         buffers = [store[name] for store, name in self.buffers]
         for i in self.copied:  # what autograd saves, or recompute reads, must not be the tensor that is overwritten below
             buffers[i] = buffers[i].clone()  # type: ignore[union-attr]
-        outputs = self.code(module, *parameters, *buffers, *self.constants, *args)
+        outputs = self.code(module, *self.parameters(), *buffers, *self.constants, *args)
         return self._write_back(outputs) if self.mutations else outputs
 
     def _write_back(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -195,46 +194,6 @@ def print_code(tree: Tree, key: str) -> str:
     parts = [f"# root\n{made.root.graph.python_code('self').src.strip()}"]
     parts += [f"# {', '.join(paths)}\n{source.strip()}" for source, paths in shared.items()]
     return "\n\n".join(parts) + "\n"
-
-
-# ---- from parameters to local tensors --------------------------------------------------------------------------------------------------
-
-
-def local_tensors(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The local tensors of parameters, differentiable: DTensors give their local part, others themselves.
-
-    One autograd node serves all of them. Measured per parameter and step on one thread (backward included): 47 us, of which 22 are those of a
-    plain parameter; `DTensor.to_local` takes 187 us, most of them for building the gradient through `from_local`.
-    """
-    local = list(parameters)
-    differentiable = []
-    enabled = torch.is_grad_enabled()
-    for i, parameter in enumerate(local):
-        if isinstance(parameter, DTensor):
-            if enabled and parameter.requires_grad:
-                differentiable.append(i)
-            else:
-                local[i] = local_of(parameter)
-    if differentiable:
-        for i, part in zip(differentiable, _ToLocal.apply(*[local[i] for i in differentiable]), strict=True):
-            local[i] = part
-    return local
-
-
-class _ToLocal(torch.autograd.Function):
-    """DTensors to their local tensors; gradients become DTensors with the layout of their parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, *parameters: DTensor) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.parameters = parameters
-        # a view, because autograd writes its metadata into the tensor object that is returned
-        return tuple([(part := local_of(p)).view_as(part) for p in parameters])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[DTensor | None, ...]:
-        # contiguous, because a fused optimizer walks parameter and gradient in the same order
-        return tuple([None if g is None else dtensor_like(g.contiguous(), p) for g, p in zip(grads, ctx.parameters, strict=True)])
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------------------------

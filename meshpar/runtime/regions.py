@@ -1,11 +1,11 @@
 """Cuts a lowered graph into one graph per block and a root graph that calls them: pure, graphs in, graphs out.
 
-    before                                      after
-    a = embedding(w, ids)                       root(w, v, ids):     a = embedding(w, ids)
-    b = linear(a, layers.0.w)     layers.0                           c = layers.0(key, a)
-    c = relu(b)                   layers.0                           d = layers.1(key, c)
-    d = relu(linear(c, ...))      layers.1                           return linear(d, v)
-    e = linear(d, v)                            block(weight, x0):   return relu(linear(x0, weight))
+before                                      after
+a = embedding(w, ids)                       root(w, v, ids):     a = embedding(w, ids)
+b = linear(a, layers.0.w)     layers.0                           c = layers.0(key, a)
+c = relu(b)                   layers.0                           d = layers.1(key, c)
+d = relu(linear(c, ...))      layers.1                           return linear(d, v)
+e = linear(d, v)                            block(weight, x0):   return relu(linear(x0, weight))
 """
 
 from __future__ import annotations
@@ -228,9 +228,7 @@ class _Cutter:
     def _root(self, order: Sequence[Unit], blocks: Mapping[str, Piece], outputs: Mapping[str, Sequence[fx.Node]]) -> Piece:
         passed = {a for piece in blocks.values() for a in piece.arguments}
         reads = [
-            n
-            for n in self.graph.nodes
-            if n.op == "get_attr" and (n in passed or any(self.owner.get(user) is None for user in n.users))
+            n for n in self.graph.nodes if n.op == "get_attr" and (n in passed or any(self.owner.get(user) is None for user in n.users))
         ]
         build = _Build()
         kinds = {n: _kind(str(n.target), self.parameters, self.buffers) for n in reads}
