@@ -3,6 +3,8 @@
 import torch
 import torch.distributed._functional_collectives  # torch 2.13; registers the functional collectives' shapes for fake and meta tensors
 from torch import _C
+from torch._ops import OpOverload  # torch 2.13; the type of an ATen operator in a graph, wait for a public name
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch 2.13; wait for a public way to make tensors without memory
 from torch.distributed._local_tensor import (  # torch 2.13; wait for a public simulation of ranks in one process
     LocalTensor,
     LocalTensorMode,
@@ -44,6 +46,7 @@ def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
 
 __all__ = [
     "FakeStore",
+    "FakeTensorMode",
     "LocalTensor",
     "LocalTensorMode",
     "StridedShard",
