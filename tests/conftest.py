@@ -1,0 +1,60 @@
+"""Fixtures every test may use: `gloo`, a pool of real ranks, and `simulated`, all ranks in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from tests.pool import Pool
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share few cores
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    with suppress(ValueError):  # pytest-timeout's, when it is installed
+        parser.addini("timeout", "seconds per test (needs pytest-timeout; the pool of ranks has its own limit)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def gloo() -> Iterator[Pool]:
+    """`gloo.run(fn, *args, world=2)` runs a module-level function on gloo ranks and returns their results."""
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def simulated() -> Callable[[int], Any]:
+    """`with simulated(4) as world:` runs all ranks in this process."""
+    from meshpar.simulate import simulate
+
+    return simulate
+
+
+@pytest.fixture(autouse=True)
+def clean_torch() -> Iterator[None]:
+    """The same random numbers in every test, and no process group left behind."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and "torch.distributed" in sys.modules and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
