@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from meshpar.capture import blame, experts, fake, grad, graph, regions, simplify, structure
+from meshpar._torch import FakeTensorMode
+from meshpar.capture import blame, check, experts, fake, grad, graph, regions, simplify, structure
 from meshpar.capture.captured import Captured, Slot
 from meshpar.errors import BatchError, CaptureError, ConfigError
 
@@ -56,8 +56,9 @@ def capture(
     regions.assign(built.graph)
     grad.propagate(built.graph, batch.requires_grad | {name: parameter.requires_grad for name, parameter in model.named_parameters()})
     simplify.simplify(built.graph)
+    check.refuse(built.graph)
+    check.number_seeds(built.graph)
     return _captured(model, built, batch, recorder.outcome)
-
 
 
 _PREFIX = "model."
@@ -83,9 +84,13 @@ class _Batch:
 def _usable(device: torch.device) -> torch.device:
     """The device, if this machine can run on it: a fake tensor on a missing accelerator would end the process inside autograd."""
     if device.type == "meta":
-        raise ConfigError("capture(device='meta') was asked for, but the graph needs the device the model will run on. Type device='cpu' or 'cuda'.")
+        raise ConfigError(
+            "capture(device='meta') was asked for, but the graph needs the device the model will run on. Type device='cpu' or 'cuda'."
+        )
     if device.type != "cpu" and not getattr(getattr(torch, device.type, None), "is_available", lambda: True)():
-        raise ConfigError(f"This machine has no usable {device.type!r} device. Capture on it with device='cpu': shapes and layouts are the same.")
+        raise ConfigError(
+            f"This machine has no usable {device.type!r} device. Capture on it with device='cpu': shapes and layouts are the same."
+        )
     return device
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from meshpar._torch import FakeTensorMode
 
 
 @contextmanager

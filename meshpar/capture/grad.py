@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from meshpar._torch import OpOverload
 from meshpar.capture.captured import Info
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
@@ -35,7 +36,7 @@ STOPS: frozenset[str] = frozenset(
 def inline(module: fx.GraphModule) -> None:
     """Inline the sub-graphs that export makes of `torch.no_grad()` sections; what enters such a section is detached.
 
-        y = no_grad_section(w, x)     ->     w_, x_ = detach(w), detach(x);  y = <the section on w_, x_>
+    y = no_grad_section(w, x)     ->     w_, x_ = detach(w), detach(x);  y = <the section on w_, x_>
     """
     for node in list(module.graph.nodes):
         if node.op == "call_function" and str(node.target) == _SET_GRAD:
@@ -116,7 +117,7 @@ def propagate(graph: fx.Graph, leaves: Mapping[str, bool]) -> None:
 
 
 def _stops(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in STOPS
+    return isinstance(node.target, OpOverload) and node.target._schema.name in STOPS
 
 
 def _needs(source: fx.Node, node: fx.Node) -> bool:

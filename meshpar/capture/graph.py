@@ -41,7 +41,9 @@ def build(program: ExportedProgram, renamed: Mapping[str, str], inputs: Sequence
         if node.op == "call_function":
             copies[node] = _call(graph, node, copies, prefix)
         elif node.op == "get_attr":
-            raise CaptureError(f"The forward runs a sub-graph ({node.target}) that cannot be made flat. Replace torch.cond or scan by torch.where.")
+            raise CaptureError(
+                f"The forward runs a sub-graph ({node.target}) that cannot be made flat. Replace torch.cond or scan by torch.where."
+            )
     values, mutations = _results(program, copies, renamed)
     graph.output(values)
     return Built(graph, dict(constants.values()), mutations)
@@ -104,7 +106,9 @@ def _info(value: Any) -> Info | None:
     return Info(tuple(int(n) for n in value.shape), value.dtype, False)
 
 
-def _results(program: ExportedProgram, copies: Mapping[fx.Node, fx.Node], renamed: Mapping[str, str]) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+def _results(
+    program: ExportedProgram, copies: Mapping[fx.Node, fx.Node], renamed: Mapping[str, str]
+) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """The values of the output node: what the forward returns, then the new values of the buffers it updates."""
     by_name = {node.name: copies[node] for node in copies}
     returned: list[fx.Node] = []

@@ -19,9 +19,9 @@ Cleanup = Callable[[fx.Node], fx.Node | None]
 def simplify(graph: fx.Graph) -> None:
     """Run every cleanup of the table over every node, in order; then drop what nobody uses.
 
-        view(clone(expand(x, s)), t)      ->   reshape(expand(x, s), t)
-        cat([empty, y]), add(y, 0)        ->   y
-        cross_entropy_loss(x, t)          ->   div(cross_entropy_loss(x, t, sum), sum(t != -100))
+    view(clone(expand(x, s)), t)      ->   reshape(expand(x, s), t)
+    cat([empty, y]), add(y, 0)        ->   y
+    cross_entropy_loss(x, t)          ->   div(cross_entropy_loss(x, t, sum), sum(t != -100))
     """
     drop_asserts(graph)
     for cleanup in CLEANUPS:
@@ -55,7 +55,11 @@ def skip_copies(node: fx.Node) -> fx.Node | None:
     if node.target is aten.detach.default:
         return None if _info(_operand(node)).requires_grad else _operand(node)
     if node.target is aten._to_copy.default:
-        same = _info(node).dtype == _info(_operand(node)).dtype and not node.kwargs.get("device") and _format(node) in (None, torch.preserve_format)
+        same = (
+            _info(node).dtype == _info(_operand(node)).dtype
+            and not node.kwargs.get("device")
+            and _format(node) in (None, torch.preserve_format)
+        )
         return _operand(node) if same else None
     return None
 
