@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..capture.captured import Info
 from .price import Price
@@ -62,12 +62,14 @@ def wire_bytes(kind: str, nbytes: int, size: int) -> float:
     return nbytes * {ALL_REDUCE: 2 * share, ALL_GATHER: share, REDUCE_SCATTER: share, ALL_TO_ALL: share / size}[kind]
 
 
-def cost(before: Type, after: Type, info: Info, size: int, price: Price) -> float:
-    """Seconds of a conversion, forward and backward."""
+def cost(before: Type, after: Type, info: Info, size: int, price: Price, *, parameter: bool = False) -> float:
+    """Seconds of a conversion, forward and backward. The gradients of a block's `parameter`s travel together, so that they share one latency."""
     found = conversion(before, after)
     if found is None:
         return 0.0
     kinds = [found.forward, found.backward if info.requires_grad else None]
     sent = [k for k in kinds if k is not None]
     touched = price.touch(info.nbytes / size) if after != Replicate() else 0.0
+    if parameter and kinds[0] is None:
+        price = replace(price, latency=price.latency / 100)
     return touched + sum(price.collective(wire_bytes(k, info.nbytes, size)) for k in sent)

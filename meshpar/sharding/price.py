@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,14 @@ class Price:
     link: float = 2.5e11
     latency: float = 1e-5
     launch: float = 2e-7
+
+    def at_scale(self, largest: float, full: float = 2.0**26) -> Price:
+        """Prices under which a small model is planned as a large one would be: the fixed costs shrink with its largest activation.
+
+        `largest`: bytes of the largest value; `full`: bytes from which on fixed costs count in full (64 MiB: 4 samples x 2048 x 4096 in bf16).
+        """
+        share = min(1.0, largest / full)
+        return replace(self, latency=self.latency * share, launch=self.launch * share)
 
     def collective(self, nbytes: float) -> float:
         """One collective that sends `nbytes` per device."""

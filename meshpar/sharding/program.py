@@ -16,7 +16,7 @@ from scipy.sparse import coo_matrix
 from ..capture.captured import Info
 from ..errors import PlanError
 from .choices import Choice
-from .conversions import cost
+from .conversions import ALL_GATHER, cost, wire_bytes
 from .price import Price
 from .types import Partial, Replicate, Type
 
@@ -56,6 +56,7 @@ def choose(problem: Problem, price: Price, *, time_limit: float = 20.0) -> tuple
 class _Model:
     def __init__(self, problem: Problem, price: Price) -> None:
         self.problem, self.price = problem, price
+        self.unit = unit_of(problem.steps, problem.size, price)
         self.costs: list[float] = []
         self.entries: list[tuple[int, int, float]] = []
         self.low: list[float] = []
@@ -63,7 +64,7 @@ class _Model:
         self.first: list[int] = []
         for step in problem.steps:
             self.first.append(len(self.costs))
-            self.costs.extend(o.cost + 1e-10 * k for k, o in enumerate(step.options))
+            self.costs.extend(o.cost / self.unit + 1e-6 * k for k, o in enumerate(step.options))
         self._pick_one()
         self._uses()
 
@@ -93,6 +94,7 @@ class _Model:
 
     def _source(self, source: tuple[int, int] | int, wanted: dict[Type, list[list[int]]]) -> None:
         made, info = self._made(source)
+        parameter = not isinstance(source, int) and not self.problem.steps[source[0]].operands
         for type_, users in wanted.items():
             terms = [(column, -1.0) for column in made.get(type_, [])]
             constant = 1.0 if type_ in made and not made[type_] else 0.0
@@ -100,7 +102,8 @@ class _Model:
                 if before == type_ or not possible(before, type_, info):
                     continue
                 convert = len(self.costs)
-                self.costs.append(cost(before, type_, info, self.problem.size, self.price) + 1e-9)
+                seconds = cost(before, type_, info, self.problem.size, self.price, parameter=parameter)
+                self.costs.append(seconds / self.unit + 1e-5)
                 if columns:
                     self._row([(convert, 1.0), *((c, -1.0) for c in columns)], -np.inf, 0.0)
                 terms.append((convert, -1.0))
@@ -125,19 +128,24 @@ class _Model:
         count = len(self.costs)
         rows, columns, values = zip(*self.entries, strict=True)
         matrix = coo_matrix((values, (rows, columns)), shape=(len(self.low), count)).tocsr()
-        scale = 1e6
         found = milp(
-            np.asarray(self.costs) * scale,
+            np.asarray(self.costs),
             integrality=np.ones(count),
             bounds=Bounds(0, 1),
             constraints=LinearConstraint(matrix, self.low, self.high),
-            options={"time_limit": time_limit, "mip_rel_gap": 1e-4},
+            options={"time_limit": time_limit, "mip_rel_gap": 1e-5},
         )
         if found.x is None:
             raise PlanError(f"no consistent typing of {len(self.problem.steps)} operators: {found.message}")
         return tuple(
             int(np.argmax(found.x[first : first + len(step.options)])) for first, step in zip(self.first, self.problem.steps, strict=True)
         )
+
+
+def unit_of(steps: Sequence[Step], size: int, price: Price) -> float:
+    """Seconds to gather the largest result of any operator: the unit in which a program counts, so that its numbers are near 1."""
+    largest = max((i.nbytes for s in steps if s.operands for i in s.outs if i is not None), default=0)
+    return price.collective(wire_bytes(ALL_GATHER, largest, size))
 
 
 def possible(before: Type, after: Type, info: Info) -> bool:

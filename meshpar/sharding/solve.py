@@ -20,6 +20,7 @@ from torch import fx
 from ..capture.captured import Info
 from ..plan import AxisPlan, NodePlan
 from .choices import Choice, at_rest, choices
+from .conversions import ALL_GATHER, wire_bytes
 from .factors import shard
 from .infer import Call, Inference, infer
 from .op import Value, info_of, operands, value_of
@@ -29,6 +30,11 @@ from .types import I, R, Shard, Type
 
 _MATRIX = {"linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "convolution", "conv1d", "conv2d", "conv3d", "meshpar.grouped_mm"}
 _MATRIX |= {"scaled_dot_product_attention"}
+
+_WHOLE = 300.0
+"""Leaving all matrices of a block whole costs as much as gathering its largest activation this many times."""
+_MATTERS = 0.01
+"""The share of its block's parameters from which on a matrix matters (a router does not)."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,6 @@ class Request:
     outputs: Sequence[Type | None] = ()
     """Types the outputs must have; None leaves it to the solver."""
     price: Price = Price()
-    data_parameters: Type = R
-    """How parameters enter on a data axis: R leaves their gradients pending for the runtime, I reduces them in the graph."""
 
 
 def solve(graph: fx.Graph, request: Request) -> AxisPlan:
@@ -65,7 +69,7 @@ class _Solver:
     def __init__(self, graph: fx.Graph, request: Request) -> None:
         self.graph, self.request = graph, request
         self.inference = infer(graph)
-        self.size, self.price = request.size, request.price
+        self.size, self.price = request.size, request.price.at_scale(_largest(graph))
         self.units = _units(graph, request.parameters)
         self.crossing = self._crossing()
         self.batch = self._batch_factors()
@@ -73,7 +77,6 @@ class _Solver:
         self.hidden = self._contracted_with_parameters()
         self.residual = self._residual_types()
         self.seeds = self._seeds()
-        self.total = sum(prod(n.meta["info"].shape) for n in graph.nodes if n.op == "get_attr" and n.target in request.parameters) or 1
         self.found: dict[str, NodePlan] = {}
         self.types: dict[Value, Type] = {}
         self.solved: dict[Problem, tuple[int, ...]] = {}
@@ -136,7 +139,7 @@ class _Solver:
                     cut = self._shard(d, one, factor)
                     if cut is not None:
                         return cut
-            return I if value[0] in self.depends or not info.requires_grad else at_rest(info, self.request.data_parameters)
+            return I if value[0] in self.depends or not info.requires_grad else at_rest(info, R)
         if not (self.request.sequence and info.requires_grad and users <= 3):
             return I
         return self._sequence_type(axes) or I
@@ -251,6 +254,7 @@ class _Solver:
         index = {n: i for i, n in enumerate(nodes)}
         given: dict[Value, int] = {}
         steps = []
+        whole = self._whole_prices(nodes)
         for node in nodes:
             places: list[tuple[int, int] | int] = []
             if node.op == "call_function":
@@ -258,7 +262,7 @@ class _Solver:
                     value = value_of(operand)
                     places.append((index[value[0]], value[1]) if value[0] in index else given.setdefault(value, len(given)))
             info = node.meta["info"]
-            steps.append(Step(self._options(node, unit), tuple(places), info if isinstance(info, tuple) else (info,)))
+            steps.append(Step(self._options(node, unit, whole), tuple(places), info if isinstance(info, tuple) else (info,)))
         wanted = []
         for node in nodes:
             for result in range(len(steps[index[node]].outs)):
@@ -286,9 +290,9 @@ class _Solver:
     def _early(self, value: Value) -> Type:
         raise AssertionError(f"{value[0]} is used before it is solved")
 
-    def _options(self, node: fx.Node, unit: str | None) -> tuple[Choice, ...]:
+    def _options(self, node: fx.Node, unit: str | None, whole: Mapping[fx.Node, float]) -> tuple[Choice, ...]:
         if node.op == "get_attr":
-            return self._placements(node)
+            return self._placements(node, whole[node])
         call = self.inference.calls[node]
         return choices(call, self.inference, self.seeds[unit], self.size, self.price, self._work(call))
 
@@ -300,15 +304,28 @@ class _Solver:
         flops = 2.0 * prod(call.signature.sizes.values()) if call.signature and call.op.name in _MATRIX else 0.0
         return grad * self.price.compute(flops, sum(i.nbytes for i in infos))
 
-    def _placements(self, node: fx.Node) -> tuple[Choice, ...]:
-        """Where a parameter may lie. Leaving a matrix whole is priced so that it only happens when nothing can be cut."""
+    def _whole_prices(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, float]:
+        """What leaving each parameter whole costs: its memory; and for a matrix that matters, so much that it only happens when nothing can be cut."""
+        mine = [n for n in nodes if n.op == "get_attr"]
+        total = sum(prod(n.meta["info"].shape) for n in mine)
+        largest = max((i.nbytes for n in nodes if n.op == "call_function" for i in _infos(n)), default=0)
+        unit = self.price.collective(wire_bytes(ALL_GATHER, largest, self.size))
+        found = {}
+        for node in mine:
+            info: Info = node.meta["info"]
+            share = prod(info.shape) / total
+            matters = len(info.shape) >= 2 and share >= _MATTERS
+            found[node] = self.price.touch(2.0 * info.nbytes) + (_WHOLE * share * unit if matters else 0.0)
+        return found
+
+    def _placements(self, node: fx.Node, whole: float) -> tuple[Choice, ...]:
+        """Where a parameter may lie."""
         info: Info = node.meta["info"]
         if node.target in self.request.pinned:
             return (Choice((), (self.request.pinned[str(node.target)],), 0.0, "rule"),)
         if not self.request.shard_parameters:
-            return (Choice((), (at_rest(info, self.request.data_parameters),), 0.0, "data"),)
-        share = prod(info.shape) / self.total
-        found = [Choice((), (I,), self._whole_price(info, share), "whole")]
+            return (Choice((), (at_rest(info, R),), 0.0, "data"),)
+        found = [Choice((), (I,), whole, "whole")]
         seen: set[Type] = set()
         seeds = dict.fromkeys(f for unit in sorted(self._units_using(node), key=str) for f in self.seeds[unit])
         for factor in seeds:
@@ -316,12 +333,18 @@ class _Solver:
                 cut = self._shard(d, one, factor)
                 if cut is not None and cut not in seen:
                     seen.add(cut)
-                    found.append(Choice((), (cut,), 0.0 if cut.is_contiguous else 1e-9, "matrix"))
+                    found.append(Choice((), (cut,), 0.0 if cut.is_contiguous else 1e-11, "matrix"))
         return tuple(found)
 
-    def _whole_price(self, info: Info, share: float) -> float:
-        held = self.price.touch(8.0 * info.nbytes)
-        return held if len(info.shape) < 2 else held + 10.0 * share
+
+def _infos(node: fx.Node) -> list[Info]:
+    info = node.meta["info"]
+    return [i for i in (info if isinstance(info, tuple) else (info,)) if i is not None]
+
+
+def _largest(graph: fx.Graph) -> int:
+    infos = (n.meta.get("info") for n in graph.nodes if n.op == "call_function")
+    return max((i.nbytes for i in infos if isinstance(i, Info)), default=0)
 
 
 _FREE = {"view", "reshape", "_unsafe_view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "t", "slice", "select", "split", "unbind", "detach"}
