@@ -1,5 +1,12 @@
 """The only file that imports private torch names: each with the release it was seen in and the public thing we wait for."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed._functional_collectives  # torch 2.13; registers the functional collectives' shapes for fake and meta tensors
 from torch import _C
@@ -15,8 +22,11 @@ from torch.distributed._local_tensor import (  # torch 2.13; wait for a public s
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName, ProcessGroup, _resolve_process_group
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard as StridedShard  # torch 2.13; wait for a public placement of equal stretches
+from torch.distributed.tensor.placement_types import (
+    _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
+)
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
+from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
 
 # torch 2.13; wait for functional collectives whose autograd registration costs nothing when it is not used
 below_autograd = _C._AutoDispatchBelowAutograd
@@ -34,6 +44,11 @@ def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
     return mesh._flatten(name)
 
 
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that `mesh` is a slice of, or itself (torch 2.13; wait for a public DeviceMesh.root)."""
+    return mesh._get_root_mesh()
+
+
 def local_of(tensor: DTensor) -> torch.Tensor:
     """The local tensor of a DTensor, outside autograd (torch 2.13; `DTensor.to_local` is 10 times slower)."""
     return tensor._local_tensor
@@ -44,11 +59,40 @@ def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     return DTensor.__new__(DTensor, local, like._spec, requires_grad=False)
 
 
+def written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors among its arguments that an operator writes to (torch 2.13; wait for public schemas)."""
+    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return []
+    given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    return [leaf for name in written for leaf in pytree.tree_leaves(given.get(name)) if isinstance(leaf, torch.Tensor)]
+
+
+def takes(func: OpOverload, name: str) -> bool:
+    """Whether an operator has an argument called `name` (torch 2.13; wait for public schemas)."""
+    return any(argument.name == name for argument in func._schema.arguments)
+
+
+@contextmanager
+def opaque_initialisers(record: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside, `torch.nn.init` calls `record(initialiser, tensor, ...)` for initialisers whose course depends on what they draw.
+
+    torch 2.13: `trunc_normal_` draws until all values lie inside, and does nothing on meta; wait for one that can be deferred.
+    """
+    original = torch.nn.init._no_grad_trunc_normal_
+    torch.nn.init._no_grad_trunc_normal_ = partial(record, original)
+    try:
+        yield
+    finally:
+        torch.nn.init._no_grad_trunc_normal_ = original
+
+
 __all__ = [
     "FakeStore",
     "FakeTensorMode",
     "LocalTensor",
     "LocalTensorMode",
+    "OpOverload",
     "StridedShard",
     "below_autograd",
     "dtensor_like",
@@ -58,5 +102,9 @@ __all__ = [
     "local_of",
     "local_tensor_mode",
     "maybe_disable_local_tensor_mode",
+    "opaque_initialisers",
     "resolve_process_group",
+    "root_mesh",
+    "takes",
+    "written_arguments",
 ]

@@ -1,0 +1,150 @@
+"""Models too big to build: parameters that are described first and computed, or read, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshpar.errors import MeshparError, raise_all
+from meshpar.runtime.record import mark_of, recording, ref_of
+from meshpar.runtime.tape import Ref, Replay, Tape
+from meshpar.runtime.weights import Lazy, Weights
+
+Place = Callable[[str, torch.Tensor | Lazy], None]
+
+
+@contextmanager
+def meta() -> Iterator[None]:
+    """Build a model without memory for its parameters: they are on `meta`, and remember how they are to be filled.
+
+    What the constructor does to parameters is recorded, and done later, tensor by tensor, with the very values that building the model
+    on the CPU would have given. Buffers and other tensors are computed at once. Build the whole model inside one block.
+
+    >>> torch.manual_seed(0)  # doctest: +SKIP
+    >>> with meta():
+    ...     model = nn.Linear(8, 4)
+    >>> model.weight.device
+    device(type='meta')
+    """
+    with recording():
+        yield
+
+
+def materialise(
+    model: nn.Module,
+    names: Sequence[str],
+    place: Place,
+    *,
+    seed: int | None = None,
+    weights: str | PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """Hand the value of every parameter in `names` to `place(name, value)`, one at a time and in any order; returns all buffers, by name.
+
+    `names`: canonical names, as in `model.named_parameters()`. `value` is a full tensor on the CPU or, with `weights`, a `Lazy` that reads
+    the parts it is asked for; `read(value, ranges)` treats both alike. The model is not changed.
+
+    With `weights` (a safetensors file, its index, or a directory that holds either) values come from there. Without, from the record of
+    `meta()`, or, for a model built under `torch.device("meta")`, from its own `reset_parameters` and `init_weights` or `_init_weights`.
+    Parameters that have memory are handed on as they are.
+
+    `seed`: as if `torch.manual_seed(seed)` had been called before the model was built; None: the state the generator then had.
+    `dtype`: what floating values are cast to; without it the dtypes in the file must be those of the model.
+
+    Raises `CheckpointError` for weights that do not fit the model, `MeshparError` for parameters or buffers that nothing initialises.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    found: dict[str, torch.Tensor] = {name: buffer for name, buffer in buffers.items() if not buffer.is_meta}
+    if weights is None:
+        wanted = {name: parameters[name] for name in names}
+    else:
+        source = Weights.open(weights)
+        found |= {name: source[name].read() for name in source.check(model, names, dtype=dtype)}
+        for name in names:
+            place(name, source.lazy(name, dtype))
+        wanted = {}
+    wanted |= {name: buffer for name, buffer in buffers.items() if name not in found}
+
+    def take(name: str, value: torch.Tensor) -> None:
+        if name in parameters:
+            place(name, value if dtype is None or not value.is_floating_point() else value.to(dtype))
+        else:
+            found[name] = value
+
+    _initialise(model, wanted, take, seed)
+    return {name: found[name] for name in buffers}
+
+
+def _initialise(model: nn.Module, wanted: Mapping[str, torch.Tensor], take: Callable[[str, torch.Tensor], None], seed: int | None) -> None:
+    """Compute the tensors `wanted`, by name."""
+    if any(tensor.is_meta and mark_of(tensor) is None for tensor in wanted.values()):
+        _record_own_initialisation(model)
+    targets: dict[int, tuple[Tape, dict[str, Ref]]] = {}
+    for name, tensor in wanted.items():
+        mark = mark_of(tensor)
+        if mark is None:
+            take(name, tensor.detach())
+        else:
+            targets.setdefault(id(mark.tape), (mark.tape, {}))[1][name] = ref_of(tensor)
+    _check_written(targets.values())
+    for tape, refs in targets.values():
+        for name, value in Replay(tape, seed).values(refs):
+            take(name, value)
+
+
+def _check_written(targets: Any) -> None:
+    empty = [name for tape, refs in targets for name, ref in refs.items() if not tape.is_written(ref)]
+    raise_all(
+        MeshparError,
+        "nothing gives these tensors a value: no reset_parameters of their module, and no init_weights or _init_weights of the model. "
+        "Build the model under mp.meta() instead of torch.device('meta'), so that its constructor is recorded, build it for real, or give "
+        "weights=PATH:",
+        empty,
+    )
+
+
+def _record_own_initialisation(model: nn.Module) -> None:
+    """Record what the model's own initialisation does to its parameters and buffers that are on `meta` and have no record."""
+    bare = [t for t in (*model.parameters(), *model.buffers()) if t.is_meta and mark_of(t) is None]
+    partly_real = any(not p.is_meta or mark_of(p) is not None for p in model.parameters())
+    with recording(adopt=bare), torch.no_grad():
+        for module in _children_first(model):
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            reset = next((r for name in ("reset_parameters", "_reset_parameters") if callable(r := getattr(module, name, None))), None)
+            if reset is not None and any(t is b for t in own for b in bare):
+                reset()
+        if not partly_real:  # what initialises the whole model would overwrite what is real
+            _run_model_hooks(model)
+
+
+def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules, each after its children, as constructors finish."""
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module) -> Iterator[nn.Module]:
+        if module not in seen:
+            seen.add(module)
+            for child in module.children():
+                yield from visit(child)
+            yield module
+
+    return visit(module)
+
+
+def _run_model_hooks(module: nn.Module) -> None:
+    """Run the outermost `init_weights()`, `initialize_weights()` or `_init_weights(module)` along every path down the model."""
+    for name in ("init_weights", "initialize_weights"):
+        if callable(hook := getattr(module, name, None)):
+            hook()
+            return
+    if callable(hook := getattr(module, "_init_weights", None)):
+        module.apply(hook)
+        return
+    for child in module.children():
+        _run_model_hooks(child)
