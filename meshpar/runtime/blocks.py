@@ -4,8 +4,9 @@
     tree.add_program("eval", other_graph)             # more programs over the same tensors
     loss, = tree.run("train", input_ids, labels)
 
-Why modules at all: FSDP2, recompute and the state dict find parameters by module. Why one function per block *structure* and not per block: the
-parameters are arguments of the function, so that all layers of a model share one code object, and `torch.compile` compiles it once.
+Why modules at all: FSDP2, recompute and the state dict find parameters by module. Why one function per block *structure* and not per
+block: the parameters are arguments of the function, so that all layers of a model share one code object, and `torch.compile` compiles it
+once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from meshpar.runtime.local import LocalParameters, Store
+from meshpar.runtime.recompute import Mode, wrap
 from meshpar.runtime.regions import Cut, Piece, cut
 
 Code = Callable[..., Any]
@@ -33,15 +35,17 @@ def build(
     aliases: Mapping[str, str] | None = None,
     non_persistent: Collection[str] = (),
     mutations: Sequence[str] = (),
+    recompute: Mode = "none",
     compile: Mapping[str, Any] | None = None,
 ) -> Tree:
     """The module tree that runs `graph`.
 
-    `parameters` and `buffers` hold every tensor of the model by name (canonical names and, if wanted, aliases); `aliases` maps each other name of
-    a tied tensor to its canonical one. `constants` are the graph's other `get_attr` targets. `mutations` names the buffers whose new values are
-    the last outputs of the graph. `compile` holds keyword arguments of `torch.compile`, applied to each block's code; None runs it as it is.
+    `parameters` and `buffers` hold every tensor of the model by its canonical name; `aliases` maps each other name of a tied tensor to it.
+    `constants` are the graph's other `get_attr` targets. `mutations` names the buffers whose new values are the last outputs of the graph.
+    `recompute` is what blocks compute again in backward. `compile` holds keyword arguments of `torch.compile`, applied to each block's
+    code; None runs it as it is.
     """
-    tree = Tree(parameters, buffers or {}, aliases=aliases, non_persistent=non_persistent, compile=compile)
+    tree = Tree(parameters, buffers or {}, aliases=aliases, non_persistent=non_persistent, recompute=recompute, compile=compile)
     tree.add_program(key, graph, constants=constants, mutations=mutations)
     return tree
 
@@ -68,11 +72,13 @@ class Tree(Block):
         *,
         aliases: Mapping[str, str] | None = None,
         non_persistent: Collection[str] = (),
+        recompute: Mode = "none",
         compile: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self._aliases = {k: v for k, v in (aliases or {}).items() if v in parameters or v in buffers}
-        self._compile = compile
+        self._compile, self._recompute = compile, recompute
+        self._dtype: torch.dtype | None = None
         self._codes: dict[str, tuple[dict[str, Any], Code]] = {}
         self._cuts: dict[str, Cut] = {}
         tied = {other: canonical for other, canonical in self._aliases.items()}
@@ -94,7 +100,7 @@ class Tree(Block):
     ) -> None:
         """Add a graph over the same tensors, to be run as `run(key, *inputs)`; inputs come in the order of its placeholders.
 
-        Raises ValueError when a tensor of the graph is unknown, or when data parallelism shards the tree by other blocks than the graph has.
+        Raises ValueError when a tensor of the graph is unknown, or when data parallelism shards by other blocks than the graph has.
         """
         made = cut(graph, *self._names, aliases=self._aliases, mutated=mutations, key=key)
         sharded = [path for path in made.inlined if _is_wrapped(_module_at(self, path))]
@@ -111,11 +117,18 @@ class Tree(Block):
         """Run program `key`: its outputs, without the new buffer values, which are written back."""
         return self(key, *inputs)  # type: ignore[no-any-return]
 
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Compute in `dtype` from parameters of another one: where no FSDP2 unit does so. Gradients have the dtype of the parameters."""
+        self._dtype = dtype
+        for module in self.modules():
+            for call in module._programs.values() if isinstance(module, Block) else ():
+                call.parameters.dtype = dtype
+
     def _call(self, path: str, piece: Piece, constants: Mapping[str, torch.Tensor], *, mutations: Sequence[str] = ()) -> Call:
         unknown = [name for name in piece.constants if name not in constants]
         if unknown:
             raise ValueError(f"the graph reads {', '.join(unknown)}, which is neither a parameter, a buffer nor a constant.")
-        return Call(
+        call = Call(
             self._code(piece.graph, path),
             [self._store(fqn, parameter=True) for fqn in piece.parameters],
             [self._store(fqn, parameter=False) for fqn in piece.buffers],
@@ -123,6 +136,8 @@ class Tree(Block):
             frozenset(i for i, fqn in enumerate(piece.buffers) if fqn in mutations),
             [self._store(fqn, parameter=False) for fqn in mutations],
         )
+        call.parameters.dtype = self._dtype
+        return call
 
     def _store(self, fqn: str, *, parameter: bool) -> tuple[Store, str]:
         path, name = _split(fqn)
@@ -136,8 +151,9 @@ class Tree(Block):
         if known is not None and known[0] == printed.globals:
             return known[1]
         code = _exec(printed.src, printed.globals, path or "root")
-        if self._compile is not None and path:
-            code = torch.compile(code, **self._compile)
+        if path:
+            code = wrap(code, self._recompute, graph)
+            code = code if self._compile is None else torch.compile(code, **self._compile)
         self._codes[printed.src] = (printed.globals, code)
         return code
 
@@ -178,6 +194,21 @@ class Call:
 def block_paths(tree: Tree) -> tuple[str, ...]:
     """The paths of all blocks of all programs, in the order they first run."""
     return tuple(dict.fromkeys(path for made in tree._cuts.values() for path in made.blocks))
+
+
+def shared_blocks(tree: Tree) -> tuple[tuple[str, ...], ...]:
+    """All blocks, those that share a parameter together: what must be gathered and reduced as one."""
+    groups: list[tuple[set[int], tuple[str, ...]]] = []
+    for path in block_paths(tree):
+        own = {id(p) for p in tree.get_submodule(path).parameters()}
+        linked = [g for g in groups if g[0] & own]
+        if not linked:
+            groups.append((own, (path,)))
+            continue
+        merged = (own.union(*(g[0] for g in linked)), (*(p for g in linked for p in g[1]), path))
+        groups[groups.index(linked[0])] = merged
+        groups = [g for g in groups if g not in linked[1:]]
+    return tuple(paths for _, paths in groups)
 
 
 def inlined(tree: Tree) -> dict[str, str]:

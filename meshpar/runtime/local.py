@@ -32,6 +32,8 @@ class LocalParameters:
     def __init__(self, places: Sequence[tuple[Store, str]]) -> None:
         self._places = tuple(places)
         self._leaves: list[_Leaf | None] = [None] * len(self._places)
+        self.dtype: torch.dtype | None = None
+        """The floating dtype to compute in, where FSDP2 does not see to it; None keeps that of the parameter."""
 
     def __call__(self) -> list[torch.Tensor]:
         """One tensor per parameter: differentiable where gradients are on and the parameter wants one."""
@@ -51,13 +53,17 @@ class LocalParameters:
                 if leaf is None or leaf.parameter is not parameter or leaf.base is not local_of(parameter):
                     leaf = self._leaves[i] = _Leaf(parameter)
                 local.append(leaf.tensor)
+        if self.dtype is not None:
+            return [part.to(self.dtype) if part.is_floating_point() else part for part in local]
         return local
 
     def __getstate__(self) -> Any:
-        return self._places  # a copy makes its own leaves: hooks are not copied
+        return self._places, self.dtype  # a copy makes its own leaves: hooks are not copied
 
     def __setstate__(self, state: Any) -> None:
-        self.__init__(state)  # type: ignore[misc]
+        places, dtype = state
+        self.__init__(places)  # type: ignore[misc]
+        self.dtype = dtype
 
 
 class _Leaf:

@@ -1,9 +1,10 @@
 """Parameters as they are laid out over the mesh: what a rank holds of each, its DTensor, and the way back to the original order.
 
-torch's placements express most layouts: `Shard` a contiguous one, `_StridedShard` equal stretches (gate | up, q | k | v of one size). Two they
-cannot: segments of several sizes (q | k | v with fewer key and value heads) and chunks that keep units whole where torch would cut them (3 heads
-over 2 ranks). Such a parameter is a DTensor of the right global shape and the right local tensor whose `Shard` placement does not tell the order
-of its elements: fine for optimizers and norms, wrong for `DTensor.full_tensor()`. So every parameter carries its `ParameterSpec`, and
+torch's placements express most layouts: `Shard` a contiguous one, `_StridedShard` equal stretches (gate | up, q | k | v of one size). Two
+they cannot: segments of several sizes (q | k | v with fewer key and value heads) and chunks that keep units whole where torch would cut them
+(3 heads over 2 ranks). Such a parameter is a DTensor of the right global shape and the right local tensor whose `Shard` placement does not
+tell the order of its elements: fine for optimizers and norms, wrong for `DTensor.full_tensor()`. So every parameter carries its
+`ParameterSpec`, and
 
     full_tensor(p), full_grad(p)        give the original order for every layout, also under FSDP2 (collective over the parameter's mesh)
     convert_state_dicts(module)         makes state_dict() give true DTensors instead, and load_state_dict() accept them
@@ -70,7 +71,7 @@ def local_part(full: torch.Tensor, spec: ParameterSpec, axes: Coordinates) -> to
 
 
 def to_dtensor(local: torch.Tensor, spec: ParameterSpec, mesh: DeviceMesh) -> DTensor:
-    """The DTensor of global shape `spec.shape` over `mesh` whose local tensor is `local` (not copied; one tensor per rank in simulation)."""
+    """The DTensor of global shape `spec.shape` over `mesh` whose local tensor is `local` (not copied; in simulation, of every rank)."""
     names = mesh.mesh_dim_names or ()
     placements = [placement(spec.placements.get(name), size) for name, size in zip(names, mesh.shape, strict=True)]
     tensor = DTensor.from_local(
@@ -148,7 +149,7 @@ def gathered(tensor: torch.Tensor, spec: ParameterSpec | None) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach().clone()
     if spec is None:
-        return tensor.detach().full_tensor()
+        return tensor.full_tensor()
     local, mesh = local_of(tensor), tensor.device_mesh
     if isinstance(local, LocalTensor):
         return _assemble(local._local_tensors, spec, mesh)
@@ -194,7 +195,7 @@ def from_true(value: torch.Tensor, spec: ParameterSpec, like: DTensor) -> DTenso
 
 
 def convert_state_dicts(module: nn.Module) -> None:
-    """Make `module.state_dict()` and `load_state_dict()` speak true DTensors; collective if a parameter has a layout torch cannot express."""
+    """Make `module.state_dict()` and `load_state_dict()` speak true DTensors; collective if torch cannot express some layout."""
 
     def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         for name, parameter in _inexact(module):

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from meshpar.runtime.recompute import is_random
+
 Unit = str | fx.Node
 """What the root runs as one step: a block (its path) or a single node."""
 
@@ -106,7 +108,7 @@ class _Cutter:
         """Nodes that depend on no parameter move into the one block that uses them, or else to the root."""
         varying: set[fx.Node] = set()
         for node in self.calls:
-            if _is_random(node) or any(i in varying or self._is_parameter(i) for i in node.all_input_nodes):
+            if is_random(node) or any(i in varying or self._is_parameter(i) for i in node.all_input_nodes):
                 varying.add(node)
         for node in reversed(self.calls):
             if node not in varying:
@@ -211,7 +213,8 @@ class _Cutter:
             build.copy(node)
         values = [build.made[n] for n in outputs]
         build.graph.output(values[0] if len(values) == 1 else tuple(values))
-        return Piece(build.graph, *map(tuple, tensors.values()), arguments)
+        parameters, buffers, constants = map(tuple, tensors.values())
+        return Piece(build.graph, parameters, buffers, constants, arguments)
 
     def _attribute(self, node: fx.Node, path: str) -> tuple[str, str] | None:
         """What a block reads by itself: kind and name. None for what the root passes to it."""
@@ -233,7 +236,7 @@ class _Cutter:
         build = _Build()
         kinds = {n: _kind(str(n.target), self.parameters, self.buffers) for n in reads}
         tensors = {kind: [n for n in reads if kinds[n] == kind] for kind in ("parameters", "buffers", "constants")}
-        for kind, nodes in tensors.items():
+        for nodes in tensors.values():
             for node in nodes:
                 build.placeholder(node, str(node.target))
         inputs = tuple(n for n in self.graph.nodes if n.op == "placeholder")
@@ -245,7 +248,8 @@ class _Cutter:
             elif unit in blocks:
                 build.call(unit, self.key, blocks[unit].arguments, outputs[unit])
         build.graph.output(fx.map_arg(self.output.args[0], build.made.__getitem__))
-        return Piece(build.graph, *(tuple(str(n.target) for n in nodes) for nodes in tensors.values()), inputs)
+        parameters, buffers, constants = (tuple(str(n.target) for n in nodes) for nodes in tensors.values())
+        return Piece(build.graph, parameters, buffers, constants, inputs)
 
 
 class _Build:
@@ -288,10 +292,6 @@ class _Item:
 
 def _kind(fqn: str, parameters: Collection[str], buffers: Collection[str]) -> str:
     return "parameters" if fqn in parameters else "buffers" if fqn in buffers else "constants"
-
-
-def _is_random(node: fx.Node) -> bool:
-    return "seed" in node.meta
 
 
 def _names(aliases: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -1,0 +1,185 @@
+"""Data parallelism over a tree of blocks: FSDP2, one unit per block, the root for the rest.
+
+    mode        what data ranks share out                 when gradients are summed
+    zero3       parameters, gradients, optimizer state    every microbatch; parameters are gathered in forward and again in backward
+    zero2       gradients, optimizer state                every microbatch; parameters are gathered once per step
+    zero1       optimizer state                           after the last microbatch; parameters are gathered once per step
+    replicate   nothing                                   after the last microbatch, one all-reduce per unit
+
+Gradients are summed, not averaged: the loss is already the mean over the global batch. With `dp_replicate` x `dp_shard` the sharing out
+is over `dp_shard`, and what is left is summed over `dp_replicate` after the last microbatch.
+
+On CPU (gloo) everything runs but nothing overlaps: FSDP2 waits for each collective there. Reductions are plain sums (`PREMUL_SUM`, FSDP2's
+own way to divide, does not exist on gloo).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import DataParallelMeshDims, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Placement
+
+from meshpar._torch import local_of
+from meshpar.config import DataParallel as Mode
+from meshpar.config import ParallelConfig
+from meshpar.errors import ConfigError
+from meshpar.mesh import DATA_AXES
+from meshpar.runtime.blocks import Tree, shared_blocks
+from meshpar.runtime.parameters import mark, spec_of
+
+_REPLICATED_AXES = ("dp_replicate",)
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """Data parallelism as it was applied: call `microbatch` before each microbatch's forward."""
+
+    root: nn.Module
+    mode: Mode
+    units: tuple[tuple[str, ...], ...]
+    """The blocks of each unit; the root is one more."""
+
+    def microbatch(self, index: int, count: int) -> None:
+        """Say which microbatch of the step comes next: gradients are summed, and parameters let go, when the mode says so."""
+        if not isinstance(self.root, FSDPModule):
+            return
+        last = index == count - 1
+        self.root.set_is_last_backward(last)
+        self.root.set_requires_gradient_sync(last or self.mode in ("zero2", "zero3"))
+        self.root.set_requires_all_reduce(last)
+        self.root.set_reshard_after_backward(last or self.mode == "zero3")
+
+    def reset(self) -> None:
+        """Recover after an exception in forward or backward: the step's gradients are dropped."""
+        if isinstance(self.root, FSDPModule):
+            self.root.reset_iter_state()
+            self.microbatch(0, 1)
+
+
+def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig) -> DataParallel:
+    """Apply data parallelism over the data axes of `mesh` to all blocks of `tree`, then to the rest.
+
+    Every parameter becomes a DTensor over all axes of `mesh` but `pp`, under its own name; layouts attached to parameters stay attached.
+    Blocks that share a parameter are one unit. Without a data axis only the precision is set. Call it after the first `add_program`
+    and before any optimizer is made.
+
+    Raises ConfigError for a scalar parameter, which FSDP2 cannot share out.
+    """
+    precision = config.precision
+    names = tuple(n for n in mesh.mesh_dim_names or () if n != "pp")
+    data = tuple(n for n in names if n in DATA_AXES)
+    if not data:
+        tree.set_compute_dtype(precision.compute_dtype)
+        return DataParallel(tree, config.data_parallel, ())
+    spmd = mesh if names == mesh.mesh_dim_names else mesh[names]
+    _check(tree)
+    _spread(tree, spmd)
+    options: dict[str, Any] = {
+        "mesh": spmd,
+        "dp_mesh_dims": _dims(data, config.data_parallel),
+        "reshard_after_forward": config.data_parallel == "zero3",
+        "mp_policy": MixedPrecisionPolicy(precision.compute_dtype, precision.reduce_dtype, cast_forward_inputs=False),
+    }
+    specs = {name: spec_of(p) for name, p in tree.named_parameters(remove_duplicate=False)}
+    units = _units(tree, config)
+    for unit in units:
+        fully_shard([tree.get_submodule(path) for path in unit], **options)
+    fully_shard(tree, **options)
+    for name, parameter in tree.named_parameters(remove_duplicate=False):
+        if (spec := specs[name]) is not None:
+            mark(parameter, spec)
+    for module in _fsdp_modules(tree):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    _prefetch(tree, units, config)
+    tree.register_forward_hook(_reshard_without_gradients)
+    return DataParallel(tree, config.data_parallel, units)
+
+
+def _dims(data: Sequence[str], mode: Mode) -> DataParallelMeshDims:
+    replicated = tuple(n for n in data if mode == "replicate" or n in _REPLICATED_AXES)
+    shared = tuple(n for n in data if n not in replicated)
+    return DataParallelMeshDims(shard=shared or None, replicate=replicated or None)
+
+
+def _check(tree: Tree) -> None:
+    scalars = [name for name, parameter in tree.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise ConfigError(
+            f"data parallelism cannot share out parameters without dims: {', '.join(scalars)}. "
+            f"Give them one dim (torch.zeros(1) instead of torch.tensor(0.)), or train without a data axis."
+        )
+
+
+def _spread(tree: Tree, mesh: DeviceMesh) -> None:
+    """Make every parameter a DTensor over the whole of `mesh`, of the same memory: FSDP2 finds its data axes by name there."""
+    done: dict[int, nn.Parameter] = {}
+    for module in tree.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in done:
+                done[id(parameter)] = _over(parameter, mesh)
+            setattr(module, name, done[id(parameter)])
+
+
+def _over(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    if isinstance(parameter, DTensor) and parameter.device_mesh is mesh:
+        return parameter
+    own: dict[str, Placement] = {}
+    local: torch.Tensor = parameter.detach()
+    if isinstance(parameter, DTensor):
+        own = dict(zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True))
+        local = local_of(parameter)
+    placements = [own.get(name, Replicate()) for name in mesh.mesh_dim_names or ()]
+    spread = DTensor.from_local(local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+    made = nn.Parameter(spread, requires_grad=parameter.requires_grad)
+    if (spec := spec_of(parameter)) is not None:
+        mark(made, spec)
+    return made
+
+
+def _units(tree: Tree, config: ParallelConfig) -> tuple[tuple[str, ...], ...]:
+    """Which blocks are gathered and summed together: those that share a parameter, and small ones up to a bucket where nothing is gathered."""
+    units = shared_blocks(tree)
+    if config.data_parallel not in ("replicate", "zero1"):
+        return units
+    buckets: list[tuple[str, ...]] = []
+    size = 0
+    for unit in units:
+        parameters = [p for path in unit for p in tree.get_submodule(path).parameters()]
+        bytes_ = sum(local_of(p).nbytes if isinstance(p, DTensor) else p.nbytes for p in parameters)
+        if buckets and size + bytes_ <= config.bucket_bytes:
+            buckets[-1] += unit
+            size += bytes_
+        else:
+            buckets.append(unit)
+            size = bytes_
+    return tuple(buckets)
+
+
+def _prefetch(tree: Tree, units: Sequence[Sequence[str]], config: ParallelConfig) -> None:
+    """Gather the next unit's parameters while this one computes. In forward FSDP2 does so only when told which is next."""
+    if not config.overlap_param_gather or config.data_parallel == "replicate":
+        return
+    firsts = [tree.get_submodule(unit[0]) for unit in units]
+    for module, following in pairwise(firsts):
+        assert isinstance(module, FSDPModule) and isinstance(following, FSDPModule)
+        module.set_modules_to_forward_prefetch([following])
+
+
+def _fsdp_modules(tree: nn.Module) -> list[FSDPModule]:
+    return [module for module in tree.modules() if isinstance(module, FSDPModule)]
+
+
+def _reshard_without_gradients(tree: nn.Module, args: object, outputs: object) -> None:
+    """After an evaluation no backward lets the gathered parameters go; what is registered must be the shared-out ones again."""
+    if not torch.is_grad_enabled():
+        for module in _fsdp_modules(tree):
+            module.reshard()

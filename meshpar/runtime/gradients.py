@@ -1,0 +1,178 @@
+"""The norm of all gradients over every mesh axis, and clipping by it: exact for parameters on different meshes, in one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import inf
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from meshpar._torch import LocalTensor, flatten_mesh, local_of, local_tensor_mode, maybe_disable_local_tensor_mode, root_mesh
+from meshpar.errors import ConfigError
+
+STAGES = "pp"
+"""The axis whose ranks hold different parameters, not copies."""
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+) -> torch.Tensor:
+    """Scale all gradients so that their norm, taken over all of them as one vector, is at most `max_norm`; returns the norm before.
+
+    Like `torch.nn.utils.clip_grad_norm_`, for DTensors and plain tensors in any mixture: every element counts once, however many ranks hold
+    it. The result is a plain scalar, the same on every rank. Collective over `mesh`, by default the whole mesh the parameters' meshes are
+    part of: all its ranks call it, also one without parameters (then it must pass `mesh`).
+
+    Raises RuntimeError with `error_if_nonfinite` when the norm is infinite or not a number.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grad_norm_([weight], max_norm=1.0)
+    tensor(5.)
+    """
+    found = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    total = grad_norm(found, norm_type, foreach=foreach, mesh=mesh)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients is {total.item()}, so it cannot be clipped to {max_norm}. "
+            f"Look for the first parameter whose mp.full_grad is not finite, or pass error_if_nonfinite=False."
+        )
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for grads in _by_kind([local for local, _ in _local_grads(found)]):
+        factor = scale.to(grads[0].device, grads[0].dtype)
+        if foreach is False or isinstance(grads[0], LocalTensor):
+            for grad in grads:
+                grad.mul_(factor)
+        else:
+            torch._foreach_mul_(grads, factor)
+    return total
+
+
+@torch.no_grad()
+def grad_norm(
+    parameters: Sequence[torch.Tensor], norm_type: float = 2.0, *, foreach: bool | None = None, mesh: DeviceMesh | None = None
+) -> torch.Tensor:
+    """The norm of all gradients as one vector: a plain scalar, the same on every rank. Collective like `clip_grad_norm_`."""
+    if not norm_type > 0:
+        raise ConfigError(f"norm_type={norm_type}: the order of a norm is a positive number or inf.")
+    grads = _local_grads(parameters)
+    mesh = mesh or _common_mesh([p.device_mesh for p in parameters if isinstance(p, DTensor)])
+    dtype = _result_dtype([local for local, _ in grads])
+    if mesh is None:
+        return _power([local for local, _ in grads], norm_type, foreach).pow(_root(norm_type)).to(dtype)
+    if local_tensor_mode() is not None:
+        return _simulated(grads, norm_type, mesh, dtype)
+    counted = [local for local, layout in grads if _counts_here(layout, mesh, _place(mesh, dist.get_rank()))]
+    device = next((local.device for local, _ in grads), torch.device(mesh.device_type))
+    power = _power(counted, norm_type, foreach).to(device)
+    if mesh.size() > 1:
+        dist.all_reduce(power, dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM, group=_group(mesh))
+    return power.pow(_root(norm_type)).to(dtype)
+
+
+Layout = tuple[DeviceMesh, tuple[bool, ...]] | None
+"""Where a gradient lies: its mesh and, per mesh dim, whether the dim cuts it. None for a plain tensor, which every rank holds."""
+
+
+def _local_grads(parameters: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, Layout]]:
+    grads: list[tuple[torch.Tensor, Layout]] = []
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if not isinstance(grad, DTensor):
+            grads.append((grad, None))
+            continue
+        if any(p.is_partial() for p in grad.placements):
+            raise ConfigError(
+                f"a gradient of shape {tuple(grad.shape)} is a pending sum ({grad.placements}): reduce it before taking its norm."
+            )
+        grads.append((local_of(grad), (grad.device_mesh, tuple(not p.is_replicate() for p in grad.placements))))
+    return grads
+
+
+def _common_mesh(meshes: Sequence[DeviceMesh]) -> DeviceMesh | None:
+    """The mesh that all these are part of."""
+    with maybe_disable_local_tensor_mode():
+        return max((root_mesh(mesh) for mesh in meshes), key=lambda mesh: mesh.size(), default=None)
+
+
+def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    if mesh.size() == dist.get_world_size():
+        return None  # the default group: all ranks
+    return mesh.get_group() if mesh.ndim == 1 else flatten_mesh(mesh, "_".join(mesh.mesh_dim_names or ())).get_group()
+
+
+def _counts_here(layout: Layout, mesh: DeviceMesh, place: Sequence[int]) -> bool:
+    """Whether the rank at `place` of `mesh` is the one that counts a gradient: the first of those that hold the same part.
+
+    Axes that cut the gradient hold different parts; of the others, except pipeline stages, only coordinate 0 counts.
+    """
+    names = mesh.mesh_dim_names or ()
+    if layout is None:
+        return all(place[d] == 0 for d in range(mesh.ndim) if not names or names[d] != STAGES)
+    own, cuts = layout
+    rank = int(mesh.mesh[tuple(place)])
+    if any(c != 0 for c, cut in zip(_place(own, rank), cuts, strict=True) if not cut):
+        return False
+    mine = own.mesh.flatten()
+    for d in range(mesh.ndim):
+        line: list[int | slice] = [*place[:d], slice(None), *place[d + 1 :]]
+        outside = not bool(torch.isin(mesh.mesh[tuple(line)], mine).all())
+        if outside and place[d] != 0 and (not names or names[d] != STAGES):
+            return False
+    return True
+
+
+def _place(mesh: DeviceMesh, rank: int) -> tuple[int, ...]:
+    return tuple(int(i) for i in (mesh.mesh == rank).nonzero()[0].tolist())
+
+
+def _power(grads: Sequence[torch.Tensor], norm_type: float, foreach: bool | None) -> torch.Tensor:
+    """The sum of |g|^p over all elements, or the largest |g|, in float64: what may be added up (compared) between ranks."""
+    filled = [grad.to(torch.float32) if grad.dtype.itemsize < 4 else grad for grad in grads if grad.numel()]
+    if not filled:
+        return torch.zeros((), dtype=torch.float64)
+    norm = torch.nn.utils.get_total_norm(filled, norm_type, foreach=foreach)
+    return norm.to(torch.float64) if norm_type == inf else norm.to(torch.float64).pow(norm_type)
+
+
+def _root(norm_type: float) -> float:
+    return 1.0 if norm_type == inf else 1.0 / norm_type
+
+
+def _simulated(grads: Sequence[tuple[torch.Tensor, Layout]], norm_type: float, mesh: DeviceMesh, dtype: torch.dtype) -> torch.Tensor:
+    """The same for gradients that hold all ranks' parts."""
+    with maybe_disable_local_tensor_mode():
+        powers = []
+        for rank in mesh.mesh.flatten().tolist():
+            place = _place(mesh, rank)
+            counted = [local for local, layout in grads if _counts_here(layout, mesh, place)]
+            parts = [local._local_tensors[rank] if isinstance(local, LocalTensor) else local for local in counted]
+            powers.append(_power(parts, norm_type, None))
+        total = torch.stack(powers)
+        return (total.max() if norm_type == inf else total.sum()).pow(_root(norm_type)).to(dtype)
+
+
+def _result_dtype(grads: Sequence[torch.Tensor]) -> torch.dtype:
+    dtype = torch.float32
+    for grad in grads:
+        dtype = torch.promote_types(dtype, grad.dtype)
+    return dtype
+
+
+def _by_kind(grads: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for grad in grads:
+        kinds.setdefault((grad.device, grad.dtype), []).append(grad)
+    return list(kinds.values())

@@ -1,0 +1,69 @@
+"""Recompute: what a block saves for backward and what it computes again, as a wrapper around its code.
+
+none        save everything autograd asks for
+selective   save the results of matrix products, attention and collectives; compute the cheap rest again
+full        save the inputs of the block only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Mode = Literal["none", "selective", "full"]
+Code = Callable[..., Any]
+
+_EXPENSIVE = frozenset(
+    """
+    aten::mm aten::addmm aten::bmm aten::baddbmm aten::_scaled_mm aten::_grouped_mm aten::_int_mm aten::convolution aten::mv aten::dot
+    aten::_scaled_dot_product_flash_attention aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_cudnn_attention
+    aten::_scaled_dot_product_efficient_attention aten::_scaled_dot_product_fused_attention_overrideable aten::_flash_attention_forward
+    aten::_efficient_attention_forward aten::_scaled_dot_product_attention_math_for_mps
+    """.split()
+)
+"""Operators whose result is saved, by the name autograd's backend sees."""
+_COLLECTIVES = ("_c10d_functional::", "c10d_functional::", "_dtensor::")
+
+
+def wrap(code: Code, mode: Mode, graph: fx.Graph) -> Code:
+    """`code` with recompute: the same results and gradients, less memory between forward and backward. `graph` is what it runs.
+
+    Without gradients it is called as it is. Random numbers are drawn again from the state they were first drawn from.
+
+    Raises ValueError for an unknown mode.
+    """
+    if mode not in _MODES:
+        raise ValueError(f"recompute is one of {', '.join(_MODES)}, not {mode!r}.")
+    if mode == "none":
+        return code
+    options: dict[str, Any] = {**_MODES[mode], "preserve_rng_state": any(is_random(node) for node in graph.nodes)}
+
+    def recomputed(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return code(*args)
+        return checkpoint(code, *args, use_reentrant=False, **options)
+
+    return recomputed
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    return "seed" in node.meta or (isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = op.name().split(".")[0]
+    keep = name in _EXPENSIVE or name.startswith(_COLLECTIVES)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_MODES: Mapping[str, Mapping[str, Any]] = {
+    "none": {},
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, _policy)},
+    "full": {},
+}
