@@ -1,0 +1,125 @@
+"""Hugging Face folders in and out. Configuration and tokenizer files travel along; names follow a key map that is proved invertible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from meshpar.checkpoint import keymap as keymaps
+from meshpar.checkpoint.division import Division, Grid, Layout
+from meshpar.checkpoint.faults import CorruptError, ImpossibleError
+from meshpar.checkpoint.files import Disk
+from meshpar.checkpoint.inspection import first_difference
+from meshpar.checkpoint.keymap import Mapped
+from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
+from meshpar.checkpoint.reshard import Progress, Report, Work, build, divide, execute, new_target, single_targets, with_dtype
+from meshpar.checkpoint.sink import folder_sink, rank_sink
+from meshpar.checkpoint.transfer import Options
+from meshpar.errors import ConfigError
+
+SHARD_BYTES = 5 * 10**9
+
+
+def from_hf(
+    source: Path | str,
+    target: Path | str,
+    mesh: str | Grid | None = None,
+    *,
+    rules: Iterable[str] | None = None,
+    plan: Path | str | None = None,
+    dtype: str | None = None,
+    options: Options | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    disk: Disk | None = None,
+) -> Report:
+    """Read a Hugging Face folder (or one safetensors file) into a checkpoint over a mesh.
+
+    `rules` is a key map; None stacks experts named one by one into `[E, ...]` and changes nothing else; an empty one changes nothing.
+    The map is recorded, so that `to_hf` leads back to the same names.
+
+    >>> from_hf("llama", "llama-tp2", "tp=2,dp=2")                                                 # doctest: +SKIP
+    """
+    options, disk = options or Options(), disk or Disk()
+    opened = open_checkpoint(Path(source), disk)
+    if opened.form != "hf":
+        raise ConfigError(f"{source} is a meshpar checkpoint already; use `meshpar checkpoint reshard`.")
+    path = new_target(target, resume)
+    tensors = {name: (t.dtype, t.shape) for name, t in opened.manifest.tensors.items()}
+    mapped, notes = _map_in(tensors, rules)
+    _check_ties(opened, mapped, disk)
+    mapped = with_dtype(mapped, {}, dtype)
+    grid = Grid.parse(mesh) if isinstance(mesh, str) else mesh
+    division = divide(mapped.tensors, {}, grid, plan, {})
+    sink = rank_sink(mapped.tensors, division)
+    work = build(opened, path, "meshpar", mapped, sink, division, {}, aliases=mapped.aliases, keymap=mapped.rules, notes=notes)
+    return execute(work, options, resume=resume, dry_run=dry_run, progress=progress, disk=disk)
+
+
+def to_hf(
+    source: Path | str,
+    target: Path | str,
+    *,
+    rules: Iterable[str] | None = None,
+    unstack: bool = False,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    options: Options | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    disk: Disk | None = None,
+) -> Report:
+    """Write the model's tensors as a Hugging Face folder: `model.safetensors`, or an index and files of at most `shard_bytes`.
+
+    `rules` is a key map from our names to theirs; None undoes the one recorded by `from_hf`. `unstack` splits `...experts.x` of `[E, ...]` into
+    `...experts.0.x`, ... where nothing was recorded.
+    """
+    options, disk = options or Options(), disk or Disk()
+    opened = open_checkpoint(Path(source), disk)
+    path = new_target(target, resume)
+    m = opened.manifest
+    kinds = {name: t.kind for name, t in m.tensors.items()}
+    tensors = single_targets({name: (t.dtype, t.shape) for name, t in m.tensors.items()}, kinds)
+    mapped = with_dtype(_map_out(tensors, rules, m.keymap, unstack), {}, dtype)
+    sink = folder_sink(mapped.tensors, shard_bytes)
+    division = Division(Grid(), {name: Layout() for name in mapped.tensors})
+    left_out = len(m.tensors) - len(tensors)
+    notes = [f"{left_out} tensors of the optimizer and other state are not part of a Hugging Face folder"] if left_out else []
+    work = build(opened, path, "hf", mapped, sink, division, {}, notes=notes)
+    return execute(work, options, resume=resume, dry_run=dry_run, progress=progress, disk=disk)
+
+
+def _map_in(tensors: keymaps.Tensors, rules: Iterable[str] | None) -> tuple[Mapped, list[str]]:
+    if rules is not None:
+        parsed = keymaps.parse(rules)
+        return (keymaps.apply(parsed, tensors) if parsed else keymaps.identity(tensors)), []
+    stack = keymaps.parse([keymaps.STACK_EXPERTS])
+    if not any(keymaps.matches(stack[0], name) for name in tensors):
+        return keymaps.identity(tensors), []
+    try:
+        return keymaps.apply(stack, tensors), ["experts were stacked; to-hf undoes it"]
+    except ImpossibleError as error:
+        return keymaps.identity(tensors), [f"experts were not stacked: {error}"]
+
+
+def _map_out(tensors: keymaps.Tensors, rules: Iterable[str] | None, recorded: tuple[str, ...], unstack: bool) -> Mapped:
+    if rules is not None:
+        parsed = keymaps.parse(rules)
+    elif recorded:
+        parsed = keymaps.inverted(keymaps.parse(recorded))
+    elif unstack:
+        parsed = keymaps.inverted(keymaps.parse([keymaps.STACK_EXPERTS]))
+    else:
+        parsed = ()
+    return keymaps.apply(parsed, tensors) if parsed else keymaps.identity(tensors)
+
+
+def _check_ties(opened: Checkpoint, mapped: Mapped, disk: Disk) -> None:
+    """Tensors declared tied must hold the same bytes; otherwise one of them would be lost."""
+    sources: Mapping[str, str] = {link.targets[0].tensor: link.sources[0].tensor for link in mapped.links if len(link.sources) == 1}
+    for alias, name in mapped.aliases.items():
+        where = first_difference(opened, alias, opened, sources[name], disk)
+        if where is not None:
+            raise CorruptError(f"{alias} is declared tied to {sources[name]}, but they differ {where}.")

@@ -1,0 +1,210 @@
+"""The manifest: one JSON file, written last, that says what a checkpoint holds and where every byte of it lies.
+
+    {"crc32": "1c291ca3", "format": "meshpar.checkpoint", "version": 1, "mesh": "pp=2,tp=2", "block": 8388608,
+     "files":   [["rank-00000.safetensors", size, header bytes, header crc32], ...],
+     "assets":  [["config.json", size, [crc32, ...]], ...],
+     "tensors": {"layers.0.weight": {"dtype": "BF16", "shape": [64, 32], "kind": "model", "cuts": [["tp", 0, 1, [[64, 1]]]], "stage": 0,
+                 "chunks": [[offset, size, file, first byte, [crc32 of every block]], ...]}},
+     "aliases": {"lm_head.weight": "embed.weight"}, "values": {...}, "keymap": [...], "origin": "fingerprint of what it was made from"}
+
+The first crc32 covers the rest of the manifest. Reading checks everything that can be checked without reading tensors: types, names, byte ranges
+against file sizes, and that the chunks tile each tensor exactly. Only files named here are ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from meshpar.checkpoint.boxes import Box, find_flaw, volume
+from meshpar.checkpoint.division import Grid, Layout, layout_from_json, layout_to_json
+from meshpar.checkpoint.faults import CorruptError
+from meshpar.checkpoint.files import BLOCK, ITEMSIZE, Disk, check_dtype, check_name, check_shape, check_tensor_name, parse_json
+from meshpar.errors import ConfigError
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "meshpar.checkpoint", 1
+KINDS = ("model", "optimizer", "extra", "rank")
+MAX_MANIFEST = 1 << 30
+_BLANK = b'{"crc32":"00000000"'
+
+
+class FileRecord(NamedTuple):
+    """A data file: its name and size, and the size and crc32 of its header (0 and None where not recorded)."""
+
+    name: str
+    size: int
+    header: int = 0
+    header_crc: int | None = None
+
+
+class Asset(NamedTuple):
+    """A file that is carried along unread, such as a configuration or a tokenizer."""
+
+    name: str
+    size: int
+    crcs: tuple[int, ...] = ()
+
+
+class Chunk(NamedTuple):
+    """One box of a tensor: the file (an index), its first byte there, and the crc32 of every block of its bytes."""
+
+    box: Box
+    file: int
+    begin: int
+    crcs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor as it lies on disk. `kind` says what it is: model, optimizer, extra, or rank (one row per rank, never resharded)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    kind: str = "model"
+    layout: Layout = Layout()
+
+    @property
+    def nbytes(self) -> int:
+        return volume(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole checkpoint, without its bytes."""
+
+    tensors: Mapping[str, Stored]
+    files: tuple[FileRecord, ...] = ()
+    grid: Grid = Grid()
+    assets: tuple[Asset, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    keymap: tuple[str, ...] = ()
+    origin: str = ""
+    block: int = BLOCK
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def dump(manifest: Manifest) -> bytes:
+    """The bytes of the manifest file."""
+    body = {
+        "crc32": "00000000",
+        "format": FORMAT,
+        "version": VERSION,
+        "mesh": str(manifest.grid),
+        "block": manifest.block,
+        "files": [list(f) for f in manifest.files],
+        "assets": [[a.name, a.size, list(a.crcs)] for a in manifest.assets],
+        "tensors": {name: _stored_to_json(t) for name, t in manifest.tensors.items()},
+        "aliases": dict(manifest.aliases),
+        "values": dict(manifest.values),
+        "keymap": list(manifest.keymap),
+        "origin": manifest.origin,
+    }
+    try:
+        text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"Only JSON values without NaN can be stored beside the tensors: {error}") from None
+    return text.replace(_BLANK, _stamp(text), 1)
+
+
+def _stamp(blank: bytes) -> bytes:
+    return b'{"crc32":"%08x"' % crc32(blank)
+
+
+def _stored_to_json(t: Stored) -> dict[str, Any]:
+    chunks = [[c.box.offset, c.box.size, c.file, c.begin, c.crcs] for c in t.chunks]
+    return {"dtype": t.dtype, "shape": t.shape, "kind": t.kind, **layout_to_json(t.layout), "chunks": chunks}
+
+
+def load(data: bytes, where: str) -> Manifest:
+    """Parse a manifest and prove it consistent. Raises CorruptError with the file, tensor and range at fault."""
+    if data[:10] != _BLANK[:10] or data[: len(_BLANK)] != _stamp(_BLANK + data[len(_BLANK) :]):
+        raise CorruptError(f"{where}: the manifest's own crc32 does not match: it was changed or cut short.")
+    body = parse_json(data, where)
+    if body.get("format") != FORMAT or body.get("version") != VERSION:
+        raise CorruptError(f"{where}: format {body.get('format')!r} version {body.get('version')!r}; this release reads {FORMAT} {VERSION}.")
+    try:
+        manifest = _from_json(body, where)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptError(f"{where} is malformed: {error!r}") from None
+    check(manifest, where)
+    return manifest
+
+
+def _from_json(body: dict[str, Any], where: str) -> Manifest:
+    files = tuple(FileRecord(check_name(name, where), _count(size), _count(head), _count(crc)) for name, size, head, crc in body["files"])
+    assets = tuple(Asset(check_name(name, where), _count(size), tuple(map(_count, crcs))) for name, size, crcs in body["assets"])
+    tensors = {check_tensor_name(name, where): _stored(row, f"{where}, {name!r}") for name, row in body["tensors"].items()}
+    aliases = {check_tensor_name(k, where): check_tensor_name(v, where) for k, v in body["aliases"].items()}
+    block, origin, keymap = _count(body["block"]), body["origin"], body["keymap"]
+    if not block or not isinstance(origin, str) or not isinstance(keymap, list) or not all(isinstance(k, str) for k in keymap):
+        raise ValueError("block, origin or keymap")
+    return Manifest(tensors, files, Grid.parse(body["mesh"]), assets, aliases, dict(body["values"]), tuple(keymap), origin, block)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(f"{str(value)[:40]} is not a count")
+    return value
+
+
+def _stored(row: Any, where: str) -> Stored:
+    shape, kind = check_shape(row["shape"], where), row["kind"]
+    if kind not in KINDS:
+        raise ValueError(f"kind {str(kind)[:40]!r}")
+    chunks = tuple(
+        Chunk(Box(tuple(map(_count, offset)), tuple(map(_count, size))), _count(file), _count(begin), tuple(map(_count, crcs)))
+        for offset, size, file, begin, crcs in row["chunks"]
+    )
+    return Stored(check_dtype(row["dtype"], where), shape, chunks, kind, layout_from_json(row, where))
+
+
+def check(manifest: Manifest, where: str) -> None:
+    """Prove that the chunks tile every tensor, lie inside their files, and that no two share a byte."""
+    names = [f.name for f in manifest.files]
+    if len(set(names)) != len(names):
+        raise CorruptError(f"{where}: a file is listed twice.")
+    spans: list[list[tuple[int, int, str]]] = [[] for _ in names]
+    for name, stored in manifest.tensors.items():
+        check_tiling(name, stored.shape, [c.box for c in stored.chunks], where)
+        for chunk in stored.chunks:
+            nbytes = volume(chunk.box.size) * ITEMSIZE[stored.dtype]
+            if chunk.file >= len(names) or chunk.begin + nbytes > manifest.files[chunk.file].size:
+                raise CorruptError(f"{where}: {name} {chunk.box} should end at byte {chunk.begin + nbytes} of file {chunk.file}, past its end.")
+            if chunk.crcs and len(chunk.crcs) != -(-nbytes // manifest.block):
+                raise CorruptError(f"{where}: {name} {chunk.box} has {len(chunk.crcs)} checksums for {nbytes} bytes.")
+            if nbytes:
+                spans[chunk.file].append((chunk.begin, chunk.begin + nbytes, name))
+    for index, rows in enumerate(spans):
+        rows.sort()
+        for a, b in zip(rows, rows[1:], strict=False):
+            if a[1] > b[0]:
+                raise CorruptError(f"{where}: {a[2]} and {b[2]} share bytes {b[0]}..{a[1]} of {names[index]}.")
+    for alias, name in manifest.aliases.items():
+        if name not in manifest.tensors or alias in manifest.tensors:
+            raise CorruptError(f"{where}: {alias} is tied to {name}, which is not a stored tensor.")
+
+
+def check_tiling(name: str, shape: Sequence[int], boxes: Sequence[Box], where: str) -> None:
+    """Raise CorruptError unless the boxes tile the tensor exactly."""
+    flaw = find_flaw(shape, boxes)
+    if flaw is None:
+        return
+    said = {"gap": "no chunk covers", "overlap": "more than one chunk covers", "outside": "a chunk lies outside the tensor at"}
+    raise CorruptError(f"{where}: {name} {list(shape)}: {said[flaw.kind]} {flaw.box}.")
+
+
+def read(disk: Disk, root: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint directory."""
+    path = root / MANIFEST
+    return load(disk.read_file(path, MAX_MANIFEST), str(path))
