@@ -346,6 +346,8 @@ def _all_to_all(x: Tensor, layouts: Any, axis: Any) -> Tensor:
     here, there = layouts[:3], layouts[3:]
     if x.dtype in _CARRIERS:
         return _carried(_all_to_all, x, layouts, axis)
+    if x.is_complex():
+        return torch.view_as_complex(_all_to_all(torch.view_as_real(x), layouts, axis).contiguous())
     if here[0] == there[0]:
         return _cut_anew(x, here, there, axis)
     group, size, _ = axis
@@ -406,7 +408,8 @@ _CARRIERS = {
     torch.bool: torch.uint8,
     torch.int16: torch.int32,
     torch.uint16: torch.int32,
-    torch.uint32: torch.int64,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
     torch.float8_e4m3fn: torch.uint8,
     torch.float8_e5m2: torch.uint8,
 }
@@ -445,9 +448,14 @@ def _ranks_first(x: Tensor, dim: int, repeat: int, size: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ any layout: take and join
 
 
-@lru_cache(maxsize=4096)
+@torch.compiler.assume_constant_result
 def _cuts(segments: Segments, size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Per rank and segment: the range it holds inside one stretch."""
+    return _cached_cuts(segments, size)
+
+
+@lru_cache(maxsize=4096)
+def _cached_cuts(segments: Segments, size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     starts = [0]
     for units, unit in segments:
         starts.append(starts[-1] + units * unit)
@@ -550,9 +558,14 @@ Ranges = tuple[tuple[int, int], ...]
 Moves = tuple[tuple[Ranges, ...], ...]
 
 
-@lru_cache(maxsize=1024)
+@torch.compiler.assume_constant_result
 def _moves(repeat: int, segments: Segments, to_repeat: int, to_segments: Segments, size: int) -> Moves:
     """`moves[p][q]`: the global ranges that rank p holds before and rank q after, ascending."""
+    return _cached_moves(repeat, segments, to_repeat, to_segments, size)
+
+
+@lru_cache(maxsize=1024)
+def _cached_moves(repeat: int, segments: Segments, to_repeat: int, to_segments: Segments, size: int) -> Moves:
     here, there = Shard(0, repeat, segments), Shard(0, to_repeat, to_segments)
     after = [there.ranges(size, rank) for rank in range(size)]
     return tuple(tuple(_common(here.ranges(size, rank), wanted) for wanted in after) for rank in range(size))

@@ -21,8 +21,8 @@ from torch import Tensor
 def dispatch(h: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort token rows by expert: `h` [T, h] and `index` [T, k] (expert of each choice) -> `x`, `offsets`, `perm`.
 
-    `x` [T*k, h] holds the row of every choice, expert by expert, in token order within an expert (the sort is stable). `offsets` [E] (int32)
-    is the end of each expert's rows. `perm` [T*k] is the flat choice (token * k + slot) that each row came from.
+    `x` [T*k, h] holds the row of every choice, expert by expert, in token order within an expert (a stable sort). `offsets` [E] (int32) is
+    the end of each expert's rows. `perm` [T*k] is the flat choice (token * k + slot) that each row came from.
     """
     flat = index.reshape(-1)
     perm = torch.argsort(flat, stable=True)
