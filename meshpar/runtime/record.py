@@ -7,6 +7,7 @@ parameters are made of. All else (integers, `arange`, `linspace`, data) is compu
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -173,8 +174,9 @@ class Recorder(TorchDispatchMode):
         alive = [t for t in (r() for r in self._alive.values()) if t is not None]
         self._alive.clear()
         alive = [t for t in alive if not isinstance(t, nn.Parameter) and ref_of(t).number not in self._parameters]
-        for tensor, value in zip(alive, self._replay.evaluate([ref_of(t) for t in alive]), strict=True):
-            torch.utils.swap_tensors(tensor, value)
+        values = self._replay.evaluate([ref_of(t) for t in alive])
+        while alive:
+            _replace(alive.pop(), values.pop())
 
     # ---- one operation
 
@@ -318,6 +320,18 @@ class _Disguise(TorchFunctionMode):
         if mark_of(target) is None and not target.is_meta and mark_of(value) is not None:
             return self._recorder.value(value)
         return value
+
+
+def _replace(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Make whoever holds `tensor` hold `value`."""
+    try:
+        torch.utils.swap_tensors(tensor, value)
+    except RuntimeError:  # a view of it is alive, so that torch will not: replace it where it is held
+        for holder in gc.get_referrers(tensor):
+            if isinstance(holder, dict):
+                holder.update({key: value for key, held in holder.items() if held is tensor})
+            elif isinstance(holder, list):
+                holder[:] = [value if held is tensor else held for held in holder]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
