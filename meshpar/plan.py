@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-from .sharding.types import Type
+from .errors import PlanError
+from .sharding.types import Invariant, Partial, Replicate, Shard, Type
+
+VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +36,149 @@ class AxisPlan:
     nodes: Mapping[str, NodePlan]
     outputs: tuple[Type, ...]
     """The type of every value the graph returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterPlan:
+    """Where one parameter lies: its type on every axis, and who decided so."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    placements: Mapping[str, Type]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comm:
+    """One line of the communication ledger: `count` collectives per microbatch, of `nbytes` sent per device each."""
+
+    kind: str
+    axis: str
+    phase: str
+    nbytes: float
+    count: int
+    node: str
+    module: str
+    region: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions: per axis the type of every value, per parameter its placement, and the communication that follows.
+
+    Two plans with equal `hash` build the same program on every rank.
+    """
+
+    mesh: tuple[tuple[str, int], ...]
+    graph: str
+    """Fingerprint of the captured graph the plan was made for."""
+    axes: tuple[AxisPlan, ...]
+    """In the order in which they are lowered: data first, then tensor."""
+    parameters: Mapping[str, ParameterPlan]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Microbatches, recompute, data parallelism: what the runtime obeys."""
+    ledger: tuple[Comm, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the reader should know: operators that run whole, terms that are averaged."""
+
+    @cached_property
+    def hash(self) -> str:
+        """A short fingerprint, the same on every rank that made or was sent the same plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def __hash__(self) -> int:
+        return int(self.hash, 16)
+
+    def comms(self) -> tuple[Comm, ...]:
+        """The ledger: every collective of one microbatch, with the bytes a device sends."""
+        return self.ledger
+
+    def axis(self, name: str) -> AxisPlan | None:
+        """The types on one axis, or None where the mesh has no such axis."""
+        return next((a for a in self.axes if a.axis == name), None)
+
+    def to_json(self) -> str:
+        """The whole plan as JSON, keys in a fixed order."""
+        body = {
+            "version": VERSION,
+            "mesh": self.mesh,
+            "graph": self.graph,
+            "axes": [
+                {
+                    "axis": a.axis,
+                    "size": a.size,
+                    "nodes": {n: [_types(p.uses), _types(p.outs), p.why, _types(p.handed)] for n, p in a.nodes.items()},
+                    "outputs": _types(a.outputs),
+                }
+                for a in self.axes
+            ],
+            "parameters": {n: [p.shape, p.dtype, p.trainable, {k: _type(t) for k, t in p.placements.items()}, p.why] for n, p in self.parameters.items()},
+            "options": dict(self.options),
+            "ledger": [list(asdict(c).values()) for c in self.ledger],
+            "notes": self.notes,
+        }
+        return json.dumps(body, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote. Raises PlanError for another version or something else altogether."""
+        try:
+            body = json.loads(text)
+            if body["version"] != VERSION:
+                raise PlanError(f"this plan has format {body['version']}, this meshpar reads {VERSION}. Make the plan again.")
+            return cls(
+                tuple((n, s) for n, s in body["mesh"]),
+                body["graph"],
+                tuple(
+                    AxisPlan(
+                        a["axis"],
+                        a["size"],
+                        {n: NodePlan(_untypes(u), _untypes(o), w, _untypes(h)) for n, (u, o, w, h) in a["nodes"].items()},  # type: ignore[arg-type]
+                        _untypes(a["outputs"]),  # type: ignore[arg-type]
+                    )
+                    for a in body["axes"]
+                ),
+                {n: ParameterPlan(tuple(s), d, t, {k: _untype(v) for k, v in p.items()}, w) for n, (s, d, t, p, w) in body["parameters"].items()},  # type: ignore[misc]
+                body["options"],
+                tuple(Comm(*c) for c in body["ledger"]),
+                tuple(body["notes"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"not a plan: {error}. A plan is written by plan.save(path).") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote."""
+        return cls.from_json(Path(path).read_text())
+
+
+_LETTERS: dict[type, str] = {Invariant: "I", Replicate: "R", Partial: "P"}
+_SINGLE: dict[str, Type] = {"I": Invariant(), "R": Replicate(), "P": Partial()}
+
+
+def _type(type_: Type | None) -> Any:
+    if isinstance(type_, Shard):
+        return [type_.dim, type_.repeat, [list(s) for s in type_.segments]]
+    return None if type_ is None else _LETTERS[type(type_)]
+
+
+def _types(types: tuple[Type | None, ...]) -> list[Any]:
+    return [_type(t) for t in types]
+
+
+def _untype(value: Any) -> Type | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _SINGLE[value]
+    dim, repeat, segments = value
+    return Shard(dim, repeat, tuple((u, s) for u, s in segments))
+
+
+def _untypes(values: list[Any]) -> tuple[Type | None, ...]:
+    return tuple(_untype(v) for v in values)

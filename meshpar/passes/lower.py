@@ -46,7 +46,7 @@ class Lower:
 class _Lowering:
     def __init__(self, graph: fx.Graph, options: Lower) -> None:
         self.graph, self.plan, self.axis, self.reduce = graph, options.plan, options.axis, options.reduce_gradients
-        self.shape_rank = max(axis.rank, 0)
+        self.shape_rank = max(self.axis.rank, 0)
         self.new = fx.Graph()
         self.held: dict[Value, fx.Node] = {}
         self.types: dict[Value, Type] = {}

@@ -1,0 +1,46 @@
+"""The communication ledger of a lowered graph: every collective, with the bytes each device sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from ..capture.captured import Info
+from ..ops import vocab_parallel
+from ..plan import Comm
+from ..sharding.conversions import ALL_REDUCE, conversion, wire_bytes
+from ..sharding.op import op_name
+
+
+def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
+    """One entry per collective and phase of one microbatch, in program order.
+
+    Bytes are what each device sends with ring algorithms: an all-reduce of n bytes over t ranks sends 2 n (t-1)/t.
+    """
+    return tuple(entry for node in graph.nodes for entry in _entries(node))
+
+
+def _entries(node: fx.Node) -> Iterator[Comm]:
+    if "conversion" in node.meta:
+        axis, size, before, after, info = node.meta["conversion"]
+        found = conversion(before, after)
+        assert found is not None and isinstance(info, Info)
+        for phase, kind in (("forward", found.forward), ("backward", found.backward if info.requires_grad else None)):
+            if kind is not None:
+                yield _comm(node, kind, axis, phase, wire_bytes(kind, info.nbytes, size))
+    elif node.target is vocab_parallel.cross_entropy:
+        target = node.args[1].meta["info"]  # type: ignore[union-attr]
+        tokens = 1
+        for n in target.shape:
+            tokens *= n
+        where = node.kwargs
+        for found_ in vocab_parallel.cross_entropy_traffic(
+            tokens, node.meta["info"].dtype, where["size"], label_smoothing=where.get("label_smoothing", 0.0)  # type: ignore[arg-type]
+        ):
+            yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), found_.phase, float(found_.nbytes))
+
+
+def _comm(node: fx.Node, kind: str, axis: str, phase: str, nbytes: float) -> Comm:
+    name = op_name(node.target).rpartition(".")[2]
+    return Comm(kind, axis, phase, nbytes, 1, name, node.meta.get("module") or "", node.meta.get("region") or "")
