@@ -33,7 +33,7 @@ def _is_users(path: str) -> bool:
 _ADVICE: tuple[tuple[str, str, str], ...] = (
     (
         r"data-dependent|GuardOnDataDependent|unbacked|\bu\d+\b|_local_scalar_dense",
-        "it turns the values of a tensor into Python numbers or shapes (.item(), .tolist(), nonzero(), a boolean mask as an index, or `if tensor:`)",
+        "it turns the values of a tensor into Python numbers or shapes (.item(), nonzero(), a boolean mask as an index, or `if tensor:`)",
         "Use torch.where, masked_fill or a fixed shape instead, or hand the number in as a plain Python argument",
     ),
     (
@@ -66,5 +66,5 @@ def explain(error: Exception, model: nn.Module) -> CaptureError:
             return CaptureError(f"{type(model).__name__} cannot be captured{where}: {reason}.\n  {way_out}.\n  torch says: {first}")
     return CaptureError(
         f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {first}\n"
-        "  Check that model(**batch) runs by itself with this batch; if it does, rewrite the line above with tensor operations of fixed shape."
+        "  Check that the model runs by itself on this batch; if it does, write the line above with tensor operations of fixed shape."
     )

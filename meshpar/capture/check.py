@@ -24,14 +24,12 @@ def refuse(graph: fx.Graph) -> None:
 
 
 def _objection(node: fx.Node) -> str | None:
-    if not isinstance(node.target, OpOverload):
-        return None
-    if node.target._schema.is_mutable:
+    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
         return "it overwrites a tensor; write y = x.op() instead of x.op_()"
     if "info" not in node.meta:
-        return "it turns the values of a tensor into a Python number; use torch.where, or pass the number as a plain argument"
-    if torch.Tag.dynamic_output_shape in node.target.tags:
-        return "the shape of its result depends on values; use torch.where, masked_fill or a fixed size instead"
+        return (
+            "its result, or the size of it, depends on values; use torch.where, masked_fill or a fixed size, or pass numbers as arguments"
+        )
     return None
 
 

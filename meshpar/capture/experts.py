@@ -46,7 +46,7 @@ _CHOICE = "_experts_implementation_internal"
 
 
 def grouped_experts(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """An expert layer by the registry's own terms (stacked weights, optional bias and gate): `hidden` [T, h], `index` and `weights` [T, k]."""
+    """An expert layer in the registry's terms (stacked weights, maybe biases and gates): `hidden` [T, h], `index`, `weights` [T, k]."""
     x, offsets, perm = dispatch(hidden, index, self.num_experts)
     expert = row_expert(x, offsets) if self.has_bias else None
     into = "gate_up_proj" if self.has_gate else "up_proj"

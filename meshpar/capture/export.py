@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from meshpar._torch import FakeTensorMode
 from meshpar.capture import blame, check, experts, fake, grad, graph, regions, simplify, structure
 from meshpar.capture.captured import Captured, Slot
-from meshpar.errors import BatchError, CaptureError, ConfigError
+from meshpar.errors import BatchError, ConfigError
 
 
 def capture(
@@ -53,10 +53,11 @@ def capture(
         program = _export(recorder, inputs)
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
+    simplify.prune(built.graph)
+    check.refuse(built.graph)
     regions.assign(built.graph)
     grad.propagate(built.graph, batch.requires_grad | {name: parameter.requires_grad for name, parameter in model.named_parameters()})
     simplify.simplify(built.graph)
-    check.refuse(built.graph)
     check.number_seeds(built.graph)
     return _captured(model, built, batch, recorder.outcome)
 

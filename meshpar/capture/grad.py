@@ -1,4 +1,4 @@
-"""Where gradients flow: no_grad sections of an exported program are inlined with explicit detaches, and every value learns whether it needs a gradient."""
+"""Where gradients flow: no_grad sections become detaches, and every value learns whether it needs a gradient."""
 
 from __future__ import annotations
 

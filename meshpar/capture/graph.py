@@ -95,7 +95,9 @@ def _describe(copy: fx.Node, node: fx.Node, *, module: str) -> None:
     if isinstance(value, tuple | list):
         copy.meta["info"] = tuple(_info(item) for item in value)
     elif isinstance(value, torch.Tensor):
-        copy.meta["info"] = _info(value)
+        info = _info(value)
+        if info is not None:
+            copy.meta["info"] = info
     copy.meta["module"] = module
     copy.meta["source"] = source_of(node.meta.get("custom", {}).get("source") or node.meta.get("stack_trace"))
 
@@ -103,7 +105,9 @@ def _describe(copy: fx.Node, node: fx.Node, *, module: str) -> None:
 def _info(value: Any) -> Info | None:
     if not isinstance(value, torch.Tensor):
         return None
-    return Info(tuple(int(n) for n in value.shape), value.dtype, False)
+    if any(not isinstance(n, int) for n in value.shape):  # a size that depends on data: refused once the graph is complete
+        return None
+    return Info(tuple(value.shape), value.dtype, False)
 
 
 def _results(
@@ -120,7 +124,7 @@ def _results(
             updated[renamed[str(spec.target)]] = by_name[spec.arg.name]
         elif spec.kind != OutputKind.USER_INPUT_MUTATION:  # a changed input is the caller's to lose: nothing of the result depends on it
             raise CaptureError(
-                f"The forward changes {renamed.get(str(spec.target), spec.target)} in place, which is a parameter or a tensor of the model.\n"
+                f"The forward changes {renamed.get(str(spec.target), spec.target)} in place, a parameter or a plain tensor of the model.\n"
                 "  Only buffers may change in a forward: make it one with register_buffer, or change it outside."
             )
     return (*returned, *updated.values()), tuple(updated)

@@ -23,7 +23,6 @@ def simplify(graph: fx.Graph) -> None:
     cat([empty, y]), add(y, 0)        ->   y
     cross_entropy_loss(x, t)          ->   div(cross_entropy_loss(x, t, sum), sum(t != -100))
     """
-    drop_asserts(graph)
     for cleanup in CLEANUPS:
         for node in graph.nodes:
             if node.op != "call_function":
@@ -36,11 +35,12 @@ def simplify(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def drop_asserts(graph: fx.Graph) -> None:
-    """Checks that export wrote down: the shapes and types of this graph are known."""
+def prune(graph: fx.Graph) -> None:
+    """Drop the checks that export wrote down (this graph knows its shapes and types), and what nobody uses."""
     for node in reversed(graph.nodes):
         if node.op == "call_function" and str(node.target).startswith(("aten._assert_", "aten.sym_constrain")) and not node.users:
             graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def skip_copies(node: fx.Node) -> fx.Node | None:
