@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed._functional_collectives  # torch 2.13; registers the functional collectives' shapes for fake and meta tensors
-from torch import _C
+from torch import _C, nn
 from torch._ops import OpOverload  # torch 2.13; the type of an ATen operator in a graph, wait for a public name
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch 2.13; wait for a public way to make tensors without memory
 from torch.distributed._local_tensor import (  # torch 2.13; wait for a public simulation of ranks in one process
@@ -54,6 +54,17 @@ def local_of(tensor: DTensor) -> torch.Tensor:
     return tensor._local_tensor
 
 
+def as_parameter(tensor: DTensor, requires_grad: bool) -> nn.Parameter:
+    """`tensor` itself as a parameter (torch 2.13).
+
+    `nn.Parameter(tensor)` detaches, and a cache of DTensor's dispatch may answer that with an equal mesh that is another object, of an earlier
+    process group even, which FSDP2 refuses.
+    """
+    tensor.requires_grad_(requires_grad)
+    tensor._is_param = True  # type: ignore[attr-defined]
+    return tensor  # type: ignore[return-value]
+
+
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """A DTensor of `local` with the layout of `like`, outside autograd (torch 2.13; `DTensor.from_local` takes 70 us, this 2)."""
     return DTensor.__new__(DTensor, local, like._spec, requires_grad=False)
@@ -87,6 +98,13 @@ def opaque_initialisers(record: Callable[..., torch.Tensor]) -> Iterator[None]:
         torch.nn.init._no_grad_trunc_normal_ = original
 
 
+def dcp_storage_info(file: str, offset: int, length: int) -> Any:
+    """Where an item of a torch.distributed.checkpoint directory lies (torch 2.13; wait for a public record)."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo(file, offset, length)
+
+
 __all__ = [
     "FakeStore",
     "FakeTensorMode",
@@ -94,7 +112,9 @@ __all__ = [
     "LocalTensorMode",
     "OpOverload",
     "StridedShard",
+    "as_parameter",
     "below_autograd",
+    "dcp_storage_info",
     "dtensor_like",
     "enabled_local_tensor_mode",
     "flatten_mesh",

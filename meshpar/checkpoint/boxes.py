@@ -91,7 +91,9 @@ def runs_of(length: int, cuts: Iterable[tuple[Shard, int, int]]) -> tuple[Run, .
     return runs
 
 
-def runs_held(shape: Sequence[int], cuts: Sequence[Cut], sizes: Mapping[str, int], coords: Mapping[str, int]) -> tuple[tuple[Run, ...], ...]:
+def runs_held(
+    shape: Sequence[int], cuts: Sequence[Cut], sizes: Mapping[str, int], coords: Mapping[str, int]
+) -> tuple[tuple[Run, ...], ...]:
     """Per dim, the runs that the rank at `coords` holds of a tensor of global `shape`."""
     on_dim: list[list[tuple[Shard, int, int]]] = [[] for _ in shape]
     for cut in cuts:

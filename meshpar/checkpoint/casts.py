@@ -12,8 +12,8 @@ from meshpar.errors import ConfigError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_WORD = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
-_NATIVE = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_WORD: dict[int, np.dtype[Any]] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_NATIVE: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 FLOATS = ("F64", "F32", "F16", "BF16")
 _ALIASES = {"FLOAT32": "F32", "FP32": "F32", "FLOAT": "F32", "FLOAT64": "F64", "FP64": "F64", "DOUBLE": "F64", "HALF": "F16"}
 _ALIASES |= {"FLOAT16": "F16", "FP16": "F16", "BFLOAT16": "BF16"}

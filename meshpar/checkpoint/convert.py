@@ -12,7 +12,7 @@ from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.inspection import first_difference
 from meshpar.checkpoint.keymap import Mapped
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
-from meshpar.checkpoint.reshard import Progress, Report, Work, build, divide, execute, new_target, single_targets, with_dtype
+from meshpar.checkpoint.reshard import Progress, Report, build, divide, execute, new_target, single_targets, with_dtype
 from meshpar.checkpoint.sink import folder_sink, rank_sink
 from meshpar.checkpoint.transfer import Options
 from meshpar.errors import ConfigError
@@ -73,8 +73,8 @@ def to_hf(
 ) -> Report:
     """Write the model's tensors as a Hugging Face folder: `model.safetensors`, or an index and files of at most `shard_bytes`.
 
-    `rules` is a key map from our names to theirs; None undoes the one recorded by `from_hf`. `unstack` splits `...experts.x` of `[E, ...]` into
-    `...experts.0.x`, ... where nothing was recorded.
+    `rules` is a key map from our names to theirs; None undoes the one recorded by `from_hf`. Where nothing was recorded, `unstack` splits
+    `...experts.x` of `[E, ...]` into `...experts.0.x`, ...
     """
     options, disk = options or Options(), disk or Disk()
     opened = open_checkpoint(Path(source), disk)

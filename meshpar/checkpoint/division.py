@@ -1,6 +1,7 @@
 """How tensors are divided over a mesh on disk: which rank's file holds which boxes.
 
-The division on disk never limits where a checkpoint can be loaded. Where nothing better is known (no plan, nothing recorded), the default is:
+The division on disk never limits where a checkpoint can be loaded. Where nothing better is known (no
+plan, nothing recorded), the default is:
 
     pp                 whole tensors, in their order, in contiguous groups of about equal bytes
     ep                 dim 0 of tensors with three or more dims (stacked experts)
@@ -91,11 +92,14 @@ class Layout:
     stage: int = 0
 
 
+WHOLE, ONE_RANK = Layout(), Grid()
+
+
 @dataclass(frozen=True)
 class Division:
     """A mesh and the layout of every tensor on it."""
 
-    grid: Grid = Grid()
+    grid: Grid = ONE_RANK
     layouts: Mapping[str, Layout] = field(default_factory=dict)
 
     def pieces(self, name: str, shape: Sequence[int]) -> list[tuple[int, tuple[Box, ...]]]:
@@ -239,7 +243,9 @@ def division_from_plan(text: str, tensors: Mapping[str, tuple[str, tuple[int, ..
 def _resolve(name: str, shape: tuple[int, ...], layout: Layout, grid: Grid) -> Layout:
     unknown = [cut.axis for cut in layout.cuts if cut.axis not in grid.sizes]
     if unknown or layout.stage >= grid.sizes.get("pp", 1):
-        raise ImpossibleError(f"{name}: the plan uses {', '.join(unknown) or f'stage {layout.stage}'}, which the mesh {grid} does not have.")
+        raise ImpossibleError(
+            f"{name}: the plan uses {', '.join(unknown) or f'stage {layout.stage}'}, which the mesh {grid} does not have."
+        )
     if any(not 0 <= cut.shard.dim < len(shape) for cut in layout.cuts):
         raise ImpossibleError(f"{name} {list(shape)}: the plan cuts a dim it does not have.")
     cuts = tuple(c if c.shard.segments else Cut(c.axis, plain(c.shard.dim, shape[c.shard.dim])) for c in layout.cuts)

@@ -140,12 +140,22 @@ def verify(path: Path | str, *, workers: int = 1, progress: Progress | None = No
     pool = Pool(opened, disk)
     try:
         with ThreadPoolExecutor(max(workers, 1)) as threads:
-            found = [p for rows in threads.map(lambda k: _verify_file(opened, pool, disk, k, by_file[k], done), range(len(m.files))) for p in rows]
+            found = [
+                p
+                for rows in threads.map(lambda k: _verify_file(opened, pool, disk, k, by_file[k], done), range(len(m.files)))
+                for p in rows
+            ]
     finally:
         pool.close()
     found += [p for asset in m.assets for p in _verify_asset(opened, asset.name, disk)]
-    notes = [] if all(c.crcs or not prod(c.box.size) for t in m.tensors.values() for c in t.chunks) else ["no checksums were recorded; only structure was checked"]
-    return Verified(str(opened.root), opened.form, len(m.tensors), m.nbytes, done.checked, tuple(found), tuple(_unexpected(opened)), tuple(notes))
+    notes = (
+        []
+        if all(c.crcs or not prod(c.box.size) for t in m.tensors.values() for c in t.chunks)
+        else ["no checksums were recorded; only structure was checked"]
+    )
+    return Verified(
+        str(opened.root), opened.form, len(m.tensors), m.nbytes, done.checked, tuple(found), tuple(_unexpected(opened)), tuple(notes)
+    )
 
 
 class _Counter:
@@ -228,9 +238,7 @@ def _unexpected(opened: Checkpoint) -> Iterator[str]:
         yield from (f"{p} is in no index." for p in sorted(opened.root.glob("*.safetensors")) if p.name not in known)
 
 
-def diff(
-    a: Path | str, b: Path | str, *, tolerance: float = 0.0, progress: Progress | None = None, disk: Disk | None = None
-) -> Diff:
+def diff(a: Path | str, b: Path | str, *, tolerance: float = 0.0, progress: Progress | None = None, disk: Disk | None = None) -> Diff:
     """Compare two checkpoints tensor by tensor, in bounded memory, whatever meshes they were divided over.
 
     With no tolerance bits are compared (so NaN equals the same NaN, and 0.0 is not -0.0); else values, absolutely, across dtypes too.
@@ -278,7 +286,11 @@ def _compare(one: Reader, two: Reader, name: str, tolerance: float, done: _Count
             if first is None:
                 first = tuple(int(i) + o for i, o in zip(np.argwhere(np.atleast_1d(wrong))[0], box.offset or (0,), strict=True))
     if count:
-        out.append(Difference(name, "values", f"{count} of {prod(a.shape)} differ, by at most {largest:.6g}, first at {list(first or ())}", count, largest))
+        out.append(
+            Difference(
+                name, "values", f"{count} of {prod(a.shape)} differ, by at most {largest:.6g}, first at {list(first or ())}", count, largest
+            )
+        )
     return out
 
 
@@ -332,7 +344,9 @@ def gc(root: Path | str, *, keep: int | None = None, dry_run: bool = False, disk
     if not base.is_dir():
         raise ConfigError(f"{base} is not a directory.")
     doomed = [p for p in sorted(base.iterdir()) if _is_partial(p) and not is_locked(p)]
-    doomed += [p for p in sorted(base.iterdir()) if p.name.startswith(".") and p.name.endswith(_REMOVED) and p.is_dir() and not p.is_symlink()]
+    doomed += [
+        p for p in sorted(base.iterdir()) if p.name.startswith(".") and p.name.endswith(_REMOVED) and p.is_dir() and not p.is_symlink()
+    ]
     if keep is not None:
         complete = [base / row["name"] for row in ls(base, disk) if row["state"] == "complete" and row["form"] == "meshpar"]
         complete.sort(key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
@@ -355,4 +369,6 @@ def _remove(path: Path, disk: Disk) -> None:
 
 
 def _is_partial(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".partial") and path.is_dir() and not path.is_symlink() and (path / LOCK).exists()
+    return (
+        path.name.startswith(".") and path.name.endswith(".partial") and path.is_dir() and not path.is_symlink() and (path / LOCK).exists()
+    )

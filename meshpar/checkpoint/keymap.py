@@ -12,7 +12,8 @@ One rule per line; the first that matches a tensor counts, and what no rule matc
     {p*}.scale -> {p*}.scale : F16 => F32                                            cast; backwards only if exact
     head.weight == embed.weight                                                      tied: stored once, checked equal
 
-`{x}` matches one component of a name, `{x*}` any number of them. Either side may be the one with several tensors, so each rule reads both ways.
+`{x}` matches one component of a name, `{x*}` any number of them. Either side may be the one with several
+tensors, so each rule reads both ways.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def show(rule: Rule) -> str:
 def apply(rules: Sequence[Rule], tensors: Tensors) -> Mapped:
     """Work out what becomes of every tensor, and prove that the way back leads to the same tensors.
 
-    Raises ImpossibleError when a rule matches nothing, a group of tensors is incomplete, sizes are unknown or do not fit, two tensors would get
-    one name, or anything would be lost.
+    Raises ImpossibleError when a rule matches nothing, a group of tensors is incomplete, sizes are unknown or do not fit, two tensors
+    would get one name, or anything would be lost.
     """
     forward = _expand(rules, tensors)
     _check_links(forward, tensors)
@@ -220,7 +221,9 @@ def _target_of(name: str, links: Sequence[Link]) -> str:
     raise ImpossibleError(f"{name} has a tied twin, but does not stay one whole tensor.")
 
 
-def _groups(rules: Sequence[Rule], tensors: Tensors) -> tuple[list[tuple[int, dict[str, str], dict[tuple[int, tuple[int, ...]], str]]], list[str]]:
+def _groups(
+    rules: Sequence[Rule], tensors: Tensors
+) -> tuple[list[tuple[int, dict[str, str], dict[tuple[int, tuple[int, ...]], str]]], list[str]]:
     """For every rule, the sets of tensors it takes together; and the tensors that no rule takes."""
     found: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[int, tuple[int, ...]], str]] = {}
     used, left = [False] * len(rules), []
@@ -308,7 +311,9 @@ def _link(
     if rule.merging:
         for place, (part, _) in places:
             if tensors[place.tensor][1] != shapes[part]:
-                raise ImpossibleError(f"{rule.text}: {place.tensor} is {list(tensors[place.tensor][1])}, its siblings are {list(shapes[part])}.")
+                raise ImpossibleError(
+                    f"{rule.text}: {place.tensor} is {list(tensors[place.tensor][1])}, its siblings are {list(shapes[part])}."
+                )
     change = _rearrangement(rule, space, sizes, rest, len(stacked))
     total = change.shape if change else space
     one = Place(_fill(rule.whole.pattern, bound), (0,) * len(total), tuple(range(len(total))))
@@ -348,7 +353,9 @@ def _sizes(rule: Rule, known: Sequence[tuple[Term, tuple[int, ...]]]) -> dict[st
             continue
         has_rest = any(kind == "rest" for kind, _ in term.axes)
         if len(term.axes) - has_rest > len(shape) or (not has_rest and len(term.axes) != len(shape)):
-            raise ImpossibleError(f"{rule.text}: {term.pattern} has {len(term.axes) - has_rest} axes in the rule and {len(shape)} dims in the file.")
+            raise ImpossibleError(
+                f"{rule.text}: {term.pattern} has {len(term.axes) - has_rest} axes in the rule and {len(shape)} dims in the file."
+            )
         at = 0
         for kind, names in term.axes:
             if kind == "rest":
@@ -398,7 +405,12 @@ def _shape(term: Term, sizes: Mapping[str, int], rest: tuple[int, ...]) -> tuple
 
 
 def _places(
-    rule: Rule, bound: dict[str, str], counts: tuple[int, ...], shapes: Sequence[tuple[int, ...]], sizes: Mapping[str, int], rest: tuple[int, ...]
+    rule: Rule,
+    bound: dict[str, str],
+    counts: tuple[int, ...],
+    shapes: Sequence[tuple[int, ...]],
+    sizes: Mapping[str, int],
+    rest: tuple[int, ...],
 ) -> tuple[tuple[int, ...], list[tuple[Place, tuple[int, tuple[int, ...]]]], tuple[Box, ...]]:
     """The space [stacked axes, dims of a part, the concatenated one added up], each part's place in it, and what padding covers."""
     depth, concat, stacked = len(counts), _concat_dim(rule, rest), _stacked(rule)
@@ -444,7 +456,10 @@ def _concat_dim(rule: Rule, rest: tuple[int, ...]) -> tuple[int, tuple[str, ...]
         return None
     real = [n for n in names if n != PAD]
     if len(real) != len(rule.parts) or PAD in names[:-1]:
-        raise ConfigError(f"{rule.text}: {_show_axis(('concat', names))} joins {len(real)} tensors, the other side has {len(rule.parts)}; padding comes last.")
+        raise ConfigError(
+            f"{rule.text}: {_show_axis(('concat', names))} joins {len(real)} tensors, "
+            f"the other side has {len(rule.parts)}; padding comes last."
+        )
     at = 0
     for kind, own in rule.parts[0].axes or ():
         if kind == "name" and own[0] == real[0]:

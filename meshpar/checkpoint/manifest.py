@@ -7,8 +7,8 @@
                  "chunks": [[offset, size, file, first byte, [crc32 of every block]], ...]}},
      "aliases": {"lm_head.weight": "embed.weight"}, "values": {...}, "keymap": [...], "origin": "fingerprint of what it was made from"}
 
-The first crc32 covers the rest of the manifest. Reading checks everything that can be checked without reading tensors: types, names, byte ranges
-against file sizes, and that the chunks tile each tensor exactly. Only files named here are ever opened.
+The first crc32 covers the rest of the manifest. Reading checks everything that can be checked without reading tensors: types, names,
+byte ranges against file sizes, and that the chunks tile each tensor exactly. Only files named here are ever opened.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from meshpar.checkpoint.boxes import Box, find_flaw, volume
-from meshpar.checkpoint.division import Grid, Layout, layout_from_json, layout_to_json
+from meshpar.checkpoint.division import ONE_RANK, WHOLE, Grid, Layout, layout_from_json, layout_to_json
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import BLOCK, ITEMSIZE, Disk, check_dtype, check_name, check_shape, check_tensor_name, parse_json
 from meshpar.errors import ConfigError
@@ -67,7 +68,7 @@ class Stored:
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
     kind: str = "model"
-    layout: Layout = Layout()
+    layout: Layout = WHOLE
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +81,7 @@ class Manifest:
 
     tensors: Mapping[str, Stored]
     files: tuple[FileRecord, ...] = ()
-    grid: Grid = Grid()
+    grid: Grid = ONE_RANK
     assets: tuple[Asset, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -132,7 +133,9 @@ def load(data: bytes, where: str) -> Manifest:
         raise CorruptError(f"{where}: the manifest's own crc32 does not match: it was changed or cut short.")
     body = parse_json(data, where)
     if body.get("format") != FORMAT or body.get("version") != VERSION:
-        raise CorruptError(f"{where}: format {body.get('format')!r} version {body.get('version')!r}; this release reads {FORMAT} {VERSION}.")
+        raise CorruptError(
+            f"{where}: format {body.get('format')!r} version {body.get('version')!r}; this release reads {FORMAT} {VERSION}."
+        )
     try:
         manifest = _from_json(body, where)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -180,14 +183,16 @@ def check(manifest: Manifest, where: str) -> None:
         for chunk in stored.chunks:
             nbytes = volume(chunk.box.size) * ITEMSIZE[stored.dtype]
             if chunk.file >= len(names) or chunk.begin + nbytes > manifest.files[chunk.file].size:
-                raise CorruptError(f"{where}: {name} {chunk.box} should end at byte {chunk.begin + nbytes} of file {chunk.file}, past its end.")
+                raise CorruptError(
+                    f"{where}: {name} {chunk.box} should end at byte {chunk.begin + nbytes} of file {chunk.file}, past its end."
+                )
             if chunk.crcs and len(chunk.crcs) != -(-nbytes // manifest.block):
                 raise CorruptError(f"{where}: {name} {chunk.box} has {len(chunk.crcs)} checksums for {nbytes} bytes.")
             if nbytes:
                 spans[chunk.file].append((chunk.begin, chunk.begin + nbytes, name))
     for index, rows in enumerate(spans):
         rows.sort()
-        for a, b in zip(rows, rows[1:], strict=False):
+        for a, b in pairwise(rows):
             if a[1] > b[0]:
                 raise CorruptError(f"{where}: {a[2]} and {b[2]} share bytes {b[0]}..{a[1]} of {names[index]}.")
     for alias, name in manifest.aliases.items():

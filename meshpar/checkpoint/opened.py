@@ -63,9 +63,13 @@ def open_checkpoint(path: Path, disk: Disk | None = None) -> Checkpoint:
             raise CorruptError(f"{path} holds {', '.join(singles)} and no {INDEX}: which of them belong together is unknown.")
         return _open_hf(disk, path, name, [name], None, with_assets=True)
     if (path / ".metadata").exists():
-        raise ConfigError(f"{path} is a torch.distributed.checkpoint: convert it with `meshpar checkpoint from-dcp {path} DST --trust-pickle`.")
+        raise ConfigError(
+            f"{path} is a torch.distributed.checkpoint: convert it with `meshpar checkpoint from-dcp {path} DST --trust-pickle`."
+        )
     if singles:
-        raise CorruptError(f"{path} holds {len(singles)} safetensors files but neither {MANIFEST} nor {INDEX}: which belong together is unknown.")
+        raise CorruptError(
+            f"{path} holds {len(singles)} safetensors files but neither {MANIFEST} nor {INDEX}: which belong together is unknown."
+        )
     raise CorruptError(f"{path} holds no checkpoint: no {MANIFEST}, no {INDEX}, no {SINGLE}.")
 
 
@@ -189,7 +193,9 @@ class Pool:
     def _check(self, fd: int, record: FileRecord, path: Path) -> None:
         size = os.fstat(fd).st_size
         if size != record.size:
-            raise CorruptError(f"{path} has {size} bytes, it should have {record.size}: it is {'truncated' if size < record.size else 'too long'}.")
+            raise CorruptError(
+                f"{path} has {size} bytes, it should have {record.size}: it is {'truncated' if size < record.size else 'too long'}."
+            )
         if record.header_crc is None:
             return
         if record.header > min(size, MAX_HEADER + 8):
@@ -197,4 +203,6 @@ class Pool:
         head = bytearray(record.header)
         self._disk.read(fd, [memoryview(head)], 0)
         if crc32(head) != record.header_crc:
-            raise CorruptError(f"{path} bytes 0..{record.header}: the header is not the one written here: changed, or swapped with another file.")
+            raise CorruptError(
+                f"{path} bytes 0..{record.header}: the header is not the one written here: changed, or swapped with another file."
+            )

@@ -123,7 +123,7 @@ def writing(target: Path, origin: str, disk: Disk, *, resume: bool = False) -> I
 
 
 @contextmanager
-def storage_errors(target: Path) -> Iterator[None]:
+def storage_errors(target: Path, what: str = "") -> Iterator[None]:
     """Turn the system's errors into ours, which say what to do."""
     advice = {
         errno.ENOSPC: "The disk is full; free space there, or write elsewhere.",
@@ -136,7 +136,7 @@ def storage_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"Writing {target} failed: {error}. {advice.get(error.errno or 0, '')}".rstrip()) from error
+        raise StorageError(f"{what or f'Writing {target}'} failed: {error}. {advice.get(error.errno or 0, '')}".rstrip()) from error
 
 
 def check_target(target: Path) -> None:

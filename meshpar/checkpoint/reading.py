@@ -98,4 +98,3 @@ def _row_cost(chunk: Chunk, both: Box, size: int) -> int:
 
 def _inside(inner: Box, outer: Box) -> tuple[slice, ...]:
     return tuple(slice(o - base, o - base + n) for o, n, base in zip(inner.offset, inner.size, outer.offset, strict=True))
-

@@ -1,7 +1,7 @@
 """From one checkpoint to another one: decide everything, prove it, then move the bytes and commit.
 
-`plan_reshard` (and its siblings in `convert`) read manifests and headers only and return a `Work`; `execute` obeys it. Nothing is written when a
-plan is impossible, and the target appears whole or not at all.
+`plan_reshard` (and its siblings in `convert`) read manifests and headers only and return a `Work`; `execute` obeys it. Nothing is
+written when a plan is impossible, and the target appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -137,11 +137,11 @@ def plan_reshard(
     kinds = {name: t.kind for name, t in m.tensors.items()}
     mapped = with_dtype(keymaps.identity(tensors), kinds, dtype)
     grid = Grid.parse(mesh) if isinstance(mesh, str) else mesh
-    division = divide(mapped.tensors, kinds, grid, plan, {name: t.layout for name, t in m.tensors.items()} if opened.form == "meshpar" else {})
-    sink = rank_sink(mapped.tensors, division)
-    return build(
-        opened, target, "meshpar", mapped, sink, division, kinds, values=m.values, aliases=m.aliases, keymap=m.keymap
+    division = divide(
+        mapped.tensors, kinds, grid, plan, {name: t.layout for name, t in m.tensors.items()} if opened.form == "meshpar" else {}
     )
+    sink = rank_sink(mapped.tensors, division)
+    return build(opened, target, "meshpar", mapped, sink, division, kinds, values=m.values, aliases=m.aliases, keymap=m.keymap)
 
 
 def new_target(target: Path | str, resume: bool) -> Path:

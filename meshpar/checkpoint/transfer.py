@@ -7,8 +7,8 @@
     |             |        |      |      |        |             |     and slabs meet every chunk from its first byte to its last,
     +-------------+        +------+------+        +-------------+     so checksums are computed on the way.
 
-Small tensors travel many at a time, and what lies side by side in a file is read or written by one call. Where a target stretch is made of whole
-source stretches, it is written straight from the read buffer. Memory is the buffers of the workers, whatever the size of the model.
+Small tensors travel many at a time, and what lies side by side in a file is read or written by one call. Where a target stretch is made of
+whole source stretches, it is written straight from the read buffer. Memory is the buffers of the workers, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -75,17 +76,9 @@ class Transfer:
 class Files(Protocol):
     """Where pieces are read from or written to."""
 
-    def use(self, file: int) -> "Use": ...
+    def use(self, file: int) -> AbstractContextManager[int]: ...
 
     def name(self, file: int) -> str: ...
-
-
-class Use(Protocol):
-    """A context manager that gives a descriptor."""
-
-    def __enter__(self) -> int: ...
-
-    def __exit__(self, *_: object) -> bool | None: ...
 
 
 @dataclass(frozen=True)
@@ -141,7 +134,7 @@ class _Part(NamedTuple):
     offset: int
     nbytes: int
     state: _State
-    index: int
+    piece: int
     box: Box
 
 
@@ -152,7 +145,9 @@ def check_memory(transfers: Sequence[Transfer], options: Options) -> None:
     for t in transfers:
         if t.rearrange is not None and 3 * _step_bytes(t) > options.spare:
             need = 3 * _step_bytes(t) + options.memory - options.spare
-            raise ImpossibleError(f"{t.name} {list(t.shape)} must be transposed in memory: --max-memory {-(-need >> 20)}MiB or more would do.")
+            raise ImpossibleError(
+                f"{t.name} {list(t.shape)} must be transposed in memory: --max-memory {-(-need >> 20)}MiB or more would do."
+            )
 
 
 def _step_bytes(t: Transfer) -> int:
@@ -362,11 +357,15 @@ class _Worker:
 
     def _verify(self, part: _Part, view: memoryview) -> tuple[int, ...] | None:
         """Compare with the recorded checksums once a piece is complete; the checksums when this was all of it."""
-        piece = part.state.transfer.sources[part.index]
+        piece = part.state.transfer.sources[part.piece]
         if not self._options.verify or not piece.crcs:
             return None
         full = part.box == piece.box
-        running = BlockCrc(self._options.source_block) if full else part.state.source_crc.setdefault(part.index, BlockCrc(self._options.source_block))
+        running = (
+            BlockCrc(self._options.source_block)
+            if full
+            else part.state.source_crc.setdefault(part.piece, BlockCrc(self._options.source_block))
+        )
         running.feed(view)
         if part.offset + part.nbytes < piece.begin + volume(piece.box.size) * ITEMSIZE[part.state.transfer.dtype]:
             return None
@@ -375,7 +374,9 @@ class _Worker:
             _mismatch(self._m.source.name(piece.file), part.state.transfer.name, piece, found, self._options.source_block)
         return found if full and self._options.source_block == BLOCK else None
 
-    def _assemble(self, t: Transfer, part: _Part, held: Sequence[tuple[Box, memoryview, tuple[int, ...] | None]]) -> tuple[list[memoryview], tuple[int, ...] | None]:
+    def _assemble(
+        self, t: Transfer, part: _Part, held: Sequence[tuple[Box, memoryview, tuple[int, ...] | None]]
+    ) -> tuple[list[memoryview], tuple[int, ...] | None]:
         """The bytes of one target stretch: pieces of the read buffer where they fit, else copied together."""
         if t.dtype == t.target_dtype:
             if len(held) == 1 and held[0][0] == part.box:
@@ -394,7 +395,12 @@ class _Worker:
         return [view], None
 
     def _emit(
-        self, state: _State, part: _Part, out: list[memoryview], crcs: tuple[int, ...] | None, writes: list[tuple[int, int, list[memoryview]]]
+        self,
+        state: _State,
+        part: _Part,
+        out: list[memoryview],
+        crcs: tuple[int, ...] | None,
+        writes: list[tuple[int, int, list[memoryview]]],
     ) -> None:
         """Add a target stretch to the writes and to the running checksum of its piece."""
         t = state.transfer
@@ -405,12 +411,12 @@ class _Worker:
         writes.append((part.file, part.offset, out))
         if not self._options.checksums:
             return
-        if crcs is not None and part.box == t.targets[part.index].box:
-            state.target_crc[part.index] = crcs
+        if crcs is not None and part.box == t.targets[part.piece].box:
+            state.target_crc[part.piece] = crcs
             return
-        running = state.target_crc[part.index]
+        running = state.target_crc[part.piece]
         if not isinstance(running, BlockCrc):
-            running = state.target_crc[part.index] = BlockCrc()
+            running = state.target_crc[part.piece] = BlockCrc()
         for view in out:
             running.feed(view)
 
@@ -445,13 +451,17 @@ class _Worker:
                 full[_inside(part.box, slab)] = np.frombuffer(views[id(part)][0], word(t.dtype)).reshape(part.box.size)
             del views, buffer
             rows = slab.size[0] if slab.size else 1
-            change = t.rearrange if slab == whole(t.shape) else Rearrange((rows, *t.rearrange.split[1:]), t.rearrange.order, (rows, *t.rearrange.shape[1:]))
+            change = (
+                t.rearrange
+                if slab == whole(t.shape)
+                else Rearrange((rows, *t.rearrange.split[1:]), t.rearrange.order, (rows, *t.rearrange.shape[1:]))
+            )
             full = change.apply(full)
             place = whole(t.rearrange.shape) if slab == whole(t.shape) else Box((slab.offset[0], *(0,) * (full.ndim - 1)), full.shape)
             for part in _parts(state, t.targets, ITEMSIZE[t.target_dtype], place):
                 bits = cast(np.ascontiguousarray(full[_inside(part.box, place)]), t.dtype, t.target_dtype, t.name)
                 writes: list[tuple[int, int, list[memoryview]]] = []
-                self._emit(state, part, [memoryview(np.ascontiguousarray(bits)).cast("B")], None, writes)
+                self._emit(state, part, [np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data], None, writes)
                 self._write(writes)
 
 
@@ -459,7 +469,7 @@ class _Buffer:
     """A reused stretch of memory, handed out front to back, as aligned as the file offsets are."""
 
     def __init__(self, size: int) -> None:
-        self._data = memoryview(np.empty(size + 64, np.uint8)).cast("B")
+        self._data = np.empty(size + 64, np.uint8).data.cast("B")
         self._used = 0
 
     def reset(self) -> None:
@@ -470,7 +480,7 @@ class _Buffer:
         self._used = start + nbytes
         if self._used > len(self._data):
             # only hundreds of stretches in one slab get here: alignment took more than the slack
-            return memoryview(np.empty(nbytes, np.uint8)).cast("B")
+            return np.empty(nbytes, np.uint8).data.cast("B")
         return self._data[start : self._used]
 
 
@@ -537,6 +547,6 @@ def _mismatch(file: str, name: str, piece: Piece, found: tuple[int, ...], block:
     bad = next(i for i, (a, b) in enumerate(zip(found, piece.crcs, strict=True)) if a != b)
     start = piece.begin + bad * block
     raise CorruptError(
-        f"{file}, tensor {name} {piece.box}, bytes from {start} (block {bad}): crc32 is {found[bad]:08x}, the manifest says {piece.crcs[bad]:08x}. "
-        "Copy this file again from where it was written."
+        f"{file}, tensor {name} {piece.box}, bytes from {start} (block {bad}): "
+        f"crc32 is {found[bad]:08x}, the manifest says {piece.crcs[bad]:08x}. Copy this file again from where it was written."
     )

@@ -1,0 +1,388 @@
+"""`meshpar checkpoint ...`: every command, with --json, a progress bar, and an exit status that scripts can trust.
+
+0 done   1 differs, or files that do not belong there   2 usage   3 corrupt or incomplete   4 plan impossible   5 the file system refused
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from meshpar.checkpoint import convert, dcp, inspection
+from meshpar.checkpoint import reshard as resharding
+from meshpar.checkpoint.casts import parse_dtype
+from meshpar.checkpoint.partial import storage_errors
+from meshpar.checkpoint.transfer import Options
+from meshpar.errors import CheckpointError, ConfigError
+
+app = typer.Typer(
+    help="Inspect, verify, compare, reshard and convert checkpoints: on the CPU, in bounded memory, without the model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Mesh = Annotated[str, typer.Option("--mesh", help="The mesh to divide over, such as tp=4,pp=2,dp=2,ep=8.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="A JSON file that says how each tensor is divided.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and check everything, write nothing.")]
+Memory = Annotated[str, typer.Option("--max-memory", help="Memory for buffers, such as 256MiB.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, max=256, help="Threads.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Cast the model's floating tensors: bf16, fp16, fp32, fp64.")]
+Checksums = Annotated[bool, typer.Option("--checksums/--no-checksums", help="Verify what is read and record crc32 of what is written.")]
+MapFile = Annotated[Path | None, typer.Option("--map", help="A file with one key map rule per line.")]
+Rules = Annotated[list[str] | None, typer.Option("--rule", help="A key map rule, such as 'model.{rest*} -> {rest*}'; may be repeated.")]
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text.
+
+    >>> parse_size("256MiB")
+    268435456
+    """
+    hit = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not hit:
+        raise ConfigError(f"{text!r} is not a size; write 256MiB, 1GB or a number of bytes.")
+    power = " kmgt".index(hit.group(2).lower() or " ")
+    return int(float(hit.group(1)) * (1024 if hit.group(3) else 1000) ** power)
+
+
+@app.command()
+def inspect(path: Path, as_json: Json = False) -> None:
+    """Show mesh, files and tensors of a checkpoint or a Hugging Face folder."""
+    with _ending(as_json):
+        facts = inspection.inspect(path)
+        _print(facts, as_json, _show_inspect)
+
+
+@app.command()
+def verify(path: Path, workers: Workers = 1, as_json: Json = False) -> None:
+    """Check every byte against its checksum, and the directory against the manifest."""
+    with _ending(as_json):
+        with _bar("verify", as_json) as progress:
+            found = inspection.verify(path, workers=workers, progress=progress)
+        _print(found.to_json(), as_json, _show_verify)
+        raise typer.Exit(found.status)
+
+
+@app.command()
+def diff(
+    a: Path,
+    b: Path,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest absolute difference that counts as equal; 0 compares bits.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor, whatever meshes they are divided over."""
+    with _ending(as_json):
+        with _bar("diff", as_json) as progress:
+            found = inspection.diff(a, b, tolerance=tolerance, progress=progress)
+        _print(found.to_json(), as_json, _show_diff)
+        raise typer.Exit(0 if found.same else 1)
+
+
+@app.command()
+def reshard(
+    src: Path,
+    dst: Path,
+    mesh: Mesh = "",
+    plan: PlanFile = None,
+    dry_run: DryRun = False,
+    max_memory: Memory = "256MiB",
+    workers: Workers = 1,
+    resume: Resume = False,
+    dtype: Dtype = None,
+    checksums: Checksums = True,
+    as_json: Json = False,
+) -> None:
+    """Divide a checkpoint over another mesh."""
+    with _ending(as_json):
+        _need_mesh(mesh, plan)
+        with _bar("reshard", as_json) as progress:
+            report = resharding.reshard(
+                src,
+                dst,
+                mesh or None,
+                plan=plan,
+                dtype=_dtype(dtype),
+                options=_options(max_memory, workers, checksums),
+                resume=resume,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        _print(report.to_json(), as_json, _show_report)
+
+
+@app.command("from-hf")
+def from_hf(
+    src: Path,
+    dst: Path,
+    mesh: Mesh = "",
+    plan: PlanFile = None,
+    map_file: MapFile = None,
+    rule: Rules = None,
+    dry_run: DryRun = False,
+    max_memory: Memory = "256MiB",
+    workers: Workers = 1,
+    resume: Resume = False,
+    dtype: Dtype = None,
+    checksums: Checksums = True,
+    as_json: Json = False,
+) -> None:
+    """Read a Hugging Face folder into a checkpoint. Without a key map, experts named one by one are stacked."""
+    with _ending(as_json):
+        _need_mesh(mesh, plan)
+        with _bar("from-hf", as_json) as progress:
+            report = convert.from_hf(
+                src,
+                dst,
+                mesh or None,
+                rules=_rules(map_file, rule),
+                plan=plan,
+                dtype=_dtype(dtype),
+                options=_options(max_memory, workers, checksums),
+                resume=resume,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        _print(report.to_json(), as_json, _show_report)
+
+
+@app.command("to-hf")
+def to_hf(
+    src: Path,
+    dst: Path,
+    map_file: MapFile = None,
+    rule: Rules = None,
+    unstack_experts: Annotated[bool, typer.Option(help="Split stacked experts into one tensor per expert.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
+    dry_run: DryRun = False,
+    max_memory: Memory = "256MiB",
+    workers: Workers = 1,
+    resume: Resume = False,
+    dtype: Dtype = None,
+    checksums: Checksums = True,
+    as_json: Json = False,
+) -> None:
+    """Write a Hugging Face folder. Without a key map, the one recorded by from-hf is undone."""
+    with _ending(as_json), _bar("to-hf", as_json) as progress:
+        report = convert.to_hf(
+            src,
+            dst,
+            rules=_rules(map_file, rule),
+            unstack=unstack_experts,
+            dtype=_dtype(dtype),
+            shard_bytes=parse_size(max_shard_size),
+            options=_options(max_memory, workers, checksums),
+            resume=resume,
+            dry_run=dry_run,
+            progress=progress,
+        )
+        _print(report.to_json(), as_json, _show_report)
+
+
+@app.command("from-dcp")
+def from_dcp(
+    src: Path,
+    dst: Path,
+    mesh: Mesh = "",
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read the pickles in it, with an unpickler that runs nothing.")
+    ] = False,
+    model_prefix: Annotated[str, typer.Option(help="What the names of the model's tensors begin with; it is removed.")] = "",
+    skip_objects: Annotated[bool, typer.Option("--skip-objects", help="Leave out Python objects that are not plain values.")] = False,
+    plan: PlanFile = None,
+    dry_run: DryRun = False,
+    max_memory: Memory = "256MiB",
+    workers: Workers = 1,
+    resume: Resume = False,
+    dtype: Dtype = None,
+    checksums: Checksums = True,
+    as_json: Json = False,
+) -> None:
+    """Read a torch.distributed.checkpoint directory into a checkpoint."""
+    with _ending(as_json):
+        _need_mesh(mesh, plan)
+        with _bar("from-dcp", as_json) as progress:
+            report = dcp.from_dcp(
+                src,
+                dst,
+                mesh or None,
+                trust_pickle=trust_pickle,
+                model_prefix=model_prefix,
+                skip_objects=skip_objects,
+                plan=plan,
+                dtype=_dtype(dtype),
+                options=_options(max_memory, workers, checksums),
+                resume=resume,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        _print(report.to_json(), as_json, _show_report)
+
+
+@app.command("to-dcp")
+def to_dcp(
+    src: Path,
+    dst: Path,
+    model_prefix: Annotated[str, typer.Option(help="What to put before the names of the model's tensors.")] = "",
+    dry_run: DryRun = False,
+    max_memory: Memory = "256MiB",
+    as_json: Json = False,
+) -> None:
+    """Write a directory that torch.distributed.checkpoint loads."""
+    with _ending(as_json), _bar("to-dcp", as_json) as progress:
+        report = dcp.to_dcp(src, dst, model_prefix=model_prefix, options=_options(max_memory, 1, True), progress=progress, dry_run=dry_run)
+        _print(report.to_json(), as_json, _show_report)
+
+
+@app.command()
+def ls(path: Annotated[Path, typer.Argument()] = Path("."), as_json: Json = False) -> None:
+    """List the checkpoints under a directory, complete or not."""
+    with _ending(as_json):
+        rows = inspection.ls(path)
+        _print({"path": str(path), "checkpoints": rows}, as_json, _show_ls)
+
+
+@app.command()
+def gc(
+    path: Path,
+    keep: Annotated[int | None, typer.Option(min=1, help="Also remove all but the newest N checkpoints.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what interrupted runs left under a directory."""
+    with _ending(as_json):
+        removed = inspection.gc(path, keep=keep, dry_run=dry_run)
+        _print({"removed": removed, "dry_run": dry_run}, as_json, _show_gc)
+
+
+@contextmanager
+def _ending(as_json: bool) -> Iterator[None]:
+    """Turn errors into one message and an exit status."""
+    try:
+        with storage_errors(Path("."), "The command"):
+            yield
+    except (CheckpointError, ConfigError) as error:
+        status = getattr(error, "status", 2 if isinstance(error, ConfigError) else 3)
+        if as_json:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__, "status": status}))
+        else:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(status) from None
+
+
+@contextmanager
+def _bar(what: str, as_json: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on the terminal's error stream; none for JSON or where nobody watches."""
+    console = Console(stderr=True)
+    if as_json or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _options(max_memory: str, workers: int, checksums: bool) -> Options:
+    return Options(memory=parse_size(max_memory), workers=workers, verify=checksums, checksums=checksums)
+
+
+def _dtype(text: str | None) -> str | None:
+    return None if text is None else parse_dtype(text)
+
+
+def _need_mesh(mesh: str, plan: Path | None) -> None:
+    if not mesh and plan is None:
+        raise ConfigError("Which mesh? Add --mesh tp=2,dp=2 (or --mesh tp=1 for one file), or --plan plan.json.")
+
+
+def _rules(map_file: Path | None, rules: list[str] | None) -> list[str] | None:
+    if map_file is None and not rules:
+        return None
+    lines = map_file.read_text().splitlines() if map_file else []
+    return lines + (rules or [])
+
+
+def _print(facts: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any], Console], None]) -> None:
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        show(facts, Console(highlight=False))
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def _show_inspect(facts: dict[str, Any], console: Console) -> None:
+    console.print(
+        f"{facts['path']}: {facts['form']}, {facts['tensor_count']} tensors, {_size(facts['nbytes'])}, {facts['parameters']:,} parameters"
+    )
+    if facts["mesh"]:
+        console.print(f"mesh {facts['mesh']} ({facts['ranks']} ranks), {len(facts['files'])} files")
+    if facts["assets"]:
+        console.print(f"carried along: {', '.join(facts['assets'])}", markup=False)
+    for alias, name in facts["aliases"].items():
+        console.print(f"tied: {alias} = {name}", markup=False)
+    table = Table("tensor", "dtype", "shape", "kind", "cuts", "chunks", box=None, pad_edge=False)
+    for name, row in facts["tensors"].items():
+        cells = (name, row["dtype"], str(row["shape"]), row["kind"], ", ".join(row["cuts"]) or "-", str(row["chunks"]))
+        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+    console.print(table)
+
+
+def _show_verify(facts: dict[str, Any], console: Console) -> None:
+    for problem in (*facts["corrupt"], *facts["unexpected"], *facts["notes"]):
+        console.print(problem, markup=False, soft_wrap=True)
+    state = "ok" if facts["ok"] else "CORRUPT" if facts["corrupt"] else "files that do not belong there"
+    console.print(
+        f"{facts['path']}: {state}; {facts['tensors']} tensors, {_size(facts['checked_bytes'])} of {_size(facts['nbytes'])} checked"
+    )
+
+
+def _show_diff(facts: dict[str, Any], console: Console) -> None:
+    for row in facts["differences"]:
+        console.print(f"{row['tensor']}: {row['kind']}: {row['detail']}", markup=False, soft_wrap=True)
+    console.print(f"{facts['compared']} tensors compared: {'the same' if facts['same'] else 'different'}")
+
+
+def _show_report(facts: dict[str, Any], console: Console) -> None:
+    verb = "would write" if facts["dry_run"] else "wrote"
+    mesh = f", mesh {facts['mesh']}" if facts["mesh"] else ""
+    console.print(f"{verb} {facts['target']}: {facts['tensors']} tensors, {_size(facts['nbytes'])}, {facts['files']} files{mesh}")
+    if facts["seconds"]:
+        console.print(f"{facts['seconds']:.2f} s, {_size(facts['nbytes'] / facts['seconds'])}/s")
+    if facts["resumed"]:
+        console.print(f"{facts['resumed']} tensors were there from an earlier run")
+    for note in facts["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _show_ls(facts: dict[str, Any], console: Console) -> None:
+    table = Table("name", "state", "form", "mesh", "tensors", "size", box=None, pad_edge=False)
+    for row in facts["checkpoints"]:
+        table.add_row(row["name"], row["state"], row["form"], row.get("mesh", ""), str(row.get("tensors", "")), _size(row.get("nbytes", 0)))
+    console.print(table)
+
+
+def _show_gc(facts: dict[str, Any], console: Console) -> None:
+    verb = "would remove" if facts["dry_run"] else "removed"
+    for path in facts["removed"]:
+        console.print(f"{verb} {path}", markup=False, soft_wrap=True)
+    if not facts["removed"]:
+        console.print("nothing to remove")
