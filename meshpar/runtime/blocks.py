@@ -115,7 +115,7 @@ class Tree(Block):
 
     def run(self, key: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run program `key`: its outputs, without the new buffer values, which are written back."""
-        return self(key, *inputs)  # type: ignore[no-any-return]
+        return self(key, *inputs)
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Compute in `dtype` from parameters of another one: where no FSDP2 unit does so. Gradients have the dtype of the parameters."""
@@ -235,7 +235,7 @@ def _exec(source: str, namespace: dict[str, Any], name: str) -> Code:
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # tracebacks show the line
     namespace = dict(namespace)
     exec(compile(source, filename, "exec"), namespace)
-    return namespace["forward"]  # type: ignore[no-any-return]
+    return namespace["forward"]
 
 
 def _split(fqn: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import DataParallelMeshDims, FSDPModule, MixedPrecis
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from meshpar._torch import local_of
+from meshpar._torch import as_parameter, local_of
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
@@ -139,14 +139,13 @@ def _over(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
         local = local_of(parameter)
     placements = [own.get(name, Replicate()) for name in mesh.mesh_dim_names or ()]
     spread = DTensor.from_local(local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
-    made = nn.Parameter(spread, requires_grad=parameter.requires_grad)
     if (spec := spec_of(parameter)) is not None:
-        mark(made, spec)
-    return made
+        mark(spread, spec)
+    return as_parameter(spread, parameter.requires_grad)
 
 
 def _units(tree: Tree, config: ParallelConfig) -> tuple[tuple[str, ...], ...]:
-    """Which blocks are gathered and summed together: those that share a parameter, and small ones up to a bucket where nothing is gathered."""
+    """The blocks gathered and summed together: those that share a parameter, and where whole parameters are kept, up to a bucket of them."""
     units = shared_blocks(tree)
     if config.data_parallel not in ("replicate", "zero1"):
         return units

@@ -85,7 +85,7 @@ def _hand_over(parameter: DTensor) -> Callable[[torch.Tensor], None]:
             parameter.grad = dtensor_like(grad, parameter)
         else:
             local_of(parameter.grad).add_(grad)  # type: ignore[arg-type]
-        for user_hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
+        for user_hook in (parameter._post_accumulate_grad_hooks or {}).values():
             user_hook(parameter)
 
     return hook

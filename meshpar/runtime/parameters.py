@@ -25,7 +25,15 @@ from torch.distributed.tensor import Replicate as ReplicatePlacement
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import Placement
 
-from meshpar._torch import LocalTensor, StridedShard, dtensor_like, local_of, local_tensor_mode, maybe_disable_local_tensor_mode
+from meshpar._torch import (
+    LocalTensor,
+    StridedShard,
+    as_parameter,
+    dtensor_like,
+    local_of,
+    local_tensor_mode,
+    maybe_disable_local_tensor_mode,
+)
 from meshpar.sharding.types import Shard, Type, chunk, local_shape
 
 Coordinates = Mapping[str, tuple[int, int]]
@@ -82,9 +90,7 @@ def to_dtensor(local: torch.Tensor, spec: ParameterSpec, mesh: DeviceMesh) -> DT
 
 def to_parameter(local: torch.Tensor, spec: ParameterSpec, mesh: DeviceMesh) -> nn.Parameter:
     """`to_dtensor` as a parameter."""
-    parameter = nn.Parameter(to_dtensor(local, spec, mesh), requires_grad=spec.requires_grad)
-    mark(parameter, spec)
-    return parameter
+    return as_parameter(to_dtensor(local, spec, mesh), spec.requires_grad)
 
 
 def distribute(full: torch.Tensor, spec: ParameterSpec, mesh: DeviceMesh) -> nn.Parameter:
