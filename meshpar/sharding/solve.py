@@ -18,6 +18,7 @@ from math import prod
 from torch import fx
 
 from ..capture.captured import Info
+from ..errors import PlanError
 from ..plan import AxisPlan, NodePlan
 from .choices import Choice, at_rest, choices
 from .conversions import ALL_GATHER, wire_bytes
@@ -49,6 +50,8 @@ class Request:
     """Names of parameters, among the get_attr targets."""
     pinned: Mapping[str, Type] = field(default_factory=dict)
     """Parameters whose type is given."""
+    wanted: Mapping[str, int | None] = field(default_factory=dict)
+    """Parameters the user has rules for -> the dim to cut, None for whole."""
     shard_parameters: bool = True
     sequence: bool = True
     """Whether the residual stream is cut along its sequence where that is possible."""
@@ -102,7 +105,23 @@ class _Solver:
                 one = self.inference.dims[node, 0][self.request.inputs[node.name]]
                 if one is not None:
                     found.update(dict.fromkeys((self.inference.extents.find(one), *self.inference.extents.leaves(one))))
-        return tuple(found)
+        return self._ruled(node, found) if node.target in self.request.wanted else tuple(found)
+
+    def _ruled(self, node: fx.Node, found: Sequence[Choice]) -> tuple[Choice, ...]:
+        """The placements a user's rule allows."""
+        dim, shape = self.request.wanted[str(node.target)], node.meta["info"].shape
+        if dim is None:
+            return (Choice((), (I,), 0.0, "rule"),)
+        fitting = [Choice((), c.outs, c.cost, "rule") for c in found if isinstance(c.outs[0], Shard) and c.outs[0].dim == dim]
+        if not fitting:
+            cut = shard(dim, (1, ((shape[dim], 1),)), self.size)
+            if cut is None:
+                raise PlanError(
+                    f"rule: {self.request.axis}={self.size} cannot cut dim {dim} of {node.target} {list(shape)}; "
+                    f"valid {self.request.axis}: {', '.join(str(d) for d in range(1, shape[dim] + 1) if shape[dim] % d == 0)}."
+                )
+            fitting = [Choice((), (cut,), 0.0, "rule")]
+        return tuple(fitting)
 
     def _depends_on_batch(self) -> set[fx.Node]:
         found: set[fx.Node] = set()

@@ -1,0 +1,162 @@
+"""From a captured graph to a Plan: solve one mesh axis after the other, lowering in between so that the next one sees local shapes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import fx
+
+from ..capture.captured import Captured, Info
+from ..errors import PlanError, near, raise_all
+from ..mesh import Axis
+from ..plan import AxisPlan, ParameterPlan, Plan
+from ..sharding.infer import infer
+from ..sharding.op import op_name
+from ..sharding.solve import Request, solve
+from ..sharding.types import I, Shard, Type
+from .lower import Lower
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is asked of the solver besides the graph."""
+
+    mesh: tuple[tuple[str, int], ...]
+    """All axes of the mesh, outermost first."""
+    axes: tuple[tuple[str, int], ...]
+    """The axes to type, in order: ("dp", 2) for all data axes together, then ("tp", 2)."""
+    sequence: bool = True
+    rules: Mapping[str, str] = field(default_factory=dict)
+    """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
+    pinned: Mapping[str, Mapping[str, Type]] = field(default_factory=dict)
+    """Placements an earlier plan gave: they never change."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, tuple[tuple[int, ...], str, bool]] = field(default_factory=dict)
+    """All parameters of the model: shape, dtype, trainable; those the graph does not use stay whole."""
+
+
+def decide(captured: Captured, request: Decision) -> Plan:
+    """The plan for one graph. Deterministic: equal arguments give equal plans.
+
+    Raises PlanError when a rule matches nothing or cannot be met.
+    """
+    wanted = _rules(request.rules, captured, request)
+    graph, axes = captured.graph, list[AxisPlan]()
+    outputs = _pinned_outputs(captured)
+    for name, size in request.axes:
+        if size == 1:
+            continue
+        data = name != "tp"
+        plan = solve(
+            graph,
+            Request(
+                name,
+                size,
+                inputs=captured.batch_dims if data else {},
+                parameters=frozenset(captured.parameters),
+                pinned={n: p[name] for n, p in request.pinned.items() if name in p} if not data else {},
+                wanted=wanted if not data else {},
+                shard_parameters=not data,
+                sequence=request.sequence,
+                outputs=outputs,
+            ),
+        )
+        axes.append(plan)
+        graph = Lower(plan, Axis(name, size, 0, name))(graph)
+    return Plan(
+        request.mesh,
+        fingerprint(captured.graph),
+        tuple(axes),
+        _parameters(captured, axes, request),
+        dict(request.options),
+        notes=_notes(captured, axes),
+    )
+
+
+def _pinned_outputs(captured: Captured) -> list[Type | None]:
+    """The loss and new buffer values are the same everywhere; other outputs stay as they come out."""
+    count = len(next(n for n in reversed(captured.graph.nodes) if n.op == "output").args[0])
+    found: list[Type | None] = [None] * count
+    if captured.loss is not None:
+        found[captured.loss] = I
+    for index in range(count - len(captured.mutations), count):
+        found[index] = I
+    return found
+
+
+def fingerprint(graph: fx.Graph) -> str:
+    """A hash of the operators, arguments and shapes of a graph."""
+    digest = hashlib.sha256()
+    for node in graph.nodes:
+        digest.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs} {node.meta.get('info')}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _rules(rules: Mapping[str, str], captured: Captured, request: Decision) -> dict[str, int | None]:
+    """User rules as parameter -> dim to cut, None for whole."""
+    names = [*request.others] or list(captured.parameters)
+    known = {axis for axis, _ in request.axes} | {"tp"}
+    complaints, found = [], dict[str, int | None]()
+    for pattern, where in rules.items():
+        hits = [n for n in (*names, *captured.aliases) if fnmatchcase(n, pattern)]
+        if not hits:
+            complaints.append(f"rule {pattern!r} matches no parameter.{near(pattern.replace('*', ''), names)}")
+        axis, _, dim = where.partition(":")
+        if where != "replicate" and (axis not in known or not dim.lstrip("-").isdigit()):
+            complaints.append(f'rule {pattern!r}: {where!r} is not "tp:DIM" (as in "tp:0") or "replicate".')
+            continue
+        for hit in hits:
+            name = captured.aliases.get(hit, hit)
+            shape = request.others[name][0] if name in request.others else None
+            if where == "replicate":
+                found[name] = None
+            elif shape is not None and not -len(shape) <= int(dim) < len(shape):
+                complaints.append(f"rule {pattern!r}: {hit} has shape {list(shape)}, it has no dim {dim}.")
+            else:
+                found[name] = int(dim) % len(shape or (1,))
+    raise_all(PlanError, "rules:", complaints)
+    return found
+
+
+def _parameters(captured: Captured, axes: Sequence[AxisPlan], request: Decision) -> dict[str, ParameterPlan]:
+    nodes = {str(n.target): n for n in captured.graph.nodes if n.op == "get_attr"}
+    found = {}
+    for name, (shape, dtype, trainable) in request.others.items():
+        placements: dict[str, Type] = {}
+        why = "not used by the graph"
+        if name in nodes:
+            why = "data"
+            for axis in axes:
+                plan = axis.nodes[nodes[name].name]
+                placements[axis.axis] = plan.outs[0]
+                why = plan.why if axis.axis == "tp" else why
+        elif name in request.pinned:
+            placements.update(request.pinned[name])
+        found[name] = ParameterPlan(shape, dtype, trainable, placements, why)
+    return found
+
+
+def _notes(captured: Captured, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
+    """Operators without a rule that touch trainable values, per module kind: they run whole on every rank."""
+    calls = infer(captured.graph).calls
+    found: dict[str, int] = {}
+    for node, call in calls.items():
+        if call.signature is None and call.op.infos and any(isinstance(i, Info) and i.requires_grad for i in call.op.outs):
+            found[op_name(node.target)] = found.get(op_name(node.target), 0) + 1
+    return tuple(f"{name} has no rule: {count} calls run on whole values." for name, count in sorted(found.items())) if axes else ()
+
+
+def replicated_share(plan: Plan, axis: str = "tp") -> float:
+    """The share of all parameters that every rank of the axis holds whole."""
+    total = whole = 0
+    for parameter in plan.parameters.values():
+        numel = 1
+        for n in parameter.shape:
+            numel *= n
+        total += numel
+        whole += 0 if isinstance(parameter.placements.get(axis), Shard) else numel
+    return whole / max(1, total)

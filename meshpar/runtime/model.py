@@ -1,0 +1,161 @@
+"""The parallel model: an nn.Module with the original names, whose steps run lowered programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from ..config import ParallelConfig
+from ..errors import BatchError
+from ..mesh import check_batch
+from ..plan import Comm, Plan
+from ..sharding.types import Shard
+from .blocks import Tree, print_code
+from .data_parallel import DataParallel
+from .program import Program, Programs, flatten, restore
+
+
+class ParallelModel(nn.Module):
+    """What `parallelize` returns.
+
+    Parameters are DTensors under the original names with global shapes; plain torch optimizers work on them. Every data rank passes its own
+    local batch, ranks that share a data coordinate pass the same one.
+
+        loss = pm.train_step(**batch)        forward and backward, gradients summed over the mesh; the loss of the global batch on every rank
+        loss = pm.eval_step(**batch)         the same loss without gradients
+        out  = pm(**batch)                   the model's own output; tensors that are cut are DTensors; out.loss.backward() works
+    """
+
+    def __init__(self, tree: Tree, mesh: DeviceMesh, config: ParallelConfig, programs: Programs, data: DataParallel, first: Program) -> None:
+        super().__init__()
+        # The tree's own tables, not copies: what FSDP2 swaps in the tree is what this module shows.
+        self.__dict__.update(_modules=tree._modules, _parameters=tree._parameters, _buffers=tree._buffers)
+        self.__dict__["_non_persistent_buffers_set"] = tree._non_persistent_buffers_set
+        self.__dict__.update(_tree=tree, _data=data, _programs={}, _checked=set())
+        self.mesh, self.config = mesh, config
+        self._makes = programs
+        self._programs[first.signature, config.microbatches] = first
+        self._first = first
+        self.training = first.signature.training
+
+    # -- running ----------------------------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own output for this rank's local batch. The loss is that of the global batch."""
+        tensors, program = self._program(args, kwargs, 1)
+        self._data.microbatch(0, 1)
+        outputs = self._tree.run(program.key, *tensors)
+        return restore(program, lambda i: self._as_output(program, outputs[i], i))
+
+    def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one step over all microbatches. Returns the loss of the global batch, the same on every rank.
+
+        The loss is the mean over the valid labels of the whole global batch, also where microbatches or ranks have uneven numbers of them;
+        gradients equal those of one device on the global batch, and add to what `.grad` holds.
+        Raises BatchError when the model has no loss for this batch, or when ranks disagree about it.
+        """
+        return self._step(args, kwargs, backward=True)
+
+    @torch.no_grad()
+    def eval_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of the global batch, without gradients. Call `eval()` first to switch dropout off, as with any module."""
+        return self._step(args, kwargs, backward=False)
+
+    def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool) -> torch.Tensor:
+        count = self.config.microbatches
+        tensors, program = self._program(args, kwargs, count)
+        loss_at = program.captured.loss
+        if loss_at is None:
+            raise BatchError(
+                "this batch gives no loss: the model returned none. Pass labels if the model computes its loss from them, "
+                "or loss_fn=lambda output, batch: ... to parallelize."
+            )
+        parts = self._microbatches(program, tensors, count)
+        denominators = self._denominators(program, parts)
+        total: torch.Tensor | None = None
+        for index, part in enumerate(parts):
+            self._data.microbatch(index, count)
+            loss = self._tree.run(program.key, *part, *denominators)[loss_at]
+            if backward:
+                loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def _microbatches(self, program: Program, tensors: list[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
+        if count == 1:
+            return [tensors]
+        dims = program.captured.batch_dims
+        names = program.captured.inputs[: len(tensors)]
+        cut = [x.chunk(count, dims[n]) if n in dims else (x,) * count for n, x in zip(names, tensors, strict=True)]
+        return [list(part) for part in zip(*cut, strict=True)]
+
+    def _denominators(self, program: Program, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+        if program.counts is None:
+            return []
+        with torch.no_grad():
+            counted = [self._tree.run(program.counts.key, *part) for part in parts]
+        return [sum(c[i] for c in counted) for i in range(len(counted[0]))]  # type: ignore[misc]
+
+    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Program]:
+        tensors, signature = flatten(args, kwargs, self.training)
+        key = (signature, microbatches)
+        if key not in self._programs:
+            check_batch((args, dict(kwargs)), self.mesh)
+            program = self._makes.make(args, kwargs, training=self.training, microbatches=microbatches)
+            self._programs[key] = program
+            add(self._tree, program)
+        elif key not in self._checked:
+            check_batch((args, dict(kwargs)), self.mesh)
+        self._checked.add(key)
+        return tensors, self._programs[key]
+
+    def _as_output(self, program: Program, value: torch.Tensor, index: int) -> Any:
+        """A tensor that is cut comes out as a DTensor."""
+        types = {a.axis: a.outputs[index] for a in program.plan.axes}
+        if not any(isinstance(t, Shard) for t in types.values()):
+            return value
+        placements: list[Placement] = []
+        for name in self.mesh.mesh_dim_names or ():
+            found = types.get("tp" if name == "tp" else "dp")
+            placements.append(ShardPlacement(found.dim) if isinstance(found, Shard) else Replicate())
+        info = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index].meta["info"]  # type: ignore[index, union-attr]
+        strides, step = [], 1
+        for n in reversed(info.shape):
+            strides.append(step)
+            step *= n
+        return DTensor.from_local(value, self.mesh, placements, run_check=False, shape=torch.Size(info.shape), stride=tuple(reversed(strides)))
+
+    # -- looking ----------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Every decision, as data."""
+        return self._first.plan
+
+    def comms(self) -> tuple[Comm, ...]:
+        """The ledger: every collective of one microbatch."""
+        return self.plan.comms()
+
+    def print_readable(self) -> str:
+        """The code this rank runs: the root's, and that of each block structure once. Returned, and printed."""
+        code = print_code(self._tree, self._first.key)
+        print(code)
+        return code
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
+        self._tree._apply(fn, recurse)
+        return self
+
+
+def add(tree: Tree, program: Program) -> None:
+    """Teach the tree a program, and the one that counts its denominators."""
+    tree.add_program(program.key, program.graph, constants=program.captured.constants, mutations=program.captured.mutations)
+    if program.counts is not None:
+        tree.add_program(program.counts.key, program.counts.graph, constants=program.counts.captured.constants)

@@ -1,0 +1,221 @@
+"""From a model and a batch to a program: capture, decide, lower. One program per batch structure, as `jit` has one per shape."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
+
+from .._torch import without_modes
+from ..capture.captured import Captured, Slot
+from ..capture.export import capture
+from ..config import ParallelConfig
+from ..errors import BatchError, PlanError
+from ..mesh import Axis, agree, axis, data_axis, data_mesh, mesh_sizes
+from ..passes.coalesce import Coalesce
+from ..passes.decide import Decision, decide, fingerprint
+from ..passes.denominators import split_denominators
+from ..passes.ledger import ledger
+from ..passes.lower import Lower
+from ..plan import Plan
+from ..sharding.types import Type
+from ..simulate import is_simulated
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a batch must look like to run a program: structure, shapes and dtypes, and the values of what is not a tensor."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    training: bool
+
+    @property
+    def key(self) -> str:
+        """A name for the program in the module tree."""
+        digest = hashlib.sha256(f"{self.spec} {self.leaves}".encode()).hexdigest()[:8]
+        return f"{'train' if self.training else 'eval'}_{digest}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A lowered graph, and how batches go in and outputs come out."""
+
+    signature: Signature
+    captured: Captured
+    plan: Plan
+    graph: fx.Graph
+    counts: Program | None = None
+    """Counts the denominators of one microbatch, where the loss has any and the step several microbatches."""
+    averaged: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The name under which the module tree runs this program."""
+        return self.signature.key
+
+
+def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> tuple[list[torch.Tensor], Signature]:
+    """The tensors of a batch, and its signature; keyword arguments in the order of their names."""
+    leaves, spec = pytree.tree_flatten((args, {k: kwargs[k] for k in sorted(kwargs)}))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    described = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves)
+    return tensors, Signature(spec, described, training)
+
+
+class Programs:
+    """Makes programs for one model on one mesh. Placements of parameters are those of the first."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        config: ParallelConfig,
+        *,
+        rules: Mapping[str, str] | None = None,
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        self.skeleton = _skeleton(model)
+        self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
+        self.others = {
+            n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()
+        }
+        self.pinned: dict[str, Mapping[str, Type]] = {}
+
+    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, microbatches: int = 1) -> Program:
+        """The program for a batch like this one. Collective over the mesh the first time."""
+        _, signature = flatten(args, kwargs, training)
+        self.skeleton.train(training)
+        captured = self._capture(args, kwargs, microbatches)
+        if microbatches == 1:
+            return self._program(signature, captured)
+        if captured.loss is None:
+            raise BatchError("a step of several microbatches needs a loss: pass labels if the model computes it from them, or loss_fn= to parallelize.")
+        split = split_denominators(captured, microbatches)
+        counts = None
+        if split.counts is not None:
+            counts = self._program(replace(signature, leaves=(*signature.leaves, "counts")), split.counts, remember=False)
+        program = self._program(signature, split.captured)
+        return replace(program, counts=counts, averaged=split.averaged)
+
+    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> Captured:
+        ordered = {k: kwargs[k] for k in sorted(kwargs)}
+        device = torch.device(self.mesh.device_type)
+        scale = data_axis(self.mesh).size
+        with without_modes():
+            return capture(self.skeleton, args, ordered, device=device, scale=scale, divide=microbatches, loss_fn=self.loss_fn)
+
+    def _program(self, signature: Signature, captured: Captured, *, remember: bool = True) -> Program:
+        plan = self._plan(captured)
+        if remember and not self.pinned:
+            self.pinned = {n: p.placements for n, p in plan.parameters.items()}
+        graph = lowered(captured, plan, axes_of(self.mesh), reduce_gradients=is_simulated())
+        return Program(signature, captured, replace(plan, ledger=ledger(graph)), graph)
+
+    def _plan(self, captured: Captured) -> Plan:
+        """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph."""
+        if self.given is not None and self.given.graph == fingerprint(captured.graph):
+            _check_given(self.given, self.mesh)
+            return self.given
+        axes = axes_of(self.mesh)
+        request = Decision(
+            tuple(mesh_sizes(self.mesh).items()),
+            tuple((a.name, a.size) for a in axes),
+            sequence=bool(self.config.sequence_parallel),
+            rules=self.rules if not self.pinned else {},
+            pinned=self.pinned,
+            options=_options(self.config),
+            others=self.others,
+        )
+        if is_simulated() or dist.get_backend() == "fake" or self.mesh.size() == 1:
+            return decide(captured, request)
+        agree(fingerprint(captured.graph), self.mesh, "the model's captured graph")
+        return _from_first_rank(self.mesh, lambda: decide(captured, request))
+
+
+def axes_of(mesh: DeviceMesh) -> tuple[Axis, ...]:
+    """The axes that are typed, in the order they are lowered: all data axes as one, then tensor."""
+    found = []
+    if data_mesh(mesh) is not None:
+        found.append(replace(data_axis(mesh), name="dp"))
+    if "tp" in (mesh.mesh_dim_names or ()):
+        found.append(axis(mesh, "tp"))
+    return tuple(found)
+
+
+def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], *, reduce_gradients: bool) -> fx.Graph:
+    """The captured graph as this rank runs it."""
+    graph = captured.graph
+    for one in axes:
+        found = plan.axis(one.name)
+        if found is not None:
+            graph = Lower(found, one, reduce_gradients=reduce_gradients and one.name != "tp")(graph)
+    if graph is captured.graph:
+        graph = _copied(graph)
+    return Coalesce(frozenset(captured.parameters))(graph)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = new.node_copy(node, lambda n: mapping[n])
+        mapping[node].meta = dict(node.meta)
+    return new
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters have no memory, so that new shapes can be captured when the model is gone."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _options(config: ParallelConfig) -> dict[str, Any]:
+    return {
+        "microbatches": config.microbatches,
+        "recompute": config.recompute,
+        "data_parallel": config.data_parallel,
+        "sequence_parallel": bool(config.sequence_parallel),
+    }
+
+
+def _check_given(plan: Plan, mesh: DeviceMesh) -> None:
+    if dict(plan.mesh) != mesh_sizes(mesh):
+        raise PlanError(f"the plan was made for mesh {dict(plan.mesh)}, this is {mesh_sizes(mesh)}. Make the plan again for this mesh.")
+
+
+def _from_first_rank(mesh: DeviceMesh, make: Callable[[], Plan]) -> Plan:
+    ranks = mesh.mesh.flatten().tolist()
+    sent: list[Any] = [None]
+    if dist.get_rank() == ranks[0]:
+        try:
+            sent = [make().to_json()]
+        except PlanError as error:
+            sent = [error]
+    dist.broadcast_object_list(sent, src=ranks[0], group=_whole_group(mesh))
+    if isinstance(sent[0], PlanError):
+        raise sent[0]
+    return Plan.from_json(sent[0])
+
+
+def _whole_group(mesh: DeviceMesh) -> Any:
+    if mesh.size() != dist.get_world_size():
+        raise PlanError(f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; meshes over a part of the world are not supported yet.")
+    return None
+
+
+def restore(program: Program, values: Callable[[int], Any]) -> Any:
+    """The model's own output structure, with `values(i)` in the place of the i-th tensor."""
+    leaves = [values(int(leaf.key)) if isinstance(leaf, Slot) else leaf for leaf in program.captured.out_leaves]
+    return pytree.tree_unflatten(leaves, program.captured.out_spec)
