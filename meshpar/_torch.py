@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives  # torch 2.13; registers the functional collectives' shapes for fake and meta tensors
 from torch import _C, nn
+from torch._C import _set_grad_enabled as set_grad_enabled  # torch 2.13; what export sees of torch.no_grad
 from torch._ops import OpOverload  # torch 2.13; the type of an ATen operator in a graph, wait for a public name
-from torch._subclasses.fake_tensor import FakeTensorMode  # torch 2.13; wait for a public way to make tensors without memory
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch 2.13; wait for a public way to make tensors without memory
+from torch.amp import _enter_autocast as enter_autocast  # torch 2.13; what export writes for torch.autocast, wait for a public one
+from torch.amp import _exit_autocast as exit_autocast
 from torch.distributed._local_tensor import (  # torch 2.13; wait for a public simulation of ranks in one process
     LocalTensor,
     LocalTensorMode,
@@ -40,6 +43,11 @@ functional = torch.ops._c10d_functional  # torch 2.13; wait for public functiona
 def resolve_process_group(name: str) -> ProcessGroup:
     """The process group called `name` (torch 2.13; wait for a public look-up by name)."""
     return _resolve_process_group(GroupName(name))
+
+
+def simulated_generators(mode: LocalTensorMode) -> dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]]:
+    """Rank -> the states of its CPU and device generators, to read and write (torch 2.13; wait for a public simulation of ranks)."""
+    return mode._per_rank_rng_states
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -110,6 +118,7 @@ def dcp_storage_info(file: str, offset: int, length: int) -> Any:
 
 __all__ = [
     "FakeStore",
+    "FakeTensor",
     "FakeTensorMode",
     "LocalTensor",
     "LocalTensorMode",
@@ -120,6 +129,8 @@ __all__ = [
     "dcp_storage_info",
     "dtensor_like",
     "enabled_local_tensor_mode",
+    "enter_autocast",
+    "exit_autocast",
     "flatten_mesh",
     "functional",
     "local_of",
@@ -128,6 +139,9 @@ __all__ = [
     "opaque_initialisers",
     "resolve_process_group",
     "root_mesh",
+    "simulated_generators",
+    "set_grad_enabled",
     "takes",
+    "without_modes",
     "written_arguments",
 ]
