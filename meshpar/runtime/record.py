@@ -8,7 +8,7 @@ parameters are made of. All else (integers, `arange`, `linspace`, data) is compu
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,16 @@ EMPTY = frozenset(
     (aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default)
 )
 """They allocate and write nothing."""
-CONSTANT = frozenset((aten.zeros.default, aten.ones.default, aten.full.default))
+FILLS: Mapping[Any, Callable[[tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]] = {
+    aten.zeros.default: lambda args: (aten.zero_.default, ()),
+    aten.ones.default: lambda args: (aten.fill_.Scalar, (1,)),
+    aten.full.default: lambda args: (aten.fill_.Scalar, (args[1],)),
+    aten.rand.default: lambda args: (aten.uniform_.default, ()),
+    aten.rand.generator: lambda args: (aten.uniform_.default, ()),
+    aten.randn.default: lambda args: (aten.normal_.default, ()),
+    aten.randn.generator: lambda args: (aten.normal_.default, ()),
+}
+"""What they do to the memory they allocate, in place, from their positional arguments."""
 OVERWRITES = frozenset(
     (
         aten.zero_.default,
@@ -195,12 +204,26 @@ class Recorder(TorchDispatchMode):
         if any(t.is_meta for t in tensors):
             return func(*args, **kwargs)
         written, random = written_arguments(func, args, kwargs), _is_random(func)
-        if not written and (random or (not tensors and (func in EMPTY or func in CONSTANT))):
-            meta = func(*pytree.tree_map(_on_meta, args), **_on_device(kwargs, "meta"))
+        if not written and (random or (not tensors and (func in EMPTY or func in FILLS))):
+            meta = func(
+                *pytree.tree_map(_on_meta, args), **_on_device({**kwargs, "device": "cpu"} if takes(func, "device") else kwargs, "meta")
+            )
             if isinstance(meta, torch.Tensor) and (meta.is_floating_point() or meta.is_complex()):
-                return self._defer(func, args, kwargs, [])
+                return self._born(meta, func, args, kwargs)
         kwargs = _on_device(kwargs, "cpu") if str(kwargs.get("device")) == "meta" else kwargs
         return self._random_for_real(func, args, kwargs) if random else func(*args, **kwargs)
+
+    def _born(self, meta: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """A deferred tensor without deferred arguments; filling it is an operation of its own, so that what overwrites it makes it dead."""
+        if func not in EMPTY and func not in FILLS:
+            return self._defer(func, args, kwargs, [])
+        self.number(meta)
+        self._alive[id(meta)] = weak(meta)
+        if func in FILLS:
+            fill, rest = FILLS[func](args)
+            generator = {"generator": kwargs["generator"]} if kwargs.get("generator") is not None else {}
+            self._defer(fill, (meta, *rest), generator, [meta])
+        return meta
 
     def _defer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[torch.Tensor]) -> Any:
         """Run on `meta`; record unless the result is a mere view."""

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class Op:
     """The state that the generator was put in by hand just before."""
 
 
+_LARGE = 2**20
 DEFAULT = Dice(0)
 """torch's default generator on the CPU."""
 
@@ -128,6 +130,7 @@ class Replay:
         if seed is not None:
             self.states[DEFAULT] = torch.Generator().manual_seed(seed).get_state()
         self._saved: dict[int, torch.Tensor] = {}
+        self._scratch = torch.UntypedStorage(0)
 
     def values(self, targets: Mapping[str, Ref]) -> Iterator[tuple[str, torch.Tensor]]:
         """`(name, value)` of every target, each as soon as its last random operation is due: those without one come first."""
@@ -211,8 +214,18 @@ class Replay:
         """Run a random operation for its effect on the generator: on scratch memory, unless what it draws depends on what it reads."""
         op = self.tape.ops[index]
         assert op.dice is not None
-        memory = self._run(self._inputs(index), {}) if op.reads else {}
+        memory = self._run(self._inputs(index), {}) if op.reads else self._scratch_for(op)
         self.states[op.dice] = self._throw(op, memory, self._state_before(index))
+
+    def _scratch_for(self, op: Op) -> dict[int, torch.UntypedStorage]:
+        """Memory for what `op` writes to, used again and again."""
+        refs = _refs(op)
+        if len(refs) != 1:
+            return {}
+        nbytes = self.tape.nbytes[refs[0].number]
+        if self._scratch.nbytes() < nbytes:
+            self._scratch = allocate(nbytes)
+        return {refs[0].number: self._scratch}
 
     def _evaluate(self, refs: Sequence[Ref], ops: frozenset[int]) -> list[torch.Tensor]:
         memory = self._run(ops, {})
@@ -256,8 +269,15 @@ def _execute(
 
 def _view(memory: dict[int, torch.UntypedStorage], ref: Ref, nbytes: Sequence[int]) -> torch.Tensor:
     if ref.number not in memory:
-        memory[ref.number] = torch.UntypedStorage(nbytes[ref.number])
+        memory[ref.number] = allocate(nbytes[ref.number])
     return torch.empty(0, dtype=ref.dtype).set_(memory[ref.number], ref.offset, ref.size, ref.stride)
+
+
+def allocate(nbytes: int) -> torch.UntypedStorage:
+    """Memory that goes back to the system when it is freed: from the heap, small things kept in between would leave holes behind."""
+    if nbytes < _LARGE:
+        return torch.UntypedStorage(nbytes)
+    return torch.frombuffer(mmap(-1, nbytes), dtype=torch.uint8).untyped_storage()
 
 
 def _store(memory: dict[int, torch.UntypedStorage], ref: Ref, result: torch.Tensor, nbytes: Sequence[int]) -> None:
