@@ -50,7 +50,7 @@ def capture(
     inputs = [fake.fake_of(leaf, device, mode, shape=shape) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
     with fake.faked(model, device, mode) as names, experts.seam(model), torch.inference_mode(False), torch.enable_grad():
         recorder = _Recorder(model, batch, loss_fn)
-        program = _export(recorder, inputs)
+        program = _export(recorder, inputs, device)
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
     simplify.prune(built.graph)
@@ -200,11 +200,12 @@ class _Recorder(nn.Module):
         return tuple(tensors)
 
 
-def _export(recorder: _Recorder, inputs: list[torch.Tensor]) -> ExportedProgram:
+def _export(recorder: _Recorder, inputs: list[torch.Tensor], device: torch.device) -> ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            program = torch.export.export(recorder, tuple(inputs), strict=False)
+            with grad.Watch(device.type):
+                program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)
             return program.run_decompositions({})
         except Exception as error:

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
-from meshpar._torch import OpOverload
+from meshpar._torch import OpOverload, enter_autocast, exit_autocast, set_grad_enabled
 from meshpar.capture.captured import Info
+from meshpar.errors import CaptureError
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
+_AUTOCAST = "wrap_with_autocast"
 
 STOPS: frozenset[str] = frozenset(
     {
@@ -34,58 +37,60 @@ STOPS: frozenset[str] = frozenset(
 
 
 def inline(module: fx.GraphModule) -> None:
-    """Inline the sub-graphs that export makes of `torch.no_grad()` sections; what enters such a section is detached.
+    """Inline the sub-graphs that export makes of `torch.no_grad()` and `torch.autocast()` sections.
 
-    y = no_grad_section(w, x)     ->     w_, x_ = detach(w), detach(x);  y = <the section on w_, x_>
+    What enters a section without gradients is detached. An autocast section keeps its borders as calls, which torch turns into explicit
+    casts when it decomposes the program.
+
+        y = no_grad_section(w, x)     ->     w_, x_ = detach(w), detach(x);  y = <the section on w_, x_>
     """
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and str(node.target) == _SET_GRAD:
-            _Section(module, node).inline()
-    module.graph.eliminate_dead_code()
+        if node.op == "call_function" and str(node.target) in (_SET_GRAD, _AUTOCAST):
+            with module.graph.inserting_before(node):
+                results = _section(module.graph, module, node, list(_operands(node)), list(_operands(node)))
+            for user in list(node.users):
+                user.replace_all_uses_with(results[user.args[1]])
+                module.graph.erase_node(user)
+            module.graph.erase_node(node)
+    for node in reversed(module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
     module.recompile()
 
 
-class _Section:
-    """One section with gradients switched on or off, and the sections inside it."""
-
-    def __init__(self, owner: fx.GraphModule, call: fx.Node) -> None:
-        self.owner = owner
-        self.call = call
-
-    def inline(self) -> None:
-        enabled, body, *operands = self.call.args
-        graph = self.call.graph
-        with graph.inserting_before(self.call):
-            results = _copy(graph, _submodule(self.owner, body), {}, list(operands), enabled=bool(enabled))
-        for user in list(self.call.users):
-            user.replace_all_uses_with(results[user.args[1]])
-            graph.erase_node(user)
-        graph.erase_node(self.call)
+def _operands(call: fx.Node) -> tuple[Any, ...]:
+    return call.args[2:] if str(call.target) == _SET_GRAD else call.args[5:]
 
 
-def _submodule(owner: fx.GraphModule, body: Any) -> fx.GraphModule:
-    found = owner.get_submodule(str(body.target))
-    assert isinstance(found, fx.GraphModule)
-    return found
+def _section(graph: fx.Graph, owner: fx.GraphModule, call: fx.Node, used: list[Any], raw: list[Any]) -> list[Any]:
+    """Copy the section that `call` runs to the insertion point of `graph`; returns its results.
 
-
-def _copy(graph: fx.Graph, section: fx.GraphModule, raw: dict[fx.Node, Any], operands: list[Any], *, enabled: bool) -> list[Any]:
-    """Copy the nodes of `section` to the insertion point of `graph`; returns its results.
-
-    `raw` holds each value as it was before any detach, for sections inside this one that switch gradients on again.
+    `raw` are the operands as they were before any detach, for sections inside this one that switch gradients on again.
     """
+    if str(call.target) == _AUTOCAST:
+        entered = graph.call_function(enter_autocast, call.args[:4])
+        entered.meta.update(call.meta)
+        results = _copy(graph, _body(owner, call.args[4]), used, raw)
+        graph.call_function(exit_autocast, (entered,)).meta.update(call.meta)
+        return results
+    body = _body(owner, call.args[1])
+    origin = next((node for node in body.graph.nodes if node.op == "call_function"), call)
+    return _copy(graph, body, raw if call.args[0] else [_detached(graph, value, origin) for value in used], raw)
+
+
+def _copy(graph: fx.Graph, body: fx.GraphModule, operands: list[Any], raw_operands: list[Any]) -> list[Any]:
     used: dict[fx.Node, Any] = {}
+    raw: dict[fx.Node, Any] = {}
     items: dict[fx.Node, list[Any]] = {}
-    placeholders = iter(operands)
-    for node in section.graph.nodes:
+    placeholders = iter(zip(operands, raw_operands, strict=True))
+    for node in body.graph.nodes:
         if node.op == "placeholder":
-            raw[node] = next(placeholders)
-            used[node] = raw[node] if enabled else _detached(graph, raw[node])
+            used[node], raw[node] = next(placeholders)
         elif node.op == "output":
             return [raw[value] if isinstance(value, fx.Node) else value for value in node.args[0]]
-        elif str(node.target) == _SET_GRAD:
-            inner_enabled, body, *inner = node.args
-            items[node] = _copy(graph, _submodule(section, body), raw, [raw[value] for value in inner], enabled=bool(inner_enabled))
+        elif str(node.target) in (_SET_GRAD, _AUTOCAST):
+            inner = _operands(node)
+            items[node] = _section(graph, body, node, [used[value] for value in inner], [raw[value] for value in inner])
         elif node.op == "call_function" and node.args and node.args[0] in items:
             raw[node] = used[node] = items[node.args[0]][node.args[1]]
         elif node.op != "get_attr":
@@ -93,14 +98,38 @@ def _copy(graph: fx.Graph, section: fx.GraphModule, raw: dict[fx.Node, Any], ope
     raise AssertionError("a section without an output")
 
 
-def _detached(graph: fx.Graph, value: Any) -> Any:
-    """`value` cut off from its gradient, if it can have one."""
+def _body(owner: fx.GraphModule, reference: Any) -> fx.GraphModule:
+    found = owner.get_submodule(str(reference.target))
+    assert isinstance(found, fx.GraphModule)
+    return found
+
+
+def _detached(graph: fx.Graph, value: Any, origin: fx.Node) -> Any:
+    """`value` cut off from its gradient, if it can have one (a buffer cannot, and may be written to in the section)."""
     tensor = value.meta.get("val") if isinstance(value, fx.Node) else None
-    if not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or tensor.is_complex()) or value.name.startswith("b_"):
+    if not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+        return value
+    if value.op == "placeholder" and value.name.startswith("b_"):
         return value
     node = graph.call_function(torch.ops.aten.detach.default, (value,))
-    node.meta.update(value.meta)
+    node.meta.update({key: origin.meta[key] for key in ("nn_module_stack", "stack_trace") if key in origin.meta} | {"val": tensor})
     return node
+
+
+class Watch(TorchFunctionMode):
+    """Refuses a no_grad section inside an autocast section: export (torch 2.13) would forget it, and gradients would flow."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is set_grad_enabled and not args[0] and torch.is_autocast_enabled(self.device_type):
+            raise CaptureError(
+                "The forward switches gradients off inside an autocast section, which torch.export does not carry over.\n"
+                "  Swap the two (torch.autocast inside torch.no_grad), or detach() the values instead."
+            )
+        return func(*args, **(kwargs or {}))
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
 
 
 def propagate(graph: fx.Graph, leaves: Mapping[str, bool]) -> None:
