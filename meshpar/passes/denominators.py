@@ -61,8 +61,8 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
         for user in users:
             user.replace_input_with(node, slot)
     _order_placeholders(graph, captured.inputs, len(terms.denominators))
-    graph.eliminate_dead_code()
-    _keep_inputs(graph)
+    graph.eliminate_dead_code(_is_kept)
+    graph.lint()
     names = (*captured.inputs, *(f"denominator_{i}" for i in range(len(terms.denominators))))
     return Split(replace(captured, graph=graph, inputs=names), counts, tuple(terms.averaged))
 
@@ -139,7 +139,7 @@ def _counting(captured: Captured, graph: fx.Graph, denominators: dict[fx.Node, l
             continue
         mapping[node] = counts.node_copy(node, lambda n: mapping[n])
         mapping[node].meta = {**node.meta, "region": None}
-    counts.eliminate_dead_code()
+    counts.eliminate_dead_code(_is_kept)
     return replace(captured, graph=counts, mutations=(), loss=None, out_leaves=())
 
 
@@ -155,5 +155,6 @@ def _order_placeholders(graph: fx.Graph, inputs: tuple[str, ...], count: int) ->
             anchor = anchor.next
 
 
-def _keep_inputs(graph: fx.Graph) -> None:
-    graph.lint()
+def _is_kept(node: fx.Node) -> bool:
+    """Functional graphs have no side effects: only inputs and outputs stay without users (torch counts random operators as impure)."""
+    return node.op in ("placeholder", "output")

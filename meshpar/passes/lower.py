@@ -24,7 +24,7 @@ from ..ops import collectives, vocab_parallel
 from ..plan import AxisPlan, NodePlan
 from ..sharding.conversions import conversion
 from ..sharding.op import Op, Value, read, value_of
-from ..sharding.types import I, Partial, R, Shard, Type, local_shape
+from ..sharding.types import Partial, Shard, Type, local_shape
 from ..sharding.views import slice_bounds
 
 aten = torch.ops.aten
@@ -36,8 +36,6 @@ class Lower:
 
     plan: AxisPlan
     axis: Axis
-    reduce_gradients: bool = False
-    """Sum the pending gradients of parameters in the graph itself; otherwise the runtime does it."""
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         return _Lowering(graph, self).run()
@@ -45,7 +43,7 @@ class Lower:
 
 class _Lowering:
     def __init__(self, graph: fx.Graph, options: Lower) -> None:
-        self.graph, self.plan, self.axis, self.reduce = graph, options.plan, options.axis, options.reduce_gradients
+        self.graph, self.plan, self.axis = graph, options.plan, options.axis
         self.shape_rank = max(self.axis.rank, 0)
         self.new = fx.Graph()
         self.held: dict[Value, fx.Node] = {}
@@ -61,9 +59,7 @@ class _Lowering:
                 self._output(node)
             elif node.op != "call_function":
                 copied = self.new.node_copy(node, lambda n: n)
-                plan = self.plan.nodes[node.name]
-                pending = node.op == "get_attr" and plan.outs == (R,)
-                self._made(node, copied, replace(plan, outs=(I,)) if pending and self.reduce else plan)
+                self._made(node, copied, self.plan.nodes[node.name])
             elif node.target is not operator.getitem:
                 self._call(node)
         return self.new

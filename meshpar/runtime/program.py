@@ -25,6 +25,7 @@ from ..passes.decide import Decision, decide, fingerprint
 from ..passes.denominators import split_denominators
 from ..passes.ledger import ledger
 from ..passes.lower import Lower
+from ..passes.reduce import ReduceGradients
 from ..plan import Plan
 from ..sharding.types import Type
 from ..simulate import is_simulated
@@ -158,10 +159,14 @@ def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], *, reduce_gr
     for one in axes:
         found = plan.axis(one.name)
         if found is not None:
-            graph = Lower(found, one, reduce_gradients=reduce_gradients and one.name != "tp")(graph)
+            graph = Lower(found, one)(graph)
     if graph is captured.graph:
         graph = _copied(graph)
-    return Coalesce(frozenset(captured.parameters))(graph)
+    parameters = frozenset(captured.parameters)
+    for one in axes:
+        if reduce_gradients and one.name != "tp" and one.size > 1:
+            graph = ReduceGradients(one, parameters)(graph)
+    return Coalesce(parameters)(graph)
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:
