@@ -20,6 +20,7 @@ from meshpar.checkpoint.faults import ImpossibleError
 from meshpar.sharding.types import Shard, plain
 
 Run = tuple[int, int]
+Runs = tuple[tuple[Run, ...], ...]
 
 
 class Box(NamedTuple):
@@ -91,9 +92,7 @@ def runs_of(length: int, cuts: Iterable[tuple[Shard, int, int]]) -> tuple[Run, .
     return runs
 
 
-def runs_held(
-    shape: Sequence[int], cuts: Sequence[Cut], sizes: Mapping[str, int], coords: Mapping[str, int]
-) -> tuple[tuple[Run, ...], ...]:
+def runs_held(shape: Sequence[int], cuts: Sequence[Cut], sizes: Mapping[str, int], coords: Mapping[str, int]) -> Runs:
     """Per dim, the runs that the rank at `coords` holds of a tensor of global `shape`."""
     on_dim: list[list[tuple[Shard, int, int]]] = [[] for _ in shape]
     for cut in cuts:
@@ -105,7 +104,11 @@ def runs_held(
 
 def boxes_held(shape: Sequence[int], cuts: Sequence[Cut], sizes: Mapping[str, int], coords: Mapping[str, int]) -> tuple[Box, ...]:
     """The boxes that the rank at `coords` holds, in the order they lie in its local tensor."""
-    runs = runs_held(shape, cuts, sizes, coords)
+    return boxes_of(runs_held(shape, cuts, sizes, coords))
+
+
+def boxes_of(runs: Sequence[Sequence[Run]]) -> tuple[Box, ...]:
+    """The boxes that runs per dim span; none where a dim has no run."""
     return tuple(Box(tuple(a for a, _ in row), tuple(b - a for a, b in row)) for row in product(*runs))
 
 

@@ -23,7 +23,7 @@ from math import prod
 from typing import Any
 from zlib import crc32
 
-from meshpar.checkpoint.boxes import Box, Cut, boxes_held
+from meshpar.checkpoint.boxes import Box, Cut, Runs, boxes_of, runs_held
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import ITEMSIZE
 from meshpar.errors import ConfigError, near
@@ -102,18 +102,22 @@ class Division:
     grid: Grid = ONE_RANK
     layouts: Mapping[str, Layout] = field(default_factory=dict)
 
-    def pieces(self, name: str, shape: Sequence[int]) -> list[tuple[int, tuple[Box, ...]]]:
-        """Every rank that writes a part of the tensor, with its boxes; each part once."""
+    def holders(self, name: str, shape: Sequence[int]) -> list[tuple[int, Runs]]:
+        """Every rank that writes a part of the tensor, with the runs it holds per dim; each part once."""
         layout, sizes = self.layouts[name], self.grid.sizes
         cutting = [axis for axis, _ in self.grid.axes if any(cut.axis == axis for cut in layout.cuts)]
         others = [(axis, size) for axis, size in self.grid.axes if axis not in cutting and axis != "pp"]
         base = {"pp": layout.stage} | _spread(name, others)
         out = []
         for coords in self.grid.walk(cutting):
-            boxes = tuple(box for box in boxes_held(shape, layout.cuts, sizes, coords) if all(box.size))
-            if boxes:
-                out.append((self.grid.rank(base | coords), boxes))
-        return out
+            runs = runs_held(shape, layout.cuts, sizes, coords)
+            if all(runs) or not all(shape):
+                out.append((self.grid.rank(base | coords), runs))
+        return out if all(shape) else out[:1]
+
+    def pieces(self, name: str, shape: Sequence[int]) -> list[tuple[int, tuple[Box, ...]]]:
+        """The same with boxes, in the order they lie in the rank's local tensor."""
+        return [(rank, boxes_of(runs)) for rank, runs in self.holders(name, shape)]
 
 
 def _spread(name: str, axes: Sequence[tuple[str, int]]) -> dict[str, int]:
@@ -156,7 +160,7 @@ def _check(name: str, shape: tuple[int, ...], layout: Layout, grid: Grid) -> Non
             raise ImpossibleError(f"{name} {list(shape)}: {cut.axis} should cut dim {cut.shard.dim}, which it does not have.")
     for coords in grid.walk([axis for axis, _ in grid.axes if any(cut.axis == axis for cut in layout.cuts)]):
         try:
-            boxes_held(shape, layout.cuts, grid.sizes, coords)
+            runs_held(shape, layout.cuts, grid.sizes, coords)
         except ImpossibleError as error:
             raise ImpossibleError(f"{name} {list(shape)} cannot be divided over {grid}: {error}") from None
         return

@@ -2,7 +2,8 @@
 
 One file per rank of the mesh. A rank that holds several boxes of one tensor (a fused projection, cut per segment) puts the second
 one under the same name in a companion file `rank-00003.1.safetensors`, and so on, so that torch's `HuggingFaceStorageReader`, which knows
-one box per name and file, reads them all. Above `COMPANIONS` boxes they go into the first file as `name#1`, `name#2`, ...: only meshpar reads those.
+one box per name and file, reads them all. Above `COMPANIONS` boxes they go into the first file as `name#1`, `name#2`, ...: only meshpar
+reads those.
 """
 
 from __future__ import annotations

@@ -91,11 +91,12 @@ class Options:
     checksums: bool = True
     source_block: int = BLOCK
     slab: int = SLAB
+    smallest: int = 1 << 16
 
     @property
     def buffer(self) -> int:
         """Bytes of each of the two buffers of a worker."""
-        return max(min(self.slab, self.memory // (4 * self.workers)), 1 << 16)
+        return max(min(self.slab, self.memory // (4 * self.workers)), self.smallest)
 
     @property
     def spare(self) -> int:

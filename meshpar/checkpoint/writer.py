@@ -1,0 +1,198 @@
+"""Saving from many ranks: each writes files of its own, one of them merges the records and writes the manifest last.
+
+    rank 0                            rank 1 ... n-1
+    with writing(target) as partial                                    the directory appears, locked
+    write_rank(partial.path, 0, ...)  write_rank(partial.path, r, ...)  every rank: its files, synced, and a record of them
+    finish(partial, records)                                           merge, prove, manifest, rename
+
+Merging the records refuses whatever two ranks do not agree on: a name with two shapes, a box written twice or never, a value that differs.
+Values that should differ are declared: tensors of kind "rank", and `PerRank` values.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meshpar.checkpoint import manifest as manifests
+from meshpar.checkpoint.boxes import Box, Runs, boxes_of, local_shape
+from meshpar.checkpoint.casts import Array, word
+from meshpar.checkpoint.division import ONE_RANK, WHOLE, Grid, Layout
+from meshpar.checkpoint.faults import CorruptError
+from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk
+from meshpar.checkpoint.manifest import MANIFEST, Chunk, FileRecord, Manifest, Stored
+from meshpar.checkpoint.partial import Partial
+from meshpar.checkpoint.sink import NewFile, Slot, pack, rank_slots
+from meshpar.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Local:
+    """What one rank writes of one tensor: the runs it holds per dim, and a function that gives its local tensor as words.
+
+    The local tensor must have exactly the shape that the runs say; a layout that lies about what a rank holds is found here.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    runs: Runs
+    data: Callable[[], Array]
+    kind: str = "model"
+    layout: Layout = WHOLE
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        return boxes_of(self.runs)
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """A value that each rank has its own of: a random state, a position in the data."""
+
+    value: Any
+
+
+@dataclass
+class Record:
+    """What one rank wrote: its files, its part of every tensor, its values."""
+
+    rank: int
+    files: tuple[FileRecord, ...]
+    tensors: dict[str, Stored]
+    values: dict[str, Any] = field(default_factory=dict)
+    per_rank: dict[str, Any] = field(default_factory=dict)
+
+
+def rank_tensor(name: str, rank: int, world: int, array: Array, dtype: str) -> Local:
+    """A tensor that every rank has its own of, of one shape on all: stored as row `rank` of [world, ...]."""
+    runs = ((rank, rank + 1), *((0, n) for n in array.shape))
+    return Local(name, dtype, (world, *array.shape), tuple((run,) for run in runs), lambda: array[None].view(word(dtype)), "rank")
+
+
+def write_rank(root: Path, rank: int, tensors: Iterable[Local], values: Mapping[str, Any], disk: Disk, *, checksums: bool = True) -> Record:
+    """Write the files of one rank into a partial directory and sync them. Holds one tensor's local bytes at a time."""
+    held = list(tensors)
+    by_name = {t.name: t for t in held}
+    if len(by_name) != len(held):
+        twice = sorted({t.name for t in held if sum(o.name == t.name for o in held) > 1})
+        raise ConfigError(f"Rank {rank} saves {', '.join(twice[:5])} twice; the parts of one tensor belong into one entry.")
+    groups: dict[str, list[Slot]] = {}
+    for t in held:
+        for file, slot in rank_slots(rank, t.name, t.dtype, t.boxes):
+            groups.setdefault(file, []).append(slot)
+    sink = pack([(file, groups[file]) for file in sorted(groups)], {t.name: (t.dtype, t.shape) for t in held}, sharded=True)
+    handles = [_start(disk, root, new) for new in sink.files]
+    stored: dict[str, Stored] = {}
+    try:
+        for t in held:
+            chunks = _write_local(t, sink.pieces[t.name], handles, rank, disk, checksums)
+            stored[t.name] = Stored(t.dtype, t.shape, chunks, t.kind, t.layout)
+        for handle in handles:
+            disk.sync(handle)
+    finally:
+        for handle in handles:
+            os.close(handle)
+    shared = {k: v for k, v in values.items() if not isinstance(v, PerRank)}
+    own = {k: v.value for k, v in values.items() if isinstance(v, PerRank)}
+    return Record(rank, tuple(f.record for f in sink.files), stored, shared, own)
+
+
+def _start(disk: Disk, root: Path, new: NewFile) -> int:
+    fd = disk.create(root / new.name, new.size)
+    disk.write(fd, [memoryview(new.header)], 0)
+    return fd
+
+
+def _write_local(t: Local, pieces: Sequence[Any], handles: Sequence[int], rank: int, disk: Disk, checksums: bool) -> tuple[Chunk, ...]:
+    data = t.data()
+    if data.shape != local_shape(t.runs):
+        raise CorruptError(
+            f"Rank {rank} says it holds {[list(r) for r in t.runs]} of {t.name} {list(t.shape)}, that is {list(local_shape(t.runs))}, "
+            f"but its local tensor is {list(data.shape)}."
+        )
+    if data.dtype.itemsize != ITEMSIZE[t.dtype]:
+        raise CorruptError(f"Rank {rank}: {t.name} is {t.dtype}, but its elements have {data.dtype.itemsize} bytes.")
+    chunks = []
+    for piece in pieces:
+        part = np.ascontiguousarray(data[_local_slices(piece.box, t.runs)])
+        view = part.reshape(-1).view(np.uint8).data
+        running = BlockCrc()
+        if checksums:
+            running.feed(view)
+        disk.write(handles[piece.file], [view], piece.begin)
+        chunks.append(Chunk(piece.box, piece.file, piece.begin, running.finish()))
+    return tuple(chunks)
+
+
+def _local_slices(box: Box, runs: Sequence[Sequence[tuple[int, int]]]) -> tuple[slice, ...]:
+    """Where a box lies in the local tensor, whose dims are the runs put side by side."""
+    out = []
+    for start, size, row in zip(box.offset, box.size, runs, strict=True):
+        base = 0
+        for a, b in row:
+            if a <= start < b:
+                out.append(slice(base + start - a, base + start - a + size))
+                break
+            base += b - a
+    return tuple(out)
+
+
+def merge(records: Sequence[Record], grid: Grid = ONE_RANK, *, aliases: Mapping[str, str] | None = None, origin: str = "") -> Manifest:
+    """One manifest from the records of all ranks. Raises CorruptError for everything they contradict each other in."""
+    files: list[FileRecord] = []
+    first: dict[str, tuple[int, Stored]] = {}
+    chunks: dict[str, list[Chunk]] = {}
+    values: dict[str, Any] = {}
+    for record in sorted(records, key=lambda r: r.rank):
+        base = len(files)
+        files += record.files
+        for name, t in record.tensors.items():
+            rank, seen = first.setdefault(name, (record.rank, t))
+            if (seen.dtype, seen.shape, seen.kind) != (t.dtype, t.shape, t.kind):
+                raise CorruptError(
+                    f"{name} is {seen.dtype} {list(seen.shape)} ({seen.kind}) on rank {rank} and {t.dtype} {list(t.shape)} ({t.kind}) "
+                    f"on rank {record.rank}. Names must be those of the whole model, not of a stage."
+                )
+            chunks.setdefault(name, []).extend(c._replace(file=c.file + base) for c in t.chunks)
+        for key, value in record.values.items():
+            values[key] = _agree(values[key], value, key, record.rank) if key in values else value
+    per_rank = _per_rank(records)
+    tensors = {n: Stored(t.dtype, t.shape, tuple(chunks[n]), t.kind, t.layout) for n, (_, t) in first.items()}
+    manifest = Manifest(
+        tensors, tuple(files), grid, (), dict(aliases or {}), values | ({"per_rank": per_rank} if per_rank else {}), (), origin
+    )
+    manifests.check(manifest, "saving")
+    return manifest
+
+
+def _agree(a: Any, b: Any, key: str, rank: int) -> Any:
+    """The union of what two ranks say. Dicts may complete each other (parameter groups by name); anything else must be equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return {k: _agree(a[k], b[k], f"{key}.{k}", rank) if k in a and k in b else a.get(k, b.get(k)) for k in {**a, **b}}
+    if type(a) is not type(b) or a != b:
+        raise CorruptError(
+            f"The value {key} is {a!r:.100} on one rank and {b!r:.100} on rank {rank}. If it should differ, declare it PerRank."
+        )
+    return a
+
+
+def _per_rank(records: Sequence[Record]) -> dict[str, list[Any]]:
+    ordered = sorted(records, key=lambda r: r.rank)
+    keys = sorted({k for r in ordered for k in r.per_rank})
+    for key in keys:
+        lacking = [r.rank for r in ordered if key not in r.per_rank]
+        if lacking:
+            raise CorruptError(f"The per-rank value {key} is missing on ranks {lacking[:8]}.")
+    return {key: [r.per_rank[key] for r in ordered] for key in keys}
+
+
+def finish(partial: Partial, manifest: Manifest) -> None:
+    """Write the manifest of files that all ranks have synced, and make the directory the checkpoint."""
+    partial.disk.write_file(partial.path / MANIFEST, manifests.dump(manifest))
+    partial.commit()
