@@ -59,6 +59,11 @@ class RandomState:
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
 
+def derive(key: int, number: int) -> int:
+    """The key of one part of a graph, such as one of several blocks that share their code."""
+    return _mix(key, number)
+
+
 def drawn(op: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What to call, and with which leading arguments, in place of an ATen op that draws random numbers.
 

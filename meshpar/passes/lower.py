@@ -90,7 +90,7 @@ class _Lowering:
         for index, info in enumerate(local):
             if info is not None and index in used:
                 item = self.new.call_function(operator.getitem, (new, index))
-                item.meta = {**new.meta, "info": info}
+                item.meta = {k: v for k, v in new.meta.items() if k != "seed"} | {"info": info}
                 self.held[node, index] = item
 
     def _value_node(self, node: fx.Node, index: int) -> fx.Node:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from ..config import ParallelConfig
 from ..errors import BatchError
 from ..mesh import check_batch
+from ..ops.random import RandomState
 from ..plan import Comm, Plan
 from ..sharding.types import Shard
 from .blocks import Tree, print_code
@@ -39,6 +40,7 @@ class ParallelModel(nn.Module):
         self.__dict__["_non_persistent_buffers_set"] = tree._non_persistent_buffers_set
         self.__dict__.update(_tree=tree, _data=data, _programs={}, _checked=set())
         self.mesh, self.config = mesh, config
+        self.random = RandomState(config.seed)
         self._makes = programs
         self._programs[first.signature, config.microbatches] = first
         self._first = first
@@ -50,7 +52,8 @@ class ParallelModel(nn.Module):
         """The model's own output for this rank's local batch. The loss is that of the global batch."""
         tensors, program = self._program(args, kwargs, 1)
         self._data.microbatch(0, 1)
-        outputs = self._tree.run(program.key, *tensors)
+        outputs = self._tree.run(program.key, *tensors, *self._random_key(program, 0))
+        self.random.advance()
         return restore(program, lambda i: self._as_output(program, outputs[i], i))
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -81,12 +84,16 @@ class ParallelModel(nn.Module):
         total: torch.Tensor | None = None
         for index, part in enumerate(parts):
             self._data.microbatch(index, count)
-            loss = self._tree.run(program.key, *part, *denominators)[loss_at]
+            loss = self._tree.run(program.key, *part, *denominators, *self._random_key(program, index))[loss_at]
             if backward:
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
+        self.random.advance()
         return total
+
+    def _random_key(self, program: Program, microbatch: int) -> tuple[int, ...]:
+        return (self.random.key(microbatch),) if program.is_random else ()
 
     def _microbatches(self, program: Program, tensors: list[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
         if count == 1:

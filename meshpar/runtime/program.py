@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from functools import cached_property
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ from ..passes.decide import Decision, decide, fingerprint
 from ..passes.denominators import split_denominators
 from ..passes.ledger import ledger
 from ..passes.lower import Lower
+from ..passes.randomness import KEY, SeedRandom
 from ..passes.reduce import ReduceGradients
 from ..plan import Plan
 from ..sharding.types import Type
@@ -57,6 +59,11 @@ class Program:
     counts: Program | None = None
     """Counts the denominators of one microbatch, where the loss has any and the step several microbatches."""
     averaged: tuple[str, ...] = ()
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether the graph takes a key for its random numbers, as its last input."""
+        return any(n.op == "placeholder" and n.name == KEY for n in self.graph.nodes)
 
     @property
     def key(self) -> str:
@@ -166,7 +173,7 @@ def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], *, reduce_gr
     for one in axes:
         if reduce_gradients and one.name != "tp" and one.size > 1:
             graph = ReduceGradients(one, parameters)(graph)
-    return Coalesce(parameters)(graph)
+    return SeedRandom(axes)(Coalesce(parameters)(graph))
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

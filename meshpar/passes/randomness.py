@@ -1,0 +1,57 @@
+"""Random operators get their seed from their place: equal on replicas, different on shards, the same again when recomputed.
+
+    before                                after, with x cut on tp
+      y = native_dropout(x, 0.1, True)      y = native_dropout(x, 0.1, True, key=random_key, number=0, shards=(("tp group", 2, 0),))
+
+`random_key` is one more input of the graph, an integer that the runtime changes with every forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..mesh import Axis
+from ..ops.random import derive, drawn
+
+KEY = "random_key"
+
+
+@dataclass(frozen=True)
+class SeedRandom:
+    """Seed every node that capture marked with a number (`meta["seed"]`)."""
+
+    axes: Sequence[Axis]
+
+    def __call__(self, graph: fx.Graph) -> fx.Graph:
+        nodes = [n for n in graph.nodes if n.op == "call_function" and "seed" in n.meta]
+        if not nodes:
+            return graph
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            key = graph.placeholder(KEY)
+        key.meta = {"module": "", "region": None}
+        by_region: dict[str | None, list[fx.Node]] = {}
+        for node in nodes:
+            by_region.setdefault(node.meta.get("region"), []).append(node)
+        for place, (region, members) in enumerate(by_region.items()):
+            own = key if region is None else self._derived(graph, key, place)
+            for number, node in enumerate(members):
+                self._seed(node, own, number)
+        return graph
+
+    def _derived(self, graph: fx.Graph, key: fx.Node, place: int) -> fx.Node:
+        """A block gets a key of its own, so that blocks of one structure keep one code."""
+        with graph.inserting_after(key):
+            own = graph.call_function(derive, (key, place))
+        own.meta = {"module": "", "region": None}
+        return own
+
+    def _seed(self, node: fx.Node, key: fx.Node, number: int) -> None:
+        shards = tuple((a.group, a.size, a.rank) for a in self.axes if a.name in node.meta.get("cut", ()))
+        target, leading = drawn(node.target)
+        node.target = target
+        node.args = (*leading, *node.args)
+        node.kwargs = {**node.kwargs, "key": key, "number": number, "shards": shards}
