@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -48,11 +51,11 @@ def draws(node: fx.Node) -> bool:
     if dropout is not None:
         position, name = dropout
         probability = node.args[position] if len(node.args) > position else node.kwargs.get(name, 0.0)
-        return isinstance(probability, fx.Node) or probability != 0
+        return isinstance(probability, fx.Node) or bool(probability != 0)
     return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-_DROPOUT = {
+_DROPOUT: Mapping[Any, tuple[int, str]] = {
     aten.dropout.default: (1, "p"),
     aten.native_dropout.default: (1, "p"),
     aten.feature_dropout.default: (1, "p"),

@@ -180,7 +180,7 @@ class _Recorder(nn.Module):
         self._loss_fn = loss_fn
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        by_name = dict(zip(self._batch.names, tensors, strict=True))
+        by_name: dict[str | int, torch.Tensor] = dict(zip(self._batch.names, tensors, strict=True))
         leaves = [by_name[leaf.key] if isinstance(leaf, Slot) else leaf for leaf in self._batch.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._batch.spec)
         output = self.model(*args, **kwargs)

@@ -23,7 +23,8 @@ def faked(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> Itera
     stand_ins: dict[int, torch.Tensor] = {}
     try:
         for module, _ in saved:
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = stand_ins.setdefault(id(tensor), fake_of(tensor, device, mode))

@@ -36,7 +36,7 @@ def build(program: ExportedProgram, renamed: Mapping[str, str], inputs: Sequence
     """
     graph = fx.Graph()
     constants = _constants(program, renamed)
-    copies = _leaves(graph, program, renamed | {name: new for name, (new, _) in constants.items()}, inputs)
+    copies = _leaves(graph, program, {**renamed, **{name: new for name, (new, _) in constants.items()}}, inputs)
     for node in program.graph.nodes:
         if node.op == "call_function":
             copies[node] = _call(graph, node, copies, prefix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +17,7 @@ def run(captured: Captured, state: Mapping[str, torch.Tensor], inputs: Mapping[s
 
     >>> run(captured, dict(model.named_parameters()) | dict(model.named_buffers()), batch)[captured.loss]     # doctest: +SKIP
     """
-    values: dict[fx.Node, object] = {}
+    values: dict[fx.Node, Any] = {}
     for node in captured.graph.nodes:
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "placeholder":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def skip_idle_dropout(node: fx.Node) -> fx.Node | None:
     """Dropout that drops nothing."""
     if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
         return _operand(node)
-    picks_value = str(node.target) == "<built-in function getitem>" and node.args[1] == 0
+    picks_value = node.target is operator.getitem and node.args[1] == 0
     source = node.args[0] if picks_value else None
     if isinstance(source, fx.Node) and source.target is aten.native_dropout.default and (source.args[1] == 0 or source.args[2] is False):
         return _operand(source)
@@ -98,11 +99,12 @@ def without_empty_parts(node: fx.Node) -> fx.Node | None:
     """cat accepts operands of shape (0,) next to any other (an empty cache is one): drop them."""
     if node.target is not aten.cat.default:
         return None
-    parts = [part for part in node.args[0] if _info(part).shape != (0,)]  # type: ignore[union-attr]
-    if len(parts) == len(node.args[0]) or not parts:  # type: ignore[arg-type]
+    given: Any = node.args[0]
+    parts = [part for part in given if _info(part).shape != (0,)]
+    if len(parts) == len(given) or not parts:
         return None
     if len(parts) == 1 and _same(node, parts[0]):
-        return parts[0]
+        return _as_node(parts[0])
     return _emit(node, aten.cat.default, (parts, *node.args[1:]), _info(node))
 
 
@@ -137,6 +139,16 @@ def copies_as_expand(node: fx.Node) -> fx.Node | None:
     return value if have.shape == want.shape else _emit(node, aten.expand.default, (value, list(want.shape)), want)
 
 
+def broadcasts_as_expand(node: fx.Node) -> fx.Node | None:
+    """One result of broadcast_tensors -> an expand of its operand."""
+    source = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(source, fx.Node) or source.target is not aten.broadcast_tensors.default:
+        return None
+    operands: Any = source.args[0]
+    operand = operands[node.args[1]]
+    return _as_node(operand) if _same(node, operand) else _emit(node, aten.expand.default, (operand, list(_info(node).shape)), _info(node))
+
+
 def losses_by_element(node: fx.Node) -> fx.Node | None:
     """mse_loss(x, y, mean) -> mean(mse_loss(x, y, none)): a mean over a sharded dim is then an ordinary mean."""
     position = _ELEMENTWISE_LOSSES.get(node.target)
@@ -147,8 +159,7 @@ def losses_by_element(node: fx.Node) -> fx.Node | None:
         return None
     args = [*node.args[:position]] + ([None] * (position - len(node.args)))
     kwargs = {key: value for key, value in node.kwargs.items() if key != "reduction"}
-    operands = [part for part in node.all_input_nodes]
-    shape = torch.broadcast_shapes(*(_info(part).shape for part in operands))
+    shape = torch.broadcast_shapes(*(_info(part).shape for part in node.all_input_nodes))
     info = Info(tuple(shape), _info(node).dtype, _info(node).requires_grad)
     each = _emit(node, node.target, (*args, 0, *node.args[position + 1 :]), info, kwargs)
     return _emit(node, aten.mean.default if reduction == 1 else aten.sum.default, (each,), _info(node))
@@ -203,6 +214,7 @@ CLEANUPS: tuple[Cleanup, ...] = (
     without_empty_parts,
     transposes,
     copies_as_expand,
+    broadcasts_as_expand,
     views_as_reshape,
     skip_idle_views,
     losses_by_element,
@@ -252,9 +264,12 @@ def _emit(before: fx.Node, target: Any, args: tuple[Any, ...], info: Info, kwarg
 
 
 def _operand(node: fx.Node) -> fx.Node:
-    first = node.args[0]
-    assert isinstance(first, fx.Node), node.format_node()
-    return first
+    return _as_node(node.args[0])
+
+
+def _as_node(value: Any) -> fx.Node:
+    assert isinstance(value, fx.Node)
+    return value
 
 
 def _info(node: Any) -> Info:

@@ -25,7 +25,7 @@ def _flatten_record(record: Record) -> tuple[list[Any], Any]:
 def _unflatten_record(values: Any, context: Any) -> Any:
     kind, names = context
     fields = dict(zip(names, values, strict=True))
-    return kind(**fields) if dataclasses.is_dataclass(kind) else kind(fields)
+    return kind(fields) if issubclass(kind, Mapping) else kind(**fields)
 
 
 pytree.register_pytree_node(Record, _flatten_record, _unflatten_record)

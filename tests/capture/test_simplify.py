@@ -66,11 +66,15 @@ X = torch.randn(3, 4, dtype=torch.double)
         (lambda w, x: (x * w).permute(0, 1), ["mul.Tensor"]),
         (lambda w, x: (x[:, :3] * w[:3]).permute(1, 0), ["slice.Tensor", "slice.Tensor", "mul.Tensor", "permute.default"]),
         (lambda w, x: (x * w).t(), ["mul.Tensor", "transpose.int"]),
-        (lambda w, x: (x * w).T, ["mul.Tensor", "transpose.int"]),
+        (lambda w, x: (x * w).T, ["mul.Tensor", "permute.default"]),
         (lambda w, x: (x * w).mT.contiguous(), ["mul.Tensor", "transpose.int", "clone.default"]),
         (lambda w, x: torch.zeros_like(x).copy_(x[:1] * w), ["slice.Tensor", "mul.Tensor", "expand.default"]),
         (lambda w, x: F.mse_loss(x * w, x), ["mul.Tensor", "mse_loss.default", "mean.default"]),
         (lambda w, x: F.smooth_l1_loss(x * w, x, reduction="sum", beta=0.5), ["mul.Tensor", "smooth_l1_loss.default", "sum.default"]),
+        (
+            lambda w, x: F.mse_loss(x * w, x[:1], reduction="mean"),
+            ["mul.Tensor", "slice.Tensor", "expand.default", "mse_loss.default", "mean.default"],
+        ),
         (lambda w, x: F.mse_loss(x * w, x, reduction="none"), ["mul.Tensor", "mse_loss.default"]),
     ],
 )
