@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,8 +80,7 @@ class Tree(Block):
         self._aliases = {k: v for k, v in (aliases or {}).items() if v in parameters or v in buffers}
         self._compile, self._recompute = compile, recompute
         self._dtype: torch.dtype | None = None
-        self._codes: dict[str, tuple[dict[str, Any], Code]] = {}
-        self._cuts: dict[str, Cut] = {}
+        self._library = _Library({}, {})
         tied = {other: canonical for other, canonical in self._aliases.items()}
         for fqn, parameter in [*parameters.items(), *((o, parameters[c]) for o, c in tied.items() if c in parameters)]:
             path, name = _split(fqn)
@@ -111,7 +111,7 @@ class Tree(Block):
         for path, piece in made.blocks.items():
             _module_at(self, path)._programs[key] = self._call(path, piece, constants or {})
         self._programs[key] = self._call("", made.root, constants or {}, mutations=mutations)
-        self._cuts[key] = made
+        self._library.cuts[key] = made
 
     def run(self, key: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run program `key`: its outputs, without the new buffer values, which are written back."""
@@ -147,15 +147,27 @@ class Tree(Block):
     def _code(self, graph: fx.Graph, path: str) -> Code:
         """The function of a graph; the same one for every graph that prints the same code over the same globals."""
         printed = graph.python_code("self")
-        known = self._codes.get(printed.src)
+        known = self._library.codes.get(printed.src)
         if known is not None and known[0] == printed.globals:
             return known[1]
         code = _exec(printed.src, printed.globals, path or "root")
         if path:
             code = wrap(code, self._recompute, graph)
             code = code if self._compile is None else torch.compile(code, **self._compile)
-        self._codes[printed.src] = (printed.globals, code)
+        self._library.codes[printed.src] = (printed.globals, code)
         return code
+
+
+@dataclass
+class _Library:
+    """What a tree knows of its programs apart from tensors: copies of the tree share it."""
+
+    codes: dict[str, tuple[dict[str, Any], Code]]
+    """Printed code -> its globals and the function."""
+    cuts: dict[str, Cut]
+
+    def __deepcopy__(self, memo: object) -> _Library:
+        return _Library(dict(self.codes), dict(self.cuts))
 
 
 class Call:
@@ -193,7 +205,7 @@ class Call:
 
 def block_paths(tree: Tree) -> tuple[str, ...]:
     """The paths of all blocks of all programs, in the order they first run."""
-    return tuple(dict.fromkeys(path for made in tree._cuts.values() for path in made.blocks))
+    return tuple(dict.fromkeys(path for made in tree._library.cuts.values() for path in made.blocks))
 
 
 def shared_blocks(tree: Tree) -> tuple[tuple[str, ...], ...]:
@@ -213,12 +225,12 @@ def shared_blocks(tree: Tree) -> tuple[tuple[str, ...], ...]:
 
 def inlined(tree: Tree) -> dict[str, str]:
     """Regions that run in the root because they cannot be blocks, with the reason."""
-    return {path: reason for made in tree._cuts.values() for path, reason in made.inlined.items()}
+    return {path: reason for made in tree._library.cuts.values() for path, reason in made.inlined.items()}
 
 
 def print_code(tree: Tree, key: str) -> str:
     """The code of a program: the root's, then that of each block structure once, with the blocks that share it."""
-    made = tree._cuts[key]
+    made = tree._library.cuts[key]
     shared: dict[str, list[str]] = {}
     for path, piece in made.blocks.items():
         shared.setdefault(piece.graph.python_code("self").src, []).append(path)

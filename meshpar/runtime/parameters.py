@@ -31,10 +31,10 @@ from meshpar._torch import (
     as_parameter,
     dtensor_like,
     local_of,
-    local_tensor_mode,
     maybe_disable_local_tensor_mode,
 )
 from meshpar.sharding.types import Shard, Type, chunk, local_shape
+from meshpar.simulate import is_simulated, per_rank
 
 Coordinates = Mapping[str, tuple[int, int]]
 """Axis name -> (size, rank), outermost first."""
@@ -95,7 +95,7 @@ def to_parameter(local: torch.Tensor, spec: ParameterSpec, mesh: DeviceMesh) -> 
 
 def distribute(full: torch.Tensor, spec: ParameterSpec, mesh: DeviceMesh) -> nn.Parameter:
     """The parameter over `mesh` of a full tensor that every rank has; on the simulated ranks too."""
-    return to_parameter(_each_rank(mesh, lambda axes: local_part(full, spec, axes)), spec, mesh)
+    return to_parameter(_each_rank(mesh, lambda axes, whole: local_part(whole, spec, axes), full.detach()), spec, mesh)
 
 
 def placement(type_: Type | None, size: int) -> Placement:
@@ -179,7 +179,7 @@ def true_dtensor(tensor: DTensor, spec: ParameterSpec) -> DTensor:
         return tensor
     full, mesh = gathered(tensor, spec), tensor.device_mesh
     placements = [ShardPlacement(p.dim) if _cuts(p) else p for p in tensor.placements]  # type: ignore[attr-defined]
-    local = _each_rank(mesh, lambda axes: _nested_chunk(full, placements, list(axes.values())))
+    local = _each_rank(mesh, lambda axes, whole: _nested_chunk(whole, placements, list(axes.values())), full)
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
 
 
@@ -189,15 +189,15 @@ def from_true(value: torch.Tensor, spec: ParameterSpec, like: DTensor) -> DTenso
     full = value.full_tensor() if isinstance(value, DTensor) else value
     names = like.device_mesh.mesh_dim_names or ()
 
-    def part(axes: Coordinates) -> torch.Tensor:
-        local = local_part(full, spec, axes)
+    def part(axes: Coordinates, whole: torch.Tensor) -> torch.Tensor:
+        local = local_part(whole, spec, axes)
         for name, p in zip(names, like.placements, strict=True):
             if _cuts(p) and not _is_shard(spec, name):
                 low, high = chunk(local.shape[p.dim], *axes[name])  # type: ignore[attr-defined]
                 local = local.narrow(p.dim, low, high - low)  # type: ignore[attr-defined]
         return local.contiguous()
 
-    return dtensor_like(_each_rank(like.device_mesh, part), like)
+    return dtensor_like(_each_rank(like.device_mesh, part, full), like)
 
 
 def convert_state_dicts(module: nn.Module) -> None:
@@ -268,20 +268,22 @@ def _coordinates(mesh: DeviceMesh) -> dict[str, tuple[int, int]]:
     return {name: (mesh.size(d), int(place[d])) for d, name in enumerate(names)}
 
 
-def _each_rank(mesh: DeviceMesh, make: Callable[[Coordinates], torch.Tensor]) -> torch.Tensor:
-    """`make` at this rank's place; in simulation at every rank's."""
-    if local_tensor_mode() is None:
-        return make(_coordinates(mesh))
-    with maybe_disable_local_tensor_mode():
-        names = mesh.mesh_dim_names or ()
-        places = {int(rank): place for place, rank in _places(mesh)}
-        parts = {r: make({n: (mesh.size(d), p[d]) for d, n in enumerate(names)}).clone() for r, p in places.items()}
-    return LocalTensor(parts)
+def _each_rank(mesh: DeviceMesh, make: Callable[[Coordinates, torch.Tensor], torch.Tensor], full: torch.Tensor) -> torch.Tensor:
+    """`make(place, full)` at this rank's place; in simulation at every rank's, each in memory of its own."""
+    if not is_simulated():
+        return make(_coordinates(mesh), full)
+    names = mesh.mesh_dim_names or ()
+    places = {rank: {n: (mesh.size(d), place[d]) for d, n in enumerate(names)} for place, rank in _places(mesh)}
+    made = per_rank(lambda rank, whole: make(places[rank], whole).clone(), full)
+    assert isinstance(made, torch.Tensor)
+    return made
 
 
 def _places(mesh: DeviceMesh) -> list[tuple[tuple[int, ...], int]]:
-    grid = mesh.mesh
-    return [(tuple(int(i) for i in place), int(grid[tuple(place)])) for place in torch.ones_like(grid).nonzero().tolist()]
+    """Every place of the mesh and the rank that is there."""
+    with maybe_disable_local_tensor_mode():
+        grid = mesh.mesh
+        return [(tuple(place), int(grid[tuple(place)])) for place in torch.ones_like(grid).nonzero().tolist()]
 
 
 def _assemble(parts: Mapping[int, torch.Tensor], spec: ParameterSpec, mesh: DeviceMesh) -> torch.Tensor:

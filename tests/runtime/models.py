@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from meshpar._torch import without_modes
 from meshpar.capture.captured import Captured
 from meshpar.capture.export import capture
 from meshpar.mesh import axis
@@ -122,12 +123,13 @@ def lower(captured: Captured, mesh: DeviceMesh) -> fx.Graph:
     return graph
 
 
-def make_tree(net: Net, mesh: DeviceMesh, *, rows: int = 4, **options: object) -> Tree:
-    """The net as a tree over `mesh`, on this rank or on all simulated ones."""
+def make_tree(net: Net, mesh: DeviceMesh, *, rows: int = 4, master: Net | None = None, **options: object) -> Tree:
+    """The net as a tree over `mesh`, on this rank or on all simulated ones; parameters are those of `master`, if given."""
     ids, labels = make_batch(rows=rows)
-    captured = capture(net, (ids, labels))
-    layouts = specs(net, tp=axis(mesh, "tp").size > 1)
-    parameters = {name: distribute(p.detach(), layouts[name], mesh) for name, p in net.named_parameters()}
+    with without_modes():
+        captured = capture(net, (ids, labels))
+    layouts = specs(master or net, tp=axis(mesh, "tp").size > 1)
+    parameters = {name: distribute(p.detach(), layouts[name], mesh) for name, p in (master or net).named_parameters()}
     buffers = {name: b.clone() for name, b in net.named_buffers()}
     tree = build(
         lower(captured, mesh),

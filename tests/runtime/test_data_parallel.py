@@ -96,3 +96,100 @@ def test_modes_equal_one_process(gloo: Pool, expected: dict[str, Any], mode: str
         assert found["tied"]
         assert found["steps"] == 3 * MICROBATCHES
         assert found["kinds"]["layers.0.fused.weight"] == "DTensor(12, 6)"
+
+
+@pytest.mark.parametrize("mode", ["zero3", "zero2", "zero1"])
+def test_hybrid_sharding(gloo: Pool, expected: dict[str, Any], mode: str) -> None:
+    for found in gloo.run(train, "dp_replicate=2,dp_shard=2", mode, world=4):
+        check(found, expected)
+
+
+def test_one_unit_per_bucket(gloo: Pool, expected: dict[str, Any]) -> None:
+    for bucket in (1, 1200):
+        check(gloo.run(train, "dp=2", "replicate", "none", "foreach", bucket)[0], expected)
+
+
+def test_one_data_rank_and_none(gloo: Pool, expected: dict[str, Any]) -> None:
+    check(gloo.run(train, "dp=1", "zero3", world=1)[0], expected)
+    for found in gloo.run(train, "tp=2", "zero3", world=2):
+        check(found, expected)
+
+
+def units(bucket: int) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    mesh = world_mesh("dp=1")
+    found = []
+    for mode in ("replicate", "zero3"):
+        config = ParallelConfig(data_parallel=mode, bucket_bytes=bucket)  # type: ignore[arg-type]
+        found.append(data_parallel.apply(make_tree(make_net(), mesh), mesh, config).units)
+    return tuple(found)
+
+
+def test_small_blocks_share_a_bucket_where_nothing_is_gathered(gloo: Pool) -> None:
+    each = (("layers.0",), ("layers.1",), ("layers.2",))
+    assert gloo.run(units, 1 << 20, world=1) == [((("layers.0", "layers.1", "layers.2"),), each)]
+    assert gloo.run(units, 1, world=1) == [(each, each)]
+
+
+def evaluate(mode: str) -> tuple[float, list[str], list[str]]:
+    mesh = world_mesh("dp=2,tp=2")
+    tree = make_tree(make_net(), mesh, rows=2)
+    data_parallel.apply(tree, mesh, ParallelConfig(data_parallel=mode))  # type: ignore[arg-type]
+    before = [str(p.placements) for p in tree.parameters()]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        (loss,) = tree.run("train", *local_batch(make_batch(), mesh))
+    return data_sum(loss, mesh).item(), before, [str(p.placements) for p in tree.parameters()]  # type: ignore[attr-defined]
+
+
+def test_after_an_evaluation_the_shards_are_registered_again(gloo: Pool) -> None:
+    loss = make_net()(*make_batch()).item()
+    for mode in ("zero3", "zero2", "replicate"):
+        for found, before, after in gloo.run(evaluate, mode, world=4):
+            assert found == pytest.approx(loss, rel=1e-12)
+            assert before == after
+            assert (mode == "replicate") != any("Shard(dim=0), Replicate" in p for p in before)
+
+
+def mixed(mesh_spec: str) -> tuple[set[torch.dtype], set[torch.dtype], float, float]:
+    """bf16 compute over float32 parameters: dtypes of parameters and gradients, the loss, and the error of the gradients."""
+    mesh = world_mesh(mesh_spec)
+    exact = make_net(dtype=torch.float32)
+    tree = make_tree(make_net(dtype=torch.bfloat16), mesh, rows=4 // data_rank(mesh)[1], master=exact)
+    data_parallel.apply(tree, mesh, ParallelConfig(precision=Precision.named("bf16")))
+    batch = make_batch(0, rows=4)
+    (loss,) = tree.run("train", *local_batch(batch, mesh))
+    loss.backward()
+    whole = exact(*batch)
+    whole.backward()
+    error = max(
+        float((full_grad(p) - q.grad).norm() / q.grad.norm())  # type: ignore[operator]
+        for (_, p), (_, q) in zip(tree.named_parameters(), exact.named_parameters())
+        if p.grad is not None and q.grad is not None
+    )
+    grads = {p.grad.dtype for p in tree.parameters() if p.grad is not None}
+    return {p.dtype for p in tree.parameters()}, grads, abs(data_sum(loss.float(), mesh).item() / whole.item() - 1), error
+
+
+def test_mixed_precision_keeps_masters_and_sums_in_float32(gloo: Pool) -> None:
+    for mesh in ("dp=2", "tp=2"):  # by FSDP2, and without it
+        for parameters, grads, loss, error in gloo.run(mixed, mesh):
+            assert parameters == grads == {torch.float32}
+            assert loss < 0.03 and 1e-6 < error < 0.2
+
+
+def test_scalar_parameters_are_refused(gloo: Pool) -> None:
+    assert all("without dims: temperature" in message for message in gloo.run(scalar, world=1))
+
+
+def scalar() -> str:
+    from torch import fx, nn
+
+    from meshpar.errors import ConfigError
+    from meshpar.runtime.blocks import build
+
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"),))
+    try:
+        data_parallel.apply(build(graph, {"temperature": nn.Parameter(torch.ones(()))}), world_mesh("dp=1"), ParallelConfig())
+    except ConfigError as error:
+        return str(error)
+    return ""
