@@ -23,7 +23,7 @@ from torch.distributed._local_tensor import (  # torch 2.13; wait for a public s
     maybe_disable_local_tensor_mode,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import GroupName, ProcessGroup, _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, ProcessGroup, Store, _get_default_store, _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
@@ -48,6 +48,11 @@ def resolve_process_group(name: str) -> ProcessGroup:
 def simulated_generators(mode: LocalTensorMode) -> dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]]:
     """Rank -> the states of its CPU and device generators, to read and write (torch 2.13; wait for a public simulation of ranks)."""
     return mode._per_rank_rng_states
+
+
+def default_store() -> Store:
+    """The store through which the job's processes found each other (torch 2.13; wait for a public accessor)."""
+    return _get_default_store()
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -126,6 +131,7 @@ __all__ = [
     "StridedShard",
     "as_parameter",
     "below_autograd",
+    "default_store",
     "dcp_storage_info",
     "dtensor_like",
     "enabled_local_tensor_mode",
