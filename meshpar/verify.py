@@ -1,0 +1,430 @@
+"""verify(): does the parallel program compute what the model computes? Loss, every gradient, gradient norm, optimizer steps.
+
+    report = mp.verify(model, "dp=2,tp=2", batch)         # all ranks simulated in this process
+    print(report)
+    report.raise_if_failed()
+
+How far two results are apart is measured relative to the largest element of the right one, plus a floor: max|a - b| / (max|b| + floor).
+For gradients the floor is a thousandth of the largest gradient of the model. Some gradients are exactly zero by cancellation (the bias of an
+attention key, for one): what is computed for them is rounding of the terms that cancelled, whose size other gradients tell. With the floor
+they pass, while a mistake in a gradient a million times smaller than the largest is still a thousand times the tolerance of float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from . import launch
+from ._torch import local_of, maybe_disable_local_tensor_mode, without_modes
+from .api import parallelize
+from .capture.structure import call_loss, find_loss
+from .comparable import cast, comparable, only
+from .config import ParallelConfig, Precision
+from .errors import BatchError, ConfigError, MeshparError
+from .mesh import format_mesh, local_batch, make_mesh, mesh_sizes, parse_mesh
+from .runtime.gradients import clip_grad_norm_
+from .runtime.model import ParallelModel
+from .runtime.parameters import full_grad, full_tensor, local_part, spec_of
+from .simulate import is_simulated, local_tensors, simulate
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""float64: a million times the rounding of one operation, far below any mistake. float32: a hundred times, for sums over a hidden dim."""
+FLOOR = 1e-3
+LEARNING_RATE = 1e-2
+"""Large, so that a step not taken shows against parameters of size one."""
+MAX_NORM = 1.0
+
+Batch = Mapping[str, Any] | tuple[Any, ...]
+
+
+class VerificationError(MeshparError, AssertionError):
+    """The parallel program does not compute what the model computes."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one quantity of the parallel program is from the original's: the largest relative difference, and where the largest ones are."""
+
+    quantity: str
+    compared: int
+    largest: float
+    worst: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found. Its text is a table."""
+
+    model: str
+    mesh: Mapping[str, int]
+    ranks: str
+    """"simulated ranks", "gloo processes" or "ranks"."""
+    dtype: torch.dtype
+    steps: int
+    tolerance: float
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every difference is within the tolerance."""
+        return all(d.largest <= self.tolerance for d in self.differences)
+
+    def __getitem__(self, quantity: str) -> Difference:
+        return next(d for d in self.differences if d.quantity == quantity)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def raise_if_failed(self) -> Report:
+        """Raise VerificationError with the table unless all is well; returns the report."""
+        if not self.ok:
+            raise VerificationError(str(self))
+        return self
+
+
+def verify(
+    model: nn.Module,
+    mesh: str | Mapping[str, int] | DeviceMesh,
+    batch: Batch,
+    *,
+    config: ParallelConfig | None = None,
+    rules: Mapping[str, str] | None = None,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    steps: int = 1,
+    processes: bool = False,
+    dtype: torch.dtype = torch.float64,
+    perturb: float = 0.02,
+    seed: int = 0,
+    tolerance: float | None = None,
+) -> Report:
+    """Train `model` for `steps` steps on one device and in parallel, from the same parameters on the same `batch`, and compare.
+
+    `batch` is the global batch. The ranks of `mesh` are simulated in this process; with `processes=True` they are new gloo processes; given a
+    DeviceMesh, or under torchrun, they are those of the mesh, and all of them call this. `config`, `rules` and `loss_fn` are those of `parallelize`;
+    the precision of `config` is not used, everything is computed in `dtype`. `tolerance` defaults to 1e-9 in float64 and 1e-5 in float32.
+
+    A copy of the model is compared, not the model: dropout is switched off, every parameter moved by `perturb` times a normal draw, and
+    requests of the model for a narrower dtype than `dtype` are answered with `dtype`, in both programs.
+
+    Raises ConfigError, CaptureError, PlanError or BatchError as `parallelize` does, RankError when a rank fails.
+
+        verify(model, "dp=2,tp=2", {"input_ids": ids, "labels": ids}).raise_if_failed()
+    """
+    task = _task(model, batch, config, rules, loss_fn, steps, dtype, perturb, seed, tolerance)
+    if isinstance(mesh, DeviceMesh) or is_simulated() or launch.launched():
+        found, sizes = _on_given_ranks(task, mesh)
+        where = "simulated ranks" if is_simulated() else "ranks"
+    elif processes:
+        sizes = parse_mesh(mesh)
+        reference = _reference(task, torch.device("cpu"))
+        found, where = _merged(launch.run(_on_rank, task, reference, sizes, world=prod(sizes.values()))), "gloo processes"
+    else:
+        sizes = parse_mesh(mesh)
+        reference = _reference(task, torch.device("cpu"))
+        with simulate(prod(sizes.values())):
+            found, where = _compare(task, reference, make_mesh(sizes, "cpu")), "simulated ranks"
+    return Report(
+        type(model).__name__, dict(sizes), where, dtype, steps, task.tolerance, tuple(_difference(q, d) for q, d in found.values.items()), found.notes
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is compared: everything a rank must know."""
+
+    model: nn.Module
+    batch: Batch
+    config: ParallelConfig
+    rules: Mapping[str, str] | None
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None
+    steps: int
+    dtype: torch.dtype
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The original on one device: losses and gradient norms of all steps, the first gradients, and what the tensors are at the end."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    gradients: Mapping[str, torch.Tensor | None]
+    parameters: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+    eps: float
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Quantity -> name -> relative difference."""
+
+    values: Mapping[str, Mapping[str, float]]
+    notes: tuple[str, ...]
+
+
+def _task(
+    model: nn.Module,
+    batch: Batch,
+    config: ParallelConfig | None,
+    rules: Mapping[str, str] | None,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+    steps: int,
+    dtype: torch.dtype,
+    perturb: float,
+    seed: int,
+    tolerance: float | None,
+) -> _Task:
+    if dtype not in TOLERANCE:
+        raise ConfigError(f"dtype={dtype}: compare in torch.float64 or torch.float32; narrower dtypes round too much to tell mistakes from rounding.")
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: at least 1.")
+    if not isinstance(batch, (Mapping, tuple, list)):
+        raise ConfigError(f"batch is a {type(batch).__name__}, not a dict of keyword arguments or a tuple of positional ones.")
+    return _Task(
+        comparable(model, dtype=dtype, perturb=perturb, seed=seed),
+        cast(dict(batch) if isinstance(batch, Mapping) else tuple(batch), dtype),
+        replace(config or ParallelConfig(), precision=Precision()),
+        rules,
+        loss_fn,
+        steps,
+        dtype,
+        TOLERANCE[dtype] if tolerance is None else tolerance,
+    )
+
+
+# ---- the original ----------------------------------------------------------------------------------------------------------------------
+
+
+def _reference(task: _Task, device: torch.device) -> _Reference:
+    model = copy.deepcopy(task.model).to(device)
+    batch = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, task.batch)
+    losses, norms, gradients = [], [], dict[str, torch.Tensor | None]()
+    optimizer: torch.optim.Optimizer | None = None
+    eps = 0.0
+    with only(task.dtype):
+        for _ in range(task.steps):
+            loss = _loss(model, batch, task.loss_fn)
+            loss.backward()
+            losses.append(loss.item())
+            if not gradients:
+                gradients = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+            eps = eps or _eps(model)
+            optimizer = optimizer or _optimizer(model, eps)
+            optimizer.step()
+            optimizer.zero_grad()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    return _Reference(tuple(losses), tuple(norms), gradients, parameters, dict(model.named_buffers()), eps)
+
+
+def _loss(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], torch.Tensor] | None) -> torch.Tensor:
+    output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    loss = find_loss(output) if loss_fn is None else call_loss(loss_fn, output, batch)
+    if loss is None:
+        raise BatchError(
+            "there is no loss to compare: the model returns none for this batch. Pass labels if the model computes its loss from them, or "
+            "loss_fn=, a function of (output, batch)."
+        )
+    return loss
+
+
+def _optimizer(model: nn.Module, eps: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, eps=eps)
+
+
+def _eps(model: nn.Module) -> float:
+    """AdamW's eps at the floor of the gradients: with a smaller one, a gradient that is rounding alone would be a full step of random sign."""
+    return FLOOR * max((p.grad.abs().max().item() for p in model.parameters() if p.grad is not None and p.numel()), default=1.0) or 1e-8
+
+
+# ---- the parallel program --------------------------------------------------------------------------------------------------------------
+
+
+def _on_given_ranks(task: _Task, mesh: str | Mapping[str, int] | DeviceMesh) -> tuple[_Found, Mapping[str, int]]:
+    """On the ranks of a mesh that exists: all of them are here."""
+    mesh = mesh if isinstance(mesh, DeviceMesh) else make_mesh(mesh)
+    with without_modes():
+        reference = _reference(task, torch.device(mesh.device_type))
+    found = _compare(task, reference, mesh)
+    if is_simulated() or mesh.size() == 1:
+        return found, mesh_sizes(mesh)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return _merged(everyone), mesh_sizes(mesh)
+
+
+def _on_rank(task: _Task, reference: _Reference, sizes: Mapping[str, int]) -> _Found:
+    return _compare(task, reference, make_mesh(sizes, "cpu"))
+
+
+def _compare(task: _Task, reference: _Reference, mesh: DeviceMesh) -> _Found:
+    """Train in parallel, and measure how far this rank (every simulated rank) is from the reference."""
+    batch = _share(task.batch, mesh)
+    losses, norms, gradients = dict[str, float](), dict[str, float](), dict[str, float]()
+    with only(task.dtype):
+        pm = parallelize(task.model, mesh, example=batch, config=task.config, rules=task.rules, loss_fn=task.loss_fn)
+        optimizer: torch.optim.Optimizer | None = None
+        for step, (loss, norm) in enumerate(zip(reference.losses, reference.norms, strict=True), 1):
+            value = pm.train_step(**batch) if isinstance(batch, Mapping) else pm.train_step(*batch)
+            losses[f"step {step}"] = _scalar_distance(value, loss)
+            if not gradients:
+                gradients = _gradient_distances(pm, reference)
+            norms[f"step {step}"] = _scalar_distance(clip_grad_norm_(pm.parameters(), MAX_NORM), norm)
+            optimizer = optimizer or _optimizer(pm, reference.eps)
+            optimizer.step()
+            optimizer.zero_grad()
+    values = {"loss": losses, "gradients": gradients, "gradient norm": norms}
+    values[f"parameters after {task.steps} AdamW step{'s' if task.steps > 1 else ''}"] = _parameter_distances(pm, reference)
+    buffers = _buffer_distances(pm, reference)
+    return _Found(values | ({"buffers": buffers} if buffers else {}), _notes(pm, reference))
+
+
+def _share(batch: Batch, mesh: DeviceMesh) -> Batch:
+    """This data rank's part of every tensor that holds samples: those as long as the first."""
+    samples = next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim), None)
+
+    def share(leaf: Any) -> Any:
+        cut = isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == samples
+        return local_batch({"the batch": leaf}, mesh)["the batch"] if cut else leaf
+
+    return pytree.tree_map(share, batch)
+
+
+def _gradient_distances(pm: ParallelModel, reference: _Reference) -> dict[str, float]:
+    floor = FLOOR * max((g.abs().max().item() for g in reference.gradients.values() if g is not None and g.numel()), default=0.0)
+    found = {}
+    for name, parameter in pm.named_parameters():
+        wanted, grad = reference.gradients[name], parameter.grad
+        if grad is None:  # torch leaves gradients out where they are zero because nothing depends on a parameter
+            found[name] = 0.0 if wanted is None or not wanted.any() else inf
+            continue
+        wanted = torch.zeros_like(reference.parameters[name]) if wanted is None else wanted
+        found[name] = max(_distance(a, b, wanted, floor) for a, b in _pairs(grad, parameter, wanted, lambda p=parameter: full_grad(p)))
+    return found | _missing(reference.gradients, found)
+
+
+def _parameter_distances(pm: ParallelModel, reference: _Reference) -> dict[str, float]:
+    found = {}
+    for name, parameter in pm.named_parameters():
+        wanted = reference.parameters[name]
+        pairs = _pairs(parameter, parameter, wanted, lambda p=parameter: full_tensor(p))
+        found[name] = max(_distance(a, b, wanted, LEARNING_RATE) for a, b in pairs)
+    return found | _missing(reference.parameters, found)
+
+
+def _buffer_distances(pm: ParallelModel, reference: _Reference) -> dict[str, float]:
+    found = {}
+    for name, buffer in pm.named_buffers():
+        wanted = reference.buffers.get(name)
+        if wanted is not None and wanted.numel():
+            found[name] = max(_distance(local, wanted, wanted, FLOOR) for local in local_tensors(buffer).values())
+    return found
+
+
+def _missing(wanted: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
+    """Parameters the parallel model has lost."""
+    return {name: inf for name in wanted if name not in found}
+
+
+def _pairs(
+    tensor: torch.Tensor, parameter: torch.Tensor, wanted: torch.Tensor, whole: Callable[[], torch.Tensor | None]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(What is there, what should be): this rank's whole, or every simulated rank's own part, so that no copy goes unseen."""
+    if not is_simulated():
+        full = whole()
+        assert full is not None
+        yield full, wanted
+        return
+    spec = spec_of(parameter)
+    assert isinstance(parameter, DTensor) and spec is not None
+    parts = local_tensors(local_of(tensor))
+    with maybe_disable_local_tensor_mode():
+        grid = parameter.device_mesh.mesh
+        names = parameter.device_mesh.mesh_dim_names or ()
+        for place in torch.ones_like(grid).nonzero().tolist():
+            axes = {name: (grid.shape[d], place[d]) for d, name in enumerate(names)}
+            yield parts[int(grid[tuple(place)])], local_part(wanted, spec, axes)
+
+
+@torch.no_grad()
+def _distance(a: torch.Tensor, b: torch.Tensor, whole: torch.Tensor, floor: float) -> float:
+    """max|a - b| / (max|whole| + floor); infinite for other shapes and for what is not a number."""
+    with maybe_disable_local_tensor_mode():
+        if a.shape != b.shape:
+            return inf
+        if not a.numel():
+            return 0.0
+        scale = whole.abs().max().item() + floor
+        largest = (a.double() - b.double()).abs().max().item()
+        return largest / scale if largest < inf and scale else (0.0 if largest == 0 else inf)
+
+
+def _scalar_distance(value: torch.Tensor, wanted: float) -> float:
+    """The same for a number, on the rank where it is largest."""
+    there = torch.tensor(wanted, dtype=torch.float64)
+    return max(_distance(local.cpu().reshape(()), there, there, FLOOR) for local in local_tensors(value).values())
+
+
+def _notes(pm: ParallelModel, reference: _Reference) -> tuple[str, ...]:
+    notes = []
+    if not all(abs(x) < inf for x in (*reference.losses, *reference.norms)):
+        notes.append("the original's own loss or gradient norm is not finite: there is nothing to compare with.")
+    drawn = [n for n in pm._first.graph.nodes if "seed" in n.meta]
+    if drawn:
+        where = ", ".join(dict.fromkeys(str(n.meta.get("source") or n.name) for n in drawn[:3]))
+        notes.append(f"the model still draws random numbers ({where}), which differ between the two programs: switch them off to compare.")
+    if pm._first.averaged:
+        notes.append(f"terms of the loss that are averaged over microbatches, not over the whole batch: {', '.join(pm._first.averaged)}.")
+    return tuple(notes)
+
+
+# ---- reporting -------------------------------------------------------------------------------------------------------------------------
+
+
+def _merged(found: Sequence[_Found]) -> _Found:
+    """The largest difference of any rank."""
+    first = found[0]
+    return _Found({q: {n: max(f.values[q][n] for f in found) for n in names} for q, names in first.values.items()}, first.notes)
+
+
+def _difference(quantity: str, values: Mapping[str, float]) -> Difference:
+    worst = sorted(values.items(), key=lambda item: -item[1])[:3]
+    return Difference(quantity, len(values), worst[0][1] if worst else 0.0, tuple(worst))
+
+
+def _lines(report: Report) -> Iterator[str]:
+    name = str(report.dtype).removeprefix("torch.")
+    yield (
+        f"verify {report.model} on {format_mesh(report.mesh)} ({prod(report.mesh.values())} {report.ranks}) against one device, in {name}: "
+        f"{'OK' if report.ok else 'FAILED'}"
+    )
+    width = max(len(d.quantity) for d in report.differences)
+    yield f"  {'':{width}}  compared  largest relative difference   (tolerance {report.tolerance:.0e})"
+    for d in report.differences:
+        state = "ok" if d.largest <= report.tolerance else "FAILED"
+        yield f"  {d.quantity:{width}}  {d.compared:8}  {_number(d.largest)}  {state:6}  {_worst(d, report.tolerance)}".rstrip()
+    for note in report.notes:
+        yield f"  note: {note}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if value < inf else "   inf "
+
+
+def _worst(d: Difference, tolerance: float) -> str:
+    """The worst name, and when it failed the worst three."""
+    if d.compared <= 1:
+        return ""
+    return ", ".join(f"{name} {_number(value).strip()}" for name, value in d.worst[: 3 if d.largest > tolerance else 1])
