@@ -41,16 +41,20 @@ def castable(source: str, target: str) -> bool:
     return source == target or (source in FLOATS and target in FLOATS)
 
 
-def cast(bits: Array, source: str, target: str, name: str) -> Array:
+def cast(bits: Array, source: str, target: str, name: str, *, exact: bool = False) -> Array:
     """Elements of dtype `source`, as words, turned into words of dtype `target`.
 
-    Raises ImpossibleError when a finite value would become infinite.
+    Raises ImpossibleError when a finite value would become infinite, or, with `exact`, when any value would change.
     """
     if source == target:
         return bits
     values = _values(bits, source)
     with np.errstate(over="ignore", invalid="ignore"):
         out = _narrow(values.astype(np.float32)) if target == "BF16" else values.astype(_NATIVE[target]).view(word(target))
+    if exact:
+        changed = int((cast(out, target, source, name) != np.reshape(bits, out.shape)).sum())
+        if changed:
+            raise ImpossibleError(f"{name}: {changed} values would change when cast to {target}.")
     wrong = np.isfinite(values) & ~np.isfinite(_values(out, target))
     if wrong.any():
         largest = float(np.abs(values[wrong]).max())

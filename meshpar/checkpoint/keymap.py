@@ -65,6 +65,7 @@ class Link:
     rearrange: Rearrange | None = None
     source_padding: tuple[Box, ...] = ()
     target_padding: tuple[Box, ...] = ()
+    exact: bool = True  # a cast must not change any value: key maps are bijections
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class Mapped:
     rules: tuple[str, ...]
 
 
+Resolved = tuple["Rule", dict[str, str], dict[str, int]]  # a rule, the names it was used on, the sizes found
 Axis = tuple[str, tuple[str, ...]]  # ("name", (a,)), ("factors", (a, b)), ("concat", (q, k, v)), ("rest", ())
 
 
@@ -169,7 +171,7 @@ def _expand(rules: Sequence[Rule], tensors: Tensors) -> Mapped:
     groups, left = _groups(rules, tensors)
     links = {first: _same(first, *tensors[first]) for first in left}
     ties: dict[str, str] = {}
-    resolved: list[list[tuple[Rule, dict[str, str], dict[str, int]]]] = [[] for _ in rules]
+    resolved: list[list[Resolved]] = [[] for _ in rules]
     for index, bound, members in groups:
         rule = rules[index]
         if rule.tie:
@@ -185,7 +187,7 @@ def _expand(rules: Sequence[Rule], tensors: Tensors) -> Mapped:
         out[alias] = out[name]
         ordered.append(_copy(alias, name, ordered))
     final_ties = {alias: _target_of(name, ordered) for alias, name in ties.items()}
-    return Mapped(tuple(ordered), out, final_ties, tuple(_record(rules, resolved)))
+    return Mapped(tuple(ordered), out, final_ties, tuple(_record(rules, resolved, final_ties, out)))
 
 
 def _copies(rules: Sequence[Rule], out: Tensors) -> list[tuple[str, str]]:
@@ -222,14 +224,16 @@ def _target_of(name: str, links: Sequence[Link]) -> str:
 
 
 def _groups(
-    rules: Sequence[Rule], tensors: Tensors
+    rules: Sequence[Rule], tensors: Tensors, *, strict: bool = True
 ) -> tuple[list[tuple[int, dict[str, str], dict[tuple[int, tuple[int, ...]], str]]], list[str]]:
     """For every rule, the sets of tensors it takes together; and the tensors that no rule takes."""
     found: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[int, tuple[int, ...]], str]] = {}
     used, left = [False] * len(rules), []
     stacked = [_stacked(rule) for rule in rules]
+    literal, patterns = _by_name(rules)
     for name in tensors:
-        for index, rule in enumerate(rules):
+        for index in sorted([*literal.get(name, ()), *patterns]):
+            rule = rules[index]
             hit = None if rule.tie and not rule.merging else _match(rule, stacked[index], name)
             if hit is None or (rule.tie and _fill(rule.whole.pattern, hit[1]) not in tensors):
                 continue
@@ -243,17 +247,30 @@ def _groups(
         else:
             left.append(name)
     idle = [rule for rule, hit in zip(rules, used, strict=True) if not hit and not (rule.tie and not rule.merging)]
-    if idle:
+    if idle and strict:
         wanted = idle[0].sources[0].pattern
         raise ImpossibleError(f"The rule {idle[0].text!r} matches nothing.{near(wanted, tensors)}")
     return [(index, dict(bound), members) for (index, bound), members in found.items()], left
+
+
+def _by_name(rules: Sequence[Rule]) -> tuple[dict[str, list[int]], list[int]]:
+    """Rules that name their sources outright, by name, since there may be as many as tensors; and the others."""
+    literal: dict[str, list[int]] = {}
+    patterns = []
+    for index, rule in enumerate(rules):
+        if any("{" in term.pattern for term in rule.sources):
+            patterns.append(index)
+        else:
+            for name in {term.pattern for term in rule.sources}:
+                literal.setdefault(name, []).append(index)
+    return literal, patterns
 
 
 def _stacked(rule: Rule) -> tuple[str, ...]:
     """The axes of the whole that are numbers in the names of the parts, in the order of the whole."""
     if rule.whole.axes is None:
         return ()
-    in_names = set(re.findall(r"\{(\w+)\}", rule.parts[0].pattern))
+    in_names = set(re.findall(r"\{(\w+)\}", rule.parts[0].pattern)) - set(re.findall(r"\{(\w+)\}", rule.whole.pattern))
     return tuple(names[0] for kind, names in rule.whole.axes if kind == "name" and names[0] in in_names)
 
 
@@ -582,16 +599,31 @@ def _reversed(forward: Sequence[Link], back: Sequence[Link]) -> bool:
     return True
 
 
-def _record(rules: Sequence[Rule], resolved: Sequence[Sequence[tuple[Rule, dict[str, str], dict[str, int]]]]) -> Iterable[str]:
-    """The rules with their sizes: one line each where all groups agree, one line per group where they do not."""
-    for rule, groups in zip(rules, resolved, strict=True):
-        all_sizes = [sizes for _, _, sizes in groups]
-        if all(sizes == all_sizes[0] for sizes in all_sizes):
-            yield show(replace(rule, sizes=all_sizes[0]))
+def _record(rules: Sequence[Rule], resolved: Sequence[Sequence[Resolved]], ties: Mapping[str, str], out: Tensors) -> Iterable[str]:
+    """The rules that lead back, read forwards: with their sizes, and where a pattern would take more than it gave, name by name.
+
+    `model.{rest*} -> {rest*}` read backwards takes every name; then it is recorded as one line for each tensor it was used on. A tie is
+    recorded with the name its tensor ends up with.
+    """
+    compact = [replace(rule, sizes=groups[0][2] if groups else {}) for rule, groups in zip(rules, resolved, strict=True)]
+    plain = [(rule, groups) for rule, groups in zip(compact, resolved, strict=True) if not rule.tie]
+    back, _ = _groups(tuple(rule.inverse() for rule, _ in plain), out, strict=False)
+    for index, (rule, groups) in enumerate(plain):
+        given = {_fill(term.pattern, bound) for _, bound, _ in groups for term in rule.targets} if not _holed(rule) else None
+        taken = {name for at, _, members in back if at == index for name in members.values()}
+        if all(sizes == rule.sizes for _, _, sizes in groups) and (given is None or given == taken):
+            yield show(rule)
             continue
         for _, bound, sizes in groups:
             parts = tuple(Term(_bind(t.pattern, bound), t.axes) for t in rule.parts)
             yield show(replace(rule, parts=parts, whole=Term(_bind(rule.whole.pattern, bound), rule.whole.axes), sizes=sizes))
+    for alias, name in ties.items():
+        yield f"{alias} == {name}"
+
+
+def _holed(rule: Rule) -> bool:
+    """Whether the targets of a rule have numbers of a stack in their names."""
+    return bool(_stacked(rule)) and not rule.merging
 
 
 def _bind(pattern: str, bound: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,10 @@ def _acquire(target: Path, disk: Disk, resume: bool) -> Partial:
             fd = disk.create(path / LOCK, 0)
         except FileNotFoundError:
             continue
+        except OSError:
+            with suppress(OSError):
+                path.rmdir()  # only if nobody else has begun there
+            raise
         if not _lock(fd, path / LOCK):
             os.close(fd)
             raise StorageError(f"Another process is writing {target} (it holds {path / LOCK}). Wait for it, or choose another target.")

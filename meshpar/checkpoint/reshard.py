@@ -169,8 +169,12 @@ def with_dtype(mapped: Mapped, kinds: Mapping[str, str], dtype: str | None) -> M
     if dtype is None:
         return mapped
     tensors = {n: (dtype if kinds.get(n, "model") == "model" and d in FLOATS else d, shape) for n, (d, shape) in mapped.tensors.items()}
-    links = tuple(replace(link, target_dtype=tensors[link.targets[0].tensor][0]) for link in mapped.links)
+    links = tuple(_with_dtype(link, tensors[link.targets[0].tensor][0]) for link in mapped.links)
     return replace(mapped, tensors=tensors, links=links)
+
+
+def _with_dtype(link: Link, dtype: str) -> Link:
+    return link if link.target_dtype == dtype else replace(link, target_dtype=dtype, exact=False)
 
 
 def build(
@@ -221,7 +225,9 @@ def _transfer(link: Link, source: Manifest, sink: Sink) -> tuple[Transfer, tuple
         for k, p in enumerate(sink.pieces[place.tensor]):
             targets.append((Piece(p.file, p.begin, place.box(p.box, len(shape))), (place.tensor, k)))
     pieces = tuple(p for p, _ in targets)
-    transfer = Transfer(link.targets[0].tensor, link.dtype, link.shape, tuple(sources), pieces, link.target_dtype, link.rearrange)
+    transfer = Transfer(
+        link.targets[0].tensor, link.dtype, link.shape, tuple(sources), pieces, link.target_dtype, link.rearrange, link.exact
+    )
     return transfer, tuple(owner for _, owner in targets)
 
 

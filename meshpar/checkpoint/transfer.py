@@ -66,6 +66,7 @@ class Transfer:
     targets: tuple[Piece, ...]
     target_dtype: str
     rearrange: Rearrange | None = None
+    exact: bool = False  # a cast must not change any value
 
     @property
     def nbytes(self) -> int:
@@ -392,7 +393,7 @@ class _Worker:
         target = np.frombuffer(view, word(t.target_dtype)).reshape(part.box.size)
         for both, box, data in shared:
             source = np.frombuffer(data, word(t.dtype)).reshape(box.size)[_inside(both, box)]
-            target[_inside(both, part.box)] = cast(source, t.dtype, t.target_dtype, t.name).reshape(both.size)
+            target[_inside(both, part.box)] = cast(source, t.dtype, t.target_dtype, t.name, exact=t.exact).reshape(both.size)
         return [view], None
 
     def _emit(
@@ -460,7 +461,7 @@ class _Worker:
             full = change.apply(full)
             place = whole(t.rearrange.shape) if slab == whole(t.shape) else Box((slab.offset[0], *(0,) * (full.ndim - 1)), full.shape)
             for part in _parts(state, t.targets, ITEMSIZE[t.target_dtype], place):
-                bits = cast(np.ascontiguousarray(full[_inside(part.box, place)]), t.dtype, t.target_dtype, t.name)
+                bits = cast(np.ascontiguousarray(full[_inside(part.box, place)]), t.dtype, t.target_dtype, t.name, exact=t.exact)
                 writes: list[tuple[int, int, list[memoryview]]] = []
                 self._emit(state, part, [np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data], None, writes)
                 self._write(writes)
