@@ -109,6 +109,8 @@ _OWN: Mapping[Callable[..., Any], Callable[..., Any]] = {
 @torch.library.custom_op("meshpar::bernoulli", mutates_args=())
 def _bernoulli(size: Sequence[int], p: float, device: torch.device, key: int, number: int, place: int) -> Tensor:
     """True with probability `p`. An op of its own, so that compilers leave it whole."""
+    if device.type == "meta":
+        return torch.empty(size, dtype=torch.bool, device=device)
     generator = torch.Generator(device).manual_seed(_mix(key, number, place))
     return torch.empty(size, dtype=torch.bool, device=device).bernoulli_(p, generator=generator)
 

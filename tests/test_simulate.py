@@ -1,0 +1,92 @@
+"""Simulated ranks: entering and leaving, work per rank, autograd, and DTensor on top."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from meshpar.errors import ConfigError
+from meshpar.simulate import axis_rank, is_simulated, local_tensors, per_rank, ranks, simulate
+from tests.pool import Pool
+
+
+def test_enters_and_leaves() -> None:
+    assert not is_simulated() and not dist.is_initialized()
+    with simulate(3) as world:
+        assert is_simulated() and dist.get_world_size() == 3 == world.size
+        assert ranks() == (0, 1, 2) == tuple(world)
+    assert not is_simulated() and not dist.is_initialized()
+    with pytest.raises(ZeroDivisionError), simulate(2):
+        _ = 1 / 0
+    assert not is_simulated() and not dist.is_initialized()
+
+
+def test_does_not_nest() -> None:
+    with simulate(2), pytest.raises(ConfigError, match=r"simulate\(\) inside simulate\(\)"), simulate(2):
+        pass
+
+
+def simulate_here() -> str:
+    try:
+        with simulate(2):
+            return "entered"
+    except ConfigError as error:
+        return str(error)
+
+
+def test_refuses_inside_a_real_process_group(gloo: Pool) -> None:
+    found = gloo.run(simulate_here, world=2)
+    assert "rank 1 of a real gloo process group" in found[1] and "destroy_process_group" in found[1]
+
+
+def test_per_rank_maps_tensors_of_any_dtype() -> None:
+    with simulate(3):
+        for dtype in (torch.float64, torch.int64, torch.bool, torch.bfloat16):
+            x = per_rank(lambda rank, d=dtype: torch.tensor([rank, 1]).to(d))
+            low, high = per_rank(lambda rank, t: (t[:1], t[1:]), x)
+            assert [t.tolist() for t in local_tensors(low).values()] == [torch.tensor([r]).to(dtype).tolist() for r in range(3)]
+            assert all(t.item() == 1 for t in local_tensors(high).values())
+        uneven = per_rank(lambda rank: torch.arange(rank))
+        assert [t.numel() for t in local_tensors(uneven + 1).values()] == [0, 1, 2]
+        with pytest.raises(ValueError, match="differ in tensors only"):
+            per_rank(lambda rank: rank)
+
+
+def test_per_rank_without_simulation_runs_once() -> None:
+    x = torch.ones(2)
+    assert per_rank(lambda rank, t: (rank, t), x) == (0, x)
+    assert list(local_tensors(x)) == [0]
+
+
+def test_autograd_runs_for_all_ranks() -> None:
+    with simulate(2):
+        w = per_rank(lambda rank: torch.tensor([2.0 + rank], dtype=torch.float64)).requires_grad_()
+        (w**3).sum().backward()
+        assert [t.item() for t in local_tensors(w.grad).values()] == [12, 27]
+
+
+def test_coordinates_on_every_axis_of_a_mesh() -> None:
+    with simulate(12):
+        mesh = dist.init_device_mesh("cpu", (2, 3, 2), mesh_dim_names=("pp", "dp", "tp"))
+        for place, name in enumerate(("pp", "dp", "tp")):
+            group = mesh.get_group(name).group_name
+            assert [axis_rank(group, rank) for rank in range(12)] == [(rank // 6, rank // 2 % 3, rank % 2)[place] for rank in range(12)]
+        both = mesh["pp", "tp"]._flatten("pp_tp").get_group().group_name
+        assert [axis_rank(both, rank) for rank in range(12)] == [rank // 6 * 2 + rank % 2 for rank in range(12)]
+
+
+def test_dtensors_in_and_out() -> None:
+    whole = torch.arange(24, dtype=torch.float64).view(6, 4)
+    with simulate(4):
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        local = per_rank(lambda rank: whole[3 * (rank // 2) : 3 * (rank // 2) + 3, 2 * (rank % 2) : 2 * (rank % 2) + 2]).requires_grad_()
+        x = DTensor.from_local(local, mesh, (Shard(0), Shard(1)))
+        assert x.shape == (6, 4)
+        (x.full_tensor() * whole).sum().backward()
+        for rank, t in local_tensors(x.full_tensor().detach()).items():
+            assert t.equal(whole), rank
+        assert local.grad is not None and local.grad.shape == (3, 2)
+        y = distribute_tensor(whole, mesh, (Shard(1), Replicate()))
+        assert all(t.shape == (6, 2) for t in local_tensors(y.to_local()).values())
