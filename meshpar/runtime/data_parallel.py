@@ -145,7 +145,7 @@ def _over(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
 
 
 def _units(tree: Tree, config: ParallelConfig) -> tuple[tuple[str, ...], ...]:
-    """The blocks gathered and summed together: those that share a parameter, and where whole parameters are kept, up to a bucket of them."""
+    """The blocks gathered and summed together: those that share a parameter; where whole parameters are kept, also a bucket of them."""
     units = shared_blocks(tree)
     if config.data_parallel not in ("replicate", "zero1"):
         return units

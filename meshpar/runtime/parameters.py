@@ -1,9 +1,9 @@
 """Parameters as they are laid out over the mesh: what a rank holds of each, its DTensor, and the way back to the original order.
 
 torch's placements express most layouts: `Shard` a contiguous one, `_StridedShard` equal stretches (gate | up, q | k | v of one size). Two
-they cannot: segments of several sizes (q | k | v with fewer key and value heads) and chunks that keep units whole where torch would cut them
-(3 heads over 2 ranks). Such a parameter is a DTensor of the right global shape and the right local tensor whose `Shard` placement does not
-tell the order of its elements: fine for optimizers and norms, wrong for `DTensor.full_tensor()`. So every parameter carries its
+they cannot: segments of several sizes (q | k | v with fewer key and value heads), and chunks that keep units whole where torch would cut
+them (3 heads over 2 ranks). Such a parameter is a DTensor of the right global shape and the right local tensor whose `Shard` placement does
+not tell the order of its elements: fine for optimizers and norms, wrong for `DTensor.full_tensor()`. So every parameter carries its
 `ParameterSpec`, and
 
     full_tensor(p), full_grad(p)        give the original order for every layout, also under FSDP2 (collective over the parameter's mesh)

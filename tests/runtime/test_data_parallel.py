@@ -80,7 +80,7 @@ def check(found: dict[str, Any], expected: dict[str, Any], *, rtol: float = 1e-1
             if value is None:
                 assert found[kind][name] is None, name
             else:
-                torch.testing.assert_close(found[kind][name], value, rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{kind} {n}: {m}")
+                torch.testing.assert_close(found[kind][name], value, rtol=rtol, atol=rtol, msg=lambda m, n=f"{kind} {name}": f"{n}: {m}")
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +193,29 @@ def scalar() -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def tied_layers(mode: str, recompute: str) -> dict[str, torch.Tensor | None]:
+    """The first and the last layer share a weight, so that they are one unit with another in between."""
+    mesh = world_mesh("dp=2")
+    net = make_net()
+    net.layers[2].down.weight = net.layers[0].down.weight
+    tree = make_tree(net, mesh, rows=2, recompute=recompute)
+    parallel = data_parallel.apply(tree, mesh, ParallelConfig(data_parallel=mode))  # type: ignore[arg-type]
+    assert any({"layers.0", "layers.2"} <= set(unit) for unit in parallel.units)
+    for _ in range(2):
+        tree.run("train", *local_batch(make_batch(), mesh))[0].backward()
+    assert tree.get_parameter("layers.0.down.weight") is tree.get_parameter("layers.2.down.weight")
+    return {name: full_grad(p) for name, p in tree.named_parameters()}
+
+
+@pytest.mark.parametrize("mode, recompute", [("zero3", "none"), ("zero3", "full"), ("zero1", "none"), ("replicate", "none")])
+def test_blocks_that_share_a_parameter(gloo: Pool, mode: str, recompute: str) -> None:
+    net = make_net()
+    net.layers[2].down.weight = net.layers[0].down.weight
+    for _ in range(2):
+        net(*make_batch()).backward()
+    for found in gloo.run(tied_layers, mode, recompute, world=2):
+        assert list(found) == [name for name, _ in net.named_parameters()]
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")

@@ -156,4 +156,4 @@ def test_recompute_on_simulated_ranks(simulated: Any) -> None:
             found = {name: full_grad(p) for name, p in tree.named_parameters()}
         for name, p in net.named_parameters():
             if p.grad is not None:
-                torch.testing.assert_close(found[name], p.grad, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{mode} {n}: {m}")
+                torch.testing.assert_close(found[name], p.grad, rtol=1e-11, atol=1e-12, msg=lambda m, n=f"{mode} {name}": f"{n}: {m}")
