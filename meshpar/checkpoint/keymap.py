@@ -183,34 +183,32 @@ def _expand(rules: Sequence[Rule], tensors: Tensors) -> Mapped:
         resolved[index].append((rule, bound, sizes))
     ordered = [links[name] for name in tensors if name in links]
     out = _target_tensors(ordered, rules)
-    for alias, name in _copies(rules, out):
-        out[alias] = out[name]
+    for alias, name in _copies(rules, tensors):
+        if alias in out:
+            raise ImpossibleError(f"{alias} should be tied to {name}, but exists by itself.")
+        out[alias] = out[_target_of(name, ordered)]
         ordered.append(_copy(alias, name, ordered))
     final_ties = {alias: _target_of(name, ordered) for alias, name in ties.items()}
     return Mapped(tuple(ordered), out, final_ties, tuple(_record(rules, resolved, final_ties, out)))
 
 
-def _copies(rules: Sequence[Rule], out: Tensors) -> list[tuple[str, str]]:
-    """The tied tensors that come back: rules of ties read backwards, on the names that result."""
+def _copies(rules: Sequence[Rule], tensors: Tensors) -> list[tuple[str, str]]:
+    """The tied tensors that come back, each with the stored tensor it is a copy of: rules of ties read backwards."""
     copies = []
     for rule in rules:
         if not rule.tie or rule.merging:
             continue
-        hits = [(name, hit) for name in out if (hit := _regex(rule.whole.pattern, ()).fullmatch(name))]
+        hits = [(name, hit) for name in tensors if (hit := _regex(rule.whole.pattern, ()).fullmatch(name))]
         if not hits:
-            raise ImpossibleError(f"The rule {rule.text!r} matches nothing.{near(rule.whole.pattern, out)}")
+            raise ImpossibleError(f"The rule {rule.text!r} matches nothing.{near(rule.whole.pattern, tensors)}")
         copies += [(_fill(rule.parts[0].pattern, hit.groupdict()), name) for name, hit in hits]
-    for alias, name in copies:
-        if alias in out:
-            raise ImpossibleError(f"{alias} should be tied to {name}, but exists by itself.")
     return copies
 
 
 def _copy(alias: str, name: str, links: Sequence[Link]) -> Link:
-    """The link of `name`, leading to `alias` instead."""
-    link = next(link for link in links if any(p.tensor == name for p in link.targets))
-    if len(link.targets) != 1 or link.target_padding:
-        raise ImpossibleError(f"{alias} is tied to {name}, which is only a part of a stored tensor.")
+    """The link of the stored tensor `name`, leading to `alias` instead."""
+    target = _target_of(name, links)
+    link = next(link for link in links if link.targets[0].tensor == target)
     return replace(link, targets=(replace(link.targets[0], tensor=alias),))
 
 

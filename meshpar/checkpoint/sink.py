@@ -1,7 +1,7 @@
 """The files of a new checkpoint: which tensors go where in which file, decided before the first byte is written.
 
 One file per rank of the mesh. A rank that holds several boxes of one tensor (a fused projection, cut per segment) puts the second
-one under the same name in a companion file `rank-00003.1.safetensors`, and so on, so that torch's `HuggingFaceStorageReader`, which knows
+one under the same name in a companion file `rank-00003_1.safetensors`, and so on, so that torch's `HuggingFaceStorageReader`, which knows
 one box per name and file, reads them all. Above `COMPANIONS` boxes they go into the first file as `name#1`, `name#2`, ...: only meshpar
 reads those.
 """
@@ -67,7 +67,7 @@ def rank_slots(rank: int, tensor: str, dtype: str, boxes: Sequence[Box]) -> Iter
     """The file name and the slot of every box that a rank writes of a tensor."""
     for k, box in enumerate(boxes):
         inline = len(boxes) > COMPANIONS
-        suffix = "" if k == 0 or inline else f".{k}"
+        suffix = "" if k == 0 or inline else f"_{k}"
         yield f"rank-{rank:05d}{suffix}.safetensors", Slot(tensor, f"{tensor}#{k}" if inline else tensor, dtype, box)
 
 

@@ -145,8 +145,9 @@ def check_memory(transfers: Sequence[Transfer], options: Options) -> None:
     if options.memory < MIN_MEMORY:
         raise ImpossibleError(f"--max-memory is {options.memory} bytes; at least {MIN_MEMORY} are needed.")
     for t in transfers:
-        if t.rearrange is not None and 3 * _step_bytes(t) > options.spare:
-            need = 3 * _step_bytes(t) + options.memory - options.spare
+        step = 3 * _step_bytes(t)
+        if t.rearrange is not None and step > options.spare:
+            need = min(2 * step, step + 2 * options.workers * options.slab)  # the buffers take half of it, or less
             raise ImpossibleError(
                 f"{t.name} {list(t.shape)} must be transposed in memory: --max-memory {-(-need >> 20)}MiB or more would do."
             )

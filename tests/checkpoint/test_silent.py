@@ -44,16 +44,16 @@ def test_s1_tensors_without_dims_keep_their_value(tmp_path: Path) -> None:
 
 def test_s2_fewer_ranks_later_do_not_mix_with_old_files(tmp_path: Path) -> None:
     old, new = {"w": ("F32", WORDS)}, {"w": ("F32", WORDS + 100)}
-    save(tmp_path / "a", old, "dp=4")
+    save(tmp_path / "a", old, "dp=6")
     with pytest.raises(StorageError, match="never written over another one"):
         save(tmp_path / "a", new, "dp=2")
     assert same(load(tmp_path / "a"), old)
     # and files of another save that someone copied in are not read, and are reported
     save(tmp_path / "b", new, "dp=2")
-    shutil.copy(tmp_path / "a" / "rank-00003.safetensors", tmp_path / "b")
+    shutil.copy(tmp_path / "a" / "rank-00005.safetensors", tmp_path / "b")
     assert same(load(tmp_path / "b"), new)
     found = verify(tmp_path / "b")
-    assert found.status == 1 and "rank-00003.safetensors is not part of this checkpoint" in found.unexpected[0]
+    assert found.status == 1 and "rank-00005.safetensors is not part of this checkpoint" in found.unexpected[0]
 
 
 def test_s2_a_hugging_face_folder_with_files_of_two_exports_is_refused(tmp_path: Path) -> None:
