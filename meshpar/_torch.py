@@ -29,10 +29,11 @@ from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
+from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
+from torch.utils._python_dispatch import TorchDispatchMode  # torch 2.13; wait for public dispatch modes
 from torch.utils._python_dispatch import (
     _disable_current_modes as without_modes,  # torch 2.13; export does not work inside simulated ranks; wait for a public way to step out of a mode
 )
-from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
 
 # torch 2.13; wait for functional collectives whose autograd registration costs nothing when it is not used
 below_autograd = _C._AutoDispatchBelowAutograd
@@ -150,4 +151,6 @@ __all__ = [
     "takes",
     "without_modes",
     "written_arguments",
+    "TorchDispatchMode",
+    "pytree",
 ]

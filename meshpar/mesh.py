@@ -20,9 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils import _pytree as pytree
 
-from meshpar._torch import LocalTensor, flatten_mesh, local_tensor_mode, maybe_disable_local_tensor_mode
+from meshpar._torch import LocalTensor, flatten_mesh, local_tensor_mode, maybe_disable_local_tensor_mode, pytree
 from meshpar.errors import BatchError, ConfigError, MeshparError, PlanError, near, raise_all
 
 AXES = ("pp", "dp", "dp_replicate", "dp_shard", "cp", "ep", "tp")

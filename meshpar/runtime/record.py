@@ -18,10 +18,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from meshpar._torch import opaque_initialisers, takes, written_arguments
+from meshpar._torch import TorchDispatchMode, opaque_initialisers, pytree, takes, written_arguments
 from meshpar.errors import MeshparError
 from meshpar.runtime.tape import DEFAULT, Dice, Op, Ref, Replay, Tape
 

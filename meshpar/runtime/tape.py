@@ -24,7 +24,8 @@ from mmap import mmap
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from meshpar._torch import pytree
 
 
 @dataclass(frozen=True, slots=True)

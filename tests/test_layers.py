@@ -1,0 +1,106 @@
+"""Imports run downward only, and private torch names enter through one file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import meshpar
+
+PACKAGE = Path(__file__).parents[1] / "meshpar"
+LAYERS = (
+    ("errors", "config", "megatron", "sharding.types", "planner"),
+    ("_torch", "simulate", "mesh", "plan", "ops"),
+    ("capture", "sharding"),
+    ("passes",),
+    ("runtime",),
+    ("checkpoint",),
+    ("api",),
+    ("comparable", "launch", "verify", "explain", "plot", "dry_run", "cli", ""),
+)
+"""Modules and folders, lowest first; the longest name that fits a module decides. "" is the package itself."""
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer(module: str) -> int:
+    """The layer of a module, named without the package: "sharding.types"."""
+    fits = [
+        (len(name), level)
+        for level, names in enumerate(LAYERS)
+        for name in names
+        if module == name or (name and module.startswith(name + "."))
+    ]
+    assert fits, f"{module} has no layer: add it to LAYERS in {__file__}"
+    return max(fits)[1]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def imports(path: Path, source: str) -> Iterator[tuple[int, str, str]]:
+    """`(line, module, name)` of every import, relative ones resolved; `name` is empty for `import module`."""
+    package = ["meshpar", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield from ((node.lineno, ".".join([*base, *filter(None, [node.module])]), alias.name) for alias in node.names)
+
+
+def upward(path: Path, source: str) -> list[str]:
+    """The imports of a file that run to a higher layer, as "file:line imports module"."""
+    own = layer(name_of(path))
+    found = []
+    for line, module, name in imports(path, source):
+        if module.split(".")[0] != "meshpar":
+            continue
+        target = module.removeprefix("meshpar").removeprefix(".")
+        inner = f"{target}.{name}".removeprefix(".")
+        if (PACKAGE / (inner.replace(".", "/") + ".py")).exists() or (PACKAGE / inner.replace(".", "/")).is_dir():
+            target = inner
+        if layer(target) > own:
+            found.append(f"{path}:{line} imports {module}{f'.{name}' if name else ''}, which is above it")
+    return found
+
+
+def private(path: Path, source: str) -> list[str]:
+    """The imports of private torch names, as "file:line imports name"."""
+    allowed = ("torch.utils._pytree",)  # private by name only: what export's own documentation tells to use
+    found = []
+    for line, module, name in imports(path, source):
+        full = f"{module}.{name}" if name else module
+        parts = full.split(".")
+        if parts[0] == "torch" and any(p.startswith("_") and not p.startswith("__") for p in parts) and not full.startswith(allowed):
+            found.append(f"{path}:{line} imports {full}: private names come from meshpar/_torch.py")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_run_downward(path: Path) -> None:
+    assert not upward(path, path.read_text())
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != "_torch.py"], ids=name_of)
+def test_private_torch_names_enter_through_one_file(path: Path) -> None:
+    assert not private(path, path.read_text())
+
+
+def test_the_check_sees_what_it_is_for() -> None:
+    path = PACKAGE / "passes" / "example.py"
+    assert upward(path, "from ..runtime.model import ParallelModel\n")[0].endswith(
+        "example.py:1 imports meshpar.runtime.model.ParallelModel, which is above it"
+    )
+    assert upward(path, "def f():\n    import meshpar.api\n")[0].endswith("example.py:2 imports meshpar.api, which is above it")
+    assert upward(path, "from meshpar import runtime\n")
+    assert not upward(path, "from meshpar.sharding import types\nfrom . import lower\n")
+    assert "torch.distributed._local_tensor" in private(path, "import torch.distributed._local_tensor as x\n")[0]
+    assert private(path, "from torch._ops import OpOverload\n")
+
+
+def test_the_package_is_this_one() -> None:
+    assert meshpar.__file__
