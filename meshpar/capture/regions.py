@@ -22,10 +22,25 @@ def assign(graph: fx.Graph) -> None:
         if stack not in known:
             known[stack] = _region(stack, lists)
         node.meta["region"] = known[stack]
+    _fill(calls)
     for node in graph.nodes:
         if node.op != "call_function":
             found = {user.meta.get("region") for user in node.users}
             node.meta["region"] = found.pop() if node.op == "get_attr" and len(found) == 1 else None
+
+
+def _fill(calls: Sequence[fx.Node]) -> None:
+    """What the root computes between two operators of one block belongs to the block: a block that is a `ModuleDict` is never called itself."""
+    spans: dict[str, list[int]] = {}
+    for place, node in enumerate(calls):
+        if node.meta["region"] is not None:
+            spans.setdefault(node.meta["region"], [place, place])[1] = place
+    after = -1
+    for region, (first, last) in spans.items():
+        if first > after and all(n.meta["region"] in (None, region) for n in calls[first:last]):
+            for node in calls[first:last]:
+                node.meta["region"] = region
+        after = max(after, last)
 
 
 def members(name: str) -> Iterator[tuple[str, str]]:
