@@ -76,6 +76,7 @@ class Mapped:
     tensors: Tensors
     aliases: Mapping[str, str]
     rules: tuple[str, ...]
+    copies: Mapping[str, str] = field(default_factory=dict)  # tied tensors that come back, and the target they equal
 
 
 Resolved = tuple["Rule", dict[str, str], dict[str, int]]  # a rule, the names it was used on, the sizes found
@@ -147,12 +148,13 @@ def apply(rules: Sequence[Rule], tensors: Tensors) -> Mapped:
     """
     forward = _expand(rules, tensors)
     _check_links(forward, tensors)
-    back = _expand(inverted(parse(forward.rules)), forward.tensors)
+    ties = parse(f"{alias} == {name}" for alias, name in forward.copies.items())
+    back = _expand((*ties, *inverted(parse(forward.rules))), forward.tensors)
     _check_links(back, forward.tensors)
     if dict(back.tensors) != dict(tensors):
         wrong = sorted(set(back.tensors.items()) ^ set(tensors.items()))[:4]
         raise ImpossibleError(f"The key map cannot be undone: going back does not give the same tensors: {wrong}.")
-    if not _reversed(forward.links, back.links):
+    if not _reversed([link for link in forward.links if link.targets[0].tensor not in forward.copies], back.links):
         raise ImpossibleError("The key map cannot be undone: the way back places tensors elsewhere.")
     return forward
 
@@ -183,13 +185,15 @@ def _expand(rules: Sequence[Rule], tensors: Tensors) -> Mapped:
         resolved[index].append((rule, bound, sizes))
     ordered = [links[name] for name in tensors if name in links]
     out = _target_tensors(ordered, rules)
+    copies: dict[str, str] = {}
     for alias, name in _copies(rules, tensors):
         if alias in out:
             raise ImpossibleError(f"{alias} should be tied to {name}, but exists by itself.")
-        out[alias] = out[_target_of(name, ordered)]
+        copies[alias] = _target_of(name, ordered)
+        out[alias] = out[copies[alias]]
         ordered.append(_copy(alias, name, ordered))
     final_ties = {alias: _target_of(name, ordered) for alias, name in ties.items()}
-    return Mapped(tuple(ordered), out, final_ties, tuple(_record(rules, resolved, final_ties, out)))
+    return Mapped(tuple(ordered), out, final_ties, tuple(_record(rules, resolved, final_ties, out)), copies)
 
 
 def _copies(rules: Sequence[Rule], tensors: Tensors) -> list[tuple[str, str]]:
