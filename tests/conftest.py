@@ -49,12 +49,17 @@ def simulated() -> Callable[[int], Any]:
 
 @pytest.fixture(autouse=True)
 def clean_torch() -> Iterator[None]:
-    """The same random numbers in every test, and no process group left behind."""
+    """The same random numbers in every test, and no process group left behind (unless a wider fixture holds one)."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(0)
         torch.set_num_threads(1)
+    held = _has_process_group()
     yield
-    torch = sys.modules.get("torch")
-    if torch is not None and "torch.distributed" in sys.modules and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if _has_process_group() and not held:
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _has_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # importing torch is left to the tests that need it
+    return distributed is not None and distributed.is_initialized()

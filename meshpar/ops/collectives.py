@@ -53,9 +53,11 @@ def i_to_r(x: Tensor, *, group: str, size: int, rank: int) -> Tensor:
 
 def i_to_r_many(*xs: Tensor, group: str, size: int, rank: int) -> tuple[Tensor, ...]:
     """`i_to_r` of several tensors with one all-reduce per dtype for all their gradients together."""
-    if size == 1 or not any(_needs_grad(x) for x in xs):
+    needing = [x for x in xs if _needs_grad(x)]
+    if size == 1 or not needing:
         return xs
-    return _ConvertMany.apply(group, size, rank, *xs)
+    converted = iter(_ConvertMany.apply(group, size, rank, *needing))
+    return tuple(next(converted) if _needs_grad(x) else x for x in xs)
 
 
 def i_to_p(x: Tensor, *, group: str, size: int, rank: int) -> Tensor:
@@ -251,7 +253,6 @@ class _ConvertMany(torch.autograd.Function):
     def forward(ctx: Any, group: str, size: int, rank: int, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.axis = (group, size, rank)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for x in xs if not x.is_floating_point() and not x.is_complex()))
         return xs
 
     @staticmethod

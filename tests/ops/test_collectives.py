@@ -207,9 +207,9 @@ def test_many_gradients_are_added_in_one_all_reduce_per_dtype(monkeypatch: pytes
     monkeypatch.setattr(ops, "_all_reduce", lambda x, *rest: sums.append(x.dtype) or real(x, *rest))
     with simulate(3):
         q, k, v, unused = (spread([torch.full((n,), 2.0, dtype=dtype)] * 3).requires_grad_() for n, dtype in FOUR)
-        index = torch.arange(3)
-        a, b, c, _, same_index = ops.i_to_r_many(q, k, v, unused, index, **axis())
-        assert same_index.equal(index)
+        index, frozen = torch.arange(3), torch.ones(2)
+        a, b, c, _, same_index, same_frozen = ops.i_to_r_many(q, k, v, unused, index, frozen, **axis())
+        assert same_index is index and same_frozen is frozen
         scale = per_rank(lambda rank: torch.tensor(rank + 1.0))
         ((a * scale).sum() + (2 * b * scale).sum() + (c * scale).sum()).backward()
         assert sorted(map(str, sums)) == ["torch.float32", "torch.float64"]
