@@ -32,7 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13;
 from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
 from torch.utils._python_dispatch import TorchDispatchMode  # torch 2.13; wait for public dispatch modes
 from torch.utils._python_dispatch import (
-    _disable_current_modes as without_modes,  # torch 2.13; export does not work inside simulated ranks; wait for a public way to step out of a mode
+    _disable_current_modes as without_modes,  # torch 2.13; export needs it inside simulated ranks; wait for a public way out of modes
 )
 
 # torch 2.13; wait for functional collectives whose autograd registration costs nothing when it is not used
@@ -54,6 +54,11 @@ def simulated_generators(mode: LocalTensorMode) -> dict[int, tuple[torch.Tensor,
 def default_store() -> Store:
     """The store through which the job's processes found each other (torch 2.13; wait for a public accessor)."""
     return _get_default_store()
+
+
+def clone_store(store: Store) -> Store:
+    """A connection of its own to the same store, for another thread (torch 2.13; wait for it in the type stubs)."""
+    return store.clone()  # type: ignore[attr-defined]
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -132,6 +137,7 @@ __all__ = [
     "StridedShard",
     "as_parameter",
     "below_autograd",
+    "clone_store",
     "default_store",
     "dcp_storage_info",
     "dtensor_like",

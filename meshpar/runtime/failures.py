@@ -22,13 +22,12 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshpar._torch import default_store, local_tensor_mode
+from meshpar._torch import clone_store, default_store, local_tensor_mode
 from meshpar.errors import RankError
 
 POLL = 0.5
@@ -59,7 +58,6 @@ class Board:
     def __init__(self, store: dist.Store, ranks: tuple[int, ...]) -> None:
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:12]
         self._store = dist.PrefixStore(f"meshpar/together/{name}", store)
-        self._store.set_timeout(timedelta(seconds=10))
         self.size = len(ranks)
 
     def post(self, post: Post) -> int:
@@ -98,7 +96,7 @@ class Together:
             ranks = tuple(mesh.mesh.flatten().tolist())
             store = default_store()
             self._board = Board(store, ranks)
-            self._watcher = Watcher(Board(store.clone(), ranks), mesh)
+            self._watcher = Watcher(Board(clone_store(store), ranks), mesh)
             weakref.finalize(self, self._watcher.stop)
 
     @contextmanager

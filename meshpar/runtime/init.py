@@ -62,10 +62,10 @@ def materialise(
     buffers = dict(model.named_buffers(remove_duplicate=False))
     found: dict[str, torch.Tensor] = {name: buffer for name, buffer in buffers.items() if not buffer.is_meta}
     if weights is None:
-        wanted = {name: parameters[name] for name in names}
+        wanted: dict[str, torch.Tensor] = {name: parameters[name] for name in names}
     else:
         source = Weights.open(weights)
-        found |= {name: source[name].read() for name in source.check(model, names, dtype=dtype)}
+        found |= {name: source[name].read().to(buffers[name].dtype) for name in source.check(model, names, dtype=dtype)}
         for name in names:
             place(name, source.lazy(name, dtype))
         wanted = {}

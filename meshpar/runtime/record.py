@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from meshpar._torch import TorchDispatchMode, opaque_initialisers, pytree, takes, written_arguments
+from meshpar._torch import TorchDispatchMode, opaque_initialisers, pytree, takes, without_modes, written_arguments
 from meshpar.errors import MeshparError
 from meshpar.runtime.tape import DEFAULT, Dice, Op, Ref, Replay, Tape
 
@@ -59,6 +59,10 @@ OVERWRITES = frozenset(
 )
 """In-place operations that do not read what they write to."""
 
+_TENSOR: Any = torch.Tensor  # whose properties are wanted themselves
+_READ = frozenset((torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__))
+"""They read values without calling an operator."""
+
 _MARK = "meshpar_tape"  # the attribute of a storage that says which tape it is on, under which number
 
 
@@ -84,7 +88,7 @@ def ref_of(tensor: torch.Tensor) -> Ref:
     """A recorded tensor as a view of its storage."""
     mark = mark_of(tensor)
     assert mark is not None
-    return Ref(mark.number, tensor.dtype, tuple(tensor.size()), tuple(tensor.stride()), tensor.storage_offset())
+    return Ref(mark.number, tensor.dtype, tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset()))
 
 
 @contextmanager
@@ -140,7 +144,7 @@ class Recorder(TorchDispatchMode):
             setattr(tensor.untyped_storage(), _MARK, mark)
         return mark.number
 
-    def register(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def register(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         """Registration hook: a parameter made of real data moves to `meta`, its data to the tape."""
         if parameter is None or not _is_plain(parameter) or not parameter.is_floating_point():
             return parameter
@@ -155,14 +159,16 @@ class Recorder(TorchDispatchMode):
 
     def constant(self, value: torch.Tensor) -> torch.Tensor:
         """A deferred tensor with the value of a real one."""
-        deferred = _on_meta(value)
-        self.number(deferred)
-        self._append(torch.clone, (value.detach().clone(),), {}, reads=(), covers=(), writes=(), outputs=(ref_of(deferred),))
+        with without_modes():
+            deferred = _on_meta(value)
+            self.number(deferred)
+            self._append(torch.clone, (value.detach().clone(),), {}, reads=(), covers=(), writes=(), outputs=(ref_of(deferred),))
         return deferred
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor:
         """The value of a deferred tensor at this moment."""
-        return self._replay.evaluate([ref_of(tensor)])[0]
+        with without_modes():
+            return self._replay.evaluate([ref_of(tensor)])[0]
 
     def opaque(self, run: Callable[..., torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Record an initialiser that overwrites all of `tensor` and whose course depends on what it draws as one operation."""
@@ -288,7 +294,7 @@ class Recorder(TorchDispatchMode):
 
     def _is_whole(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor holds every element of its storage once."""
-        order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), -tensor.size(d)), reverse=True)
+        order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), -int(tensor.size(d))), reverse=True)
         return tensor.permute(order).is_contiguous() and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
 
     def _new_output(self, leaf: Any) -> Ref | None:
@@ -326,11 +332,13 @@ class _Disguise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._recorder.busy:
-            if func == torch.Tensor.device.__get__ and mark_of(args[0]) is not None:
+            if func == _TENSOR.device.__get__ and mark_of(args[0]) is not None:
                 return torch.device("cpu")
-            if func == torch.Tensor.is_meta.__get__ and mark_of(args[0]) is not None:
+            if func == _TENSOR.is_meta.__get__ and mark_of(args[0]) is not None:
                 return False
-            if func == torch.Tensor.data.__set__:
+            if func in _READ and mark_of(args[0]) is not None:
+                args = (self._recorder.value(args[0]), *args[1:])
+            if func == _TENSOR.data.__set__:
                 args = (args[0], self._like(args[0], args[1]))
         return func(*args, **(kwargs or {}))
 
