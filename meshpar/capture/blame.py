@@ -52,14 +52,10 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
 
 def explain(error: Exception, model: nn.Module) -> CaptureError:
     """The exception that export raised, told by the model's own line."""
-    where = ""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if _is_users(frame.filename):
-            where = f" at {os.path.basename(frame.filename)}:{frame.lineno}" + (f" ({frame.line})" if frame.line else "")
-            break
     if isinstance(error, CaptureError):
         return error
     text = str(error).strip()
+    where = _where(error, text)
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     for pattern, reason, way_out in _ADVICE:
         if re.search(pattern, f"{type(error).__name__}: {text}"):
@@ -68,3 +64,12 @@ def explain(error: Exception, model: nn.Module) -> CaptureError:
         f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {first}\n"
         "  Check that the model runs by itself on this batch; if it does, write the line above with tensor operations of fixed shape."
     )
+
+
+def _where(error: Exception, text: str) -> str:
+    """ " at file.py:line (code)" of the user's innermost frame: in the traceback, or in what torch wrote into the message."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if _is_users(frame.filename):
+            return f" at {os.path.basename(frame.filename)}:{frame.lineno}" + (f" ({frame.line})" if frame.line else "")
+    source = source_of(text)
+    return f" at {source}" if source else ""

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import OpOverload
+from meshpar.capture.captured import Info
 from meshpar.errors import CaptureError
 
 aten = torch.ops.aten
@@ -29,7 +30,8 @@ def refuse(graph: fx.Graph) -> None:
 def _objection(node: fx.Node) -> str | None:
     if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
         return "it overwrites a tensor; write y = x.op() instead of x.op_()"
-    if "info" not in node.meta:
+    info = node.meta.get("info")
+    if not (isinstance(info, Info) or (isinstance(info, tuple) and all(i is None or isinstance(i, Info) for i in info))):
         return (
             "its result, or the size of it, depends on values; use torch.where, masked_fill or a fixed size, or pass numbers as arguments"
         )

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from meshpar._torch import FakeTensorMode
-from meshpar.capture import blame, check, experts, fake, grad, graph, regions, simplify, structure
+from meshpar.capture import blame, check, experts, fake, grad, graph, regions, selections, simplify, structure
 from meshpar.capture.captured import Captured, Slot
 from meshpar.errors import BatchError, ConfigError
 
@@ -53,6 +53,8 @@ def capture(
         program = _export(recorder, inputs, device)
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
+    simplify.prune(built.graph)
+    selections.lift(built.graph)
     simplify.prune(built.graph)
     check.refuse(built.graph)
     regions.assign(built.graph)

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 
 from meshpar.capture.blame import source_of
 from meshpar.capture.captured import Info
+from meshpar.capture.selections import Ragged
 from meshpar.errors import CaptureError
 
 _CALL_NUMBER = re.compile(r"@\d+$")
@@ -95,18 +96,18 @@ def _describe(copy: fx.Node, node: fx.Node, *, module: str) -> None:
     if isinstance(value, tuple | list):
         copy.meta["info"] = tuple(_info(item) for item in value)
     elif isinstance(value, torch.Tensor):
-        info = _info(value)
-        if info is not None:
-            copy.meta["info"] = info
+        copy.meta["info"] = _info(value)
+    elif isinstance(value, torch.SymInt):
+        copy.meta["symbol"] = str(value)
     copy.meta["module"] = module
     copy.meta["source"] = source_of(node.meta.get("custom", {}).get("source") or node.meta.get("stack_trace"))
 
 
-def _info(value: Any) -> Info | None:
+def _info(value: Any) -> Info | Ragged | None:
     if not isinstance(value, torch.Tensor):
         return None
-    if any(not isinstance(n, int) for n in value.shape):  # a size that depends on data: refused once the graph is complete
-        return None
+    if any(not isinstance(n, int) for n in value.shape):
+        return Ragged(tuple(n if isinstance(n, int) else str(n) for n in value.shape), value.dtype)
     return Info(tuple(value.shape), value.dtype, False)
 
 

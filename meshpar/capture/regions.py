@@ -30,7 +30,7 @@ def assign(graph: fx.Graph) -> None:
 
 
 def _fill(calls: Sequence[fx.Node]) -> None:
-    """What the root computes between two operators of one block belongs to the block: a block that is a `ModuleDict` is never called itself."""
+    """What the root computes between two operators of a block belongs to the block: a `ModuleDict` is never called itself."""
     spans: dict[str, list[int]] = {}
     for place, node in enumerate(calls):
         if node.meta["region"] is not None:

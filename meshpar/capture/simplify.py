@@ -105,13 +105,13 @@ def without_empty_parts(node: fx.Node) -> fx.Node | None:
         return None
     if len(parts) == 1 and _same(node, parts[0]):
         return _as_node(parts[0])
-    return _emit(node, aten.cat.default, (parts, *node.args[1:]), _info(node))
+    return emit(node, aten.cat.default, (parts, *node.args[1:]), _info(node))
 
 
 def views_as_reshape(node: fx.Node) -> fx.Node | None:
     """view and its kin -> reshape: the strides of a shard may differ from the whole tensor's."""
     if node.target in (aten.view.default, aten._unsafe_view.default, aten.view_copy.default, aten._reshape_alias.default):
-        return _emit(node, aten.reshape.default, (_operand(node), list(_info(node).shape)), _info(node))
+        return emit(node, aten.reshape.default, (_operand(node), list(_info(node).shape)), _info(node))
     return None
 
 
@@ -123,8 +123,8 @@ def transposes(node: fx.Node) -> fx.Node | None:
     if rank < 2:
         return _operand(node)
     if node.target is aten.numpy_T.default and rank > 2:
-        return _emit(node, aten.permute.default, (_operand(node), list(range(rank - 1, -1, -1))), _info(node))
-    return _emit(node, aten.transpose.int, (_operand(node), rank - 2, rank - 1), _info(node))
+        return emit(node, aten.permute.default, (_operand(node), list(range(rank - 1, -1, -1))), _info(node))
+    return emit(node, aten.transpose.int, (_operand(node), rank - 2, rank - 1), _info(node))
 
 
 def copies_as_expand(node: fx.Node) -> fx.Node | None:
@@ -135,8 +135,8 @@ def copies_as_expand(node: fx.Node) -> fx.Node | None:
     assert isinstance(value, fx.Node)
     want, have = _info(node), _info(value)
     if have.dtype != want.dtype:
-        value = _emit(node, aten._to_copy.default, (value,), Info(have.shape, want.dtype, want.requires_grad), {"dtype": want.dtype})
-    return value if have.shape == want.shape else _emit(node, aten.expand.default, (value, list(want.shape)), want)
+        value = emit(node, aten._to_copy.default, (value,), Info(have.shape, want.dtype, want.requires_grad), {"dtype": want.dtype})
+    return value if have.shape == want.shape else emit(node, aten.expand.default, (value, list(want.shape)), want)
 
 
 def broadcasts_as_expand(node: fx.Node) -> fx.Node | None:
@@ -146,7 +146,7 @@ def broadcasts_as_expand(node: fx.Node) -> fx.Node | None:
         return None
     operands: Any = source.args[0]
     operand = operands[node.args[1]]
-    return _as_node(operand) if _same(node, operand) else _emit(node, aten.expand.default, (operand, list(_info(node).shape)), _info(node))
+    return _as_node(operand) if _same(node, operand) else emit(node, aten.expand.default, (operand, list(_info(node).shape)), _info(node))
 
 
 def losses_by_element(node: fx.Node) -> fx.Node | None:
@@ -161,8 +161,8 @@ def losses_by_element(node: fx.Node) -> fx.Node | None:
     kwargs = {key: value for key, value in node.kwargs.items() if key != "reduction"}
     shape = torch.broadcast_shapes(*(_info(part).shape for part in node.all_input_nodes))
     info = Info(tuple(shape), _info(node).dtype, _info(node).requires_grad)
-    each = _emit(node, node.target, (*args, 0, *node.args[position + 1 :]), info, kwargs)
-    return _emit(node, aten.mean.default if reduction == 1 else aten.sum.default, (each,), _info(node))
+    each = emit(node, node.target, (*args, 0, *node.args[position + 1 :]), info, kwargs)
+    return emit(node, aten.mean.default if reduction == 1 else aten.sum.default, (each,), _info(node))
 
 
 def losses_by_count(node: fx.Node) -> fx.Node | None:
@@ -176,35 +176,35 @@ def losses_by_count(node: fx.Node) -> fx.Node | None:
     loss = _info(node)
     wide = Info((), torch.float32 if loss.dtype == torch.float16 else loss.dtype, loss.requires_grad)  # a sum of labels overflows float16
     if wide.dtype != loss.dtype:
-        logits = _emit(node, aten._to_copy.default, (logits,), Info(_info(logits).shape, wide.dtype, True), {"dtype": wide.dtype})
+        logits = emit(node, aten._to_copy.default, (logits,), Info(_info(logits).shape, wide.dtype, True), {"dtype": wide.dtype})
     ignore = _argument(node, 4, "ignore_index", -100)
     rest = (_argument(node, 5, "label_smoothing", 0.0),) if node.target is aten.cross_entropy_loss.default else ()
-    total = _emit(node, node.target, (logits, target, weight, 2, ignore, *rest), wide)
+    total = emit(node, node.target, (logits, target, weight, 2, ignore, *rest), wide)
     count = _labels(node, target, ignore) if weight is None else _label_weights(node, target, weight, ignore)
     if _info(count).dtype != wide.dtype:
-        count = _emit(node, aten._to_copy.default, (count,), Info((), wide.dtype, False), {"dtype": wide.dtype})
-    mean = _emit(node, aten.div.Tensor, (total, count), wide)
-    return mean if wide.dtype == loss.dtype else _emit(node, aten._to_copy.default, (mean,), loss, {"dtype": loss.dtype})
+        count = emit(node, aten._to_copy.default, (count,), Info((), wide.dtype, False), {"dtype": wide.dtype})
+    mean = emit(node, aten.div.Tensor, (total, count), wide)
+    return mean if wide.dtype == loss.dtype else emit(node, aten._to_copy.default, (mean,), loss, {"dtype": loss.dtype})
 
 
 def _labels(node: fx.Node, target: fx.Node, ignore: int) -> fx.Node:
-    valid = _emit(node, aten.ne.Scalar, (target, ignore), Info(_info(target).shape, torch.bool, False))
-    return _emit(node, aten.sum.default, (valid,), Info((), torch.int64, False))
+    valid = emit(node, aten.ne.Scalar, (target, ignore), Info(_info(target).shape, torch.bool, False))
+    return emit(node, aten.sum.default, (valid,), Info((), torch.int64, False))
 
 
 def _label_weights(node: fx.Node, target: fx.Node, weight: fx.Node, ignore: int) -> fx.Node:
     shape, dtype = _info(target).shape, _info(weight).dtype
-    ignored = _emit(node, aten.eq.Scalar, (target, ignore), Info(shape, torch.bool, False))
-    safe = _emit(node, aten.masked_fill.Scalar, (target, ignored, 0), Info(shape, torch.int64, False))
-    each = _emit(node, aten.embedding.default, (_column(node, weight), safe), Info((*shape, 1), dtype, False))
-    each = _emit(node, aten.reshape.default, (each, list(shape)), Info(shape, dtype, False))
-    each = _emit(node, aten.masked_fill.Scalar, (each, ignored, 0), Info(shape, dtype, False))
-    return _emit(node, aten.sum.default, (each,), Info((), dtype, False))
+    ignored = emit(node, aten.eq.Scalar, (target, ignore), Info(shape, torch.bool, False))
+    safe = emit(node, aten.masked_fill.Scalar, (target, ignored, 0), Info(shape, torch.int64, False))
+    each = emit(node, aten.embedding.default, (_column(node, weight), safe), Info((*shape, 1), dtype, False))
+    each = emit(node, aten.reshape.default, (each, list(shape)), Info(shape, dtype, False))
+    each = emit(node, aten.masked_fill.Scalar, (each, ignored, 0), Info(shape, dtype, False))
+    return emit(node, aten.sum.default, (each,), Info((), dtype, False))
 
 
 def _column(node: fx.Node, weight: fx.Node) -> fx.Node:
     info = _info(weight)
-    return _emit(node, aten.reshape.default, (weight, [*info.shape, 1]), Info((*info.shape, 1), info.dtype, info.requires_grad))
+    return emit(node, aten.reshape.default, (weight, [*info.shape, 1]), Info((*info.shape, 1), info.dtype, info.requires_grad))
 
 
 CLEANUPS: tuple[Cleanup, ...] = (
@@ -255,7 +255,7 @@ def forget_device_numbers(graph: fx.Graph) -> None:
             node.kwargs = {**node.kwargs, "device": torch.device(device.type)}
 
 
-def _emit(before: fx.Node, target: Any, args: tuple[Any, ...], info: Info, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+def emit(before: fx.Node, target: Any, args: tuple[Any, ...], info: Info, kwargs: Mapping[str, Any] | None = None) -> fx.Node:
     """A new node in front of `before`, with its origin."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, dict(kwargs or {}))

@@ -83,13 +83,15 @@ def find_loss(output: Any) -> torch.Tensor | None:
 
 
 def _scalar(value: Any) -> torch.Tensor | None:
-    return value if isinstance(value, torch.Tensor) and value.numel() == 1 and value.is_floating_point() else None
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return None
+    return value if all(isinstance(n, int) and n == 1 for n in value.shape) else None  # a size that depends on data is no int
 
 
 def call_loss(loss_fn: Callable[[Any, Any], torch.Tensor], output: Any, batch: Any) -> torch.Tensor:
     """The user's loss, checked to be one floating number."""
     loss = loss_fn(output, batch)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+    if _scalar(loss) is None:
         found = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"loss_fn(output, batch) must return one floating number as a tensor; it returned {found}.")
     return loss

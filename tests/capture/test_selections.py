@@ -1,0 +1,106 @@
+"""Rows chosen by a mask: loops over a list of experts, masked losses, and what cannot be lifted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshpar.capture.export import capture
+from meshpar.errors import CaptureError
+from tests.capture.models import assert_same, perturbed
+
+
+class Experts(nn.Module):
+    """A mixture of experts as a loop over a ModuleList, in the ways people write it."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.style = style
+        self.router = nn.Linear(8, 3, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = x.view(-1, 8)
+        weights, chosen = torch.topk(F.softmax(self.router(h), -1), 2, -1)
+        out = torch.zeros_like(h)
+        for i, expert in enumerate(self.experts):
+            out = getattr(self, self.style)(h, weights, chosen == i, expert, out)
+        return {"loss": out.square().mean(), "out": out.view_as(x)}
+
+    def index_add(self, h: Tensor, weights: Tensor, mask: Tensor, expert: nn.Module, out: Tensor) -> Tensor:
+        slot, token = torch.where(mask.t())
+        y = expert(h[None, token].reshape(-1, 8)) * weights[token, slot, None]
+        out.index_add_(0, token, y.to(h.dtype))
+        return out
+
+    def read_modify_write(self, h: Tensor, weights: Tensor, mask: Tensor, expert: nn.Module, out: Tensor) -> Tensor:
+        token, slot = mask.nonzero(as_tuple=True)
+        out[token] += weights[token, slot, None] * expert(h[token])
+        return out
+
+    def nonzero(self, h: Tensor, weights: Tensor, mask: Tensor, expert: nn.Module, out: Tensor) -> Tensor:
+        token = mask.any(-1).nonzero().squeeze(-1)
+        y = expert(h[token]) * (weights * mask).sum(-1)[token].unsqueeze(-1)
+        return out.index_add(0, token, y)
+
+    def boolean(self, h: Tensor, weights: Tensor, mask: Tensor, expert: nn.Module, out: Tensor) -> Tensor:
+        rows = mask.any(-1)
+        out[rows] = out[rows] + expert(h[rows]) * (weights * mask).sum(-1)[rows].unsqueeze(-1)
+        return out
+
+    def overwrite(self, h: Tensor, weights: Tensor, mask: Tensor, expert: nn.Module, out: Tensor) -> Tensor:
+        (token,) = torch.where(mask[:, 0])
+        result = out.clone()
+        result[token] = expert(h[token]) * weights[token, 0].unsqueeze(-1)
+        return result
+
+
+@pytest.mark.parametrize("style", ["index_add", "read_modify_write", "nonzero", "boolean", "overwrite"])
+def test_loops_over_experts(style: str) -> None:
+    torch.manual_seed(0)
+    captured = assert_same(perturbed(Experts(style)), (torch.randn(2, 5, 8, dtype=torch.double),), {})
+    assert all(isinstance(n, int) for node in captured.graph.nodes for n in getattr(node.meta.get("info"), "shape", ()))
+
+
+def test_masked_losses() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits, mask = self.head(x), labels >= 0
+            scores = F.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+            return {"loss": (logits[mask].square().sum(-1) * 0.1).sum() / mask.sum() - scores[mask].sum()}
+
+    torch.manual_seed(0)
+    labels = torch.tensor([[0, -1, 3], [-1, -1, 4]])
+    assert_same(perturbed(Model()), (), {"x": torch.randn(2, 3, 4, dtype=torch.double), "labels": labels})
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x[x[:, 0] > 0], "returns rows chosen by a mask"),
+        (
+            lambda x: x[x[:, 0] > 0].cumsum(0).sum(),
+            "aten.cumsum.default in the model .test_selections.py:[0-9]+. mixes rows chosen by a mask",
+        ),
+        (lambda x: x[x[:, 0] > 0].mean(), "aten.mean.default in the model .* mixes rows"),
+        (lambda x: (x[x[:, 0] > 0].t() @ x[x[:, 0] > 0]).sum(), "mixes rows"),
+        (lambda x: x[x[:, 0] > 0].softmax(0).sum(), "mixes rows"),
+        (lambda x: x[x[:, 0] > 0].norm(dim=0).sum(), "mixes rows"),
+    ],
+)
+def test_what_mixes_rows_is_refused(function: Callable[..., Any], reason: str) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    with pytest.raises(CaptureError, match=reason):
+        capture(Model(), (torch.randn(4, 3),))
