@@ -31,8 +31,8 @@ def comparable(model: nn.Module, *, dtype: torch.dtype, perturb: float, seed: in
     bare = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if bare:
         raise ConfigError(
-            f"{bare[0]} is on the meta device and has no values to compare with. Build the model outside of torch.device('meta') and mp.meta(), "
-            f"with fewer layers if it is too big."
+            f"{bare[0]} is on the meta device and has no values to compare with. Build the model outside of torch.device('meta') and "
+            f"mp.meta(), with fewer layers if it is too big."
         )
     model = copy.deepcopy(model).train()
     without_noise(model)
@@ -70,11 +70,13 @@ def _silence(value: Any, seen: set[int], depth: int) -> None:
 
 
 def _holds_settings(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not isinstance(value, (type, torch.Tensor)) and not callable(value) or isinstance(value, nn.Module)
+    if isinstance(value, nn.Module):
+        return True
+    return hasattr(value, "__dict__") and not isinstance(value, (type, torch.Tensor)) and not callable(value)
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors in `dtype`: of a batch (returned), or of a module (in place: parameters, buffers and tensors that are plain attributes)."""
+    """Floating tensors in `dtype`: of a batch (returned), or of a module (in place: parameters, buffers, tensors that are attributes)."""
     if not isinstance(value, nn.Module):
         return pytree.tree_map(lambda leaf: leaf.to(dtype) if _is_floating(leaf) else leaf, value)
     value.to(dtype)
@@ -93,8 +95,8 @@ def _is_floating(value: Any) -> bool:
 def only(dtype: torch.dtype) -> Iterator[None]:
     """Inside, whatever asks for a narrower floating dtype gets `dtype`, and so does what asks for none.
 
-    Many models compute norms, softmax and rotary tables in float32 whatever the dtype of the rest; a float64 comparison of two such programs
-    ends at 1e-7, where real mistakes hide. Works for eager code and for capture alike (torch.export calls the same functions).
+    Many models compute norms, softmax and rotary tables in float32 whatever the dtype of the rest; a float64 comparison of two such
+    programs ends at 1e-7, where real mistakes hide. Works for eager code and for capture alike (torch.export calls the same functions).
 
     >>> with only(torch.float64):
     ...     torch.ones(1).float().dtype

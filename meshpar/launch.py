@@ -30,8 +30,9 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 def run(fn: Callable[..., Any], *args: Any, world: int, timeout: float = 900.0) -> list[Any]:
     """Call `fn(*args)` on ranks 0..world-1 of a new gloo group; the results by rank.
 
-    `fn` is a function at the top of a module; it, `args` and the results travel by file (torch.save). As with all of multiprocessing, a script
-    that calls this needs `if __name__ == "__main__":`. Raises RankError with the message of the rank that failed first, or after `timeout` seconds.
+    `fn` is a function at the top of a module; it, `args` and the results travel by file (torch.save). As with all of multiprocessing, a
+    script that calls this needs `if __name__ == "__main__":`. Raises RankError with the message of the rank that failed first, or after
+    `timeout` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="meshpar-ranks-") as folder:
         _save((fn, args), Path(folder, "task"))
@@ -63,8 +64,8 @@ def _save(task: Any, path: Path) -> None:
         torch.save(task, path)
     except Exception as error:
         raise MeshparError(
-            f"{error}\n  What local ranks are to run is sent to them by file: define models and functions (loss_fn too) at the top of a module, "
-            f"not inside another function or as a lambda."
+            f"{error}\n  What local ranks are to run is sent to them by file: define models and functions (loss_fn too) at the top of a "
+            f"module, not inside another function or as a lambda."
         ) from error
 
 

@@ -5,9 +5,9 @@
     report.raise_if_failed()
 
 How far two results are apart is measured relative to the largest element of the right one, plus a floor: max|a - b| / (max|b| + floor).
-For gradients the floor is a thousandth of the largest gradient of the model. Some gradients are exactly zero by cancellation (the bias of an
-attention key, for one): what is computed for them is rounding of the terms that cancelled, whose size other gradients tell. With the floor
-they pass, while a mistake in a gradient a million times smaller than the largest is still a thousand times the tolerance of float64.
+For gradients the floor is a thousandth of the largest gradient of the model. Some gradients are exactly zero by cancellation (the bias of
+an attention key, for one): what is computed for them is rounding of the terms that cancelled, whose size other gradients tell. With the
+floor they pass, while a mistake in a gradient a million times smaller than the largest is still a million times the tolerance of float64.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class VerificationError(MeshparError, AssertionError):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one quantity of the parallel program is from the original's: the largest relative difference, and where the largest ones are."""
+    """How far one quantity of the parallel program is from the original's: the largest relative difference, and where it is."""
 
     quantity: str
     compared: int
@@ -111,9 +111,10 @@ def verify(
 ) -> Report:
     """Train `model` for `steps` steps on one device and in parallel, from the same parameters on the same `batch`, and compare.
 
-    `batch` is the global batch. The ranks of `mesh` are simulated in this process; with `processes=True` they are new gloo processes; given a
-    DeviceMesh, or under torchrun, they are those of the mesh, and all of them call this. `config`, `rules` and `loss_fn` are those of `parallelize`;
-    the precision of `config` is not used, everything is computed in `dtype`. `tolerance` defaults to 1e-9 in float64 and 1e-5 in float32.
+    `batch` is the global batch. The ranks of `mesh` are simulated in this process; with `processes=True` they are new gloo processes; given
+    a DeviceMesh, or under torchrun, they are those of the mesh, and all of them call this. `config`, `rules` and `loss_fn` are those of
+    `parallelize`; the precision of `config` is not used, everything is computed in `dtype`. `tolerance` defaults to 1e-9 in float64 and
+    1e-5 in float32.
 
     A copy of the model is compared, not the model: dropout is switched off, every parameter moved by `perturb` times a normal draw, and
     requests of the model for a narrower dtype than `dtype` are answered with `dtype`, in both programs.
@@ -136,7 +137,14 @@ def verify(
         with simulate(prod(sizes.values())):
             found, where = _compare(task, reference, make_mesh(sizes, "cpu")), "simulated ranks"
     return Report(
-        type(model).__name__, dict(sizes), where, dtype, steps, task.tolerance, tuple(_difference(q, d) for q, d in found.values.items()), found.notes
+        type(model).__name__,
+        dict(sizes),
+        where,
+        dtype,
+        steps,
+        task.tolerance,
+        tuple(_difference(q, d) for q, d in found.values.items()),
+        found.notes,
     )
 
 
@@ -187,7 +195,9 @@ def _task(
     tolerance: float | None,
 ) -> _Task:
     if dtype not in TOLERANCE:
-        raise ConfigError(f"dtype={dtype}: compare in torch.float64 or torch.float32; narrower dtypes round too much to tell mistakes from rounding.")
+        raise ConfigError(
+            f"dtype={dtype}: compare in torch.float64 or torch.float32; narrower dtypes round too much to tell mistakes from rounding."
+        )
     if steps < 1:
         raise ConfigError(f"steps={steps}: at least 1.")
     if not isinstance(batch, (Mapping, tuple, list)):
@@ -245,7 +255,7 @@ def _optimizer(model: nn.Module, eps: float) -> torch.optim.Optimizer:
 
 
 def _eps(model: nn.Module) -> float:
-    """AdamW's eps at the floor of the gradients: with a smaller one, a gradient that is rounding alone would be a full step of random sign."""
+    """AdamW's eps at the floor of the gradients: with a smaller one, a gradient that is rounding alone is a full step of random sign."""
     return FLOOR * max((p.grad.abs().max().item() for p in model.parameters() if p.grad is not None and p.numel()), default=1.0) or 1e-8
 
 

@@ -17,8 +17,10 @@ from ..mesh import check_batch
 from ..ops.random import RandomState
 from ..plan import Comm, Plan
 from ..sharding.types import Shard
-from .blocks import Tree, print_code
+from .blocks import Tree, inlined, print_code
 from .data_parallel import DataParallel
+from .describe import explain
+from .memory import MemoryReport, memory
 from .program import Program, Programs, flatten, restore
 
 
@@ -149,6 +151,17 @@ class ParallelModel(nn.Module):
     def comms(self) -> tuple[Comm, ...]:
         """The ledger: every collective of one microbatch."""
         return self.plan.comms()
+
+    def explain(self) -> str:
+        """The plan in words: placements and the reasons for them, communication, repeated work. A string that notebooks show as it reads."""
+        program = self._first
+        return explain(
+            self.plan, program.graph, inlined=inlined(self._tree), averaged=program.averaged, dropped=program.captured.dropped
+        )
+
+    def memory(self) -> MemoryReport:
+        """What a rank keeps in memory while it trains, by kind."""
+        return memory(self.plan, self._first.graph)
 
     def print_readable(self) -> str:
         """The code this rank runs: the root's, and that of each block structure once. Returned, and printed."""

@@ -1,0 +1,191 @@
+"""What a rank keeps in memory while it trains: parameters, gradients, optimizer state, and what backward needs of the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..capture.captured import Info
+from ..mesh import DATA_AXES
+from ..ops import collectives
+from ..plan import ParameterPlan, Plan
+from ..sharding.op import op_name
+from ..sharding.types import Shard, local_shape
+from .describe import count, table
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes on the rank that holds most, during a training step. `activations` is an estimate, the rest follows from shapes."""
+
+    parameters: int
+    """What a rank keeps between steps."""
+    gathered: int
+    """Parameters of other data ranks that a rank holds while it uses them."""
+    gradients: int
+    optimizer: int
+    """Two moments per parameter element (Adam), in the parameter's dtype."""
+    activations: int
+    """What backward reads again, of one microbatch."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gathered + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        rows = [
+            ("parameters", self.parameters, "kept between steps"),
+            ("gathered parameters", self.gathered, "of other data ranks, while they are used"),
+            ("gradients", self.gradients, "at the end of backward"),
+            ("optimizer state", self.optimizer, "two moments (Adam)"),
+            ("activations", self.activations, "an estimate, of one microbatch"),
+            ("total", self.total, ""),
+        ]
+        return "\n".join(["Memory of a rank while it trains", *table([(n, count(b, "B"), t) for n, b, t in rows], right=(1,))])
+
+    __repr__ = __str__
+
+
+def memory(plan: Plan, graph: fx.Graph) -> MemoryReport:
+    """Memory of one rank under `plan`, whose lowered graph is `graph` (local shapes)."""
+    sizes = dict(plan.mesh)
+    replicas = prod(s for n, s in sizes.items() if n in DATA_AXES)
+    mode = str(plan.options.get("data_parallel", "zero3"))
+    shares = 1 if mode == "replicate" else replicas // sizes.get("dp_replicate", 1)
+    held = {name: _local(p, sizes) for name, p in plan.parameters.items()}
+    trained = {name: shape for name, shape in held.items() if plan.parameters[name].trainable}
+    own, whole = _bytes(plan, held, shares), _bytes(plan, held, 1)
+    own_trained, whole_trained = _bytes(plan, trained, shares), _bytes(plan, trained, 1)
+    gathered = 0 if shares == 1 else _largest_two_units(plan, held) if mode == "zero3" else whole
+    return MemoryReport(
+        parameters=own,
+        gathered=gathered,
+        gradients=whole_trained if mode in ("replicate", "zero1") and shares > 1 else own_trained,
+        optimizer=2 * own_trained,
+        activations=activations(graph, str(plan.options.get("recompute", "none"))),
+    )
+
+
+def _local(plan: ParameterPlan, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape on the first rank: none holds more."""
+    shape = plan.shape
+    for axis, type_ in plan.placements.items():
+        if isinstance(type_, Shard):
+            shape = local_shape(shape, type_, sizes.get(axis, 1), 0)
+    return shape
+
+
+def _bytes(plan: Plan, held: Mapping[str, tuple[int, ...]], shares: int) -> int:
+    """Bytes when dim 0 of everything is shared out, unevenly where it does not divide."""
+    return sum(_one(plan, name, shape, shares) for name, shape in held.items())
+
+
+def _one(plan: Plan, name: str, shape: tuple[int, ...], shares: int) -> int:
+    rows = ceil(shape[0] / shares) if shape else 1
+    return rows * prod(shape[1:]) * getattr(torch, plan.parameters[name].dtype).itemsize
+
+
+def _largest_two_units(plan: Plan, held: Mapping[str, tuple[int, ...]]) -> int:
+    """Under zero3 a unit (a block, or all that is outside of blocks) is whole while it runs, and the next one is being gathered."""
+    units: dict[str, int] = {}
+    for name, shape in held.items():
+        unit = _unit(name)
+        units[unit] = units.get(unit, 0) + _one(plan, name, shape, 1)
+    outside = units.pop("", 0)
+    return outside + sum(sorted(units.values())[-2:])
+
+
+def _unit(name: str) -> str:
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if index is None else ".".join(parts[: index + 1])
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------------------------
+
+_SAVES: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("add", "sub", "neg", "sum", "mean", "clone", "_to_copy", "to", "cat", "stack", "contiguous", "constant_pad_nd", "slice_scatter"),
+        "",
+    ),
+    **dict.fromkeys(("exp", "sqrt", "rsqrt", "tanh", "sigmoid", "softmax", "_softmax", "_log_softmax", "log_softmax", "relu"), "out"),
+    **dict.fromkeys(("embedding", "gather", "index_select"), "index"),
+    "scaled_dot_product_attention": "in out",
+}
+"""What the backward of an operator reads: its operands ("in"), its results ("out"), nothing, or integers only. Others: their operands."""
+
+_VIEWS = frozenset(
+    "view reshape _unsafe_view expand permute transpose t unsqueeze squeeze select slice split split_with_sizes chunk unbind detach alias "
+    "flatten unflatten movedim swapaxes getitem i_to_r i_to_r_many r_to_i".split()
+)
+_KEPT_BY_SELECTIVE = frozenset("linear mm bmm addmm baddbmm matmul scaled_dot_product_attention grouped_mm".split())
+
+
+def activations(graph: fx.Graph, recompute: str = "none") -> int:
+    """Bytes that backward reads again: each tensor once, however many views and operators share it; parameters and inputs not counted."""
+    if recompute == "none":
+        return sum(_saved(graph.nodes).values())
+    nodes = list(graph.nodes)
+    saved = _saved([n for n in nodes if not n.meta.get("region")])
+    blocks: dict[str, list[fx.Node]] = {}
+    for node in nodes:
+        if node.meta.get("region"):
+            blocks.setdefault(node.meta["region"], []).append(node)
+    most = 0
+    for region, own in blocks.items():
+        for node in own:
+            for source in node.all_input_nodes:
+                if source.meta.get("region") != region:
+                    _add(saved, source)
+            if recompute == "selective" and _name(node) in _KEPT_BY_SELECTIVE:
+                _add(saved, node)
+        most = max(most, sum(_saved(own).values()))  # one block at a time is computed again
+    return sum(saved.values()) + most
+
+
+def _saved(nodes: Any) -> dict[tuple[fx.Node, int], int]:
+    saved: dict[tuple[fx.Node, int], int] = {}
+    for node in nodes:
+        if node.op == "call_function" and _name(node) not in _VIEWS and _is_trained(node):
+            for kept in _reads(node):
+                _add(saved, kept)
+    return saved
+
+
+def _reads(node: fx.Node) -> Iterator[fx.Node]:
+    what = _SAVES.get(_name(node), "in" if getattr(node.target, "__module__", "") != collectives.__name__ else "")
+    if _name(node) in ("mul", "div") and len(node.all_input_nodes) == 1:
+        return  # by a number
+    if "in" in what.split():
+        yield from node.all_input_nodes
+    if "out" in what.split():
+        yield node
+    if what == "index":
+        yield from (n for n in node.all_input_nodes if not _is_trained(n))
+
+
+def _add(saved: dict[tuple[fx.Node, int], int], node: fx.Node) -> None:
+    """Count the memory behind a value once."""
+    while node.op == "call_function" and _name(node) in _VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    info = node.meta.get("info")
+    if node.op != "call_function" or info is None:
+        return
+    for index, one in enumerate(info if isinstance(info, tuple) else (info,)):
+        if isinstance(one, Info):
+            saved[node, index] = one.nbytes
+
+
+def _name(node: fx.Node) -> str:
+    return op_name(node.target).rpartition(".")[2]
+
+
+def _is_trained(node: fx.Node) -> bool:
+    info = node.meta.get("info")
+    return any(isinstance(i, Info) and i.requires_grad for i in (info if isinstance(info, tuple) else (info,)))
