@@ -79,11 +79,11 @@ def local_of(tensor: DTensor) -> torch.Tensor:
 def as_parameter(tensor: DTensor, requires_grad: bool) -> nn.Parameter:
     """`tensor` itself as a parameter (torch 2.13).
 
-    `nn.Parameter(tensor)` detaches, and a cache of DTensor's dispatch may answer that with an equal mesh that is another object, of an earlier
-    process group even, which FSDP2 refuses.
+    `nn.Parameter(tensor)` detaches, and a cache of DTensor's dispatch may answer that with an equal mesh that is another object, even of an
+    earlier process group, which FSDP2 refuses.
     """
     tensor.requires_grad_(requires_grad)
-    tensor._is_param = True  # type: ignore[attr-defined]
+    tensor._is_param = True
     return tensor  # type: ignore[return-value]
 
 

@@ -294,7 +294,7 @@ class Recorder(TorchDispatchMode):
 
     def _is_whole(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor holds every element of its storage once."""
-        order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), -int(tensor.size(d))), reverse=True)
+        order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), -tensor.shape[d]), reverse=True)
         return tensor.permute(order).is_contiguous() and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
 
     def _new_output(self, leaf: Any) -> Ref | None:
