@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,16 @@ def small_model(kind: str, sizes: Sizes | None = None, *, seed: int = 0) -> nn.M
             f"transformers builds no causal language model of type {kind!r} from {settings}: {type(error).__name__}: {error}\n"
             f"  Write a function that returns your own (model, batch) and pass it as --model package.module:function."
         ) from error
+
+
+def quiet() -> None:
+    """No advice about optional kernels, which every rank would print again."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return
+    logging.set_verbosity_error()
 
 
 def _kinds() -> list[str]:

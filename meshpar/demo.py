@@ -21,7 +21,7 @@ from torch import nn
 
 from . import launch
 from .api import parallelize
-from .causal_lm import Sizes, Text, small_model
+from .causal_lm import Sizes, Text, quiet, small_model
 from .comparable import without_noise
 from .config import ParallelConfig
 from .errors import ConfigError
@@ -121,7 +121,7 @@ def _check(demo: Demo, sizes: Mapping[str, int]) -> None:
 
 def train(demo: Demo) -> Comparison | None:
     """One rank's share of the demo. Collective; rank 0 then trains alone and returns the comparison."""
-    _quiet()
+    quiet()
     mesh = make_mesh(demo.mesh)
     model = without_noise(small_model(demo.model, demo.sizes, seed=demo.seed)).train()
     text = Text(demo.data)
@@ -226,16 +226,6 @@ def _summary(found: Comparison, world: int) -> str:
             f"tolerance {TOLERANCE:.0e}",
         ]
     )
-
-
-def _quiet() -> None:
-    """No advice about optional kernels from every rank."""
-    import warnings
-
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=UserWarning)
 
 
 __all__ = ["Comparison", "Demo", "Training", "run", "train"]
