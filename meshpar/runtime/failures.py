@@ -90,6 +90,7 @@ class Together:
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._board: Board | None = None
         self._watcher: Watcher | None = None
         if local_tensor_mode() is None and mesh.size() > 1 and dist.get_backend() != "fake":
@@ -124,14 +125,14 @@ class Together:
         place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
         number = 0
         try:
-            number = self._board.post(Post(dist.get_rank(), where, message + place, follows, own_endpoints()))
+            number = self._board.post(Post(self._rank, where, message + place, follows, own_endpoints()))
         except RuntimeError:  # the store is gone with the rank that held it
             self._watcher.stop()
         if first is not None:
-            raise RankError(f"{first}\n  This is rank {dist.get_rank()}, which waited for it in {where}.") from error
+            raise RankError(f"{first}\n  This is rank {self._rank}, which waited for it in {where}.") from error
         if _looks_lost(error):
             raise RankError(
-                f"rank {dist.get_rank()} lost its connection to another rank in {where}, and no rank left a message: one was killed "
+                f"rank {self._rank} lost its connection to another rank in {where}, and no rank left a message: one was killed "
                 f"(out of memory?) or failed outside of meshpar. Its own log says more. {error}"
             ) from error
         self._wait_for_others(number)
@@ -181,6 +182,7 @@ class Watcher(threading.Thread):
         self.seen: tuple[Post, ...] = ()
         self._board = board
         self._groups = [group for group in mesh.get_all_groups() if "nccl" in str(dist.get_backend_config(group))]
+        self._rank = dist.get_rank()
         self._stopped = threading.Event()
         self._cut: set[tuple[str, int]] = set()
         self.start()
@@ -203,7 +205,7 @@ class Watcher(threading.Thread):
                 self._act()
 
     def _act(self) -> None:
-        gone = {endpoint for post in self.seen if post.rank != dist.get_rank() for endpoint in post.endpoints} - self._cut
+        gone = {endpoint for post in self.seen if post.rank != self._rank for endpoint in post.endpoints} - self._cut
         if gone:
             self._cut |= gone
             for group in self._groups:

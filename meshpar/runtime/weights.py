@@ -115,8 +115,7 @@ class Weights(Mapping[str, Lazy]):
         self._aliases = {name: other for name in names for other in groups[id(parameters[name])] if name not in self and other in self}
         missing = [name for name in names if name not in self and name not in self._aliases]
         unexpected = [name for name in self if name not in parameters and name not in buffers]
-        complaints = [f"{name} is missing.{near(name, unexpected)}" for name in missing]
-        complaints += [f"{name} is not in the model.{near(name, missing or parameters)}" for name in unexpected]
+        complaints = _listed(missing, "is missing.", unexpected) + _listed(unexpected, "is not in the model.", missing or tuple(parameters))
         for name in names:
             if name not in missing:
                 complaints += _mismatch(name, self.lazy(name), parameters[name], dtype)
@@ -182,6 +181,12 @@ def _assemble(pieces: Sequence[Sequence[tuple[int, int] | None]], take: Any) -> 
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=len(chosen))
 
     return part((), pieces)
+
+
+def _listed(names: Sequence[str], what: str, known: Sequence[str], *, most: int = 20) -> list[str]:
+    """A complaint about each of the first names, and how many more there are; near misses are slow to find among very many."""
+    lines = [f"{name} {what}{near(name, known) if len(known) < 20_000 else ''}" for name in names[:most]]
+    return lines + ([f"... and {len(names) - most} more: {what}"] if len(names) > most else [])
 
 
 def _tied(parameters: Mapping[str, nn.Parameter]) -> dict[int, list[str]]:

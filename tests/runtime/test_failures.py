@@ -79,6 +79,23 @@ def test_the_others_raise_the_message_of_the_rank_that_failed_along_a_chain() ->
     assert seconds < SECONDS
 
 
+def sections_in_a_pool(fail: bool) -> str:
+    mesh = make_mesh("tp=2")
+    try:
+        with fail_together(mesh, "parallelize"):
+            dist.all_reduce(torch.ones(1))
+            if fail:
+                raise BatchError("no labels")
+    except BatchError as error:
+        return str(error)
+    return "done"
+
+
+def test_other_stores(gloo: Any) -> None:
+    assert gloo.run(sections_in_a_pool, False) == ["done"] * 2
+    assert gloo.run(sections_in_a_pool, True) == ["no labels"] * 2
+
+
 def test_one_process_needs_no_watcher() -> None:
     mesh = make_mesh("tp=1")
     with pytest.raises(RankError, match="plain"), fail_together(mesh, "a section"):

@@ -172,3 +172,10 @@ def test_ranges_of_a_tensor_in_memory(ranges: list[tuple[int, int, int]]) -> Non
             rows = [i for d, a, b in ranges if d == dim for i in range(a, b)]
             wanted = wanted.index_select(dim, torch.tensor(rows, dtype=torch.int64))
     assert torch.equal(read(full, ranges), wanted)
+
+
+def test_a_wholly_different_file_gets_a_short_answer(tmp_path: Path) -> None:
+    path = saved(tmp_path, {f"block.{i}.weight": torch.ones(1) for i in range(300)})
+    with pytest.raises(CheckpointError, match=r"\.\.\. and 280 more: is not in the model") as caught:
+        load(path)
+    assert len(str(caught.value).splitlines()) < 40
