@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meshpar._torch import maybe_disable_local_tensor_mode
 from meshpar.errors import MeshparError, raise_all
 from meshpar.runtime.record import mark_of, recording, ref_of
 from meshpar.runtime.tape import Ref, Replay, Tape
@@ -31,7 +32,7 @@ def meta() -> Iterator[None]:
     >>> model.weight.device
     device(type='meta')
     """
-    with recording():
+    with maybe_disable_local_tensor_mode(), recording():  # simulated ranks build one model
         yield
 
 
@@ -71,31 +72,37 @@ def materialise(
         wanted = {}
     wanted |= {name: buffer for name, buffer in buffers.items() if name not in found}
 
-    def take(name: str, value: torch.Tensor) -> None:
+    for name, value in _once(_initialised(model, wanted, seed)):
         if name in parameters:
             place(name, value if dtype is None or not value.is_floating_point() else value.to(dtype))
         else:
             found[name] = value
-
-    _initialise(model, wanted, take, seed)
     return {name: found[name] for name in buffers}
 
 
-def _initialise(model: nn.Module, wanted: Mapping[str, torch.Tensor], take: Callable[[str, torch.Tensor], None], seed: int | None) -> None:
-    """Compute the tensors `wanted`, by name."""
+def _initialised(model: nn.Module, wanted: Mapping[str, torch.Tensor], seed: int | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The values of the tensors `wanted`, by name, one after the other."""
     if any(tensor.is_meta and mark_of(tensor) is None for tensor in wanted.values()):
         _record_own_initialisation(model)
     targets: dict[int, tuple[Tape, dict[str, Ref]]] = {}
     for name, tensor in wanted.items():
         mark = mark_of(tensor)
-        if mark is None:
-            take(name, tensor.detach())
-        else:
+        if mark is not None:
             targets.setdefault(id(mark.tape), (mark.tape, {}))[1][name] = ref_of(tensor)
     _check_written(targets.values())
+    yield from ((name, tensor.detach()) for name, tensor in wanted.items() if not tensor.is_meta)
     for tape, refs in targets.values():
-        for name, value in Replay(tape, seed).values(refs):
-            take(name, value)
+        yield from Replay(tape, seed).values(refs)
+
+
+def _once(values: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, each computed once even where ranks are simulated."""
+    while True:
+        with maybe_disable_local_tensor_mode():
+            item = next(values, None)
+        if item is None:
+            return
+        yield item
 
 
 def _check_written(targets: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from meshpar._torch import maybe_disable_local_tensor_mode
 from meshpar.errors import CheckpointError, near, raise_all
 
 Ranges = Sequence[tuple[int, int, int]]
@@ -48,10 +49,11 @@ class Lazy:
 
     def read(self, ranges: Ranges = ()) -> torch.Tensor:
         """The part of the tensor that `ranges` name; only its bytes are read."""
-        if not ranges:
-            return self._tensor(self.name).to(self.dtype)
-        pieces = _pieces(len(self.shape), ranges)
-        return _assemble(pieces, lambda index: self._slice[index]).to(self.dtype)
+        with maybe_disable_local_tensor_mode():  # read once, even where ranks are simulated
+            if not ranges:
+                return self._tensor(self.name).to(self.dtype)
+            pieces = _pieces(len(self.shape), ranges)
+            return _assemble(pieces, lambda index: self._slice[index]).to(self.dtype)
 
     def cast(self, dtype: torch.dtype | None) -> Lazy:
         """The same, read as another dtype if it is floating."""

@@ -228,6 +228,21 @@ def test_one_block_per_model() -> None:
         nn.init.zeros_(first.weight)
 
 
+def test_simulated_ranks_share_one_value(simulated: Callable[[int], Any]) -> None:
+    torch.manual_seed(0)
+    real = nn.Linear(3, 3)
+    torch.manual_seed(0)
+    with meta():
+        outside = nn.Linear(3, 3)
+    with simulated(2):
+        torch.manual_seed(0)
+        with meta():
+            inside = nn.Linear(3, 3)
+        found = [computed(outside)[0], computed(inside)[0], computed(real)[0]]
+    for values in found:
+        assert all(torch.equal(values[name], parameter) for name, parameter in real.named_parameters())
+
+
 MEMORY = """
 import resource, torch
 from torch import nn
