@@ -22,14 +22,13 @@ def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
 
 
 def _entries(node: fx.Node) -> Iterator[Comm]:
-    if "conversion" in node.meta:
-        axis, size, before, after, info = node.meta["conversion"]
+    for axis, size, before, after, info in node.meta.get("joined", (node.meta["conversion"],) if "conversion" in node.meta else ()):
         found = conversion(before, after)
         assert found is not None and isinstance(info, Info)
         for phase, kind in (("forward", found.forward), ("backward", found.backward if info.requires_grad else None)):
             if kind is not None:
                 yield _comm(node, kind, axis, phase, wire_bytes(kind, info.nbytes, size))
-    elif node.target is vocab_parallel.cross_entropy:
+    if node.target is vocab_parallel.cross_entropy:
         target = node.args[1].meta["info"]  # type: ignore[union-attr]
         tokens = 1
         for n in target.shape:

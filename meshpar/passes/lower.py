@@ -159,6 +159,8 @@ class _Lowering:
             new.meta = {**node.meta, "info": self._local(call.op.out, plan.outs[0])}
             new = self.new.call_function(aten.mul.Tensor, (new, call.scale))
         self._made(node, new, plan)
+        if call.target is not node.target:
+            new.meta["axis"] = self.axis.name
 
 
 def _map(value: Any, change: Callable[[fx.Node], fx.Node]) -> Any:

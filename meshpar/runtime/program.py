@@ -21,6 +21,7 @@ from ..capture.export import capture
 from ..config import ParallelConfig
 from ..errors import BatchError, PlanError
 from ..mesh import Axis, agree, axis, data_axis, data_mesh, mesh_sizes
+from ..passes.batch_norm import expand_batch_norm
 from ..passes.coalesce import Coalesce
 from ..passes.decide import Decision, decide, fingerprint
 from ..passes.denominators import split_denominators
@@ -120,7 +121,10 @@ class Programs:
         device = torch.device(self.mesh.device_type)
         scale = data_axis(self.mesh).size
         with without_modes():
-            return capture(self.skeleton, args, ordered, device=device, scale=scale, divide=microbatches, loss_fn=self.loss_fn)
+            captured = capture(self.skeleton, args, ordered, device=device, scale=scale, divide=microbatches, loss_fn=self.loss_fn)
+        if scale > 1:
+            expand_batch_norm(captured.graph)
+        return captured
 
     def _program(self, signature: Signature, captured: Captured, *, remember: bool = True) -> Program:
         plan = self._plan(captured)

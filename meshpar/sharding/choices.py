@@ -93,7 +93,7 @@ def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, s
         uses.append(at_rest(info, type_))
     outs: list[Type] = []
     for index, info in enumerate(call.op.outs):
-        if info is None:
+        if info is None or 0 in info.shape:
             outs.append(I)
             continue
         type_ = _type(call, inference, signature.outputs[index], group, factor, size)

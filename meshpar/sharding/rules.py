@@ -106,6 +106,16 @@ def matmul(op: Op) -> Signature | None:
     return row(f"{left if a != 2 else 'i k'}, {right} -> {out}", linear=((0,), (1,)))(op)
 
 
+def added(sum_: str, product: str) -> Rule:
+    """A matrix product with something added to it, which is broadcast from the right."""
+
+    def rule(op: Op) -> Signature | None:
+        names = sum_.split()
+        return row(f"{' '.join(names[len(names) - len(op.shapes[0]) :])}, {product}", linear=((0, 1), (0, 2)))(op)
+
+    return rule
+
+
 def einsum(op: Op) -> Signature | None:
     equation = str(op.arguments["equation"]).replace(" ", "")
     if "." in equation or "->" not in equation:
@@ -137,6 +147,24 @@ def normalised(op: Op) -> Signature:
     outs = [base] + [tuple(d if i < len(shape) - count else () for i, d in enumerate(base))] * (len(op.outs) - 1)
     fixed = frozenset(f"d{i}" for i in range(len(shape) - count, len(shape)))
     return Signature((base, *[tail] * (len(op.infos) - 1)), tuple(outs), sizes_of("d", shape), fixed)
+
+
+def batch_norm(op: Op) -> Signature | None:
+    """Channels may be cut; samples only where the statistics do not come from them (see `passes.batch_norm`)."""
+    shape = op.infos[0].shape
+    if len(shape) < 2:
+        return None
+    base, sizes = named("d", shape), sizes_of("d", shape)
+    channel = base[1:2]
+    fixed = frozenset(f"d{i}" for i in range(len(shape)) if i != 1) if op.arguments.get("training", False) else frozenset()
+    outs = [base] + [channel if o is not None and len(o.shape) == 1 and o.shape == shape[1:2] else tuple(() for _ in (o.shape if o else ())) for o in op.outs[1:]]
+    return Signature((base, *[channel] * (len(op.infos) - 1)), tuple(outs), sizes, fixed)
+
+
+def group_norm(op: Op) -> Signature | None:
+    """Statistics go over the channels of a group and over space: only samples may be cut."""
+    space = " ".join(f"[s{i}]" for i in range(len(op.infos[0].shape) - 2))
+    return row(f"b [c] {space}, [c], [c] -> b [c] {space}")(op)
 
 
 def index(op: Op) -> Signature | None:
@@ -286,8 +314,8 @@ RULES: dict[str, Rule] = {
     "linear": row("... i, o i, o -> ... o", linear=((0, 2), (1, 2))),
     "mm": row("i k, k j -> i j", linear=((0,), (1,))),
     "bmm": row("b i k, b k j -> b i j", linear=((0,), (1,))),
-    "addmm": row("... o, n i, i o -> n o", linear=((0, 1), (0, 2))),
-    "baddbmm": row("... j, b i k, b k j -> b i j", linear=((0, 1), (0, 2))),
+    "addmm": added("n o", "n i, i o -> n o"),
+    "baddbmm": added("b i j", "b i k, b k j -> b i j"),
     "matmul": matmul,
     "mv": row("i k, k -> i", linear=((0,), (1,))),
     "dot": row("k, k -> ", linear=((0,), (1,))),
@@ -305,9 +333,15 @@ RULES: dict[str, Rule] = {
     "one_hot": one_hot,
     # norms, softmax
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), normalised),
-    "group_norm": row("b [c] ..., [c], [c] -> b [c] ..."),
-    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "cumprod", "logcumsumexp", "cummax"), fixed_dims(lambda op: [op.dim()])),
-    "_safe_softmax": fixed_dims(lambda op: [op.dim()]),
+    **dict.fromkeys(
+        ("_native_batch_norm_legit_functional", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_batch_norm", "batch_norm"),
+        batch_norm,
+    ),
+    "group_norm": group_norm,
+    **dict.fromkeys(
+        ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumprod", "logcumsumexp", "cummax", "cummin"),
+        fixed_dims(lambda op: [op.dim()], linear=False),
+    ),
     # losses
     "cross_entropy_loss": cross_entropy,
     # reductions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .notation import Dim, Dims, Signature
 from .op import Op
@@ -207,7 +208,7 @@ def slice_bounds(op: Op) -> tuple[int, int] | None:
     return start, max(start, stop)
 
 
-def fixed_dims(dims: Callable[[Op], Sequence[int]], *, keep: bool = True) -> Rule:
+def fixed_dims(dims: Callable[[Op], Sequence[int]], *, keep: bool = True, linear: bool = True) -> Rule:
     """Same shape in and out, some dims uncuttable (flip, roll, cumsum); `keep=False`: those dims vanish (select)."""
 
     def rule(op: Op) -> Signature:
@@ -215,7 +216,8 @@ def fixed_dims(dims: Callable[[Op], Sequence[int]], *, keep: bool = True) -> Rul
         base = named("d", shape)
         gone = set(dims(op))
         out = tuple(d for i, d in enumerate(base) if keep or i not in gone)
-        return signature(op, [base], [out] * len(op.outs), sizes_of("d", shape), [f"d{i}" for i in gone])
+        found = signature(op, [base], [out] * len(op.outs), sizes_of("d", shape), [f"d{i}" for i in gone])
+        return found if linear else replace(found, linear=())
 
     return rule
 
