@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from meshpar._torch import FakeTensorMode
 from meshpar.capture import blame, check, experts, fake, grad, graph, regions, selections, simplify, structure
 from meshpar.capture.captured import Captured, Slot
-from meshpar.errors import BatchError, ConfigError
+from meshpar.errors import BatchError, CaptureError, ConfigError
 
 
 def capture(
@@ -185,7 +185,9 @@ class _Recorder(nn.Module):
         by_name: dict[str | int, torch.Tensor] = dict(zip(self._batch.names, tensors, strict=True))
         leaves = [by_name[leaf.key] if isinstance(leaf, Slot) else leaf for leaf in self._batch.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._batch.spec)
+        buffers = [(module, name, value) for module in self.model.modules() for name, value in module._buffers.items()]
         output = self.model(*args, **kwargs)
+        _write_back(buffers)
         loss = structure.find_loss(output) if self._loss_fn is None else structure.call_loss(self._loss_fn, output, kwargs or args)
         return self._record(output, loss)
 
@@ -202,11 +204,27 @@ class _Recorder(nn.Module):
         return tuple(tensors)
 
 
+def _write_back(buffers: list[tuple[nn.Module, str, torch.Tensor | None]]) -> None:
+    """`self.buffer = new` -> `self.buffer.copy_(new)`: export sees updates in place, and would lose an assignment."""
+    for module, name, before in buffers:
+        now = module._buffers.get(name)
+        if now is before:
+            continue
+        if before is None or now is None or now.shape != before.shape or now.dtype != before.dtype:
+            raise CaptureError(
+                f"The forward of {type(module).__name__} assigns a tensor of another shape or type to its buffer {name!r}.\n"
+                "  Register the buffer at its final shape and type in __init__."
+            )
+        with torch.no_grad():
+            before.copy_(now)
+        module._buffers[name] = before
+
+
 def _export(recorder: _Recorder, inputs: list[torch.Tensor], device: torch.device) -> ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with grad.Watch(device.type):
+            with grad.Watch(device.type), grad.own_backwards(recorder.model):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)
             return program.run_decompositions({})

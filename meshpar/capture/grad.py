@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from meshpar._torch import OpOverload, enter_autocast, exit_autocast, set_grad_enabled
+from meshpar.capture.blame import source_of
 from meshpar.capture.captured import Info
 from meshpar.errors import CaptureError
 
@@ -74,6 +77,8 @@ def _section(graph: fx.Graph, owner: fx.GraphModule, call: fx.Node, used: list[A
         graph.call_function(exit_autocast, (entered,)).meta.update(call.meta)
         return results
     body = _body(owner, call.args[1])
+    if not call.args[0]:
+        _refuse_overwriting(body, used)
     origin = next((node for node in body.graph.nodes if node.op == "call_function"), call)
     return _copy(graph, body, raw if call.args[0] else [_detached(graph, value, origin) for value in used], raw)
 
@@ -104,6 +109,36 @@ def _body(owner: fx.GraphModule, reference: Any) -> fx.GraphModule:
     return found
 
 
+def _refuse_overwriting(body: fx.GraphModule, operands: list[Any]) -> None:
+    """A value overwritten without gradients keeps its old gradient in eager mode; no functional graph says that."""
+    outer = dict(zip((node for node in body.graph.nodes if node.op == "placeholder"), operands, strict=True))
+    for node in body.graph.nodes:
+        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+            continue
+        base = node.args[0] if node.args else None
+        while isinstance(base, fx.Node) and base.op == "call_function" and base.args:
+            base = base.args[0]
+        if isinstance(base, fx.Node) and isinstance(outer.get(base), fx.Node) and _has_parameter(outer[base]):
+            line = source_of(node.meta.get("stack_trace")) or "a line unknown"
+            raise CaptureError(
+                f"{node.target} at {line} overwrites, inside torch.no_grad(), a value that gradients flow through.\n"
+                "  Compute a new tensor instead, for instance with torch.where, outside of no_grad."
+            )
+
+
+def _has_parameter(node: fx.Node) -> bool:
+    """Whether a parameter is among the ancestors of `node`."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder" and current.name.startswith("p_"):
+            return True
+        new = [source for source in current.all_input_nodes if source not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return False
+
+
 def _detached(graph: fx.Graph, value: Any, origin: fx.Node) -> Any:
     """`value` cut off from its gradient, if it can have one (a buffer cannot, and may be written to in the section)."""
     tensor = value.meta.get("val") if isinstance(value, fx.Node) else None
@@ -130,6 +165,33 @@ class Watch(TorchFunctionMode):
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.device_type = device_type
+
+
+@contextmanager
+def own_backwards(model: nn.Module) -> Iterator[None]:
+    """Inside, an autograd.Function is refused: export would keep its forward and forget its backward. Reentrant checkpoints just run."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:
+            return args[0](*args[2:])
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if (
+            cls.__module__.partition(".")[0] == "torch"
+            or not any(tensor.requires_grad for tensor in tensors)
+            or not torch.is_grad_enabled()
+        ):
+            return original.__func__(cls, *args, **kwargs)
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured: {cls.__qualname__} ({cls.__module__}) is an autograd.Function, and a graph would "
+            "forget its backward.\n  Make it an operator with torch.library.custom_op and register_autograd: that stays one node."
+        )
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
 def propagate(graph: fx.Graph, leaves: Mapping[str, bool]) -> None:

@@ -31,7 +31,7 @@ def test_the_smallest() -> None:
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_causal_language_models(kind: str) -> None:
     model, batch = causal_lm(kind)
-    captured = assert_same(perturbed(model), (), batch, tolerance=1e-7 if kind == "gptj" else 1e-10)  # it computes attention in float32
+    captured = assert_same(perturbed(model), (), batch, tolerance=1e-6 if kind == "gptj" else 1e-10)  # it computes attention in float32
     assert captured.inputs == ("input_ids", "labels")
     assert all(
         "info" in node.meta and "module" in node.meta and "source" in node.meta for node in captured.graph.nodes if node.op != "output"

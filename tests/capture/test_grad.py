@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meshpar.capture.export import capture
 from meshpar.errors import CaptureError
@@ -75,3 +78,76 @@ def test_an_input_that_needs_a_gradient() -> None:
     captured = capture(nn.ReLU(), (torch.ones(2, 4, requires_grad=True),))
     (values,) = captured.graph.output_node().args
     assert values[0].meta["info"].requires_grad  # type: ignore[union-attr,index]
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+
+def test_what_would_lose_its_gradient_is_refused() -> None:
+    class Own(One):
+        def forward(self, x: Tensor) -> Tensor:
+            return Doubled.apply(self.a(x)).sum()
+
+    class Overwritten(One):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            with torch.no_grad():
+                h[:, :2] = 0
+            return h.square().sum()
+
+    before = torch.autograd.Function.__dict__["apply"]
+    with pytest.raises(CaptureError, match="Own cannot be captured: Doubled .* is an autograd.Function"):
+        capture(Own(), (torch.randn(3, 4),))
+    assert torch.autograd.Function.__dict__["apply"] is before
+    with pytest.raises(
+        CaptureError, match="at test_grad.py:[0-9]+ overwrites, inside torch.no_grad.., a value that gradients flow through"
+    ):
+        capture(Overwritten(), (torch.randn(3, 4),))
+
+
+def test_checkpointing_inside_the_model_is_transparent() -> None:
+    class Checkpointed(One):
+        reentrant: bool
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"loss": checkpoint(self.a, self.a(x), use_reentrant=self.reentrant).square().sum()}
+
+    for Checkpointed.reentrant in (False, True):
+        model = Checkpointed()
+        captured = capture(model, (torch.randn(3, 4),))
+        assert [str(node.target) for node in captured.graph.nodes if node.op == "call_function"].count("aten.linear.default") == 2
+        assert all(node.meta["info"].requires_grad for node in captured.graph.nodes if node.op == "call_function")
+    Checkpointed.reentrant = False
+    assert_same(Checkpointed(), (torch.randn(3, 4),), {})
+
+
+def test_an_assigned_buffer_is_an_update() -> None:
+    class Assigns(One):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.a(x)
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+            return {"loss": (h * self.mean).square().sum()}
+
+    class Reshapes(One):
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = self.a(x).detach()
+            return x.sum()
+
+    captured = assert_same(Assigns(), (torch.randn(3, 4),), {})
+    assert captured.mutations == ("mean",)
+    with pytest.raises(CaptureError, match="Reshapes assigns a tensor of another shape or type to its buffer 'mean'"):
+        capture(Reshapes(), (torch.randn(3, 4),))
