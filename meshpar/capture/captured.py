@@ -37,7 +37,8 @@ class Captured:
 
     Nodes: `placeholder` for every tensor of the batch (named as in `inputs`); `get_attr` with the original name as target for every
     parameter, buffer and constant; `call_function` for ATen overloads and `operator.getitem`; one `output` whose argument is a flat tuple:
-    first the tensors of the model's output in the order of `out_spec`, then one new value per entry of `mutations`.
+    first the tensors of the model's output in the order of `out_spec`, then the loss if it was computed outside the model, then one new
+    value per entry of `mutations`.
 
     `node.meta`: "info" (`Info` or a tuple of them), "module" (name of the submodule that ran it, "" for the root), "region" (the name of
     the block it belongs to, None outside), "source" ("file.py:line"), and "seed" (a running number) on nodes that draw random numbers.
