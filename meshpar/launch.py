@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,8 +24,8 @@ from torch import multiprocessing
 
 from .errors import MeshparError, RankError
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-"""One thread per rank: as many ranks as cores, or more, would otherwise fight over them."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""One thread per rank: as many ranks as cores, or more, would otherwise fight over them. And no advice that every rank repeats."""
 
 
 def run(fn: Callable[..., Any], *args: Any, world: int, timeout: float = 900.0) -> list[Any]:
@@ -83,6 +84,7 @@ def _environment() -> Iterator[None]:
 
 
 def _rank(rank: int, world: int, folder: str, timeout: float) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         fn, args = torch.load(Path(folder, "task"), weights_only=False)

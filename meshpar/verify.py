@@ -123,7 +123,8 @@ def verify(
 
         verify(model, "dp=2,tp=2", {"input_ids": ids, "labels": ids}).raise_if_failed()
     """
-    task = _task(model, batch, config, rules, loss_fn, steps, dtype, perturb, seed, tolerance)
+    with without_modes():
+        task = _task(model, batch, config, rules, loss_fn, steps, dtype, perturb, seed, tolerance)
     if isinstance(mesh, DeviceMesh) or is_simulated() or launch.launched():
         found, sizes = _on_given_ranks(task, mesh)
         where = "simulated ranks" if is_simulated() else "ranks"

@@ -1,0 +1,158 @@
+"""verify() passes on right programs and fails on wrong ones."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from meshpar.config import ParallelConfig
+from meshpar.errors import BatchError, ConfigError
+from meshpar.mesh import make_mesh
+from meshpar.ops import collectives
+from meshpar.sharding import rules
+from meshpar.simulate import simulate
+from meshpar.verify import Difference, Report, VerificationError, verify
+from tests.capture.models import GPT
+
+
+def gpt(**options: Any) -> GPT:
+    torch.manual_seed(0)
+    return GPT(width=16, heads=4, layers=2, vocab=38, length=8, **options)
+
+
+def ids(samples: int = 4, length: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 38, (samples, length), generator=generator)
+    targets = tokens.clone()
+    targets[0, :5] = -100  # uneven over samples
+    return tokens, targets
+
+
+def test_a_handwritten_gpt_with_fused_qkv_and_dropout() -> None:
+    model = gpt(dropout=0.1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = verify(model, "dp=2,tp=2", ids(), steps=2, config=ParallelConfig(microbatches=2))
+    assert report.ok, str(report)
+    assert max(d.largest for d in report.differences) < 1e-12
+    assert report["gradients"].compared == len(before) and report["loss"].compared == 2
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.blocks[0].mlp[3].p == 0.1  # the model itself is left alone
+
+
+def test_a_model_that_computes_in_float32_inside_is_compared_in_float64() -> None:
+    pytest.importorskip("transformers")
+    from meshpar.causal_lm import Sizes, Text, small_model
+
+    model = small_model("llama", Sizes(layers=1, hidden=32, heads=4, kv_heads=2, sequence=16))
+    report = verify(model, "tp=2", Text().batch(0, samples=2, sequence=16))
+    assert report.ok and max(d.largest for d in report.differences) < 1e-12, str(report)
+
+
+def test_float32() -> None:
+    report = verify(gpt(), "tp=2", ids(), dtype=torch.float32).raise_if_failed()
+    assert report.tolerance == 1e-5 and max(d.largest for d in report.differences) > 1e-9
+
+
+@pytest.mark.parametrize("broken", ["i_to_r", "p_to_i"])
+def test_a_missing_collective_is_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(x: Tensor, **where: Any) -> Tensor:
+        return x.clone()
+
+    nothing.__name__ = broken
+    monkeypatch.setattr(collectives, broken, nothing)
+    report = verify(gpt(), "tp=2", ids(), config=ParallelConfig(sequence_parallel=False))
+    assert not report.ok
+    assert report["gradients"].largest > 1e-3
+    assert (report["loss"].largest > 1e-3) == (broken == "p_to_i")  # the other breaks gradients alone
+    with pytest.raises(VerificationError, match="FAILED"):
+        report.raise_if_failed()
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).softmax(-1))
+
+
+def squares(output: Tensor, batch: Any) -> Tensor:
+    return output.pow(2).sum() / 32
+
+
+def test_a_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 8)
+    assert verify(Gate(), "tp=2", (x,), loss_fn=squares).ok
+    for name in ("softmax", "_softmax"):
+        monkeypatch.setitem(rules.RULES, name, rules.row("... c -> ... c"))  # it sums over c
+    report = verify(Gate(), "tp=2", {"x": x}, loss_fn=squares)
+    assert not report.ok and report["loss"].largest > 1e-3, str(report)
+
+
+def test_a_loss_is_needed() -> None:
+    with pytest.raises(BatchError, match="loss_fn="):
+        verify(Gate(), "tp=2", (torch.randn(4, 8),))
+
+
+def test_running_statistics_are_compared() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    report = verify(model, "dp=2", (torch.randn(8, 8),), loss_fn=squares)
+    assert report.ok, str(report)
+    assert report["buffers"].compared == 3
+
+
+def test_gradients_that_are_none() -> None:
+    class Unused(Gate):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(2, 2)
+            self.up.bias.requires_grad_(False)
+
+    assert verify(Unused(), "tp=2", (torch.randn(4, 8),), loss_fn=squares).ok
+
+
+def test_inside_simulated_ranks_with_their_mesh() -> None:
+    model, x = Gate(), torch.randn(4, 8)
+    with simulate(2):
+        report = verify(model, make_mesh("tp=2", "cpu"), (x,), loss_fn=squares)
+    assert report.ok and report.ranks == "simulated ranks"
+
+
+@pytest.mark.slow
+def test_real_processes() -> None:
+    report = verify(gpt(), "dp=2,tp=2", ids(), processes=True, steps=2)
+    assert report.ok, str(report)
+    assert report.ranks == "gloo processes" and report["loss"].compared == 2
+
+
+def test_what_cannot_be_meant() -> None:
+    with pytest.raises(ConfigError, match="float64 or torch.float32"):
+        verify(Gate(), "tp=2", (torch.randn(4, 8),), dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="at least 1"):
+        verify(Gate(), "tp=2", (torch.randn(4, 8),), steps=0)
+    with pytest.raises(ConfigError, match="not a dict"):
+        verify(Gate(), "tp=2", torch.randn(4, 8))  # type: ignore[arg-type]
+    with torch.device("meta"):
+        bare = Gate()
+    with pytest.raises(ConfigError, match="up.weight is on the meta device"):
+        verify(bare, "tp=2", (torch.randn(4, 8),))
+
+
+def test_the_table() -> None:
+    good = Difference("loss", 1, 2e-16, (("step 1", 2e-16),))
+    bad = Difference("gradients", 2, inf, (("a.weight", inf), ("b.weight", 1e-15)))
+    report = Report("Net", {"dp": 1, "tp": 2}, "simulated ranks", torch.float64, 1, 1e-9, (good, bad), ("look here",))
+    assert not report.ok
+    assert str(report).splitlines() == [
+        "verify Net on dp=1,tp=2 (2 simulated ranks) against one device, in float64: FAILED",
+        "             compared  largest relative difference   (tolerance 1e-09)",
+        "  loss              1  2.0e-16  ok",
+        "  gradients         2     inf   FAILED  a.weight inf, b.weight 1.0e-15",
+        "  note: look here",
+    ]
