@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
+
+from meshpar._torch import pytree
 
 
 @dataclass(frozen=True, slots=True)

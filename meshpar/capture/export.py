@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from meshpar._torch import FakeTensorMode
-from meshpar.capture import blame, check, experts, fake, grad, graph, regions, selections, simplify, structure
+from meshpar.capture import blame, check, experts, fake, functions, grad, graph, regions, selections, simplify, structure
 from meshpar.capture.captured import Captured, Slot
 from meshpar.errors import BatchError, CaptureError, ConfigError
 
@@ -29,6 +29,7 @@ def capture(
     divide: int = 1,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     batch_dims: Mapping[str, int] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Captured:
     """The forward of `model` (in its present mode, training or evaluation) as a flat functional graph.
 
@@ -36,6 +37,8 @@ def capture(
     number of microbatches, `scale` the number of data ranks. A tensor holds samples along dim 0 when that dim is as long as the first
     tensor's; `batch_dims` (input name -> dim) says otherwise. `device` is where the model will run; parameters on `meta` are read as if
     they were there already. Nothing is allocated and the model is not changed.
+
+    `dtype`: what floating parameters and inputs are cast to before the forward runs (mixed precision); None leaves them.
 
     `loss_fn(output, batch)` computes the loss where the model does not; `batch` is the keyword arguments, or the tuple of positional ones.
 
@@ -47,8 +50,8 @@ def capture(
     device = _usable(torch.device(device))
     batch = _read_batch(model, args, dict(kwargs or {}), batch_dims or {}, scale=scale, divide=divide)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = [fake.fake_of(leaf, device, mode, shape=shape) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
-    with fake.faked(model, device, mode) as names, experts.seam(model), torch.inference_mode(False), torch.enable_grad():
+    inputs = [fake.fake_of(leaf, device, mode, shape=shape, dtype=dtype) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
+    with fake.faked(model, device, mode, dtype) as names, experts.seam(model), torch.inference_mode(False), torch.enable_grad():
         recorder = _Recorder(model, batch, loss_fn)
         program = _export(recorder, inputs, device)
         renamed = _canonical(program, recorder, names)
@@ -224,7 +227,7 @@ def _export(recorder: _Recorder, inputs: list[torch.Tensor], device: torch.devic
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with grad.Watch(device.type), grad.own_backwards(recorder.model):
+            with grad.Watch(device.type), functions.compared(recorder.model):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)
             return program.run_decompositions({})

@@ -13,8 +13,10 @@ from meshpar._torch import FakeTensorMode
 
 
 @contextmanager
-def faked(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> Iterator[Mapping[int, str]]:
+def faked(model: nn.Module, device: torch.device, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Iterator[Mapping[int, str]]:
     """Inside, `model` holds fake tensors on `device`; afterwards it is what it was, whatever happened.
+
+    Floating parameters have `dtype`, if one is given: the model computes in it.
 
     Ties survive: one tensor under two names becomes one fake under two names. Yields the canonical (first) name of every parameter and
     buffer by the `id` of its fake.
@@ -27,7 +29,8 @@ def faked(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> Itera
             for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None:
-                        table[name] = stand_ins.setdefault(id(tensor), fake_of(tensor, device, mode))
+                        cast = dtype if isinstance(tensor, nn.Parameter) else None
+                        table[name] = stand_ins.setdefault(id(tensor), fake_of(tensor, device, mode, dtype=cast))
             for name, value in module.__dict__.items():
                 if isinstance(value, torch.Tensor) and value.is_meta:  # not a buffer, but on a device the others left
                     module.__dict__[name] = stand_ins.setdefault(id(value), fake_of(value, device, mode))
@@ -37,13 +40,21 @@ def faked(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> Itera
             _restore(module, before)
 
 
-def fake_of(tensor: torch.Tensor, device: torch.device, mode: FakeTensorMode, *, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-    """A fake of `tensor` on `device`: the same strides, or contiguous with another `shape`."""
+def fake_of(
+    tensor: torch.Tensor,
+    device: torch.device,
+    mode: FakeTensorMode,
+    *,
+    shape: tuple[int, ...] | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A fake of `tensor` on `device`: the same strides, or contiguous with another `shape`; a floating one in `dtype`, if given."""
+    dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     with mode:
         if shape is None:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
         else:
-            fake = torch.empty(shape, dtype=tensor.dtype, device=device)
+            fake = torch.empty(shape, dtype=dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake.requires_grad_(tensor.requires_grad)

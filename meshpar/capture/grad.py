@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction
 
 from meshpar._torch import OpOverload, enter_autocast, exit_autocast, set_grad_enabled
 from meshpar.capture.blame import source_of
@@ -165,33 +163,6 @@ class Watch(TorchFunctionMode):
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.device_type = device_type
-
-
-@contextmanager
-def own_backwards(model: nn.Module) -> Iterator[None]:
-    """Inside, an autograd.Function is refused: export would keep its forward and forget its backward. Reentrant checkpoints just run."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls is CheckpointFunction:
-            return args[0](*args[2:])
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if (
-            cls.__module__.partition(".")[0] == "torch"
-            or not any(tensor.requires_grad for tensor in tensors)
-            or not torch.is_grad_enabled()
-        ):
-            return original.__func__(cls, *args, **kwargs)
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured: {cls.__qualname__} ({cls.__module__}) is an autograd.Function, and a graph would "
-            "forget its backward.\n  Make it an operator with torch.library.custom_op and register_autograd: that stays one node."
-        )
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
 def propagate(graph: fx.Graph, leaves: Mapping[str, bool]) -> None:

@@ -222,12 +222,19 @@ class Grows(nn.Module):
         return (x * self.w).sum()
 
 
+class Renorm(Grows):
+    def forward(self, x: Tensor) -> Tensor:
+        self.w.data.copy_(torch.ones(3))
+        return (x * self.w).sum()
+
+
 @pytest.mark.parametrize(
     ("model", "line", "reason"),
     [
         (Blocked(), "if self.layer(x).sum() > 0", "turns the values of a tensor into Python numbers"),
         (Counted(), "item()", "turns the values of a tensor into Python numbers"),
-        (Grows(), "", "changes w in place"),
+        (Grows(), "", "aten.mul_.Tensor at test_export.py:"),
+        (Renorm(), "", "changes a tensor that is neither a buffer nor made in the same forward"),
     ],
 )
 def test_what_cannot_be_captured(model: nn.Module, line: str, reason: str) -> None:

@@ -110,13 +110,32 @@ def test_what_would_lose_its_gradient_is_refused() -> None:
             return h.square().sum()
 
     before = torch.autograd.Function.__dict__["apply"]
-    with pytest.raises(CaptureError, match="Own cannot be captured: Doubled .* is an autograd.Function"):
+    with pytest.raises(CaptureError, match="Own cannot be captured: Doubled .* whose backward is not the derivative of its forward"):
         capture(Own(), (torch.randn(3, 4),))
     assert torch.autograd.Function.__dict__["apply"] is before
     with pytest.raises(
         CaptureError, match="at test_grad.py:[0-9]+ overwrites, inside torch.no_grad.., a value that gradients flow through"
     ):
         capture(Overwritten(), (torch.randn(3, 4),))
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0] * ctx.saved_tensors[0]
+
+
+def test_a_function_that_agrees_with_its_derivative_is_kept() -> None:
+    class Own(One):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"loss": Squared.apply(self.a(x)).sum()}
+
+    assert_same(Own(), (torch.randn(3, 4),), {}, tolerance=1e-6)
 
 
 def test_checkpointing_inside_the_model_is_transparent() -> None:

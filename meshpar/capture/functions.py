@@ -1,0 +1,94 @@
+"""autograd.Functions in a forward: a graph keeps what they compute and forgets their backward, so that backward must say nothing new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from meshpar.errors import CaptureError
+
+
+@contextmanager
+def compared(model: nn.Module) -> Iterator[None]:
+    """Inside, note every `autograd.Function` that runs; at the end compare its backward with the derivative of its forward.
+
+    The comparison runs on small random tensors in float64. Reentrant checkpoints only call what they wrap. Raises CaptureError for a
+    Function whose backward differs, or that does not run on such tensors.
+    """
+    seen: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:
+            return args[0](*args[2:])
+        ours = cls.__module__.partition(".")[0] in ("torch", "meshpar")
+        if not ours and torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            key = (cls, *(tuple(arg.shape) if isinstance(arg, Tensor) else str(arg) for arg in args))
+            seen.setdefault(key, (cls, tuple(_Like(arg) if isinstance(arg, Tensor) else arg for arg in args)))
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+    for cls, args in seen.values():
+        if not _agrees(cls, args):
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured: {cls.__qualname__} ({cls.__module__}) is an autograd.Function whose backward is "
+                "not the derivative of its forward; a graph would forget it.\n"
+                "  Make it an operator with torch.library.custom_op and register_autograd: that stays one node."
+            )
+
+
+class _Like:
+    """What a tensor looked like, at most 3 long along any dim."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = [min(int(n), 3) for n in tensor.shape]
+        self.dtype = tensor.dtype
+        self.requires_grad = tensor.requires_grad
+
+    def made(self, generator: torch.Generator) -> Tensor:
+        if not self.dtype.is_floating_point:
+            return torch.zeros(self.shape, dtype=self.dtype)
+        return torch.randn(self.shape, dtype=torch.double, generator=generator).requires_grad_(self.requires_grad)
+
+
+class _Context:
+    """The `ctx` of a forward that runs by itself."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        pass
+
+    mark_non_differentiable = mark_dirty = set_materialize_grads = save_for_forward = save_for_backward
+
+
+def _agrees(cls: Any, likes: tuple[Any, ...]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    args = tuple(like.made(generator) if isinstance(like, _Like) else like for like in likes)
+    wanted = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+    try:
+        with torch.enable_grad():
+            theirs = cls.apply(*args)
+            own_context = cls.setup_context is torch.autograd.Function.setup_context
+            plain = cls.forward(_Context(args), *args) if own_context else cls.forward(*args)
+        gradients = [torch.autograd.grad(_total(value), wanted, allow_unused=True, materialize_grads=True) for value in (theirs, plain)]
+    except Exception:  # whatever it is, the two could not be compared
+        return False
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def _total(value: Any) -> Tensor:
+    """A number that depends on every element of every floating result, each with another weight."""
+    parts = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, Tensor) and part.requires_grad]
+    weights = [torch.linspace(0.5, 1.5, part.numel(), dtype=part.dtype).view(part.shape) for part in parts]
+    return torch.stack([(part * weight).sum() for part, weight in zip(parts, weights, strict=True)]).sum()
