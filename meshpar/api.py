@@ -17,12 +17,14 @@ from .config import ParallelConfig
 from .errors import ConfigError
 from .mesh import agree, check_batch, check_mesh
 from .plan import ParameterPlan, Plan
-from .runtime.blocks import Tree
+from .runtime import place
+from .runtime.blocks import Block, Tree
 from .runtime.data_parallel import DataParallel
 from .runtime.data_parallel import apply as apply_data_parallel
+from .runtime.failures import Together
 from .runtime.init import materialise
 from .runtime.model import ParallelModel, add
-from .runtime.parameters import ParameterSpec, convert_state_dicts, distribute
+from .runtime.parameters import ParameterSpec, convert_state_dicts, mark_all
 from .runtime.program import Program, Programs
 from .runtime.weights import Lazy
 from .simulate import is_simulated
@@ -57,13 +59,29 @@ def parallelize(
     check_mesh(mesh)
     config = config or ParallelConfig()
     args, kwargs = _example(model, example)
+    together = Together(mesh)
+    with together.section("parallelize"):
+        return _parallelize(model, mesh, args, kwargs, config, rules, plan, loss_fn, weights, together)
+
+
+def _parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: ParallelConfig,
+    rules: Mapping[str, str] | None,
+    plan: Plan | None,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+    weights: str | PathLike[str] | None,
+    together: Together,
+) -> ParallelModel:
     check_batch((args, kwargs), mesh)
     programs = Programs(model, mesh, config, rules=rules, loss_fn=loss_fn, plan=plan)
     program = programs.make(args, kwargs, training=model.training, microbatches=config.microbatches)
     agree(program.plan.hash, mesh, "the plan")
-    tree = _tree(model, mesh, config, program, weights)
-    data = DataParallel(tree, config.data_parallel, ()) if is_simulated() else apply_data_parallel(tree, mesh, config)
-    built = ParallelModel(tree, mesh, config, programs, data, program)
+    tree, data = _build(model, mesh, config, program, weights)
+    built = ParallelModel(tree, mesh, config, programs, data, program, together)
     convert_state_dicts(built)
     return built
 
@@ -83,31 +101,47 @@ def _example(model: nn.Module, example: Example | None) -> tuple[tuple[Any, ...]
     raise ConfigError(f"example= must be a dict of keyword arguments or a tuple of positional ones, not {type(example).__name__}.")
 
 
-def _tree(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, program: Program, weights: str | PathLike[str] | None) -> Tree:
-    """All parameters cut as the plan says, in modules at their original places, with the first program."""
-    parameters: dict[str, nn.Parameter] = {}
+def _build(
+    model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, program: Program, weights: str | PathLike[str] | None
+) -> tuple[Tree, DataParallel]:
+    """Modules at their original places that hold this rank's part of every parameter, with the first program."""
     plans = program.plan.parameters
+    specs = {name: _spec(name, plan, config) for name, plan in plans.items()}
+    parameters: dict[str, nn.Parameter] = {}
 
-    def place(name: str, value: torch.Tensor | Lazy) -> None:
-        full = value.read() if isinstance(value, Lazy) else value
-        full = full.to(mesh.device_type, config.precision.param_dtype if full.is_floating_point() else None)
-        parameters[name] = distribute(full, _spec(name, plans[name]), mesh)
+    def put(name: str, value: torch.Tensor | Lazy) -> None:
+        if is_simulated():
+            parameters[name] = place.whole(value, specs[name], mesh)
+        else:
+            place.fill(parameters[name], value)
 
-    buffers = materialise(model, list(plans), place, seed=None, weights=weights)
-    tree = Tree(
-        {name: parameters[name] for name in plans},
-        {name: buffer.detach().clone().to(mesh.device_type) for name, buffer in buffers.items()},
-        aliases=_aliases(model),
-        non_persistent=_non_persistent(model),
-        recompute=config.recompute,
-    )
-    add(tree, program)
-    return tree
+    def tree_of(buffers: Mapping[str, torch.Tensor]) -> Tree:
+        found = Tree(parameters, buffers, aliases=_aliases(model), non_persistent=_non_persistent(model), recompute=config.recompute)
+        add(found, program)
+        return found
+
+    dtype = config.precision.param_dtype
+    if is_simulated():
+        buffers = materialise(model, list(plans), put, weights=weights, dtype=dtype)
+        return tree_of({n: b.detach().clone() for n, b in buffers.items()}), DataParallel(Block(), config.data_parallel, ())
+    parameters.update({name: place.empty(specs[name], mesh) for name in plans})
+    tree = tree_of({n: b.detach().clone().to(mesh.device_type) for n, b in model.named_buffers()})
+    data = apply_data_parallel(tree, mesh, config)
+    place.allocate(tree, mesh.device_type)
+    mark_all(tree, specs)
+    parameters.update(tree.named_parameters())
+    buffers = materialise(model, list(plans), put, weights=weights, dtype=dtype)
+    with torch.no_grad():
+        for name, buffer in tree.named_buffers():
+            buffer.copy_(buffers[name])
+    return tree, data
 
 
-def _spec(name: str, plan: ParameterPlan) -> ParameterSpec:
+def _spec(name: str, plan: ParameterPlan, config: ParallelConfig) -> ParameterSpec:
+    own: torch.dtype = getattr(torch, plan.dtype)
+    dtype = config.precision.param_dtype if config.precision.param_dtype is not None and own.is_floating_point else own
     placements = {axis: type_ for axis, type_ in plan.placements.items() if axis == "tp"}
-    return ParameterSpec(name, plan.shape, getattr(torch, plan.dtype), plan.trainable, placements)
+    return ParameterSpec(name, plan.shape, dtype, plan.trainable, placements)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -125,5 +159,3 @@ def _non_persistent(model: nn.Module) -> tuple[str, ...]:
     for path, module in model.named_modules():
         found += [f"{path}.{name}" if path else name for name in module._non_persistent_buffers_set]
     return tuple(found)
-
-

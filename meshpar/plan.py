@@ -113,7 +113,10 @@ class Plan:
                 }
                 for a in self.axes
             ],
-            "parameters": {n: [p.shape, p.dtype, p.trainable, {k: _type(t) for k, t in p.placements.items()}, p.why] for n, p in self.parameters.items()},
+            "parameters": {
+                n: [p.shape, p.dtype, p.trainable, {k: _type(t) for k, t in p.placements.items()}, p.why]
+                for n, p in self.parameters.items()
+            },
             "options": dict(self.options),
             "ledger": [list(asdict(c).values()) for c in self.ledger],
             "notes": self.notes,
@@ -139,7 +142,10 @@ class Plan:
                     )
                     for a in body["axes"]
                 ),
-                {n: ParameterPlan(tuple(s), d, t, {k: _untype(v) for k, v in p.items()}, w) for n, (s, d, t, p, w) in body["parameters"].items()},  # type: ignore[misc]
+                {
+                    n: ParameterPlan(tuple(s), d, t, {k: _untype(v) for k, v in p.items()}, w)
+                    for n, (s, d, t, p, w) in body["parameters"].items()
+                },  # type: ignore[misc]
                 body["options"],
                 tuple(Comm(*c) for c in body["ledger"]),
                 tuple(body["notes"]),

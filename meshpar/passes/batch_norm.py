@@ -27,7 +27,9 @@ _WITHOUT = "_native_batch_norm_legit"
 
 def expand_batch_norm(graph: fx.Graph) -> int:
     """Write out every batch norm that takes its statistics from the batch, in place; returns how many there were."""
-    found = [n for n in graph.nodes if n.op == "call_function" and op_name(n.target) in (_WITH_STATS, _WITHOUT) and read(n).arguments["training"]]
+    found = [
+        n for n in graph.nodes if n.op == "call_function" and op_name(n.target) in (_WITH_STATS, _WITHOUT) and read(n).arguments["training"]
+    ]
     for node in found:
         with graph.inserting_before(node):
             _Expansion(graph, node).run()
@@ -88,7 +90,9 @@ class _Expansion:
         made.kwargs = {"dtype": dtype}
         return made
 
-    def _emit(self, target: Any, args: tuple[Any, ...], shape: tuple[int, ...], *, dtype: torch.dtype | None = None, grad: bool | None = None) -> fx.Node:
+    def _emit(
+        self, target: Any, args: tuple[Any, ...], shape: tuple[int, ...], *, dtype: torch.dtype | None = None, grad: bool | None = None
+    ) -> fx.Node:
         operands = [a for a in args if isinstance(a, fx.Node)]
         flows = any(o.meta["info"].requires_grad for o in operands) if grad is None else grad
         made = self.graph.call_function(target, args)

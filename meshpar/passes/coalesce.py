@@ -1,9 +1,9 @@
 """Gradients of small parameters travel together: one all-reduce per block instead of one per norm weight.
 
-    before                                   after
-      a = i_to_r(norm1.weight)                 many = i_to_r_many(norm1.weight, norm2.weight)
-      ...                                      a = many[0]
-      b = i_to_r(norm2.weight)                 b = many[1]
+before                                   after
+  a = i_to_r(norm1.weight)                 many = i_to_r_many(norm1.weight, norm2.weight)
+  ...                                      a = many[0]
+  b = i_to_r(norm2.weight)                 b = many[1]
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ class Coalesce:
         return graph
 
     def _is_small_parameter(self, value: object) -> bool:
-        return isinstance(value, fx.Node) and value.op == "get_attr" and value.target in self.parameters and value.meta["info"].nbytes <= self.most_bytes
+        return (
+            isinstance(value, fx.Node)
+            and value.op == "get_attr"
+            and value.target in self.parameters
+            and value.meta["info"].nbytes <= self.most_bytes
+        )
 
 
 def _join(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:

@@ -35,7 +35,10 @@ def _entries(node: fx.Node) -> Iterator[Comm]:
             tokens *= n
         where = node.kwargs
         for found_ in vocab_parallel.cross_entropy_traffic(
-            tokens, node.meta["info"].dtype, where["size"], label_smoothing=where.get("label_smoothing", 0.0)  # type: ignore[arg-type]
+            tokens,
+            node.meta["info"].dtype,
+            where["size"],
+            label_smoothing=where.get("label_smoothing", 0.0),  # type: ignore[arg-type]
         ):
             yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), found_.phase, float(found_.nbytes))
 

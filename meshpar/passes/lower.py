@@ -72,7 +72,9 @@ class _Lowering:
         infos = info if isinstance(info, tuple) else (info,)
         local = tuple(None if i is None else self._local(i, t) for i, t in zip(infos, plan.outs, strict=True))
         new.meta = {**node.meta, "info": local if isinstance(info, tuple) else local[0]}
-        new.meta["cut"] = tuple(sorted({*node.meta.get("cut", ()), *([self.axis.name] if any(isinstance(t, (Shard, Partial)) for t in plan.outs) else [])}))
+        new.meta["cut"] = tuple(
+            sorted({*node.meta.get("cut", ()), *([self.axis.name] if any(isinstance(t, (Shard, Partial)) for t in plan.outs) else [])})
+        )
         for index, type_ in enumerate(plan.outs):
             value = (node, index)
             self.types[value] = type_
@@ -142,9 +144,7 @@ class _Lowering:
     # -- nodes --------------------------------------------------------------------------------------------------------------------------------
 
     def _output(self, node: fx.Node) -> None:
-        values = [
-            self._as(v, t) if isinstance(v, fx.Node) else v for v, t in zip(node.args[0], self.plan.outputs, strict=True)
-        ]
+        values = [self._as(v, t) if isinstance(v, fx.Node) else v for v, t in zip(node.args[0], self.plan.outputs, strict=True)]
         self.new.output(tuple(values)).meta = dict(node.meta)
 
     def _call(self, node: fx.Node) -> None:

@@ -1,9 +1,9 @@
 """Sum the pending gradients of parameters in the graph itself, where no runtime does it (simulated ranks).
 
-    before                       after
-      w = get_attr("weight")       w   = get_attr("weight")
-      y = linear(x, w)             w_r = i_to_r(w, group="dp", ...)         backward: all-reduce
-                                   y   = linear(x, w_r)
+before                       after
+  w = get_attr("weight")       w   = get_attr("weight")
+  y = linear(x, w)             w_r = i_to_r(w, group="dp", ...)         backward: all-reduce
+                               y   = linear(x, w_r)
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class ReduceGradients:
                 summed = graph.call_function(
                     collectives.i_to_r, (node,), {"group": self.axis.group, "size": self.axis.size, "rank": self.axis.rank}
                 )
-            summed.meta = {"info": info, "region": region, "module": node.meta.get("module"), "conversion": (self.axis.name, self.axis.size, I, R, info)}
+            summed.meta = {
+                "info": info,
+                "region": region,
+                "module": node.meta.get("module"),
+                "conversion": (self.axis.name, self.axis.size, I, R, info),
+            }
             for user in users:
                 user.replace_input_with(node, summed)

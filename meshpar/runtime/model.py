@@ -20,6 +20,7 @@ from ..sharding.types import Shard
 from .blocks import Tree, inlined, print_code
 from .data_parallel import DataParallel
 from .describe import explain
+from .failures import Together
 from .memory import MemoryReport, memory
 from .program import Program, Programs, flatten, restore
 
@@ -35,12 +36,21 @@ class ParallelModel(nn.Module):
         out  = pm(**batch)                   the model's own output; tensors that are cut are DTensors; out.loss.backward() works
     """
 
-    def __init__(self, tree: Tree, mesh: DeviceMesh, config: ParallelConfig, programs: Programs, data: DataParallel, first: Program) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        mesh: DeviceMesh,
+        config: ParallelConfig,
+        programs: Programs,
+        data: DataParallel,
+        first: Program,
+        together: Together,
+    ) -> None:
         super().__init__()
         # The tree's own tables, not copies: what FSDP2 swaps in the tree is what this module shows.
         self.__dict__.update(_modules=tree._modules, _parameters=tree._parameters, _buffers=tree._buffers)
         self.__dict__["_non_persistent_buffers_set"] = tree._non_persistent_buffers_set
-        self.__dict__.update(_tree=tree, _data=data, _programs={}, _checked=set())
+        self.__dict__.update(_tree=tree, _data=data, _programs={}, _checked=set(), _together=together)
         self.mesh, self.config = mesh, config
         self.random = RandomState(config.seed)
         self._makes = programs
@@ -52,6 +62,10 @@ class ParallelModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output for this rank's local batch. The loss is that of the global batch."""
+        with self._together.section("forward"):
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         tensors, program = self._program(args, kwargs, 1)
         self._data.microbatch(0, 1)
         outputs = self._tree.run(program.key, *tensors, *self._random_key(program, 0))
@@ -65,12 +79,14 @@ class ParallelModel(nn.Module):
         gradients equal those of one device on the global batch, and add to what `.grad` holds.
         Raises BatchError when the model has no loss for this batch, or when ranks disagree about it.
         """
-        return self._step(args, kwargs, backward=True)
+        with self._together.section("train_step"):
+            return self._step(args, kwargs, backward=True)
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of the global batch, without gradients. Call `eval()` first to switch dropout off, as with any module."""
-        return self._step(args, kwargs, backward=False)
+        with self._together.section("eval_step"):
+            return self._step(args, kwargs, backward=False)
 
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool) -> torch.Tensor:
         count = self.config.microbatches
@@ -123,6 +139,9 @@ class ParallelModel(nn.Module):
         elif key not in self._checked:
             check_batch((args, dict(kwargs)), self.mesh)
         self._checked.add(key)
+        dtype = self.config.precision.compute_dtype
+        if dtype is not None:
+            tensors = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
         return tensors, self._programs[key]
 
     def _as_output(self, program: Program, value: torch.Tensor, index: int) -> Any:
@@ -139,7 +158,9 @@ class ParallelModel(nn.Module):
         for n in reversed(info.shape):
             strides.append(step)
             step *= n
-        return DTensor.from_local(value, self.mesh, placements, run_check=False, shape=torch.Size(info.shape), stride=tuple(reversed(strides)))
+        return DTensor.from_local(
+            value, self.mesh, placements, run_check=False, shape=torch.Size(info.shape), stride=tuple(reversed(strides))
+        )
 
     # -- looking ----------------------------------------------------------------------------------------------------------------------------
 
@@ -155,9 +176,7 @@ class ParallelModel(nn.Module):
     def explain(self) -> str:
         """The plan in words: placements and the reasons for them, communication, repeated work. A string that notebooks show as it reads."""
         program = self._first
-        return explain(
-            self.plan, program.graph, inlined=inlined(self._tree), averaged=program.averaged, dropped=program.captured.dropped
-        )
+        return explain(self.plan, program.graph, inlined=inlined(self._tree), averaged=program.averaged, dropped=program.captured.dropped)
 
     def memory(self) -> MemoryReport:
         """What a rank keeps in memory while it trains, by kind."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from functools import cached_property
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree as pytree
 
-from .._torch import without_modes
+from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
 from ..capture.export import capture
 from ..config import ParallelConfig
@@ -95,9 +94,7 @@ class Programs:
     ) -> None:
         self.skeleton = _skeleton(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
-        self.others = {
-            n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()
-        }
+        self.others = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
         self.pinned: dict[str, Mapping[str, Type]] = {}
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, microbatches: int = 1) -> Program:
@@ -108,7 +105,9 @@ class Programs:
         if microbatches == 1:
             return self._program(signature, captured)
         if captured.loss is None:
-            raise BatchError("a step of several microbatches needs a loss: pass labels if the model computes it from them, or loss_fn= to parallelize.")
+            raise BatchError(
+                "a step of several microbatches needs a loss: pass labels if the model computes it from them, or loss_fn= to parallelize."
+            )
         split = split_denominators(captured, microbatches)
         counts = None
         if split.counts is not None:
@@ -121,7 +120,16 @@ class Programs:
         device = torch.device(self.mesh.device_type)
         scale = data_axis(self.mesh).size
         with without_modes():
-            captured = capture(self.skeleton, args, ordered, device=device, scale=scale, divide=microbatches, loss_fn=self.loss_fn)
+            captured = capture(
+                self.skeleton,
+                args,
+                ordered,
+                device=device,
+                scale=scale,
+                divide=microbatches,
+                loss_fn=self.loss_fn,
+                dtype=self.config.precision.compute_dtype,
+            )
         if scale > 1:
             expand_batch_norm(captured.graph)
         return captured
@@ -227,7 +235,9 @@ def _from_first_rank(mesh: DeviceMesh, make: Callable[[], Plan]) -> Plan:
 
 def _whole_group(mesh: DeviceMesh) -> Any:
     if mesh.size() != dist.get_world_size():
-        raise PlanError(f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; meshes over a part of the world are not supported yet.")
+        raise PlanError(
+            f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; meshes over a part of the world are not supported yet."
+        )
     return None
 
 

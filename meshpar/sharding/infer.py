@@ -74,7 +74,10 @@ def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node) -> Call:
         dims[node, index] = (
             _fresh(extents, info.shape)
             if labels is None
-            else tuple(_build(extents, names, d, signature) if d and n > 1 else extents.new(n) if n > 1 else None for d, n in zip(labels, info.shape, strict=True))  # type: ignore[arg-type]
+            else tuple(
+                _build(extents, names, d, signature) if d and n > 1 else extents.new(n) if n > 1 else None
+                for d, n in zip(labels, info.shape, strict=True)
+            )  # type: ignore[arg-type]
         )
     return Call(op, signature, names)
 

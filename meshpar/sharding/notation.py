@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 Dim = tuple[tuple[str, ...], ...]
 """One dim as a row of segments, each a product of names: (("n",),) is plain, (("b", "s"),) composite, (("q",), ("k",)) segmented, () unnamed."""
@@ -54,7 +54,7 @@ class Signature:
 _TOKEN = re.compile(r"\.\.\.|\[?\w+\]?|\(|\)")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(text: str) -> tuple[tuple[tuple[tuple[str, ...], ...], ...], tuple[tuple[tuple[str, ...], ...], ...]]:
     left, arrow, right = text.partition("->")
     if not arrow:

@@ -157,7 +157,10 @@ def batch_norm(op: Op) -> Signature | None:
     base, sizes = named("d", shape), sizes_of("d", shape)
     channel = base[1:2]
     fixed = frozenset(f"d{i}" for i in range(len(shape)) if i != 1) if op.arguments.get("training", False) else frozenset()
-    outs = [base] + [channel if o is not None and len(o.shape) == 1 and o.shape == shape[1:2] else tuple(() for _ in (o.shape if o else ())) for o in op.outs[1:]]
+    outs = [base] + [
+        channel if o is not None and len(o.shape) == 1 and o.shape == shape[1:2] else tuple(() for _ in (o.shape if o else ()))
+        for o in op.outs[1:]
+    ]
     return Signature((base, *[channel] * (len(op.infos) - 1)), tuple(outs), sizes, fixed)
 
 
@@ -197,7 +200,9 @@ def index_select(op: Op) -> Signature:
 def gather(op: Op) -> Signature:
     """gather and take_along_dim: other dims may be cut where index and source have the same size."""
     dim, shape, other = op.dim(), op.infos[0].shape, op.infos[1].shape
-    base = tuple(d if i != dim and shape[i] == other[i] else ((f"x{i}",),) if n > 1 else () for i, (d, n) in enumerate(zip(named("d", shape), shape)))
+    base = tuple(
+        d if i != dim and shape[i] == other[i] else ((f"x{i}",),) if n > 1 else () for i, (d, n) in enumerate(zip(named("d", shape), shape))
+    )
     out = tuple(((f"d{i}",),) if n > 1 and i != dim and shape[i] == n else ((f"n{i}",),) if n > 1 else () for i, n in enumerate(other))
     sizes = {**sizes_of("d", shape), **sizes_of("x", shape), **sizes_of("n", other)}
     fixed = frozenset(n for n in sizes if n[0] in "xn")
@@ -334,7 +339,13 @@ RULES: dict[str, Rule] = {
     # norms, softmax
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), normalised),
     **dict.fromkeys(
-        ("_native_batch_norm_legit_functional", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_batch_norm", "batch_norm"),
+        (
+            "_native_batch_norm_legit_functional",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_no_training",
+            "native_batch_norm",
+            "batch_norm",
+        ),
         batch_norm,
     ),
     "group_norm": group_norm,
@@ -345,19 +356,26 @@ RULES: dict[str, Rule] = {
     # losses
     "cross_entropy_loss": cross_entropy,
     # reductions
-    **dict.fromkeys(("sum", "mean", "nansum", "amax", "amin", "any", "all", "logsumexp", "var", "std", "var_mean", "std_mean", "prod"), reduction),
+    **dict.fromkeys(
+        ("sum", "mean", "nansum", "amax", "amin", "any", "all", "logsumexp", "var", "std", "var_mean", "std_mean", "prod"), reduction
+    ),
     **dict.fromkeys(("max", "min", "argmax", "argmin", "linalg_vector_norm", "norm", "count_nonzero", "median"), reduction),
     # shape-preserving with one dim needed whole
     **dict.fromkeys(("topk", "sort", "argsort", "kthvalue"), searched),
     **dict.fromkeys(("pad", "constant_pad_nd"), padding),
-    **dict.fromkeys(("max_pool2d", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool2d", "max_pool2d_with_indices", "upsample_nearest2d"), pooling),
+    **dict.fromkeys(
+        ("max_pool2d", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool2d", "max_pool2d_with_indices", "upsample_nearest2d"), pooling
+    ),
     **dict.fromkeys(("_adaptive_avg_pool2d", "adaptive_avg_pool1d", "max_pool1d"), pooling),
     # casts carry no pointwise tag
     **dict.fromkeys(("_to_copy", "to", "type_as"), pointwise),
     # random
     **dict.fromkeys(("dropout", "native_dropout", "bernoulli", "rand_like", "randn_like"), dropout),
     # created
-    **dict.fromkeys(("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"), created),
+    **dict.fromkeys(
+        ("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"),
+        created,
+    ),
     **dict.fromkeys(("scalar_tensor", "new_empty", "randn", "rand"), created),
     **VIEWS,
     **dict.fromkeys((f"meshpar.ops.collectives.{n}" for n in _COLLECTIVES), collective),

@@ -23,7 +23,7 @@ from ..plan import AxisPlan, NodePlan
 from .choices import Choice, at_rest, choices
 from .conversions import ALL_GATHER, wire_bytes
 from .factors import shard
-from .infer import Call, Inference, infer
+from .infer import Call, infer
 from .op import Value, info_of, operands, value_of
 from .price import Price
 from .program import Problem, Step, choose
@@ -366,7 +366,22 @@ def _largest(graph: fx.Graph) -> int:
     return max((i.nbytes for i in infos if isinstance(i, Info)), default=0)
 
 
-_FREE = {"view", "reshape", "_unsafe_view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "t", "slice", "select", "split", "unbind", "detach"}
+_FREE = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "transpose",
+    "permute",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "t",
+    "slice",
+    "select",
+    "split",
+    "unbind",
+    "detach",
+}
 _FREE |= {"alias", "split_with_sizes", "chunk"}
 
 

@@ -59,7 +59,14 @@ def reshape_dims(before: Sequence[int], after: Sequence[int]) -> tuple[Dims, Dim
 
 
 def _opaque(
-    before: Sequence[int], after: Sequence[int], left: list[list[str]], right: list[list[str]], i: int, j: int, sizes: dict[str, int], fixed: list[str]
+    before: Sequence[int],
+    after: Sequence[int],
+    left: list[list[str]],
+    right: list[list[str]],
+    i: int,
+    j: int,
+    sizes: dict[str, int],
+    fixed: list[str],
 ) -> tuple[Dims, Dims, dict[str, int], list[str]]:
     """From here on the shapes share no factor: only what was named before `i` and `j` is carried."""
 
@@ -282,7 +289,10 @@ VIEWS: dict[str, Rule] = {
     **dict.fromkeys(("unbind", "unbind_copy"), fixed_dims(lambda op: [op.dim()], keep=False)),
     "flip": fixed_dims(lambda op: op.dims("dims")),
     "roll": fixed_dims(lambda op: op.dims("dims")),
-    **dict.fromkeys(("cumsum", "tril", "triu"), fixed_dims(lambda op: [op.dim()] if "dim" in op.arguments else [-1 % len(op.out.shape), -2 % len(op.out.shape)])),
+    **dict.fromkeys(
+        ("cumsum", "tril", "triu"),
+        fixed_dims(lambda op: [op.dim()] if "dim" in op.arguments else [-1 % len(op.out.shape), -2 % len(op.out.shape)]),
+    ),
     "repeat": repeat,
     "repeat_interleave": repeat_interleave,
     **dict.fromkeys(("clone", "alias", "detach", "contiguous", "lift_fresh_copy"), fixed_dims(lambda op: ())),

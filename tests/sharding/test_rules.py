@@ -147,7 +147,13 @@ def test_every_typing_computes_the_operator(target: Any, args: tuple[Any, ...], 
     inference = infer(graph)
     call = inference.calls[node]
     assert call.signature is not None, "the operator has no rule"
-    factors = {f for axes in inference.dims.values() for one in axes if one is not None for f in (*inference.extents.leaves(one), inference.extents.find(one))}
+    factors = {
+        f
+        for axes in inference.dims.values()
+        for one in axes
+        if one is not None
+        for f in (*inference.extents.leaves(one), inference.extents.find(one))
+    }
     found = choices(call, inference, sorted(factors), SIZE, Price(), 1.0)
     for choice in found:
         if call.signature.gathers & set(choice.why.split()):
