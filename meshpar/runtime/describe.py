@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -144,16 +144,29 @@ def _rows(plan: Plan, graph: fx.Graph) -> list[_Row]:
     groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name, one in plan.parameters.items():
         groups[_pattern(name), one.shape, one.dtype, one.trainable, tuple(one.placements.items()), reasons[name]].append(name)
-    shared = Counter(key[0] for key in groups)
+    patterns: Counter[str] = Counter(str(key[0]) for key in groups)
+    layers: dict[str, set[tuple[object, ...]]] = defaultdict(set)
+    for key, names in groups.items():
+        for name in names:
+            layers[_pattern(name, 1)].add(key)
     rows = []
     for key, names in groups.items():
-        pattern = str(key[0]) if shared[key[0]] == 1 else _enumerated(names)
-        rows.append(_Row(pattern if len(names) > 1 else names[0], tuple(names), plan.parameters[names[0]], str(key[-1])))
+        for pattern, members in _by_pattern(names, 0 if patterns[str(key[0])] == 1 else 1).items():
+            label = members[0] if len(members) == 1 else pattern if len(layers[pattern]) < 2 else _enumerated(members)
+            rows.append(_Row(label, tuple(members), plan.parameters[members[0]], str(key[-1])))
     return rows
 
 
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+def _by_pattern(names: Sequence[str], numbers: int) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[_pattern(name, numbers)].append(name)
+    return found
+
+
+def _pattern(name: str, numbers: int = 0) -> str:
+    """The name with its first `numbers` numbers (0: all) as stars."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name, count=numbers)
 
 
 def _enumerated(names: Sequence[str]) -> str:
@@ -219,10 +232,7 @@ def _reason(plan: ParameterPlan, kind: str, share: float) -> str:
     if plan.why in _DECIDERS:
         return _DECIDERS[plan.why]
     if isinstance(type_, Shard):
-        return _CUT.get(
-            (kind, type_.dim),
-            "its product is cut the same way" if type_.dim < len(plan.shape) - 1 else "it is summed over: results are added up",
-        )
+        return _CUT.get((kind, type_.dim), "cut like the values it is used with")
     if len(plan.shape) < 2:
         return "a vector: little to gain"
     return f"cutting it costs more than it saves ({100 * share:.1g}% of its block)"
@@ -242,18 +252,20 @@ _CUT = {
 def _kind_of_use(node: fx.Node) -> str:
     """The operator that consumes a parameter, seen through conversions and views."""
     seen = node
-    for _ in range(8):
-        user = next((u for u in seen.users if u.op == "call_function"), None)
-        if user is None:
-            return ""
+    while (user := next((u for u in seen.users if u.op == "call_function"), None)) is not None:
         name = op_name(user.target).rpartition(".")[2]
         if name in ("embedding", "linear", "grouped_mm"):
             return name
         if "joined" in user.meta:  # several values at once: go on with this one's result
             index = user.args.index(seen)
             user = next((u for u in user.users if u.args[1] == index), user)
+        elif "conversion" not in user.meta and name not in _THROUGH:
+            return ""
         seen = user
     return ""
+
+
+_THROUGH = frozenset("view reshape transpose t permute unsqueeze squeeze _to_copy to clone".split())
 
 
 def _block(name: str) -> str:
@@ -275,22 +287,35 @@ def _residual(plan: Plan, graph: fx.Graph) -> list[str]:
     """How the values lie that blocks hand to one another."""
     if plan.axis(TENSOR) is None:
         return []
-    found: Counter[tuple[int, ...]] = Counter()
-    words: dict[tuple[int, ...], str] = {}
+    axis = plan.axis(TENSOR)
+    assert axis is not None
+    handed = {t for one in axis.nodes.values() for t in one.handed if isinstance(t, Shard)}
+    found: Counter[str] = Counter()
     for node in graph.nodes:
         info = node.meta.get("info")
         region = node.meta.get("region")
         if node.op != "call_function" or not isinstance(info, Info) or not info.requires_grad or len(info.shape) < 2:
             continue
         if any(user.op == "call_function" and user.meta.get("region") not in (region, None) for user in node.users):
-            found[info.shape] += 1
-            words.setdefault(info.shape, "cut" if TENSOR in node.meta.get("cut", ()) else "whole")
-            conversion = node.meta.get("conversion")
-            if conversion is not None and conversion[0] == TENSOR and isinstance(conversion[3], Shard):
-                dim = conversion[3].dim
-                words[info.shape] = f"cut along dim {dim}, " + ("the sequence" if dim < len(info.shape) - 1 else "the features")
-    texts = [f"{_shape(shape)} {words[shape]} ({n} of them)" for shape, n in found.most_common()]
-    return [f"Blocks hand on, on a {TENSOR} rank: " + "; ".join(texts)] if texts else []
+            found[f"{_shape(info.shape)} {_held(node, info, handed, axis.size)}"] += 1
+    return (
+        [f"Blocks hand on, on a {TENSOR} rank: " + "; ".join(f"{text} ({n} of them)" for text, n in found.most_common())] if found else []
+    )
+
+
+def _held(node: fx.Node, info: Info, handed: Collection[Shard], size: int) -> str:
+    """How a value lies that leaves its block: one of the shards that the plan hands on, or whole."""
+    conversion = node.meta.get("conversion")
+    if conversion is not None and conversion[0] == TENSOR:
+        dims = {conversion[3].dim} if isinstance(conversion[3], Shard) else set()
+    elif TENSOR in node.meta.get("cut", ()):
+        dims = {t.dim for t in handed if t.dim < len(info.shape) and t.local_length(size, 0) == info.shape[t.dim]}
+    else:
+        return "whole"
+    if len(dims) != 1:
+        return "cut" if dims else "whole"
+    dim = dims.pop()
+    return f"cut along dim {dim}, " + ("the sequence" if dim < len(info.shape) - 1 else "the features")
 
 
 def _communication(plan: Plan) -> list[str]:
