@@ -40,8 +40,8 @@ def compared(model: nn.Module) -> Iterator[None]:
     for cls, args in seen.values():
         if not _agrees(cls, args):
             raise CaptureError(
-                f"{type(model).__name__} cannot be captured: {cls.__qualname__} ({cls.__module__}) is an autograd.Function whose backward is "
-                "not the derivative of its forward; a graph would forget it.\n"
+                f"{type(model).__name__} cannot be captured: {cls.__qualname__} ({cls.__module__}) is an autograd.Function whose "
+                "backward is not the derivative of its forward; a graph would forget it.\n"
                 "  Make it an operator with torch.library.custom_op and register_autograd: that stays one node."
             )
 
