@@ -12,7 +12,7 @@ from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.inspection import first_difference
 from meshpar.checkpoint.keymap import Mapped
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
-from meshpar.checkpoint.reshard import Progress, Report, build, divide, execute, new_target, single_targets, with_dtype
+from meshpar.checkpoint.reshard import Progress, Report, build, divide, execute, new_target, single_targets, uncollected, with_dtype
 from meshpar.checkpoint.sink import folder_sink, rank_sink
 from meshpar.checkpoint.transfer import Options
 from meshpar.errors import ConfigError
@@ -20,6 +20,7 @@ from meshpar.errors import ConfigError
 SHARD_BYTES = 5 * 10**9
 
 
+@uncollected()
 def from_hf(
     source: Path | str,
     target: Path | str,
@@ -57,6 +58,7 @@ def from_hf(
     return execute(work, options, resume=resume, dry_run=dry_run, progress=progress, disk=disk)
 
 
+@uncollected()
 def to_hf(
     source: Path | str,
     target: Path | str,

@@ -46,6 +46,8 @@ class Place:
 
     def box(self, box: Box, ndim: int) -> Box:
         """A box of the tensor, as a box of the space."""
+        if len(self.dims) == ndim and not any(self.offset):
+            return box
         offset, size = list(self.offset), [1] * ndim
         for k, dim in enumerate(self.dims):
             offset[dim] += box.offset[k]

@@ -17,6 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "meshpar.checkpoint", 1
 KINDS = ("model", "optimizer", "extra", "rank")
 MAX_MANIFEST = 1 << 30
+_LIMIT = 1 << 62
 _BLANK = b'{"crc32":"00000000"'
 
 
@@ -147,7 +149,8 @@ def load(data: bytes, where: str) -> Manifest:
 def _from_json(body: dict[str, Any], where: str) -> Manifest:
     files = tuple(FileRecord(check_name(name, where), _count(size), _count(head), _count(crc)) for name, size, head, crc in body["files"])
     assets = tuple(Asset(check_name(name, where), _count(size), tuple(map(_count, crcs))) for name, size, crcs in body["assets"])
-    tensors = {check_tensor_name(name, where): _stored(row, f"{where}, {name!r}") for name, row in body["tensors"].items()}
+    known: dict[str, Layout] = {}
+    tensors = {check_tensor_name(name, where): _stored(row, f"{where}, {name!r}", known) for name, row in body["tensors"].items()}
     aliases = {check_tensor_name(k, where): check_tensor_name(v, where) for k, v in body["aliases"].items()}
     block, origin, keymap = _count(body["block"]), body["origin"], body["keymap"]
     if not block or not isinstance(origin, str) or not isinstance(keymap, list) or not all(isinstance(k, str) for k in keymap):
@@ -161,15 +164,20 @@ def _count(value: Any) -> int:
     return value
 
 
-def _stored(row: Any, where: str) -> Stored:
+def _stored(row: Any, where: str, known: dict[str, Layout]) -> Stored:
     shape, kind = check_shape(row["shape"], where), row["kind"]
     if kind not in KINDS:
         raise ValueError(f"kind {str(kind)[:40]!r}")
-    chunks = tuple(
-        Chunk(Box(tuple(map(_count, offset)), tuple(map(_count, size))), _count(file), _count(begin), tuple(map(_count, crcs)))
-        for offset, size, file, begin, crcs in row["chunks"]
-    )
-    return Stored(check_dtype(row["dtype"], where), shape, chunks, kind, layout_from_json(row, where))
+    chunks = []
+    for offset, size, file, begin, crcs in row["chunks"]:
+        for value in (*offset, *size, file, begin, *crcs):
+            if type(value) is not int or not 0 <= value < _LIMIT:
+                raise ValueError(f"{str(value)[:40]} is not a count")
+        chunks.append(Chunk(Box(tuple(offset), tuple(size)), file, begin, tuple(crcs)))
+    layout = repr((row.get("cuts"), row.get("stage")))
+    if layout not in known:
+        known[layout] = layout_from_json(row, where)
+    return Stored(check_dtype(row["dtype"], where), shape, tuple(chunks), kind, known[layout])
 
 
 def check(manifest: Manifest, where: str) -> None:
@@ -178,11 +186,17 @@ def check(manifest: Manifest, where: str) -> None:
     if len(set(names)) != len(names):
         raise CorruptError(f"{where}: a file is listed twice.")
     spans: list[list[tuple[int, int, str]]] = [[] for _ in names]
+    ends = [f.size for f in manifest.files]
+    proved: set[tuple[object, ...]] = set()  # most tensors of a model are divided like others of their shape
     for name, stored in manifest.tensors.items():
-        check_tiling(name, stored.shape, [c.box for c in stored.chunks], where)
+        division = (stored.shape, *[c.box for c in stored.chunks])
+        if division not in proved:
+            check_tiling(name, stored.shape, [c.box for c in stored.chunks], where)
+            proved.add(division)
+        item = ITEMSIZE[stored.dtype]
         for chunk in stored.chunks:
-            nbytes = volume(chunk.box.size) * ITEMSIZE[stored.dtype]
-            if chunk.file >= len(names) or chunk.begin + nbytes > manifest.files[chunk.file].size:
+            nbytes = prod(chunk.box.size) * item
+            if chunk.file >= len(names) or chunk.begin + nbytes > ends[chunk.file]:
                 raise CorruptError(
                     f"{where}: {name} {chunk.box} should end at byte {chunk.begin + nbytes} of file {chunk.file}, past its end."
                 )
@@ -202,6 +216,8 @@ def check(manifest: Manifest, where: str) -> None:
 
 def check_tiling(name: str, shape: Sequence[int], boxes: Sequence[Box], where: str) -> None:
     """Raise CorruptError unless the boxes tile the tensor exactly."""
+    if len(boxes) == 1 and boxes[0].size == shape and not any(boxes[0].offset) and len(boxes[0].offset) == len(shape):
+        return
     flaw = find_flaw(shape, boxes)
     if flaw is None:
         return

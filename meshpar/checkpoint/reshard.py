@@ -6,11 +6,13 @@ written when a plan is impossible, and the target appears whole or not at all.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +67,8 @@ class Work:
             m.files,
             stamps,
             [[c.crcs for c in t.chunks] for t in m.tensors.values()],
-            [f.record for f in self.sink.files],
-            [(t.name, t.dtype, t.target_dtype, t.rearrange, t.targets) for t in self.transfers],
+            [f.record for f in self.sink.files],  # their headers say where every box goes
+            self.mapped.rules,
             options.checksums,
         ]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -94,6 +96,19 @@ class Report:
         return asdict(self)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: a plan is up to millions of small objects without cycles, which each pass would visit again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@uncollected()
 def reshard(
     source: Path | str,
     target: Path | str,
@@ -214,16 +229,24 @@ def build(
 
 
 def _transfer(link: Link, source: Manifest, sink: Sink) -> tuple[Transfer, tuple[tuple[str, int], ...]]:
-    sources = [Piece(ZERO, 0, box) for box in link.source_padding]
+    if len(link.sources) == len(link.targets) == 1 and not (link.rearrange or link.source_padding or link.target_padding):
+        name = link.targets[0].tensor  # as it is: the chunks are the pieces
+        sources, targets = source.tensors[link.sources[0].tensor].chunks, sink.pieces[name]
+        transfer = Transfer(name, link.dtype, link.shape, sources, targets, link.target_dtype, None, link.exact)
+        return transfer, tuple((name, k) for k in range(len(targets)))
+    return _placed_transfer(link, source, sink)
+
+
+def _placed_transfer(link: Link, source: Manifest, sink: Sink) -> tuple[Transfer, tuple[tuple[str, int], ...]]:
+    sources = [Piece(box, ZERO, 0) for box in link.source_padding]
     for place in link.sources:
         for c in source.tensors[place.tensor].chunks:
-            sources.append(Piece(c.file, c.begin, place.box(c.box, len(link.shape)), c.crcs))
-    sources.sort(key=lambda p: p.box.offset)
+            sources.append(c._replace(box=place.box(c.box, len(link.shape))))
     shape = link.rearrange.shape if link.rearrange else link.shape
-    targets = [(Piece(ZERO, 0, box), ("", 0)) for box in link.target_padding]
+    targets = [(Piece(box, ZERO, 0), ("", 0)) for box in link.target_padding]
     for place in link.targets:
         for k, p in enumerate(sink.pieces[place.tensor]):
-            targets.append((Piece(p.file, p.begin, place.box(p.box, len(shape))), (place.tensor, k)))
+            targets.append((p._replace(box=place.box(p.box, len(shape))), (place.tensor, k)))
     pieces = tuple(p for p, _ in targets)
     transfer = Transfer(
         link.targets[0].tensor, link.dtype, link.shape, tuple(sources), pieces, link.target_dtype, link.rearrange, link.exact
@@ -315,19 +338,21 @@ class _Keeper:
     output: Output
     progress: Progress
     crcs: dict[int, tuple[tuple[int, ...], ...]]
+    total: int = 0
     bytes_done: int = 0
     bytes_kept: int = 0
     fresh: dict[str, Any] = field(default_factory=dict)
     kept_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        self.total = self.work.nbytes
         self.bytes_done = sum(self.work.transfers[k].nbytes for k in self.crcs)
 
     def done(self, index: int, rows: tuple[tuple[int, ...], ...]) -> None:
         self.crcs[index] = rows
         self.fresh[str(index)] = rows
         self.bytes_done += self.work.transfers[index].nbytes
-        self.progress(self.bytes_done, self.work.nbytes)
+        self.progress(self.bytes_done, self.total)
         if self.bytes_done - self.bytes_kept >= SYNC_BYTES or time.monotonic() - self.kept_at >= SYNC_SECONDS:
             self.output.sync()
             self.partial.record(self.fresh)

@@ -106,7 +106,7 @@ def pack(groups: Sequence[tuple[str, list[Slot]]], tensors: Tensors, *, sharded:
         header, begins, size = build_header(((s.key, s.dtype, s.box.size) for s in slots), _metadata(slots, sharded))
         files.append(NewFile(name, header, size))
         for slot, begin in zip(slots, begins, strict=True):
-            pieces[slot.tensor].append(Piece(index, begin, slot.box))
+            pieces[slot.tensor].append(Piece(slot.box, index, begin))
     return Sink(tuple(files), {name: tuple(rows) for name, rows in pieces.items()})
 
 

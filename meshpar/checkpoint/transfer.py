@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from typing import NamedTuple, Protocol
+from zlib import crc32
 
 import numpy as np
 
@@ -28,19 +29,14 @@ from meshpar.checkpoint.boxes import Box, intersect, volume, whole
 from meshpar.checkpoint.casts import Array, cast, word
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import BLOCK, ITEMSIZE, BlockCrc, Disk
+from meshpar.checkpoint.manifest import Chunk
 
 ZERO = -1  # the file of a piece that is all zeros: read from nowhere, checked and dropped when it is a target
 SLAB = 4 << 20
 MIN_MEMORY = 1 << 20
 
 
-class Piece(NamedTuple):
-    """A box whose bytes lie row-major in a file from `begin` on, with the checksums of its blocks where known."""
-
-    file: int
-    begin: int
-    box: Box
-    crcs: tuple[int, ...] = ()
+Piece = Chunk  # a box whose bytes lie row-major in a file, in the space of a transfer instead of that of a tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +117,10 @@ Done = Callable[[int, tuple[tuple[int, ...], ...]], None]
 class _State:
     """A transfer on its way: the running checksums of its pieces, and how many slabs are left."""
 
-    __slots__ = ("index", "left", "source_crc", "target_crc", "transfer")
+    __slots__ = ("index", "left", "source_crc", "target_crc", "transfer", "whole")
 
     def __init__(self, index: int, transfer: Transfer, slabs: int) -> None:
-        self.index, self.transfer, self.left = index, transfer, slabs
+        self.index, self.transfer, self.left, self.whole = index, transfer, slabs, slabs == 1
         self.source_crc: dict[int, BlockCrc] = {}
         self.target_crc: list[tuple[int, ...] | BlockCrc | None] = [None] * len(transfer.targets)
 
@@ -363,7 +359,10 @@ class _Worker:
         piece = part.state.transfer.sources[part.piece]
         if not self._options.verify or not piece.crcs:
             return None
-        full = part.box == piece.box
+        full = part.box is piece.box or part.box == piece.box
+        if full and part.nbytes <= self._options.source_block:
+            found: tuple[int, ...] = (crc32(view),) if part.nbytes else ()
+            return self._matching(part, piece, found)
         running = (
             BlockCrc(self._options.source_block)
             if full
@@ -372,10 +371,14 @@ class _Worker:
         running.feed(view)
         if part.offset + part.nbytes < piece.begin + volume(piece.box.size) * ITEMSIZE[part.state.transfer.dtype]:
             return None
-        found = running.finish()
+        used = self._matching(part, piece, running.finish())
+        return used if full else None
+
+    def _matching(self, part: _Part, piece: Piece, found: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The checksums found, if they are the recorded ones and can be used for the target as well."""
         if found != piece.crcs:
             _mismatch(self._m.source.name(piece.file), part.state.transfer.name, piece, found, self._options.source_block)
-        return found if full and self._options.source_block == BLOCK else None
+        return found if self._options.source_block == BLOCK else None
 
     def _assemble(
         self, t: Transfer, part: _Part, held: Sequence[tuple[Box, memoryview, tuple[int, ...] | None]]
@@ -384,12 +387,12 @@ class _Worker:
         if t.dtype == t.target_dtype:
             if len(held) == 1 and held[0][0] == part.box:
                 return [held[0][1]], held[0][2]
-            shared = _shared(part.box, held)
+            shared = _shared(part.box, held, part.state.whole and len(t.targets) == 1)
             direct = _direct(part.box, shared, ITEMSIZE[t.dtype])
             if direct is not None:
                 return direct, None
         else:
-            shared = _shared(part.box, held)
+            shared = _shared(part.box, held, part.state.whole and len(t.targets) == 1)
         view = self._out.take(part.nbytes, part.offset)
         target = np.frombuffer(view, word(t.target_dtype)).reshape(part.box.size)
         for both, box, data in shared:
@@ -489,10 +492,12 @@ class _Buffer:
 
 def _parts(state: _State, pieces: Sequence[Piece], itemsize: int, slab: Box) -> list[_Part]:
     """The stretches of pieces that lie in a slab."""
+    if state.whole:
+        return [_Part(p.file, p.begin, volume(p.box.size) * itemsize, state, k, p.box) for k, p in enumerate(pieces)]
     out = []
     for index, piece in enumerate(pieces):
         box = piece.box
-        shared = box if len(pieces) == 1 and box.size == slab.size else intersect(box, slab)
+        shared = intersect(box, slab)
         if shared is None:
             continue
         offset, stride = 0, itemsize
@@ -503,7 +508,12 @@ def _parts(state: _State, pieces: Sequence[Piece], itemsize: int, slab: Box) -> 
     return out
 
 
-def _shared(target: Box, held: Sequence[tuple[Box, memoryview, tuple[int, ...] | None]]) -> list[tuple[Box, Box, memoryview]]:
+def _shared(
+    target: Box, held: Sequence[tuple[Box, memoryview, tuple[int, ...] | None]], whole_target: bool
+) -> list[tuple[Box, Box, memoryview]]:
+    """What the target stretch shares with each source stretch; all of each, where the target is the whole slab."""
+    if whole_target:
+        return [(box, box, view) for box, view, _ in held]
     out = []
     for box, view, _ in held:
         both = intersect(target, box)
@@ -516,9 +526,9 @@ def _direct(target: Box, shared: list[tuple[Box, Box, memoryview]], itemsize: in
     """The target's bytes as stretches of the source buffers, in order, or None when rows interleave."""
     out = []
     for both, box, view in shared:
-        if not (_one_stretch(both, box) and _one_stretch(both, target)):
+        if not ((both is box or _one_stretch(both, box)) and _one_stretch(both, target)):
             return None
-        start = _position(both, box) * itemsize
+        start = _position(both, box) * itemsize if both is not box else 0
         out.append((_position(both, target), view[start : start + volume(both.size) * itemsize]))
     return [view for _, view in sorted(out, key=lambda row: row[0])]
 
