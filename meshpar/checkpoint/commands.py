@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from meshpar.checkpoint import convert, dcp, inspection
-from meshpar.checkpoint import reshard as resharding
+from meshpar.checkpoint import convert, dcp, inspection, resharding
 from meshpar.checkpoint.casts import parse_dtype
 from meshpar.checkpoint.partial import storage_errors
 from meshpar.checkpoint.transfer import Options

@@ -12,7 +12,7 @@ from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.inspection import first_difference
 from meshpar.checkpoint.keymap import Mapped
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
-from meshpar.checkpoint.reshard import Progress, Report, build, divide, execute, new_target, single_targets, uncollected, with_dtype
+from meshpar.checkpoint.resharding import Progress, Report, build, divide, execute, new_target, single_targets, uncollected, with_dtype
 from meshpar.checkpoint.sink import folder_sink, rank_sink
 from meshpar.checkpoint.transfer import Options
 from meshpar.errors import ConfigError

@@ -29,7 +29,7 @@ from meshpar.checkpoint.manifest import Chunk, FileRecord, Manifest, Stored
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
 from meshpar.checkpoint.partial import writing
 from meshpar.checkpoint.reading import Reader
-from meshpar.checkpoint.reshard import Progress, Report, build, divide, execute, new_target, uncollected, with_dtype
+from meshpar.checkpoint.resharding import Progress, Report, build, divide, execute, new_target, uncollected, with_dtype
 from meshpar.checkpoint.sink import rank_sink
 from meshpar.checkpoint.transfer import Options, slabs
 from meshpar.errors import ConfigError

@@ -13,7 +13,7 @@ from meshpar.checkpoint.convert import from_hf, to_hf
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.inspection import diff, verify
 from meshpar.checkpoint.opened import INDEX, open_checkpoint
-from meshpar.checkpoint.reshard import reshard
+from meshpar.checkpoint.resharding import reshard
 from meshpar.errors import ConfigError
 from tests.checkpoint.making import bits, load, same, sample, save, save_folder
 
@@ -68,7 +68,7 @@ def test_an_index_that_contradicts_its_files_is_refused(tmp_path: Path) -> None:
         "not accepted as a file name": good | {"w0": "../x.safetensors"},
         "not accepted as a file": good | {"w0": "/etc/passwd"},
         "not accepted as a": good | {"w0": 3},
-        "is missing": good | {"w0": "model-00009.safetensors"},
+        "is missing": good | {"w9": "model-00009.safetensors"},
         "has no weight_map": {},
         "mixes two exports": good | {"w0": good["w1"]},
     }

@@ -16,7 +16,7 @@ from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.inspection import diff, verify
 from meshpar.checkpoint.manifest import read as read_manifest
-from meshpar.checkpoint.reshard import reshard
+from meshpar.checkpoint.resharding import reshard
 from meshpar.checkpoint.transfer import Options
 from meshpar.errors import ConfigError
 from tests.checkpoint.making import load, same, sample, save

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from meshpar.checkpoint import reshard as resharding
+from meshpar.checkpoint import resharding
 from meshpar.checkpoint.convert import from_hf, to_hf
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError, StorageError
 from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.inspection import diff, gc, ls, verify
 from meshpar.checkpoint.manifest import MANIFEST
 from meshpar.checkpoint.partial import writing
-from meshpar.checkpoint.reshard import reshard
+from meshpar.checkpoint.resharding import reshard
 from meshpar.checkpoint.transfer import Options
 from tests.checkpoint.making import CountingDisk, bits, flip, kill, load, no_space, same, sample, save, save_folder
 

@@ -11,7 +11,7 @@ from meshpar.checkpoint import keymap
 from meshpar.checkpoint.convert import from_hf, to_hf
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.inspection import diff, inspect
-from meshpar.checkpoint.reshard import reshard
+from meshpar.checkpoint.resharding import reshard
 from meshpar.checkpoint.transfer import Options
 from meshpar.errors import ConfigError
 from tests.checkpoint.making import Array, Tensors, bits, load, same, save, save_folder

@@ -18,7 +18,7 @@ from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.inspection import verify
 from meshpar.checkpoint.manifest import read as read_manifest
 from meshpar.checkpoint.partial import writing
-from meshpar.checkpoint.reshard import reshard
+from meshpar.checkpoint.resharding import reshard
 from meshpar.checkpoint.writer import Local, PerRank, finish, merge, rank_tensor, write_rank
 from meshpar.sharding.types import Shard, plain
 from tests.checkpoint.making import Array, CountingDisk, bits, flip, load, no_space, same, save, save_folder, save_safetensors

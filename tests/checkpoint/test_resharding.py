@@ -20,7 +20,7 @@ from meshpar.checkpoint.inspection import diff, inspect, verify
 from meshpar.checkpoint.manifest import read as read_manifest
 from meshpar.checkpoint.opened import open_checkpoint
 from meshpar.checkpoint.reading import Reader
-from meshpar.checkpoint.reshard import reshard
+from meshpar.checkpoint.resharding import reshard
 from meshpar.checkpoint.transfer import Options, slabs
 from meshpar.errors import ConfigError
 from meshpar.sharding.types import Shard, plain
