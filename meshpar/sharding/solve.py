@@ -215,9 +215,14 @@ class _Solver:
                 if one is not None:
                     for unit in self._units_using(node):
                         mine = found.setdefault(unit, {})
-                        mine.update((leaf, None) for leaf in self.inference.extents.leaves(one) if leaf not in carried)
+                        mine.update(dict.fromkeys(self._outermost(one, carried)))
         units = set(self.units.values())
         return {u: tuple(dict.fromkeys([*found.get(u, {}), *sequence])) for u in units}
+
+    def _outermost(self, one: int, carried: set[int]) -> list[int]:
+        """The outermost factor along which a parameter's dim can be cut: heads rather than what is inside a head."""
+        leaves = (leaf for leaf in self.inference.extents.leaves(one) if leaf not in carried)
+        return [leaf for leaf in leaves if self._shard(0, one, leaf) is not None][:1]
 
     def _units_using(self, node: fx.Node) -> set[str | None]:
         return {self.units[u] for u in node.users if u in self.units}
