@@ -205,7 +205,8 @@ def verify(
             seed=seed,
             tolerance=tolerance,
         )
-        print(report)
+        if _is_first():
+            print(report)
         raise typer.Exit(0 if report.ok else 1)
 
 
@@ -239,6 +240,13 @@ def _rules(given: list[str] | None) -> dict[str, str]:
             raise ConfigError(f"--rule {text}: write PATTERN=WHERE, such as '*.q_proj.weight=tp:0' or '*.bias=replicate'.")
         rules[pattern] = where
     return rules
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all: rank 0, or the only one."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @contextmanager

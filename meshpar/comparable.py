@@ -51,7 +51,7 @@ def without_noise(model: nn.Module) -> nn.Module:
     seen: set[int] = set()
     for module in model.modules():
         if type(module).__module__ == nn.Dropout.__module__ and isinstance(getattr(module, "p", None), float):
-            module.p = 0.0
+            setattr(module, "p", 0.0)  # noqa: B010  (a plain attribute, whatever nn.Module says)
         for value in (module, *vars(module).values()):
             _silence(value, seen, depth=3)
     return model

@@ -100,7 +100,11 @@ def run(demo: Demo) -> Comparison | None:
     sizes = parse_mesh(demo.mesh)
     _check(demo, sizes)
     if launch.launched():
-        return train(demo)
+        try:
+            return train(demo)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
     world = prod(sizes.values())
     print(f"starting {world} local rank{'s' if world > 1 else ''} as {format_mesh(sizes)} (gloo, one thread each)", flush=True)
     found: Comparison | None = launch.run(train, demo, world=world)[0]

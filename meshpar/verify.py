@@ -322,7 +322,7 @@ def _gradient_distances(pm: ParallelModel, reference: _Reference) -> dict[str, f
             found[name] = 0.0 if wanted is None or not wanted.any() else inf
             continue
         wanted = torch.zeros_like(reference.parameters[name]) if wanted is None else wanted
-        found[name] = max(_distance(a, b, wanted, floor) for a, b in _pairs(grad, parameter, wanted, lambda p=parameter: full_grad(p)))
+        found[name] = max(_distance(a, b, wanted, floor) for a, b in _pairs(grad, parameter, wanted, full_grad))
     return found | _missing(reference.gradients, found)
 
 
@@ -330,8 +330,7 @@ def _parameter_distances(pm: ParallelModel, reference: _Reference) -> dict[str, 
     found = {}
     for name, parameter in pm.named_parameters():
         wanted = reference.parameters[name]
-        pairs = _pairs(parameter, parameter, wanted, lambda p=parameter: full_tensor(p))
-        found[name] = max(_distance(a, b, wanted, LEARNING_RATE) for a, b in pairs)
+        found[name] = max(_distance(a, b, wanted, LEARNING_RATE) for a, b in _pairs(parameter, parameter, wanted, full_tensor))
     return found | _missing(reference.parameters, found)
 
 
@@ -350,16 +349,16 @@ def _missing(wanted: Mapping[str, Any], found: Mapping[str, float]) -> dict[str,
 
 
 def _pairs(
-    tensor: torch.Tensor, parameter: torch.Tensor, wanted: torch.Tensor, whole: Callable[[], torch.Tensor | None]
+    tensor: torch.Tensor, parameter: torch.Tensor, wanted: torch.Tensor, whole: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(What is there, what should be): this rank's whole, or every simulated rank's own part, so that no copy goes unseen."""
     if not is_simulated():
-        full = whole()
+        full = whole(parameter)
         assert full is not None
         yield full, wanted
         return
     spec = spec_of(parameter)
-    assert isinstance(parameter, DTensor) and spec is not None
+    assert isinstance(parameter, DTensor) and isinstance(tensor, DTensor) and spec is not None
     parts = local_tensors(local_of(tensor))
     with maybe_disable_local_tensor_mode():
         grid = parameter.device_mesh.mesh

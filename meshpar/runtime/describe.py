@@ -324,27 +324,34 @@ def _communication(plan: Plan) -> list[str]:
         by_region[comm.region].append(comm)
     if not by_region:
         return ["Communication: none within a forward and backward"]
-    lists: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    alike: dict[tuple[str, _Traffic], list[str]] = defaultdict(list)
     for region, comms in by_region.items():
-        totals: dict[tuple[str, str, str], list[float]] = {}
-        for comm in comms:
-            total = totals.setdefault((comm.axis or TENSOR, comm.phase, comm.kind), [0, 0.0])
-            total[0] += comm.count
-            total[1] += comm.count * comm.nbytes
-        key = tuple(
-            (*where, int(n), size) for where, (n, size) in sorted(totals.items(), key=lambda t: (t[0][0], t[0][1] != "forward", t[0][2]))
-        )
-        lists[(_pattern(region + ".").rstrip("."), key)].append(region)
+        alike[_pattern(region), _traffic(comms)].append(region)
     cells = [("block", "axis", "phase", "collective", "times", "sent by a rank")]
-    shared = Counter(key[0] for key in lists)
-    for (pattern, key), regions in lists.items():
-        name = (str(pattern) if shared[pattern] == 1 else _enumerated(regions)) if len(regions) > 1 else regions[0]
-        label = f"{name}, each of {len(regions)}" if len(regions) > 1 else name or "outside of blocks"
-        for axis, phase, kind, times, size in key:  # type: ignore[attr-defined]
+    shared = Counter(pattern for pattern, _ in alike)
+    for (pattern, traffic), regions in alike.items():
+        label = regions[0] or "outside of blocks"
+        if len(regions) > 1:
+            label = f"{pattern if shared[pattern] == 1 else _enumerated(regions)}, each of {len(regions)}"
+        for axis, phase, kind, times, size in traffic:
             cells.append((label, axis, phase, kind.replace("_", "-"), str(times), count(size, "B")))
             label = ""
     total = sum(c.count * c.nbytes for c in plan.ledger)
     return [f"Communication of one microbatch: {count(total, 'B')} sent by a rank", *table(cells, right=(4, 5)), *_data_parallel(plan)]
+
+
+_Traffic = tuple[tuple[str, str, str, int, float], ...]
+"""(axis, phase, kind, how often, bytes)."""
+
+
+def _traffic(comms: Sequence[Comm]) -> _Traffic:
+    times: Counter[tuple[str, str, str]] = Counter()
+    sizes: dict[tuple[str, str, str], float] = defaultdict(float)
+    for comm in comms:
+        where = (comm.axis or TENSOR, comm.phase, comm.kind)
+        times[where] += comm.count
+        sizes[where] += comm.count * comm.nbytes
+    return tuple((*where, times[where], sizes[where]) for where in sorted(times, key=lambda w: (w[0], w[1] != "forward", w[2])))
 
 
 def _data_parallel(plan: Plan) -> list[str]:
