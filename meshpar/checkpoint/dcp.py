@@ -22,6 +22,7 @@ from typing import Any
 from meshpar.checkpoint import keymap as keymaps
 from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.boxes import Box, volume
+from meshpar.checkpoint.casts import TORCH_DTYPES
 from meshpar.checkpoint.division import Grid
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import ITEMSIZE, Disk, check_name, check_tensor_name
@@ -36,27 +37,6 @@ from meshpar.errors import ConfigError
 
 METADATA = ".metadata"
 _MAX_METADATA = 1 << 30
-_DTYPES: Mapping[str, str] = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "int16": "I16",
-    "uint16": "U16",
-    "int32": "I32",
-    "uint32": "U32",
-    "int64": "I64",
-    "uint64": "U64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}
 _STORAGES = "Bool Byte Char Short Int Long Half BFloat16 Float Double ComplexFloat Untyped"
 
 
@@ -150,8 +130,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._known:
             return self._known[module, name]
-        if self._known is _KNOWN and module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
+        if self._known is _KNOWN and module == "torch" and name in TORCH_DTYPES:
+            return TORCH_DTYPES[name]
         if self._known is _KNOWN and module in ("torch", "torch.storage") and name.removesuffix("Storage") in _STORAGES.split():
             return name
         raise CorruptError(f"{self._where}: the pickle asks for {module}.{name}, which is refused.")
@@ -424,7 +404,7 @@ def _write_dcp(opened: Checkpoint, root: Path, files: int, prefix: str, options:
         with Reader(opened, disk) as reader:
             for name, stored in m.tensors.items():
                 fqn = prefix + name if stored.kind == "model" else name
-                dtype = getattr(torch, next(t for t, s in _DTYPES.items() if s == stored.dtype))
+                dtype = getattr(torch, next(t for t, s in TORCH_DTYPES.items() if s == stored.dtype))
                 chunks: list[meta.ChunkStorageMetadata] = []
                 for k, box in _dcp_boxes(stored, options):
                     data, k = _archive(reader, name, box, dtype), k % files
