@@ -11,6 +11,7 @@ from .runtime.model import ParallelModel
 from .runtime.parameters import full_grad, full_tensor
 from .sharding.rules import add_rule
 from .simulate import simulate
+from .verify import Report, VerificationError, verify
 
 __all__ = [
     "BatchError",
@@ -24,6 +25,8 @@ __all__ = [
     "PlanError",
     "Precision",
     "RankError",
+    "Report",
+    "VerificationError",
     "add_rule",
     "clip_grad_norm_",
     "data_rank",
@@ -35,4 +38,5 @@ __all__ = [
     "parallelize",
     "rank_grid",
     "simulate",
+    "verify",
 ]

@@ -1,0 +1,60 @@
+"""Loss, every gradient, gradient norm and optimizer steps against one device: many architectures, no model known to the package."""
+
+from __future__ import annotations
+
+import pytest
+
+import meshpar as mp
+from tests.models import plain, text, tiny
+
+CAUSAL = (
+    "llama gpt2 gpt_neox qwen3 gemma2 olmo2 bloom opt phi3 falcon gptj mpt stablelm starcoder2 cohere bart mamba mixtral deepseek_v3".split()
+)
+PLAIN = "gpt gpt_kv2 encoder_decoder vit mixer".split()
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_language_models_over_data_and_tensor_axes(name: str) -> None:
+    mp.verify(tiny(name), "dp=2,tp=2", text(), steps=3).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", "llama gpt2 gemma2 falcon mamba mixtral deepseek_v3".split())
+def test_language_models_without_sequence_parallelism(name: str) -> None:
+    mp.verify(tiny(name), "tp=2", text(), config=mp.ParallelConfig(sequence_parallel=False)).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "falcon"])
+def test_fewer_key_value_heads_than_ranks(name: str) -> None:
+    changes = {"num_kv_heads": 2, "new_decoder_architecture": True} if name == "falcon" else {"num_key_value_heads": 2}
+    mp.verify(tiny(name, **changes), "tp=4", text()).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_models(name: str) -> None:
+    model, batch = plain(name)
+    mp.verify(model, "dp=2,tp=2", batch, steps=3).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "contrastive"])
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
+def test_what_mixes_samples_sees_the_global_batch(name: str, mesh: str) -> None:
+    model, batch = plain(name)
+    mp.verify(model, mesh, batch, steps=3).raise_if_failed()
+
+
+def test_float32_is_exact_to_its_rounding() -> None:
+    import torch
+
+    mp.verify(tiny("llama"), "dp=2,tp=2", text(), dtype=torch.float32).raise_if_failed()
+
+
+@pytest.mark.parametrize(("heads", "kv", "mesh"), [(6, 6, "tp=4"), (6, 3, "tp=2"), (4, 1, "tp=4"), (5, 5, "tp=2")])
+def test_heads_that_do_not_divide_are_cut_inside_or_left_whole(heads: int, kv: int, mesh: str) -> None:
+    model = tiny("llama", hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=30)
+    mp.verify(model, mesh, text(length=13)).raise_if_failed()
+
+
+def test_microbatches_of_uneven_label_counts() -> None:
+    model, batch = plain("gpt")
+    mp.verify(model, "dp=2", batch, config=mp.ParallelConfig(microbatches=2)).raise_if_failed()
+    mp.verify(model, "tp=2", batch, config=mp.ParallelConfig(microbatches=4)).raise_if_failed()
