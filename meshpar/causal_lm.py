@@ -24,7 +24,7 @@ VOCABULARY = 256
 class Sizes:
     """What a small model is made of. Settings a model type does not have are left out, others keep their defaults."""
 
-    layers: int = 4
+    layers: int = 3
     hidden: int = 128
     heads: int = 8
     kv_heads: int = 4
