@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .config import ParallelConfig
 from .errors import ConfigError
-from .mesh import agree, check_batch, check_mesh
+from .mesh import agree, check_batch, check_mesh, mesh_sizes
 from .plan import ParameterPlan, Plan
 from .runtime import place
 from .runtime.blocks import Block, Tree
@@ -45,10 +45,10 @@ def parallelize(
 ) -> ParallelModel:
     """A module that trains `model` over all axes of `mesh` and computes the same function, gradients included.
 
-    `example`: one data rank's local batch, keyword arguments as a dict or positional ones as a tuple; may be left out when the model offers
-    `dummy_inputs`. `rules`: pattern of parameter names -> "tp:DIM" or "replicate", constraints on the solver. `plan`: an earlier plan for the
-    same graph and mesh, obeyed as it is. `loss_fn(output, batch)`: the loss, where the model returns none. `weights`: safetensors to fill a
-    model built on `meta` from; each rank reads only its bytes. The given model is left as it is.
+    `example`: one data rank's local batch, keyword arguments as a dict or positional ones as a tuple; may be left out when the model
+    offers `dummy_inputs`. `rules`: pattern of parameter names -> "tp:DIM" or "replicate", constraints on the solver. `plan`: an earlier
+    plan for the same graph and mesh, obeyed as it is. `loss_fn(output, batch)`: the loss, where the model returns none. `weights`:
+    safetensors to fill a model built on `meta` from; each rank reads only its bytes. The given model is left as it is.
 
     Raises ConfigError, CaptureError, PlanError or BatchError before anything is allocated.
 
@@ -57,6 +57,7 @@ def parallelize(
         loss = pm.train_step(**batch)
     """
     check_mesh(mesh)
+    _check_supported(mesh)
     config = config or ParallelConfig()
     args, kwargs = _example(model, example)
     together = Together(mesh)
@@ -86,13 +87,19 @@ def _parallelize(
     return built
 
 
+def _check_supported(mesh: DeviceMesh) -> None:
+    missing = [name for name, size in mesh_sizes(mesh).items() if name in ("pp", "cp", "ep") and size > 1]
+    if missing:
+        raise ConfigError(f"parallelize does not support the axes {', '.join(missing)} yet; use dp (or dp_replicate, dp_shard) and tp.")
+
+
 def _example(model: nn.Module, example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if example is None:
         example = getattr(model, "dummy_inputs", None)
         if example is None:
             raise ConfigError(
-                f"{type(model).__name__} needs an example batch to be captured: pass example=batch, the keyword arguments (a dict) or positional "
-                f"ones (a tuple) of one data rank's local batch."
+                f"{type(model).__name__} needs an example batch to be captured: pass example=batch, the keyword arguments (a dict) or "
+                f"positional ones (a tuple) of one data rank's local batch."
             )
     if isinstance(example, Mapping):
         return (), dict(example)

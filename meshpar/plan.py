@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -137,15 +137,15 @@ class Plan:
                     AxisPlan(
                         a["axis"],
                         a["size"],
-                        {n: NodePlan(_untypes(u), _untypes(o), w, _untypes(h)) for n, (u, o, w, h) in a["nodes"].items()},  # type: ignore[arg-type]
-                        _untypes(a["outputs"]),  # type: ignore[arg-type]
+                        {n: NodePlan(_untypes(u), _untypes(o), w, _handed(h)) for n, (u, o, w, h) in a["nodes"].items()},
+                        _untypes(a["outputs"]),
                     )
                     for a in body["axes"]
                 ),
                 {
                     n: ParameterPlan(tuple(s), d, t, {k: _untype(v) for k, v in p.items()}, w)
                     for n, (s, d, t, p, w) in body["parameters"].items()
-                },  # type: ignore[misc]
+                },
                 body["options"],
                 tuple(Comm(*c) for c in body["ledger"]),
                 tuple(body["notes"]),
@@ -173,18 +173,20 @@ def _type(type_: Type | None) -> Any:
     return None if type_ is None else _LETTERS[type(type_)]
 
 
-def _types(types: tuple[Type | None, ...]) -> list[Any]:
+def _types(types: Sequence[Type | None]) -> list[Any]:
     return [_type(t) for t in types]
 
 
-def _untype(value: Any) -> Type | None:
-    if value is None:
-        return None
+def _untype(value: Any) -> Type:
     if isinstance(value, str):
         return _SINGLE[value]
     dim, repeat, segments = value
     return Shard(dim, repeat, tuple((u, s) for u, s in segments))
 
 
-def _untypes(values: list[Any]) -> tuple[Type | None, ...]:
+def _untypes(values: list[Any]) -> tuple[Type, ...]:
     return tuple(_untype(v) for v in values)
+
+
+def _handed(values: list[Any]) -> tuple[Type | None, ...]:
+    return tuple(None if v is None else _untype(v) for v in values)

@@ -22,7 +22,7 @@ from .data_parallel import DataParallel
 from .describe import explain
 from .failures import Together
 from .memory import MemoryReport, memory
-from .program import Program, Programs, flatten, restore
+from .program import Program, Programs, Signature, flatten, restore
 
 
 class ParallelModel(nn.Module):
@@ -31,10 +31,17 @@ class ParallelModel(nn.Module):
     Parameters are DTensors under the original names with global shapes; plain torch optimizers work on them. Every data rank passes its own
     local batch, ranks that share a data coordinate pass the same one.
 
-        loss = pm.train_step(**batch)        forward and backward, gradients summed over the mesh; the loss of the global batch on every rank
+        loss = pm.train_step(**batch)        forward and backward, gradients summed over the mesh; the loss of the global batch
         loss = pm.eval_step(**batch)         the same loss without gradients
         out  = pm(**batch)                   the model's own output; tensors that are cut are DTensors; out.loss.backward() works
     """
+
+    # Written past nn.Module's own bookkeeping, which would take them for submodules.
+    _tree: Tree
+    _data: DataParallel
+    _programs: dict[tuple[Signature, int], Program]
+    _checked: set[tuple[Signature, int]]
+    _together: Together
 
     def __init__(
         self,
@@ -58,7 +65,7 @@ class ParallelModel(nn.Module):
         self._first = first
         self.training = first.signature.training
 
-    # -- running ----------------------------------------------------------------------------------------------------------------------------
+    # -- running ---------------------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output for this rank's local batch. The loss is that of the global batch."""
@@ -110,7 +117,7 @@ class ParallelModel(nn.Module):
         self.random.advance()
         return total
 
-    def _random_key(self, program: Program, microbatch: int) -> tuple[int, ...]:
+    def _random_key(self, program: Program, microbatch: int) -> tuple[Any, ...]:
         return (self.random.key(microbatch),) if program.is_random else ()
 
     def _microbatches(self, program: Program, tensors: list[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
@@ -153,7 +160,7 @@ class ParallelModel(nn.Module):
         for name in self.mesh.mesh_dim_names or ():
             found = types.get("tp" if name == "tp" else "dp")
             placements.append(ShardPlacement(found.dim) if isinstance(found, Shard) else Replicate())
-        info = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index].meta["info"]  # type: ignore[index, union-attr]
+        info = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index].meta["info"]
         strides, step = [], 1
         for n in reversed(info.shape):
             strides.append(step)
@@ -162,7 +169,7 @@ class ParallelModel(nn.Module):
             value, self.mesh, placements, run_check=False, shape=torch.Size(info.shape), stride=tuple(reversed(strides))
         )
 
-    # -- looking ----------------------------------------------------------------------------------------------------------------------------
+    # -- looking ---------------------------------------------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
@@ -174,7 +181,7 @@ class ParallelModel(nn.Module):
         return self.plan.comms()
 
     def explain(self) -> str:
-        """The plan in words: placements and the reasons for them, communication, repeated work. A string that notebooks show as it reads."""
+        """The plan in words: placements and the reasons for them, communication, repeated work."""
         program = self._first
         return explain(self.plan, program.graph, inlined=inlined(self._tree), averaged=program.averaged, dropped=program.captured.dropped)
 

@@ -53,7 +53,10 @@ def fill(parameter: nn.Parameter, value: torch.Tensor | Lazy) -> None:
 
 
 def part_of(parameter: torch.Tensor) -> Ranges:
-    """Which ranges of the whole tensor this rank holds, as (dim, start, stop): first what its layout cuts, then what data parallelism does."""
+    """Which ranges of the whole tensor this rank holds, as (dim, start, stop).
+
+    Its layout cuts first, data parallelism cuts what is left.
+    """
     spec = spec_of(parameter)
     assert spec is not None and isinstance(parameter, DTensor) and not is_simulated()
     mesh = parameter.device_mesh
