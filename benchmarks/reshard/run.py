@@ -167,11 +167,13 @@ def bench(size: float, rounds: int, workers: int, root: Path, only: list[str]) -
 
 def memory(source: Path, target: Path, unstack: bool, workers: int) -> float:
     code = (
-        "import resource,sys;sys.path.insert(0,sys.argv[1])\n"
+        "import sys;sys.path.insert(0,sys.argv[1])\n"
         "from meshpar.checkpoint.convert import to_hf\nfrom meshpar.checkpoint.transfer import Options\n"
-        "base=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "def status(key): return int(next(r for r in open('/proc/self/status') if r.startswith(key)).split()[1])\n"
+        "open('/proc/self/clear_refs','w').write('5')\n"  # the peak counts from here
+        "base=status('VmRSS')\n"
         "to_hf(sys.argv[2],sys.argv[3],unstack=sys.argv[4]=='1',options=Options(workers=int(sys.argv[5])))\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)/1024)"
+        "print((status('VmHWM')-base)/1024)"
     )
     command = [sys.executable, "-c", code, str(ROOT), str(source), str(target), str(int(unstack)), str(workers)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

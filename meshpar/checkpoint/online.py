@@ -154,8 +154,9 @@ def load(
 ) -> Loaded:
     """Fill this rank's tensors, in place, from a checkpoint saved on any mesh. Collective; every block read is checked.
 
-    `missing` (asked for, not stored) and `unexpected` (stored among `kinds`, asked for by no rank) are "error" or "skip"; `dtype` is "error"
-    or "cast" (which still refuses to make infinities). Nothing is overwritten before all names, shapes and dtypes of all ranks were checked.
+    `missing` (asked for, not stored) and `unexpected` (stored among `kinds`, asked for by no rank) are "error" or "skip"; `dtype` is
+    "error" or "cast" (which still refuses to make infinities). Nothing is overwritten before the names, shapes and dtypes of all ranks
+    were checked.
     """
     for name, mode, modes in (
         ("missing", missing, ("error", "skip")),
@@ -249,19 +250,25 @@ def cuts_of(tensor: torch.Tensor) -> list[tuple[str, Shard, int, int]]:
     if not isinstance(tensor, DTensor):
         return []
     mesh, spec = tensor.device_mesh, spec_of(tensor)
+    placements: Sequence[Any] = tensor.placements
     names = mesh.mesh_dim_names or tuple(f"axis{k}" for k in range(mesh.ndim))
-    rows = [(names[k], p, mesh.size(k), mesh.get_local_rank(k)) for k, p in enumerate(tensor.placements)]
+    rows = [(names[k], p, mesh.size(k), mesh.get_local_rank(k)) for k, p in enumerate(placements)]
     place = {name: (size, rank) for name, _, size, rank in rows}
     if spec is not None:
         known = [(axis, shard, *place[axis]) for axis, shard in spec.shards() if axis in place]
-        rest = [(n, plain(p.dim, tensor.shape[p.dim]), s, r) for n, p, s, r in rows if _is_cut(p) and n not in dict(spec.shards())]
+        rest = [
+            (n, plain(p.dim % tensor.ndim, int(tensor.shape[p.dim])), s, r)
+            for n, p, s, r in rows
+            if _is_cut(p) and n not in dict(spec.shards())
+        ]
         return known + rest
     late: list[tuple[str, Shard, int, int]] = []
     out: list[tuple[str, Shard, int, int]] = []
     for k, (name, p, size, rank) in enumerate(rows):
         if not _is_cut(p):
             continue
-        dim, length = p.dim % tensor.ndim, tensor.shape[p.dim]
+        dim = p.dim % tensor.ndim
+        length = int(tensor.shape[dim])
         if isinstance(p, StridedShard):
             after = [s for _, q, s, _ in rows[k + 1 :] if _is_cut(q) and q.dim % tensor.ndim == dim]
             if after and int(np.prod(after)) == p.split_factor:

@@ -85,6 +85,12 @@ def test_transpose(tmp_path: Path) -> None:
     assert np.array_equal(got["h.1.fc.weight"][1], tensors["h.1.c_fc.weight"][1].T)
 
 
+def test_a_cycle_of_three_dims_is_not_its_own_inverse(tmp_path: Path) -> None:
+    tensors = {"w": f32(3, 4, 5)}
+    got = there_and_back(tmp_path, tensors, ["w [a b c] -> w [c a b]"])
+    assert np.array_equal(got["w"][1], tensors["w"][1].transpose(2, 0, 1))
+
+
 def test_stacking_into_a_middle_dim_is_a_transpose(tmp_path: Path) -> None:
     tensors = {f"x.{e}": f32(3, 4, seed=e) for e in range(5)}
     got = there_and_back(tmp_path, tensors, ["x.{e} [o i] -> x [o e i]"])

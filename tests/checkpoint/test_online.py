@@ -17,6 +17,7 @@ from meshpar.checkpoint.online import PerRank, load, save
 from meshpar.checkpoint.resharding import reshard
 from meshpar.errors import CheckpointError, RankError
 
+SECONDS = 240.0  # the first run of a pool imports everything
 SHAPES = {"w": (7, 6), "fused": (12, 3), "u": (5, 5), "s": ()}
 
 
@@ -51,13 +52,13 @@ def load_on(path: str, shape: tuple[int, ...]) -> tuple[Any, Any, int]:
 
 
 def test_from_one_mesh_to_others(gloo: Any, tmp_path: Path) -> None:
-    gloo.run(save_on, str(tmp_path / "a"), world=4)
+    gloo.run(save_on, str(tmp_path / "a"), world=4, timeout=SECONDS)
     assert verify(tmp_path / "a").ok
     reshard(tmp_path / "a", tmp_path / "b", "tp=3")
     for name in "ab":
         for shape in ((2,), (2, 2)):
             world = shape[0] if len(shape) == 1 else 4
-            for rank, (equal, values, position) in enumerate(gloo.run(load_on, str(tmp_path / name), shape, world=world)):
+            for rank, (equal, values, position) in enumerate(gloo.run(load_on, str(tmp_path / name), shape, world=world, timeout=SECONDS)):
                 assert equal == dict.fromkeys(SHAPES, True) and values == {"step": 7}
                 assert position == (rank if world == 4 else -1)
 
@@ -84,7 +85,7 @@ def _weight() -> torch.Tensor:
 
 
 def test_fsdp_over_tensor_parallel_rows(gloo: Any, tmp_path: Path) -> None:
-    assert gloo.run(save_sharded_module, str(tmp_path / "a"), world=4) == [True] * 4
+    assert gloo.run(save_sharded_module, str(tmp_path / "a"), world=4, timeout=SECONDS) == [True] * 4
     target = {"weight": torch.zeros(8, 6, dtype=torch.float64)}
     load(tmp_path / "a", target)
     assert torch.equal(target["weight"], _weight())
@@ -102,7 +103,7 @@ def failing_save(path: str) -> str:
 
 
 def test_ranks_that_disagree_all_fail_and_nothing_appears(gloo: Any, tmp_path: Path) -> None:
-    messages = gloo.run(failing_save, str(tmp_path / "a"), world=2)
+    messages = gloo.run(failing_save, str(tmp_path / "a"), world=2, timeout=SECONDS)
     assert all("The value lr is 0.0 on one rank and 0.1 on rank 1" in text for text in messages), messages
     assert list(tmp_path.iterdir()) == []
 
