@@ -271,10 +271,11 @@ def cuts_of(tensor: torch.Tensor) -> list[tuple[str, Shard, int, int]]:
         length = int(tensor.shape[dim])
         if isinstance(p, StridedShard):
             after = [s for _, q, s, _ in rows[k + 1 :] if _is_cut(q) and q.dim % tensor.ndim == dim]
-            if after and int(np.prod(after)) == p.split_factor:
+            parts = int(p.split_factor)
+            if after and int(np.prod(after)) == parts:
                 late.append((name, plain(dim, length), size, rank))
             else:
-                out.append((name, Shard(dim, p.split_factor, ((length // p.split_factor, 1),)), size, rank))
+                out.append((name, Shard(dim, parts, ((length // parts, 1),)), size, rank))
             continue
         out.append((name, plain(dim, length), size, rank))
     return out + late[::-1]
