@@ -176,7 +176,7 @@ def scatter(x: Tensor) -> Tensor:
     size = dist.get_world_size()
     b, s, h = x.shape
     out = x.new_empty((b, s // size, h))
-    dist.reduce_scatter_tensor(out, x.view(b, size, s // size, h).transpose(0, 1).contiguous())
+    dist.reduce_scatter_tensor(out, x.view(b, size, s // size, h).transpose(0, 1).reshape(size * b, s // size, h))
     return out
 
 
