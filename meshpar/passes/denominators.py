@@ -49,7 +49,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
         mapping[node] = new
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     terms = _Terms(graph, microbatches)
-    values = list(output.args[0])  # type: ignore[arg-type]
+    values = list(output.args[0])
     loss = terms.rewrite(values[captured.loss])
     values[captured.loss] = loss
     output.args = (tuple(values),)

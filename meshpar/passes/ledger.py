@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
+from typing import Any
 
 from torch import fx
 
@@ -29,18 +31,11 @@ def _entries(node: fx.Node) -> Iterator[Comm]:
             if kind is not None:
                 yield _comm(node, kind, axis, phase, wire_bytes(kind, info.nbytes, size))
     if node.target is vocab_parallel.cross_entropy:
-        target = node.args[1].meta["info"]  # type: ignore[union-attr]
-        tokens = 1
-        for n in target.shape:
-            tokens *= n
-        where = node.kwargs
-        for found_ in vocab_parallel.cross_entropy_traffic(
-            tokens,
-            node.meta["info"].dtype,
-            where["size"],
-            label_smoothing=where.get("label_smoothing", 0.0),  # type: ignore[arg-type]
-        ):
-            yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), found_.phase, float(found_.nbytes))
+        target: Any = node.args[1]
+        where: dict[str, Any] = node.kwargs
+        tokens, smoothing = prod(target.meta["info"].shape), where.get("label_smoothing", 0.0)
+        for sent in vocab_parallel.cross_entropy_traffic(tokens, node.meta["info"].dtype, where["size"], label_smoothing=smoothing):
+            yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), sent.phase, float(sent.nbytes))
 
 
 def _comm(node: fx.Node, kind: str, axis: str, phase: str, nbytes: float) -> Comm:

@@ -64,7 +64,7 @@ class _Lowering:
                 self._call(node)
         return self.new
 
-    # -- values -------------------------------------------------------------------------------------------------------------------------------
+    # -- values --------------------------------------------------------------------------------------------------------------------------
 
     def _made(self, node: fx.Node, new: fx.Node, plan: NodePlan) -> None:
         """Remember what `new` holds, and convert at once what other blocks will ask for in another type."""
@@ -83,9 +83,9 @@ class _Lowering:
                 self.held[value] = new
         if isinstance(info, tuple):
             self._items(node, new, local)
-        for index, type_ in enumerate(plan.handed):
-            if type_ is not None and (node, index) in self.held:
-                self._as(self._value_node(node, index), type_)
+        for index, handed in enumerate(plan.handed):
+            if handed is not None and (node, index) in self.held:
+                self._as(self._value_node(node, index), handed)
 
     def _items(self, node: fx.Node, new: fx.Node, local: tuple[Info | None, ...]) -> None:
         used = {u.args[1] for u in node.users if u.target is operator.getitem}
@@ -141,10 +141,11 @@ class _Lowering:
     def _where(self) -> dict[str, Any]:
         return {"group": self.axis.group, "size": self.axis.size, "rank": self.axis.rank}
 
-    # -- nodes --------------------------------------------------------------------------------------------------------------------------------
+    # -- nodes ---------------------------------------------------------------------------------------------------------------------------
 
     def _output(self, node: fx.Node) -> None:
-        values = [self._as(v, t) if isinstance(v, fx.Node) else v for v, t in zip(node.args[0], self.plan.outputs, strict=True)]
+        returned: Any = node.args[0]
+        values = [self._as(v, t) if isinstance(v, fx.Node) else v for v, t in zip(returned, self.plan.outputs, strict=True)]
         self.new.output(tuple(values)).meta = dict(node.meta)
 
     def _call(self, node: fx.Node) -> None:
@@ -174,7 +175,7 @@ def _map(value: Any, change: Callable[[fx.Node], fx.Node]) -> Any:
     return value
 
 
-# -- how single operators speak of local sizes ---------------------------------------------------------------------------------------------
+# -- how single operators speak of local sizes -------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -51,6 +51,7 @@ class SeedRandom:
 
     def _seed(self, node: fx.Node, key: fx.Node, number: int) -> None:
         shards = tuple((a.group, a.size, a.rank) for a in self.axes if a.name in node.meta.get("cut", ()))
+        assert callable(node.target)
         target, leading = drawn(node.target)
         node.target = target
         node.args = (*leading, *node.args)

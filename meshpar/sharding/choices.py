@@ -36,8 +36,8 @@ def choices(call: Call, inference: Inference, factors: Iterable[int], size: int,
         found.append(_replicated(call, work + price.launch / 100))
     signature = call.signature
     if signature is not None:
-        for group in signature.linear:
-            found.extend(_partial(call, group, work))
+        for together in signature.linear:
+            found.extend(_partial(call, together, work))
         seen: set[tuple[tuple[Type, ...], tuple[Type, ...]]] = {(c.uses, c.outs) for c in found}
         for factor in factors:
             for group in _groups(call, inference, factor):
@@ -82,7 +82,7 @@ def _groups(call: Call, inference: Inference, factor: int) -> list[frozenset[str
 def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, size: int, work: float) -> Choice | None:
     signature = call.signature
     assert signature is not None
-    uses: list[Type | None] = []
+    uses: list[Type] = []
     held: set[int] = set()
     for index, (labels, info) in enumerate(zip(signature.inputs, call.op.infos, strict=True)):
         type_ = _type(call, inference, labels, group, factor, size)
@@ -92,8 +92,8 @@ def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, s
             held.add(index)
         uses.append(at_rest(info, type_))
     outs: list[Type] = []
-    for index, info in enumerate(call.op.outs):
-        if info is None or 0 in info.shape:
+    for index, out in enumerate(call.op.outs):
+        if out is None or 0 in out.shape:
             outs.append(I)
             continue
         type_ = _type(call, inference, signature.outputs[index], group, factor, size)
@@ -109,14 +109,14 @@ def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, s
         outs.append(type_)
     if not held and not any(isinstance(t, Shard) for t in outs):
         return None
-    if P in outs and not isinstance(uses[0] if uses else None, type(None)):
+    if P in outs:
         # What is added to a contraction must be added once.
         for together in signature.linear:
             if together & held:
                 uses = [P if i in together and i not in held else t for i, t in enumerate(uses)]
     if P in outs and any(isinstance(t, Shard) for t in outs):
         return None
-    return Choice(tuple(uses), tuple(outs), work / size, " ".join(sorted(group)))  # type: ignore[arg-type]
+    return Choice(tuple(uses), tuple(outs), work / size, " ".join(sorted(group)))
 
 
 def _type(call: Call, inference: Inference, labels: Dims, group: frozenset[str], factor: int, size: int) -> Type | None:

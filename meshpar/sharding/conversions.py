@@ -63,7 +63,10 @@ def wire_bytes(kind: str, nbytes: int, size: int) -> float:
 
 
 def cost(before: Type, after: Type, info: Info, size: int, price: Price, *, parameter: bool = False) -> float:
-    """Seconds of a conversion, forward and backward. The gradients of a block's `parameter`s travel together, so that they share one latency."""
+    """Seconds of a conversion, forward and backward.
+
+    The gradients of a block's `parameter`s travel together, so that they share one latency.
+    """
     found = conversion(before, after)
     if found is None:
         return 0.0

@@ -1,8 +1,8 @@
 """Which dims of which values are the same thing: union-find over factors of dims.
 
-Every dim of every value is an *extent*. Operators unify extents: the output dim of a `linear` is row dim of its weight; a view that reads 64 as
-(8, 8) splits an extent into a product; a split or `cat` makes it a row of segments. What remains undivided is a factor, and one factor is one
-thing that could be sharded: attention heads, MLP width, vocabulary, the positions of a sequence.
+Every dim of every value is an *extent*. Operators unify extents: the output dim of a `linear` is the row dim of its weight; a view that
+reads 64 as (8, 8) splits an extent into a product; a split or `cat` makes it a row of segments. What remains undivided is a factor, and one
+factor is one thing that could be sharded: attention heads, MLP width, vocabulary, the positions of a sequence.
 
     q_proj.weight [64, 64]  ->  linear [b, s, 64]  ->  view [b, s, 8, 8]  ->  attention over 8 heads
             `-------- one extent, read as (heads d): sharding it on `heads` cuts rows of the weight by whole heads

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .factors import Extents, Pattern, join, nest
-from .notation import Dim, Dims, Signature
+from .notation import Dim, Signature
 from .op import Op, Value, read, value_of
 from .rules import rule_for
 
@@ -70,16 +70,22 @@ def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node) -> Call:
     for index, info in enumerate(op.outs):
         if info is None:
             continue
-        labels: Dims | None = signature.outputs[index] if signature is not None else None
-        dims[node, index] = (
-            _fresh(extents, info.shape)
-            if labels is None
-            else tuple(
-                _build(extents, names, d, signature) if d and n > 1 else extents.new(n) if n > 1 else None
-                for d, n in zip(labels, info.shape, strict=True)
-            )  # type: ignore[arg-type]
-        )
+        if signature is None:
+            dims[node, index] = _fresh(extents, info.shape)
+        else:
+            dims[node, index] = _result(extents, names, signature, index, info.shape)
     return Call(op, signature, names)
+
+
+def _result(extents: Extents, names: dict[str, int], signature: Signature, index: int, shape: tuple[int, ...]) -> Axes:
+    """The extents of one result: built from its names where it has any."""
+    found: list[int | None] = []
+    for dim, n in zip(signature.outputs[index], shape, strict=True):
+        if n <= 1:
+            found.append(None)
+        else:
+            found.append(_build(extents, names, dim, signature) if dim else extents.new(n))
+    return tuple(found)
 
 
 def _meet(extents: Extents, names: dict[str, int], name: str, one: int) -> None:

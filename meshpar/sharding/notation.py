@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 Dim = tuple[tuple[str, ...], ...]
-"""One dim as a row of segments, each a product of names: (("n",),) is plain, (("b", "s"),) composite, (("q",), ("k",)) segmented, () unnamed."""
+"""One dim as a row of segments, each a product of names.
+
+(("n",),) is plain, (("b", "s"),) composite, (("q",), ("k",)) segmented, () unnamed.
+"""
 Dims = tuple[Dim, ...]
 
 
@@ -34,39 +37,38 @@ class Signature:
     """Results that become partial when a contracted name is sharded (None: all)."""
     gathers: frozenset[str] = frozenset()
     """Names whose sharding the operator settles with collectives of its own, so that its results are invariant, not partial."""
-    only: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def group(self, name: str) -> frozenset[str]:
-        """The names that have to be sharded together with `name`: its fellow segments."""
-        found, todo = {name}, [name]
-        while todo:
-            one = todo.pop()
-            for dims in (*self.inputs, *self.outputs):
-                for dim in dims:
-                    if len(dim) > 1 and any(one in segment for segment in dim):
-                        for other in (n for segment in dim for n in segment if len(segment) == 1 or n in segment):
-                            if other not in found and any(len(s) == 1 and s[0] == other for s in dim):
-                                found.add(other)
-                                todo.append(other)
+        """The names that have to be sharded together with `name`: its fellow segments, in whatever dims they meet."""
+        rows = [dim for dims in (*self.inputs, *self.outputs) for dim in dims if len(dim) > 1]
+        found, before = {name}, 0
+        while before < len(found):
+            before = len(found)
+            for row in rows:
+                if any(n in found for segment in row for n in segment):
+                    found.update(segment[0] for segment in row if len(segment) == 1)
         return frozenset(found)
 
+
+_Term = tuple[tuple[str, ...], ...]
+"""One operand as written: the names of each dim, more than one for a product, still in brackets where they are fixed."""
 
 _TOKEN = re.compile(r"\.\.\.|\[?\w+\]?|\(|\)")
 
 
 @cache
-def _parse(text: str) -> tuple[tuple[tuple[tuple[str, ...], ...], ...], tuple[tuple[tuple[str, ...], ...], ...]]:
+def _parse(text: str) -> tuple[tuple[_Term, ...], tuple[_Term, ...]]:
     left, arrow, right = text.partition("->")
     if not arrow:
         raise ValueError(f"rule {text!r} has no '->'")
     return _terms(left, text), _terms(right, text)
 
 
-def _terms(side: str, text: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
+def _terms(side: str, text: str) -> tuple[_Term, ...]:
     return tuple(_term(part, text) for part in side.split(","))
 
 
-def _term(part: str, text: str) -> tuple[tuple[str, ...], ...]:
+def _term(part: str, text: str) -> _Term:
     dims: list[tuple[str, ...]] = []
     group: list[str] | None = None
     for token in _TOKEN.findall(part):
@@ -133,7 +135,8 @@ def bind(
     )
 
 
-def _spell(term: tuple[tuple[str, ...], ...], rank: int) -> tuple[tuple[str, ...], ...]:
+def _spell(term: _Term, rank: int) -> _Term:
+    """The term for a tensor of `rank` dims: `...` written out as .0, .1, and so on."""
     if ("...",) not in term:
         if len(term) != rank:
             raise ValueError(f"{term} does not fit a tensor of {rank} dims")
@@ -141,9 +144,7 @@ def _spell(term: tuple[tuple[str, ...], ...], rank: int) -> tuple[tuple[str, ...
     at, more = term.index(("...",)), rank - len(term) + 1
     if more < 0:
         raise ValueError(f"{term} does not fit a tensor of {rank} dims")
-    after = len(term) - at - 1
-    lead = tuple((f".{i}",) for i in range(more)) if after or at == 0 else tuple((f".{i}",) for i in range(more))
-    return term[:at] + lead + term[at + 1 :]
+    return term[:at] + tuple((f".{i}",) for i in range(more)) + term[at + 1 :]
 
 
 def _strip(name: str, fixed: set[str]) -> str:

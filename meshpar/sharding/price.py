@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 class Price:
     """Seconds per unit of work on one device.
 
-    Defaults: dense bf16 at half the peak of an H100 (989 TFLOP/s, NVIDIA data sheet), HBM3 at 3.35 TB/s, 8 GPUs on NVLink reaching 250 GB/s per
-    device in collectives and 10 us each (bus bandwidths as measured in the nanotron playbook).
+    Defaults: dense bf16 at half the peak of an H100 (989 TFLOP/s, NVIDIA data sheet), HBM3 at three quarters of 3.35 TB/s, 8 GPUs on NVLink
+    reaching 250 GB/s per device in collectives and 10 us each (bus bandwidths as measured in the nanotron playbook).
     """
 
     flops: float = 5e14
@@ -22,7 +22,7 @@ class Price:
     def at_scale(self, largest: float, full: float = 2.0**26) -> Price:
         """Prices under which a small model is planned as a large one would be: the fixed costs shrink with its largest activation.
 
-        `largest`: bytes of the largest value; `full`: bytes from which on fixed costs count in full (64 MiB: 4 samples x 2048 x 4096 in bf16).
+        `largest`: bytes of the largest value; `full`: bytes from which on fixed costs count in full (64 MiB: 4 x 2048 x 4096 in bf16).
         """
         share = min(1.0, largest / full)
         return replace(self, latency=self.latency * share, launch=self.launch * share)

@@ -1,12 +1,12 @@
 """A 0-1 program over the typings of a group of operators: pick one typing each and pay for the conversions in between.
 
-Variables: one per (operator, typing); one per (value, type it is made in, type it is wanted in), shared by all who want it so, so that three
-projections of one input pay for one all-gather. Every use must find its value made in that type or converted to it.
+Variables: one per (operator, typing); one per (value, type it is made in, type it is wanted in), shared by all who want it so, so that
+three projections of one input pay for one all-gather. Every use must find its value made in that type or converted to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,18 +39,13 @@ class Problem:
     wanted: tuple[tuple[int, int, Type], ...]
     size: int
 
-    def key(self) -> Hashable:
-        """Equal for isomorphic problems."""
-        return self
-
 
 def choose(problem: Problem, price: Price, *, time_limit: float = 20.0) -> tuple[int, ...]:
     """The index of the chosen typing of every step.
 
     Raises PlanError when no combination of typings is consistent.
     """
-    model = _Model(problem, price)
-    return model.solve(time_limit)
+    return _Model(problem, price).solve(time_limit)
 
 
 class _Model:
@@ -120,9 +115,9 @@ class _Model:
         step, made = self.problem.steps[index], dict[Type, list[int]]()
         for k, option in enumerate(step.options):
             made.setdefault(option.outs[result], []).append(self.first[index] + k)
-        info = step.outs[result]
-        assert info is not None
-        return made, info
+        out = step.outs[result]
+        assert out is not None
+        return made, out
 
     def solve(self, time_limit: float) -> tuple[int, ...]:
         count = len(self.costs)

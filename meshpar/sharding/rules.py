@@ -1,7 +1,7 @@
 """The table of rules: what every operator allows, one line each.
 
-A row is notation (see `notation`) plus the sets of operands in which the operator is linear. Pointwise operators, reductions and rearrangements are
-families, found by torch's own tags and by name. An operator without a rule still runs correctly: on invariant values.
+A row is notation (see `notation`) plus the sets of operands in which the operator is linear. Pointwise operators, reductions and
+rearrangements are families, found by torch's own tags and by name. An operator without a rule still runs correctly: on invariant values.
 
 Users add rows with `add_rule("mylib.my_op", "n [c], [c] -> n [c]")`.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from .conversions import CONVERSIONS
 from .notation import Dims, Signature, bind
 from .op import Op
 from .views import VIEWS, fixed_dims, named, sizes_of
@@ -33,7 +34,7 @@ def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[st
     return rule
 
 
-# -- pointwise ----------------------------------------------------------------------------------------------------------------------------
+# -- pointwise ---------------------------------------------------------------------------------------------------------------------------
 
 _JOINTLY = {"add", "sub", "rsub", "add_", "sub_"}
 _EACH = {"mul", "mul_"}
@@ -76,7 +77,7 @@ def _widens(op: Op) -> bool:
     return a == b or (b.is_floating_point and b.itemsize >= a.itemsize) or (not a.is_floating_point and b.itemsize > a.itemsize)
 
 
-# -- reductions ---------------------------------------------------------------------------------------------------------------------------
+# -- reductions --------------------------------------------------------------------------------------------------------------------------
 
 _SUMS = {"sum", "mean", "nansum", "count_nonzero"}
 
@@ -95,7 +96,7 @@ def reduction(op: Op) -> Signature:
     return Signature((base,), (out,) * len(op.outs), sizes_of("d", shape), fixed, linear)
 
 
-# -- rows that need the arguments ------------------------------------------------------------------------------------------------------------
+# -- rows that need the arguments --------------------------------------------------------------------------------------------------------
 
 
 def matmul(op: Op) -> Signature | None:
@@ -310,9 +311,7 @@ def collective(op: Op) -> Signature:
     return Signature(tuple(inputs), tuple(outs[: len(op.outs)]), sizes, frozenset(fixed), (frozenset(range(len(shapes))),))
 
 
-_COLLECTIVES = (
-    "i_to_r", "i_to_r_many", "p_to_i", "p_to_r", "p_to_s", "s_to_r", "s_to_i", "i_to_s", "r_to_s", "i_to_p", "r_to_p", "r_to_i", "s_to_s", "s_to_p",
-)  # fmt: skip
+_COLLECTIVES = ("i_to_r_many", *(c.op for c in CONVERSIONS.values()))
 
 RULES: dict[str, Rule] = {
     # matrices

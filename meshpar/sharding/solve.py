@@ -2,9 +2,9 @@
 
     graph ── rules ──> extents ── seeds ──> typings per operator ── one 0-1 program per unique block ──> AxisPlan
 
-Tensor axis: what may be cut is what the model's matrices are made of (heads, MLP width, vocabulary, ...), and the sequence of the residual stream.
-Data axis: samples are cut, parameters stay whole and their gradients are pending sums. Blocks meet in values whose type a policy sets, so each
-block is solved alone, and equal blocks are solved once.
+Tensor axis: what may be cut is what the model's matrices are made of (heads, MLP width, vocabulary, ...), and the sequence of the residual
+stream. Data axis: samples are cut, parameters stay whole and their gradients are pending sums. Blocks meet in values whose type a policy
+sets, so each block is solved alone, and equal blocks are solved once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ from .price import Price
 from .program import Problem, Step, choose
 from .types import I, R, Shard, Type
 
-_MATRIX = {"linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "convolution", "conv1d", "conv2d", "conv3d", "meshpar.grouped_mm"}
-_MATRIX |= {"scaled_dot_product_attention"}
+_MATRIX = frozenset(
+    "linear mm bmm addmm baddbmm matmul einsum convolution conv1d conv2d conv3d scaled_dot_product_attention meshpar.grouped_mm".split()
+)
+"""Operators bound by arithmetic."""
+_FREE = frozenset(
+    "view reshape _unsafe_view transpose permute expand unsqueeze squeeze t slice select split split_with_sizes chunk unbind".split()
+    + ["detach", "alias"]
+)
+"""Operators that touch no memory."""
 
 _WHOLE = 300.0
 """Leaving all matrices of a block whole costs as much as gathering its largest activation this many times."""
@@ -57,7 +64,7 @@ class Request:
     """Whether the residual stream is cut along its sequence where that is possible."""
     outputs: Sequence[Type | None] = ()
     """Types the outputs must have; None leaves it to the solver."""
-    price: Price = Price()
+    price: Price = field(default_factory=Price)
 
 
 def solve(graph: fx.Graph, request: Request) -> AxisPlan:
@@ -84,7 +91,7 @@ class _Solver:
         self.types: dict[Value, Type] = {}
         self.solved: dict[Problem, tuple[int, ...]] = {}
 
-    # -- reading the graph ------------------------------------------------------------------------------------------------------------------
+    # -- reading the graph ---------------------------------------------------------------------------------------------------------------
 
     def _crossing(self) -> dict[Value, set[str | None]]:
         """Values used in another unit than they are made in -> the units that use them."""
@@ -105,23 +112,7 @@ class _Solver:
                 one = self.inference.dims[node, 0][self.request.inputs[node.name]]
                 if one is not None:
                     found.update(dict.fromkeys((self.inference.extents.find(one), *self.inference.extents.leaves(one))))
-        return self._ruled(node, found) if node.target in self.request.wanted else tuple(found)
-
-    def _ruled(self, node: fx.Node, found: Sequence[Choice]) -> tuple[Choice, ...]:
-        """The placements a user's rule allows."""
-        dim, shape = self.request.wanted[str(node.target)], node.meta["info"].shape
-        if dim is None:
-            return (Choice((), (I,), 0.0, "rule"),)
-        fitting = [Choice((), c.outs, c.cost, "rule") for c in found if isinstance(c.outs[0], Shard) and c.outs[0].dim == dim]
-        if not fitting:
-            cut = shard(dim, (1, ((shape[dim], 1),)), self.size)
-            if cut is None:
-                raise PlanError(
-                    f"rule: {self.request.axis}={self.size} cannot cut dim {dim} of {node.target} {list(shape)}; "
-                    f"valid {self.request.axis}: {', '.join(str(d) for d in range(1, shape[dim] + 1) if shape[dim] % d == 0)}."
-                )
-            fitting = [Choice((), (cut,), 0.0, "rule")]
-        return tuple(fitting)
+        return tuple(found)
 
     def _depends_on_batch(self) -> set[fx.Node]:
         found: set[fx.Node] = set()
@@ -227,12 +218,12 @@ class _Solver:
     def _units_using(self, node: fx.Node) -> set[str | None]:
         return {self.units[u] for u in node.users if u in self.units}
 
-    # -- solving ---------------------------------------------------------------------------------------------------------------------------
+    # -- solving -------------------------------------------------------------------------------------------------------------------------
 
     def run(self) -> AxisPlan:
         groups: dict[str | None, list[fx.Node]] = {}
         for node in self.graph.nodes:
-            if node.op in ("placeholder",):
+            if node.op == "placeholder":
                 self._input(node)
             elif node.op == "get_attr" and node.target not in self.request.parameters:
                 self._settle(node, (), (I,), "buffer")
@@ -275,6 +266,14 @@ class _Solver:
         return found if isinstance(found, Shard) else I
 
     def _solve_unit(self, unit: str | None, nodes: list[fx.Node], pins: Mapping[Value, Type]) -> None:
+        problem = self._problem(unit, nodes, pins)
+        if problem not in self.solved:
+            self.solved[problem] = choose(problem, self.price)
+        for node, step, picked in zip(nodes, problem.steps, self.solved[problem], strict=True):
+            option = step.options[picked]
+            self._settle(node, option.uses, option.outs, option.why)
+
+    def _problem(self, unit: str | None, nodes: Sequence[fx.Node], pins: Mapping[Value, Type]) -> Problem:
         index = {n: i for i, n in enumerate(nodes)}
         given: dict[Value, int] = {}
         steps = []
@@ -287,32 +286,21 @@ class _Solver:
                     places.append((index[value[0]], value[1]) if value[0] in index else given.setdefault(value, len(given)))
             info = node.meta["info"]
             steps.append(Step(self._options(node, unit, whole), tuple(places), info if isinstance(info, tuple) else (info,)))
-        wanted = []
-        for node in nodes:
-            for result in range(len(steps[index[node]].outs)):
-                for type_ in self._needed((node, result), pins):
-                    wanted.append((index[node], result, type_))
-        outside = tuple((info_of(v), self._type_from_outside(v)) for v in given)
-        problem = Problem(tuple(steps), outside, tuple(wanted), self.size)
-        if problem not in self.solved:
-            self.solved[problem] = choose(problem, self.price)
-        for node, step, picked in zip(nodes, steps, self.solved[problem], strict=True):
-            option = step.options[picked]
-            self._settle(node, option.uses, option.outs, option.why)
+        wanted = tuple(
+            (i, result, type_)
+            for node, i in index.items()
+            for result in range(len(steps[i].outs))
+            for type_ in self._needed((node, result), pins)
+        )
+        # Other results cross in the type the policy set; inputs, buffers and shared parameters are settled by now.
+        outside = tuple((info_of(v), self.residual.get(v) or self.types[v]) for v in given)
+        return Problem(tuple(steps), outside, wanted, self.size)
 
     def _needed(self, value: Value, pins: Mapping[Value, Type]) -> Iterable[Type]:
         if value in self.residual:
             yield self.residual[value]
         if value in pins:
             yield pins[value]
-
-    def _type_from_outside(self, value: Value) -> Type:
-        if value in self.residual:
-            return self.residual[value]
-        return self.types[value] if value in self.types else self._early(value)
-
-    def _early(self, value: Value) -> Type:
-        raise AssertionError(f"{value[0]} is used before it is solved")
 
     def _options(self, node: fx.Node, unit: str | None, whole: Mapping[fx.Node, float]) -> tuple[Choice, ...]:
         if node.op == "get_attr":
@@ -329,7 +317,7 @@ class _Solver:
         return grad * self.price.compute(flops, sum(i.nbytes for i in infos))
 
     def _whole_prices(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, float]:
-        """What leaving each parameter whole costs: its memory; and for a matrix that matters, so much that it only happens when nothing can be cut."""
+        """What leaving each parameter whole costs: its memory; and for a matrix that matters, so much that it is the last resort."""
         mine = [n for n in nodes if n.op == "get_attr"]
         total = sum(prod(n.meta["info"].shape) for n in mine)
         largest = max((i.nbytes for n in nodes if n.op == "call_function" for i in _infos(n)), default=0)
@@ -358,7 +346,23 @@ class _Solver:
                 if cut is not None and cut not in seen:
                     seen.add(cut)
                     found.append(Choice((), (cut,), 0.0 if cut.is_contiguous else 1e-11, "matrix"))
-        return tuple(found)
+        return self._ruled(node, found) if node.target in self.request.wanted else tuple(found)
+
+    def _ruled(self, node: fx.Node, found: Iterable[Choice]) -> tuple[Choice, ...]:
+        """The placements a user's rule allows."""
+        dim, shape = self.request.wanted[str(node.target)], node.meta["info"].shape
+        if dim is None:
+            return (Choice((), (I,), 0.0, "rule"),)
+        fitting = [Choice((), c.outs, c.cost, "rule") for c in found if isinstance(c.outs[0], Shard) and c.outs[0].dim == dim]
+        if not fitting:
+            cut = shard(dim, (1, ((shape[dim], 1),)), self.size)
+            if cut is None:
+                raise PlanError(
+                    f"rule: {self.request.axis}={self.size} cannot cut dim {dim} of {node.target} {list(shape)}; "
+                    f"valid {self.request.axis}: {', '.join(str(d) for d in range(1, shape[dim] + 1) if shape[dim] % d == 0)}."
+                )
+            fitting = [Choice((), (cut,), 0.0, "rule")]
+        return tuple(fitting)
 
 
 def _infos(node: fx.Node) -> list[Info]:
@@ -371,27 +375,8 @@ def _largest(graph: fx.Graph) -> int:
     return max((i.nbytes for i in infos if isinstance(i, Info)), default=0)
 
 
-_FREE = {
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "transpose",
-    "permute",
-    "expand",
-    "unsqueeze",
-    "squeeze",
-    "t",
-    "slice",
-    "select",
-    "split",
-    "unbind",
-    "detach",
-}
-_FREE |= {"alias", "split_with_sizes", "chunk"}
-
-
 def _units(graph: fx.Graph, parameters: frozenset[str]) -> dict[fx.Node, str | None]:
-    """The unit each node is solved with: its block when that holds at least two matrices and everything in it lies together, else the root."""
+    """The unit each node is solved with: its block when that holds at least two matrices, else the root (None)."""
     matrices: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in parameters and len(node.meta["info"].shape) >= 2:
