@@ -1,7 +1,7 @@
 """Checkpoints that move between meshes: offline without a process group, checked byte by byte, written whole or not at all.
 
 import meshpar as mp
-mp.checkpoint.from_hf("llama", "start", "tp=2,dp=2")
+mp.checkpoint.from_hf("weights", "start", "tp=2,dp=2")
 mp.checkpoint.reshard("start", "wide", "tp=4,pp=2")
 mp.checkpoint.verify("wide").ok, mp.checkpoint.diff("start", "wide").same
 

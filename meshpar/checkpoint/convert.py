@@ -40,7 +40,7 @@ def from_hf(
     `rules` is a key map; None stacks experts named one by one into `[E, ...]` and changes nothing else; an empty one changes nothing.
     The map is recorded, so that `to_hf` leads back to the same names.
 
-    >>> from_hf("llama", "llama-tp2", "tp=2,dp=2")                                                 # doctest: +SKIP
+    >>> from_hf("weights", "start", "tp=2,dp=2")                                                   # doctest: +SKIP
     """
     options, disk = options or Options(), disk or Disk()
     opened = open_checkpoint(Path(source), disk)
