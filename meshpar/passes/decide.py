@@ -17,7 +17,7 @@ from ..plan import AxisPlan, ParameterPlan, Plan
 from ..sharding.infer import infer
 from ..sharding.op import op_name
 from ..sharding.solve import Request, solve
-from ..sharding.types import I, Shard, Type
+from ..sharding.types import I, Type
 from .lower import Lower
 
 
@@ -148,15 +148,3 @@ def _notes(captured: Captured, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
         if call.signature is None and call.op.infos and any(isinstance(i, Info) and i.requires_grad for i in call.op.outs):
             found[op_name(node.target)] = found.get(op_name(node.target), 0) + 1
     return tuple(f"{name} has no rule: {count} calls run on whole values." for name, count in sorted(found.items())) if axes else ()
-
-
-def replicated_share(plan: Plan, axis: str = "tp") -> float:
-    """The share of all parameters that every rank of the axis holds whole."""
-    total = whole = 0
-    for parameter in plan.parameters.values():
-        numel = 1
-        for n in parameter.shape:
-            numel *= n
-        total += numel
-        whole += 0 if isinstance(parameter.placements.get(axis), Shard) else numel
-    return whole / max(1, total)

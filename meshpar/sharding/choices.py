@@ -82,15 +82,11 @@ def _groups(call: Call, inference: Inference, factor: int) -> list[frozenset[str
 def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, size: int, work: float) -> Choice | None:
     signature = call.signature
     assert signature is not None
-    uses: list[Type] = []
-    held: set[int] = set()
-    for index, (labels, info) in enumerate(zip(signature.inputs, call.op.infos, strict=True)):
-        type_ = _type(call, inference, labels, group, factor, size)
-        if type_ is None:
-            return None
-        if isinstance(type_, Shard):
-            held.add(index)
-        uses.append(at_rest(info, type_))
+    typed = [_type(call, inference, labels, group, factor, size) for labels in signature.inputs]
+    uses = [at_rest(info, t) for info, t in zip(call.op.infos, typed, strict=True) if t is not None]
+    if len(uses) < len(typed):
+        return None
+    held = {i for i, t in enumerate(uses) if isinstance(t, Shard)}
     outs: list[Type] = []
     for index, out in enumerate(call.op.outs):
         if out is None or 0 in out.shape:

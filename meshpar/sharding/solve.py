@@ -182,22 +182,7 @@ class _Solver:
         """Per unit, the factors that may be cut: those of its matrices that are not the residual's, and the residual's sequence."""
         if not self.request.shard_parameters:
             return dict.fromkeys(set(self.units.values()), self.batch)
-        carried: set[int] = set()
-        sequence: dict[int, None] = {}
-        for value, type_ in self.residual.items():
-            axes = self.inference.dims[value]
-            if not info_of(value).requires_grad:
-                continue
-            for d, one in enumerate(axes):
-                if one is None:
-                    continue
-                if self._is_hidden(one):
-                    carried.update((self.inference.extents.find(one), *self.inference.extents.leaves(one)))
-                if isinstance(type_, Shard) and type_.dim == d:
-                    for factor in (*reversed(self.inference.extents.leaves(one)), self.inference.extents.find(one)):
-                        if self._shard(d, one, factor) == type_:
-                            sequence[factor] = None
-                            break
+        carried, sequence = self._residual_factors()
         found: dict[str | None, dict[int, None]] = {}
         for node in self.graph.nodes:
             if node.op != "get_attr" or node.target not in self.request.parameters or len(node.meta["info"].shape) < 2:
@@ -205,10 +190,27 @@ class _Solver:
             for one in self.inference.dims[node, 0]:
                 if one is not None:
                     for unit in self._units_using(node):
-                        mine = found.setdefault(unit, {})
-                        mine.update(dict.fromkeys(self._outermost(one, carried)))
+                        found.setdefault(unit, {}).update(dict.fromkeys(self._outermost(one, carried)))
         units = set(self.units.values())
         return {u: tuple(dict.fromkeys([*found.get(u, {}), *sequence])) for u in units}
+
+    def _residual_factors(self) -> tuple[set[int], list[int]]:
+        """The factors of the residual's hidden size, and those of its sequence that are cut."""
+        find, leaves = self.inference.extents.find, self.inference.extents.leaves
+        carried: set[int] = set()
+        sequence: dict[int, None] = {}
+        for value, type_ in self.residual.items():
+            if not info_of(value).requires_grad:
+                continue
+            for d, one in enumerate(self.inference.dims[value]):
+                if one is None:
+                    continue
+                if self._is_hidden(one):
+                    carried.update((find(one), *leaves(one)))
+                if isinstance(type_, Shard) and type_.dim == d:
+                    factors = (*reversed(leaves(one)), find(one))
+                    sequence.update(dict.fromkeys([f for f in factors if self._shard(d, one, f) == type_][:1]))
+        return carried, list(sequence)
 
     def _outermost(self, one: int, carried: set[int]) -> list[int]:
         """The outermost factor along which a parameter's dim can be cut: heads rather than what is inside a head."""
