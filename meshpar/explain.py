@@ -25,7 +25,7 @@ def explained(
     config: ParallelConfig | None = None,
     rules: Mapping[str, str] | None = None,
 ) -> ParallelModel:
-    """`parallelize(model, mesh)` as rank 0 of a mesh whose other ranks do not exist: look at it, do not run it. `batch` is the global batch.
+    """`parallelize(model, mesh)` as rank 0 of a mesh whose other ranks do not exist: to look at, not to run. `batch` is the global batch.
 
     >>> print(explained(model, batch, "dp=64,tp=8").explain())  # doctest: +SKIP
     """
