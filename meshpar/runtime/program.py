@@ -159,6 +159,7 @@ class Programs:
         if is_simulated() or dist.get_backend() == "fake" or self.mesh.size() == 1:
             return decide(captured, request)
         agree(fingerprint(captured.graph), self.mesh, "the model's captured graph")
+        agree(f"{self.config} {sorted(self.rules.items())}", self.mesh, "the configuration or the rules")
         return _from_first_rank(self.mesh, lambda: decide(captured, request))
 
 
