@@ -86,7 +86,15 @@ def build(kind: str, layers: int) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model(
-            "gpt2", n_layer=layers, n_embd=12288, n_head=96, vocab_size=51200, n_positions=2048, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+            "gpt2",
+            n_layer=layers,
+            n_embd=12288,
+            n_head=96,
+            vocab_size=51200,
+            n_positions=2048,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
         return AutoModelForCausalLM.from_config(config)
 

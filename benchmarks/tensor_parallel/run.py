@@ -243,7 +243,16 @@ def row(world: int, size: Size, sequence: bool, times: dict[str, list[float]]) -
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = ("ranks", "size", "sequence parallel", "meshpar", "by hand", "parallelize_module", "meshpar : by hand", "meshpar : parallelize_module")
+HEAD = (
+    "ranks",
+    "size",
+    "sequence parallel",
+    "meshpar",
+    "by hand",
+    "parallelize_module",
+    "meshpar : by hand",
+    "meshpar : parallelize_module",
+)
 
 
 def report(rows: list[str], command: str) -> str:
@@ -281,7 +290,12 @@ def main() -> None:
         if options.profile:
             print(found)
             continue
-        rows += [row(world, size, sequence, found[size.name, sequence]) for size in SIZES for sequence in (False, True) if size.name in options.sizes]
+        rows += [
+            row(world, size, sequence, found[size.name, sequence])
+            for size in SIZES
+            for sequence in (False, True)
+            if size.name in options.sizes
+        ]
     text = report(rows, "python benchmarks/tensor_parallel/run.py " + " ".join(sys.argv[1:]))
     print(text)
     if options.write:
