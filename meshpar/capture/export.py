@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from meshpar._torch import FakeTensorMode
-from meshpar.capture import blame, check, experts, fake, functions, grad, graph, regions, selections, simplify, structure
+from meshpar.capture import blame, check, constants, experts, fake, functions, grad, graph, regions, selections, simplify, structure
 from meshpar.capture.captured import Captured, Slot
 from meshpar.errors import BatchError, CaptureError, ConfigError
 
@@ -227,7 +227,7 @@ def _export(recorder: _Recorder, inputs: list[torch.Tensor], device: torch.devic
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with grad.Watch(device.type), functions.compared(recorder.model):
+            with grad.Watch(device.type), constants.Known(), functions.compared(recorder.model):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)
             return program.run_decompositions({})
