@@ -146,7 +146,7 @@ def _counting(captured: Captured, graph: fx.Graph, denominators: dict[fx.Node, l
 def _order_placeholders(graph: fx.Graph, inputs: tuple[str, ...], count: int) -> None:
     """Inputs first, in their order, then the denominators."""
     wanted = [*inputs, *(f"denominator_{i}" for i in range(count))]
-    by_name = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    by_name = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
     anchor = next(iter(graph.nodes))
     for name in wanted:
         if by_name[name] is not anchor:

@@ -18,7 +18,11 @@ from ..errors import PlanError
 from .choices import Choice
 from .conversions import ALL_GATHER, cost, wire_bytes
 from .price import Price
-from .types import Partial, Replicate, Type
+from .types import Partial, Replicate, Shard, Type
+
+
+_GATHERED = 1000.0
+"""Gathering a parameter that was cut is for rules that ask for nothing else: data parallelism does that better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class _Model:
                     continue
                 convert = len(self.costs)
                 seconds = cost(before, type_, info, self.problem.size, self.price, parameter=parameter)
-                self.costs.append(seconds / self.unit + 1e-5)
+                self.costs.append(seconds / self.unit + 1e-5 + (_GATHERED if parameter and isinstance(before, Shard) else 0.0))
                 if columns:
                     self._row([(convert, 1.0), *((c, -1.0) for c in columns)], -np.inf, 0.0)
                 terms.append((convert, -1.0))

@@ -108,8 +108,8 @@ class _Solver:
     def _batch_factors(self) -> tuple[int, ...]:
         found: dict[int, None] = {}
         for node in self.graph.nodes:
-            if node.op == "placeholder" and node.name in self.request.inputs:
-                one = self.inference.dims[node, 0][self.request.inputs[node.name]]
+            if node.op == "placeholder" and node.target in self.request.inputs:
+                one = self.inference.dims[node, 0][self.request.inputs[str(node.target)]]
                 if one is not None:
                     found.update(dict.fromkeys((self.inference.extents.find(one), *self.inference.extents.leaves(one))))
         return tuple(found)
@@ -240,8 +240,8 @@ class _Solver:
 
     def _input(self, node: fx.Node) -> None:
         type_: Type = I
-        if node.name in self.request.inputs:
-            dim = self.request.inputs[node.name]
+        if node.target in self.request.inputs:
+            dim = self.request.inputs[str(node.target)]
             type_ = Shard(dim, 1, ((node.meta["info"].shape[dim], 1),))
         self._settle(node, (), (type_,), "input")
 
