@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -210,7 +211,7 @@ def _check(graph: fx.Graph, node: fx.Node, tensors: Sequence[Tensor], expected: 
             if n.op == "output":
                 single.output((mapping[node],) if len(choice.outs) == 1 else ())
             else:
-                mapping[n] = single.node_copy(n, lambda m: mapping[m])
+                mapping[n] = single.node_copy(n, mapping.__getitem__)
                 mapping[n].meta = dict(n.meta)
         lowered = Lower(AxisPlan("tp", SIZE, plan, choice.outs if len(choice.outs) == 1 else ()), axis)(single)
         made = next(n for n in reversed(lowered.nodes) if n.op == "call_function")
@@ -239,7 +240,7 @@ def _compare(have: Sequence[Tensor], want: Tensor, type_: Type, choice: Choice) 
         close(sum(have), want, msg=lambda m: f"{choice}: {m}")
         return
     for rank, part in enumerate(have):
-        close(part.contiguous(), _part(want, type_, rank).contiguous(), msg=lambda m: f"{choice} on rank {rank}: {m}")
+        close(part.contiguous(), _part(want, type_, rank).contiguous(), msg=partial("{} on rank {}: {}".format, choice, rank))
 
 
 def test_operators_without_a_rule_run_whole() -> None:
