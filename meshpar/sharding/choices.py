@@ -89,12 +89,15 @@ def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, s
     held = {i for i, t in enumerate(uses) if isinstance(t, Shard)}
     outs: list[Type] = []
     for index, out in enumerate(call.op.outs):
-        if out is None or 0 in out.shape:
+        if out is None:
             outs.append(I)
             continue
         type_ = _type(call, inference, signature.outputs[index], group, factor, size)
         if type_ is None:
             return None
+        if 0 in out.shape and not isinstance(type_, Shard):
+            outs.append(I)
+            continue
         if not isinstance(type_, Shard) and held:
             if group & signature.gathers:
                 type_ = I

@@ -8,6 +8,7 @@ Users add rows with `add_rule("mylib.my_op", "n [c], [c] -> n [c]")`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -198,8 +199,10 @@ def index_select(op: Op) -> Signature:
     return Signature((base, lookup), (out,), {**sizes_of("d", shape), "n": op.out.shape[dim]}, frozenset({f"d{dim}"}), (frozenset({0}),))
 
 
-def gather(op: Op) -> Signature:
+def gather(op: Op) -> Signature | None:
     """gather and take_along_dim: other dims may be cut where index and source have the same size."""
+    if op.arguments["dim"] is None:
+        return None
     dim, shape, other = op.dim(), op.infos[0].shape, op.infos[1].shape
     base = tuple(
         d if i != dim and shape[i] == other[i] else ((f"x{i}",),) if n > 1 else () for i, (d, n) in enumerate(zip(named("d", shape), shape))
@@ -244,17 +247,21 @@ def convolution(op: Op) -> Signature | None:
 
 
 def pooling(op: Op) -> Signature | None:
-    rank = len(op.out.shape) - 2
-    if rank < 1:
-        return None
+    """Windows over the last dims, as many as the operator's name says; the dims before them may be cut."""
+    found = re.search(r"([123])d", op.name)
+    assert found is not None
+    rank, lead = int(found[1]), "b c"
+    if len(op.out.shape) == rank + 1:
+        lead = "c"
     space, out = " ".join(f"[s{i}]" for i in range(rank)), " ".join(f"[r{i}]" for i in range(rank))
-    return row(f"b c {space} -> " + ", ".join([f"b c {out}"] * len(op.outs)))(op)
+    return row(f"{lead} {space} -> " + ", ".join([f"{lead} {out}"] * len(op.outs)))(op)
 
 
 def padding(op: Op) -> Signature:
+    """Padded dims are needed whole, also where as much is cut off at the other end and the size stays."""
     shape = op.infos[0].shape
     base, sizes = named("d", shape), sizes_of("d", shape)
-    changed = [i for i, (a, b) in enumerate(zip(shape, op.out.shape, strict=True)) if a != b]
+    changed = sorted({len(shape) - 1 - place // 2 for place, amount in enumerate(op.arguments["pad"]) if amount})
     out = tuple((((f"n{i}",),) if op.out.shape[i] > 1 else ()) if i in changed else d for i, d in enumerate(base))
     sizes.update({f"n{i}": op.out.shape[i] for i in changed})
     linear = (frozenset({0}),) if op.arguments.get("mode", "constant") == "constant" and not op.arguments.get("value") else ()
@@ -280,7 +287,7 @@ def created(op: Op) -> Signature:
 
 
 def searched(op: Op) -> Signature:
-    """topk, sort, argsort, kthvalue: along one dim, which is needed whole."""
+    """topk, sort, argsort: along one dim, which is needed whole."""
     shape = op.infos[0].shape
     dim = op.dim() if "dim" in op.arguments else len(shape) - 1
     base = named("d", shape)
@@ -356,11 +363,28 @@ RULES: dict[str, Rule] = {
     "cross_entropy_loss": cross_entropy,
     # reductions
     **dict.fromkeys(
-        ("sum", "mean", "nansum", "amax", "amin", "any", "all", "logsumexp", "var", "std", "var_mean", "std_mean", "prod"), reduction
+        (
+            "sum",
+            "mean",
+            "nansum",
+            "amax",
+            "amin",
+            "any",
+            "all",
+            "logsumexp",
+            "var",
+            "std",
+            "var_mean",
+            "std_mean",
+            "prod",
+            "kthvalue",
+            "mode",
+        ),
+        reduction,
     ),
     **dict.fromkeys(("max", "min", "argmax", "argmin", "linalg_vector_norm", "norm", "count_nonzero", "median"), reduction),
     # shape-preserving with one dim needed whole
-    **dict.fromkeys(("topk", "sort", "argsort", "kthvalue"), searched),
+    **dict.fromkeys(("topk", "sort", "argsort"), searched),
     **dict.fromkeys(("pad", "constant_pad_nd"), padding),
     **dict.fromkeys(
         ("max_pool2d", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool2d", "max_pool2d_with_indices", "upsample_nearest2d"), pooling

@@ -92,8 +92,8 @@ def _product(names: Sequence[str]) -> Dim:
 
 
 def reshape(op: Op) -> Signature | None:
-    if not all(op.infos[0].shape) or not all(op.out.shape):
-        return None
+    if not all(op.infos[0].shape) or not all(op.out.shape) or op.infos[0].dtype != op.out.dtype:
+        return None  # empty, or the bits read as another type
     before, after, sizes, fixed = reshape_dims(op.infos[0].shape, op.out.shape)
     return signature(op, [before], [after], sizes, fixed)
 
@@ -109,9 +109,14 @@ def permuted(order: Callable[[Op], Sequence[int]]) -> Rule:
 
 def _transpose(op: Op) -> list[int]:
     order = list(range(len(op.infos[0].shape)))
-    a, b = op.dim("dim0"), op.dim("dim1")
+    a, b = (op.dim(name) for name in op.arguments if name != "self")
     order[a], order[b] = order[b], order[a]
     return order
+
+
+def _last_two(op: Op) -> list[int]:
+    rank = len(op.infos[0].shape)
+    return [*range(rank - 2), rank - 1, rank - 2]
 
 
 def _permute(op: Op) -> list[int]:
@@ -149,7 +154,7 @@ def split(op: Op) -> Signature:
     names = [f"s{k}" for k in range(len(op.outs))]
     widths = [o.shape[dim] for o in op.outs if o is not None]
     sizes.update({n: w for n, w in zip(names, widths, strict=True) if w > 1})
-    fixed = [n for n, w in zip(names, widths, strict=True) if w > 1] if any(w == 1 for w in widths) else []
+    fixed = [n for n, w in zip(names, widths, strict=True) if w > 1] if any(w <= 1 for w in widths) else []
     return _segmented(op, base, dim, names, widths, sizes, fixed, joined_is_input=True)
 
 
@@ -276,8 +281,9 @@ def repeat_interleave(op: Op) -> Signature | None:
 VIEWS: dict[str, Rule] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), reshape),
     **dict.fromkeys(("squeeze", "squeeze_", "unsqueeze"), squeeze),
-    **dict.fromkeys(("transpose", "swapaxes"), permuted(_transpose)),
-    **dict.fromkeys(("t", "numpy_T", "mT"), permuted(lambda op: list(range(len(op.infos[0].shape)))[::-1])),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), permuted(_transpose)),
+    **dict.fromkeys(("mT", "adjoint", "mH"), permuted(_last_two)),
+    **dict.fromkeys(("t", "numpy_T"), permuted(lambda op: list(range(len(op.infos[0].shape)))[::-1])),
     "permute": permuted(_permute),
     "movedim": permuted(_movedim),
     **dict.fromkeys(("expand", "broadcast_to", "expand_as"), lambda op: expand(op) if len(op.infos) == 1 else None),
