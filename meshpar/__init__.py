@@ -1,17 +1,49 @@
-"""meshpar: one call makes an unmodified PyTorch model 4D-parallel."""
+"""meshpar: one call makes an unmodified PyTorch model parallel.
 
-from .api import parallelize
-from .config import ParallelConfig, Precision
-from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError
-from .mesh import data_rank, local_batch, make_mesh, rank_grid
-from .plan import Plan
-from .runtime.gradients import clip_grad_norm_
-from .runtime.init import meta
-from .runtime.model import ParallelModel
-from .runtime.parameters import full_grad, full_tensor
-from .sharding.rules import add_rule
-from .simulate import simulate
-from .verify import Report, VerificationError, verify
+Names are imported when they are first used, so that what needs no torch (`meshpar checkpoint ls`) does not wait for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import checkpoint
+    from .api import parallelize
+    from .config import ParallelConfig, Precision
+    from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError
+    from .mesh import data_rank, local_batch, make_mesh, rank_grid
+    from .plan import Plan
+    from .runtime.gradients import clip_grad_norm_
+    from .runtime.init import meta
+    from .runtime.model import ParallelModel
+    from .runtime.parameters import full_grad, full_tensor
+    from .sharding.rules import add_rule
+    from .simulate import simulate
+    from .verify import Report, VerificationError, verify
+
+_HOME = {
+    "parallelize": "api",
+    "ParallelConfig": "config",
+    "Precision": "config",
+    **dict.fromkeys(
+        ("BatchError", "CaptureError", "CheckpointError", "ConfigError", "MeshparError", "PlanError", "RankError"),
+        "errors",
+    ),
+    **dict.fromkeys(("data_rank", "local_batch", "make_mesh", "rank_grid"), "mesh"),
+    "Plan": "plan",
+    "clip_grad_norm_": "runtime.gradients",
+    "meta": "runtime.init",
+    "ParallelModel": "runtime.model",
+    **dict.fromkeys(("full_grad", "full_tensor"), "runtime.parameters"),
+    "add_rule": "sharding.rules",
+    **dict.fromkeys(("Report", "VerificationError"), "verify"),
+}
+_NAMESAKES = ("simulate", "verify")
+"""Functions called like the module they live in."""
 
 __all__ = [
     "BatchError",
@@ -28,6 +60,7 @@ __all__ = [
     "Report",
     "VerificationError",
     "add_rule",
+    "checkpoint",
     "clip_grad_norm_",
     "data_rank",
     "full_grad",
@@ -40,3 +73,27 @@ __all__ = [
     "simulate",
     "verify",
 ]
+
+
+class _Package(ModuleType):
+    """The package: importing the module of a namesake gives the package its function, not the module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name) if name in _NAMESAKES and isinstance(value, ModuleType) else value)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMESAKES or name == "checkpoint":
+        import_module(f".{name}", __name__)
+    elif name in _HOME:
+        globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+sys.modules[__name__].__class__ = _Package
