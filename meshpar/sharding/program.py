@@ -20,7 +20,6 @@ from .conversions import ALL_GATHER, cost, wire_bytes
 from .price import Price
 from .types import Partial, Replicate, Shard, Type
 
-
 _GATHERED = 1000.0
 """Gathering a parameter that was cut is for rules that ask for nothing else: data parallelism does that better."""
 
