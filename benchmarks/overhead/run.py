@@ -1,8 +1,8 @@
 """What a lowered graph costs on one rank: `python benchmarks/overhead/run.py --write`.
 
-`mp.parallelize(model, mp.make_mesh("tp=1"))` against the model itself in eager mode: forward and backward of a small transformers Llama with
-its loss, float32, one thread. In every round both take one step, in turn, first one, then the other first. Processor time of this process is
-what is compared (it has one thread, and other work on the machine does not count); wall time is shown beside it.
+`mp.parallelize(model, mp.make_mesh("tp=1"))` against the model itself in eager mode: forward and backward of a small transformers Llama
+with its loss, float32, one thread. In every round both take one step, in turn, first one, then the other first. Processor time of this process
+is what is compared (it has one thread, and other work on the machine does not count); wall time is shown beside it.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def report(rows: list[str], command: str) -> str:
     """The README's text."""
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    where = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load at the end {load}; Python {platform.python_version()}, torch {torch.__version__}"
+    where = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load at the end {load}"
+    where += f"; Python {platform.python_version()}, torch {torch.__version__}"
     lines = ["# Overhead of the lowered graph on one rank", "", (__doc__ or "").partition("\n\n")[2].strip(), ""]
     lines += ["Milliseconds per step, minimum / median; ratios of minima / of medians.", "", "| " + " | ".join(HEAD) + " |"]
     lines += ["|" + "---|" * len(HEAD), *rows, "", f"{where}. {date.today().isoformat()}.", "", "Command:", "", f"    {command}", ""]

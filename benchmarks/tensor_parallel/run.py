@@ -6,7 +6,7 @@
 
 A step is forward and backward of a few Llama-like blocks and a squared error, in float32, on local gloo ranks of one thread each. In every
 round each contender takes one step, in turn, so that whatever else the machine does hits all alike; a step is timed between barriers, and
-the slowest rank counts. Ratios are of the minima and of the medians over the rounds. Before any timing all three must give the gradients of
+the slowest rank counts. Beside it stands the processor time of a rank, which waiting and other work on the machine do not enter. Ratios are of the minima and of the medians over the rounds. Before any timing all three must give the gradients of
 the unparallel model, in float64.
 """
 
@@ -178,21 +178,27 @@ def check(mesh: DeviceMesh, sequence: bool) -> dict[str, float]:
     return worst
 
 
-def measure(size: Size, mesh: DeviceMesh, sequence: bool, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every step, by contender; of the slowest rank."""
+Times = dict[str, list[tuple[float, float]]]
+"""Contender -> wall and processor milliseconds of every step."""
+
+
+def measure(size: Size, mesh: DeviceMesh, sequence: bool, rounds: int) -> Times:
+    """Every step of every contender: wall time of the slowest rank, processor time of the mean rank."""
     running = contenders(size, mesh, sequence, torch.float32)
-    times: dict[str, list[float]] = {name: [] for name in running}
+    times: Times = {name: [] for name in running}
     names = list(running)
     for turn in range(rounds + 3):
         for name in names[turn % 3 :] + names[: turn % 3]:
             running[name].clear()
             dist.barrier()
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             running[name].step()
-            took = torch.tensor(time.perf_counter() - start)
-            dist.all_reduce(took, dist.ReduceOp.MAX)
+            spent = torch.tensor([time.process_time() - cpu, time.perf_counter() - wall], dtype=torch.float64)
+            slowest = spent[1:].clone()
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            dist.all_reduce(spent)
             if turn >= 3:
-                times[name].append(took.item() * 1e3)
+                times[name].append((slowest.item() * 1e3, spent[0].item() / dist.get_world_size() * 1e3))
     return times
 
 
@@ -213,15 +219,14 @@ def profile(size: Size, mesh: DeviceMesh, sequence: bool, name: str, steps: int)
     return text.getvalue()
 
 
-def worker(sizes: list[str], rounds: int | None, profiled: str | None) -> dict[tuple[str, bool], dict[str, list[float]]] | str:
+def worker(sizes: list[str], rounds: int | None, profiled: str | None) -> dict[tuple[str, bool], Times] | str:
     """What every rank runs."""
     warnings.simplefilter("ignore")
     mesh = mp.make_mesh(f"tp={dist.get_world_size()}")
-    results: dict[tuple[str, bool], dict[str, list[float]]] = {}
+    results: dict[tuple[str, bool], Times] = {}
+    if profiled is not None:
+        return profile(next(s for s in SIZES if s.name == sizes[0]), mesh, True, profiled, 20)
     for sequence in (False, True):
-        if profiled is not None:
-            size = next(s for s in SIZES if s.name == sizes[0])
-            return profile(size, mesh, True, profiled, 20)
         worst = check(mesh, sequence)
         if dist.get_rank() == 0:
             print(f"  gradients, sequence parallel {sequence}:", {n: f"{w:.1e}" for n, w in worst.items()}, flush=True)
@@ -233,13 +238,14 @@ def worker(sizes: list[str], rounds: int | None, profiled: str | None) -> dict[t
     return results
 
 
-def row(world: int, size: Size, sequence: bool, times: dict[str, list[float]]) -> str:
+def row(world: int, size: Size, sequence: bool, times: Times) -> str:
     """One line of the table."""
-    least = {name: min(t) for name, t in times.items()}
-    middle = {name: statistics.median(t) for name, t in times.items()}
     cells = [str(world), size.name, "yes" if sequence else "no"]
-    cells += [f"{least[name]:.1f} / {middle[name]:.1f}" for name in CONTENDERS]
-    cells += [f"{least[MESHPAR] / least[other]:.2f} / {middle[MESHPAR] / middle[other]:.2f}" for other in (BY_HAND, MODULE)]
+    for kind in (0, 1):
+        least = {name: min(t[kind] for t in found) for name, found in times.items()}
+        middle = {name: statistics.median(t[kind] for t in found) for name, found in times.items()}
+        cells += [f"{least[name]:.1f} / {middle[name]:.1f}" for name in CONTENDERS]
+        cells += [f"{least[MESHPAR] / least[other]:.2f} / {middle[MESHPAR] / middle[other]:.2f}" for other in (BY_HAND, MODULE)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -259,7 +265,7 @@ def report(rows: list[str], command: str) -> str:
     """The README's text."""
     lines = ["# Tensor parallelism: step time", "", (__doc__ or "").partition("\n\n")[2].strip(), ""]
     lines += [f"- {size}, {size.rounds} rounds" for size in SIZES]
-    lines += ["", "Milliseconds per step, minimum / median; ratios of minima / of medians.", ""]
+    lines += ["", "Milliseconds per step, minimum / median, wall time first, then processor time; ratios of minima / of medians.", ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), *rows, ""]
     lines += [f"{machine()}. {date.today().isoformat()}.", "", "Command:", "", f"    {command}", ""]
     return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Causal attention without a mask, grouped heads without copies: what models do themselves, except while they are captured.
+
+    before                                                    after
+      mask = expand(le(arange(s), arange(s)[:, None]), ...)     y = sdpa(q, k, v, None, 0.0, True, enable_gqa=True)
+      k' = reshape(expand(unsqueeze(k, 2), ...), ...)
+      v' = reshape(expand(unsqueeze(v, 2), ...), ...)
+      y = sdpa(q, k', v', mask)
+
+A model that looks at its mask to see whether it may be left out cannot do so under capture, and writes a plain causal mask out. With it the
+fast kernels are out of reach, and keys and values of grouped heads are repeated before the call. A mask that comes from numbers alone is
+computed here and compared. It is read after lowering: the pass changes neither types nor the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from .._torch import OpOverload, without_modes
+from ..capture.captured import Info
+from ..sharding.op import operands, read
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class SimplifyAttention:
+    """Replace constant causal masks by `is_causal`, and then repeated keys and values by `enable_gqa`. Changes the graph in place."""
+
+    most_elements: int = 2**26
+    """Masks larger than this are not looked at."""
+
+    def __call__(self, graph: fx.Graph) -> fx.Graph:
+        known: dict[fx.Node, bool] = {}
+        for node in graph.nodes:
+            if node.target is not aten.scaled_dot_product_attention.default:
+                continue
+            arguments = read(node).arguments
+            mask = arguments["attn_mask"]
+            if not isinstance(mask, fx.Node) or arguments["is_causal"]:
+                continue
+            lengths = arguments["query"].meta["info"].shape[-2], arguments["key"].meta["info"].shape[-2]
+            if mask not in known:
+                known[mask] = self._is_causal(mask, *lengths)
+            if known[mask] and mask.meta["info"].shape[-2:] == lengths:
+                _without_mask(node, arguments)
+        return graph
+
+    def _is_causal(self, mask: fx.Node, queries: int, keys: int) -> bool:
+        """Whether the mask is known and lets every position see itself and what is before it."""
+        info = mask.meta["info"]
+        nodes = self._constants(mask) if info.dtype == torch.bool and info.shape[-2:] == (queries, keys) else None
+        if nodes is None:
+            return False
+        with without_modes(), torch.no_grad():
+            values: dict[fx.Node, Any] = {}
+            for node in nodes:
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                values[node] = node.target(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))  # type: ignore[operator]
+            value = values[mask]
+            return bool((value == torch.ones(queries, keys, dtype=torch.bool).tril()).all())
+
+    def _constants(self, mask: fx.Node) -> list[fx.Node] | None:
+        """All nodes the mask is computed from, in order, if those are operators on numbers alone and of moderate size."""
+        found: dict[fx.Node, None] = {}
+        todo = [mask]
+        while todo:
+            node = todo.pop()
+            if node in found:
+                continue
+            info = node.meta.get("info")
+            if node.op != "call_function" or not isinstance(node.target, OpOverload) or "seed" in node.meta:
+                return None
+            if node.target.namespace != "aten" or not isinstance(info, Info) or _elements(node, info) > self.most_elements:
+                return None
+            found[node] = None
+            todo += operands(node)
+        return [node for node in mask.graph.nodes if node in found]
+
+
+def _elements(node: fx.Node, info: Info) -> int:
+    return 0 if node.target is aten.expand.default else prod(info.shape)
+
+
+def _without_mask(node: fx.Node, arguments: dict[str, Any]) -> None:
+    key, value = arguments["key"], arguments["value"]
+    short = _ungrouped(key), _ungrouped(value)
+    grouped = short[0] is not None and short[1] is not None and short[0].meta["info"].shape[1] == short[1].meta["info"].shape[1]
+    if grouped:
+        key, value = short
+    before = operands(node)
+    node.args = (arguments["query"], key, value, None, arguments["dropout_p"], True)
+    node.kwargs = {"scale": arguments["scale"], "enable_gqa": grouped or arguments["enable_gqa"]}
+    for operand in before:
+        _erase_unused(operand)
+
+
+def _ungrouped(repeated: fx.Node) -> fx.Node | None:
+    """`k [b, g, s, e]` where `repeated` is k with each head n times in a row, `[b, g n, s, e]`."""
+    expanded = repeated.args[0] if repeated.target is aten.reshape.default else None
+    wide = expanded.args[0] if isinstance(expanded, fx.Node) and expanded.target is aten.expand.default else None
+    if not isinstance(wide, fx.Node) or wide.target is not aten.unsqueeze.default or wide.args[1] != 2:
+        return None
+    original = wide.args[0]
+    assert isinstance(expanded, fx.Node) and isinstance(original, fx.Node)
+    shape, long = original.meta["info"].shape, expanded.meta["info"].shape
+    if len(shape) != 4 or (long[0], long[1], long[3], long[4]) != shape:
+        return None
+    return original if repeated.meta["info"].shape == (shape[0], shape[1] * long[2], *shape[2:]) else None
+
+
+def _erase_unused(node: fx.Node) -> None:
+    if node.op == "call_function" and not node.users:
+        inputs = operands(node)
+        node.graph.erase_node(node)
+        for one in dict.fromkeys(inputs):
+            _erase_unused(one)
