@@ -147,6 +147,29 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
     (aten.slice.Tensor, (x(4, 8), 1, 2, 2), 1),
     (aten.mT.default, (x(2, 4, 6),), 3),
     (aten.swapaxes.default, (x(4, 6, 8), 0, 2), 3),
+    (aten.einsum.default, ("...c,dc->...d", [x(4, 6, 8), x(10, 8)]), 4),
+    (aten.einsum.default, ("...ij,...jk->...ik", [x(4, 1, 6, 8), x(2, 8, 10)]), 4),
+    (aten.conv_transpose2d.input, (x(4, 6, 4, 4), x(6, 8, 2, 2), x(8), [2, 2]), 3),
+    (aten.convolution.default, (x(4, 6, 8), x(6, 4, 3), None, [1], [0], [1], True, [0], 1), 3),
+    (aten.bilinear.default, (x(4, 6), x(4, 8), x(10, 6, 8), x(10)), 4),
+    (aten.cdist.default, (x(2, 4, 6), x(2, 8, 6)), 3),
+    (aten.glu.default, (x(4, 12), -1), 2),
+    (aten.glu.default, (x(4, 2, 6), 1), 2),
+    (aten.prelu.default, (x(4, 6, 8), x(6)), 3),
+    (aten.prelu.default, (x(4, 6, 8), x(1)), 3),
+    (aten.lstm.input, (x(4, 6, 8), [x(1, 4, 2), x(1, 4, 2)], [x(8, 8), x(8, 2)], False, 1, 0.0, True, False, True), 1),
+    (aten.gru.input, (x(6, 4, 8), x(2, 4, 2), [x(6, 8), x(6, 2), x(6, 8), x(6, 2)], False, 1, 0.0, True, True, False), 1),
+    (aten.nll_loss_nd.default, (x(4, 10, 6), ids(10, 4, 6), None, 2), 2),
+    (aten.nll_loss_nd.default, (x(4, 10), ids(10, 4), x(10), 0), 1),
+    (aten.mse_loss.default, (x(4, 6), x(6), 0), 2),
+    (aten.binary_cross_entropy_with_logits.default, (x(4, 6), x(4, 6), None, x(6), 0), 2),
+    (aten.upsample_bilinear2d.vec, (x(4, 6, 4, 4), [8, 8], False, None), 2),
+    (aten.adaptive_max_pool2d.default, (x(4, 6, 8, 8), [2, 2]), 2),
+    (aten.where.ScalarSelf, (ids(2, 4, 6).bool(), 1.0, x(4, 6)), 2),
+    (aten.masked_fill.Tensor, (x(4, 6), ids(2, 4, 6).bool(), torch.tensor(1.0, dtype=torch.float64)), 2),
+    (aten.copy.default, (x(4, 6), x(6)), 2),
+    (aten.view_as_complex.default, (x(4, 6, 2),), 2),
+    (aten.view_as_real.default, (torch.complex(x(4, 6), x(4, 6)),), 2),
 ]  # fmt: skip
 
 
@@ -259,6 +282,7 @@ def _compare(have: Sequence[Tensor], want: Tensor, type_: Type, choice: Choice) 
         (aten.cholesky_inverse.default, (torch.eye(4, dtype=torch.float64),)),
         (aten.view.dtype, (x(4, 6), torch.int64)),
         (aten.take_along_dim.default, (x(4, 6), ids(6, 5))),
+        (aten.embedding.default, (x(12, 8), ids(12, 4), -1, True)),
     ],
 )
 def test_operators_without_a_rule_run_whole(target: Any, args: tuple[Any, ...]) -> None:
