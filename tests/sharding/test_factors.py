@@ -37,7 +37,9 @@ def test_rows_refine_each_other() -> None:
 def test_conflicting_factors_are_refused() -> None:
     e = Extents()
     assert not e.unify(e.new(6), e.new(8))
-    assert not e.unify(e.product([e.new(4), e.new(6)]), e.product([e.new(6), e.new(4)]))
+    a, b = e.product([e.new(4), e.new(6)]), e.product([e.new(6), e.new(4)])
+    assert not e.unify(a, b)
+    assert [e.size(f) for f in (*e.leaves(a), *e.leaves(b))] == [4, 6, 6, 4], "nothing is divided where nothing fits"
     assert not e.unify(e.product([e.new(4), e.new(6)]), e.row([e.new(12), e.new(12)]))
 
 
