@@ -14,7 +14,21 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from meshpar._torch import FakeTensorMode
-from meshpar.capture import blame, check, constants, experts, fake, functions, grad, graph, regions, selections, simplify, structure
+from meshpar.capture import (
+    blame,
+    check,
+    constants,
+    decompositions,
+    experts,
+    fake,
+    functions,
+    grad,
+    graph,
+    regions,
+    selections,
+    simplify,
+    structure,
+)
 from meshpar.capture.captured import Captured, Slot
 from meshpar.errors import BatchError, CaptureError, ConfigError
 
@@ -230,7 +244,7 @@ def _export(recorder: _Recorder, inputs: list[torch.Tensor], device: torch.devic
             with grad.Watch(device.type), constants.Known(), functions.compared(recorder.model):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)
-            return program.run_decompositions({})
+            return program.run_decompositions(dict(decompositions.WRITTEN_OUT))
         except Exception as error:
             raise blame.explain(error, recorder.model) from error
 

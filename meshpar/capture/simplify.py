@@ -149,6 +149,14 @@ def broadcasts_as_expand(node: fx.Node) -> fx.Node | None:
     return _as_node(operand) if _same(node, operand) else emit(node, aten.expand.default, (operand, list(_info(node).shape)), _info(node))
 
 
+def dense_lookups(node: fx.Node) -> fx.Node | None:
+    """embedding(sparse=True) -> dense gradients, the same numbers: a sharded parameter cannot hold sparse ones."""
+    if node.target is not aten.embedding.default or not _argument(node, 4, "sparse", False):
+        return None
+    padding, scaled = _argument(node, 2, "padding_idx", -1), _argument(node, 3, "scale_grad_by_freq", False)
+    return emit(node, node.target, (*node.args[:2], padding, scaled), _info(node))
+
+
 def losses_by_element(node: fx.Node) -> fx.Node | None:
     """mse_loss(x, y, mean) -> mean(mse_loss(x, y, none)): a mean over a sharded dim is then an ordinary mean."""
     position = _ELEMENTWISE_LOSSES.get(node.target)
@@ -217,6 +225,7 @@ CLEANUPS: tuple[Cleanup, ...] = (
     broadcasts_as_expand,
     views_as_reshape,
     skip_idle_views,
+    dense_lookups,
     losses_by_element,
     losses_by_count,
 )

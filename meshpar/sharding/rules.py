@@ -119,12 +119,26 @@ def added(sum_: str, product: str) -> Rule:
 
 
 def einsum(op: Op) -> Signature | None:
-    equation = str(op.arguments["equation"]).replace(" ", "")
-    if "." in equation or "->" not in equation:
+    left, arrow, out = str(op.arguments["equation"]).replace(" ", "").partition("->")
+    if not arrow:
         return None
-    left, _, out = equation.partition("->")
-    text = ", ".join(" ".join(t) for t in left.split(",")) + " -> " + " ".join(out)
+    text = ", ".join(" ".join(t) for t in _spelled(left.split(","), op.shapes)) + " -> " + " ".join(_spelled([out], [op.out.shape])[0])
     return row(text, linear=tuple((i,) for i in range(len(op.infos))))(op)
+
+
+def _spelled(terms: Sequence[str], shapes: Sequence[Sequence[int]]) -> list[list[str]]:
+    """Each term of an einsum, letter by letter; the dims of "..." are counted from the right."""
+    found = []
+    for term, shape in zip(terms, shapes, strict=True):
+        before, dots, after = term.partition("...")
+        more = len(shape) - len(before) - len(after)
+        found.append([*before, *(f"dots{more - i}" for i in range(more if dots else 0)), *after])
+    return found
+
+
+def embedding(op: Op) -> Signature | None:
+    """Gradients scaled by how often an id occurs need all ids and the whole table."""
+    return None if op.arguments["scale_grad_by_freq"] else row("v c, ... -> ... c")(op)
 
 
 def attention(op: Op) -> Signature | None:
@@ -230,10 +244,20 @@ def one_hot(op: Op) -> Signature:
     return Signature((base,), ((*base, (("classes",),)),), {**sizes_of("d", shape), "classes": op.out.shape[-1]}, frozenset({"classes"}))
 
 
+def transposed_convolution(op: Op) -> Signature | None:
+    rank = len(op.infos[0].shape) - 2
+    if rank < 1 or int(op.arguments["groups"]) > 1:
+        return None
+    space, kernel, out = (" ".join(f"[{name}{i}]" for i in range(rank)) for name in "skr")
+    return row(f"b i {space}, i o {kernel}, o -> b o {out}", linear=((0, 2), (1, 2)))(op)
+
+
 def convolution(op: Op) -> Signature | None:
+    if op.arguments.get("transposed"):
+        return transposed_convolution(op)
     groups = int(op.arguments.get("groups", 1))
     rank = len(op.infos[0].shape) - 2
-    if rank < 1 or op.arguments.get("transposed"):
+    if rank < 1:
         return None
     space = " ".join(f"[s{i}]" for i in range(rank))
     kernel = " ".join(f"[k{i}]" for i in range(rank))
@@ -266,6 +290,53 @@ def padding(op: Op) -> Signature:
     sizes.update({f"n{i}": op.out.shape[i] for i in changed})
     linear = (frozenset({0}),) if op.arguments.get("mode", "constant") == "constant" and not op.arguments.get("value") else ()
     return Signature((base,), (out,), sizes, frozenset(f"{p}{i}" for i in changed for p in "dn"), linear)
+
+
+def glu(op: Op) -> Signature:
+    """The dim is a row of two halves, which must be cut alike."""
+    dim, out = op.dim(), op.out.shape
+    base = named("d", out)
+    halves = ((f"d{dim}",), (f"d{dim}",)) if out[dim] > 1 else ((f"h{dim}",),)
+    sizes = {**sizes_of("d", out), **({} if out[dim] > 1 else {f"h{dim}": 2})}
+    before = tuple(halves if i == dim else d for i, d in enumerate(base))
+    return Signature((before,), (base,), sizes, frozenset({f"h{dim}"} if out[dim] == 1 else ()))
+
+
+def prelu(op: Op) -> Signature:
+    """One slope for each channel, or one for all."""
+    shape = op.infos[0].shape
+    base = named("d", shape)
+    slope = tuple(base[1] if n > 1 else () for n in op.infos[1].shape)
+    return Signature((base, slope), (base,), sizes_of("d", shape))
+
+
+def recurrent(op: Op) -> Signature | None:
+    """lstm, gru, rnn over a whole sequence: samples are independent."""
+    a, shape = op.arguments, op.infos[0].shape
+    if "batch_sizes" in a or len(shape) != 3 or (a["dropout"] and a["train"]):
+        return None
+    at = 0 if a["batch_first"] else 1
+    size = shape[at]
+    sample = (("b",),) if size > 1 else ()
+    states = len(a["hx"]) if isinstance(a["hx"], (list, tuple)) else 1
+    sequence = tuple(sample if i == at else () for i in range(3))
+    state = ((), sample, ())
+    weights = [tuple(() for _ in info.shape) for info in op.infos[1 + states :]]
+    return Signature((sequence, *[state] * states, *weights), (sequence, *[state] * states), {"b": size} if size > 1 else {})
+
+
+def label_loss(op: Op) -> Signature | None:
+    """nll_loss: the classes are needed whole, samples may be cut unless the mean over them is asked for."""
+    logits, reduction = op.infos[0].shape, op.arguments["reduction"]
+    if reduction == 1 or len(logits) < 2 or len(op.outs) != 1:
+        return None
+    rest = " ".join(f"d{i}" for i in range(len(logits) - 2))
+    return row(f"n [v] {rest}, n {rest}, [w] -> {f'n {rest}' if reduction == 0 else ''}")(op)
+
+
+def loss_by_element(op: Op) -> Signature | None:
+    """mse_loss and its kind without a reduction (capture writes the reduction apart)."""
+    return pointwise(op) if op.arguments["reduction"] == 0 else None
 
 
 def cross_entropy(op: Op) -> Signature | None:
@@ -332,11 +403,14 @@ RULES: dict[str, Rule] = {
     "dot": row("k, k -> ", linear=((0,), (1,))),
     "outer": row("i, j -> i j", linear=((0,), (1,))),
     "einsum": einsum,
+    "bilinear": row("... i, ... j, o i j, o -> ... o", linear=((0, 3), (1, 3), (2, 3))),
+    "cdist": row("... i [c], ... j [c] -> ... i j"),
     "scaled_dot_product_attention": attention,
     "convolution": convolution,
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed_convolution),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
     # lookups
-    "embedding": row("v c, ... -> ... c"),
+    "embedding": embedding,
     "index": index,
     "index_select": index_select,
     **dict.fromkeys(("gather", "take_along_dim"), gather),
@@ -361,6 +435,13 @@ RULES: dict[str, Rule] = {
     ),
     # losses
     "cross_entropy_loss": cross_entropy,
+    **dict.fromkeys(("nll_loss", "nll_loss_nd", "nll_loss2d"), label_loss),
+    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div"), loss_by_element),
+    **dict.fromkeys(("binary_cross_entropy", "binary_cross_entropy_with_logits"), loss_by_element),
+    # activations and layers of their own kind
+    "glu": glu,
+    "prelu": prelu,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     # reductions
     **dict.fromkeys(
         (
@@ -390,8 +471,14 @@ RULES: dict[str, Rule] = {
         ("max_pool2d", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool2d", "max_pool2d_with_indices", "upsample_nearest2d"), pooling
     ),
     **dict.fromkeys(("_adaptive_avg_pool2d", "adaptive_avg_pool1d", "max_pool1d"), pooling),
-    # casts carry no pointwise tag
-    **dict.fromkeys(("_to_copy", "to", "type_as"), pointwise),
+    **dict.fromkeys(("avg_pool3d", "max_pool3d", "adaptive_avg_pool3d", "max_pool3d_with_indices", "adaptive_max_pool2d"), pooling),
+    **dict.fromkeys(
+        ("upsample_nearest1d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest3d"), pooling
+    ),
+    # these carry no pointwise tag, or not in every form
+    **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar"), pointwise),
+    "view_as_complex": row("... [c] -> ..."),
+    "view_as_real": row("... -> ... [c]"),
     # random
     **dict.fromkeys(("dropout", "native_dropout", "bernoulli", "rand_like", "randn_like"), dropout),
     # created

@@ -118,3 +118,10 @@ def test_half_precision_loss_is_summed_in_float32() -> None:
     (loss,) = run(captured, {}, {"input": x * 4, "target": target})
     assert loss.dtype == torch.half and torch.isfinite(loss)
     torch.testing.assert_close(loss, F.cross_entropy(x.float() * 4, target).half())
+
+
+def test_sparse_gradients_become_dense() -> None:
+    captured = capture(nn.Embedding(5, 3, padding_idx=1, sparse=True), (torch.tensor([0, 2, 2]),))
+    (lookup,) = [node for node in captured.graph.nodes if node.op == "call_function"]
+    assert lookup.target is torch.ops.aten.embedding.default
+    assert lookup.args[2:] == (1, False)

@@ -1,0 +1,111 @@
+"""Programs that once went wrong: each one against the model itself, loss, every gradient and every buffer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import meshpar as mp
+from meshpar.simulate import local_tensors
+
+
+class Body(nn.Module):
+    """An embedding, blocks that add something to their input, and a head."""
+
+    def __init__(self, *blocks: nn.Module, vocab: int = 20, **embedding: object) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, 16, **embedding)  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(16, vocab)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.embed(x)
+        for block in self.blocks:
+            z = z + block(z)
+        return F.cross_entropy(self.head(z).flatten(0, 1), y.flatten())
+
+
+class Shifted(nn.Module):
+    """A feed-forward that mixes each position with the one before it, then smooths over both dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = x + 0.5 * F.pad(x, (0, 0, 1, -1))
+        return F.avg_pool2d(self.down(F.gelu(self.up(x))), 3, 1, 1)
+
+
+class Normed(nn.Module):
+    """A convolution along the sequence, normalised over it, with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.norm = nn.InstanceNorm1d(16, affine=True, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.transpose(1, 2))).transpose(1, 2)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.glu(self.up(x)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.LSTM(16, 12, 2, batch_first=True), nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(x)[0])
+
+
+MODELS = {
+    "shifted": lambda: Body(Shifted(), Shifted()),
+    "instance norm": lambda: Body(Normed(), Normed()),
+    "glu": lambda: Body(Gated(), Gated()),
+    "lstm": lambda: Body(Recurrent()),
+    "sparse": lambda: Body(Gated(), sparse=True),
+    "scaled by frequency": lambda: Body(Gated(), scale_grad_by_freq=True, padding_idx=3),
+}
+
+
+@pytest.mark.parametrize("spec", ["tp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("name", MODELS)
+def test_against_the_model(name: str, spec: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    x, y = torch.randint(0, 20, (4, 6)), torch.randint(0, 20, (4, 6))
+    y[0, :4] = -100
+    x[2], x[:, 3] = x[0], x[:, 0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    original = copy.deepcopy(model)
+    expected = original(x, y)
+    expected.backward()
+    with mp.simulate(4 if "," in spec else 2):
+        mesh = mp.make_mesh(spec)
+        batch = mp.local_batch({"x": x, "y": y}, mesh)
+        parallel = mp.parallelize(model, mesh, example=batch, config=mp.ParallelConfig(sequence_parallel=True))
+        loss = parallel.train_step(**batch)
+        for value in local_tensors(loss).values():
+            torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
+        for (fqn, parameter), theirs in zip(parallel.named_parameters(), original.parameters(), strict=True):
+            gradient = theirs.grad.to_dense() if theirs.grad is not None else torch.zeros_like(theirs)
+            torch.testing.assert_close(mp.full_grad(parameter), gradient, rtol=1e-9, atol=1e-12, msg=lambda m, n=fqn: f"{n}: {m}")
+        for buffer, theirs in zip(parallel.buffers(), original.buffers(), strict=True):
+            for value in local_tensors(buffer).values():
+                torch.testing.assert_close(value, theirs, rtol=1e-12, atol=1e-12)
