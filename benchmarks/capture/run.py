@@ -9,6 +9,7 @@ process group. Every case runs in a process of its own: import, build, then the 
     ledger     the collectives of the lowered graph   (passes.ledger.ledger)
     blocks     the modules that run the graph         (runtime.blocks.build, parameters on meta)
 
+Times are processor seconds of the one thread that does it all, which other work on the machine does not enter; the last is wall time.
 Memory is the peak resident size of the process; "imports" is what it was before the model was built.
 """
 
@@ -100,16 +101,16 @@ def build(kind: str, layers: int) -> nn.Module:
 
 
 class Clock:
-    """Seconds per stage; functions of the package are timed where the program module calls them."""
+    """Processor seconds per stage; functions of the package are timed where the program module calls them."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = time.process_time()
         yield
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += time.process_time() - start
 
     def wrap(self, module: Any, function: str, name: str) -> None:
         inner: Callable[..., Any] = getattr(module, function)
@@ -135,9 +136,9 @@ def case(kind: str, layers: int, dp: int, tp: int, profile: str | None) -> dict[
     with clock.stage("build"):
         model = build(kind, layers)
     batch = {name: torch.zeros(1, 2048, dtype=torch.long) for name in ("input_ids", "labels")}
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     made = _profiled(profile, lambda: _make(model, mesh, batch, clock))
-    total = time.perf_counter() - start
+    wall, total = time.perf_counter() - start, time.process_time() - cpu
     return {
         "kind": kind,
         "layers": layers,
@@ -147,6 +148,7 @@ def case(kind: str, layers: int, dp: int, tp: int, profile: str | None) -> dict[
         "collectives": sum(c.count for c in made.plan.ledger),
         **clock.seconds,
         "total": total,
+        "wall": wall,
         "imports_mib": before,
         "peak_mib": _peak(),
     }
@@ -178,11 +180,11 @@ def _peak() -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as markdown."""
-    head = ["model", "layers", "parameters", "mesh", "graph nodes", *STAGES[1:], "total", "imports", "peak"]
+    head = ["model", "layers", "parameters", "mesh", "graph nodes", *STAGES[1:], "total", "wall", "imports", "peak"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [r["kind"], r["layers"], f"{r['parameters'] / 1e9:.1f} B", r["mesh"], r["nodes"]]
-        cells += [f"{r[name]:.2f} s" for name in STAGES[1:]] + [f"{r['total']:.1f} s"]
+        cells += [f"{r[name]:.2f} s" for name in STAGES[1:]] + [f"{r['total']:.1f} s", f"{r['wall']:.1f} s"]
         cells += [f"{r['imports_mib'] / 1024:.2f} GiB", f"{r['peak_mib'] / 1024:.2f} GiB"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """What a lowered graph costs on one rank: `python benchmarks/overhead/run.py --write`.
 
 `mp.parallelize(model, mp.make_mesh("tp=1"))` against the model itself in eager mode: forward and backward of a small transformers Llama
-with its loss, float32, one thread. In every round both take one step, in turn, first one, then the other first. Processor time of this process
-is what is compared (it has one thread, and other work on the machine does not count); wall time is shown beside it.
+with its loss, float32, one thread. In every round both take one step, in turn, first one, then the other first. Processor time of this
+process is what is compared (it has one thread, and other work on the machine does not count); wall time is shown beside it.
 """
 
 from __future__ import annotations

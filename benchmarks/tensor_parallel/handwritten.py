@@ -1,9 +1,9 @@
 """A Llama-like model, and the same model cut by hand the Megatron way: local tensors, f and g, nothing between them and torch.
 
 `Model` is the ordinary one: meshpar and `parallelize_module` are given it as it is. `Handwritten` holds one rank's slices of its
-parameters. Without sequence parallelism: f (identity / all-reduce) before a column-parallel matmul, g (all-reduce / identity) after a row-parallel one.
-With it the residual stream and the norms are cut along the sequence: all-gather / reduce-scatter in the place of f, its mirror in that of
-g, and the gradients of the norm weights are pending sums, all-reduced together per block.
+parameters. Without sequence parallelism: f (identity / all-reduce) before a column-parallel matmul, g (all-reduce / identity) after a
+row-parallel one. With it the residual stream and the norms are cut along the sequence: all-gather / reduce-scatter in the place of f, its
+mirror in that of g, and the gradients of the norm weights are pending sums, all-reduced together per block.
 """
 
 from __future__ import annotations

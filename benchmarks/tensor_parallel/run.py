@@ -6,8 +6,9 @@
 
 A step is forward and backward of a few Llama-like blocks and a squared error, in float32, on local gloo ranks of one thread each. In every
 round each contender takes one step, in turn, so that whatever else the machine does hits all alike; a step is timed between barriers, and
-the slowest rank counts. Beside it stands the processor time of a rank, which waiting and other work on the machine do not enter. Ratios are of the minima and of the medians over the rounds. Before any timing all three must give the gradients of
-the unparallel model, in float64.
+the slowest rank counts. Beside it stands the processor time of a rank, which waiting and other work on the machine do not
+enter. Ratios are of the minima and of the medians over the rounds. Before any timing all three must give the gradients of the unparallel
+model, in float64.
 """
 
 from __future__ import annotations
