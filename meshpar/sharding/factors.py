@@ -124,6 +124,18 @@ class Extents:
             return (one,)
         return tuple(dict.fromkeys(leaf for p in parts[1] for leaf in self.leaves(p)))
 
+    def cuttable(self, one: int) -> tuple[int, ...]:
+        """What an extent could be cut along, best first: its undivided factors, outermost first, each product of some right after them.
+
+        Heads that are (key/value heads, group) can be cut as a whole where neither factor alone divides.
+        """
+        one = self.find(one)
+        parts = self._parts[one]
+        if parts is None:
+            return (one,)
+        inner = [f for p in parts[1] for f in self.cuttable(p)]
+        return tuple(dict.fromkeys([*inner, one] if parts[0] == "*" else inner))
+
     def pattern(self, one: int, factor: int) -> Pattern | None:
         """How `factor` lies in the extent, or None when it is not in it (or not in every one of its segments).
 

@@ -214,8 +214,8 @@ class _Solver:
 
     def _outermost(self, one: int, carried: set[int]) -> list[int]:
         """The outermost factor along which a parameter's dim can be cut: heads rather than what is inside a head."""
-        leaves = (leaf for leaf in self.inference.extents.leaves(one) if leaf not in carried)
-        return [leaf for leaf in leaves if self._shard(0, one, leaf) is not None][:1]
+        factors = (f for f in self.inference.extents.cuttable(one) if f not in carried)
+        return [f for f in factors if self._shard(0, one, f) is not None][:1]
 
     def _units_using(self, node: fx.Node) -> set[str | None]:
         return {self.units[u] for u in node.users if u in self.units}

@@ -82,7 +82,6 @@ def test_fused_projections_are_cut_by_segment() -> None:
     assert _forward(plan, "layers.1", kv=2, fused=True) == {"all_gather": 2, "reduce_scatter": 2}
 
 
-@pytest.mark.xfail(strict=True, reason="query heads are (key/value heads, group), and neither factor alone is divisible")
 def test_query_heads_are_cut_where_ranks_outnumber_key_and_value_heads() -> None:
     plan = decided(captured(2), HEADS)
     attention = [p for name, p in plan.axes[0].nodes.items() if "attention" in name]
