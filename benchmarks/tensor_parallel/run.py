@@ -250,22 +250,14 @@ def row(world: int, size: Size, sequence: bool, times: Times) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = (
-    "ranks",
-    "size",
-    "sequence parallel",
-    "meshpar",
-    "by hand",
-    "parallelize_module",
-    "meshpar : by hand",
-    "meshpar : parallelize_module",
-)
+_COLUMNS = (*CONTENDERS, "meshpar : by hand", "meshpar : parallelize_module")
+HEAD = ("ranks", "size", "sequence parallel", *_COLUMNS, *(f"cpu: {name}" for name in _COLUMNS))
 
 
-def report(rows: list[str], command: str) -> str:
+def report(rows: list[str], command: str, rounds: int | None) -> str:
     """The README's text."""
-    lines = ["# Tensor parallelism: step time", "", (__doc__ or "").partition("\n\n")[2].strip(), ""]
-    lines += [f"- {size}, {size.rounds} rounds" for size in SIZES]
+    lines = ["# Tensor parallelism: step time", "", (__doc__ or "").partition("\n\n")[2].rstrip(), ""]
+    lines += [f"- {size}, {rounds or size.rounds} rounds" for size in SIZES]
     lines += ["", "Milliseconds per step, minimum / median, wall time first, then processor time; ratios of minima / of medians.", ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), *rows, ""]
     lines += [f"{machine()}. {date.today().isoformat()}.", "", "Command:", "", f"    {command}", ""]
@@ -303,7 +295,7 @@ def main() -> None:
             for sequence in (False, True)
             if size.name in options.sizes
         ]
-    text = report(rows, "python benchmarks/tensor_parallel/run.py " + " ".join(sys.argv[1:]))
+    text = report(rows, "python benchmarks/tensor_parallel/run.py " + " ".join(sys.argv[1:]), options.rounds)
     print(text)
     if options.write:
         (HERE / "README.md").write_text(text)
