@@ -109,3 +109,42 @@ def test_against_the_model(name: str, spec: str) -> None:
         for buffer, wanted in zip(parallel.buffers(), original.buffers(), strict=True):
             for value in local_tensors(buffer).values():
                 torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+
+
+LOSSES = {
+    "count of at least one": lambda each, y, n: (each * (y != -100)).sum() / (y != -100).sum().clamp(min=1),
+    "count and one": lambda each, y, n: (each * (y != -100)).sum() / ((y != -100).sum().double() + 1.0),
+    "the caller's count": lambda each, y, n: each.sum() / n,
+    "nll": lambda each, y, n: each.sum() / (y != -100).sum(),
+}
+
+
+class Counted(nn.Module):
+    def __init__(self, loss: str) -> None:
+        super().__init__()
+        self.loss, self.embed, self.head = loss, nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, x: Tensor, y: Tensor, n: Tensor) -> Tensor:
+        scores = self.head(torch.tanh(self.embed(x))).log_softmax(-1).flatten(0, 1)
+        if self.loss == "nll":
+            return F.nll_loss(scores, y.flatten())
+        return LOSSES[self.loss](F.nll_loss(scores, y.flatten(), reduction="none"), y.flatten(), n)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_counts_over_microbatches(name: str) -> None:
+    torch.manual_seed(0)
+    model = Counted(name).double()
+    x, y = torch.randint(0, 20, (4, 6)), torch.randint(0, 20, (4, 6))
+    y[0], y[2], y[1, :2] = -100, -100, -100  # the first microbatch of both data ranks has no label that counts
+    original, n = copy.deepcopy(model), torch.tensor(7.0, dtype=torch.double)
+    expected = original(x, y, n)
+    expected.backward()
+    with mp.simulate(2):
+        mesh = mp.make_mesh("dp=2")
+        batch = {**mp.local_batch({"x": x, "y": y}, mesh), "n": n}
+        parallel = mp.parallelize(model, mesh, example=batch, config=mp.ParallelConfig(microbatches=2))
+        for value in local_tensors(parallel.train_step(**batch)).values():
+            torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
+        for parameter, theirs in zip(parallel.parameters(), original.parameters(), strict=True):
+            torch.testing.assert_close(mp.full_grad(parameter), theirs.grad, rtol=1e-9, atol=1e-12)

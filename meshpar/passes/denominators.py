@@ -12,6 +12,7 @@ load-balancing loss) is not additive over microbatches: the step takes the mean 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..sharding.op import op_name, operands
 aten = torch.ops.aten
 
 _THROUGH = {"_to_copy", "to", "neg", "reshape", "view", "squeeze", "unsqueeze", "clone", "alias"}
-_SUMS = {"sum", "cross_entropy_loss", "nll_loss", "nll_loss2d"}
+_SUMS = {"sum", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
         new.meta = dict(node.meta)
         mapping[node] = new
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    terms = _Terms(graph, microbatches)
+    terms = _Terms(graph, microbatches, captured.batch_dims)
     values = list(output.args[0])
     loss = terms.rewrite(values[captured.loss])
     values[captured.loss] = loss
@@ -68,12 +69,13 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
 
 
 class _Terms:
-    def __init__(self, graph: fx.Graph, microbatches: int) -> None:
+    def __init__(self, graph: fx.Graph, microbatches: int, split: Collection[str]) -> None:
         self.graph, self.microbatches = graph, microbatches
         self.denominators: dict[fx.Node, list[fx.Node]] = {}
         self.averaged: dict[str, None] = {}
         self.trainable = _depends_on(graph, lambda n: n.op == "get_attr" and n.meta["info"].requires_grad)
         self.batch = _depends_on(graph, lambda n: n.op == "placeholder")
+        self.split = _depends_on(graph, lambda n: n.op == "placeholder" and str(n.target) in split)
 
     def rewrite(self, node: fx.Node) -> fx.Node:
         """The node that holds this term of the step's loss."""
@@ -85,9 +87,35 @@ class _Terms:
             first = operands(node)[0]
             return self._again(node, {first: self.rewrite(first)})
         if name == "div" and self._is_count(node.args[1]) and _is_sum(node.args[0]):
-            self.denominators.setdefault(node.args[1], []).append(node)  # type: ignore[arg-type]
-            return node
+            found = self._over_the_step(node, node.args[1])  # type: ignore[arg-type]
+            if found is not None:
+                return found
         return self._average(node)
+
+    def _over_the_step(self, term: fx.Node, count: fx.Node) -> fx.Node | None:
+        """`term`, divided by the count of the whole step; None when the count cannot be had by adding up those of the microbatches.
+
+        A count that no split input enters (the caller's own) is already the whole one. What is done to a count before it divides, and may
+        not be done to its parts, is done to their sum:   s / clamp(n, 1)   ->   s / clamp(denominator, 1)
+        """
+        if count not in self.split:
+            return term
+        after: list[fx.Node] = []
+        while not _is_additive(count):
+            if len(operands(count)) != 1 or operands(count)[0].meta["info"].shape != ():
+                return None
+            after.append(count)
+            count = operands(count)[0]
+        last, user = count, term
+        for node in reversed(after):
+            with self.graph.inserting_before(term):
+                copied = self.graph.node_copy(node, lambda n, last=last: last)  # type: ignore[misc]
+            copied.meta = dict(node.meta)
+            last, user = copied, copied if user is term else user
+        if after:
+            term.args = (term.args[0], last)
+        self.denominators.setdefault(count, []).append(user)
+        return term
 
     def _is_count(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and value in self.batch and value not in self.trainable and value.meta["info"].shape == ()
@@ -120,6 +148,16 @@ def _is_sum(value: Any) -> bool:
             return False
         value = operands(value)[0]
     return False
+
+
+def _is_additive(value: fx.Node) -> bool:
+    """Whether a count is a sum over samples, so that the counts of microbatches add up."""
+    name = op_name(value.target) if value.op == "call_function" else ""
+    if name in ("add", "sub"):
+        return len(operands(value)) == 2 and all(_is_additive(v) for v in operands(value))
+    if name in _THROUGH or (name in ("mul", "div") and len(operands(value)) == 1):
+        return _is_additive(operands(value)[0])
+    return name in ("sum", "count_nonzero")
 
 
 def _depends_on(graph: fx.Graph, start: Any) -> set[fx.Node]:
