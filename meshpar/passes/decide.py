@@ -66,7 +66,8 @@ def decide(captured: Captured, request: Decision) -> Plan:
             ),
         )
         axes.append(plan)
-        graph = Lower(plan, Axis(name, size, 0, name))(graph)
+        if name != request.axes[-1][0]:
+            graph = Lower(plan, Axis(name, size, 0, name))(graph)
     return Plan(
         request.mesh,
         fingerprint(captured.graph),

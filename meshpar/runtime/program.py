@@ -20,6 +20,7 @@ from ..capture.export import capture
 from ..config import ParallelConfig
 from ..errors import BatchError, PlanError
 from ..mesh import Axis, agree, axis, data_axis, data_mesh, mesh_sizes
+from ..passes.attention import SimplifyAttention
 from ..passes.batch_norm import expand_batch_norm
 from ..passes.coalesce import Coalesce
 from ..passes.decide import Decision, decide, fingerprint
@@ -41,7 +42,7 @@ class Signature:
     leaves: tuple[Any, ...]
     training: bool
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A name for the program in the module tree."""
         digest = hashlib.sha256(f"{self.spec} {self.leaves}".encode()).hexdigest()[:8]
@@ -182,6 +183,7 @@ def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], *, reduce_gr
             graph = Lower(found, one)(graph)
     if graph is captured.graph:
         graph = _copied(graph)
+    graph = SimplifyAttention()(graph)
     parameters = frozenset(captured.parameters)
     for one in axes:
         if reduce_gradients and one.name != "tp" and one.size > 1:
