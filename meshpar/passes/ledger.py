@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..ops import vocab_parallel
 from ..plan import Comm
 from ..sharding.conversions import ALL_REDUCE, conversion, wire_bytes
 from ..sharding.op import op_name
+from ..sharding.types import Type
 
 
 def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
@@ -24,18 +25,26 @@ def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
 
 
 def _entries(node: fx.Node) -> Iterator[Comm]:
-    for axis, size, before, after, info in node.meta.get("joined", (node.meta["conversion"],) if "conversion" in node.meta else ()):
-        found = conversion(before, after)
-        assert found is not None and isinstance(info, Info)
-        for phase, kind in (("forward", found.forward), ("backward", found.backward if info.requires_grad else None)):
-            if kind is not None:
-                yield _comm(node, kind, axis, phase, wire_bytes(kind, info.nbytes, size))
+    if "conversion" in node.meta:
+        yield from _converted(node, [node.meta["conversion"]])
+    if "joined" in node.meta:
+        yield from _converted(node, node.meta["joined"])
     if node.target is vocab_parallel.cross_entropy:
         target: Any = node.args[1]
         where: dict[str, Any] = node.kwargs
         tokens, smoothing = prod(target.meta["info"].shape), where.get("label_smoothing", 0.0)
         for sent in vocab_parallel.cross_entropy_traffic(tokens, node.meta["info"].dtype, where["size"], label_smoothing=smoothing):
             yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), sent.phase, float(sent.nbytes))
+
+
+def _converted(node: fx.Node, members: Sequence[tuple[str, int, Type, Type, Info]]) -> Iterator[Comm]:
+    """The collectives of one conversion, or of several that travel as one."""
+    axis, size, before, after, first = members[0]
+    found = conversion(before, after)
+    assert found is not None
+    for phase, kind in (("forward", found.forward), ("backward", found.backward if first.requires_grad else None)):
+        if kind is not None:
+            yield _comm(node, kind, axis, phase, wire_bytes(kind, sum(info.nbytes for *_, info in members), size))
 
 
 def _comm(node: fx.Node, kind: str, axis: str, phase: str, nbytes: float) -> Comm:

@@ -17,7 +17,7 @@ from tests.capture.models import GPT
 
 def model() -> GPT:
     torch.manual_seed(0)
-    return GPT(width=32, heads=4, layers=4, vocab=64, length=16)
+    return GPT(width=32, heads=4, layers=8, vocab=64, length=16)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
