@@ -130,7 +130,9 @@ def _build(
     dtype = config.precision.param_dtype
     if is_simulated():
         buffers = materialise(model, list(plans), put, weights=weights, dtype=dtype)
-        return tree_of({n: b.detach().clone() for n, b in buffers.items()}), DataParallel(Block(), config.data_parallel, ())
+        tree = tree_of({n: b.detach().clone() for n, b in buffers.items()})
+        tree.set_compute_dtype(config.precision.compute_dtype)
+        return tree, DataParallel(Block(), config.data_parallel, ())
     parameters.update({name: place.empty(specs[name], mesh) for name in plans})
     tree = tree_of({n: b.detach().clone().to(mesh.device_type) for n, b in model.named_buffers()})
     data = apply_data_parallel(tree, mesh, config)

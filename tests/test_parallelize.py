@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import meshpar as mp
+from meshpar.simulate import local_tensors
 from tests.models import GPT, numbers, plain
 from tests.pool import Pool
 
@@ -235,6 +236,19 @@ def test_rules_are_obeyed() -> None:
     mp.verify(model, "tp=2", batch, rules={"*.down.weight": "replicate", "*.out.weight": "tp:0"}).raise_if_failed()
 
 
+def test_simulated_ranks_compute_in_half_precision_too() -> None:
+    model, batch = plain("gpt")
+    expected = copy.deepcopy(model).bfloat16()(**batch)
+    with mp.simulate(4):
+        mesh = mp.make_mesh("dp=2,tp=2")
+        local = mp.local_batch(batch, mesh)
+        pm = mp.parallelize(model, mesh, example=local, config=mp.ParallelConfig(precision="bf16"))  # type: ignore[arg-type]
+        loss = pm.train_step(**local)
+        assert {p.grad.dtype for p in pm.parameters() if p.grad is not None} == {torch.float32}
+    for part in local_tensors(loss).values():
+        assert part.item() == pytest.approx(expected.item(), rel=2e-2)
+
+
 def test_a_step_without_a_loss_says_so() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     with mp.simulate(2):
@@ -275,8 +289,6 @@ def test_outputs_keep_the_models_structure() -> None:
         assert list(found) == ["out", "hidden"] and found["out"][1] == "kept"
         hidden = found["hidden"].full_tensor() if isinstance(found["hidden"], DTensor) else found["hidden"]
         out = found["out"][0].full_tensor() if isinstance(found["out"][0], DTensor) else found["out"][0]
-        from meshpar.simulate import local_tensors
-
         for part in local_tensors(hidden).values():
             torch.testing.assert_close(part, expected["hidden"])
         for part in local_tensors(out).values():
