@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from meshpar._torch import pytree
 
 from .errors import ConfigError
 

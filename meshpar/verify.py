@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
+
+from meshpar._torch import pytree
 
 from . import launch
 from ._torch import local_of, maybe_disable_local_tensor_mode, without_modes

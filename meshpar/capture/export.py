@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from meshpar._torch import FakeTensorMode
+from meshpar._torch import FakeTensorMode, pytree
 from meshpar.capture import (
     blame,
     check,

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from meshpar._torch import FakeTensor, LocalTensor, LocalTensorMode, enabled_local_tensor_mode, simulated_generators
+from meshpar._torch import FakeTensor, LocalTensor, LocalTensorMode, enabled_local_tensor_mode, pytree, simulated_generators
 from meshpar.simulate import axis_rank, per_rank
 
 Shards = tuple[tuple[str, int, int], ...]
