@@ -589,6 +589,27 @@ def _normed(recorder: _Recorder, norm: Any, x: Tensor, shape: Any, affine: Seque
     return True
 
 
+def _split(recorder: _Recorder, func: Any, args: Any, kwargs: Any, results: list[Tensor], kinds: set[str]) -> bool:
+    """Rows split by expert: one part has them all, the others are empty."""
+    if kinds != {"rows"} or (args[2] if len(args) > 2 else 0) % args[0].dim() != recorder.row_dim(args[0]):
+        return False
+    for result in results:
+        if result.numel() > 0:
+            if result.shape != args[0].shape:
+                return False
+            recorder.alias(result, args[0])
+    return True
+
+
+def _cat(recorder: _Recorder, func: Any, args: Any, kwargs: Any, results: list[Tensor], kinds: set[str]) -> bool:
+    """Rows and empty tensors put together."""
+    parts = [part for part in args[0] if part.numel() > 0]
+    if len(parts) != 1 or len(args[0]) == 1 or recorder.known(parts[0]) is None:
+        return False
+    recorder.alias(results[0], parts[0])
+    return True
+
+
 def _dropout(recorder: _Recorder, func: Any, args: Any, kwargs: Any, results: list[Tensor], kinds: set[str]) -> bool:
     if kinds != {"rows"}:
         return False
@@ -616,6 +637,9 @@ _RULES: Mapping[Any, tuple[Rule, ...]] = {
     aten.native_layer_norm: (_layer_norm,),
     aten._fused_rms_norm: (_rms_norm,),
     aten.native_dropout: (_dropout,),
+    aten.split: (_split,),
+    aten.split_with_sizes: (_split,),
+    aten.cat: (_cat,),
 }
 """Operators by what they mean for rows and experts; the first rule that is not "not mine" counts."""
 

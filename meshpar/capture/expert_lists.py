@@ -463,7 +463,8 @@ def _forms(owner: nn.Module, container: str, loop: Loop, runs: Sequence[_Double]
     names = _left(owner, loop, probes)
     if not names:
         return
-    sources = _sources(probes[0].before)
+    read = _read_in(owner, loop)
+    sources = sorted(_sources(probes[0].before), key=lambda path: path[0] not in read)
     for hidden in sources:
         value = _at(probes[0].before, hidden)
         if not _is_rows(value, runs[0]):
@@ -736,6 +737,14 @@ def _read_after(owner: nn.Module, loop: Loop) -> set[str]:
     for statement in found.body[found.last + 1 :]:
         later |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     return later
+
+
+def _read_in(owner: nn.Module, loop: Loop) -> set[str]:
+    """The variables that the statements of the loop read."""
+    _, definition = _parsed(_function(owner, loop.function))
+    found = _find(definition, loop)
+    inside = [node for statement in found.body[found.first : found.last + 1] for node in ast.walk(statement)]
+    return {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
 def _rebuilt(owner: nn.Module, loop: Loop, seam: _Probe | _Replaced) -> Any:

@@ -32,6 +32,11 @@ class Sizes(list[Any]):
         super().__init__(numbers)
         self.tensor = tensor
 
+    @staticmethod
+    def of(numbers: list[Any], tensor: Tensor) -> list[Any]:
+        whole = tensor.dim() == 1 and not tensor.is_floating_point()
+        return Sizes(numbers, tensor) if whole else numbers
+
 
 def experts_of(module: nn.Module) -> int | None:
     """The number of experts, if the module's own parameters may be stacked ones."""

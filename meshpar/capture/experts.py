@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
+from meshpar._torch import lists_of_numbers
 from meshpar.capture import expert_lists, expert_stacks
 from meshpar.capture.expert_body import NotLifted
 from meshpar.errors import ConfigError
@@ -81,7 +81,7 @@ def seam(model: nn.Module) -> Iterator[Seam]:
     with ExitStack() as stack:
         registry = stack.enter_context(_registered(model, found))
         stack.enter_context(_replaced(model, found, registry))
-        stack.enter_context(_NumbersOfRows())
+        stack.enter_context(lists_of_numbers(expert_stacks.Sizes.of))
         yield found
 
 
@@ -159,16 +159,6 @@ def _chosen(
 def _registered_for(kind: type[nn.Module]) -> Function | None:
     known = next((k for k in kind.__mro__ if k in REGISTERED), None)
     return REGISTERED[known] if known is not None and known.forward is kind.forward else None
-
-
-class _NumbersOfRows(TorchFunctionMode):
-    """`sizes.tolist()` remembers the tensor: a module called with the list can have the tensor instead."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is Tensor.tolist and isinstance(result, list) and args[0].dim() == 1 and not args[0].is_floating_point():
-            return expert_stacks.Sizes(result, args[0])
-        return result
 
 
 @contextmanager
