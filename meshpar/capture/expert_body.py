@@ -189,6 +189,7 @@ class _Recorder(TorchDispatchMode):
         self._values: dict[int, _Value] = {}
         self._kept: list[Any] = []
         self._written: set[int] = set()
+        self._before: dict[int, Any] = {}
         self._next = 0
 
     def add(self, tensor: Tensor, kind: str) -> int:
@@ -202,6 +203,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = written_arguments(func, args, kwargs)
+        self._before = {}
+        self._before = {id(tensor): self.constant(tensor) for tensor in written if self.known(tensor) is None}
         out = func(*args, **kwargs)
         self._kept.append((out, inputs))  # an id stays one tensor's
         if any(tensor.untyped_storage()._cdata in self._written and self.known(tensor) is None for tensor in inputs):
@@ -211,7 +215,8 @@ class _Recorder(TorchDispatchMode):
         if not torch.is_grad_enabled():
             raise NotLifted("it switches gradients off")
         results = [leaf for leaf in (out if isinstance(out, tuple | list) else (out,)) if isinstance(leaf, Tensor)]
-        written = written_arguments(func, args, kwargs)
+        if not results:
+            raise NotLifted(f"it asks for the values of its rows or parameters ({func})")
         if all(result.numel() == 0 for result in results) and not written:
             return out
         self._note(func, args, kwargs, results, inputs)
@@ -250,8 +255,8 @@ class _Recorder(TorchDispatchMode):
 
     def step(self, run: Any, args: Any, kwargs: Any, results: Sequence[Tensor], kind: str) -> None:
         """Note a call; `args` may hold tensors with a value, Refs, and what is not a tensor."""
+        args, kwargs = pytree.tree_map(self._ref, (tuple(args), dict(kwargs)))  # first: a result may be an argument, overwritten
         indices = tuple(self.add(result, kind) for result in results)
-        args, kwargs = pytree.tree_map(self._ref, (tuple(args), dict(kwargs)))
         self.steps.append(Step(_READABLE.get(run, run), args, kwargs, indices))
 
     def alias(self, result: Tensor, source: Tensor | _Value) -> None:
@@ -331,6 +336,8 @@ class _Recorder(TorchDispatchMode):
         """The value all elements of a constant have, or None."""
         if not isinstance(tensor, Tensor) or self.known(tensor) is not None or tensor.numel() == 0:
             return None if isinstance(tensor, Tensor) else tensor
+        if id(tensor) in self._before:
+            return self._before[id(tensor)]  # it has been overwritten by now
         flat = tensor.detach().reshape(-1)
         return flat[0].item() if bool((flat == flat[0]).all()) else None
 
@@ -589,6 +596,11 @@ def _normed(recorder: _Recorder, norm: Any, x: Tensor, shape: Any, affine: Seque
     return True
 
 
+def _made(recorder: _Recorder, func: Any, args: Any, kwargs: Any, results: list[Tensor], kinds: set[str]) -> bool:
+    """A new tensor in the shape of another: a constant."""
+    return True
+
+
 def _split(recorder: _Recorder, func: Any, args: Any, kwargs: Any, results: list[Tensor], kinds: set[str]) -> bool:
     """Rows split by expert: one part has them all, the others are empty."""
     if kinds != {"rows"} or (args[2] if len(args) > 2 else 0) % args[0].dim() != recorder.row_dim(args[0]):
@@ -637,6 +649,8 @@ _RULES: Mapping[Any, tuple[Rule, ...]] = {
     aten.native_layer_norm: (_layer_norm,),
     aten._fused_rms_norm: (_rms_norm,),
     aten.native_dropout: (_dropout,),
+    **dict.fromkeys((aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like), (_made,)),
+    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), (_made,)),
     aten.split: (_split,),
     aten.split_with_sizes: (_split,),
     aten.cat: (_cat,),

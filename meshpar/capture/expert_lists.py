@@ -200,10 +200,10 @@ class _Simple(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise NotLifted("its members are called with more than one tensor")
+            raise NotLifted("its members are called with more than one tensor", like_experts=False)
         x = args[0]
-        if any(x is made for made in self.calls.made):
-            raise NotLifted("its members run one after another")
+        if len(self.calls.made) == 1 and x.requires_grad and _depends(x, self.calls.made[0]):
+            raise NotLifted("its members run one after another", like_experts=False)
         self._note(x)
         result = _simple(x, self.scale, self.shift)
         self.calls.made.append(result)
@@ -230,6 +230,10 @@ def _inherited(code: Any) -> bool:
     return code is _code(getattr(nn.Module, code.co_name, None))
 
 
+def _depends(x: Tensor, source: Tensor) -> bool:
+    return source.requires_grad and torch.autograd.grad(x.sum(), source, retain_graph=True, allow_unused=True)[0] is not None
+
+
 def _simple(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     wave = torch.sin(x)
     return (wave if wave.shape[-1] == scale.shape[-1] else wave.mean(-1, keepdim=True)) * scale + shift
@@ -247,6 +251,7 @@ class _Double:
 
     def run(self, function: str | None = None, replaced: Any = None) -> Any:
         torch.manual_seed(0)
+        self.calls.made.clear()
         if function is None:
             return self.owner(*self.args, **self.kwargs)
         return _calling(self.owner, function, replaced, self.args, self.kwargs)
@@ -272,7 +277,7 @@ class _Double:
         return found
 
 
-def _double(owner: nn.Module, container: str, width: int, sizes: Sequence[int], seed: int, args: Any, kwargs: Any, dtype: Any) -> _Double:
+def _double(owner: nn.Module, container: str, width: int, trial: Trial, seed: int, args: Any, kwargs: Any, dtype: Any) -> _Double:
     generator = torch.Generator().manual_seed(seed)
     calls = _Calls()
     members = [*owner.get_submodule(container).children()]
@@ -283,11 +288,11 @@ def _double(owner: nn.Module, container: str, width: int, sizes: Sequence[int], 
     instead = {id(member): simple for member, simple in zip(members, experts, strict=True)}
     double = stand_in(owner, generator, dtype=dtype, instead=instead, without=("forward",))
     calls.owner = double
-    small_args, small_kwargs = _small(args, kwargs, sizes, generator, dtype)
+    small_args, small_kwargs = _small(args, kwargs, trial, generator, dtype)
     return _Double(double, experts, small_args, small_kwargs, calls)
 
 
-def _small(args: Any, kwargs: Any, sizes: Sequence[int], generator: torch.Generator, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _small(args: Any, kwargs: Any, trial: Trial, generator: torch.Generator, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the same form with few tokens: equal sizes stay equal, the last dim of a floating tensor stays."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     smaller: dict[int, int] = {}
@@ -301,29 +306,45 @@ def _small(args: Any, kwargs: Any, sizes: Sequence[int], generator: torch.Genera
         lead = leaf.shape[: leaf.dim() - len(kept)]
         for n in lead:
             if n > 1 and n not in smaller:
-                smaller[int(n)] = sizes[len(smaller) % len(sizes)]
+                smaller[int(n)] = trial.sizes[len(smaller) % len(trial.sizes)]
         shape = (*(smaller.get(int(n), int(n)) for n in lead), *kept)
         made = filled(torch.empty(shape, dtype=leaf.dtype, device="meta"), generator, dtype)
         if made.is_floating_point():
-            made = made * shape[-1] ** 0.5 if len(shape) > 1 else made
+            if len(shape) > 1:
+                made = made * (trial.scale * shape[-1] ** 0.5)
+                made = made * trial.spread + made.reshape(-1, shape[-1])[:1] * (1 - trial.spread)
             made = made.detach().requires_grad_()
         return made
 
     return pytree.tree_unflatten([shrink(leaf) for leaf in leaves], spec)  # type: ignore[no-any-return]
 
 
-_SIZES = ((2, 3), (3, 2), (5, 1), (1, 1))
-"""Sizes of small inputs, in trials one after another; the first has six tokens."""
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Small random inputs: their sizes, their scale, and how far tokens differ from each other."""
+
+    sizes: tuple[int, ...]
+    scale: float = 1.0
+    spread: float = 1.0
+
+
+_TRIALS = (Trial((2, 3)), Trial((3, 2)), Trial((5, 1)))
+_PROOFS = (
+    Trial((2, 3)),
+    Trial((1, 1)),
+    Trial((3, 5), scale=20.0),  # weights close to zero: a loop may leave them out
+    Trial((4, 12), spread=0.01),  # all tokens choose the same experts: a loop may limit how many
+)
 
 
 def _learn(owner: nn.Module, container: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lifted:
     members = [*owner.get_submodule(container).children()]
     if not all(alike(members[0], member) for member in members[1:]):
-        raise NotLifted("its members are not alike")
+        raise NotLifted("its members are not alike", like_experts=False)
     if any(member._forward_hooks or member._forward_pre_hooks for member in members):
         raise NotLifted("its members have forward hooks")
     width, given = _widths(owner, container, args, kwargs, members[0])
-    runs = [_double(owner, container, width, sizes, seed, args, kwargs, torch.double) for seed, sizes in enumerate(_SIZES[:3])]
+    runs = [_double(owner, container, width, trial, seed, args, kwargs, torch.double) for seed, trial in enumerate(_TRIALS)]
     for double in runs:
         double.run()
     dims = sorted(set().union(*(double.calls.given for double in runs)))
@@ -342,7 +363,7 @@ def _learn(owner: nn.Module, container: str, args: tuple[Any, ...], kwargs: dict
 def _loops(chains: Sequence[tuple[tuple[Any, int], ...]]) -> Iterator[Loop]:
     """Where the loop may be: in the outermost function of the owner first."""
     if not chains:
-        raise NotLifted("its members are not called on these inputs")
+        raise NotLifted("its members are not called on these inputs", like_experts=False)
     for depth in range(min(map(len, chains))):
         codes = {chain[depth][0] for chain in chains}
         lines = tuple(sorted({chain[depth][1] for chain in chains}))
@@ -360,19 +381,19 @@ def _widths(owner: nn.Module, container: str, args: Any, kwargs: Any, member: nn
     class Probe(nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dim() == 0:
-                raise NotLifted("its members are called with more than one tensor")
+                raise NotLifted("its members are called with more than one tensor", like_experts=False)
             raise _Seen(args[0].shape[-1])
 
     generator = torch.Generator().manual_seed(0)
     members = [*owner.get_submodule(container).children()]
     double = stand_in(owner, generator, dtype=torch.double, instead={id(m): Probe() for m in members}, without=("forward",))
-    small_args, small_kwargs = _small(args, kwargs, _SIZES[0], generator, torch.double)
+    small_args, small_kwargs = _small(args, kwargs, _TRIALS[0], generator, torch.double)
     try:
         double(*small_args, **small_kwargs)
     except _Seen as seen:
         given = seen.width
     else:
-        raise NotLifted("its members are not called on these inputs")
+        raise NotLifted("its members are not called on these inputs", like_experts=False)
     expert = stand_in(member, generator, dtype=torch.double)
     result = expert(torch.randn(1, given, dtype=torch.double, generator=generator))
     if not isinstance(result, Tensor) or result.dim() != 2 or result.shape[0] != 1:
@@ -455,7 +476,6 @@ def _forms(owner: nn.Module, container: str, loop: Loop, runs: Sequence[_Double]
     probes = []
     for double in runs:
         probe = _Probe()
-        double.calls.made.clear()
         double.run(loop.function, _rebuilt(double.owner, loop, probe))
         if probe.times != 1 or not probe.after:
             raise NotLifted("its loop runs several times in one forward")
@@ -596,10 +616,10 @@ def _weighted(form: Form, local: Mapping[str, Any], double: _Double) -> Tensor |
 
 def _proven(owner: Any, container: str, width: int, loop: Loop, form: Form, results: tuple[Result, ...], args: Any, kwargs: Any) -> bool:
     """Whether the owner's forward with the form in place of the loop gives the same values and gradients."""
-    for seed, sizes in enumerate(_SIZES, 10):
+    for seed, trial in enumerate(_PROOFS, 10):
         found = []
         for replaced in (False, True):
-            double = _double(owner, container, width, sizes, seed, args, kwargs, torch.double)
+            double = _double(owner, container, width, trial, seed, args, kwargs, torch.double)
             function = _rebuilt(double.owner, loop, _Replaced(form, results, len(double.experts), double.body)) if replaced else None
             outputs = double.run(loop.function if replaced else None, function)
             tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
@@ -618,7 +638,7 @@ def _typed(
 ) -> tuple[Result, ...]:
     """The results with the types that the loop leaves them in, when the owner runs in its own types."""
     try:
-        double = _double(owner, container, width, _SIZES[0], 0, args, kwargs, None)
+        double = _double(owner, container, width, _TRIALS[0], 0, args, kwargs, None)
         probe = _Probe()
         double.run(loop.function, _rebuilt(double.owner, loop, probe))
         return tuple(replace(result, dtype=probe.after[result.name].dtype) for result in results)

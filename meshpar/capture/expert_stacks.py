@@ -131,12 +131,9 @@ def run(module: nn.Module, body: Body, experts: int, call: Call) -> Tensor:
 
 def _learn(module: nn.Module, experts: int, call: Call) -> Body:
     exact = _recorded(module, experts, call, torch.double)
-    for seed, tokens in enumerate(_TOKENS):
-        _prove(module, experts, call, exact, tokens, seed)
+    for seed, (tokens, used) in enumerate(((6, max(2, experts - 1)), (5, experts), (1, experts), (40, 1))):
+        _prove(module, experts, call, exact, tokens, used, seed)
     return _recorded(module, experts, call, None)
-
-
-_TOKENS = (6, 5, 1)
 
 
 def _recorded(module: nn.Module, experts: int, call: Call, dtype: torch.dtype | None) -> Body:
@@ -177,13 +174,12 @@ def _routed_to(call: Call, x: Tensor, expert: int, experts: int, dtype: torch.dt
     return {call.rows: x, call.index: torch.full((count, 1), expert, dtype=index.dtype), call.weights: ones}
 
 
-def _prove(module: nn.Module, experts: int, call: Call, body: Body, tokens: int, seed: int) -> None:
-    """Raise NotLifted unless the lifted body gives the module's values and gradients."""
+def _prove(module: nn.Module, experts: int, call: Call, body: Body, tokens: int, used: int, seed: int) -> None:
+    """Raise NotLifted unless the lifted body gives the module's values and gradients, on `tokens` routed to the first `used` experts."""
     generator = torch.Generator().manual_seed(seed)
     double = stand_in(module, generator, dtype=torch.double, without=("forward",))
     rows, index = call.leaves[call.rows], call.leaves[call.index]
     x = filled(torch.empty(tokens, rows.shape[1]), generator, torch.double).requires_grad_()
-    used = experts - 1 if experts > 2 and seed == 0 else experts  # one expert has no token
     wanted = [x, *(p for p in double.parameters() if p.requires_grad and p.numel() <= LARGE)]
     if call.weights is None:
         sizes = torch.bincount(torch.randint(used, (tokens,), generator=generator), minlength=experts)
@@ -192,7 +188,7 @@ def _prove(module: nn.Module, experts: int, call: Call, body: Body, tokens: int,
     else:
         choices = min(index.shape[1], used)
         chosen = torch.stack([torch.randperm(used, generator=generator)[:choices] for _ in range(tokens)])
-        weights = torch.rand(tokens, choices, generator=generator, dtype=torch.double)
+        weights = torch.rand(tokens, choices, generator=generator, dtype=torch.double) ** 8  # some close to zero
         if call.leaves[call.weights].shape[1] != index.shape[1]:
             weights = torch.zeros(tokens, experts, dtype=torch.double).scatter(1, chosen, weights)
         weights.requires_grad_()
