@@ -66,8 +66,8 @@ def _is_sizes(leaf: Any) -> bool:
     return isinstance(leaf, Sizes)
 
 
-def read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """The call, if it is one of the known two."""
+def read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | NotLifted | None:
+    """The call, if it is one of the known two; None if nothing in it chooses experts."""
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_sizes)
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     whole = [i for i, t in tensors.items() if not t.is_floating_point() and t.dtype != torch.bool]
@@ -77,15 +77,16 @@ def read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[st
         return Call(spec, tuple(leaves), floating[0], sizes[0], None)
     if len(tensors) == 2 and len(floating) == 1 and len(whole) == 1 and tensors[whole[0]].shape == (experts,):
         return Call(spec, tuple(leaves), floating[0], whole[0], None)
+    unknown = NotLifted("it is not called with hidden [T, h], index [T, k] and weights [T, k]") if whole or sizes else None
     if len(tensors) != 3 or len(floating) != 2 or len(whole) != 1 or tensors[whole[0]].dim() != 2:
-        return None
+        return unknown
     tokens, choices = tensors[whole[0]].shape
     widths = {n for p in module.parameters() for n in p.shape[1:]}
     for rows, weights in (floating, floating[::-1]):
         h, w = tensors[rows].shape, tensors[weights].shape
         if h[0] == w[0] == tokens and w[1] in (choices, experts) and (h[1] in widths):
             return Call(spec, tuple(leaves), rows, whole[0], weights)
-    return None
+    return unknown
 
 
 @dataclass
@@ -104,7 +105,9 @@ class Stacks:
         except NotLifted as error:
             found = error
         except Exception as error:  # whatever it is, the module does not run on other rows
-            found = NotLifted(f"it does not run on a few random rows by itself ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
+            found = NotLifted(
+                f"it does not run on a few random rows by itself ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            )
         self.learnt.append((module, call, found))
         return found
 
@@ -184,7 +187,9 @@ def _prove(module: nn.Module, experts: int, call: Call, body: Body, tokens: int,
     if call.weights is None:
         sizes = torch.bincount(torch.randint(used, (tokens,), generator=generator), minlength=experts)
         changed = {call.rows: x, call.index: sizes.tolist() if isinstance(index, Sizes) else sizes.to(index.dtype)}
-        ours = Call(call.spec, tuple({**dict(enumerate(call.leaves)), call.rows: x, call.index: sizes}.values()), call.rows, call.index, None)
+        ours = Call(
+            call.spec, tuple({**dict(enumerate(call.leaves)), call.rows: x, call.index: sizes}.values()), call.rows, call.index, None
+        )
     else:
         choices = min(index.shape[1], used)
         chosen = torch.stack([torch.randperm(used, generator=generator)[:choices] for _ in range(tokens)])
