@@ -72,6 +72,7 @@ __all__ = [
     "meta",
     "parallelize",
     "rank_grid",
+    "register_experts",
     "simulate",
     "verify",
 ]

@@ -42,8 +42,9 @@ class Captured:
     value per entry of `mutations`.
 
     `node.meta`: "info" (`Info` or a tuple of them), "module" (name of the submodule that ran it, "" for the root), "region" (the name of
-    the block it belongs to, None outside), "source" ("file.py:line"), "seed" (a running number) on nodes that draw random numbers, and "expert_stack" (True) on every `aten.stack` of the parameters of experts
-    that the model keeps as a list: one `get_attr` per expert, in order.
+    the block it belongs to, None outside), "source" ("file.py:line"), "seed" (a running number) on nodes that draw random numbers, and
+    "expert_stack" (True) on every `aten.stack` of the parameters of experts that the model keeps as a list: one `get_attr` per expert, in
+    order.
     """
 
     graph: fx.Graph

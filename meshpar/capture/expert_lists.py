@@ -68,8 +68,8 @@ class Source:
         for key in self.path[1:]:
             value = value[key]
         if tokens is None:
-            return value.reshape(-1, value.shape[-1])  # type: ignore[no-any-return]
-        return value.reshape(-1, tokens).t() if self.transposed else value.reshape(tokens, -1)  # type: ignore[no-any-return]
+            return value.reshape(-1, value.shape[-1])
+        return value.reshape(-1, tokens).t() if self.transposed else value.reshape(tokens, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def run(owner: nn.Module, container: str, lifted: Lifted, args: tuple[Any, ...],
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(path), last)  # type: ignore[no-any-return]
+    return getattr(module.get_submodule(path), last)
 
 
 def _calling(owner: nn.Module, function: str, replaced: Any, args: Any, kwargs: Any) -> Any:
@@ -317,7 +317,7 @@ def _small(
             made = made * trial.spread + made.reshape(-1, shape[-1])[:1] * (1 - trial.spread)
         return made.detach().requires_grad_()
 
-    return pytree.tree_unflatten([shrink(leaf) for leaf in leaves], spec)  # type: ignore[no-any-return]
+    return pytree.tree_unflatten([shrink(leaf) for leaf in leaves], spec)
 
 
 def _whole(shape: tuple[int, ...], dtype: torch.dtype, experts: int, trial: Trial, generator: torch.Generator) -> Tensor:
@@ -591,7 +591,7 @@ def _result(name: str, form: Form, probes: Sequence[_Probe], runs: Sequence[_Dou
             return None
         flat = after.reshape(total.shape)
         added = before.reshape(total.shape) if isinstance(before, Tensor) and before.shape == after.shape else None
-        fits = {False: close([total], [flat], 1e-9), True: added is not None and close([total + added], [flat], 1e-9)}  # type: ignore[operator]
+        fits = {False: close([total], [flat], 1e-9), True: added is not None and close([total + added], [flat], 1e-9)}
         ways = [way for way in ways if fits[way]]
         likes = [like for like in likes if _has_shape(like, probe.before, after)]
         if not ways or not likes:
@@ -779,7 +779,7 @@ def _read_in(owner: nn.Module, loop: Loop) -> set[str]:
 def _rebuilt(owner: nn.Module, loop: Loop, seam: _Probe | _Replaced) -> Any:
     """The owner's function with its loop between `seam.enter` and `seam.leave`, or with `seam.compute` in its place."""
     function = _function(owner, loop.function)
-    tree, definition = _parsed(function)
+    _, definition = _parsed(function)
     found = _find(definition, loop)
     where = found.body[found.first]
     statements = found.body[found.first : found.last + 1]

@@ -59,7 +59,7 @@ class Call:
 
     def with_leaves(self, changed: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         leaves = [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
-        return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
+        return pytree.tree_unflatten(leaves, self.spec)
 
 
 def _is_sizes(leaf: Any) -> bool:
@@ -97,11 +97,12 @@ class Stacks:
 
     def body(self, module: nn.Module, experts: int, call: Call) -> Body | NotLifted:
         """The lifted forward of `module`, proven; or why there is none."""
-        for other, as_called, found in self.learnt:
-            if other is module or (alike(other, module) and _signature(as_called) == _signature(call)):
-                return found
+        for other, as_called, known in self.learnt:
+            if _signature(as_called) == _signature(call) and (other is module or alike(other, module)):
+                return known
+        found: Body | NotLifted
         try:
-            found: Body | NotLifted = aside(lambda: _learn(module, experts, call))
+            found = aside(lambda: _learn(module, experts, call))
         except NotLifted as error:
             found = error
         except Exception as error:  # whatever it is, the module does not run on other rows
@@ -161,7 +162,7 @@ def _recorded(module: nn.Module, experts: int, call: Call, dtype: torch.dtype | 
 
 def _call(double: nn.Module, call: Call, changed: Mapping[int, Any]) -> Tensor:
     args, kwargs = call.with_leaves(changed)
-    return double(*args, **kwargs)  # type: ignore[no-any-return]
+    return double(*args, **kwargs)
 
 
 def _routed_to(call: Call, x: Tensor, expert: int, experts: int, dtype: torch.dtype | None) -> dict[int, Any]:

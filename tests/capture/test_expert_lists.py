@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from meshpar.capture.captured import Captured
 from meshpar.capture.export import capture
-from tests.capture.moe import LIFTED, H, Model, MoE, SwiGLU, tokens
 from tests.capture.models import assert_same, perturbed
+from tests.capture.moe import LIFTED, H, Model, MoE, SwiGLU, tokens
 
 
 def names(captured: Captured) -> list[str]:
