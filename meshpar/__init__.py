@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from . import checkpoint
     from .api import parallelize
     from .config import ParallelConfig, Precision
-    from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError
+    from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
     from .mesh import data_rank, local_batch, make_mesh, rank_grid
     from .plan import Plan
     from .runtime.gradients import clip_grad_norm_
@@ -30,7 +30,7 @@ _HOME = {
     "ParallelConfig": "config",
     "Precision": "config",
     **dict.fromkeys(
-        ("BatchError", "CaptureError", "CheckpointError", "ConfigError", "MeshparError", "PlanError", "RankError"),
+        ("BatchError", "CaptureError", "CheckpointError", "ConfigError", "MeshparError", "PlanError", "RankError", "StageError"),
         "errors",
     ),
     **dict.fromkeys(("data_rank", "local_batch", "make_mesh", "rank_grid"), "mesh"),
@@ -58,6 +58,7 @@ __all__ = [
     "Precision",
     "RankError",
     "Report",
+    "StageError",
     "VerificationError",
     "add_rule",
     "checkpoint",
