@@ -116,6 +116,22 @@ def needs(action: Action, stages: int) -> Iterator[tuple[Action, ...]]:
         yield (Action("I", stage, microbatch),)
 
 
+def lockstep(compute: Sequence[Sequence[Action]], stages: int) -> tuple[tuple[Action | None, ...], ...]:
+    """The rows in lockstep: in each slot every rank does its next action if all it needs was done in earlier slots."""
+    done: set[Action] = set()
+    rows: list[list[Action | None]] = [[] for _ in compute]
+    waiting = [list(reversed(row)) for row in compute]
+    while any(waiting):
+        slot = [row[-1] if row and _ready(row[-1], stages, done) else None for row in waiting]
+        if not any(slot):
+            raise PlanError(f"ranks wait for each other: next are {', '.join(str(row[-1]) for row in waiting if row)}")
+        for row, left, action in zip(rows, waiting, slot):
+            row.append(action)
+            if action is not None:
+                done.add(left.pop())
+    return tuple(map(tuple, rows))
+
+
 def _action(kind: str, stage: int, microbatch: int) -> Action:
     return Action(kind, stage, microbatch)  # type: ignore[arg-type]
 
@@ -130,43 +146,11 @@ def _lay_out(schedule: str, place: tuple[int, ...], compute: Sequence[Sequence[A
     from meshpar._torch import pipeline_transfers
 
     stages, ranks = len(place), len(compute)
-    lowered = pipeline_transfers([[(a.kind, a.stage, a.microbatch) for a in row] for row in compute], place)
-    actions = tuple(tuple(_with_reduction([_action(*parts) for parts in row], microbatches)) for row in lowered)
-    laid_out = Order(schedule, ranks, stages, microbatches, place, _slots(compute, stages), actions)
+    lowered = pipeline_transfers([[(a.kind, a.stage, a.microbatch) for a in row] for row in compute], place, microbatches)
+    actions = tuple(tuple(_action(*parts) for parts in row) for row in lowered)
+    laid_out = Order(schedule, ranks, stages, microbatches, place, lockstep(compute, stages), actions)
     check(laid_out)
     return laid_out
-
-
-def _with_reduction(actions: Sequence[Action], microbatches: int) -> Iterator[Action]:
-    """The actions with `REDUCE_GRAD` after the last weight gradient of each stage, and after the send of what came with it."""
-    left = Counter({action.stage: microbatches for action in actions})
-    due: Action | None = None
-    for action in actions:
-        if due is not None and action.kind != "SEND_B":
-            yield due
-            due = None
-        yield action
-        if action.kind in ("B", "W"):
-            left[action.stage] -= 1
-            due = None if left[action.stage] else Action("REDUCE_GRAD", action.stage)
-    if due is not None:
-        yield due
-
-
-def _slots(compute: Sequence[Sequence[Action]], stages: int) -> tuple[tuple[Action | None, ...], ...]:
-    """The rows in lockstep: in each slot every rank does its next action if all it needs was done in earlier slots."""
-    done: set[Action] = set()
-    rows: list[list[Action | None]] = [[] for _ in compute]
-    waiting = [list(reversed(row)) for row in compute]
-    while any(waiting):
-        slot = [row[-1] if row and _ready(row[-1], stages, done) else None for row in waiting]
-        if not any(slot):
-            raise PlanError(f"ranks wait for each other: next are {', '.join(str(row[-1]) for row in waiting if row)}")
-        for row, left, action in zip(rows, waiting, slot):
-            row.append(action)
-            if action is not None:
-                done.add(left.pop())
-    return tuple(map(tuple, rows))
 
 
 def _ready(action: Action, stages: int, done: set[Action]) -> bool:
