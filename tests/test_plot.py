@@ -68,6 +68,7 @@ def test_picture_of_what_was_measured_has_the_scale_of_what_was_expected() -> No
     assert measured.get_title(loc="left").startswith("measured: bubble ")
     assert measured.get_title(loc="left") != "measured: bubble 25.0% of the computing time"
     assert boxes(expected, 2) == boxes(measured, 2) == [8, 8]
+    assert expected.collections[1].get_paths()[0].vertices[:, 0].max() == 10  # a forward as long as measured, not of unit time
     assert expected.get_xlim() == measured.get_xlim()
     assert measured.get_xlim()[0] == 0 and 150 < measured.get_xlim()[1] < 200
     assert measured.get_xlabel() == "time in seconds"

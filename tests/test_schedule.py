@@ -154,6 +154,9 @@ def test_broken_orders_are_found() -> None:
     with pytest.raises(PlanError, match="ranks wait for each other at 0SEND_F0, 1RECV_F1"):
         at = [crossed[1].index(Action("RECV_F", 1, m)) for m in (0, 1)]
         check(replace(order("gpipe", 2, 2, 2), actions=(crossed[0], swapped(crossed[1], *at))))
+    halves = order("zero-bubble", 1, 1, 2)
+    with pytest.raises(PlanError, match="ranks wait for each other at 0W0."):
+        check(replace(halves, actions=(swapped(halves.actions[0], *(halves.actions[0].index(Action(k, 0, 0)) for k in "IW")),)))  # type: ignore[arg-type]
     lost = tuple(a for a in made.actions[1] if a != Action("B", 1, 1))
     with pytest.raises(PlanError) as caught:
         check(replace(made, actions=(made.actions[0], lost)))
