@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshpar.errors import ConfigError, MeshparError, raise_all
-from meshpar.schedule import COMPUTE, Action, Order, lockstep
-from meshpar.timing import Costs, Event, bubble, measured_costs, simulate
+from meshpar.schedule import COMPUTE, Action, Event, Order, lockstep
+from meshpar.timing import Costs, bubble, measured_costs, simulate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

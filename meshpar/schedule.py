@@ -36,6 +36,18 @@ class Action:
         return f"{self.stage}{self.kind}{self.microbatch if self.microbatch >= 0 else ''}"
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An action of a rank and when it began and ended, in seconds; expected ones in the unit of the costs."""
+
+    rank: int
+    stage: int
+    microbatch: int
+    kind: Kind
+    start: float
+    end: float
+
+
 @dataclass(frozen=True)
 class Order:
     """A schedule laid out for given sizes. Its rows are ranks."""
@@ -68,9 +80,8 @@ def order(schedule: str, ranks: int, stages: int, microbatches: int) -> Order:
     _check_sizes(schedule, ranks, stages, microbatches)
     from meshpar._torch import pipeline_compute
 
-    enough = (
-        max(microbatches, ranks) if schedule == "1f1b" else microbatches
-    )  # torch's 1f1b wants a microbatch per rank: the rest is left out
+    # torch's 1f1b wants a microbatch per rank: what is too many is left out
+    enough = max(microbatches, ranks) if schedule == "1f1b" else microbatches
     rows = pipeline_compute(schedule, ranks, stages, enough)
     compute = [[_action(*parts) for parts in row if parts[2] < microbatches] for row in rows]
     return _lay_out(schedule, _place(schedule, ranks, stages), compute, microbatches)

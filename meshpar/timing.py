@@ -7,19 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from meshpar.errors import ConfigError, PlanError, raise_all
-from meshpar.schedule import COMPUTE, Action, Kind, Order, needs
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """An action of a rank and when it began and ended, in seconds; expected ones in the unit of their `Costs`."""
-
-    rank: int
-    stage: int
-    microbatch: int
-    kind: Kind
-    start: float
-    end: float
+from meshpar.schedule import COMPUTE, Action, Event, Kind, Order, needs
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import meshpar as mp
 from meshpar.errors import ConfigError, MeshparError
 from meshpar.plot import chrome_trace, schedule, schedule_table
-from meshpar.schedule import COMPUTE, Order, order
-from meshpar.timing import Costs, Event, simulate
+from meshpar.schedule import COMPUTE, Event, Order, order
+from meshpar.timing import Costs, simulate
 
 
 def late(events: tuple[Event, ...]) -> list[Event]:

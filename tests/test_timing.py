@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshpar.errors import ConfigError
-from meshpar.schedule import COMPUTE, forward_order, order
-from meshpar.timing import Costs, Event, bubble, expected_bubble, measured_costs, simulate
+from meshpar.schedule import COMPUTE, Event, forward_order, order
+from meshpar.timing import Costs, bubble, expected_bubble, measured_costs, simulate
 
 
 def test_one_microbatch_on_two_ranks() -> None:
