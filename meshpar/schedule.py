@@ -75,7 +75,7 @@ def order(schedule: str, ranks: int, stages: int, microbatches: int) -> Order:
     """The order of a training step. Raises `ConfigError` with everything that the schedule does not allow about the sizes.
 
     >>> [str(action) for action in order("1f1b", 2, 2, 2).actions[1]]
-    ['1RECV_F0', '1F0', '1B0', '1SEND_B0', '1RECV_F1', '1F1', '1B1', '1SEND_B1', '1REDUCE_GRAD']
+    ['1RECV_F0', '1F0', '1RECV_F1', '1B0', '1SEND_B0', '1F1', '1B1', '1SEND_B1', '1REDUCE_GRAD']
     """
     _check_sizes(schedule, ranks, stages, microbatches)
     from meshpar._torch import pipeline_compute

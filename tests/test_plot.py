@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import doctest
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -144,3 +146,9 @@ def test_public_names() -> None:
     assert mp.plot.schedule is schedule
     assert mp.schedule.order is order
     assert mp.timing.simulate is simulate
+
+
+@pytest.mark.parametrize("module", [mp.schedule, mp.timing, mp.plot], ids=lambda module: module.__name__)
+def test_examples(module: ModuleType) -> None:
+    done = doctest.testmod(module)
+    assert done.attempted > 1 and not done.failed
