@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoint
+    from . import checkpoint, plot, schedule, timing
     from .api import parallelize
     from .config import ParallelConfig, Precision
     from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
@@ -44,6 +44,7 @@ _HOME = {
 }
 _NAMESAKES = ("simulate", "verify")
 """Functions called like the module they live in."""
+_MODULES = ("checkpoint", "plot", "schedule", "timing")
 
 __all__ = [
     "BatchError",
@@ -70,8 +71,11 @@ __all__ = [
     "make_mesh",
     "meta",
     "parallelize",
+    "plot",
     "rank_grid",
+    "schedule",
     "simulate",
+    "timing",
     "verify",
 ]
 
@@ -84,7 +88,7 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMESAKES or name == "checkpoint":
+    if name in _NAMESAKES or name in _MODULES:
         import_module(f".{name}", __name__)
     elif name in _HOME:
         globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -178,23 +178,29 @@ def pipeline_compute(schedule: str, ranks: int, stages: int, microbatches: int) 
         for rank in range(ranks)
     ]
     if schedule == "1f1b":  # torch's list, which it only prints, counts the last rank's forwards from 1; what it runs counts from 0
-        rows[-1] = [(kind, stage, microbatch - (kind == "F")) for kind, stage, microbatch in rows[-1]]
+        first = rows[-1][0][2]
+        rows[-1] = [(kind, at, microbatch - first if kind == "F" else microbatch) for kind, at, microbatch in rows[-1]]
     return rows
 
 
-def pipeline_transfers(compute: Sequence[Sequence[tuple[str, int, int]]], place: Sequence[int]) -> list[list[tuple[str, int, int]]]:
-    """The same with sends and receives between ranks, in an order in which every pair of ranks agrees (torch 2.13).
+def pipeline_transfers(
+    compute: Sequence[Sequence[tuple[str, int, int]]], place: Sequence[int], microbatches: int
+) -> list[list[tuple[str, int, int]]]:
+    """The same with sends and receives between ranks, and reductions of gradients (microbatch -1) (torch 2.13; wait for public ones).
 
     Every send is put down together with its receive, so ranks that wait for each other at every transfer would not hang either.
     """
     from torch.distributed.pipelining import schedules
 
     actions = {
-        rank: [schedules._Action(stage, schedules._ComputationType(kind), microbatch) for kind, stage, microbatch in row]
+        rank: schedules._add_reduce_grad([schedules._Action(at, schedules._ComputationType(kind), m) for kind, at, m in row], microbatches)
         for rank, row in enumerate(compute)
     }
-    lowered = schedules._add_send_recv(actions, place.__getitem__, len(place))
-    return [[(a.computation_type.value, a.stage_index, a.microbatch_index or 0) for a in lowered[rank]] for rank in range(len(compute))]
+    lowered = schedules._add_send_recv(actions, place.__getitem__, len(place))  # type: ignore[arg-type]
+    return [
+        [(a.computation_type.value, a.stage_index, -1 if a.microbatch_index is None else a.microbatch_index) for a in lowered[rank]]
+        for rank in range(len(compute))
+    ]
 
 
 __all__ = [
