@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoint
+    from . import checkpoint, ops
     from .api import parallelize
     from .config import ParallelConfig, Precision
     from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError
@@ -68,6 +68,7 @@ __all__ = [
     "local_batch",
     "make_mesh",
     "meta",
+    "ops",
     "parallelize",
     "rank_grid",
     "simulate",
@@ -83,7 +84,7 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMESAKES or name == "checkpoint":
+    if name in _NAMESAKES or name in ("checkpoint", "ops"):
         import_module(f".{name}", __name__)
     elif name in _HOME:
         globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
