@@ -17,6 +17,7 @@ rows are in the order of their tokens, and a token's rows are added up in its ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
@@ -37,15 +38,18 @@ Axis = tuple[str, int, int]
 """Group name, size, rank (-1: simulated), as in `ops.collectives`."""
 
 
+Splits = Tensor | tuple[Sequence[int], Sequence[int]]
+
+
 class Route(NamedTuple):
     """Which rows went where: all that the way back needs.
 
     `splits` [2, ranks + 1] (int64, on the host): the rows sent to every rank and those left out; the rows received from every rank, and 0.
     `order` [m]: where among the received rows, source by source, each row in expert order is; `place` [m] is its inverse. Both are None
-    where the two orders are the same, one expert per rank.
+    where the two orders are the same, one expert per rank. In compiled code `splits` are the numbers themselves.
     """
 
-    splits: Tensor
+    splits: Splits
     order: Tensor | None
     place: Tensor | None
 
@@ -119,7 +123,8 @@ def combine(y: Tensor, dispatched: Dispatched, top_k_weights: Tensor) -> Tensor:
     """
     route, perm, dropping, group, size, rank = dispatched
     _check_back(y, dispatched, top_k_weights)
-    return experts.combine(exchange_back(y, route, dropping=dropping, group=group, size=size, rank=rank), perm, top_k_weights)
+    rows = exchange_back(y, route, dropping=dropping, group=group, size=size, rank=rank)
+    return experts.combine(rows, perm, top_k_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------- nodes of a graph
@@ -147,6 +152,8 @@ def exchange(
     if rank >= 0 and _pretends(group):
         received = counts
     splits, order, place, ends = on_rank(partial(_route, size, dropping), axis, x, counts, received)
+    if torch.compiler.is_compiling():
+        splits = _known(splits, x.shape[0], dropping, order)
     route = Route(splits, order, place)
     return _there(x, route, dropping, axis), ends, route
 
@@ -158,6 +165,8 @@ def exchange_back(y: Tensor, route: Route, *, dropping: bool = False, group: str
     """
     if size == 1 and not dropping:
         return y
+    if not isinstance(route.splits, Tensor) and not torch.compiler.is_compiling():
+        route = route._replace(splits=torch.tensor(route.splits))  # dispatched in compiled code
     return _back(y, route, dropping, (group, size, rank))
 
 
@@ -195,13 +204,23 @@ def _starts(counts: Tensor) -> Tensor:
     return (flat.cumsum(0) - flat).view_as(counts)
 
 
-def _splits(rows: Tensor, route: Route, axis: Axis) -> tuple[list[int], list[int]]:
-    """The rows sent to and received from every rank."""
+def _known(splits: Tensor, n: int, dropping: bool, order: Tensor | None) -> tuple[list[int], list[int]]:
+    """The numbers of `splits`, the last of each direction as what is left: a compiler then sees that n rows leave, and as many come back."""
+    (*sent, left), (*received, _) = splits.tolist()
+    left = left if dropping else 0
+    total = splits[1].sum().item() if order is None else order.shape[0]
+    sent[-1] = n - left - sum(sent[:-1])
+    received[-1] = total - sum(received[:-1])
+    return [*sent, left], [*received, 0]
+
+
+def _splits(rows: Tensor, route: Route, axis: Axis) -> tuple[Sequence[int], Sequence[int], int]:
+    """The rows sent to and received from every rank, and the rows left out."""
     if _is_fake(rows):
         even = [high - low for low, high in (chunk(rows.shape[0], axis[1], rank) for rank in range(axis[1]))]
-        return even, even
-    sent, received = route.splits[:, :-1].tolist()
-    return sent, received
+        return even, even, 0
+    (*sent, left), (*received, _) = route.splits.tolist() if isinstance(route.splits, Tensor) else route.splits
+    return sent, received, left
 
 
 def _exchange_fake(x: Tensor, offsets: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Route]:
@@ -226,20 +245,25 @@ def _pretends(group: str) -> bool:
 
 
 def _there(x: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
+    if _needs_function(x):
         return _There.apply(x, *route, dropping, axis)
     return _move_there(x, route, dropping, axis)
 
 
 def _back(y: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
-    if y.requires_grad and torch.is_grad_enabled():
+    if _needs_function(y):
         return _Back.apply(y, *route, dropping, axis)
     return _move_back(y, route, dropping, axis)
 
 
+def _needs_function(x: Tensor) -> bool:
+    """Compiled code reads no numbers inside an `autograd.Function`: there the gradients are those torch has for each step."""
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class _There(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, splits: Tensor, order: Tensor | None, place: Tensor | None, dropping: bool, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, splits: Splits, order: Tensor | None, place: Tensor | None, dropping: bool, axis: Axis) -> Tensor:
         ctx.how = (dropping, axis)
         ctx.save_for_backward(splits, order, place)
         return _move_there(x, Route(splits, order, place), dropping, axis)
@@ -251,7 +275,7 @@ class _There(torch.autograd.Function):
 
 class _Back(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, splits: Tensor, order: Tensor | None, place: Tensor | None, dropping: bool, axis: Axis) -> Tensor:
+    def forward(ctx: Any, y: Tensor, splits: Splits, order: Tensor | None, place: Tensor | None, dropping: bool, axis: Axis) -> Tensor:
         ctx.how = (dropping, axis)
         ctx.save_for_backward(splits, order, place)
         return _move_back(y, Route(splits, order, place), dropping, axis)
@@ -262,35 +286,25 @@ class _Back(torch.autograd.Function):
 
 
 def _move_there(x: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
-    sent, received = _splits(x, route, axis)
-    x = on_rank(_without_rest if dropping else _contiguous, axis, x, route.splits)
+    sent, received, left = _splits(x, route, axis)
+    x = on_rank(_contiguous, axis, x[: x.shape[0] - left] if dropping else x)
     rows = call(functional.all_to_all_single.default, x, received, sent, axis[0])
     return rows if route.order is None else on_rank(_permuted, axis, rows, route.order)
 
 
 def _move_back(y: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
-    sent, received = _splits(y, route, axis)
-    y = on_rank(_contiguous, axis, y, route.splits) if route.place is None else on_rank(_permuted, axis, y, route.place)
+    sent, received, left = _splits(y, route, axis)
+    y = on_rank(_contiguous, axis, y) if route.place is None else on_rank(_permuted, axis, y, route.place)
     rows = call(functional.all_to_all_single.default, y, sent, received, axis[0])
-    return on_rank(_with_rest, axis, rows, route.splits) if dropping else rows
+    return torch.cat([rows, rows.new_zeros(left, *rows.shape[1:])]) if dropping else rows
 
 
-def _contiguous(rank: int, rows: Tensor, splits: Tensor) -> Tensor:
+def _contiguous(rank: int, rows: Tensor) -> Tensor:
     return rows.contiguous()
 
 
 def _permuted(rank: int, rows: Tensor, order: Tensor) -> Tensor:
     return rows.index_select(0, order)
-
-
-def _without_rest(rank: int, rows: Tensor, splits: Tensor) -> Tensor:
-    """The rows that travel: without those after the last offset."""
-    return rows.contiguous() if _is_fake(rows) else rows[: rows.shape[0] - splits[0, -1].item()].contiguous()
-
-
-def _with_rest(rank: int, rows: Tensor, splits: Tensor) -> Tensor:
-    """Zeros for the rows that did not travel."""
-    return rows if _is_fake(rows) else torch.cat([rows, rows.new_zeros(splits[0, -1].item(), *rows.shape[1:])])
 
 
 # ------------------------------------------------------------------------------------------------------------- capacity and checks
