@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -127,6 +128,59 @@ def dcp_storage_info(file: str, offset: int, length: int) -> Any:
     return _StorageInfo(file, offset, length)
 
 
+def pipeline_compute(schedule: str, ranks: int, stages: int, microbatches: int) -> list[list[tuple[str, int, int]]]:
+    """What each rank of a pipeline computes, as `(kind, stage, microbatch)`; overlapped pairs one after the other.
+
+    torch 2.13: the orders are made by the constructors of schedules that want stages; wait for schedules as data.
+    """
+    from torch.distributed.pipelining import schedules
+
+    single = {"gpipe": schedules.ScheduleGPipe, "1f1b": schedules.Schedule1F1B}
+    multi = {
+        "looped-bfs": schedules.ScheduleLoopedBFS,
+        "interleaved-1f1b": schedules.ScheduleInterleaved1F1B,
+        "zero-bubble": schedules.ScheduleInterleavedZeroBubble,
+        "zbv": schedules.ScheduleZBVZeroBubble,
+        "dualpipev": schedules.ScheduleDualPipeV,
+    }
+    stage: Any = SimpleNamespace(num_stages=stages, group_size=ranks, group_rank=0, stage_index=0, submod=None)
+    order: Mapping[int, Sequence[schedules._Action | None]] | None
+    if schedule in single:
+        order = single[schedule](stage, microbatches).pipeline_order
+    else:
+        unlowered = type(schedule, (multi[schedule],), {"_prepare_schedule_with_comms": lambda self, order: None})
+        order = unlowered([stage] * (stages // ranks), microbatches).pipeline_order
+    assert order is not None
+    rows: list[list[tuple[str, int, int]]] = [
+        [
+            (part.computation_type.value, part.stage_index, part.microbatch_index or 0)
+            for action in order[rank]
+            if action is not None
+            for part in action.sub_actions or (action,)
+            if part.computation_type.value in ("F", "B", "I", "W")
+        ]
+        for rank in range(ranks)
+    ]
+    if schedule == "1f1b":  # torch's list, which it only prints, counts the last rank's forwards from 1; what it runs counts from 0
+        rows[-1] = [(kind, stage, microbatch - (kind == "F")) for kind, stage, microbatch in rows[-1]]
+    return rows
+
+
+def pipeline_transfers(compute: Sequence[Sequence[tuple[str, int, int]]], place: Sequence[int]) -> list[list[tuple[str, int, int]]]:
+    """The same with sends and receives between ranks, in an order in which every pair of ranks agrees (torch 2.13).
+
+    Every send is put down together with its receive, so ranks that wait for each other at every transfer would not hang either.
+    """
+    from torch.distributed.pipelining import schedules
+
+    actions = {
+        rank: [schedules._Action(stage, schedules._ComputationType(kind), microbatch) for kind, stage, microbatch in row]
+        for rank, row in enumerate(compute)
+    }
+    lowered = schedules._add_send_recv(actions, place.__getitem__, len(place))
+    return [[(a.computation_type.value, a.stage_index, a.microbatch_index or 0) for a in lowered[rank]] for rank in range(len(compute))]
+
+
 __all__ = [
     "FakeStore",
     "FakeTensor",
@@ -150,6 +204,8 @@ __all__ = [
     "local_tensor_mode",
     "maybe_disable_local_tensor_mode",
     "opaque_initialisers",
+    "pipeline_compute",
+    "pipeline_transfers",
     "resolve_process_group",
     "root_mesh",
     "simulated_generators",
