@@ -130,9 +130,7 @@ def combine(y: Tensor, dispatched: Dispatched, top_k_weights: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- nodes of a graph
 
 
-def exchange(
-    x: Tensor, offsets: Tensor, *, dropping: bool = False, group: str, size: int, rank: int
-) -> tuple[Tensor, Tensor, Route]:
+def exchange(x: Tensor, offsets: Tensor, *, dropping: bool = False, group: str, size: int, rank: int) -> tuple[Tensor, Tensor, Route]:
     """Rows sorted by expert to the ranks that hold the experts: `x` [n, h], `offsets` [E] -> `rows` [m, h], `offsets` [E/size], route.
 
     `offsets` (int32) are the ends of this rank's rows of every expert, those that come back the ends of all ranks' rows of this rank's
@@ -189,7 +187,7 @@ def _route(
     ends = arrived.sum(0).cumsum(0).to(torch.int32)
     if arrived.shape[1] == 1:
         return splits, None, None, ends
-    total = splits[1].sum().item()
+    total = int(splits[1].sum())
     here = _starts(arrived)
     shift = here - _starts(arrived.t()).t()
     rows = torch.arange(total, device=received.device)
