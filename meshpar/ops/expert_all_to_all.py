@@ -80,21 +80,22 @@ def dispatch(
 ) -> tuple[Tensor, Tensor, Dispatched]:
     """Send every token to the ranks of its experts: `hidden` [T, h], `top_k_index` [T, k] -> `rows` [m, h], `offsets`, `dispatched`.
 
-    T may differ from rank to rank. Rank r of `group` (default: all ranks) holds experts r * E/ranks to (r + 1) * E/ranks - 1. `rows` are the
-    rows of this rank's experts, expert by expert, in global token order; `offsets` [E/ranks] (int32) is where each expert's rows end, as
+    T may differ from rank to rank. Rank r of `group` (default: all ranks) holds experts r * E/ranks to (r + 1) * E/ranks - 1. `rows` are
+    those of this rank's experts, expert by expert, in global token order; `offsets` [E/ranks] (int32) is where each expert's rows end, as
     `grouped_mm` takes it. m depends on the routing, and may be 0.
 
     `capacity_factor` limits each expert to C = ceil(T * k / E * capacity_factor) rows from each rank (the group of GShard, arXiv
     2006.16668; the expert capacity of Switch, arXiv 2101.03961, there k = 1; `moe_expert_capacity_factor` of Megatron-Core, whose names the
     policies have). `drop_policy` "probs" keeps the choices of the highest router weight `top_k_weights` [T, k], earlier tokens first among
     equals; "position" keeps those of the first tokens. Dropped choices are not sent; they add nothing to the output and get zero gradients,
-    and the weights that stay are not normalised again. The default, None, drops nothing. Since capacity is per rank, what is dropped depends
-    on how many ranks there are.
+    and the weights that stay are not normalised again. The default, None, drops nothing. Capacity is per rank: what is dropped depends on
+    how the tokens are split.
 
     Inside `torch.compile` set `torch._dynamo.config.capture_scalar_outputs`: m is read from the data. On fake and meta tensors, and on a
     process group of the "fake" backend, every rank receives as many rows as it sends.
 
-    Raises ConfigError for shapes, types or indices that do not fit, and where the ranks do not divide the experts.
+    Raises ConfigError for shapes, types or indices that do not fit, and where the ranks do not divide the experts. (Indices on an
+    accelerator are looked at when the host waits anyway, and with a capacity those that are no expert's are dropped.)
 
     >>> with simulate(2):
     ...     hidden = per_rank(lambda rank: torch.tensor([[10.0 * rank], [10.0 * rank + 1]]))
@@ -104,7 +105,7 @@ def dispatch(
     """
     axis = name, size, rank = _axis(group)
     _check(hidden, top_k_index, num_experts, size, capacity_factor, drop_policy, top_k_weights)
-    index = top_k_index.long()
+    index = top_k_index.long().masked_fill(top_k_index < 0, num_experts)  # what is no expert's comes last
     dropping = capacity_factor is not None
     if capacity_factor is not None:
         capacity = ceil(index.shape[0] * index.shape[1] / num_experts * capacity_factor)
@@ -181,8 +182,8 @@ def _route(
     splits = torch.stack([torch.cat([sent, left]), torch.cat([arrived.sum(1), torch.zeros_like(left)])]).cpu()
     if not dropping and not torch.compiler.is_compiling() and splits[0, -1]:
         raise ConfigError(
-            f"expert_all_to_all: the offsets end at {x.shape[0] - int(splits[0, -1])}, x has {x.shape[0]} rows: every row needs an expert from "
-            f"0 to {counts.shape[0] - 1} (or dropping=True, which leaves the rows after the last offset out)."
+            f"expert_all_to_all: the offsets end at {x.shape[0] - int(splits[0, -1])}, x has {x.shape[0]} rows: every row needs an expert "
+            f"from 0 to {counts.shape[0] - 1} (or dropping=True, which leaves the rows after the last offset out)."
         )
     ends = arrived.sum(0).cumsum(0).to(torch.int32)
     if arrived.shape[1] == 1:
@@ -203,9 +204,11 @@ def _starts(counts: Tensor) -> Tensor:
 
 
 def _known(splits: Tensor, n: int, dropping: bool, order: Tensor | None) -> tuple[list[int], list[int]]:
-    """The numbers of `splits`, the last of each direction as what is left: a compiler then sees that n rows leave, and as many come back."""
+    """The numbers of `splits`, the last of each direction as the rest: a compiler then sees that n rows leave, and as many come back."""
     (*sent, left), (*received, _) = splits.tolist()
-    left = left if dropping else 0
+    if not dropping:
+        torch._check(left == 0, lambda: "expert_all_to_all: every row needs an expert.")
+        left = 0
     total = splits[1].sum().item() if order is None else order.shape[0]
     sent[-1] = n - left - sum(sent[:-1])
     received[-1] = total - sum(received[:-1])
@@ -309,13 +312,13 @@ def _permuted(rank: int, rows: Tensor, order: Tensor) -> Tensor:
 
 
 def _kept(index: Tensor, capacity: int, num_experts: int, weights: Tensor | None) -> Tensor:
-    """Which choices [T, k] are within their expert's capacity, in the order of their weights (of their tokens, without)."""
+    """Which choices [T, k] are within their expert's capacity, in the order of their weights (without: of their tokens)."""
     flat = index.flatten()
     order = torch.arange(flat.shape[0], device=flat.device) if weights is None else weights.flatten().argsort(descending=True, stable=True)
     order = order[flat[order].argsort(stable=True)]
-    sorted_ = flat[order]
-    first = torch.searchsorted(sorted_, torch.arange(num_experts, device=flat.device, dtype=flat.dtype))
-    place = torch.arange(flat.shape[0], device=flat.device) - first[sorted_]
+    by_expert = flat[order]
+    first = torch.searchsorted(by_expert, torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype))
+    place = torch.arange(flat.shape[0], device=flat.device) - first[by_expert]
     return torch.empty_like(flat, dtype=torch.bool).index_copy_(0, order, place < capacity).view_as(index)
 
 
@@ -346,8 +349,8 @@ def _check(
     wrong = []
     if hidden.dim() != 2 or index.dim() != 2 or hidden.shape[0] != index.shape[0]:
         wrong.append(
-            f"hidden {tuple(hidden.shape)} and top_k_index {tuple(index.shape)}: [T, h] and [T, k] of the same tokens are needed; flatten batch "
-            "and sequence first, hidden.flatten(0, -2)."
+            f"hidden {tuple(hidden.shape)} and top_k_index {tuple(index.shape)}: [T, h] and [T, k] of the same tokens are needed; flatten "
+            "batch and sequence first, hidden.flatten(0, -2)."
         )
     if index.dtype not in (torch.int32, torch.int64):
         wrong.append(f"top_k_index is {index.dtype}: the number of an expert is an int64 or int32.")

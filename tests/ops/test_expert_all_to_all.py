@@ -95,7 +95,16 @@ def test_the_picture() -> None:
 @pytest.mark.parametrize("skew", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "k"),
-    [((5, 5), 4, 2), ((5, 3), 2, 1), ((0, 7), 6, 3), ((4, 0, 1), 6, 2), ((3, 3, 3), 3, 1), ((2, 5, 0, 1), 8, 2), ((0, 0), 2, 1), ((6,), 4, 2)],
+    [
+        ((5, 5), 4, 2),
+        ((5, 3), 2, 1),
+        ((0, 7), 6, 3),
+        ((4, 0, 1), 6, 2),
+        ((3, 3, 3), 3, 1),
+        ((2, 5, 0, 1), 8, 2),
+        ((0, 0), 2, 1),
+        ((6,), 4, 2),
+    ],
 )
 def test_as_on_one_device(tokens: tuple[int, ...], num_experts: int, k: int, skew: float, dtype: torch.dtype) -> None:
     whole = problem(sum(tokens), num_experts, k, dtype, skew)
@@ -300,8 +309,11 @@ def compiled_on_gloo(steps: Sequence[list[Tensor]], tokens: Sequence[int], backe
         return [with_gradients(compiled, *shares(whole, tokens, dist.get_rank())) for whole in steps]
 
 
-@pytest.mark.parametrize("num_experts", [2, 4])
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5, "drop_policy": "position"}], ids=["dropless", "capacity"])
+@pytest.mark.parametrize(
+    ("num_experts", "options"),
+    [(2, {}), (4, {}), (4, {"capacity_factor": 0.5, "drop_policy": "position"})],
+    ids=["one expert per rank", "two", "capacity"],
+)
 def test_compiled(gloo: Pool, options: dict[str, Any], num_experts: int) -> None:
     """One graph without breaks, for any numbers of rows."""
     tokens = (5, 5)
@@ -360,7 +372,10 @@ def test_errors() -> None:
         (lambda: call(hidden, index[:4]), r"hidden (5, 3) and top_k_index (4, 2): [T, h] and [T, k] of the same tokens are needed"),
         (lambda: call(hidden[None], index[None]), "flatten batch and sequence first, hidden.flatten(0, -2)"),
         (lambda: call(hidden, index, capacity_factor=0.0), "capacity_factor=0.0: a positive number, or None to drop nothing."),
-        (lambda: call(hidden, index, drop_policy="random"), "drop_policy='random': 'probs' (keep the highest router weights) or 'position'"),
+        (
+            lambda: call(hidden, index, drop_policy="random"),
+            "drop_policy='random': 'probs' (keep the highest router weights) or 'position'",
+        ),
         (lambda: call(hidden, index, capacity_factor=1.0), "drop_policy='probs' needs top_k_weights (5, 2): missing."),
         (lambda: call(hidden, index, capacity_factor=1.0, top_k_weights=weights[:3]), "needs top_k_weights (5, 2): (3, 2)."),
     ]
