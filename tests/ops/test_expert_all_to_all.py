@@ -242,7 +242,7 @@ def reference_kept(index: list[list[int]], weights: list[list[float]], capacity:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_capacity(world: int, factor: float, capacity: int, policy: str) -> None:
     """4 tokens per rank with 2 of 4 experts each: 2 rows per expert at factor 1. Weights have ties."""
-    hidden, index, weights, w = whole = problem(4 * world, 4, 2, torch.float64, skew=0.3)
+    _, index, weights, _ = whole = problem(4 * world, 4, 2, torch.float64, skew=0.3)
     weights.mul_(4).ceil_().div_(4)
     keep = torch.cat(
         [torch.tensor(reference_kept(i.tolist(), p.tolist(), capacity, policy)) for i, p in zip(index.chunk(world), weights.chunk(world))]
