@@ -11,7 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+<<<<<<< HEAD
     from . import checkpoint, plot, schedule, timing
+=======
+    from . import checkpoint, ops
+>>>>>>> h-operator
     from .api import parallelize
     from .config import ParallelConfig, Precision
     from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
@@ -44,7 +48,7 @@ _HOME = {
 }
 _NAMESAKES = ("simulate", "verify")
 """Functions called like the module they live in."""
-_MODULES = ("checkpoint", "plot", "schedule", "timing")
+_MODULES = ("checkpoint", "ops", "pipeline", "plot", "schedule", "timing")
 
 __all__ = [
     "BatchError",
@@ -70,6 +74,7 @@ __all__ = [
     "local_batch",
     "make_mesh",
     "meta",
+    "ops",
     "parallelize",
     "plot",
     "rank_grid",

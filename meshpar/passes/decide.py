@@ -99,14 +99,16 @@ def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...
     ranks = request.stages.ranks
     if request.pinned:
         return tuple(StagePlan("", rank, "as before") for rank in ranks), {n: p.stages for n, p in request.pinned.items()}
-    chosen = choose(captured, len(ranks), cuts=request.stages.cuts)
+    chosen = choose(captured, len(ranks), where=request.stages.cuts)
     mark(captured.graph, chosen.starts)
     held: dict[str, tuple[int, ...]] = {}
     for stage in split(captured.graph, len(ranks), parameters=captured.parameters, mutations=captured.mutations):
         for name in dict.fromkeys(str(n.target) for n in stage.graph.nodes if n.op == "get_attr"):
             held[name] = (*held.get(name, ()), stage.index)
     found = {name: held[name] if name in held else _of_nearest(name, held) for name in request.others}
-    return tuple(StagePlan(s, r, w) for s, r, w in zip(("", *chosen.starts), ranks, chosen.why, strict=True)), found
+    share = [100 * seconds / sum(chosen.seconds) for seconds in chosen.seconds]
+    why = [f"from {begin}, {part:.1f}% of the cost, {chosen.why}" for begin, part in zip(chosen.begins, share, strict=True)]
+    return tuple(StagePlan(s, r, w) for s, r, w in zip(("", *chosen.starts), ranks, why, strict=True)), found
 
 
 def _of_nearest(name: str, held: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
