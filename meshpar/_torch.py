@@ -137,6 +137,28 @@ def opaque_initialisers(record: Callable[..., torch.Tensor]) -> Iterator[None]:
         torch.nn.init._no_grad_trunc_normal_ = original
 
 
+@contextmanager
+def lists_of_numbers(record: Callable[[list[Any], torch.Tensor], list[Any]]) -> Iterator[None]:
+    """Inside, `tensor.tolist()` of a traced tensor returns what `record(numbers, tensor)` makes of the numbers.
+
+    torch 2.13: these classes answer `tolist` themselves, so that no torch function mode sees it; wait for one that does.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    originals = [(kind, kind.tolist) for kind in (FakeTensor, FunctionalTensor)]
+
+    def watching(original: Callable[[torch.Tensor], list[Any]]) -> Callable[[torch.Tensor], list[Any]]:
+        return lambda tensor: record(original(tensor), tensor)
+
+    try:
+        for kind, original in originals:
+            kind.tolist = watching(original)  # type: ignore[method-assign, assignment]
+        yield
+    finally:
+        for kind, original in originals:
+            kind.tolist = original  # type: ignore[method-assign]
+
+
 def dcp_storage_info(file: str, offset: int, length: int) -> Any:
     """Where an item of a torch.distributed.checkpoint directory lies (torch 2.13; wait for a public record)."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -223,6 +245,7 @@ __all__ = [
     "exit_autocast",
     "flatten_mesh",
     "functional",
+    "lists_of_numbers",
     "local_of",
     "local_tensor_mode",
     "maybe_disable_local_tensor_mode",
