@@ -36,8 +36,8 @@ import transformers  # noqa: E402
 import meshpar.runtime.program as program  # noqa: E402
 from benchmarks.architectures import small  # noqa: E402
 from meshpar.comparable import comparable, only  # noqa: E402
-from meshpar.verify import verify  # noqa: E402
 from meshpar.errors import MeshparError  # noqa: E402
+from meshpar.verify import verify  # noqa: E402
 
 
 def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
