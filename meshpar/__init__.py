@@ -11,11 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
-    from . import checkpoint, plot, schedule, timing
-=======
-    from . import checkpoint, ops
->>>>>>> h-operator
+    from . import checkpoint, ops, pipeline, plot, schedule, timing
     from .api import parallelize
     from .config import ParallelConfig, Precision
     from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
@@ -76,6 +72,7 @@ __all__ = [
     "meta",
     "ops",
     "parallelize",
+    "pipeline",
     "plot",
     "rank_grid",
     "schedule",

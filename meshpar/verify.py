@@ -373,8 +373,9 @@ def _distance(a: torch.Tensor, b: torch.Tensor, whole: torch.Tensor, floor: floa
             return inf
         if not a.numel():
             return 0.0
-        scale = whole.abs().max().item() + floor
-        largest = (a.double() - b.double()).abs().max().item()
+        a, b, whole = (torch.view_as_real(x).double() if x.is_complex() else x.double() for x in (a, b, whole))
+        scale = whole[whole.isfinite()].abs().amax().item() + floor if whole.isfinite().any() else floor
+        largest = torch.where(a == b, 0.0, a - b).abs().max().item()  # infinities that agree agree: masks are full of them
         return largest / scale if largest < inf and scale else (0.0 if largest == 0 else inf)
 
 

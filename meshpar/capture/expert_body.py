@@ -73,9 +73,7 @@ class Body:
             env[_EXPERT] = row_expert(x, offsets)
         for step in self.steps:
             args, kwargs = pytree.tree_map(
-                lambda leaf: (
-                    env[leaf.index] if isinstance(leaf, Ref) else leaf.factor * x.shape[0] if isinstance(leaf, Rows) else leaf
-                ),
+                lambda leaf: env[leaf.index] if isinstance(leaf, Ref) else leaf.factor * x.shape[0] if isinstance(leaf, Rows) else leaf,
                 (step.args, dict(step.kwargs)),
                 is_leaf=lambda leaf: isinstance(leaf, Ref | Rows),
             )
@@ -342,7 +340,12 @@ class _Recorder(TorchDispatchMode):
         return flat[0].item() if bool((flat == flat[0]).all()) else None
 
     def all_rows(self, index: Any) -> bool:
-        return isinstance(index, Tensor) and index.dtype != torch.bool and index.shape == (self.count,) and index.tolist() == [*range(self.count)]
+        return (
+            isinstance(index, Tensor)
+            and index.dtype != torch.bool
+            and index.shape == (self.count,)
+            and index.tolist() == [*range(self.count)]
+        )
 
 
 @dataclass(frozen=True)
@@ -688,7 +691,9 @@ _POINTWISE = frozenset({aten.clone, aten._to_copy, aten.alias, aten.detach, aten
 _ROW_BY_ROW: Mapping[Any, Callable[[_Recorder, Any], bool]] = {
     **dict.fromkeys((aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.expand, aten.t), _always),
     **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view), _always),
-    **dict.fromkeys((aten.slice, aten.select, aten._softmax, aten._log_softmax, aten.cat, aten.sum, aten.mean, aten.amax, aten.glu), _dims(1)),
+    **dict.fromkeys(
+        (aten.slice, aten.select, aten._softmax, aten._log_softmax, aten.cat, aten.sum, aten.mean, aten.amax, aten.glu), _dims(1)
+    ),
     **dict.fromkeys((aten.split, aten.split_with_sizes), _dims(2)),
     aten.mm: _by_shared(0),
     aten.addmm: _by_shared(1),
@@ -709,4 +714,3 @@ _READABLE: Mapping[Any, Callable[..., Any]] = {
     aten.mm.default: torch.mm,
 }
 """Operators of a record -> what to call instead, so that the graph has operators that rules know."""
-

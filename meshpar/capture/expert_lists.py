@@ -533,7 +533,9 @@ def _choices(hidden: Path, sources: Sequence[Path], local: Mapping[str, Any], do
 
 def _chooses(value: Tensor, tokens: int, experts: int) -> bool:
     whole = not value.is_floating_point() and value.dtype != torch.bool and not value.is_complex()
-    return whole and 0 < value.numel() <= tokens * experts and value.numel() % tokens == 0 and bool(((value >= 0) & (value < experts)).all())
+    return (
+        whole and 0 < value.numel() <= tokens * experts and value.numel() % tokens == 0 and bool(((value >= 0) & (value < experts)).all())
+    )
 
 
 def _weighs(value: Tensor, tokens: int) -> bool:
@@ -633,9 +635,7 @@ def _proven(owner: Any, container: str, width: int, loop: Loop, form: Form, resu
     return True
 
 
-def _typed(
-    owner: Any, container: str, width: int, loop: Loop, results: tuple[Result, ...], args: Any, kwargs: Any
-) -> tuple[Result, ...]:
+def _typed(owner: Any, container: str, width: int, loop: Loop, results: tuple[Result, ...], args: Any, kwargs: Any) -> tuple[Result, ...]:
     """The results with the types that the loop leaves them in, when the owner runs in its own types."""
     try:
         double = _double(owner, container, width, _TRIALS[0], 0, args, kwargs, None)

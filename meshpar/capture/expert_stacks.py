@@ -104,7 +104,9 @@ class Stacks:
         except NotLifted as error:
             found = error
         except Exception as error:  # whatever it is, the module does not run on other rows
-            found = NotLifted(f"it does not run on a few random rows by itself ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
+            found = NotLifted(
+                f"it does not run on a few random rows by itself ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            )
         self.learnt.append((module, call, found))
         return found
 
@@ -184,7 +186,9 @@ def _prove(module: nn.Module, experts: int, call: Call, body: Body, tokens: int,
     if call.weights is None:
         sizes = torch.bincount(torch.randint(used, (tokens,), generator=generator), minlength=experts)
         changed = {call.rows: x, call.index: sizes.tolist() if isinstance(index, Sizes) else sizes.to(index.dtype)}
-        ours = Call(call.spec, tuple({**dict(enumerate(call.leaves)), call.rows: x, call.index: sizes}.values()), call.rows, call.index, None)
+        ours = Call(
+            call.spec, tuple({**dict(enumerate(call.leaves)), call.rows: x, call.index: sizes}.values()), call.rows, call.index, None
+        )
     else:
         choices = min(index.shape[1], used)
         chosen = torch.stack([torch.randperm(used, generator=generator)[:choices] for _ in range(tokens)])

@@ -124,7 +124,11 @@ def close(ours: Iterable[Tensor | None], theirs: Iterable[Tensor | None], tolera
         elif a.shape != b.shape or a.dtype != b.dtype:
             return False
         elif a.is_floating_point():
-            if not bool(torch.isfinite(b).all()) or (a - b).abs().max().item() > tolerance * (b.abs().max().item() + 1e-30) if a.numel() else False:
+            if (
+                not bool(torch.isfinite(b).all()) or (a - b).abs().max().item() > tolerance * (b.abs().max().item() + 1e-30)
+                if a.numel()
+                else False
+            ):
                 return False
         elif not torch.equal(a, b):
             return False
