@@ -39,7 +39,7 @@ class Decision:
     mesh: tuple[tuple[str, int], ...]
     """All axes of the mesh, outermost first."""
     axes: tuple[tuple[str, int], ...]
-    """The axes to type, in order: ("dp", 2) for all data axes together, then ("tp", 2)."""
+    """The axes to type, in order: ("dp", 2) for all data axes but `ep` together, then ("ep", 2), then ("tp", 2)."""
     sequence: bool = True
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
@@ -73,6 +73,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not data else {},
                 wanted=wanted if not data else {},
                 shard_parameters=not data,
+                experts=name == "ep",
                 sequence=request.sequence,
                 outputs=outputs,
             ),
