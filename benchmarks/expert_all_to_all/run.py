@@ -61,7 +61,7 @@ class Size:
         return f"{self.name}: {self.tokens} tokens per rank, hidden {self.hidden}: {self.megabytes:g} MiB of rows per rank and direction"
 
 
-SIZES = (Size("small", 64, 256, 40), Size("medium", 512, 1024, 30), Size("large", 2048, 1024, 20), Size("huge", 4096, 2048, 6))
+SIZES = (Size("small", 64, 256, 40), Size("medium", 512, 1024, 30), Size("large", 2048, 1024, 20))
 
 
 def routed(size: Size, routing: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
