@@ -36,6 +36,18 @@ class Action:
         return f"{self.stage}{self.kind}{self.microbatch if self.microbatch >= 0 else ''}"
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An action of a rank and when it began and ended, in seconds; expected ones in the unit of the costs."""
+
+    rank: int
+    stage: int
+    microbatch: int
+    kind: Kind
+    start: float
+    end: float
+
+
 @dataclass(frozen=True)
 class Order:
     """A schedule laid out for given sizes. Its rows are ranks."""
@@ -63,14 +75,13 @@ def order(schedule: str, ranks: int, stages: int, microbatches: int) -> Order:
     """The order of a training step. Raises `ConfigError` with everything that the schedule does not allow about the sizes.
 
     >>> [str(action) for action in order("1f1b", 2, 2, 2).actions[1]]
-    ['1RECV_F0', '1F0', '1B0', '1SEND_B0', '1RECV_F1', '1F1', '1B1', '1SEND_B1', '1REDUCE_GRAD']
+    ['1RECV_F0', '1F0', '1RECV_F1', '1B0', '1SEND_B0', '1F1', '1B1', '1SEND_B1', '1REDUCE_GRAD']
     """
     _check_sizes(schedule, ranks, stages, microbatches)
     from meshpar._torch import pipeline_compute
 
-    enough = (
-        max(microbatches, ranks) if schedule == "1f1b" else microbatches
-    )  # torch's 1f1b wants a microbatch per rank: the rest is left out
+    # torch's 1f1b wants a microbatch per rank: what is too many is left out
+    enough = max(microbatches, ranks) if schedule == "1f1b" else microbatches
     rows = pipeline_compute(schedule, ranks, stages, enough)
     compute = [[_action(*parts) for parts in row if parts[2] < microbatches] for row in rows]
     return _lay_out(schedule, _place(schedule, ranks, stages), compute, microbatches)
@@ -116,6 +127,22 @@ def needs(action: Action, stages: int) -> Iterator[tuple[Action, ...]]:
         yield (Action("I", stage, microbatch),)
 
 
+def lockstep(compute: Sequence[Sequence[Action]], stages: int) -> tuple[tuple[Action | None, ...], ...]:
+    """The rows in lockstep: in each slot every rank does its next action if all it needs was done in earlier slots."""
+    done: set[Action] = set()
+    rows: list[list[Action | None]] = [[] for _ in compute]
+    waiting = [list(reversed(row)) for row in compute]
+    while any(waiting):
+        slot = [row[-1] if row and _ready(row[-1], stages, done) else None for row in waiting]
+        if not any(slot):
+            raise PlanError(f"ranks wait for each other: next are {', '.join(str(row[-1]) for row in waiting if row)}")
+        for row, left, action in zip(rows, waiting, slot):
+            row.append(action)
+            if action is not None:
+                done.add(left.pop())
+    return tuple(map(tuple, rows))
+
+
 def _action(kind: str, stage: int, microbatch: int) -> Action:
     return Action(kind, stage, microbatch)  # type: ignore[arg-type]
 
@@ -130,43 +157,11 @@ def _lay_out(schedule: str, place: tuple[int, ...], compute: Sequence[Sequence[A
     from meshpar._torch import pipeline_transfers
 
     stages, ranks = len(place), len(compute)
-    lowered = pipeline_transfers([[(a.kind, a.stage, a.microbatch) for a in row] for row in compute], place)
-    actions = tuple(tuple(_with_reduction([_action(*parts) for parts in row], microbatches)) for row in lowered)
-    laid_out = Order(schedule, ranks, stages, microbatches, place, _slots(compute, stages), actions)
+    lowered = pipeline_transfers([[(a.kind, a.stage, a.microbatch) for a in row] for row in compute], place, microbatches)
+    actions = tuple(tuple(_action(*parts) for parts in row) for row in lowered)
+    laid_out = Order(schedule, ranks, stages, microbatches, place, lockstep(compute, stages), actions)
     check(laid_out)
     return laid_out
-
-
-def _with_reduction(actions: Sequence[Action], microbatches: int) -> Iterator[Action]:
-    """The actions with `REDUCE_GRAD` after the last weight gradient of each stage, and after the send of what came with it."""
-    left = Counter({action.stage: microbatches for action in actions})
-    due: Action | None = None
-    for action in actions:
-        if due is not None and action.kind != "SEND_B":
-            yield due
-            due = None
-        yield action
-        if action.kind in ("B", "W"):
-            left[action.stage] -= 1
-            due = None if left[action.stage] else Action("REDUCE_GRAD", action.stage)
-    if due is not None:
-        yield due
-
-
-def _slots(compute: Sequence[Sequence[Action]], stages: int) -> tuple[tuple[Action | None, ...], ...]:
-    """The rows in lockstep: in each slot every rank does its next action if all it needs was done in earlier slots."""
-    done: set[Action] = set()
-    rows: list[list[Action | None]] = [[] for _ in compute]
-    waiting = [list(reversed(row)) for row in compute]
-    while any(waiting):
-        slot = [row[-1] if row and _ready(row[-1], stages, done) else None for row in waiting]
-        if not any(slot):
-            raise PlanError(f"ranks wait for each other: next are {', '.join(str(row[-1]) for row in waiting if row)}")
-        for row, left, action in zip(rows, waiting, slot):
-            row.append(action)
-            if action is not None:
-                done.add(left.pop())
-    return tuple(map(tuple, rows))
 
 
 def _ready(action: Action, stages: int, done: set[Action]) -> bool:

@@ -13,7 +13,7 @@ the stage that makes it to the last one that uses it. Works on captured graphs a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -103,11 +103,38 @@ def shared_parameters(stages: Sequence[StageGraph], parameters: Collection[str])
     return {name: tuple(found) for name, found in readers.items() if len(found) > 1}
 
 
+def remade(graph: fx.Graph, parameters: Collection[str]) -> set[fx.Node]:
+    """The nodes that every stage makes for itself.
+
+    Those that depend on no parameter, and parameters on the way to their use (converted, cast, transposed). Random draws without a key
+    are neither.
+    """
+    fixed: set[fx.Node] = set()
+    dressed: set[fx.Node] = set()
+    known = frozenset(parameters)
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" and str(node.target) in known:
+            dressed.add(node)
+        elif node.op in ("placeholder", "get_attr"):
+            fixed.add(node)
+        elif node.op == "call_function" and not _draws(node):
+            if all(source in fixed for source in sources):
+                fixed.add(node)
+            elif all(source in dressed for source in sources) and _dresses(node):
+                dressed.add(node)
+    return fixed | dressed
+
+
+def needed(values: Iterable[Any]) -> set[fx.Node]:
+    """What these values depend on, themselves included: functional graphs have no other effect."""
+    return _closure([value for value in values if isinstance(value, fx.Node)], _sources)
+
+
 class _Splitter:
     """The graph while it is being split.
 
-    Three kinds of nodes: `fixed` ones depend on no parameter, `dressed` ones are a parameter on its way to its use (converted, cast,
-    transposed); both are made in every stage that needs them. All others have one stage, `stage`, and a last one that needs them, `last`.
+    Nodes in `copied` are made in every stage that needs them. All others have one stage, `stage`, and a last one that needs them, `last`.
     """
 
     def __init__(
@@ -121,14 +148,13 @@ class _Splitter:
         self.values = values[:count]
         self.updates: dict[str, Any] = dict(zip(mutations, values[count:]))
         self.wanted = tuple(range(count)) if wanted is None else tuple(sorted(wanted))
-        self.alive = self._alive()
-        self.copied: set[fx.Node] = set()
+        self.alive = needed((*(self.values[i] for i in self.wanted), *self.updates.values()))
+        self.copied = remade(graph, parameters)
         self.stage: dict[fx.Node, int] = {}
         self.last: dict[fx.Node, int] = {}
         self.own: list[list[fx.Node]] = [[] for _ in range(stages)]
 
     def run(self) -> tuple[StageGraph, ...]:
-        self._sort_kinds()
         self._place()
         needs = [self._needs(s) for s in range(self.stages)]
         updated = self._update_buffers(needs)
@@ -138,29 +164,8 @@ class _Splitter:
 
     # -- what there is -------------------------------------------------------------------------------------------------------------------
 
-    def _alive(self) -> set[fx.Node]:
-        """What the wanted outputs and the new buffers depend on: functional graphs have no other effect."""
-        start = [v for v in (*(self.values[i] for i in self.wanted), *self.updates.values()) if isinstance(v, fx.Node)]
-        return _closure(start, _sources)
-
     def _calls(self) -> list[fx.Node]:
         return [node for node in self.nodes if node.op == "call_function" and node in self.alive]
-
-    def _sort_kinds(self) -> None:
-        fixed: set[fx.Node] = set()
-        dressed: set[fx.Node] = set()
-        for node in self.nodes:
-            sources = node.all_input_nodes
-            if node.op == "get_attr" and str(node.target) in self.parameters:
-                dressed.add(node)
-            elif node.op in ("placeholder", "get_attr"):
-                fixed.add(node)
-            elif node.op == "call_function" and not _draws(node):
-                if all(source in fixed for source in sources):
-                    fixed.add(node)
-                elif all(source in dressed for source in sources) and _dresses(node):
-                    dressed.add(node)
-        self.copied = fixed | dressed
 
     def _place(self) -> None:
         """A stage for every node that is not copied: its mark, but never before what it depends on."""
