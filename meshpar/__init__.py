@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoint
+    from . import checkpoint, pipeline
     from .api import parallelize
     from .config import ParallelConfig, Precision
     from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError
@@ -44,6 +44,8 @@ _HOME = {
 }
 _NAMESAKES = ("simulate", "verify")
 """Functions called like the module they live in."""
+_MODULES = ("checkpoint", "pipeline")
+"""Modules that are public as they are."""
 
 __all__ = [
     "BatchError",
@@ -69,6 +71,7 @@ __all__ = [
     "make_mesh",
     "meta",
     "parallelize",
+    "pipeline",
     "rank_grid",
     "simulate",
     "verify",
@@ -83,7 +86,7 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMESAKES or name == "checkpoint":
+    if name in _NAMESAKES or name in _MODULES:
         import_module(f".{name}", __name__)
     elif name in _HOME:
         globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
