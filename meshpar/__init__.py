@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoint, pipeline
+    from . import checkpoint, ops, pipeline, plot, schedule, timing
     from .api import parallelize
     from .config import ParallelConfig, Precision
-    from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError
+    from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
     from .mesh import data_rank, local_batch, make_mesh, rank_grid
     from .plan import Plan
     from .runtime.gradients import clip_grad_norm_
@@ -30,7 +30,7 @@ _HOME = {
     "ParallelConfig": "config",
     "Precision": "config",
     **dict.fromkeys(
-        ("BatchError", "CaptureError", "CheckpointError", "ConfigError", "MeshparError", "PlanError", "RankError"),
+        ("BatchError", "CaptureError", "CheckpointError", "ConfigError", "MeshparError", "PlanError", "RankError", "StageError"),
         "errors",
     ),
     **dict.fromkeys(("data_rank", "local_batch", "make_mesh", "rank_grid"), "mesh"),
@@ -44,8 +44,7 @@ _HOME = {
 }
 _NAMESAKES = ("simulate", "verify")
 """Functions called like the module they live in."""
-_MODULES = ("checkpoint", "pipeline")
-"""Modules that are public as they are."""
+_MODULES = ("checkpoint", "ops", "pipeline", "plot", "schedule", "timing")
 
 __all__ = [
     "BatchError",
@@ -60,6 +59,7 @@ __all__ = [
     "Precision",
     "RankError",
     "Report",
+    "StageError",
     "VerificationError",
     "add_rule",
     "checkpoint",
@@ -70,10 +70,14 @@ __all__ = [
     "local_batch",
     "make_mesh",
     "meta",
+    "ops",
     "parallelize",
     "pipeline",
+    "plot",
     "rank_grid",
+    "schedule",
     "simulate",
+    "timing",
     "verify",
 ]
 

@@ -12,13 +12,14 @@ from meshpar.errors import ConfigError, near, raise_all
 
 MiB = 2**20
 
-Schedule = Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"]
+Schedule = Literal["gpipe", "1f1b", "looped-bfs", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"]
 Recompute = Literal["none", "selective", "full"]
 DataParallel = Literal["replicate", "zero1", "zero2", "zero3"]
 
 SCHEDULES: Mapping[str, tuple[int, int | None]] = {
     "gpipe": (1, 1),
     "1f1b": (1, 1),
+    "looped-bfs": (2, None),
     "interleaved-1f1b": (2, None),
     "zero-bubble": (1, None),
     "zbv": (2, 2),
