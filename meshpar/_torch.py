@@ -162,7 +162,7 @@ def lists_of_numbers(record: Callable[[list[Any], torch.Tensor], list[Any]]) -> 
 
     originals = [(kind, kind.tolist) for kind in (FakeTensor, FunctionalTensor)]
 
-    def watching(original: Callable[[torch.Tensor], list[Any]]) -> Callable[[torch.Tensor], list[Any]]:
+    def watching(original: Callable[..., Any]) -> Callable[[torch.Tensor], list[Any]]:
         return lambda tensor: record(original(tensor), tensor)
 
     try:
