@@ -15,7 +15,7 @@ from ..capture.captured import Captured, Info
 from ..errors import PlanError, near, raise_all
 from ..mesh import Axis
 from ..plan import AxisPlan, ParameterPlan, Plan, StagePlan
-from ..sharding.infer import infer
+from ..sharding.infer import Inference, infer
 from ..sharding.op import op_name
 from ..sharding.solve import Request, solve
 from ..sharding.types import I, Type
@@ -58,6 +58,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
     """
     wanted = _rules(request.rules, captured, request)
     graph, axes = captured.graph, list[AxisPlan]()
+    whole = infer(graph)
     outputs = _pinned_outputs(captured)
     for name, size in request.axes:
         if size == 1:
@@ -77,6 +78,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 sequence=request.sequence,
                 outputs=outputs,
             ),
+            whole if graph is captured.graph else None,
         )
         axes.append(plan)
         if name != request.axes[-1][0]:
@@ -89,7 +91,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
         _parameters(captured, axes, request, held),
         stages,
         dict(request.options),
-        notes=_notes(captured, axes),
+        notes=_notes(whole, axes),
     )
 
 
@@ -183,11 +185,10 @@ def _parameters(
     return found
 
 
-def _notes(captured: Captured, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
+def _notes(inference: Inference, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
     """Operators without a rule that touch trainable values, per module kind: they run whole on every rank."""
-    calls = infer(captured.graph).calls
     found: dict[str, int] = {}
-    for node, call in calls.items():
+    for node, call in inference.calls.items():
         if call.signature is None and call.op.infos and any(isinstance(i, Info) and i.requires_grad for i in call.op.outs):
             found[op_name(node.target)] = found.get(op_name(node.target), 0) + 1
     return tuple(f"{name} has no rule: {count} calls run on whole values." for name, count in sorted(found.items())) if axes else ()

@@ -21,6 +21,7 @@ from torch import fx
 from ..capture.captured import Info
 from ..mesh import Axis
 from ..ops import collectives, expert_all_to_all, vocab_parallel
+from ..ops.each_rank import each_rank
 from ..plan import AxisPlan, NodePlan
 from ..sharding.conversions import conversion
 from ..sharding.op import Op, Value, operands, read, value_of
@@ -33,7 +34,7 @@ DISPATCH, COMBINE = torch.ops.meshpar.dispatch.default, torch.ops.meshpar.combin
 
 @dataclass(frozen=True)
 class Lower:
-    """Lower a graph on one axis. `axis` says which rank this is; simulated ranks (-1) share the graph of rank 0 and must be even."""
+    """Lower a graph on one axis. `axis` says which rank this is; simulated ranks (-1) share the graph of rank 0."""
 
     plan: AxisPlan
     axis: Axis
@@ -162,16 +163,32 @@ class _Lowering:
         args, kwargs = _map((node.args, dict(node.kwargs)), lambda n: self._as(n, next(uses)))
         if node.target is COMBINE and isinstance(plan.uses[0], Ragged):
             args = (self._returned(node, args[0]), *args[1:])
-        call = LocalCall(read(node), plan, self.axis, self.shape_rank, node.target, list(args), kwargs)
-        if any(isinstance(t, (Shard, Ragged)) for t in (*plan.uses, *plan.outs)):
-            LOCAL.get(call.op.name, _unchanged)(call)
-        new = self.new.call_function(call.target, tuple(call.args), call.kwargs)
+        call = self._localised(node, plan, self.shape_rank, args, kwargs)
+        new = self.new.call_function(*self._each_rank(call, node, args, kwargs))
         if call.scale is not None:
             new.meta = {**node.meta, "info": self._local(call.op.out, plan.outs[0])}
             new = self.new.call_function(aten.mul.Tensor, (new, call.scale))
         self._made(node, new, plan)
         if call.target is not node.target:
             new.meta["axis"] = self.axis.name
+
+    def _localised(self, node: fx.Node, plan: NodePlan, rank: int, args: Any, kwargs: Any) -> LocalCall:
+        call = LocalCall(read(node), plan, self.axis, rank, node.target, list(args), dict(kwargs))
+        if any(isinstance(t, (Shard, Ragged)) for t in (*plan.uses, *plan.outs)):
+            LOCAL.get(call.op.name, _unchanged)(call)
+        return call
+
+    def _each_rank(self, call: LocalCall, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Target and arguments of a call; simulated ranks that hold unequal parts get those of every rank.
+
+        (Where the arguments are equal too: torch's simulation cannot reshape tensors whose sizes differ between ranks.)
+        """
+        mine = (call.target, tuple(call.args), call.kwargs)
+        cut = [t for t in (*call.plan.uses, *call.plan.outs) if isinstance(t, Shard)]
+        if self.axis.rank >= 0 or all(t.is_even(self.axis.size) for t in cut) or "group" in call.kwargs or "seed" in node.meta:
+            return mine
+        calls = [self._localised(node, call.plan, rank, args, kwargs) for rank in range(self.axis.size)]
+        return each_rank, (call.target, *((tuple(one.args), one.kwargs) for one in calls)), {"group": self.axis.group}
 
     # -- experts -------------------------------------------------------------------------------------------------------------------------
 

@@ -307,6 +307,16 @@ def row_expert(op: Op) -> Signature | None:
     return row(f"n {rest}, [x] -> n", counts=((1, "n"),))(op)
 
 
+def unfolded(op: Op) -> Signature:
+    """Tensor.unfold: windows along one dim, which is needed whole; their elements are a new last dim."""
+    dim, shape, out = op.dim("dimension"), op.infos[0].shape, op.out.shape
+    base = named("d", shape)
+    windows = (((f"n{dim}",),) if out[dim] > 1 else ()), (((f"n{len(shape)}",),) if out[-1] > 1 else ())
+    sizes = {**sizes_of("d", shape), f"n{dim}": out[dim], f"n{len(shape)}": out[-1]}
+    result = (*base[:dim], windows[0], *base[dim + 1 :], windows[1])
+    return Signature((base,), (result,), sizes, frozenset({f"d{dim}", f"n{dim}", f"n{len(shape)}"}), (frozenset({0}),))
+
+
 def glu(op: Op) -> Signature:
     """The dim is a row of two halves, which must be cut alike."""
     dim, out = op.dim(), op.out.shape
@@ -464,6 +474,7 @@ RULES: dict[str, Rule] = {
     # activations and layers of their own kind
     "glu": glu,
     "prelu": prelu,
+    "unfold": unfolded,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     # reductions
     **dict.fromkeys(
@@ -499,7 +510,7 @@ RULES: dict[str, Rule] = {
         ("upsample_nearest1d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest3d"), pooling
     ),
     # these carry no pointwise tag, or not in every form
-    **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar"), pointwise),
+    **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid"), pointwise),
     "view_as_complex": row("... [c] -> ..."),
     "view_as_real": row("... -> ... [c]"),
     # random

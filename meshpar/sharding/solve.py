@@ -23,7 +23,7 @@ from ..plan import AxisPlan, NodePlan
 from .choices import Choice, at_rest, choices
 from .conversions import ALL_GATHER, wire_bytes
 from .factors import shard
-from .infer import Call, infer
+from .infer import Call, Inference, infer
 from .op import Value, info_of, operands, value_of
 from .price import Price
 from .program import Problem, Step, choose
@@ -69,18 +69,17 @@ class Request:
     price: Price = field(default_factory=Price)
 
 
-def solve(graph: fx.Graph, request: Request) -> AxisPlan:
-    """The cheapest consistent typing of `graph` on one axis under the house's policies.
+def solve(graph: fx.Graph, request: Request, inference: Inference | None = None) -> AxisPlan:
+    """The cheapest consistent typing of `graph` on one axis under the house's policies. `inference`: what `infer` says, if it was asked.
 
     Raises PlanError when what was pinned cannot be met.
     """
-    return _Solver(graph, request).run()
+    return _Solver(graph, request, inference or infer(graph)).run()
 
 
 class _Solver:
-    def __init__(self, graph: fx.Graph, request: Request) -> None:
-        self.graph, self.request = graph, request
-        self.inference = infer(graph)
+    def __init__(self, graph: fx.Graph, request: Request, inference: Inference) -> None:
+        self.graph, self.request, self.inference = graph, request, inference
         self.size, self.price = request.size, request.price.at_scale(_largest(graph))
         self.units = _units(graph, request.parameters)
         self.crossing = self._crossing()
@@ -93,6 +92,7 @@ class _Solver:
         self.found: dict[str, NodePlan] = {}
         self.types: dict[Value, Type] = {}
         self.solved: dict[Problem, tuple[int, ...]] = {}
+        self.made: dict[tuple[object, ...], tuple[Choice, ...]] = {}
 
     # -- reading the graph ---------------------------------------------------------------------------------------------------------------
 
@@ -324,7 +324,13 @@ class _Solver:
         if node.op == "get_attr":
             return self._placements(node, whole[node])
         call = self.inference.calls[node]
-        return choices(call, self.inference, self.seeds[unit], self.size, self.price, self._work(call), experts=self.experts)
+        factors = self.seeds[unit]
+        # All that tells one call of a kind from another is how the factors lie in its names.
+        patterns = tuple(tuple(self.inference.extents.pattern(one, factor) for one in call.names.values()) for factor in factors)
+        key = call.kind, tuple(p for p in patterns if any(p))
+        if key not in self.made:
+            self.made[key] = choices(call, self.inference, factors, self.size, self.price, self._work(call), experts=self.experts)
+        return self.made[key]
 
     def _work(self, call: Call) -> float:
         infos = [i for i in (*call.op.infos, *call.op.outs) if i is not None]
