@@ -68,7 +68,7 @@ def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
 
 
 def alone(mesh: DeviceMesh, axis: str, name: str) -> DeviceMesh:
-    """The mesh of this rank alone, with one axis called `name`, as a slice of the one-dimensional `mesh` (torch 2.13; wait for unflatten)."""
+    """The mesh of this rank alone, its axis called `name`, as a slice of the one-dimensional `mesh` (torch 2.13; wait for unflatten)."""
     return mesh._unflatten(0, (mesh.size(), 1), (axis, name))[name]
 
 

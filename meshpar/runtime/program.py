@@ -168,7 +168,14 @@ class Programs:
         cut = partial(split, graph, len(plan.stages), parameters=parameters, mutations=captured.mutations)
         every = cut()
         loss = every if captured.loss is None else cut(wanted=(captured.loss,))
-        return Program(signature, captured, replace(plan, ledger=staged_ledger(loss)), graph, stages=loss, all_stages=every)
+        return Program(
+            signature,
+            captured,
+            replace(plan, ledger=staged_ledger(loss, [s.rank for s in plan.stages])),
+            graph,
+            stages=loss,
+            all_stages=every,
+        )
 
     def _plan(self, captured: Captured, *, staged: bool) -> Plan:
         """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph."""
