@@ -48,7 +48,7 @@ def explain(
     are means over microbatches; `dropped`: outputs of the model that are left out. `order`: that of a pipeline.
     """
     sections = [_mesh(plan), [] if order is None else _stages(plan, order), _parameters(plan, graph), _residual(plan, graph)]
-    sections += [_communication(plan), _repeated(plan, graph)]
+    sections += [_communication(plan, order), _repeated(plan, graph)]
     sections.append(_remarks(inlined or {}, averaged, dropped))
     return Text("\n\n".join("\n".join(lines) for lines in sections if lines))
 
@@ -135,7 +135,7 @@ def _stages(plan: Plan, order: Order) -> list[str]:
         if len(one.stages) > 1:
             held = f"stages {', '.join(map(str, one.stages))}"
             lines.append(f"  {name} is used by {held}: each has a copy; gradients are summed over them once per step")
-    if plan.options.get("data_parallel") == "zero3" and _data_size(plan) > 1 and any(a.kind == "W" for row in order.actions for a in row):
+    if plan.options.get("data_parallel") == "zero3" and _data_size(plan) > 1 and _waits(order):
         lines.append("  data parallel zero3: parameters stay gathered until the end of the step, for weight gradients are put off")
     idle = [
         r for r in range(order.ranks) if not any(p.trainable and set(order.stages_of(r)) & set(p.stages) for p in plan.parameters.values())
@@ -151,6 +151,11 @@ def _stages(plan: Plan, order: Order) -> list[str]:
 def _around(stage: int) -> tuple[tuple[int, str], tuple[int, str]]:
     """Where the ledger has what goes from a stage to the next, and what comes back."""
     return (stage, "forward"), (stage + 1, "backward")
+
+
+def _waits(order: Order | None) -> bool:
+    """Whether weight gradients are put off."""
+    return order is not None and any(action.kind == "W" for row in order.actions for action in row)
 
 
 def _data_size(plan: Plan) -> int:
@@ -373,7 +378,7 @@ def _held(node: fx.Node, info: Info, handed: Collection[Shard], size: int) -> st
     return f"cut along dim {dim}, " + ("the sequence" if dim < len(info.shape) - 1 else "the features")
 
 
-def _communication(plan: Plan) -> list[str]:
+def _communication(plan: Plan, order: Order | None) -> list[str]:
     by_region: dict[tuple[int, str], list[Comm]] = defaultdict(list)
     for comm in plan.ledger:
         by_region[comm.stage, _sent_to(comm) or comm.region].append(comm)
@@ -385,7 +390,7 @@ def _communication(plan: Plan) -> list[str]:
     several = len(plan.stages) > 1
     cells = [(*(("stage",) if several else ()), "block", "axis", "phase", "collective", "times", "sent by a rank")]
     shared = Counter((stage, pattern) for stage, pattern, _ in alike)
-    for (stage, pattern, traffic), regions in alike.items():
+    for (stage, pattern, traffic), regions in sorted(alike.items(), key=lambda item: item[0][0]):
         label = regions[0] or "outside of blocks"
         if len(regions) > 1:
             label = f"{pattern if shared[stage, pattern] == 1 else _enumerated(regions)}, each of {len(regions)}"
@@ -398,7 +403,7 @@ def _communication(plan: Plan) -> list[str]:
         totals[plan.stages[comm.stage].rank if several else 0] += int(comm.count * comm.nbytes)
     by = "the rank that sends most" if several else "a rank"
     heading = f"Communication of one microbatch: {count(max(totals.values()), 'B')} sent by {by}"
-    return [heading, *table(cells, right=(5, 6) if several else (4, 5)), *_data_parallel(plan)]
+    return [heading, *table(cells, right=(5, 6) if several else (4, 5)), *_data_parallel(plan, order)]
 
 
 def _sent_to(comm: Comm) -> str:
@@ -422,7 +427,7 @@ def _traffic(comms: Sequence[Comm]) -> _Traffic:
     return tuple((*where, times[where], sizes[where]) for where in sorted(times, key=lambda w: (w[0], w[1] != "forward", w[2])))
 
 
-def _data_parallel(plan: Plan) -> list[str]:
+def _data_parallel(plan: Plan, order: Order | None) -> list[str]:
     """What FSDP2 sends in a step: it is not part of the graph."""
     sizes = dict(plan.mesh)
     data = prod(size for name, size in sizes.items() if name in DATA_AXES)
@@ -434,7 +439,7 @@ def _data_parallel(plan: Plan) -> list[str]:
     whole, trained = max((_held_bytes(plan, sizes, rank, False), _held_bytes(plan, sizes, rank, True)) for rank in ranks)
     copies = data if mode == "replicate" else sizes.get("dp_replicate", 1)
     shares = data // copies
-    gathers = {"zero3": 2 * microbatches, "replicate": 0}.get(mode, 1)
+    gathers = {"zero3": 1 if _waits(order) else 2 * microbatches, "replicate": 0}.get(mode, 1)
     sums = microbatches if mode in ("zero3", "zero2") and not plan.stages else 1
     gathered = gathers * whole * (shares - 1) / shares
     summed = sums * trained * (shares - 1) / shares + 2 * trained / shares * (copies - 1) / copies

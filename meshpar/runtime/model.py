@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .blocks import inlined, print_code
 from .describe import explain
 from .engine import Engine
 from .failures import Together
+from .gradients import OnMesh
 from .memory import MemoryReport, memory
 from .names import together as one_module
 from .pipeline import Pipelined
@@ -64,6 +65,10 @@ class ParallelModel(nn.Module):
         names = one_module(list(self._engine.trees.values()))
         self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of this rank's stages; a rank may have none (then optimizers take `[{"params": pm.parameters()}]`)."""
+        return OnMesh(super().parameters(recurse), self.mesh)
 
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 

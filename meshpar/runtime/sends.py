@@ -39,9 +39,8 @@ class Sends:
 
     def finish(self) -> None:
         """Wait until everything has arrived."""
-        for works, _ in self._messages:
-            for work in works:
-                work.wait()
+        for message in self._messages:
+            _arrived(message)
         self._messages = []
         if self._thread is not None:
             self._queue.put(None)
@@ -56,8 +55,12 @@ class Sends:
     def _wait(self) -> None:
         try:
             while (message := self._queue.get()) is not None:
-                for work in message[0]:
-                    work.wait()
-                del message, work  # or this frame would keep them until the next one
+                _arrived(message)
+                del message  # or this frame would keep it until the next one
         except Exception as error:  # a lost connection: the step raises it
             self._error = error
+
+
+def _arrived(message: Message) -> None:
+    for work in message[0]:
+        work.wait()
