@@ -1,6 +1,6 @@
 """parallelize(): the whole story, top to bottom.
 
-model ── capture ──> graph ── rules + solver ──> Plan ── lower ──> local graph ── blocks, FSDP2 ──> ParallelModel
+model ── capture ──> graph ── rules + solver ──> Plan ── lower ──> local graph ── stages, blocks, FSDP2 ──> ParallelModel
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .runtime.failures import Together
 from .runtime.model import ParallelModel
 from .runtime.parameters import convert_state_dicts
 from .runtime.program import Programs
+from .runtime.schedules import schedule_of
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
@@ -53,6 +54,8 @@ def parallelize(
     check_mesh(mesh)
     _check_supported(mesh)
     config = config or ParallelConfig()
+    if (schedule := schedule_of(mesh, config)) is not None:
+        schedule.order(config.microbatches)  # what it does not allow is told before anything is captured
     args, kwargs = _example(model, example)
     together = Together(mesh)
     with together.section("parallelize"):

@@ -53,11 +53,16 @@ class ParameterPlan:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One stage of the pipeline: the node of the captured graph it begins with (empty for the first), its rank on `pp`, and why there."""
+    """One stage of the pipeline: the node of the captured graph it begins with (empty for the first), its rank on `pp`, and why there.
+
+    `begins` says in words where it begins, `share` is its part of the estimated cost.
+    """
 
     start: str
     rank: int
     why: str
+    begins: str = ""
+    share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

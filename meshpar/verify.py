@@ -113,9 +113,9 @@ def verify(
     """Train `model` for `steps` steps on one device and in parallel, from the same parameters on the same `batch`, and compare.
 
     `batch` is the global batch. The ranks of `mesh` are simulated in this process; with `processes=True`, and for a pipeline, they are new
-    gloo processes; given a DeviceMesh, or under torchrun, they are those of the mesh, and all of them call this. `config`, `rules` and `loss_fn` are those of
-    `parallelize`; the precision of `config` is not used, everything is computed in `dtype`. `tolerance` defaults to 1e-9 in float64 and
-    1e-5 in float32.
+    gloo processes; given a DeviceMesh, or under torchrun, they are those of the mesh, and all of them call this. `config`, `rules` and
+    `loss_fn` are those of `parallelize`; the precision of `config` is not used, everything is computed in `dtype`. `tolerance` defaults to
+    1e-9 in float64 and 1e-5 in float32.
 
     A copy of the model is compared, not the model: dropout is switched off, every parameter moved by `perturb` times a normal draw, and
     requests of the model for a narrower dtype than `dtype` are answered with `dtype`, in both programs.
@@ -254,7 +254,8 @@ def _loss(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], torch.Te
 
 
 def _optimizer(model: nn.Module, eps: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, eps=eps)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": trained}], lr=LEARNING_RATE, eps=eps)  # a group: a rank of a pipeline may have none
 
 
 def _eps(model: nn.Module) -> float:

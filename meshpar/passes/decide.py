@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from os.path import commonprefix
 from typing import Any
 
 from torch import fx
@@ -109,15 +108,20 @@ def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...
         for name in dict.fromkeys(str(n.target) for n in stage.graph.nodes if n.op == "get_attr"):
             held[name] = (*held.get(name, ()), stage.index)
     found = {name: held[name] if name in held else _of_nearest(name, held) for name in request.others}
-    share = [100 * seconds / sum(chosen.seconds) for seconds in chosen.seconds]
-    why = [f"from {begin}, {part:.1f}% of the cost, {chosen.why}" for begin, part in zip(chosen.begins, share, strict=True)]
-    return tuple(StagePlan(s, r, w) for s, r, w in zip(("", *chosen.starts), ranks, why, strict=True)), found
+    share = [seconds / sum(chosen.seconds) for seconds in chosen.seconds]
+    stages = zip(("", *chosen.starts), ranks, chosen.begins, share, strict=True)
+    return tuple(StagePlan(start, rank, chosen.why, begins, part) for start, rank, begins, part in stages), found
 
 
 def _of_nearest(name: str, held: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The first stage of the tensor whose name begins most like this one."""
-    best = max(held, key=lambda other: len(commonprefix([name.split("."), other.split(".")])), default=None)
+    best = max(held, key=lambda other: _alike(name.split("."), other.split(".")), default=None)
     return (0,) if best is None else held[best][:1]
+
+
+def _alike(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many parts two names begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _pinned_outputs(captured: Captured) -> list[Type | None]:

@@ -26,12 +26,16 @@ def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
     return tuple(entry for node in graph.nodes for entry in _entries(node))
 
 
-def staged_ledger(stages: Sequence[StageGraph]) -> tuple[Comm, ...]:
-    """The same for the stages of a pipeline, with what they send to each other: whole values, by each device its own part."""
+def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[Comm, ...]:
+    """The same for the stages of a pipeline, with what they send to each other: whole values, by each device its own part.
+
+    `ranks`: of each stage; those that meet on one rank send nothing.
+    """
     found: list[Comm] = []
     for stage in stages:
         found += [replace(entry, stage=stage.index) for entry in ledger(stage.graph)]
-        found += _sent(stage)
+        if stage.index > 0 and ranks[stage.index] != ranks[stage.index - 1]:
+            found += _sent(stage)
     return tuple(found)
 
 

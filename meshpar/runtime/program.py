@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ from ..plan import ParameterPlan, Plan
 from ..sharding.types import Shard
 from ..simulate import is_simulated
 from .schedules import schedule_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,14 @@ class Programs:
         cut = partial(split, graph, len(plan.stages), parameters=parameters, mutations=captured.mutations)
         every = cut()
         loss = every if captured.loss is None else cut(wanted=(captured.loss,))
-        return Program(signature, captured, replace(plan, ledger=staged_ledger(loss)), graph, stages=loss, all_stages=every)
+        return self._with_ledger(Program(signature, captured, plan, graph, stages=loss, all_stages=every))
+
+    def _with_ledger(self, program: Program) -> Program:
+        """With the communication of a pipeline as the first rank has it: where values are cut unevenly, no rank sends more."""
+        ledger = staged_ledger(program.stages, [stage.rank for stage in program.plan.stages])
+        if not self._decides_alone():
+            ledger = _from_first_rank(self.mesh, lambda: ledger)
+        return replace(program, plan=replace(program.plan, ledger=ledger))
 
     def _plan(self, captured: Captured, *, staged: bool) -> Plan:
         """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph."""
@@ -189,11 +198,15 @@ class Programs:
             options=_options(self.config),
             others=self.others,
         )
-        if is_simulated() or dist.get_backend() == "fake" or self.mesh.size() == 1:
+        if self._decides_alone():
             return decide(captured, request)
         agree(fingerprint(captured.graph), self.mesh, "the model's captured graph")
         agree(f"{self.config} {sorted(self.rules.items())}", self.mesh, "the configuration or the rules")
-        return _from_first_rank(self.mesh, lambda: decide(captured, request))
+        return Plan.from_json(_from_first_rank(self.mesh, lambda: decide(captured, request).to_json()))
+
+    def _decides_alone(self) -> bool:
+        """Whether this process stands for all ranks."""
+        return is_simulated() or dist.get_backend() == "fake" or self.mesh.size() == 1
 
     def _stage_request(self) -> StageRequest:
         assert self.schedule is not None
@@ -281,18 +294,19 @@ def _check_given(plan: Plan, mesh: DeviceMesh) -> None:
         raise PlanError(f"the plan was made for mesh {dict(plan.mesh)}, this is {mesh_sizes(mesh)}. Make the plan again for this mesh.")
 
 
-def _from_first_rank(mesh: DeviceMesh, make: Callable[[], Plan]) -> Plan:
+def _from_first_rank(mesh: DeviceMesh, make: Callable[[], T]) -> T:
     ranks = mesh.mesh.flatten().tolist()
     sent: list[Any] = [None]
     if dist.get_rank() == ranks[0]:
         try:
-            sent = [make().to_json()]
+            sent = [make()]
         except PlanError as error:
             sent = [error]
     dist.broadcast_object_list(sent, src=ranks[0], group=_whole_group(mesh))
     if isinstance(sent[0], PlanError):
         raise sent[0]
-    return Plan.from_json(sent[0])
+    found: T = sent[0]
+    return found
 
 
 def _whole_group(mesh: DeviceMesh) -> Any:

@@ -56,7 +56,8 @@ class Ties:
             work.wait()
         for name, parameter in self.parameters.items():
             parts = [mine[name] if peer == self.axis.rank else theirs[name, peer] for peer in self.holders[name]]
-            total = torch.zeros_like(parts[0]) if before[name] is None else _local(before[name]).clone()
+            earlier = before[name]
+            total = torch.zeros_like(parts[0]) if earlier is None else _local(earlier).clone()
             for part in parts:
                 total += part
             parameter.grad = dtensor_like(total, parameter) if isinstance(parameter, DTensor) else total
