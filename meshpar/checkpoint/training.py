@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def save(
     """
     _last(module).settle()
     ranks = Ranks.of(group)
-    share = prepare(ranks, partial(_content, ranks, module, optimizer, scheduler, extra, tensors, _agreed_names(module, ranks)))
+    share = prepare(ranks, partial(_content, _agree(module, ranks), module, optimizer, scheduler, extra, tensors))
     write_content(path, ranks, share, disk)
 
 
@@ -104,8 +104,7 @@ def save_async(
     last = _last(module)
     last.settle()
     ranks = Ranks.of(group)
-    collected = partial(_content, ranks, module, optimizer, scheduler, extra, tensors, _agreed_names(module, ranks))
-    share = prepare(ranks, collected, copy=True)
+    share = prepare(ranks, partial(_content, _agree(module, ranks), module, optimizer, scheduler, extra, tensors), copy=True)
     apart = last.ranks if last.ranks is not None and last.group is group else ranks.apart()
     saving = Saving(Path(path), apart, group)
     module.__dict__[_SAVING] = saving
@@ -205,10 +204,14 @@ def load(
     _last(module).settle()
     ranks, disk = Ranks.of(group), disk or Disk()
     opened = shared_open(path, ranks, disk)
+    mesh = _one_mesh(ranks.everyone(_mesh_text(module)))
+    same = opened.manifest.values.get("ranks") == ranks.world and opened.manifest.values.get("mesh") == mesh
     plan: list[Restoring] = []
 
     def collect() -> dict[str, torch.Tensor | Held]:
-        _check_whole(opened, optimizer, scheduler, tensors, unexpected, missing, _mesh_text(module), ranks, per_rank)
+        _check_whole(opened, {"optimizer": optimizer, "scheduler": scheduler}, unexpected, missing)
+        if per_rank == "error" and not same:
+            _check_per_rank(opened, mesh, ranks)
         names, resolve = _resolved(module, opened.manifest)
         asked: dict[str, torch.Tensor | Held] = dict(names)
         if optimizer is not None and not (missing == "skip" and "optimizer" not in opened.manifest.values):
@@ -220,7 +223,7 @@ def load(
     heard = [name for name in opened.manifest.tensors if name.startswith(EXTRA)]
     kinds = ("model", "optimizer", "extra")
     found = fill(opened, ranks, collect, missing=missing, unexpected=unexpected, dtype=dtype, kinds=kinds, disk=disk, heard=heard)
-    extra = attempt(lambda: _restore(opened, ranks, module, scheduler, plan, per_rank, disk))
+    extra = attempt(lambda: _restore(opened, ranks.rank if same else None, module, scheduler, plan, per_rank, disk))
     ranks.everyone(extra if isinstance(extra, Failure) else None)
     assert not isinstance(extra, Failure)
     if ranks.rank == 0:
@@ -233,24 +236,32 @@ def load(
 # ---- what a run consists of ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks agree on: the name each tensor is stored under, and who they are."""
+
+    names: Mapping[str, str]
+    mesh: str
+    ranks: int
+
+
 def _content(
-    ranks: Ranks,
+    agreed: Agreed,
     module: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
     extra: Mapping[str, Any] | None,
     tensors: Mapping[str, torch.Tensor] | None,
-    canonical: Mapping[str, str],
 ) -> Content:
     """Everything this rank knows of a run."""
     out: dict[str, torch.Tensor | Held] = {}
     names: dict[int, str] = {}
     for group in _groups(module):
-        out[canonical[group[0]]] = _tensor(module, group[0])
-        names[id(_tensor(module, group[0]))] = canonical[group[0]]
+        out[agreed.names[group[0]]] = _tensor(module, group[0])
+        names[id(_tensor(module, group[0]))] = agreed.names[group[0]]
     kinds: dict[str, str] = {}
     own: dict[str, torch.Tensor] = {}
-    values: dict[str, Any] = {"mesh": _mesh_text(module), "ranks": ranks.world}
+    values: dict[str, Any] = {"mesh": agreed.mesh, "ranks": agreed.ranks}
     if isinstance(module, ParallelModel):
         values["random"] = module.random.state_dict()
     if optimizer is not None:
@@ -278,7 +289,7 @@ def _content(
         kinds[MORE + name] = "extra"
     for name, state in _generators():
         own[OWN + name] = state
-    aliases = {other: name for other, name in canonical.items() if other != name}
+    aliases = {other: name for other, name in agreed.names.items() if other != name}
     grid, stage = _place(module, out)
     return Content(out, values, kinds, own, aliases, grid, stage)
 
@@ -309,9 +320,12 @@ def _tensor(module: nn.Module, fqn: str) -> torch.Tensor:
     return found
 
 
-def _agreed_names(module: nn.Module, ranks: Ranks) -> dict[str, str]:
-    """Name -> the one its tensor is stored under. Tensors tied on one rank are tied on all: a stage may know only one of the names."""
+def _agree(module: nn.Module, ranks: Ranks) -> Agreed:
+    """Collective. Tensors tied on one rank are tied on all: a stage may know only one of the names."""
     groups = attempt(lambda: _groups(module))
+    facts = groups if isinstance(groups, Failure) else ([row for row in groups if len(row) > 1], _mesh_text(module))
+    everyone: list[tuple[list[list[str]], str]] = ranks.everyone(facts)
+    assert not isinstance(groups, Failure)
     root: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -319,17 +333,18 @@ def _agreed_names(module: nn.Module, ranks: Ranks) -> dict[str, str]:
             name = root[name]
         return name
 
-    for rows in ranks.everyone(groups if isinstance(groups, Failure) else [row for row in groups if len(row) > 1]):
+    for rows, _ in everyone:
         for first, *others in rows:
             for other in others:
-                a, b = find(first), find(other)
-                if a != b:
-                    root[b] = a
-    assert not isinstance(groups, Failure)
-    for row in groups:
-        for name in row:
-            find(name)
-    return {name: find(name) for name in root}
+                if find(first) != find(other):
+                    root[find(other)] = find(first)
+    names = {*root, *(name for row in groups for name in row)}
+    return Agreed({name: find(name) for name in sorted(names)}, _one_mesh([mesh for _, mesh in everyone]), ranks.world)
+
+
+def _one_mesh(meshes: Sequence[str]) -> str:
+    """The meshes of all ranks; stages outside of a ParallelModel may have different ones."""
+    return " | ".join(dict.fromkeys(meshes))
 
 
 def _resolved(module: nn.Module, manifest: Manifest) -> tuple[dict[str, torch.Tensor], Callable[[str], str]]:
@@ -382,47 +397,33 @@ def _generators() -> list[tuple[str, torch.Tensor]]:
 # ---- putting it back -------------------------------------------------------------------------------------------------------------------
 
 
-def _check_whole(
-    opened: Checkpoint,
-    optimizer: Any,
-    scheduler: Any,
-    tensors: Any,
-    unexpected: str,
-    missing: str,
-    mesh: str,
-    ranks: Ranks,
-    per_rank: str,
-) -> None:
+def _check_whole(opened: Checkpoint, given: Mapping[str, Any], unexpected: str, missing: str) -> None:
     """Refuse to leave part of a run behind, or to ask for a part that was not saved, without being told to."""
     values, complaints = opened.manifest.values, []
-    for name, given in (("optimizer", optimizer), ("scheduler", scheduler)):
-        if name in values and given is None and unexpected == "error":
+    for name, item in given.items():
+        if name in values and item is None and unexpected == "error":
             complaints.append(f"it holds the state of the {name}, which would be lost: pass {name}=, or unexpected='skip' to leave it.")
-        if name not in values and given is not None and missing == "error":
+        if name not in values and item is not None and missing == "error":
             complaints.append(f"it holds no {name}: leave {name}= out, or pass missing='skip'.")
-    if per_rank == "error" and not _same_ranks(values, mesh, ranks):
-        names = [n for n in (*values.get("per_rank", {}), *opened.manifest.tensors) if n.startswith((EXTRA, OWN + EXTRA))]
-        own = sorted(
-            {n.removeprefix(OWN).removeprefix(EXTRA + "extra.") for n in names if n.startswith(OWN) or n in values.get("per_rank", {})}
-        )
-        if own:
-            complaints.append(
-                f"{', '.join(own[:5])} was kept per rank on {values.get('ranks')} ranks ({values.get('mesh') or 'no mesh'}), and these are "
-                f"{ranks.world} ({mesh or 'no mesh'}). per_rank='all' gives the values of all ranks as AllRanks, 'skip' leaves them out."
-            )
     raise_all(CorruptError, f"{opened.root}:", complaints)
 
 
-def _same_ranks(values: Mapping[str, Any], mesh: str, ranks: Ranks) -> bool:
-    return values.get("ranks") == ranks.world and values.get("mesh") == mesh
+def _check_per_rank(opened: Checkpoint, mesh: str, ranks: Ranks) -> None:
+    values = opened.manifest.values
+    names = [*values.get("per_rank", {}), *(n.removeprefix(OWN) for n in opened.manifest.tensors if n.startswith(OWN + EXTRA))]
+    if names:
+        raise CorruptError(
+            f"{opened.root}: {', '.join(n.removeprefix(EXTRA) for n in names[:5])} was kept per rank on {values.get('ranks')} ranks "
+            f"({values.get('mesh') or 'no mesh'}), and these are {ranks.world} ({mesh or 'no mesh'}). per_rank='all' gives the values of "
+            "all ranks as AllRanks, to be divided anew; 'skip' leaves them out."
+        )
 
 
 def _restore(
-    opened: Checkpoint, ranks: Ranks, module: nn.Module, scheduler: Any, plan: list[Restoring], per_rank: str, disk: Disk
+    opened: Checkpoint, rank: int | None, module: nn.Module, scheduler: Any, plan: list[Restoring], per_rank: str, disk: Disk
 ) -> dict[str, Any]:
-    """Everything but the tensors, which are there already."""
+    """Everything but the tensors, which are there already. `rank`: this one, if the ranks are those that saved."""
     values, manifest = opened.manifest.values, opened.manifest
-    same = _same_ranks(values, _mesh_text(module), ranks)
     with Reader(opened, disk) as reader:
 
         def row(path: str, rank: int) -> Any:
@@ -433,16 +434,16 @@ def _restore(
         def fetch(kind: str, path: str) -> Any:
             if kind == "tensor":
                 return read_whole(reader, path)
-            if same:
-                return row(path, ranks.rank)
+            if rank is not None:
+                return row(path, rank)
             return AllRanks(tuple(row(path, r) for r in range(values["ranks"])), values["mesh"]) if per_rank == "all" else None
 
         extra = decode(values.get("extra", {}), fetch)
         schedule = decode(values.get("scheduler"), fetch)
-        if same:
+        if rank is not None:
             for name, _ in _generators():
                 if OWN + name in manifest.tensors:
-                    _set_generator(name, read_row(reader, OWN + name, ranks.rank))
+                    _set_generator(name, read_row(reader, OWN + name, rank))
     for restoring in plan:
         restoring.finish()
     if scheduler is not None and schedule is not None:
