@@ -111,9 +111,9 @@ def whole(pm: nn.Module) -> dict[str, torch.Tensor]:
     return {**{n: mp.full_tensor(p) for n, p in pm.named_parameters()}, **{n: b.clone() for n, b in pm.named_buffers()}}
 
 
-def run_and_save(path: str, case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
+def run_and_save(path: str, case: Case, dropout: float) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Three steps, a save, three more; then the same again from the save, which must be the same bit for bit."""
-    pm, optimizer, scheduler = parallel(case, dropout=0.1 if case[2] == "plain" else 0.0)
+    pm, optimizer, scheduler = parallel(case, dropout=dropout)
     with torch.no_grad():
         pm.scale[0], pm.count[...], pm.flags[1] = 0.125, 41, True  # not what the model starts with
     train(pm, optimizer, scheduler, range(3))
@@ -124,7 +124,7 @@ def run_and_save(path: str, case: Case) -> tuple[list[float], dict[str, torch.Te
     drawn = torch.rand(3)
     losses = train(pm, optimizer, scheduler, range(3, 6))
 
-    again, optimizer, scheduler = parallel(case, seed=1, dropout=0.1 if case[2] == "plain" else 0.0)
+    again, optimizer, scheduler = parallel(case, seed=1, dropout=dropout)
     if case[2] == "fused":  # into state that exists already
         train(again, optimizer, scheduler, range(1))
     found = load(path, again, optimizer, scheduler=scheduler)
@@ -177,19 +177,27 @@ def check(found: tuple[list[float], dict[str, torch.Tensor]], expected: tuple[li
     "saved, four, two",
     [
         (("dp=2,tp=2", "zero3", "foreach"), [("tp=4", "zero3", "foreach"), ("dp=4", "zero2", "fused")], [("tp=2", "zero3", "foreach")]),
-        (("tp=4", "zero3", "sgd"), [("dp=4", "zero1", "sgd")], [("dp=2", "replicate", "sgd")]),
-        (("dp=4", "zero3", "fused"), [("dp_replicate=2,dp_shard=2", "zero3", "fused")], []),
+        (
+            ("tp=4", "zero3", "sgd"),
+            [("dp=4", "zero1", "sgd"), ("dp_replicate=2,dp_shard=2", "zero3", "sgd")],
+            [("dp=2", "replicate", "sgd")],
+        ),
     ],
-    ids=lambda v: v[0] if isinstance(v, tuple) else "",
+    ids=["dp2tp2", "tp4"],
 )
 def test_a_run_goes_on_from_any_mesh(gloo: Pool, tmp_path: Path, saved: Case, four: list[Case], two: list[Case]) -> None:
     path = tmp_path / "a"
-    expected = gloo.run(run_and_save, str(path), saved, world=4, timeout=SECONDS)[0]
+    expected = gloo.run(run_and_save, str(path), saved, 0.0, world=4, timeout=SECONDS)[0]
     assert inspection.verify(path).ok and sorted(p.name for p in tmp_path.iterdir()) == ["a"]
     for world, cases in ((4, four), (2, two)):
-        for found in gloo.run(load_and_run, str(path), cases, world=world, timeout=SECONDS)[0] if cases else ():
+        for found in gloo.run(load_and_run, str(path), cases, world=world, timeout=SECONDS)[0]:
             check(found, expected)
     check(one_device(path, saved[2]), expected)
+
+
+def test_dropout_goes_on_bit_for_bit(gloo: Pool, tmp_path: Path) -> None:
+    losses = gloo.run(run_and_save, str(tmp_path / "a"), ("dp=2", "zero1", "fused"), 0.1, world=2, timeout=SECONDS)[0][0]
+    assert len(set(losses)) == 3
 
 
 class Part(nn.Module):
