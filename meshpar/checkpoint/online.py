@@ -344,8 +344,10 @@ def read_into(reader: Reader, name: str, part: Held) -> None:
     in_place = local.device.type == "cpu" and local.is_contiguous()
     out = part.words() if in_place else np.empty(tuple(local.shape), word(part.dtype))
     for box in boxes_of(part.runs):
-        bits = cast(reader.read(name, box), stored.dtype, part.dtype, name)
-        out[part.slices(box)] = bits.reshape(box.size)
+        if stored.dtype == part.dtype:
+            reader.read(name, box, out[part.slices(box)] if box.size else out)
+        else:
+            out[part.slices(box)] = cast(reader.read(name, box), stored.dtype, part.dtype, name).reshape(box.size)
     if not in_place:
         local.copy_(from_words(out, local))
 

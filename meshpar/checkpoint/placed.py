@@ -75,7 +75,7 @@ def held(tensor: torch.Tensor | Held, *, like: torch.Tensor | None = None) -> He
     else:
         steps = cuts_of(tensor, spec)
         runs = _runs(shape, steps)
-    found = Held(local_of(tensor), shape, runs, tuple(Cut(axis, shard) for axis, shard, _, _ in steps if axis in AXES))
+    found = Held(local_of(tensor).detach(), shape, runs, tuple(Cut(axis, shard) for axis, shard, _, _ in steps if axis in AXES))
     if local_shape(runs) != tuple(found.local.shape):
         raise CorruptError(
             f"The placements {tensor.placements} of a tensor {list(shape)} say that this rank holds {list(local_shape(runs))} of it, "

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import meshpar as mp
 from meshpar.checkpoint import AllRanks, PerRank, inspection
+from meshpar.checkpoint.convert import to_hf
 from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.opened import open_checkpoint
 from meshpar.checkpoint.training import load, save, save_async
@@ -198,6 +200,50 @@ def test_a_run_goes_on_from_any_mesh(gloo: Pool, tmp_path: Path, saved: Case, fo
 def test_dropout_goes_on_bit_for_bit(gloo: Pool, tmp_path: Path) -> None:
     losses = gloo.run(run_and_save, str(tmp_path / "a"), ("dp=2", "zero1", "fused"), 0.1, world=2, timeout=SECONDS)[0][0]
     assert len(set(losses)) == 3
+
+
+def language_model() -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=67, tie_word_embeddings=True, **sizes))
+
+
+def trained_on_two(path: str) -> dict[str, torch.Tensor]:
+    mesh, ids = mp.make_mesh("tp=2"), torch.arange(24).reshape(2, 12) % 67
+    pm = mp.parallelize(language_model(), mesh, example={"input_ids": ids, "labels": ids})
+    optimizer = torch.optim.AdamW(pm.parameters(), lr=0.01)
+    pm.train_step(input_ids=ids, labels=ids)
+    optimizer.step()
+    save(path, pm, optimizer)
+    return {n: mp.full_tensor(p) for n, p in pm.named_parameters()}
+
+
+def started_from(folder: str) -> dict[str, torch.Tensor]:
+    mesh, ids = mp.make_mesh("dp=2"), torch.arange(12).reshape(1, 12) % 67
+    with mp.meta():
+        bare = language_model()
+    pm = mp.parallelize(bare, mesh, example={"input_ids": ids, "labels": ids}, weights=folder)
+    return {n: mp.full_tensor(p) for n, p in pm.named_parameters()}
+
+
+def test_a_trained_model_leaves_for_hugging_face_and_comes_back(gloo: Pool, tmp_path: Path) -> None:
+    path, folder = tmp_path / "a", tmp_path / "hf"
+    trained = gloo.run(trained_on_two, str(path), world=2, timeout=SECONDS)[0]
+    report = to_hf(path, folder)
+    assert report.tensors == len(trained) and "the optimizer and other state" in report.notes[0]
+    model, ids = language_model().eval(), torch.arange(12).reshape(1, 12) % 67
+    before = model(ids).logits
+    load(path, model, unexpected="skip")
+    model.config.save_pretrained(folder)
+    again = type(model).from_pretrained(folder).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits) and not torch.equal(before, model(ids).logits)
+    started = gloo.run(started_from, str(folder), world=2, timeout=SECONDS)[0]
+    assert started.keys() == trained.keys() and all(torch.equal(started[n], trained[n]) for n in trained)
+    state = {n: torch.zeros_like(t) for n, t in trained.items()}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    assert all(torch.equal(state[n], trained[n]) for n in trained)
 
 
 class Part(nn.Module):
