@@ -26,7 +26,7 @@ def test_all_complaints_come_at_once() -> None:
         ParallelConfig(microbatches=0, schedule="1fb1", recompute="some", precision="bf17", sequence_parallel=3)  # type: ignore[arg-type]
     text = str(caught.value)
     assert "microbatches=0: a whole number of at least 1." in text
-    assert "schedule='1fb1': one of gpipe, 1f1b, interleaved-1f1b, zero-bubble, zbv, dualpipev. Did you mean 1f1b?" in text
+    assert "schedule='1fb1': one of gpipe, 1f1b, looped-bfs, interleaved-1f1b, zero-bubble, zbv, dualpipev. Did you mean 1f1b?" in text
     assert "recompute='some'" in text
     assert "precision='bf17'" in text and "bf16" in text
     assert "sequence_parallel=3" in text

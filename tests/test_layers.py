@@ -13,7 +13,7 @@ import meshpar
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
     ("errors", "config", "megatron", "sharding.types", "planner"),
-    ("_torch", "simulate", "mesh", "plan", "ops"),
+    ("_torch", "simulate", "mesh", "plan", "schedule", "timing", "ops"),
     ("capture", "sharding"),
     ("passes",),
     ("runtime",),

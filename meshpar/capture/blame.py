@@ -50,10 +50,15 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def explain(error: Exception, model: nn.Module) -> CaptureError:
-    """The exception that export raised, told by the model's own line."""
+def explain(error: Exception, model: nn.Module, advice: str = "") -> CaptureError:
+    """The exception that export raised, told by the model's own line; `advice` ends the message."""
     if isinstance(error, CaptureError):
         return error
+    told = _told(error, model)
+    return CaptureError(f"{told}\n{advice}" if advice else str(told))
+
+
+def _told(error: Exception, model: nn.Module) -> CaptureError:
     text = str(error).strip()
     where = _where(error, text)
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

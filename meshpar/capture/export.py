@@ -66,9 +66,9 @@ def capture(
     batch = _read_batch(model, args, dict(kwargs or {}), batch_dims or {}, scale=scale, divide=divide)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [fake.fake_of(leaf, device, mode, shape=shape, dtype=dtype) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
-    with fake.faked(model, device, mode, dtype) as names, experts.seam(model), torch.inference_mode(False), torch.enable_grad():
+    with fake.faked(model, device, mode, dtype) as names, experts.seam(model) as found, torch.inference_mode(False), torch.enable_grad():
         recorder = _Recorder(model, batch, loss_fn)
-        program = _export(recorder, inputs, device)
+        program = _export(recorder, inputs, device, found)
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
     simplify.prune(built.graph)
@@ -78,6 +78,7 @@ def capture(
     regions.assign(built.graph)
     grad.propagate(built.graph, batch.requires_grad | {name: parameter.requires_grad for name, parameter in model.named_parameters()})
     simplify.simplify(built.graph)
+    experts.mark_stacks(built.graph)
     check.number_seeds(built.graph)
     return _captured(model, built, batch, recorder.outcome)
 
@@ -238,7 +239,7 @@ def _write_back(buffers: list[tuple[nn.Module, str, torch.Tensor | None]]) -> No
         module._buffers[name] = before
 
 
-def _export(recorder: _Recorder, inputs: list[torch.Tensor], device: torch.device) -> ExportedProgram:
+def _export(recorder: _Recorder, inputs: list[torch.Tensor], device: torch.device, found: experts.Seam) -> ExportedProgram:
     with warnings.catch_warnings(), _without_collection():
         warnings.simplefilter("ignore")
         try:
@@ -247,7 +248,7 @@ def _export(recorder: _Recorder, inputs: list[torch.Tensor], device: torch.devic
             grad.inline(program.graph_module)
             return program.run_decompositions(dict(decompositions.WRITTEN_OUT))
         except Exception as error:
-            raise blame.explain(error, recorder.model) from error
+            raise blame.explain(error, recorder.model, found.advice()) from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from os.path import commonprefix
 from typing import Any
 
 from torch import fx
@@ -13,12 +14,22 @@ from torch import fx
 from ..capture.captured import Captured, Info
 from ..errors import PlanError, near, raise_all
 from ..mesh import Axis
-from ..plan import AxisPlan, ParameterPlan, Plan
+from ..plan import AxisPlan, ParameterPlan, Plan, StagePlan
 from ..sharding.infer import infer
 from ..sharding.op import op_name
 from ..sharding.solve import Request, solve
 from ..sharding.types import I, Type
 from .lower import Lower
+from .split import mark, split
+from .stages import choose
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """A pipeline: `ranks` says which rank of `pp` runs each stage; `cuts` where stages begin, if the user said so."""
+
+    ranks: tuple[int, ...]
+    cuts: Sequence[int] | Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,9 @@ class Decision:
     sequence: bool = True
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
-    pinned: Mapping[str, Mapping[str, Type]] = field(default_factory=dict)
-    """Placements an earlier plan gave: they never change."""
+    pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
+    """What an earlier plan said of parameters: it never changes."""
+    stages: StageRequest | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, tuple[tuple[int, ...], str, bool]] = field(default_factory=dict)
     """All parameters of the model: shape, dtype, trainable; those the graph does not use stay whole."""
@@ -58,7 +70,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 size,
                 inputs=captured.batch_dims if data else {},
                 parameters=frozenset(captured.parameters),
-                pinned={n: p[name] for n, p in request.pinned.items() if name in p} if not data else {},
+                pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not data else {},
                 wanted=wanted if not data else {},
                 shard_parameters=not data,
                 sequence=request.sequence,
@@ -68,14 +80,41 @@ def decide(captured: Captured, request: Decision) -> Plan:
         axes.append(plan)
         if name != request.axes[-1][0]:
             graph = Lower(plan, Axis(name, size, 0, name))(graph)
+    stages, held = _stages(captured, request)
     return Plan(
         request.mesh,
         fingerprint(captured.graph),
         tuple(axes),
-        _parameters(captured, axes, request),
+        _parameters(captured, axes, request, held),
+        stages,
         dict(request.options),
         notes=_notes(captured, axes),
     )
+
+
+def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...], Mapping[str, tuple[int, ...]]]:
+    """The stages, and which of them hold each parameter: those that read it, or those of its neighbours if none does."""
+    if request.stages is None:
+        return (), {}
+    ranks = request.stages.ranks
+    if request.pinned:
+        return tuple(StagePlan("", rank, "as before") for rank in ranks), {n: p.stages for n, p in request.pinned.items()}
+    chosen = choose(captured, len(ranks), where=request.stages.cuts)
+    mark(captured.graph, chosen.starts)
+    held: dict[str, tuple[int, ...]] = {}
+    for stage in split(captured.graph, len(ranks), parameters=captured.parameters, mutations=captured.mutations):
+        for name in dict.fromkeys(str(n.target) for n in stage.graph.nodes if n.op == "get_attr"):
+            held[name] = (*held.get(name, ()), stage.index)
+    found = {name: held[name] if name in held else _of_nearest(name, held) for name in request.others}
+    share = [100 * seconds / sum(chosen.seconds) for seconds in chosen.seconds]
+    why = [f"from {begin}, {part:.1f}% of the cost, {chosen.why}" for begin, part in zip(chosen.begins, share, strict=True)]
+    return tuple(StagePlan(s, r, w) for s, r, w in zip(("", *chosen.starts), ranks, why, strict=True)), found
+
+
+def _of_nearest(name: str, held: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The first stage of the tensor whose name begins most like this one."""
+    best = max(held, key=lambda other: len(commonprefix([name.split("."), other.split(".")])), default=None)
+    return (0,) if best is None else held[best][:1]
 
 
 def _pinned_outputs(captured: Captured) -> list[Type | None]:
@@ -123,7 +162,9 @@ def _rules(rules: Mapping[str, str], captured: Captured, request: Decision) -> d
     return found
 
 
-def _parameters(captured: Captured, axes: Sequence[AxisPlan], request: Decision) -> dict[str, ParameterPlan]:
+def _parameters(
+    captured: Captured, axes: Sequence[AxisPlan], request: Decision, held: Mapping[str, tuple[int, ...]]
+) -> dict[str, ParameterPlan]:
     nodes = {str(n.target): n for n in captured.graph.nodes if n.op == "get_attr"}
     found = {}
     for name, (shape, dtype, trainable) in request.others.items():
@@ -136,8 +177,8 @@ def _parameters(captured: Captured, axes: Sequence[AxisPlan], request: Decision)
                 placements[axis.axis] = plan.outs[0]
                 why = plan.why if axis.axis == "tp" else why
         elif name in request.pinned:
-            placements.update(request.pinned[name])
-        found[name] = ParameterPlan(shape, dtype, trainable, placements, why)
+            placements.update(request.pinned[name].placements)
+        found[name] = ParameterPlan(shape, dtype, trainable, placements, why, held.get(name, (0,)))
     return found
 
 

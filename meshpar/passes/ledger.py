@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..plan import Comm
 from ..sharding.conversions import ALL_REDUCE, conversion, wire_bytes
 from ..sharding.op import op_name
 from ..sharding.types import Type
+from .split import StageGraph
 
 
 def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
@@ -22,6 +24,24 @@ def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
     Bytes are what each device sends with ring algorithms: an all-reduce of n bytes over t ranks sends 2 n (t-1)/t.
     """
     return tuple(entry for node in graph.nodes for entry in _entries(node))
+
+
+def staged_ledger(stages: Sequence[StageGraph]) -> tuple[Comm, ...]:
+    """The same for the stages of a pipeline, with what they send to each other: whole values, by each device its own part."""
+    found: list[Comm] = []
+    for stage in stages:
+        found += [replace(entry, stage=stage.index) for entry in ledger(stage.graph)]
+        found += _sent(stage)
+    return tuple(found)
+
+
+def _sent(stage: StageGraph) -> Iterator[Comm]:
+    for node in stage.graph.nodes:
+        if node.op == "placeholder" and node.name in stage.receives:
+            info, module, region = node.meta["info"], node.meta.get("module") or "", node.meta.get("region") or ""
+            yield Comm("send", "pp", "forward", float(info.nbytes), 1, node.name, module, region, stage.index - 1)
+            if info.requires_grad:
+                yield Comm("send", "pp", "backward", float(info.nbytes), 1, node.name, module, region, stage.index)
 
 
 def _entries(node: fx.Node) -> Iterator[Comm]:

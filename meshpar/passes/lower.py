@@ -48,8 +48,8 @@ class _Lowering:
         self.new = fx.Graph()
         self.held: dict[Value, fx.Node] = {}
         self.types: dict[Value, Type] = {}
-        self.home: dict[Value, str | None] = {}
-        self.converted: dict[tuple[Value, Type, str | None], fx.Node] = {}
+        self.home: dict[Value, Unit] = {}
+        self.converted: dict[tuple[Value, Type, Unit], fx.Node] = {}
         self.current: fx.Node | None = None
 
     def run(self) -> fx.Graph:
@@ -78,7 +78,7 @@ class _Lowering:
         for index, type_ in enumerate(plan.outs):
             value = (node, index)
             self.types[value] = type_
-            self.home[value] = node.meta.get("region")
+            self.home[value] = _unit(node)
             if not isinstance(info, tuple):
                 self.held[value] = new
         if isinstance(info, tuple):
@@ -109,14 +109,14 @@ class _Lowering:
         before = self.types[value]
         handed = self._handed(value)
         assert self.current is not None
-        region = self.current.meta.get("region")
-        if handed is not None and handed != before and region != self.home[value]:
+        unit = _unit(self.current)
+        if handed is not None and handed != before and unit != self.home[value]:
             before, start = handed, self.converted[value, handed, self.home[value]]
         else:
             start = self.held[value]
         if before == type_:
             return start
-        key = (value, type_, region)
+        key = (value, type_, unit)
         if key not in self.converted:
             self.converted[key] = self._convert(start, operand.meta["info"], before, type_)
         return self.converted[key]
@@ -162,6 +162,14 @@ class _Lowering:
         self._made(node, new, plan)
         if call.target is not node.target:
             new.meta["axis"] = self.axis.name
+
+
+Unit = tuple[str | None, int | None]
+"""A block, on a stage of the pipeline: what shares the conversions it asks for."""
+
+
+def _unit(node: fx.Node) -> Unit:
+    return node.meta.get("region"), node.meta.get("stage")
 
 
 def _map(value: Any, change: Callable[[fx.Node], fx.Node]) -> Any:

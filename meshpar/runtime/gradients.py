@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from meshpar._torch import LocalTensor, flatten_mesh, local_of, local_tensor_mode, maybe_disable_local_tensor_mode, root_mesh
 from meshpar.errors import ConfigError
+from meshpar.runtime.parameters import spec_of
 
 STAGES = "pp"
 """The axis whose ranks hold different parameters, not copies."""
@@ -65,7 +66,7 @@ def grad_norm(
     """The norm of all gradients as one vector: a plain scalar, the same on every rank. Collective like `clip_grad_norm_`."""
     if not norm_type > 0:
         raise ConfigError(f"norm_type={norm_type}: the order of a norm is a positive number or inf.")
-    grads = _local_grads(parameters)
+    grads = _local_grads(p for p in parameters if not _is_copy(p))
     mesh = mesh or _common_mesh([p.device_mesh for p in parameters if isinstance(p, DTensor)])
     dtype = _result_dtype([local for local, _ in grads])
     if mesh is None:
@@ -78,6 +79,11 @@ def grad_norm(
     if mesh.size() > 1:
         dist.all_reduce(power, dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM, group=_group(mesh))
     return power.pow(_root(norm_type)).to(dtype)
+
+
+def _is_copy(parameter: torch.Tensor) -> bool:
+    spec = spec_of(parameter)
+    return spec is not None and spec.is_copy
 
 
 Layout = tuple[DeviceMesh, tuple[bool, ...]] | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from ..config import ParallelConfig
 from ..errors import BatchError
 from ..mesh import check_batch
 from ..ops.random import RandomState
+from ..passes.randomness import KEY
 from ..plan import Comm, Plan
 from ..sharding.types import Shard
-from .blocks import Tree, inlined, print_code
-from .data_parallel import DataParallel
+from .blocks import inlined, print_code
 from .describe import explain
+from .engine import Engine
 from .failures import Together
 from .memory import MemoryReport, memory
+from .names import together as one_module
 from .program import Program, Programs, Signature, flatten, restore
 
 
@@ -37,33 +39,29 @@ class ParallelModel(nn.Module):
     """
 
     # Written past nn.Module's own bookkeeping, which would take them for submodules.
-    _tree: Tree
-    _data: DataParallel
+    _engine: Engine
     _programs: dict[tuple[Signature, int], Program]
     _checked: set[tuple[Signature, int]]
     _together: Together
 
     def __init__(
-        self,
-        tree: Tree,
-        mesh: DeviceMesh,
-        config: ParallelConfig,
-        programs: Programs,
-        data: DataParallel,
-        first: Program,
-        together: Together,
+        self, engine: Engine, mesh: DeviceMesh, config: ParallelConfig, programs: Programs, first: Program, together: Together
     ) -> None:
         super().__init__()
-        # The tree's own tables, not copies: what FSDP2 swaps in the tree is what this module shows.
-        self.__dict__.update(_modules=tree._modules, _parameters=tree._parameters, _buffers=tree._buffers)
-        self.__dict__["_non_persistent_buffers_set"] = tree._non_persistent_buffers_set
-        self.__dict__.update(_tree=tree, _data=data, _programs={}, _checked=set(), _together=together)
+        self.__dict__.update(_engine=engine, _programs={}, _checked=set(), _together=together)
+        self._take_names()
         self.mesh, self.config = mesh, config
         self.random = RandomState(config.seed)
         self._makes = programs
         self._programs[first.signature, config.microbatches] = first
         self._first = first
         self.training = first.signature.training
+
+    def _take_names(self) -> None:
+        """The trees' own tables, not copies: what FSDP2 swaps there is what this module shows."""
+        names = one_module(list(self._engine.trees.values()))
+        self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
+        self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
 
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
@@ -73,9 +71,13 @@ class ParallelModel(nn.Module):
             return self._forward(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self._makes.schedule is not None and self.training and torch.is_grad_enabled():
+            raise BatchError(
+                "a pipelined model trains by pm.train_step(**batch), which runs forward and backward of all microbatches in the order of "
+                "its schedule and returns the loss. To see outputs: pm.eval(), then with torch.no_grad(): pm(**batch)."
+            )
         tensors, program = self._program(args, kwargs, 1)
-        self._data.microbatch(0, 1)
-        outputs = self._tree.run(program.key, *tensors, *self._random_key(program, 0))
+        outputs = self._engine.run(program, self._inputs(program, tensors, 0))
         self.random.advance()
         return restore(program, lambda i: self._as_output(program, outputs[i], i))
 
@@ -104,21 +106,16 @@ class ParallelModel(nn.Module):
                 "this batch gives no loss: the model returned none. Pass labels if the model computes its loss from them, "
                 "or loss_fn=lambda output, batch: ... to parallelize."
             )
-        parts = self._microbatches(program, tensors, count)
-        denominators = self._denominators(program, parts)
-        total: torch.Tensor | None = None
-        for index, part in enumerate(parts):
-            self._data.microbatch(index, count)
-            loss = self._tree.run(program.key, *part, *denominators, *self._random_key(program, index))[loss_at]
-            if backward:
-                loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
+        parts = [self._inputs(program, part, i) for i, part in enumerate(self._microbatches(program, tensors, count))]
+        counted = {f"denominator_{i}": value for i, value in enumerate(self._engine.count(program, parts))}
+        total = self._engine.step(program, [{**part, **counted} for part in parts], backward=backward)
         self.random.advance()
         return total
 
-    def _random_key(self, program: Program, microbatch: int) -> tuple[Any, ...]:
-        return (self.random.key(microbatch),) if program.is_random else ()
+    def _inputs(self, program: Program, tensors: Sequence[torch.Tensor], microbatch: int) -> dict[str, Any]:
+        """The values of a graph's placeholders, by name."""
+        found: dict[str, Any] = dict(zip(program.captured.inputs, tensors, strict=False))
+        return {**found, KEY: self.random.key(microbatch)} if program.is_random else found
 
     def _microbatches(self, program: Program, tensors: list[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
         if count == 1:
@@ -128,13 +125,6 @@ class ParallelModel(nn.Module):
         cut = [x.chunk(count, dims[n]) if n in dims else (x,) * count for n, x in zip(names, tensors, strict=True)]
         return [list(part) for part in zip(*cut, strict=True)]
 
-    def _denominators(self, program: Program, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        if program.counts is None:
-            return []
-        with torch.no_grad():
-            counted = [self._tree.run(program.counts.key, *part) for part in parts]
-        return [sum(c[i] for c in counted) for i in range(len(counted[0]))]  # type: ignore[misc]
-
     def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Program]:
         tensors, signature = flatten(args, kwargs, self.training)
         key = (signature, microbatches)
@@ -142,7 +132,7 @@ class ParallelModel(nn.Module):
             check_batch((args, dict(kwargs)), self.mesh)
             program = self._makes.make(args, kwargs, training=self.training, microbatches=microbatches)
             self._programs[key] = program
-            add(self._tree, program)
+            self._engine.add(program)
         elif key not in self._checked:
             check_batch((args, dict(kwargs)), self.mesh)
         self._checked.add(key)
@@ -183,7 +173,13 @@ class ParallelModel(nn.Module):
     def explain(self) -> str:
         """The plan in words: placements and the reasons for them, communication, repeated work."""
         program = self._first
-        return explain(self.plan, program.graph, inlined=inlined(self._tree), averaged=program.averaged, dropped=program.captured.dropped)
+        return explain(
+            self.plan,
+            program.graph,
+            inlined={path: why for tree in self._engine.trees.values() for path, why in inlined(tree).items()},
+            averaged=program.averaged,
+            dropped=program.captured.dropped,
+        )
 
     def memory(self) -> MemoryReport:
         """What a rank keeps in memory while it trains, by kind."""
@@ -191,17 +187,14 @@ class ParallelModel(nn.Module):
 
     def print_readable(self) -> str:
         """The code this rank runs: the root's, and that of each block structure once. Returned, and printed."""
-        code = print_code(self._tree, self._first.key)
+        several = len(self._engine.trees) > 1
+        parts = [(f"# stage {i}\n" if several else "") + print_code(tree, self._first.key) for i, tree in self._engine.trees.items()]
+        code = "\n".join(parts)
         print(code)
         return code
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
-        self._tree._apply(fn, recurse)
+        for tree in self._engine.trees.values():
+            tree._apply(fn, recurse)
+        self._take_names()
         return self
-
-
-def add(tree: Tree, program: Program) -> None:
-    """Teach the tree a program, and the one that counts its denominators."""
-    tree.add_program(program.key, program.graph, constants=program.captured.constants, mutations=program.captured.mutations)
-    if program.counts is not None:
-        tree.add_program(program.counts.key, program.counts.graph, constants=program.counts.captured.constants)

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,15 +23,18 @@ from ..mesh import Axis, agree, axis, data_axis, data_mesh, mesh_sizes
 from ..passes.attention import SimplifyAttention
 from ..passes.batch_norm import expand_batch_norm
 from ..passes.coalesce import Coalesce
-from ..passes.decide import Decision, decide, fingerprint
+from ..passes.decide import Decision, StageRequest, decide, fingerprint
 from ..passes.denominators import split_denominators
-from ..passes.ledger import ledger
+from ..passes.ledger import ledger, staged_ledger
 from ..passes.lower import Lower
+from ..passes.place import place
 from ..passes.randomness import KEY, SeedRandom
 from ..passes.reduce import ReduceGradients
-from ..plan import Plan
-from ..sharding.types import Type
+from ..passes.split import StageGraph, split
+from ..passes.weight_gradients import DeferWeightGradients
+from ..plan import ParameterPlan, Plan
 from ..simulate import is_simulated
+from .schedules import schedule_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,15 @@ class Program:
     counts: Program | None = None
     """Counts the denominators of one microbatch, where the loss has any and the step several microbatches."""
     averaged: tuple[str, ...] = ()
+    stages: tuple[StageGraph, ...] = ()
+    """Where the mesh has a pipeline: the graph by stages, returning the loss alone."""
+    all_stages: tuple[StageGraph, ...] = ()
+    """The same, returning every output."""
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the graph's placeholders, in order."""
+        return tuple(str(n.target) for n in self.graph.nodes if n.op == "placeholder")
 
     @cached_property
     def is_random(self) -> bool:
@@ -96,7 +108,8 @@ class Programs:
         self.skeleton = _skeleton(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
         self.others = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
-        self.pinned: dict[str, Mapping[str, Type]] = {}
+        self.schedule = schedule_of(mesh, config)
+        self.pinned: dict[str, ParameterPlan] = {}
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, microbatches: int = 1) -> Program:
         """The program for a batch like this one. Collective over the mesh the first time."""
@@ -136,13 +149,28 @@ class Programs:
         return captured
 
     def _program(self, signature: Signature, captured: Captured, *, remember: bool = True) -> Program:
-        plan = self._plan(captured)
+        plan = self._plan(captured, staged=remember and self.schedule is not None)
         if remember and not self.pinned:
-            self.pinned = {n: p.placements for n, p in plan.parameters.items()}
+            self.pinned = dict(plan.parameters)
+        if plan.stages:
+            place(captured, plan)
         graph = lowered(captured, plan, axes_of(self.mesh), reduce_gradients=is_simulated())
+        if plan.stages and remember:
+            return self._staged(signature, captured, plan, graph)
         return Program(signature, captured, replace(plan, ledger=ledger(graph)), graph)
 
-    def _plan(self, captured: Captured) -> Plan:
+    def _staged(self, signature: Signature, captured: Captured, plan: Plan, graph: fx.Graph) -> Program:
+        """The program of a pipeline: the graph once more by stages."""
+        parameters = frozenset(captured.parameters)
+        assert self.schedule is not None
+        if self.schedule.defers(self.config.microbatches):
+            graph = DeferWeightGradients(parameters)(graph)
+        cut = partial(split, graph, len(plan.stages), parameters=parameters, mutations=captured.mutations)
+        every = cut()
+        loss = every if captured.loss is None else cut(wanted=(captured.loss,))
+        return Program(signature, captured, replace(plan, ledger=staged_ledger(loss)), graph, stages=loss, all_stages=every)
+
+    def _plan(self, captured: Captured, *, staged: bool) -> Plan:
         """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph."""
         if self.given is not None and self.given.graph == fingerprint(captured.graph):
             _check_given(self.given, self.mesh)
@@ -154,6 +182,7 @@ class Programs:
             sequence=bool(self.config.sequence_parallel),
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
+            stages=self._stage_request() if staged else None,
             options=_options(self.config),
             others=self.others,
         )
@@ -162,6 +191,10 @@ class Programs:
         agree(fingerprint(captured.graph), self.mesh, "the model's captured graph")
         agree(f"{self.config} {sorted(self.rules.items())}", self.mesh, "the configuration or the rules")
         return _from_first_rank(self.mesh, lambda: decide(captured, request))
+
+    def _stage_request(self) -> StageRequest:
+        assert self.schedule is not None
+        return StageRequest(self.schedule.order(1, backward=False).place, self.config.stages)
 
 
 def axes_of(mesh: DeviceMesh) -> tuple[Axis, ...]:

@@ -238,6 +238,16 @@ def scatter(op: Op) -> Signature | None:
     return Signature(tuple(inputs), (base,), {**sizes_of("d", shape), f"n{dim}": other[dim]}, frozenset({f"d{dim}", f"n{dim}"}), linear)
 
 
+def written(op: Op) -> Signature:
+    """slice_scatter, select_scatter: one tensor with a part of one dim, which is needed whole, replaced by another."""
+    dim, shape = op.dim(), op.infos[0].shape
+    base, part = named("d", shape), op.infos[1].shape
+    new = (((f"n{dim}",),) if part[dim] > 1 else ()) if len(part) == len(shape) else None
+    source = (*base[:dim], *([new] if new is not None else []), *base[dim + 1 :])
+    sizes = sizes_of("d", shape) | ({f"n{dim}": part[dim]} if new else {})
+    return Signature((base, source), (base,), sizes, frozenset({f"d{dim}", f"n{dim}"}), (frozenset({0, 1}),))
+
+
 def one_hot(op: Op) -> Signature:
     shape = op.infos[0].shape
     base = named("d", shape)
@@ -416,6 +426,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("gather", "take_along_dim"), gather),
     **dict.fromkeys(("scatter", "scatter_add"), scatter),
     "one_hot": one_hot,
+    **dict.fromkeys(("slice_scatter", "select_scatter"), written),
+    # experts: rows sorted by expert are whole, the matrices of every expert are cut alike
+    "meshpar.dispatch": row("[t] [h], [t] [k] -> [n] [h], [x], [n]"),
+    "meshpar.grouped_mm": row("[n] i, [x] i o, [x] -> [n] o", linear=((0,), (1,))),
+    "meshpar.combine": row("[n] h, [n], [t] [k] -> [t] h", linear=((0,), (2,))),
     # norms, softmax
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), normalised),
     **dict.fromkeys(

@@ -1,0 +1,145 @@
+"""A module's double on the CPU: the same code and attributes, random parameters; and the proof that two ways to compute agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+LARGE = 1 << 20
+"""Tensors with more elements than this repeat a few random values, and take no gradient in a proof: they cost no memory."""
+
+
+def aside(function: Callable[[], T]) -> T:
+    """`function()` in a thread of its own: what runs there knows nothing of an export that is under way."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def stand_in(
+    module: nn.Module,
+    generator: torch.Generator,
+    *,
+    dtype: torch.dtype | None = None,
+    instead: Mapping[int, nn.Module] | None = None,
+    without: Sequence[str] = (),
+) -> nn.Module:
+    """A copy of `module` with random tensors: floating ones in `dtype` (None: their own). `instead`: id of a submodule -> its replacement.
+    `without`: attributes of instances to leave out."""
+    made: dict[int, Any] = {}
+    tensors: dict[int, Tensor] = {}
+
+    def tensor_like(tensor: Tensor, name: str) -> Tensor:
+        if id(tensor) not in tensors:
+            tensors[id(tensor)] = filled(tensor, generator, dtype)
+        return tensors[id(tensor)]
+
+    def copy(module: nn.Module) -> nn.Module:
+        if instead and id(module) in instead:
+            return instead[id(module)]
+        if id(module) in made:
+            return made[id(module)]  # type: ignore[no-any-return]
+        new = made[id(module)] = module.__class__.__new__(module.__class__)
+        new.__dict__.update({key: value for key, value in module.__dict__.items() if key not in without})
+        for key, value in new.__dict__.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                new.__dict__[key] = tensor_like(value, key)
+        new.__dict__["_parameters"] = {k: None if p is None else tensor_like(p, k) for k, p in module._parameters.items()}
+        new.__dict__["_buffers"] = {k: None if b is None else tensor_like(b, k) for k, b in module._buffers.items()}
+        new.__dict__["_modules"] = {k: None if m is None else copy(m) for k, m in module._modules.items()}
+        if isinstance(new, nn.Dropout):
+            new.__dict__["p"] = 0.0
+        return new  # type: ignore[no-any-return]
+
+    return copy(module)
+
+
+def filled(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:
+    """A random tensor of the same shape and class, on the CPU."""
+    kind = (dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+    if not kind.is_floating_point:
+        return torch.ones(tensor.shape, dtype=kind) if kind == torch.bool else torch.zeros(tensor.shape, dtype=kind)
+    scale = (tensor.shape[-1] if tensor.dim() > 1 else 4) ** -0.5
+    if tensor.numel() <= LARGE:
+        made = (torch.randn(tensor.shape, generator=generator, dtype=torch.double) * scale).to(kind)
+    else:
+        made = _repeating(tuple(tensor.shape), generator, scale).to(kind)
+    return nn.Parameter(made, requires_grad=tensor.requires_grad and tensor.numel() <= LARGE) if isinstance(tensor, nn.Parameter) else made
+
+
+def _repeating(shape: tuple[int, ...], generator: torch.Generator, scale: float) -> Tensor:
+    """A tensor whose elements share memory: element (i, j, k) is value a*i + b*j + k of a short random row."""
+    strides = [1] * len(shape)
+    for d in range(len(shape) - 2, -1, -1):
+        strides[d] = strides[d + 1] * 2 + 1
+    length = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+    return (torch.randn(length, generator=generator, dtype=torch.double) * scale).as_strided(shape, strides)
+
+
+def alike(a: Any, b: Any, *, depth: int = 0) -> bool:
+    """Whether two modules compute the same function of their tensors, as far as their attributes tell."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and (a.shape, a.dtype, a.requires_grad, type(a)) == (b.shape, b.dtype, b.requires_grad, type(b))
+        )
+    if type(a) is not type(b) or depth > 8:
+        return False
+    if isinstance(a, nn.Module):
+        skipped = ("forward",)
+        keys = [key for key in a.__dict__ if key not in skipped]
+        return keys == [key for key in b.__dict__ if key not in skipped] and all(
+            alike(a.__dict__[key], b.__dict__[key], depth=depth + 1) for key in keys
+        )
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(alike(a[key], b[key], depth=depth + 1) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(alike(x, y, depth=depth + 1) for x, y in zip(a, b, strict=True))
+    if isinstance(a, bool | int | float | str | bytes | None | set | frozenset | torch.dtype | torch.device):
+        return bool(a == b)
+    return a is b or _same_code(a, b)
+
+
+def _same_code(a: Any, b: Any) -> bool:
+    code = getattr(a, "__code__", None)
+    if code is not None and code is getattr(b, "__code__", None):
+        cells = [[cell.cell_contents for cell in (f.__closure__ or ())] for f in (a, b)]
+        return all(x is y or (isinstance(x, int | float | str) and x == y) for x, y in zip(*cells, strict=True))
+    return False
+
+
+def close(ours: Iterable[Tensor | None], theirs: Iterable[Tensor | None], tolerance: float) -> bool:
+    """Whether tensors agree, each within `tolerance` of its largest element."""
+    for a, b in zip(ours, theirs, strict=True):
+        if a is None or b is None:
+            if not all(t is None or not bool(t.any()) for t in (a, b)):
+                return False
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        elif a.is_floating_point():
+            if (
+                not bool(torch.isfinite(b).all()) or (a - b).abs().max().item() > tolerance * (b.abs().max().item() + 1e-30)
+                if a.numel()
+                else False
+            ):
+                return False
+        elif not torch.equal(a, b):
+            return False
+    return True
+
+
+def derivatives(results: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor | None]:
+    """The derivatives of one number that depends on every element of every floating result, each with another weight."""
+    parts = [r for r in results if r.is_floating_point() and r.requires_grad]
+    if not parts:
+        return [None] * len(of)
+    weights = [torch.linspace(0.5, 1.5, prod(p.shape), dtype=p.dtype).view(p.shape) for p in parts]
+    total = torch.stack([(p * w).sum() for p, w in zip(parts, weights, strict=True)]).sum()
+    return list(torch.autograd.grad(total, list(of), allow_unused=True))
