@@ -173,7 +173,8 @@ def send_rows(x: Tensor, offsets: Tensor, *, group: str, size: int, rank: int) -
     """`exchange` with tensors only, as a graph wants them: rows, offsets, and the splits, order and place of the route."""
     rows, ends, route = exchange(x, offsets, group=group, size=size, rank=rank)
     assert isinstance(route.splits, Tensor)
-    return rows, ends, route.splits, *((ends[:0], ends[:0]) if route.order is None or route.place is None else route[1:])
+    none = ends[:0]  # int32 says that there is none
+    return rows, ends, route.splits, none if route.order is None else route.order, none if route.place is None else route.place
 
 
 def return_rows(y: Tensor, splits: Tensor, order: Tensor, place: Tensor, *, group: str, size: int, rank: int) -> Tensor:
