@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoint
+    from . import checkpoint, ops, pipeline, plot, schedule, timing
     from .api import parallelize
     from .capture.experts import register_experts
     from .config import ParallelConfig, Precision
-    from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError
+    from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
     from .mesh import data_rank, local_batch, make_mesh, rank_grid
     from .plan import Plan
     from .runtime.gradients import clip_grad_norm_
@@ -31,7 +31,7 @@ _HOME = {
     "ParallelConfig": "config",
     "Precision": "config",
     **dict.fromkeys(
-        ("BatchError", "CaptureError", "CheckpointError", "ConfigError", "MeshparError", "PlanError", "RankError"),
+        ("BatchError", "CaptureError", "CheckpointError", "ConfigError", "MeshparError", "PlanError", "RankError", "StageError"),
         "errors",
     ),
     **dict.fromkeys(("data_rank", "local_batch", "make_mesh", "rank_grid"), "mesh"),
@@ -46,6 +46,7 @@ _HOME = {
 }
 _NAMESAKES = ("simulate", "verify")
 """Functions called like the module they live in."""
+_MODULES = ("checkpoint", "ops", "pipeline", "plot", "schedule", "timing")
 
 __all__ = [
     "BatchError",
@@ -60,6 +61,7 @@ __all__ = [
     "Precision",
     "RankError",
     "Report",
+    "StageError",
     "VerificationError",
     "add_rule",
     "checkpoint",
@@ -70,10 +72,15 @@ __all__ = [
     "local_batch",
     "make_mesh",
     "meta",
+    "ops",
     "parallelize",
+    "pipeline",
+    "plot",
     "rank_grid",
     "register_experts",
+    "schedule",
     "simulate",
+    "timing",
     "verify",
 ]
 
@@ -86,7 +93,7 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMESAKES or name == "checkpoint":
+    if name in _NAMESAKES or name in _MODULES:
         import_module(f".{name}", __name__)
     elif name in _HOME:
         globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,6 +67,11 @@ def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
     return mesh._flatten(name)
 
 
+def alone(mesh: DeviceMesh, axis: str, name: str) -> DeviceMesh:
+    """The mesh of this rank alone, with one axis called `name`, as a slice of the one-dimensional `mesh` (torch 2.13)."""
+    return mesh._unflatten(0, (mesh.size(), 1), (axis, name))[name]
+
+
 def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh that `mesh` is a slice of, or itself (torch 2.13; wait for a public DeviceMesh.root)."""
     return mesh._get_root_mesh()
@@ -90,6 +96,32 @@ def as_parameter(tensor: DTensor, requires_grad: bool) -> nn.Parameter:
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """A DTensor of `local` with the layout of `like`, outside autograd (torch 2.13; `DTensor.from_local` takes 70 us, this 2)."""
     return DTensor.__new__(DTensor, local, like._spec, requires_grad=False)
+
+
+def mesh_info(mesh: DeviceMesh, dims: Any) -> Any:
+    """What FSDP2 knows of the axes over which it shares parameters out (torch 2.13; wait for a public way to give some others)."""
+    from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info_from_named_dims
+
+    return _get_mesh_info_from_named_dims(mesh, dims)
+
+
+def shard_over(info: Any, dim: int) -> Any:
+    """FSDP2's word for a parameter to be shared out over other axes than the rest of its unit (torch 2.13; wait for a public one)."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+    from torch.distributed.tensor import Shard
+
+    return ShardPlacementResult(placement=Shard(dim), mesh_info=info)
+
+
+def reduce_gradients(root: nn.Module) -> None:
+    """Let FSDP2 sum the gradients that the units of `root` have gathered, outside of backward (torch 2.13; wait for a public call)."""
+    from torch.distributed.fsdp import fully_shard
+
+    context = fully_shard.state(root)._state_ctx  # type: ignore[attr-defined]
+    for state in context.all_states:
+        for group in state._fsdp_param_groups:
+            group.post_backward()
+    fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
 
 
 def written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -149,6 +181,65 @@ def dcp_storage_info(file: str, offset: int, length: int) -> Any:
     return _StorageInfo(file, offset, length)
 
 
+def pipeline_compute(schedule: str, ranks: int, stages: int, microbatches: int) -> list[list[tuple[str, int, int]]]:
+    """What each rank of a pipeline computes, as `(kind, stage, microbatch)`; overlapped pairs one after the other.
+
+    torch 2.13: the orders are made by the constructors of schedules that want stages; wait for schedules as data.
+    """
+    from torch.distributed.pipelining import schedules
+
+    single = {"gpipe": schedules.ScheduleGPipe, "1f1b": schedules.Schedule1F1B}
+    multi = {
+        "looped-bfs": schedules.ScheduleLoopedBFS,
+        "interleaved-1f1b": schedules.ScheduleInterleaved1F1B,
+        "zero-bubble": schedules.ScheduleInterleavedZeroBubble,
+        "zbv": schedules.ScheduleZBVZeroBubble,
+        "dualpipev": schedules.ScheduleDualPipeV,
+    }
+    stage: Any = SimpleNamespace(num_stages=stages, group_size=ranks, group_rank=0, stage_index=0, submod=None)
+    order: Mapping[int, Sequence[schedules._Action | None]] | None
+    if schedule in single:
+        order = single[schedule](stage, microbatches).pipeline_order
+    else:
+        unlowered = type(schedule, (multi[schedule],), {"_prepare_schedule_with_comms": lambda self, order: None})
+        order = unlowered([stage] * (stages // ranks), microbatches).pipeline_order
+    assert order is not None
+    rows: list[list[tuple[str, int, int]]] = [
+        [
+            (part.computation_type.value, part.stage_index, part.microbatch_index or 0)
+            for action in order[rank]
+            if action is not None
+            for part in action.sub_actions or (action,)
+            if part.computation_type.value in ("F", "B", "I", "W")
+        ]
+        for rank in range(ranks)
+    ]
+    if schedule == "1f1b":  # torch's list, which it only prints, counts the last rank's forwards from 1; what it runs counts from 0
+        first = rows[-1][0][2]
+        rows[-1] = [(kind, at, microbatch - first if kind == "F" else microbatch) for kind, at, microbatch in rows[-1]]
+    return rows
+
+
+def pipeline_transfers(
+    compute: Sequence[Sequence[tuple[str, int, int]]], place: Sequence[int], microbatches: int
+) -> list[list[tuple[str, int, int]]]:
+    """The same with sends and receives between ranks, and reductions of gradients (microbatch -1) (torch 2.13; wait for public ones).
+
+    Every send is put down together with its receive, so ranks that wait for each other at every transfer would not hang either.
+    """
+    from torch.distributed.pipelining import schedules
+
+    actions = {
+        rank: schedules._add_reduce_grad([schedules._Action(at, schedules._ComputationType(kind), m) for kind, at, m in row], microbatches)
+        for rank, row in enumerate(compute)
+    }
+    lowered = schedules._add_send_recv(actions, place.__getitem__, len(place))  # type: ignore[arg-type]
+    return [
+        [(a.computation_type.value, a.stage_index, -1 if a.microbatch_index is None else a.microbatch_index) for a in lowered[rank]]
+        for rank in range(len(compute))
+    ]
+
+
 __all__ = [
     "FakeStore",
     "FakeTensor",
@@ -157,6 +248,7 @@ __all__ = [
     "LocalTensorMode",
     "OpOverload",
     "StridedShard",
+    "alone",
     "as_parameter",
     "below_autograd",
     "clone_store",
@@ -173,6 +265,8 @@ __all__ = [
     "local_tensor_mode",
     "maybe_disable_local_tensor_mode",
     "opaque_initialisers",
+    "pipeline_compute",
+    "pipeline_transfers",
     "resolve_process_group",
     "root_mesh",
     "simulated_generators",
@@ -182,4 +276,5 @@ __all__ = [
     "written_arguments",
     "TorchDispatchMode",
     "pytree",
+    "reduce_gradients",
 ]

@@ -77,10 +77,13 @@ def _holds_settings(value: Any) -> bool:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors in `dtype`: of a batch (returned), or of a module (in place: parameters, buffers, tensors that are attributes)."""
+    """Floating tensors in `dtype`: of a batch (returned), or of a module (in place: parameters, buffers, tensors that are attributes).
+
+    Complex ones become as wide; `nn.Module.to` would drop their imaginary parts.
+    """
     if not isinstance(value, nn.Module):
         return pytree.tree_map(lambda leaf: leaf.to(dtype) if _is_floating(leaf) else leaf, value)
-    value.to(dtype)
+    value._apply(lambda t: t.to(dtype) if t.is_floating_point() else t.to(dtype.to_complex()) if t.is_complex() else t)
     for module in value.modules():
         for name, attribute in list(vars(module).items()):
             if _is_floating(attribute):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,13 +12,14 @@ from meshpar.errors import ConfigError, near, raise_all
 
 MiB = 2**20
 
-Schedule = Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"]
+Schedule = Literal["gpipe", "1f1b", "looped-bfs", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"]
 Recompute = Literal["none", "selective", "full"]
 DataParallel = Literal["replicate", "zero1", "zero2", "zero3"]
 
 SCHEDULES: Mapping[str, tuple[int, int | None]] = {
     "gpipe": (1, 1),
     "1f1b": (1, 1),
+    "looped-bfs": (2, None),
     "interleaved-1f1b": (2, None),
     "zero-bubble": (1, None),
     "zbv": (2, 2),
@@ -103,6 +104,8 @@ class ParallelConfig:
     """Pipeline schedule; of no effect without a `pp` axis."""
     virtual_stages: int | None = None
     """Pipeline stages per rank; None takes the fewest that the schedule allows."""
+    stages: Sequence[int] | Sequence[str] | None = None
+    """Layers per stage, or the modules at which stages 1, 2, ... begin; None balances cost."""
     sequence_parallel: bool | Literal["auto"] = "auto"
     """Whether the residual stream is split along the sequence over `tp`; "auto" does so where it costs no extra communication."""
     recompute: Recompute = "none"
@@ -127,6 +130,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if isinstance(self.precision, str) and self.precision in _DTYPES:
             object.__setattr__(self, "precision", Precision.named(self.precision))
+        if isinstance(self.stages, Sequence) and not isinstance(self.stages, str):
+            object.__setattr__(self, "stages", tuple(self.stages))
         if self.virtual_stages is None and self.schedule in SCHEDULES:
             object.__setattr__(self, "virtual_stages", SCHEDULES[self.schedule][0])
         raise_all(ConfigError, "ParallelConfig:", self._complaints())
@@ -183,7 +188,20 @@ class ParallelConfig:
             complaints.append(
                 f"precision={self.precision!r}: a Precision, or one of {', '.join(_DTYPES)}.{near(str(self.precision), _DTYPES)}"
             )
-        return complaints + self._stage_complaints()
+        return complaints + self._cut_complaints() + self._stage_complaints()
+
+    def _cut_complaints(self) -> list[str]:
+        if self.stages is None:
+            return []
+        given = self.stages if isinstance(self.stages, tuple) else ()
+        if given and all(isinstance(part, int) and not isinstance(part, bool) and part >= 0 for part in given):
+            return []
+        if given and all(isinstance(part, str) and part for part in given):
+            return [] if len(set(given)) == len(given) else [f"stages={self.stages!r}: two stages begin at one module."]
+        return [
+            f"stages={self.stages!r}: layers per stage, as in [8, 8, 8, 6], or the modules at which stages 1, 2, ... begin, as in "
+            '["model.layers.8", "model.layers.16"].'
+        ]
 
     def _stage_complaints(self) -> list[str]:
         least, most = SCHEDULES.get(self.schedule, (1, None))

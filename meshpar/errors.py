@@ -30,6 +30,10 @@ class RankError(MeshparError, RuntimeError):
     """Another rank failed; the message is its own."""
 
 
+class StageError(MeshparError, RuntimeError):
+    """A stage of a pipeline raised; the message says where, for which microbatch, and holds the traceback."""
+
+
 class CheckpointError(MeshparError):
     """A checkpoint is corrupt, incomplete, or not what was asked for."""
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .sharding.types import Invariant, Partial, Replicate, Shard, Type
+from .sharding.types import Invariant, Partial, Ragged, Replicate, Shard, Type
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,22 @@ class ParameterPlan:
     trainable: bool
     placements: Mapping[str, Type]
     why: str
+    stages: tuple[int, ...] = (0,)
+    """The pipeline stages that use it; each of them holds a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage of the pipeline: the node of the captured graph it begins with (empty for the first), its rank on `pp`, and why there.
+
+    `begins` says in words where it begins, `share` is its part of the estimated cost.
+    """
+
+    start: str
+    rank: int
+    why: str
+    begins: str = ""
+    share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,8 @@ class Comm:
     node: str
     module: str
     region: str
+    stage: int = 0
+    """The pipeline stage that runs it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,8 @@ class Plan:
     axes: tuple[AxisPlan, ...]
     """In the order in which they are lowered: data first, then tensor."""
     parameters: Mapping[str, ParameterPlan]
+    stages: tuple[StagePlan, ...] = ()
+    """The stages of the pipeline, in the order of the model; empty without a `pp` axis."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Microbatches, recompute, data parallelism: what the runtime obeys."""
     ledger: tuple[Comm, ...] = ()
@@ -114,9 +134,10 @@ class Plan:
                 for a in self.axes
             ],
             "parameters": {
-                n: [p.shape, p.dtype, p.trainable, {k: _type(t) for k, t in p.placements.items()}, p.why]
+                n: [p.shape, p.dtype, p.trainable, {k: _type(t) for k, t in p.placements.items()}, p.why, p.stages]
                 for n, p in self.parameters.items()
             },
+            "stages": [list(asdict(s).values()) for s in self.stages],
             "options": dict(self.options),
             "ledger": [list(asdict(c).values()) for c in self.ledger],
             "notes": self.notes,
@@ -143,9 +164,10 @@ class Plan:
                     for a in body["axes"]
                 ),
                 {
-                    n: ParameterPlan(tuple(s), d, t, {k: _untype(v) for k, v in p.items()}, w)
-                    for n, (s, d, t, p, w) in body["parameters"].items()
+                    n: ParameterPlan(tuple(s), d, t, {k: _untype(v) for k, v in p.items()}, w, tuple(g))
+                    for n, (s, d, t, p, w, g) in body["parameters"].items()
                 },
+                tuple(StagePlan(*s) for s in body["stages"]),
                 body["options"],
                 tuple(Comm(*c) for c in body["ledger"]),
                 tuple(body["notes"]),
@@ -163,8 +185,8 @@ class Plan:
         return cls.from_json(Path(path).read_text())
 
 
-_LETTERS: dict[type, str] = {Invariant: "I", Replicate: "R", Partial: "P"}
-_SINGLE: dict[str, Type] = {"I": Invariant(), "R": Replicate(), "P": Partial()}
+_LETTERS: dict[type, str] = {Invariant: "I", Replicate: "R", Partial: "P", Ragged: "E"}
+_SINGLE: dict[str, Type] = {"I": Invariant(), "R": Replicate(), "P": Partial(), "E": Ragged()}
 
 
 def _type(type_: Type | None) -> Any:

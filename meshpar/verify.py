@@ -112,10 +112,10 @@ def verify(
 ) -> Report:
     """Train `model` for `steps` steps on one device and in parallel, from the same parameters on the same `batch`, and compare.
 
-    `batch` is the global batch. The ranks of `mesh` are simulated in this process; with `processes=True` they are new gloo processes; given
-    a DeviceMesh, or under torchrun, they are those of the mesh, and all of them call this. `config`, `rules` and `loss_fn` are those of
-    `parallelize`; the precision of `config` is not used, everything is computed in `dtype`. `tolerance` defaults to 1e-9 in float64 and
-    1e-5 in float32.
+    `batch` is the global batch. The ranks of `mesh` are simulated in this process; with `processes=True`, and for a pipeline, they are new
+    gloo processes; given a DeviceMesh, or under torchrun, they are those of the mesh, and all of them call this. `config`, `rules` and
+    `loss_fn` are those of `parallelize`; the precision of `config` is not used, everything is computed in `dtype`. `tolerance` defaults to
+    1e-9 in float64 and 1e-5 in float32.
 
     A copy of the model is compared, not the model: dropout is switched off, every parameter moved by `perturb` times a normal draw, and
     requests of the model for a narrower dtype than `dtype` are answered with `dtype`, in both programs.
@@ -129,15 +129,16 @@ def verify(
     if isinstance(mesh, DeviceMesh) or is_simulated() or launch.launched():
         found, sizes = _on_given_ranks(task, mesh)
         where = "simulated ranks" if is_simulated() else "ranks"
-    elif processes:
+    elif processes or parse_mesh(mesh).get("pp", 1) > 1:
         sizes = parse_mesh(mesh)
         reference = _reference(task, torch.device("cpu"))
-        found, where = _merged(launch.run(_on_rank, task, reference, sizes, world=prod(sizes.values()))), "gloo processes"
+        everyone = launch.run(_on_rank, task, reference, sizes, world=prod(sizes.values()))
+        found, where = _complete(_merged(everyone), reference), "gloo processes"
     else:
         sizes = parse_mesh(mesh)
         reference = _reference(task, torch.device("cpu"))
         with simulate(prod(sizes.values())):
-            found, where = _compare(task, reference, make_mesh(sizes, "cpu")), "simulated ranks"
+            found, where = _complete(_compare(task, reference, make_mesh(sizes, "cpu")), reference), "simulated ranks"
     return Report(
         type(model).__name__,
         dict(sizes),
@@ -253,7 +254,8 @@ def _loss(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], torch.Te
 
 
 def _optimizer(model: nn.Module, eps: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, eps=eps)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": trained}], lr=LEARNING_RATE, eps=eps)  # a group: a rank of a pipeline may have none
 
 
 def _eps(model: nn.Module) -> float:
@@ -271,10 +273,10 @@ def _on_given_ranks(task: _Task, mesh: str | Mapping[str, int] | DeviceMesh) -> 
         reference = _reference(task, torch.device(mesh.device_type))
     found = _compare(task, reference, mesh)
     if is_simulated() or mesh.size() == 1:
-        return found, mesh_sizes(mesh)
+        return _complete(found, reference), mesh_sizes(mesh)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
-    return _merged(everyone), mesh_sizes(mesh)
+    return _complete(_merged(everyone), reference), mesh_sizes(mesh)
 
 
 def _on_rank(task: _Task, reference: _Reference, sizes: Mapping[str, int]) -> _Found:
@@ -324,7 +326,7 @@ def _gradient_distances(pm: ParallelModel, reference: _Reference) -> dict[str, f
             continue
         wanted = torch.zeros_like(reference.parameters[name]) if wanted is None else wanted
         found[name] = max(_distance(a, b, wanted, floor) for a, b in _pairs(grad, parameter, wanted, full_grad))
-    return found | _missing(reference.gradients, found)
+    return found
 
 
 def _parameter_distances(pm: ParallelModel, reference: _Reference) -> dict[str, float]:
@@ -332,7 +334,7 @@ def _parameter_distances(pm: ParallelModel, reference: _Reference) -> dict[str, 
     for name, parameter in pm.named_parameters():
         wanted = reference.parameters[name]
         found[name] = max(_distance(a, b, wanted, LEARNING_RATE) for a, b in _pairs(parameter, parameter, wanted, full_tensor))
-    return found | _missing(reference.parameters, found)
+    return found
 
 
 def _buffer_distances(pm: ParallelModel, reference: _Reference) -> dict[str, float]:
@@ -342,11 +344,6 @@ def _buffer_distances(pm: ParallelModel, reference: _Reference) -> dict[str, flo
         if wanted is not None and wanted.numel():
             found[name] = max(_distance(local, wanted, wanted, FLOOR) for local in local_tensors(buffer).values())
     return found
-
-
-def _missing(wanted: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
-    """Parameters the parallel model has lost."""
-    return {name: inf for name in wanted if name not in found}
 
 
 def _pairs(
@@ -377,8 +374,9 @@ def _distance(a: torch.Tensor, b: torch.Tensor, whole: torch.Tensor, floor: floa
             return inf
         if not a.numel():
             return 0.0
-        scale = whole.abs().max().item() + floor
-        largest = (a.double() - b.double()).abs().max().item()
+        a, b, whole = (torch.view_as_real(x).double() if x.is_complex() else x.double() for x in (a, b, whole))
+        scale = whole[whole.isfinite()].abs().amax().item() + floor if whole.isfinite().any() else floor
+        largest = torch.where(a == b, 0.0, a - b).abs().max().item()  # infinities that agree agree: masks are full of them
         return largest / scale if largest < inf and scale else (0.0 if largest == 0 else inf)
 
 
@@ -405,9 +403,21 @@ def _notes(pm: ParallelModel, reference: _Reference) -> tuple[str, ...]:
 
 
 def _merged(found: Sequence[_Found]) -> _Found:
-    """The largest difference of any rank."""
-    first = found[0]
-    return _Found({q: {n: max(f.values[q][n] for f in found) for n in names} for q, names in first.values.items()}, first.notes)
+    """The largest difference of any rank; ranks of a pipeline hold different parameters."""
+    merged: dict[str, dict[str, float]] = {}
+    for one in found:
+        for quantity, values in one.values.items():
+            own = merged.setdefault(quantity, {})
+            own.update({name: max(value, own.get(name, 0.0)) for name, value in values.items()})
+    return _Found(merged, tuple(dict.fromkeys(note for one in found for note in one.notes)))
+
+
+def _complete(found: _Found, reference: _Reference) -> _Found:
+    """A parameter that no rank has is lost."""
+    for quantity, values in found.values.items():
+        if quantity.startswith(("gradients", "parameters")):
+            found = replace(found, values={**found.values, quantity: {**dict.fromkeys(reference.parameters, inf), **values}})
+    return found
 
 
 def _difference(quantity: str, values: Mapping[str, float]) -> Difference:

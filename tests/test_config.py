@@ -26,7 +26,7 @@ def test_all_complaints_come_at_once() -> None:
         ParallelConfig(microbatches=0, schedule="1fb1", recompute="some", precision="bf17", sequence_parallel=3)  # type: ignore[arg-type]
     text = str(caught.value)
     assert "microbatches=0: a whole number of at least 1." in text
-    assert "schedule='1fb1': one of gpipe, 1f1b, interleaved-1f1b, zero-bubble, zbv, dualpipev. Did you mean 1f1b?" in text
+    assert "schedule='1fb1': one of gpipe, 1f1b, looped-bfs, interleaved-1f1b, zero-bubble, zbv, dualpipev. Did you mean 1f1b?" in text
     assert "recompute='some'" in text
     assert "precision='bf17'" in text and "bf16" in text
     assert "sequence_parallel=3" in text
@@ -135,3 +135,20 @@ def test_megatron_mesh() -> None:
 def test_replace_keeps_checking() -> None:
     with pytest.raises(ConfigError, match="recompute"):
         replace(ParallelConfig(), recompute="all")  # type: ignore[arg-type]
+
+
+def test_stages() -> None:
+    assert ParallelConfig(stages=[4, 4, 3]).stages == (4, 4, 3)
+    named = ParallelConfig(stages=["model.layers.4", "model.layers.8"])
+    assert named.stages == ("model.layers.4", "model.layers.8") and isinstance(hash(named), int)
+
+
+@pytest.mark.parametrize("stages", ["model.layers.4", [], [4, -1], [4, "model.layers.8"], [True, 2], 4])
+def test_stages_that_cannot_be_meant(stages: object) -> None:
+    with pytest.raises(ConfigError, match=r"stages=.*: layers per stage, as in \[8, 8, 8, 6\], or the modules at which stages"):
+        ParallelConfig(stages=stages)  # type: ignore[arg-type]
+
+
+def test_two_stages_at_one_module() -> None:
+    with pytest.raises(ConfigError, match="two stages begin at one module"):
+        ParallelConfig(stages=["model.layers.4", "model.layers.4"])

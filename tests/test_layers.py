@@ -13,12 +13,12 @@ import meshpar
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
     ("errors", "config", "megatron", "sharding.types", "planner"),
-    ("_torch", "simulate", "mesh", "plan", "ops"),
+    ("_torch", "simulate", "mesh", "plan", "schedule", "timing", "ops"),
     ("capture", "sharding"),
     ("passes",),
     ("runtime",),
     ("checkpoint",),
-    ("api",),
+    ("api", "pipeline"),
     ("comparable", "launch", "verify", "demo", "causal_lm", "explain", "plot", "dry_run", "cli", ""),
 )
 """Modules and folders, lowest first; the longest name that fits a module decides. "" is the package itself."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from meshpar.errors import PlanError
-from meshpar.plan import AxisPlan, Comm, NodePlan, ParameterPlan, Plan
+from meshpar.plan import AxisPlan, Comm, NodePlan, ParameterPlan, Plan, StagePlan
 from meshpar.sharding.types import I, P, R, Shard, plain
 
 CUT = Shard(0, 1, ((8, 4), (2, 4)))
@@ -21,7 +21,8 @@ PLAN = Plan(
             "tp", 2, {"w": NodePlan((), (CUT,), "matrix"), "y": NodePlan((R, CUT), (P, I), "rows", (None, plain(1, 8)))}, (I, plain(0, 4))
         ),
     ),
-    {"w": ParameterPlan((40, 8), "float32", True, {"tp": CUT, "dp": R}, "matrix")},
+    {"w": ParameterPlan((40, 8), "float32", True, {"tp": CUT, "dp": R}, "matrix", (0, 1))},
+    (StagePlan("", 0, "first"), StagePlan("linear_3", 1, "balance")),
     {"microbatches": 2},
     (Comm("all_reduce", "tp", "forward", 1536.0, 1, "p_to_i", "layers.0", "layers.0"),),
     ("one note",),
@@ -51,6 +52,7 @@ def test_the_hash_is_the_same_in_every_process() -> None:
         replace(PLAN, axes=(replace(PLAN.axes[0], nodes={**PLAN.axes[0].nodes, "w": NodePlan((), (plain(0, 40),), "matrix")}),)),
         replace(PLAN, parameters={"w": replace(PLAN.parameters["w"], placements={"tp": I, "dp": R})}),
         replace(PLAN, options={"microbatches": 4}),
+        replace(PLAN, stages=(PLAN.stages[0], replace(PLAN.stages[1], start="linear_4"))),
     ],
 )
 def test_the_hash_tells_plans_apart(other: Plan) -> None:

@@ -52,6 +52,26 @@ def test_a_model_that_computes_in_float32_inside_is_compared_in_float64() -> Non
     assert report.ok and max(d.largest for d in report.differences) < 1e-12, str(report)
 
 
+class Masked(nn.Module):
+    """Buffers of booleans, infinities and complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.ones(4, 4).tril().bool())
+        self.register_buffer("mask", torch.zeros(4, 4).masked_fill(~self.seen, -torch.inf))
+        self.register_buffer("turn", torch.polar(torch.ones(4), torch.arange(4.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = (self.linear(x) @ x.transpose(-1, -2) + self.mask).masked_fill(~self.seen, -torch.inf)
+        return (scores.softmax(-1) @ torch.view_as_real(x * self.turn).sum(-1)).square().mean()
+
+
+def test_buffers_of_any_kind() -> None:
+    report = verify(Masked(), "dp=2,tp=2", (torch.randn(4, 4, 4),)).raise_if_failed()
+    assert report["buffers"].compared == 3
+
+
 def test_float32() -> None:
     report = verify(gpt(), "tp=2", ids(), dtype=torch.float32).raise_if_failed()
     assert report.tolerance == 1e-5 and max(d.largest for d in report.differences) > 1e-9

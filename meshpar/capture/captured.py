@@ -22,6 +22,8 @@ class Info:
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    rows: bool = False
+    """Whether it holds rows sorted by expert (or says where those of each expert end, or which is which): see `capture.rows`."""
 
     @property
     def nbytes(self) -> int:

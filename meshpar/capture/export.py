@@ -26,6 +26,7 @@ from meshpar.capture import (
     grad,
     graph,
     regions,
+    rows,
     selections,
     simplify,
     structure,
@@ -79,6 +80,7 @@ def capture(
     regions.assign(built.graph)
     grad.propagate(built.graph, batch.requires_grad | {name: parameter.requires_grad for name, parameter in model.named_parameters()})
     simplify.simplify(built.graph)
+    rows.mark(built.graph)
     experts.mark_stacks(built.graph)
     check.number_seeds(built.graph)
     return _captured(model, built, batch, recorder.outcome, found)

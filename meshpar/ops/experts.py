@@ -10,7 +10,7 @@ All shapes are static; they are ordinary custom operators with a fake implementa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def dispatch(h: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     perm = torch.argsort(flat, stable=True)
     experts = torch.arange(num_experts, device=flat.device, dtype=flat.dtype)
     offsets = torch.searchsorted(flat[perm], experts, right=True).to(torch.int32)
-    return h[perm // index.shape[1]], offsets, perm
+    return h.index_select(0, perm // index.shape[1]), offsets, perm
 
 
 @dispatch.register_fake
@@ -41,7 +41,12 @@ def _(h: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
 @torch.library.custom_op("meshpar::undispatch", mutates_args=())
 def undispatch(x: Tensor, perm: Tensor, choices: int) -> Tensor:
     """The gradient of `dispatch`: rows in expert order summed into their tokens, [T*k, h] -> [T, h]."""
-    return _unsorted(x, perm).view(-1, choices, x.shape[1]).sum(1)
+    result = x.new_empty((x.shape[0] // choices, x.shape[1]))
+    of_token = _inverse(perm).view(-1, choices)
+    for block in _blocks(result):
+        rows = x.index_select(0, of_token[block].flatten())
+        torch.sum(rows.view(-1, choices, x.shape[1]), 1, out=result[block])
+    return result
 
 
 @undispatch.register_fake
@@ -86,11 +91,21 @@ def _(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
 def combine(y: Tensor, perm: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of each token's rows: `y` [T*k, o] in expert order, `perm` from `dispatch`, `weights` [T, k] -> [T, o].
 
-    Summed in token order, in float32 or wider, and returned in the type of `y`: the same bits whatever rank computed which expert.
+    Summed choice by choice, in float32 or wider, and returned in the type of `y`: the same bits whatever rank computed which expert.
     """
     wide = torch.promote_types(torch.promote_types(y.dtype, weights.dtype), torch.float32)
-    rows = _unsorted(y, perm).view(*weights.shape, y.shape[1])
-    return (rows.to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(y.dtype)
+    result = y.new_empty((weights.shape[0], y.shape[1]))
+    of_token, weights = _inverse(perm).view(weights.shape), weights.to(wide)
+    for block in _blocks(result):
+        terms = (
+            y.index_select(0, rows).to(wide).mul_(weight.unsqueeze(1))
+            for rows, weight in zip(of_token[block].unbind(1), weights[block].unbind(1))
+        )
+        total = next(terms, 0.0)  # no choices: zeros
+        for term in terms:  # no fused multiply-add: its rounding depends on where a row lies
+            total += term
+        result[block] = total
+    return result
 
 
 @combine.register_fake
@@ -103,10 +118,13 @@ def combine_backward(grad: Tensor, y: Tensor, perm: Tensor, weights: Tensor) -> 
     """The gradients of `combine` for `y` and `weights`."""
     wide = torch.promote_types(torch.promote_types(y.dtype, weights.dtype), torch.float32)
     choices = weights.shape[1]
-    of_row = grad.to(wide)[perm // choices]
-    for_y = (of_row * weights.reshape(-1)[perm].to(wide).unsqueeze(-1)).to(y.dtype)
-    for_weights = _unsorted((of_row * y.to(wide)).sum(-1), perm)
-    return for_y, for_weights.view(-1, choices).to(weights.dtype)
+    for_y, for_rows = torch.empty_like(y), torch.empty(y.shape[0], dtype=wide, device=y.device)
+    weight = weights.flatten().index_select(0, perm).to(wide).unsqueeze(1)
+    for block in _blocks(y):
+        of_row = grad.index_select(0, perm[block] // choices).to(wide)
+        torch.sum(of_row * y[block], -1, out=for_rows[block])
+        for_y[block] = of_row.mul_(weight[block])
+    return for_y, for_rows.index_select(0, _inverse(perm)).view(-1, choices).to(weights.dtype)
 
 
 @combine_backward.register_fake
@@ -126,11 +144,15 @@ def _(x: Tensor, offsets: Tensor) -> Tensor:
     return offsets.new_empty((x.shape[0],), dtype=torch.int64)
 
 
-def _unsorted(rows: Tensor, perm: Tensor) -> Tensor:
-    """Rows in expert order back in the order of tokens."""
-    result = torch.empty_like(rows)
-    result[perm] = rows
-    return result
+def _inverse(perm: Tensor) -> Tensor:
+    """Where in expert order each choice's row is."""
+    return torch.empty_like(perm).index_copy_(0, perm, torch.arange(perm.shape[0], device=perm.device))
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Stretches of a matrix to work on one by one: on a CPU, as many rows as its caches hold in wider types too."""
+    step = max(1, 2**18 // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
+    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
 def _groups(offsets: Tensor) -> list[tuple[int, slice]]:

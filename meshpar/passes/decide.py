@@ -13,12 +13,22 @@ from torch import fx
 from ..capture.captured import Captured, Info
 from ..errors import PlanError, near, raise_all
 from ..mesh import Axis
-from ..plan import AxisPlan, ParameterPlan, Plan
-from ..sharding.infer import infer
+from ..plan import AxisPlan, ParameterPlan, Plan, StagePlan
+from ..sharding.infer import Inference, infer
 from ..sharding.op import op_name
 from ..sharding.solve import Request, solve
 from ..sharding.types import I, Type
 from .lower import Lower
+from .split import mark, split
+from .stages import choose
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """A pipeline: `ranks` says which rank of `pp` runs each stage; `cuts` where stages begin, if the user said so."""
+
+    ranks: tuple[int, ...]
+    cuts: Sequence[int] | Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,12 +38,13 @@ class Decision:
     mesh: tuple[tuple[str, int], ...]
     """All axes of the mesh, outermost first."""
     axes: tuple[tuple[str, int], ...]
-    """The axes to type, in order: ("dp", 2) for all data axes together, then ("tp", 2)."""
+    """The axes to type, in order: ("dp", 2) for all data axes but `ep` together, then ("ep", 2), then ("tp", 2)."""
     sequence: bool = True
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
-    pinned: Mapping[str, Mapping[str, Type]] = field(default_factory=dict)
-    """Placements an earlier plan gave: they never change."""
+    pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
+    """What an earlier plan said of parameters: it never changes."""
+    stages: StageRequest | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, tuple[tuple[int, ...], str, bool]] = field(default_factory=dict)
     """All parameters of the model: shape, dtype, trainable; those the graph does not use stay whole."""
@@ -46,6 +57,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
     """
     wanted = _rules(request.rules, captured, request)
     graph, axes = captured.graph, list[AxisPlan]()
+    whole = infer(graph)
     outputs = _pinned_outputs(captured)
     for name, size in request.axes:
         if size == 1:
@@ -58,24 +70,58 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 size,
                 inputs=captured.batch_dims if data else {},
                 parameters=frozenset(captured.parameters),
-                pinned={n: p[name] for n, p in request.pinned.items() if name in p} if not data else {},
+                pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not data else {},
                 wanted=wanted if not data else {},
                 shard_parameters=not data,
+                experts=name == "ep",
                 sequence=request.sequence,
                 outputs=outputs,
             ),
+            whole if graph is captured.graph else None,
         )
         axes.append(plan)
         if name != request.axes[-1][0]:
             graph = Lower(plan, Axis(name, size, 0, name))(graph)
+    stages, held = _stages(captured, request)
     return Plan(
         request.mesh,
         fingerprint(captured.graph),
         tuple(axes),
-        _parameters(captured, axes, request),
+        _parameters(captured, axes, request, held),
+        stages,
         dict(request.options),
-        notes=_notes(captured, axes),
+        notes=_notes(whole, axes),
     )
+
+
+def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...], Mapping[str, tuple[int, ...]]]:
+    """The stages, and which of them hold each parameter: those that read it, or those of its neighbours if none does."""
+    if request.stages is None:
+        return (), {}
+    ranks = request.stages.ranks
+    if request.pinned:
+        return tuple(StagePlan("", rank, "as before") for rank in ranks), {n: p.stages for n, p in request.pinned.items()}
+    chosen = choose(captured, len(ranks), where=request.stages.cuts)
+    mark(captured.graph, chosen.starts)
+    held: dict[str, tuple[int, ...]] = {}
+    for stage in split(captured.graph, len(ranks), parameters=captured.parameters, mutations=captured.mutations):
+        for name in dict.fromkeys(str(n.target) for n in stage.graph.nodes if n.op == "get_attr"):
+            held[name] = (*held.get(name, ()), stage.index)
+    found = {name: held[name] if name in held else _of_nearest(name, held) for name in request.others}
+    share = [seconds / sum(chosen.seconds) for seconds in chosen.seconds]
+    stages = zip(("", *chosen.starts), ranks, chosen.begins, share, strict=True)
+    return tuple(StagePlan(start, rank, chosen.why, begins, part) for start, rank, begins, part in stages), found
+
+
+def _of_nearest(name: str, held: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The first stage of the tensor whose name begins most like this one."""
+    best = max(held, key=lambda other: _alike(name.split("."), other.split(".")), default=None)
+    return (0,) if best is None else held[best][:1]
+
+
+def _alike(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many parts two names begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _pinned_outputs(captured: Captured) -> list[Type | None]:
@@ -123,7 +169,9 @@ def _rules(rules: Mapping[str, str], captured: Captured, request: Decision) -> d
     return found
 
 
-def _parameters(captured: Captured, axes: Sequence[AxisPlan], request: Decision) -> dict[str, ParameterPlan]:
+def _parameters(
+    captured: Captured, axes: Sequence[AxisPlan], request: Decision, held: Mapping[str, tuple[int, ...]]
+) -> dict[str, ParameterPlan]:
     nodes = {str(n.target): n for n in captured.graph.nodes if n.op == "get_attr"}
     found = {}
     for name, (shape, dtype, trainable) in request.others.items():
@@ -136,16 +184,15 @@ def _parameters(captured: Captured, axes: Sequence[AxisPlan], request: Decision)
                 placements[axis.axis] = plan.outs[0]
                 why = plan.why if axis.axis == "tp" else why
         elif name in request.pinned:
-            placements.update(request.pinned[name])
-        found[name] = ParameterPlan(shape, dtype, trainable, placements, why)
+            placements.update(request.pinned[name].placements)
+        found[name] = ParameterPlan(shape, dtype, trainable, placements, why, held.get(name, (0,)))
     return found
 
 
-def _notes(captured: Captured, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
+def _notes(inference: Inference, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
     """Operators without a rule that touch trainable values, per module kind: they run whole on every rank."""
-    calls = infer(captured.graph).calls
     found: dict[str, int] = {}
-    for node, call in calls.items():
+    for node, call in inference.calls.items():
         if call.signature is None and call.op.infos and any(isinstance(i, Info) and i.requires_grad for i in call.op.outs):
             found[op_name(node.target)] = found.get(op_name(node.target), 0) + 1
     return tuple(f"{name} has no rule: {count} calls run on whole values." for name, count in sorted(found.items())) if axes else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import fx
 from ..capture.captured import Info
 from ..ops import vocab_parallel
 from ..plan import Comm
-from ..sharding.conversions import ALL_REDUCE, conversion, wire_bytes
+from ..sharding.conversions import ALL_REDUCE, ALL_TO_ALL, conversion, wire_bytes
 from ..sharding.op import op_name
 from ..sharding.types import Type
+from .split import StageGraph
 
 
 def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
@@ -24,17 +26,50 @@ def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
     return tuple(entry for node in graph.nodes for entry in _entries(node))
 
 
+def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[Comm, ...]:
+    """The same for the stages of a pipeline, with what they send to each other: whole values, by each device its own part.
+
+    `ranks`: of each stage; those that meet on one rank send nothing.
+    """
+    found: list[Comm] = []
+    for stage in stages:
+        found += [replace(entry, stage=stage.index) for entry in ledger(stage.graph)]
+        if stage.index > 0 and ranks[stage.index] != ranks[stage.index - 1]:
+            found += _sent(stage)
+    return tuple(found)
+
+
+def _sent(stage: StageGraph) -> Iterator[Comm]:
+    for node in stage.graph.nodes:
+        if node.op == "placeholder" and node.name in stage.receives:
+            info, module, region = node.meta["info"], node.meta.get("module") or "", node.meta.get("region") or ""
+            yield Comm("send", "pp", "forward", float(info.nbytes), 1, node.name, module, region, stage.index - 1)
+            if info.requires_grad:
+                yield Comm("send", "pp", "backward", float(info.nbytes), 1, node.name, module, region, stage.index)
+
+
 def _entries(node: fx.Node) -> Iterator[Comm]:
     if "conversion" in node.meta:
         yield from _converted(node, [node.meta["conversion"]])
     if "joined" in node.meta:
         yield from _converted(node, node.meta["joined"])
+    if "exchange" in node.meta:
+        yield from _exchanged(node, *node.meta["exchange"])
     if node.target is vocab_parallel.cross_entropy:
         target: Any = node.args[1]
         where: dict[str, Any] = node.kwargs
         tokens, smoothing = prod(target.meta["info"].shape), where.get("label_smoothing", 0.0)
         for sent in vocab_parallel.cross_entropy_traffic(tokens, node.meta["info"].dtype, where["size"], label_smoothing=smoothing):
             yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), sent.phase, float(sent.nbytes))
+
+
+def _exchanged(node: fx.Node, axis: str, size: int, rows: Info) -> Iterator[Comm]:
+    """Rows of experts, and before them their numbers (4 bytes for each expert): a share (size - 1) / size of them stays not here."""
+    share = (size - 1) / size
+    if isinstance(node.meta["info"], tuple):
+        yield _comm(node, ALL_TO_ALL, axis, "forward", 4.0 * size * node.meta["info"][1].shape[0] * share)
+    for phase in ("forward", "backward") if rows.requires_grad else ("forward",):
+        yield _comm(node, ALL_TO_ALL, axis, phase, rows.nbytes * share)
 
 
 def _converted(node: fx.Node, members: Sequence[tuple[str, int, Type, Type, Info]]) -> Iterator[Comm]:

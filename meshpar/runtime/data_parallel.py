@@ -15,7 +15,7 @@ own way to divide, does not exist on gloo).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,7 +27,7 @@ from torch.distributed.fsdp import DataParallelMeshDims, FSDPModule, MixedPrecis
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from meshpar._torch import as_parameter, local_of
+from meshpar._torch import as_parameter, local_of, mesh_info, reduce_gradients, shard_over
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
@@ -46,6 +46,8 @@ class DataParallel:
     mode: Mode
     units: tuple[tuple[str, ...], ...]
     """The blocks of each unit; the root is one more."""
+    keeps: bool = False
+    """Whether parameters stay gathered until the gradients of the step are summed."""
 
     def microbatch(self, index: int, count: int) -> None:
         """Say which microbatch of the step comes next: gradients are summed, and parameters let go, when the mode says so."""
@@ -57,6 +59,21 @@ class DataParallel:
         self.root.set_requires_all_reduce(last)
         self.root.set_reshard_after_backward(last or self.mode == "zero3")
 
+    def backward(self, *, last: bool) -> None:
+        """Say, before a pipeline stage's backward, whether it is its last of the step: gradients are summed in it."""
+        if not isinstance(self.root, FSDPModule):
+            return
+        self.root.set_is_last_backward(last)
+        self.root.set_requires_gradient_sync(last)
+        self.root.set_requires_all_reduce(last)
+        self.root.set_reshard_after_backward(last or (self.mode == "zero3" and not self.keeps))
+
+    def reduce(self) -> None:
+        """Sum the gradients of a step now, outside of any backward."""
+        if isinstance(self.root, FSDPModule):
+            self.backward(last=True)
+            reduce_gradients(self.root)
+
     def reset(self) -> None:
         """Recover after an exception in forward or backward: the step's gradients are dropped."""
         if isinstance(self.root, FSDPModule):
@@ -64,12 +81,15 @@ class DataParallel:
             self.microbatch(0, 1)
 
 
-def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig) -> DataParallel:
+def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool = False, alone: Collection[str] = ()) -> DataParallel:
     """Apply data parallelism over the data axes of `mesh` to all blocks of `tree`, then to the rest.
 
     Every parameter becomes a DTensor over all axes of `mesh` but `pp`, under its own name; layouts attached to parameters stay attached.
     Blocks that share a parameter are one unit. Without a data axis only the precision is set. Call it after the first `add_program`
     and before any optimizer is made.
+
+    `keeps`: parameters stay gathered from a step's first use to its end, also with "zero3": weight gradients that are put off arrive late.
+    `alone`: names of parameters that are left as they are. Parameters divided among the ranks of `ep` are shared out over the other axes.
 
     Raises ConfigError for a scalar parameter, which FSDP2 cannot share out.
     """
@@ -81,12 +101,17 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig) -> DataParallel:
         return DataParallel(tree, config.data_parallel, ())
     spmd = mesh if names == mesh.mesh_dim_names else mesh[names]
     _check(tree)
+    left = {p for name, p in tree.named_parameters() if name in alone}
+    if left:
+        tree.set_compute_dtype(precision.compute_dtype)
     _spread(tree, spmd)
     options: dict[str, Any] = {
         "mesh": spmd,
         "dp_mesh_dims": _dims(data, config.data_parallel),
-        "reshard_after_forward": config.data_parallel == "zero3",
+        "reshard_after_forward": config.data_parallel == "zero3" and not keeps,
         "mp_policy": MixedPrecisionPolicy(precision.compute_dtype, precision.reduce_dtype, cast_forward_inputs=False),
+        "ignored_params": left,
+        "shard_placement_fn": _experts_apart(spmd, data, config.data_parallel),
     }
     specs = {name: spec_of(p) for name, p in tree.named_parameters(remove_duplicate=False)}
     units = _units(tree, config)
@@ -101,13 +126,32 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig) -> DataParallel:
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(tree, units, config)
     tree.register_forward_hook(_reshard_without_gradients)
-    return DataParallel(tree, config.data_parallel, units)
+    return DataParallel(tree, config.data_parallel, units, keeps)
 
 
 def _dims(data: Sequence[str], mode: Mode) -> DataParallelMeshDims:
     replicated = tuple(n for n in data if mode == "replicate" or n in _REPLICATED_AXES)
     shared = tuple(n for n in data if n not in replicated)
     return DataParallelMeshDims(shard=shared or None, replicate=replicated or None)
+
+
+def _experts_apart(mesh: DeviceMesh, data: Sequence[str], mode: Mode) -> Callable[[nn.Parameter], Any] | None:
+    """Experts are shared out over the data axes that do not divide them already."""
+    rest = tuple(n for n in data if n != "ep")
+    if "ep" not in data or not rest or mode == "replicate":
+        return None
+    info = mesh_info(mesh, _dims(rest, mode))
+    at = (mesh.mesh_dim_names or ()).index("ep")
+
+    def place(parameter: nn.Parameter) -> Any:
+        assert isinstance(parameter, DTensor)
+        if parameter.placements[at].is_replicate():
+            return None
+        ranks, shape = info.shard_mesh_size, local_of(parameter).shape
+        inside = shape[0] < ranks and len(shape) > 1 and shape[1] % ranks == 0  # fewer experts than ranks: a part of each
+        return shard_over(info, 1 if inside else 0)
+
+    return place
 
 
 def _check(tree: Tree) -> None:

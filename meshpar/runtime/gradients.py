@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 
 import torch
@@ -12,9 +12,20 @@ from torch.distributed.tensor import DTensor
 
 from meshpar._torch import LocalTensor, flatten_mesh, local_of, local_tensor_mode, maybe_disable_local_tensor_mode, root_mesh
 from meshpar.errors import ConfigError
+from meshpar.runtime.parameters import spec_of
 
 STAGES = "pp"
 """The axis whose ranks hold different parameters, not copies."""
+
+
+class OnMesh(Iterator[torch.nn.Parameter]):
+    """Parameters, perhaps none, and the mesh they are on."""
+
+    def __init__(self, parameters: Iterator[torch.nn.Parameter], mesh: DeviceMesh) -> None:
+        self._parameters, self.mesh = parameters, mesh
+
+    def __next__(self) -> torch.nn.Parameter:
+        return next(self._parameters)
 
 
 @torch.no_grad()
@@ -31,16 +42,24 @@ def clip_grad_norm_(
 
     Like `torch.nn.utils.clip_grad_norm_`, for DTensors and plain tensors in any mixture: every element counts once, however many ranks hold
     it. The result is a plain scalar, the same on every rank. Collective over `mesh`, by default the whole mesh the parameters' meshes are
-    part of: all its ranks call it, also one without parameters (then it must pass `mesh`).
+    part of: all its ranks call it, also one without parameters (`pm.parameters()` knows its mesh even then; a list must be given `mesh`).
 
-    Raises RuntimeError with `error_if_nonfinite` when the norm is infinite or not a number.
+    Raises RuntimeError with `error_if_nonfinite` when the norm is infinite or not a number, ConfigError where there are several ranks, no
+    parameters and no mesh.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.tensor([3.0, 4.0])
     >>> clip_grad_norm_([weight], max_norm=1.0)
     tensor(5.)
     """
+    if isinstance(parameters, OnMesh):
+        mesh = mesh or parameters.mesh
     found = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if not found and mesh is None and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConfigError(
+            "clip_grad_norm_: no parameters on this rank, so the mesh over which the norm is taken is not known, and the other ranks would "
+            "wait for this one. Pass mesh=pm.mesh, or pm.parameters() as it is."
+        )
     total = grad_norm(found, norm_type, foreach=foreach, mesh=mesh)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
@@ -65,7 +84,7 @@ def grad_norm(
     """The norm of all gradients as one vector: a plain scalar, the same on every rank. Collective like `clip_grad_norm_`."""
     if not norm_type > 0:
         raise ConfigError(f"norm_type={norm_type}: the order of a norm is a positive number or inf.")
-    grads = _local_grads(parameters)
+    grads = _local_grads(p for p in parameters if not _is_copy(p))
     mesh = mesh or _common_mesh([p.device_mesh for p in parameters if isinstance(p, DTensor)])
     dtype = _result_dtype([local for local, _ in grads])
     if mesh is None:
@@ -74,10 +93,16 @@ def grad_norm(
         return _simulated(grads, norm_type, mesh, dtype)
     counted = [local for local, layout in grads if _counts_here(layout, mesh, _place(mesh, dist.get_rank()))]
     device = next((local.device for local, _ in grads), torch.device(mesh.device_type))
-    power = _power(counted, norm_type, foreach).to(device)
+    power = _power(counted, norm_type, foreach)
+    sent = torch.stack([power, power.new_tensor(dtype is torch.float64)]).to(device)  # a rank without gradients learns their dtype
     if mesh.size() > 1:
-        dist.all_reduce(power, dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM, group=_group(mesh))
-    return power.pow(_root(norm_type)).to(dtype)
+        dist.all_reduce(sent, dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM, group=_group(mesh))
+    return sent[0].pow(_root(norm_type)).to(torch.float64 if sent[1] > 0 else dtype)
+
+
+def _is_copy(parameter: torch.Tensor) -> bool:
+    spec = spec_of(parameter)
+    return spec is not None and spec.is_copy
 
 
 Layout = tuple[DeviceMesh, tuple[bool, ...]] | None

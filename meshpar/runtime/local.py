@@ -80,7 +80,8 @@ class _Leaf:
 def _hand_over(parameter: DTensor) -> Callable[[torch.Tensor], None]:
     def hook(leaf: torch.Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
-        assert grad is not None
+        if grad is None:  # no gradient flows on this path (only indices depend on it), or it was put off and comes later
+            return
         if parameter.grad is None:
             parameter.grad = dtensor_like(grad, parameter)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,21 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from ..config import ParallelConfig
-from ..errors import BatchError
+from ..errors import BatchError, ConfigError
 from ..mesh import check_batch
 from ..ops.random import RandomState
+from ..passes.randomness import KEY
 from ..plan import Comm, Plan
+from ..schedule import Event, Order, schedule_table
 from ..sharding.types import Shard
-from .blocks import Tree, inlined, print_code
-from .data_parallel import DataParallel
+from .blocks import inlined, print_code
 from .describe import explain
+from .engine import Engine
 from .failures import Together
+from .gradients import OnMesh
 from .memory import MemoryReport, memory
+from .names import together as one_module
+from .pipeline import Pipelined
 from .program import Program, Programs, Signature, flatten, restore
 
 
@@ -37,33 +42,33 @@ class ParallelModel(nn.Module):
     """
 
     # Written past nn.Module's own bookkeeping, which would take them for submodules.
-    _tree: Tree
-    _data: DataParallel
+    _engine: Engine
     _programs: dict[tuple[Signature, int], Program]
     _checked: set[tuple[Signature, int]]
     _together: Together
 
     def __init__(
-        self,
-        tree: Tree,
-        mesh: DeviceMesh,
-        config: ParallelConfig,
-        programs: Programs,
-        data: DataParallel,
-        first: Program,
-        together: Together,
+        self, engine: Engine, mesh: DeviceMesh, config: ParallelConfig, programs: Programs, first: Program, together: Together
     ) -> None:
         super().__init__()
-        # The tree's own tables, not copies: what FSDP2 swaps in the tree is what this module shows.
-        self.__dict__.update(_modules=tree._modules, _parameters=tree._parameters, _buffers=tree._buffers)
-        self.__dict__["_non_persistent_buffers_set"] = tree._non_persistent_buffers_set
-        self.__dict__.update(_tree=tree, _data=data, _programs={}, _checked=set(), _together=together)
+        self.__dict__.update(_engine=engine, _programs={}, _checked=set(), _together=together)
+        self._take_names()
         self.mesh, self.config = mesh, config
         self.random = RandomState(config.seed)
         self._makes = programs
         self._programs[first.signature, config.microbatches] = first
         self._first = first
         self.training = first.signature.training
+
+    def _take_names(self) -> None:
+        """The trees' own tables, not copies: what FSDP2 swaps there is what this module shows."""
+        names = one_module(list(self._engine.trees.values()))
+        self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
+        self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of this rank's stages; a rank may have none (then optimizers take `[{"params": pm.parameters()}]`)."""
+        return OnMesh(super().parameters(recurse), self.mesh)
 
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
@@ -73,9 +78,13 @@ class ParallelModel(nn.Module):
             return self._forward(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self._makes.schedule is not None and self.training and torch.is_grad_enabled():
+            raise BatchError(
+                "a pipelined model trains by pm.train_step(**batch), which runs forward and backward of all microbatches in the order of "
+                "its schedule and returns the loss. To see outputs: pm.eval(), then with torch.no_grad(): pm(**batch)."
+            )
         tensors, program = self._program(args, kwargs, 1)
-        self._data.microbatch(0, 1)
-        outputs = self._tree.run(program.key, *tensors, *self._random_key(program, 0))
+        outputs = self._engine.run(program, self._inputs(program, tensors, 0))
         self.random.advance()
         return restore(program, lambda i: self._as_output(program, outputs[i], i))
 
@@ -104,21 +113,16 @@ class ParallelModel(nn.Module):
                 "this batch gives no loss: the model returned none. Pass labels if the model computes its loss from them, "
                 "or loss_fn=lambda output, batch: ... to parallelize."
             )
-        parts = self._microbatches(program, tensors, count)
-        denominators = self._denominators(program, parts)
-        total: torch.Tensor | None = None
-        for index, part in enumerate(parts):
-            self._data.microbatch(index, count)
-            loss = self._tree.run(program.key, *part, *denominators, *self._random_key(program, index))[loss_at]
-            if backward:
-                loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
+        parts = [self._inputs(program, part, i) for i, part in enumerate(self._microbatches(program, tensors, count))]
+        counted = {f"denominator_{i}": value for i, value in enumerate(self._engine.count(program, parts))}
+        total = self._engine.step(program, [{**part, **counted} for part in parts], backward=backward)
         self.random.advance()
         return total
 
-    def _random_key(self, program: Program, microbatch: int) -> tuple[Any, ...]:
-        return (self.random.key(microbatch),) if program.is_random else ()
+    def _inputs(self, program: Program, tensors: Sequence[torch.Tensor], microbatch: int) -> dict[str, Any]:
+        """The values of a graph's placeholders, by name."""
+        found: dict[str, Any] = dict(zip(program.captured.inputs, tensors, strict=False))
+        return {**found, KEY: self.random.key(microbatch)} if program.is_random else found
 
     def _microbatches(self, program: Program, tensors: list[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
         if count == 1:
@@ -128,13 +132,6 @@ class ParallelModel(nn.Module):
         cut = [x.chunk(count, dims[n]) if n in dims else (x,) * count for n, x in zip(names, tensors, strict=True)]
         return [list(part) for part in zip(*cut, strict=True)]
 
-    def _denominators(self, program: Program, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        if program.counts is None:
-            return []
-        with torch.no_grad():
-            counted = [self._tree.run(program.counts.key, *part) for part in parts]
-        return [sum(c[i] for c in counted) for i in range(len(counted[0]))]  # type: ignore[misc]
-
     def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Program]:
         tensors, signature = flatten(args, kwargs, self.training)
         key = (signature, microbatches)
@@ -142,7 +139,7 @@ class ParallelModel(nn.Module):
             check_batch((args, dict(kwargs)), self.mesh)
             program = self._makes.make(args, kwargs, training=self.training, microbatches=microbatches)
             self._programs[key] = program
-            add(self._tree, program)
+            self._engine.add(program)
         elif key not in self._checked:
             check_batch((args, dict(kwargs)), self.mesh)
         self._checked.add(key)
@@ -183,25 +180,68 @@ class ParallelModel(nn.Module):
     def explain(self) -> str:
         """The plan in words: placements and the reasons for them, communication, repeated work."""
         program = self._first
-        return explain(self.plan, program.graph, inlined=inlined(self._tree), averaged=program.averaged, dropped=program.captured.dropped)
+        return explain(
+            self.plan,
+            program.graph,
+            inlined={path: why for tree in self._engine.trees.values() for path, why in inlined(tree).items()},
+            averaged=program.averaged,
+            dropped=program.captured.dropped,
+            order=self.schedule,
+        )
 
     def memory(self) -> MemoryReport:
-        """What a rank keeps in memory while it trains, by kind."""
-        return memory(self.plan, self._first.graph)
+        """What a rank keeps in memory while it trains, by kind; with a pipeline, this rank with its stages."""
+        return memory(self.plan, self._first.graph, self._first.stages, self.schedule, self._stage_rank)
+
+    @property
+    def schedule(self) -> Order | None:
+        """With a pipeline, what every rank of it computes, sends and receives in a training step, in order."""
+        return None if self._makes.schedule is None else self._makes.schedule.order(self.config.microbatches)
+
+    def schedule_table(self) -> str:
+        """The order of computation as text: a row per rank of the pipeline, a column per slot, a dot where a rank waits for another.
+
+        Raises ConfigError without a `pp` axis.
+        """
+        return schedule_table(self._order())
+
+    def timeline(self, *args: Any, **kwargs: Any) -> tuple[Event, ...]:
+        """Run one `train_step` on this batch, and return when every rank of the pipeline computed what, in seconds from a common start.
+
+        Collective. It is a step as any other: gradients add to what `.grad` holds. Take the second or third step: the first one makes
+        buffers and connections. `mp.plot.schedule(pm.schedule, measured=events)` draws it, `mp.plot.chrome_trace(events, path)` writes it.
+
+        Clocks of ranks are set to zero when they leave one barrier: times of different ranks are off by what ranks leave it apart, much
+        less than a millisecond on one machine, more over slow networks; durations on one rank are exact. On a GPU a rank waits for its
+        device after every action, which costs what would overlap otherwise.
+
+        Raises ConfigError without a `pp` axis.
+        """
+        self._order()
+        assert isinstance(self._engine, Pipelined)
+        with self._together.section("timeline"), self._engine.measuring() as events:
+            self._step(args, kwargs, backward=True)
+        return tuple(events)
+
+    def _order(self) -> Order:
+        if self.schedule is None:
+            raise ConfigError("this mesh has no pp axis of more than one rank: there are no stages and no schedule.")
+        return self.schedule
+
+    @property
+    def _stage_rank(self) -> int:
+        return self._engine.axis.rank if isinstance(self._engine, Pipelined) else 0
 
     def print_readable(self) -> str:
         """The code this rank runs: the root's, and that of each block structure once. Returned, and printed."""
-        code = print_code(self._tree, self._first.key)
+        several = len(self._engine.trees) > 1
+        parts = [(f"# stage {i}\n" if several else "") + print_code(tree, self._first.key) for i, tree in self._engine.trees.items()]
+        code = "\n".join(parts)
         print(code)
         return code
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
-        self._tree._apply(fn, recurse)
+        for tree in self._engine.trees.values():
+            tree._apply(fn, recurse)
+        self._take_names()
         return self
-
-
-def add(tree: Tree, program: Program) -> None:
-    """Teach the tree a program, and the one that counts its denominators."""
-    tree.add_program(program.key, program.graph, constants=program.captured.constants, mutations=program.captured.mutations)
-    if program.counts is not None:
-        tree.add_program(program.counts.key, program.counts.graph, constants=program.counts.captured.constants)

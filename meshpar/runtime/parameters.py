@@ -52,6 +52,8 @@ class ParameterSpec:
     dtype: torch.dtype
     requires_grad: bool
     placements: Mapping[str, Type]
+    is_copy: bool = False
+    """Whether an earlier stage of the pipeline, on another rank, holds it too: that one counts it in norms."""
 
     def shards(self) -> tuple[tuple[str, Shard], ...]:
         """The axes that cut this parameter, and how."""

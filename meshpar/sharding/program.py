@@ -16,9 +16,10 @@ from scipy.sparse import coo_matrix
 from ..capture.captured import Info
 from ..errors import PlanError
 from .choices import Choice
+from .contract import Group, Source, Way, contract
 from .conversions import ALL_GATHER, cost, wire_bytes
 from .price import Price
-from .types import Partial, Replicate, Shard, Type
+from .types import Partial, Ragged, Replicate, Shard, Type
 
 _GATHERED = 1000.0
 """Gathering a parameter that was cut is for rules that ask for nothing else: data parallelism does that better."""
@@ -55,16 +56,32 @@ class _Model:
     def __init__(self, problem: Problem, price: Price) -> None:
         self.problem, self.price = problem, price
         self.unit = unit_of(problem.steps, problem.size, price)
+        self.groups = contract(self._alone(), frozenset(w[0] for w in problem.wanted), self._convert)
         self.costs: list[float] = []
         self.entries: list[tuple[int, int, float]] = []
         self.low: list[float] = []
         self.high: list[float] = []
         self.first: list[int] = []
-        for step in problem.steps:
+        for group in self.groups:
             self.first.append(len(self.costs))
-            self.costs.extend(o.cost / self.unit + 1e-6 * k for k, o in enumerate(step.options))
+            self.costs.extend(way.cost for way in group.ways)
+        self.place = {group.members[-1]: at for at, group in enumerate(self.groups)}
         self._pick_one()
         self._uses()
+
+    def _alone(self) -> list[Group]:
+        """Every step as a group of its own; of equally cheap typings the first is preferred."""
+        found = []
+        for index, step in enumerate(self.problem.steps):
+            ways = tuple(Way(o.uses, o.outs, o.cost / self.unit + 1e-6 * k, (k,)) for k, o in enumerate(step.options))
+            found.append(Group((index,), ways, step.operands, step.outs))
+        return found
+
+    def _convert(self, before: Type, after: Type, info: Info, parameter: bool) -> float | None:
+        if not possible(before, after, info):
+            return None
+        seconds = cost(before, after, info, self.problem.size, self.price, parameter=parameter)
+        return seconds / self.unit + 1e-5 + (_GATHERED if parameter and isinstance(before, Shard) else 0.0)
 
     def _row(self, terms: Sequence[tuple[int, float]], low: float, high: float) -> None:
         row = len(self.low)
@@ -73,16 +90,16 @@ class _Model:
         self.high.append(high)
 
     def _pick_one(self) -> None:
-        for step, first in zip(self.problem.steps, self.first, strict=True):
-            self._row([(first + k, 1.0) for k in range(len(step.options))], 1.0, 1.0)
+        for group, first in zip(self.groups, self.first, strict=True):
+            self._row([(first + k, 1.0) for k in range(len(group.ways))], 1.0, 1.0)
 
     def _uses(self) -> None:
-        wanted: dict[tuple[int, int] | int, dict[Type, list[list[int]]]] = {}
-        for index, step in enumerate(self.problem.steps):
-            for place, operand in enumerate(step.operands):
+        wanted: dict[Source, dict[Type, list[list[int]]]] = {}
+        for group, first in zip(self.groups, self.first, strict=True):
+            for place, operand in enumerate(group.operands):
                 by_type: dict[Type, list[int]] = {}
-                for k, option in enumerate(step.options):
-                    by_type.setdefault(option.uses[place], []).append(self.first[index] + k)
+                for k, way in enumerate(group.ways):
+                    by_type.setdefault(way.uses[place], []).append(first + k)
                 for type_, columns in by_type.items():
                     wanted.setdefault(operand, {}).setdefault(type_, []).append(columns)
         for producer, result, type_ in self.problem.wanted:
@@ -90,18 +107,17 @@ class _Model:
         for source, by in wanted.items():
             self._source(source, by)
 
-    def _source(self, source: tuple[int, int] | int, wanted: dict[Type, list[list[int]]]) -> None:
-        made, info = self._made(source)
-        parameter = not isinstance(source, int) and not self.problem.steps[source[0]].operands
+    def _source(self, source: Source, wanted: dict[Type, list[list[int]]]) -> None:
+        made, info, parameter = self._made(source)
         for type_, users in wanted.items():
             terms = [(column, -1.0) for column in made.get(type_, [])]
             constant = 1.0 if type_ in made and not made[type_] else 0.0
             for before, columns in made.items():
-                if before == type_ or not possible(before, type_, info):
+                extra = None if before == type_ else self._convert(before, type_, info, parameter)
+                if extra is None:
                     continue
                 convert = len(self.costs)
-                seconds = cost(before, type_, info, self.problem.size, self.price, parameter=parameter)
-                self.costs.append(seconds / self.unit + 1e-5 + (_GATHERED if parameter and isinstance(before, Shard) else 0.0))
+                self.costs.append(extra)
                 if columns:
                     self._row([(convert, 1.0), *((c, -1.0) for c in columns)], -np.inf, 0.0)
                 terms.append((convert, -1.0))
@@ -109,18 +125,18 @@ class _Model:
                 needed = [(c, 1.0) for c in user]
                 self._row([*needed, *terms], -np.inf, constant if user else constant - 1.0)
 
-    def _made(self, source: tuple[int, int] | int) -> tuple[dict[Type, list[int]], Info]:
-        """Types a value can be made in -> the variables that make it so; an empty list means it just is so."""
+    def _made(self, source: Source) -> tuple[dict[Type, list[int]], Info, bool]:
+        """Types a value can be made in -> the variables that make it so (an empty list: it just is so); and whether it is a parameter."""
         if isinstance(source, int):
             info, type_ = self.problem.given[source]
-            return {type_: []}, info
-        index, result = source
-        step, made = self.problem.steps[index], dict[Type, list[int]]()
-        for k, option in enumerate(step.options):
-            made.setdefault(option.outs[result], []).append(self.first[index] + k)
-        out = step.outs[result]
+            return {type_: []}, info, False
+        at = self.place[source[0]]
+        group, made = self.groups[at], dict[Type, list[int]]()
+        for k, way in enumerate(group.ways):
+            made.setdefault(way.outs[source[1]], []).append(self.first[at] + k)
+        out = group.outs[source[1]]
         assert out is not None
-        return made, out
+        return made, out, group.is_parameter
 
     def solve(self, time_limit: float) -> tuple[int, ...]:
         count = len(self.costs)
@@ -135,9 +151,12 @@ class _Model:
         )
         if found.x is None:
             raise PlanError(f"no consistent typing of {len(self.problem.steps)} operators: {found.message}")
-        return tuple(
-            int(np.argmax(found.x[first : first + len(step.options)])) for first, step in zip(self.first, self.problem.steps, strict=True)
-        )
+        picked = [0] * len(self.problem.steps)
+        for first, group in zip(self.first, self.groups, strict=True):
+            way = group.ways[int(np.argmax(found.x[first : first + len(group.ways)]))]
+            for member, pick in zip(group.members, way.picks, strict=True):
+                picked[member] = pick
+        return tuple(picked)
 
 
 def unit_of(steps: Sequence[Step], size: int, price: Price) -> float:
@@ -147,7 +166,12 @@ def unit_of(steps: Sequence[Step], size: int, price: Price) -> float:
 
 
 def possible(before: Type, after: Type, info: Info) -> bool:
-    """Whether a conversion makes sense for this value: pending sums only of numbers, replicate only of what has a gradient."""
+    """Whether a conversion makes sense for this value: pending sums only of numbers, replicate only of what has a gradient.
+
+    Rows sorted by expert are never put together or taken apart.
+    """
+    if any(isinstance(t, Ragged) or (info.rows and isinstance(t, Shard) and t.dim == 0) for t in (before, after)):
+        return False
     if isinstance(after, Partial) and info.dtype.itemsize == 1 and not info.dtype.is_floating_point:
         return False
     return info.requires_grad or not isinstance(after, Replicate)

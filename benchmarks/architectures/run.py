@@ -1,0 +1,182 @@
+"""Every architecture of transformers through `mp.verify`: `python benchmarks/architectures/run.py --tasks causal`.
+
+For each a tiny model with random weights is trained one step on one device and over dp=2 x tp=2 (simulated ranks), in float64, and loss,
+every gradient, the gradient norm and the parameters after one AdamW step are compared. One process each, with a time limit; results are
+appended to a file of JSON lines, and summed up by `--table`.
+
+    built      transformers makes no such model of these sizes (not our concern)
+    eager      the model itself does not run on this batch (not our concern either)
+    refused    an error that meshpar raises and explains
+    crash      any other error
+    wrong      numbers that differ
+    ok         all within 1e-9
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import meshpar.runtime.program as program  # noqa: E402
+from benchmarks.architectures import small  # noqa: E402
+from meshpar.comparable import comparable, only  # noqa: E402
+from meshpar.errors import MeshparError  # noqa: E402
+from meshpar.verify import verify  # noqa: E402
+
+
+def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
+    """Run one architecture in this process."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    seconds: dict[str, float] = {}
+    _timed(program, "capture", seconds)
+    _timed(program, "decide", seconds)
+    plans: list[Any] = []
+    _kept(program, "decide", plans)
+    start = time.perf_counter()
+    try:
+        model, batch = small.made(task, kind)
+    except Exception as error:
+        return {"status": "built", "why": _said(error)}
+    try:
+        with only(torch.float64):
+            copy = comparable(model, dtype=torch.float64, perturb=0.02, seed=0)
+            output = copy(**{k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
+            assert output["loss"] is not None, "no loss"
+            output["loss"].backward()
+    except Exception as error:
+        return {"status": "eager", "why": _said(error)}
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    if mesh is None:
+        return found | {"status": "ok"}
+    try:
+        report = verify(model, mesh, batch)
+        found |= {"status": "ok" if report.ok else "wrong", "worst": {d.quantity: [d.largest, *d.worst[:2]] for d in report.differences}}
+        found["notes"] = list(report.notes)
+    except MeshparError as error:
+        found |= {"status": "refused", "why": _said(error)}
+    except Exception as error:
+        found |= {"status": "crash", "why": _said(error), "trace": traceback.format_exc()[-3000:]}
+    if plans:
+        found |= {"whole": _whole(plans[0]), "no_rule": list(plans[0].notes)}
+    return found | {"seconds": time.perf_counter() - start, **{f"{k}_s": v for k, v in seconds.items()}}
+
+
+def _whole(plan: Any) -> float:
+    """The share of the parameters that stays whole over tp."""
+    from math import prod
+
+    sizes = [(prod(p.shape), "S" in str(p.placements.get("tp", "I"))) for p in plan.parameters.values()]
+    return sum(n for n, cut in sizes if not cut) / max(1, sum(n for n, _ in sizes))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:1500]
+
+
+def _timed(module: Any, name: str, seconds: dict[str, float]) -> None:
+    inner: Callable[..., Any] = getattr(module, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    setattr(module, name, timed)
+
+
+def _kept(module: Any, name: str, kept: list[Any]) -> None:
+    inner: Callable[..., Any] = getattr(module, name)
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        kept.append(inner(*args, **kwargs))
+        return kept[-1]
+
+    setattr(module, name, keeping)
+
+
+def forked(task: str, kind: str, mesh: str | None, limit: float) -> dict[str, Any]:
+    """`case` in a child process, which has `limit` seconds."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            result = case(task, kind, mesh)
+        except BaseException as error:
+            result = {"status": "crash", "why": repr(error)[:1000], "trace": traceback.format_exc()[-3000:]}
+        with os.fdopen(write, "w") as out:
+            out.write(json.dumps(result, default=str))
+        os._exit(0)
+    os.close(write)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.alarm(int(limit))
+    with os.fdopen(read) as come:
+        text = come.read()
+    signal.alarm(0)
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {"status": "timeout", "why": f"killed (after {limit} s, or for memory)"}
+
+
+def table(path: Path) -> str:
+    """The last result of every architecture, summed up."""
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        last[row["task"], row["kind"]] = row
+    statuses = ("ok", "wrong", "crash", "refused", "timeout", "eager", "built")
+    lines = ["| task | all | " + " | ".join(statuses) + " |", "|" + "---|" * (len(statuses) + 2)]
+    for task in small.TASKS:
+        count = Counter(r["status"] for (t, _), r in last.items() if t == task)
+        if count:
+            lines.append(f"| {task} | {sum(count.values())} | " + " | ".join(str(count[s]) for s in statuses) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(small.TASKS), choices=small.TASKS)
+    parser.add_argument("--kinds", nargs="+", help="only these")
+    parser.add_argument("--mesh", default="dp=2,tp=2")
+    parser.add_argument("--eager", action="store_true", help="only build the models, and run them on one device")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one")
+    parser.add_argument("--out", type=Path, default=Path("architectures.jsonl"))
+    parser.add_argument("--resume", action="store_true", help="leave out what the file has already")
+    parser.add_argument("--table", action="store_true", help="only sum up what is in the file")
+    options = parser.parse_args()
+    if not options.table:
+        transformers.logging.set_verbosity_error()
+        done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.resume and options.out.exists() else []
+        skip = {(row["task"], row["kind"]) for row in done}
+        for task in options.tasks:
+            for kind in small.kinds(task):
+                if (options.kinds and kind not in options.kinds) or (task, kind) in skip:
+                    continue
+                mesh = None if options.eager else options.mesh
+                result = {"task": task, "kind": kind, "mesh": mesh, **forked(task, kind, mesh, options.limit)}
+                with options.out.open("a") as out:
+                    out.write(json.dumps(result) + "\n")
+                print(f"{task} {kind}: {result['status']} {result.get('seconds', 0):.1f} s {result.get('why', '')[:150]}", flush=True)
+    print(table(options.out))
+
+
+if __name__ == "__main__":
+    main()

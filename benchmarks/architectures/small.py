@@ -1,0 +1,269 @@
+"""A tiny random model of every architecture of transformers, with a batch that has a loss: `made(task, kind)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY = 131
+SAMPLES, LENGTH = 4, 12
+TASKS = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked": "AutoModelForMaskedLM",
+    "image": "AutoModelForImageClassification",
+    "segmentation": "AutoModelForSemanticSegmentation",
+    "ctc": "AutoModelForCTC",
+    "audio": "AutoModelForAudioClassification",
+    "speech": "AutoModelForSpeechSeq2Seq",
+    "multimodal": "AutoModelForImageTextToText",
+}
+
+_SMALL: dict[str, Any] = {
+    # width
+    **dict.fromkeys("hidden_size d_model n_embd dim embed_dim word_embed_proj_dim width encoder_hidden_dim hidden_dim".split(), 64),
+    **dict.fromkeys("embedding_size text_embed_dim rnn_hidden_size d_embed lru_width out_hidden_size conv_dim_size".split(), 64),
+    **dict.fromkeys("projection_dim".split(), 32),
+    **dict.fromkeys("intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim d_inner n_inner ffn_hidden_size".split(), 96),
+    **dict.fromkeys("shared_expert_intermediate_size shared_intermediate_size dense_intermediate_size mlp_hidden_size".split(), 96),
+    **dict.fromkeys(
+        "moe_intermediate_size expert_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size".split(), 32
+    ),
+    # depth
+    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers depth".split(), 2),
+    **dict.fromkeys("num_encoder_layers n_head_layers num_encoder_blocks_ n_encoder_layers".split(), 2),
+    # heads
+    **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads".split(), 4),
+    **dict.fromkeys("num_key_value_heads num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads".split(), 2),
+    **dict.fromkeys("head_dim attention_head_size d_kv v_head_dim_ kv_channels d_head".split(), 16),
+    "rotary_dim": 8,
+    # experts and latent attention
+    **dict.fromkeys("num_local_experts num_experts n_routed_experts moe_num_experts".split(), 4),
+    **dict.fromkeys("num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts".split(), 2),
+    **{"n_group": 2, "topk_group": 1, "num_expert_group": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    # state space
+    **{"state_size": 8, "mamba_d_state": 8, "ssm_state_size": 8, "mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 16},
+    **{"mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_dt_rank": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    # vocabulary and positions
+    **dict.fromkeys("vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size vocab_size_per_layer_input".split(), VOCABULARY),
+    **{"max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64, "sliding_window": 8},
+    **{"max_source_positions": 16, "max_target_positions": 32},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "use_cache": False},
+    # images and sound
+    **{"image_size": 32, "patch_size": 8, "num_channels": 3, "num_mel_bins": 16},
+}
+_VISION_LISTS = {"hidden_sizes": [16, 32, 48, 64], "embed_dims": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
+
+_ABSENT = set("pad_token_id bos_token_id eos_token_id head_dim num_key_value_heads num_experts_per_tok n_routed_experts".split())
+"""Settings that are None by default and yet must have a value."""
+
+_FIX: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"topk_method": "greedy"},
+    "longcat_flash": {"num_layers": 2, "zero_expert_num": 2, "head_dim": 8, "qk_rope_head_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "layer_types": ["hybrid", "hybrid"]},
+    "reformer": {"axial_pos_shape": (4, 3), "axial_pos_embds_dim": (16, 48), "attn_layers": ["local", "lsh"], "num_buckets": 2},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "linear_attention", "hybrid"],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "hidden_size_per_layer_input": 16,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 3},
+    "esmc": {"num_key_value_heads": 4},
+    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
+}
+
+
+def shrunk(config_class: type, kind: str = "", **more: Any) -> Any:
+    """A small configuration of a class: the settings it has, and those of the configurations it holds."""
+    return config_class(**_settings(config_class, kind) | more)
+
+
+def _settings(config_class: type, kind: str) -> dict[str, Any]:
+    default = config_class()
+    fix = _FIX.get(getattr(default, "model_type", kind), {})
+    found: dict[str, Any] = {}
+    for name, value in {**vars(default)}.items():
+        if hasattr(value, "to_dict") and hasattr(type(value), "model_type"):
+            found[name] = _settings(type(value), "") | fix.get(name, {})
+    aliases = getattr(config_class, "attribute_map", {})
+    for name, value in _SMALL.items():
+        own = aliases.get(name, name)
+        before = getattr(default, own, None)
+        if own not in vars(default) or own in found or (before is None and name not in _ABSENT):
+            continue
+        if not isinstance(before, (list, tuple, dict)):
+            found[own] = value
+    for name, value in _VISION_LISTS.items():
+        before = getattr(default, name, None)
+        if isinstance(before, (list, tuple)) and before and all(isinstance(n, int) for n in before):
+            found[name] = value[: len(before)] if len(before) <= 4 else [*value, *[value[-1]] * (len(before) - 4)]
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        before = vars(default).get(name)
+        if isinstance(before, (list, tuple)) and before:
+            found[name] = _few(before, 2 if len(set(before)) <= 2 else len(set(before)))
+            for depth in ("num_hidden_layers", "n_layer", "num_layers"):
+                if aliases.get(depth, depth) in found:
+                    found[aliases.get(depth, depth)] = max(found[aliases.get(depth, depth)], len(found[name]))
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        if name in found and "num_hidden_layers" in found:
+            found[name] = (list(found[name]) * 4)[: found["num_hidden_layers"]]
+    if "kv_lora_rank" in found:
+        found["num_key_value_heads"] = 4
+        found.pop("head_dim", None)
+    return found | fix
+
+
+def _few(kinds: Any, count: int) -> list[str]:
+    """One layer of every kind, then more of the first."""
+    found = list(dict.fromkeys(kinds))
+    return (found + [found[0]] * count)[:count]
+
+
+def _quiet(config: Any) -> Any:
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(config, name, 0.0)
+        elif hasattr(value, "to_dict") and hasattr(type(value), "model_type"):
+            _quiet(value)
+    for name, value in (("apply_spec_augment", False), ("output_router_logits", True)):
+        if hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
+def kinds(task: str) -> list[str]:
+    """The model types transformers has for a task."""
+    from transformers.models.auto import modeling_auto
+
+    return list(getattr(modeling_auto, TASKS[task])._model_mapping._model_mapping)
+
+
+def made(task: str, kind: str, **changes: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model and a batch of four samples with uneven labels."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    torch.manual_seed(0)
+    config = _quiet(shrunk(CONFIG_MAPPING[kind], kind, **changes))
+    if task == "causal" and hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    if task in ("seq2seq", "speech") and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+    auto = getattr(transformers, TASKS[task])
+    try:
+        model = auto.from_config(config, experts_implementation="eager")
+    except (TypeError, ValueError):
+        model = auto.from_config(config)
+    torch.manual_seed(1)
+    return model, _BATCHES[task](model.config, model)
+
+
+def _ids(length: int = LENGTH, low: int = 3, high: int = VOCABULARY) -> Tensor:
+    return torch.randint(low, high, (SAMPLES, length))
+
+
+def _labels(ids: Tensor) -> Tensor:
+    labels = ids.clone()
+    labels[0, : ids.shape[1] // 2] = -100
+    labels[1, 3] = -100
+    return labels
+
+
+def _text(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    ids = _ids()
+    return {"input_ids": ids, "labels": _labels(ids)}
+
+
+def _translation(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    if not config.is_encoder_decoder:
+        return _text(config, model)
+    return {"input_ids": _ids(), "attention_mask": _lengths(), "labels": _labels(_ids(8))}
+
+
+def _lengths() -> Tensor:
+    mask = torch.ones(SAMPLES, LENGTH, dtype=torch.long)
+    mask[0, 9:] = 0
+    return mask
+
+
+def _masked(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    ids = _ids()
+    return {"input_ids": ids, "attention_mask": _lengths(), "labels": _labels(ids)}
+
+
+def _pixels(config: Any) -> Tensor:
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None) or 32
+    size = size if isinstance(size, int) else size[0]
+    channels = getattr(config, "num_channels", None) or getattr(getattr(config, "vision_config", None), "num_channels", None) or 3
+    return torch.randn(SAMPLES, channels, size, size)
+
+
+def _image(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    return {model.main_input_name: _pixels(config), "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
+
+
+def _segments(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    pixels = _pixels(config)
+    return {"pixel_values": pixels, "labels": torch.randint(0, config.num_labels, (SAMPLES, *pixels.shape[-2:]))}
+
+
+def _sound(config: Any, model: nn.Module) -> Tensor:
+    if model.main_input_name == "input_values" and "max_length" not in vars(config):
+        return torch.randn(SAMPLES, 1600)
+    bins = next(
+        (getattr(config, n) for n in ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim") if hasattr(config, n)), 16
+    )
+    if getattr(config, "model_type", "") == "whisper":
+        return torch.randn(SAMPLES, bins, 2 * config.max_source_positions)
+    return torch.randn(SAMPLES, getattr(config, "max_length", 32) if model.main_input_name == "input_values" else 32, bins)
+
+
+def _ctc(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    return {model.main_input_name: _sound(config, model), "labels": torch.randint(1, 20, (SAMPLES, 3))}
+
+
+def _audio(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    return {model.main_input_name: _sound(config, model), "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
+
+
+def _speech(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    return {model.main_input_name: _sound(config, model), "labels": _labels(_ids(8))}
+
+
+def _multimodal(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    ids = _ids()
+    return {"input_ids": ids, "labels": _labels(ids)}
+
+
+_BATCHES: dict[str, Callable[[Any, nn.Module], dict[str, Tensor]]] = {
+    "causal": _text,
+    "seq2seq": _translation,
+    "masked": _masked,
+    "image": _image,
+    "segmentation": _segments,
+    "ctc": _ctc,
+    "audio": _audio,
+    "speech": _speech,
+    "multimodal": _multimodal,
+}

@@ -1,0 +1,255 @@
+"""Throughput of the expert all-to-all, three ways: `python benchmarks/expert_all_to_all/run.py --write`.
+
+    meshpar       mp.ops.expert_all_to_all: dispatch, then combine (the experts between them return their rows)
+    bare          the two all_to_all_single calls alone, on the same bytes with the same splits, nothing sorted, counted or added up
+    all-gather    every rank gathers all tokens, takes those of its experts by a mask, adds up, and a reduce-scatter brings sums home
+
+Forward only, float32, top-2 routing, on local gloo ranks of one thread each. In every round each contender moves the
+rows there and back once, in turn, so that whatever else the machine does hits all alike; a round is timed between barriers, and the slowest
+rank counts. Beside it stands the processor time of a rank (all its threads, gloo's included), which waiting and other work on the machine
+do not enter. Balanced routing draws experts at random; in skewed routing three of four tokens choose the experts of the first rank.
+Before any timing meshpar and all-gather must give the result of one device, in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.distributed import _functional_collectives as functional  # noqa: E402
+
+import meshpar as mp  # noqa: E402
+from meshpar import launch  # noqa: E402
+from meshpar.ops import experts  # noqa: E402
+
+MESHPAR, BARE, GATHER = CONTENDERS = ("meshpar", "bare", "all-gather")
+CHOICES = 2
+ROUTINGS = ("balanced", "skewed")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One problem: tokens of each rank, hidden size, experts of each rank."""
+
+    name: str
+    tokens: int
+    hidden: int
+    rounds: int
+    local: int = 2
+
+    @property
+    def megabytes(self) -> float:
+        """What a rank sends each way, its own share included."""
+        return self.tokens * CHOICES * self.hidden * 4 / 2**20
+
+    def __str__(self) -> str:
+        each = f"{self.tokens} tokens and {self.local} expert{'s' * (self.local > 1)} per rank, hidden {self.hidden}"
+        return f"{self.name}: {each}: {self.megabytes:g} MiB of rows per rank and direction"
+
+
+SIZES = (
+    Size("small", 64, 256, 40),
+    Size("medium", 512, 1024, 30),
+    Size("large", 2048, 1024, 20),
+    Size("large, one expert", 2048, 1024, 20, local=1),
+)
+
+
+def routed(size: Size, routing: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's tokens, their experts and weights."""
+    world = dist.get_world_size()
+    torch.manual_seed(dist.get_rank())
+    score = torch.rand(size.tokens, size.local * world)
+    if routing == "skewed":
+        score[: size.tokens * 3 // 4, : size.local] += 1
+    weights, index = score.topk(CHOICES)
+    order = torch.randperm(size.tokens)
+    return torch.randn(size.tokens, size.hidden, dtype=dtype), index[order], weights[order].to(dtype)
+
+
+def by_all_gather(hidden: Tensor, index: Tensor, weights: Tensor, local: int) -> Tensor:
+    """What one writes without an all-to-all."""
+    group = dist.group.WORLD
+    assert group is not None
+    whole, chosen, weight = (functional.all_gather_tensor(x, 0, group) for x in (hidden, index, weights))
+    first = dist.get_rank() * local
+    token, slot = ((chosen >= first) & (chosen < first + local)).nonzero(as_tuple=True)
+    rows = whole.index_select(0, token) * weight[token, slot].unsqueeze(1)
+    return functional.reduce_scatter_tensor(torch.zeros_like(whole).index_add_(0, token, rows), "sum", 0, group)
+
+
+def contenders(hidden: Tensor, index: Tensor, weights: Tensor, local: int) -> dict[str, Callable[[], Tensor]]:
+    group, total = dist.group.WORLD, local * dist.get_world_size()
+    assert group is not None
+    operator = mp.ops.expert_all_to_all
+    sorted_, _, dispatched = operator.dispatch(hidden, index, total)
+    sent, received = dispatched.route.splits[:, :-1].tolist()
+    there = hidden.repeat_interleave(CHOICES, 0)
+
+    def ours() -> Tensor:
+        rows, _, dispatched = operator.dispatch(hidden, index, total)
+        return operator.combine(rows, dispatched, weights)
+
+    def bare() -> Tensor:
+        functional.wait_tensor(functional.all_to_all_single(there, received, sent, group))
+        return functional.wait_tensor(functional.all_to_all_single(sorted_, sent, received, group))
+
+    return {MESHPAR: ours, BARE: bare, GATHER: lambda: functional.wait_tensor(by_all_gather(hidden, index, weights, local))}
+
+
+def check() -> dict[str, float]:
+    """The largest difference from one device in float64."""
+    worst = dict.fromkeys((MESHPAR, GATHER), 0.0)
+    for routing in ROUTINGS:
+        hidden, index, weights = routed(SIZES[0], routing, torch.float64)
+        x, _, perm = experts.dispatch(hidden, index, SIZES[0].local * dist.get_world_size())
+        expected = experts.combine(x, perm, weights)
+        for name in worst:
+            worst[name] = max(worst[name], (contenders(hidden, index, weights, SIZES[0].local)[name]() - expected).abs().max().item())
+    if worst[MESHPAR] > 0 or worst[GATHER] > 1e-12:
+        raise SystemExit(f"results differ from one device's: {worst}")
+    return worst
+
+
+Times = dict[str, list[tuple[float, float]]]
+"""Contender -> wall and processor milliseconds of every round."""
+
+
+def measure(size: Size, routing: str, rounds: int) -> Times:
+    """Wall time of the slowest rank, processor time of the mean rank."""
+    running = contenders(*routed(size, routing, torch.float32), size.local)
+    times: Times = {name: [] for name in running}
+    names = list(running)
+    for turn in range(rounds + 3):
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            dist.barrier()
+            wall, cpu = time.perf_counter(), time.process_time()
+            running[name]()
+            spent = torch.tensor([time.process_time() - cpu, time.perf_counter() - wall], dtype=torch.float64)
+            slowest = spent[1:].clone()
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            dist.all_reduce(spent)
+            if turn >= 3:
+                times[name].append((slowest.item() * 1e3, spent[0].item() / dist.get_world_size() * 1e3))
+    return times
+
+
+def profile(size: Size, routing: str) -> str:
+    """Where meshpar's time goes, by operator."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    ours = contenders(*routed(size, routing, torch.float32), size.local)[MESHPAR]
+    for _ in range(3):
+        ours()
+    with profiler(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(10):
+            dist.barrier()
+            ours()
+    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+
+
+def worker(sizes: list[str], rounds: int | None, profiled: bool) -> dict[tuple[str, str], Times] | str:
+    """What every rank runs."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    results: dict[tuple[str, str], Times] = {}
+    with torch.no_grad():
+        if profiled:
+            return profile(next(s for s in SIZES if s.name == sizes[0]), ROUTINGS[0])
+        worst = check()
+        if dist.get_rank() == 0:
+            print("  differences from one device:", {n: f"{w:.1e}" for n, w in worst.items()}, flush=True)
+        for size in SIZES:
+            for routing in ROUTINGS if size.name in sizes else ():
+                results[size.name, routing] = times = measure(size, routing, rounds or size.rounds)
+                if dist.get_rank() == 0:
+                    print("  " + row(dist.get_world_size(), size, routing, times), flush=True)
+    return results
+
+
+def row(world: int, size: Size, routing: str, times: Times) -> str:
+    """One line of the table."""
+    cells = [str(world), size.name, routing]
+    for kind in (0, 1):
+        least = {name: min(t[kind] for t in found) for name, found in times.items()}
+        middle = {name: statistics.median(t[kind] for t in found) for name, found in times.items()}
+        if kind == 0:
+            cells += [f"{2 * size.megabytes / 1024 / least[MESHPAR] * 1e3:.2f}"]
+        cells += [f"{least[name]:.1f} / {middle[name]:.1f}" for name in CONTENDERS]
+        cells += [f"{least[other] / least[MESHPAR]:.2f} / {middle[other] / middle[MESHPAR]:.2f}" for other in (BARE, GATHER)]
+    return "| " + " | ".join(cells) + " |"
+
+
+_COLUMNS = (*CONTENDERS, "of bare", "of all-gather")
+HEAD = ("ranks", "size", "routing", "GiB/s", *_COLUMNS, *(f"cpu: {name}" for name in _COLUMNS))
+
+
+def report(rows: list[str], command: str, rounds: int | None) -> str:
+    """The README's text."""
+    lines = ["# Expert all-to-all: throughput", "", (__doc__ or "").partition("\n\n")[2].rstrip(), ""]
+    lines += [f"- {size}, {rounds or size.rounds} rounds" for size in SIZES]
+    lines += [
+        "",
+        "Milliseconds there and back, minimum / median, wall time first, then processor time. GiB/s: a rank's rows in both directions over "
+        "meshpar's least wall time. Of bare, of all-gather: meshpar's throughput over theirs, by minima / by medians; 1 is as fast as the "
+        "other, more is faster.",
+        "",
+    ]
+    lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), *rows, ""]
+    lines += [f"{machine()}. {date.today().isoformat()}.", "", "Command:", "", f"    {command}", ""]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What this ran on."""
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores (all ranks share them), load at the end {load}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, gloo"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--sizes", nargs="+", default=[size.name for size in SIZES])
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--profile", action="store_true", help="print where meshpar spends its time instead (rank 0, first size)")
+    parser.add_argument("--write", action="store_true", help="write the table to README.md beside this file")
+    options = parser.parse_args()
+    rows = []
+    for world in options.worlds:
+        print(f"{world} ranks", flush=True)
+        found = launch.run(worker, options.sizes, options.rounds, options.profile, world=world)[0]
+        if options.profile:
+            print(found)
+            continue
+        chosen = [size for size in SIZES if size.name in options.sizes]
+        rows += [row(world, size, routing, found[size.name, routing]) for size in chosen for routing in ROUTINGS]
+    if rows:
+        text = report(rows, "python benchmarks/expert_all_to_all/run.py " + " ".join(sys.argv[1:]), options.rounds)
+        print(text)
+        if options.write:
+            (HERE / "README.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The modules of this rank: parameters at their original places, cut as the plan says, filled with this rank's part of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .._torch import alone as alone_in
+from ..config import ParallelConfig
+from ..errors import ConfigError
+from ..mesh import axis
+from ..plan import ParameterPlan, Plan
+from ..sharding.types import Shard
+from ..simulate import is_simulated
+from . import place
+from .blocks import Block, Tree
+from .data_parallel import DataParallel
+from .data_parallel import apply as apply_data_parallel
+from .engine import Engine, Whole, teach
+from .init import materialise
+from .parameters import ParameterSpec, mark_all
+from .pipeline import Pipelined
+from .program import Program, left_alone
+from .schedules import Schedule
+from .ties import Ties
+from .weights import Lazy
+
+
+def build(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    program: Program,
+    schedule: Schedule | None,
+    *,
+    weights: str | PathLike[str] | None = None,
+) -> Engine:
+    """The engine that runs `program` on this rank, with the values of `model`, or those in `weights`.
+
+    Raises ConfigError for a pipeline on simulated ranks: they all run one program.
+    """
+    own = _own_stages(mesh, schedule)
+    spmd = without_pipeline(mesh)
+    specs = {name: _spec(name, plan, config, own) for name, plan in program.plan.parameters.items() if set(plan.stages) & set(own)}
+    if is_simulated():
+        tree = _simulated(model, mesh, config, program, specs, weights)
+        return Whole(tree, DataParallel(Block(), config.data_parallel, ()), program)
+    parameters = {name: place.empty(spec, spmd) for name, spec in specs.items()}
+    alone = left_alone(program.plan, mesh, config)
+    keeps = schedule is not None and schedule.defers(config.microbatches)
+    trees = _trees(model, config, program, own, parameters, {n: b.detach().clone().to(mesh.device_type) for n, b in model.named_buffers()})
+    data = {i: apply_data_parallel(tree, spmd, config, keeps=keeps, alone=alone) for i, tree in trees.items()}
+    for tree in trees.values():
+        place.allocate(tree, mesh.device_type)
+        mark_all(tree, specs)
+        parameters.update(tree.named_parameters())
+    buffers = materialise(
+        model, list(parameters), lambda n, value: place.fill(parameters[n], value), weights=weights, dtype=config.precision.param_dtype
+    )
+    with torch.no_grad():
+        for tree in trees.values():
+            for name, buffer in tree.named_buffers():
+                buffer.copy_(buffers[name])
+    if schedule is None:
+        return Whole(trees[0], data[0], program)
+    ties = _ties(program.plan, mesh, parameters)
+    return Pipelined(trees, program, data, ties, schedule, axis(mesh, "pp"), torch.device(mesh.device_type))
+
+
+def without_pipeline(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh of the ranks that run the same stages: what parameters lie on."""
+    names = tuple(n for n in mesh.mesh_dim_names or () if n != "pp")
+    if len(names) == mesh.ndim:
+        return mesh
+    return mesh[names] if names else alone_in(mesh, "pp", "tp")
+
+
+def _own_stages(mesh: DeviceMesh, schedule: Schedule | None) -> tuple[int, ...]:
+    if schedule is None:
+        return (0,)
+    if is_simulated():
+        raise ConfigError(
+            f"simulated ranks all run one program, the {schedule.stages} stages of a pipeline run different ones: use processes (torchrun, "
+            f"or mp.verify, which starts them), or leave pp out of the mesh."
+        )
+    return schedule.order(1, backward=False).stages_of(axis(mesh, "pp").rank)
+
+
+def _trees(
+    model: nn.Module,
+    config: ParallelConfig,
+    program: Program,
+    own: Sequence[int],
+    parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, torch.Tensor],
+) -> dict[int, Tree]:
+    """One tree per stage of this rank, with the parameters of its stage. Buffers that change are where they are used, others everywhere."""
+    plans, trees = program.plan.parameters, dict[int, Tree]()
+    for stage in own:
+        held = {name: p for name, p in parameters.items() if stage in plans[name].stages}
+        changed = program.all_stages[stage].mutations if program.all_stages else program.captured.mutations
+        kept = {name: b for name, b in buffers.items() if name not in program.captured.mutations or name in changed}
+        trees[stage] = Tree(held, kept, aliases=_aliases(model), non_persistent=_non_persistent(model), recompute=config.recompute)
+    teach(trees, program)
+    return trees
+
+
+def _simulated(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    program: Program,
+    specs: Mapping[str, ParameterSpec],
+    weights: str | PathLike[str] | None,
+) -> Tree:
+    """The tree of all simulated ranks, which live in this process: whole values are here, and every rank's part is cut from them."""
+    parameters: dict[str, nn.Parameter] = {}
+
+    def put(name: str, value: torch.Tensor | Lazy) -> None:
+        parameters[name] = place.whole(value, specs[name], mesh)
+
+    buffers = materialise(model, list(specs), put, weights=weights, dtype=config.precision.param_dtype)
+    (tree,) = _trees(model, config, program, (0,), parameters, {n: b.detach().clone() for n, b in buffers.items()}).values()
+    tree.set_compute_dtype(config.precision.compute_dtype)
+    return tree
+
+
+def _spec(name: str, plan: ParameterPlan, config: ParallelConfig, own: Sequence[int]) -> ParameterSpec:
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    if config.precision.param_dtype is not None and dtype.is_floating_point:
+        dtype = config.precision.param_dtype
+    placements = {axis: type_ for axis, type_ in plan.placements.items() if isinstance(type_, Shard) and axis in ("ep", "tp")}
+    return ParameterSpec(name, plan.shape, dtype, plan.trainable, placements, plan.stages[0] not in own)
+
+
+def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter]) -> Ties:
+    holders = {}
+    for name in parameters:
+        ranks = tuple(dict.fromkeys(plan.stages[s].rank for s in plan.parameters[name].stages))
+        if len(ranks) > 1 and plan.parameters[name].trainable:
+            holders[name] = ranks
+    return Ties(axis(mesh, "pp"), holders, {name: parameters[name] for name in holders})
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if id(tensor) in first:
+            found[name] = first[id(tensor)]
+        first.setdefault(id(tensor), name)
+    return found
+
+
+def _non_persistent(model: nn.Module) -> tuple[str, ...]:
+    found = []
+    for path, module in model.named_modules():
+        found += [f"{path}.{name}" if path else name for name in module._non_persistent_buffers_set]
+    return tuple(found)

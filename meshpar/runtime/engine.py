@@ -1,0 +1,99 @@
+"""What runs programs over the parameters of this rank: the whole model at once, or, in `pipeline`, its stages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .blocks import Tree
+from .data_parallel import DataParallel
+from .program import Program
+
+Inputs = Mapping[str, Any]
+"""What a graph is run on, by the names of its placeholders: the tensors of a microbatch, denominators, the random key."""
+
+
+class Engine(ABC):
+    """Runs programs. `trees` hold the parameters of this rank, one for each of its stages; they know the `first` program."""
+
+    def __init__(self, trees: Mapping[int, Tree], first: Program) -> None:
+        self.trees = trees
+        self._counting = Tree({}, {name: buffer for tree in trees.values() for name, buffer in tree.named_buffers()})
+        self._learn_to_count(first)
+
+    def add(self, program: Program) -> None:
+        """Learn a program."""
+        teach(self.trees, program)
+        self._learn_to_count(program)
+
+    def _learn_to_count(self, program: Program) -> None:
+        """The program that counts denominators needs no parameters: it has a tree of its own, so that no rank gathers any for it."""
+        if program.counts is not None:
+            captured = program.counts.captured
+            self._counting.add_program(program.counts.key, program.counts.graph, constants=captured.constants)
+
+    def count(self, program: Program, parts: Sequence[Inputs]) -> list[torch.Tensor]:
+        """The denominators of a step: sums over its microbatches, and over all data ranks."""
+        if program.counts is None:
+            return []
+        with torch.no_grad():
+            counted = [self._counting.run(program.counts.key, *arguments(program.counts, part)) for part in parts]
+        return [sum(c[i] for c in counted) for i in range(len(counted[0]))]  # type: ignore[misc]
+
+    @abstractmethod
+    def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """All outputs of a program for one batch."""
+
+    @abstractmethod
+    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool) -> torch.Tensor:
+        """The sum of the losses of all microbatches, the same on every rank; with `backward`, gradients are complete at the end."""
+
+
+def teach(trees: Mapping[int, Tree], program: Program) -> None:
+    """Add a program, or its share of every stage, to the trees."""
+    captured = program.captured
+    if not program.all_stages:
+        trees[0].add_program(program.key, program.graph, constants=captured.constants, mutations=captured.mutations)
+    for key, stages in ((program.key, program.stages), (every_output(program), program.all_stages)):
+        for stage in stages:
+            if stage.index in trees:
+                trees[stage.index].add_program(key, stage.graph, constants=captured.constants, mutations=stage.mutations)
+
+
+def every_output(program: Program) -> str:
+    """The name under which the stages of a pipeline run a program for all its outputs."""
+    return f"{program.key}_all"
+
+
+def arguments(program: Program, inputs: Inputs) -> list[Any]:
+    """The values of a graph's placeholders, in their order."""
+    return [inputs[name] for name in program.inputs]
+
+
+class Whole(Engine):
+    """Every rank runs the whole model: microbatches one after the other."""
+
+    def __init__(self, tree: Tree, data: DataParallel, first: Program) -> None:
+        super().__init__({0: tree}, first)
+        self._tree, self._data = tree, data
+
+    def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """All outputs of a program for one batch."""
+        self._data.microbatch(0, 1)
+        return self._tree.run(program.key, *arguments(program, inputs))
+
+    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool) -> torch.Tensor:
+        """The sum of the losses of all microbatches."""
+        assert program.captured.loss is not None
+        total: torch.Tensor | None = None
+        for index, part in enumerate(parts):
+            self._data.microbatch(index, len(parts))
+            loss = self._tree.run(program.key, *arguments(program, part))[program.captured.loss]
+            if backward:
+                loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
