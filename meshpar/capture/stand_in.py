@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any, TypeVar
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -84,8 +84,11 @@ _ELEMENTS = 1 << 14
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory only where they are written to (torch writes its zeros, numpy asks for fresh pages)."""
-    return torch.from_numpy(numpy.zeros(prod(shape) * dtype.itemsize, dtype=numpy.uint8)).view(dtype).view(shape)
+    """Zeros that take memory only around what is written to them, in the smallest pages there are."""
+    pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _repeating(shape: tuple[int, ...], generator: torch.Generator, scale: float, dtype: torch.dtype) -> Tensor:
