@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .sharding.types import Invariant, Partial, Ragged, Replicate, Shard, Type
+from .sharding.types import Invariant, Owned, Partial, Ragged, Replicate, Shard, Type
 
 VERSION = 2
 
@@ -192,6 +192,8 @@ _SINGLE: dict[str, Type] = {"I": Invariant(), "R": Replicate(), "P": Partial(), 
 def _type(type_: Type | None) -> Any:
     if isinstance(type_, Shard):
         return [type_.dim, type_.repeat, [list(s) for s in type_.segments]]
+    if isinstance(type_, Owned):
+        return [type_.rank]
     return None if type_ is None else _LETTERS[type(type_)]
 
 
@@ -202,6 +204,8 @@ def _types(types: Sequence[Type | None]) -> list[Any]:
 def _untype(value: Any) -> Type:
     if isinstance(value, str):
         return _SINGLE[value]
+    if len(value) == 1:
+        return Owned(*value)
     dim, repeat, segments = value
     return Shard(dim, repeat, tuple((u, s) for u, s in segments))
 
