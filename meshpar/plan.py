@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,11 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """A short fingerprint, the same on every rank that made or was sent the same plan."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        """A short fingerprint of the decisions, the same on every rank that made or was sent the same plan.
+
+        What follows from them is left out: the ledger names what a rank runs, which may be parameters that it alone owns.
+        """
+        return hashlib.sha256(replace(self, ledger=()).to_json().encode()).hexdigest()[:16]
 
     def __hash__(self) -> int:
         return int(self.hash, 16)
