@@ -179,7 +179,7 @@ def _images() -> dict[str, Tensor]:
     return {"x": torch.randn(8, 3, 16, 16), "labels": labels}
 
 
-_MADE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {
+MADE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {
     "unet": (UNet, _images),
     "chain": (Chain, _vectors),
     "chain5": (lambda: Chain(5), _vectors),
@@ -199,5 +199,5 @@ _MADE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] =
 def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A model by name, and a global batch for it."""
     torch.manual_seed(3)
-    model, batch = _MADE[name]
+    model, batch = MADE[name]
     return model(), batch()
