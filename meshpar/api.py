@@ -85,9 +85,11 @@ def _parallelize(
 
 
 def _check_supported(mesh: DeviceMesh) -> None:
-    missing = [name for name, size in mesh_sizes(mesh).items() if name in ("cp", "ep") and size > 1]
+    missing = [name for name, size in mesh_sizes(mesh).items() if name == "cp" and size > 1]
     if missing:
-        raise ConfigError(f"parallelize does not support the axes {', '.join(missing)} yet; use pp, dp (or dp_replicate, dp_shard) and tp.")
+        raise ConfigError(
+            f"parallelize does not support the axes {', '.join(missing)} yet; use pp, dp (or dp_replicate, dp_shard), ep and tp."
+        )
 
 
 def _example(model: nn.Module, example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .sharding.types import Invariant, Partial, Replicate, Shard, Type
+from .sharding.types import Invariant, Partial, Ragged, Replicate, Shard, Type
 
 VERSION = 2
 
@@ -185,8 +185,8 @@ class Plan:
         return cls.from_json(Path(path).read_text())
 
 
-_LETTERS: dict[type, str] = {Invariant: "I", Replicate: "R", Partial: "P"}
-_SINGLE: dict[str, Type] = {"I": Invariant(), "R": Replicate(), "P": Partial()}
+_LETTERS: dict[type, str] = {Invariant: "I", Replicate: "R", Partial: "P", Ragged: "E"}
+_SINGLE: dict[str, Type] = {"I": Invariant(), "R": Replicate(), "P": Partial(), "E": Ragged()}
 
 
 def _type(type_: Type | None) -> Any:

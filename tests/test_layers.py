@@ -18,8 +18,8 @@ LAYERS = (
     ("passes",),
     ("runtime",),
     ("checkpoint",),
-    ("api",),
-    ("comparable", "launch", "verify", "demo", "causal_lm", "explain", "pipeline", "plot", "dry_run", "cli", ""),
+    ("api", "pipeline"),
+    ("comparable", "launch", "verify", "demo", "causal_lm", "explain", "plot", "dry_run", "cli", ""),
 )
 """Modules and folders, lowest first; the longest name that fits a module decides. "" is the package itself."""
 FILES = sorted(PACKAGE.rglob("*.py"))

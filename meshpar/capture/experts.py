@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from meshpar._torch import lists_of_numbers
-from meshpar.capture import expert_lists, expert_stacks
+from meshpar.capture import expert_body, expert_lists, expert_stacks
 from meshpar.capture.expert_body import NotLifted
-from meshpar.errors import ConfigError
+from meshpar.errors import CaptureError, ConfigError
 from meshpar.ops.experts import combine, dispatch, grouped_mm, row_expert
 
 _NAME = "meshpar"
@@ -55,6 +55,15 @@ class Seam:
     """Module -> how: "registered", "transformers", "stack" or "list"."""
     unrecognised: dict[str, str] = field(default_factory=dict)
     """Modules that look like experts and run as written -> why."""
+
+    @contextmanager
+    def advising(self) -> Iterator[None]:
+        """Inside, a CaptureError ends with the advice."""
+        try:
+            yield
+        except CaptureError as error:
+            advice = self.advice()
+            raise (CaptureError(f"{error}\n{advice}") if advice else error) from error
 
     def advice(self) -> str:
         """What to tell about the modules that were not recognised; an empty string without any."""
@@ -127,13 +136,13 @@ def _chosen(
 
         def by_stack(*args: Any, **kwargs: Any) -> Any:
             call = expert_stacks.read(module, experts, args, kwargs)
-            body = None if call is None else stacks.body(module, experts, call)
-            if body is None or isinstance(body, NotLifted):
-                if body is not None:
-                    found.unrecognised[name] = str(body)
-                return type(module).forward(module, *args, **kwargs)
-            found.lifted[name] = "stack"
-            return expert_stacks.run(module, body, experts, call)  # type: ignore[arg-type]
+            body = stacks.body(module, experts, call) if isinstance(call, expert_stacks.Call) else call
+            if isinstance(body, expert_body.Body):
+                found.lifted[name] = "stack"
+                return expert_stacks.run(module, body, experts, call)  # type: ignore[arg-type]
+            if body is not None:
+                found.unrecognised[name] = str(body)
+            return type(module).forward(module, *args, **kwargs)
 
         return by_stack
     container = expert_lists.experts_in(module)

@@ -44,7 +44,7 @@ def stand_in(
         if instead and id(module) in instead:
             return instead[id(module)]
         if id(module) in made:
-            return made[id(module)]  # type: ignore[no-any-return]
+            return made[id(module)]
         new = made[id(module)] = module.__class__.__new__(module.__class__)
         new.__dict__.update({key: value for key, value in module.__dict__.items() if key not in without})
         for key, value in new.__dict__.items():
@@ -55,7 +55,7 @@ def stand_in(
         new.__dict__["_modules"] = {k: None if m is None else copy(m) for k, m in module._modules.items()}
         if isinstance(new, nn.Dropout):
             new.__dict__["p"] = 0.0
-        return new  # type: ignore[no-any-return]
+        return new
 
     return copy(module)
 

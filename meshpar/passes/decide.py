@@ -14,7 +14,7 @@ from ..capture.captured import Captured, Info
 from ..errors import PlanError, near, raise_all
 from ..mesh import Axis
 from ..plan import AxisPlan, ParameterPlan, Plan, StagePlan
-from ..sharding.infer import infer
+from ..sharding.infer import Inference, infer
 from ..sharding.op import op_name
 from ..sharding.solve import Request, solve
 from ..sharding.types import I, Type
@@ -38,7 +38,7 @@ class Decision:
     mesh: tuple[tuple[str, int], ...]
     """All axes of the mesh, outermost first."""
     axes: tuple[tuple[str, int], ...]
-    """The axes to type, in order: ("dp", 2) for all data axes together, then ("tp", 2)."""
+    """The axes to type, in order: ("dp", 2) for all data axes but `ep` together, then ("ep", 2), then ("tp", 2)."""
     sequence: bool = True
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
@@ -57,6 +57,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
     """
     wanted = _rules(request.rules, captured, request)
     graph, axes = captured.graph, list[AxisPlan]()
+    whole = infer(graph)
     outputs = _pinned_outputs(captured)
     for name, size in request.axes:
         if size == 1:
@@ -72,9 +73,11 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not data else {},
                 wanted=wanted if not data else {},
                 shard_parameters=not data,
+                experts=name == "ep",
                 sequence=request.sequence,
                 outputs=outputs,
             ),
+            whole if graph is captured.graph else None,
         )
         axes.append(plan)
         if name != request.axes[-1][0]:
@@ -87,7 +90,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
         _parameters(captured, axes, request, held),
         stages,
         dict(request.options),
-        notes=_notes(captured, axes),
+        notes=_notes(whole, axes),
     )
 
 
@@ -186,11 +189,10 @@ def _parameters(
     return found
 
 
-def _notes(captured: Captured, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
+def _notes(inference: Inference, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
     """Operators without a rule that touch trainable values, per module kind: they run whole on every rank."""
-    calls = infer(captured.graph).calls
     found: dict[str, int] = {}
-    for node, call in calls.items():
+    for node, call in inference.calls.items():
         if call.signature is None and call.op.infos and any(isinstance(i, Info) and i.requires_grad for i in call.op.outs):
             found[op_name(node.target)] = found.get(op_name(node.target), 0) + 1
     return tuple(f"{name} has no rule: {count} calls run on whole values." for name, count in sorted(found.items())) if axes else ()

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._torch import alone
+from .._torch import alone as alone_in
 from ..config import ParallelConfig
 from ..errors import ConfigError
-from ..mesh import DATA_AXES, axis, data_axis
+from ..mesh import axis
 from ..plan import ParameterPlan, Plan
+from ..sharding.types import Shard
 from ..simulate import is_simulated
 from . import place
 from .blocks import Block, Tree
@@ -23,7 +24,7 @@ from .engine import Engine, Whole, teach
 from .init import materialise
 from .parameters import ParameterSpec, mark_all
 from .pipeline import Pipelined
-from .program import Program
+from .program import Program, left_alone
 from .schedules import Schedule
 from .ties import Ties
 from .weights import Lazy
@@ -49,10 +50,10 @@ def build(
         tree = _simulated(model, mesh, config, program, specs, weights)
         return Whole(tree, DataParallel(Block(), config.data_parallel, ()), program)
     parameters = {name: place.empty(spec, spmd) for name, spec in specs.items()}
-    loose = _loose(program.plan, spmd)
+    alone = left_alone(program.plan, mesh, config)
     keeps = schedule is not None and schedule.defers(config.microbatches)
     trees = _trees(model, config, program, own, parameters, {n: b.detach().clone().to(mesh.device_type) for n, b in model.named_buffers()})
-    data = {i: apply_data_parallel(tree, spmd, config, keeps=keeps, loose=loose) for i, tree in trees.items()}
+    data = {i: apply_data_parallel(tree, spmd, config, keeps=keeps, alone=alone) for i, tree in trees.items()}
     for tree in trees.values():
         place.allocate(tree, mesh.device_type)
         mark_all(tree, specs)
@@ -66,7 +67,7 @@ def build(
                 buffer.copy_(buffers[name])
     if schedule is None:
         return Whole(trees[0], data[0], program)
-    ties = _ties(program.plan, mesh, parameters, loose)
+    ties = _ties(program.plan, mesh, parameters)
     return Pipelined(trees, program, data, ties, schedule, axis(mesh, "pp"), torch.device(mesh.device_type))
 
 
@@ -75,7 +76,7 @@ def without_pipeline(mesh: DeviceMesh) -> DeviceMesh:
     names = tuple(n for n in mesh.mesh_dim_names or () if n != "pp")
     if len(names) == mesh.ndim:
         return mesh
-    return mesh[names] if names else alone(mesh, "pp", "tp")
+    return mesh[names] if names else alone_in(mesh, "pp", "tp")
 
 
 def _own_stages(mesh: DeviceMesh, schedule: Schedule | None) -> tuple[int, ...]:
@@ -132,25 +133,17 @@ def _spec(name: str, plan: ParameterPlan, config: ParallelConfig, own: Sequence[
     dtype: torch.dtype = getattr(torch, plan.dtype)
     if config.precision.param_dtype is not None and dtype.is_floating_point:
         dtype = config.precision.param_dtype
-    placements = {axis: type_ for axis, type_ in plan.placements.items() if axis == "tp"}
+    placements = {axis: type_ for axis, type_ in plan.placements.items() if isinstance(type_, Shard) and axis in ("ep", "tp")}
     return ParameterSpec(name, plan.shape, dtype, plan.trainable, placements, plan.stages[0] not in own)
 
 
-def _loose(plan: Plan, mesh: DeviceMesh) -> frozenset[str]:
-    """Parameters that two stages of one rank use: FSDP2 cannot share them out, for it manages every stage by itself."""
-    if not any(name in DATA_AXES for name in mesh.mesh_dim_names or ()):
-        return frozenset()
-    ranks = {name: [plan.stages[s].rank for s in p.stages] for name, p in plan.parameters.items() if len(p.stages) > 1}
-    return frozenset(name for name, found in ranks.items() if len(set(found)) < len(found))
-
-
-def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter], loose: frozenset[str]) -> Ties:
+def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter]) -> Ties:
     holders = {}
     for name in parameters:
         ranks = tuple(dict.fromkeys(plan.stages[s].rank for s in plan.parameters[name].stages))
-        if (len(ranks) > 1 or name in loose) and plan.parameters[name].trainable:
+        if len(ranks) > 1 and plan.parameters[name].trainable:
             holders[name] = ranks
-    return Ties(axis(mesh, "pp"), holders, {name: parameters[name] for name in holders}, loose, data_axis(mesh))
+    return Ties(axis(mesh, "pp"), holders, {name: parameters[name] for name in holders})
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

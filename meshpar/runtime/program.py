@@ -19,7 +19,7 @@ from ..capture.captured import Captured, Slot
 from ..capture.export import capture
 from ..config import ParallelConfig
 from ..errors import BatchError, PlanError
-from ..mesh import Axis, agree, axis, data_axis, data_mesh, mesh_sizes
+from ..mesh import DATA_AXES, Axis, agree, axis, data_axis, data_mesh, mesh_sizes
 from ..passes.attention import SimplifyAttention
 from ..passes.batch_norm import expand_batch_norm
 from ..passes.coalesce import Coalesce
@@ -33,6 +33,7 @@ from ..passes.reduce import ReduceGradients
 from ..passes.split import StageGraph, split
 from ..passes.weight_gradients import DeferWeightGradients
 from ..plan import ParameterPlan, Plan
+from ..sharding.types import Shard
 from ..simulate import is_simulated
 from .schedules import schedule_of
 
@@ -156,7 +157,9 @@ class Programs:
             self.pinned = dict(plan.parameters)
         if plan.stages:
             place(captured, plan)
-        graph = lowered(captured, plan, axes_of(self.mesh), reduce_gradients=is_simulated())
+        axes = axes_of(self.mesh)
+        summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if a.name != "tp"}
+        graph = lowered(captured, plan, axes, summed)
         if plan.stages and remember:
             return self._staged(signature, captured, plan, graph)
         return Program(signature, captured, replace(plan, ledger=ledger(graph)), graph)
@@ -211,17 +214,15 @@ class Programs:
 
 
 def axes_of(mesh: DeviceMesh) -> tuple[Axis, ...]:
-    """The axes that are typed, in the order they are lowered: all data axes as one, then tensor."""
+    """The axes that are typed, in the order they are lowered: the data axes as one, then that of experts, then tensor."""
     found = []
-    if data_mesh(mesh) is not None:
-        found.append(replace(data_axis(mesh), name="dp"))
-    if "tp" in (mesh.mesh_dim_names or ()):
-        found.append(axis(mesh, "tp"))
-    return tuple(found)
+    if data_mesh(mesh, without=("ep",)) is not None:
+        found.append(replace(data_axis(mesh, without=("ep",)), name="dp"))
+    return (*found, *(axis(mesh, name) for name in ("ep", "tp") if name in (mesh.mesh_dim_names or ())))
 
 
-def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], *, reduce_gradients: bool) -> fx.Graph:
-    """The captured graph as this rank runs it."""
+def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], summed: Mapping[str, frozenset[str]] | None = None) -> fx.Graph:
+    """The captured graph as this rank runs it. `summed`: data axis -> parameters whose gradients the graph itself sums over it."""
     graph = captured.graph
     for one in axes:
         found = plan.axis(one.name)
@@ -232,9 +233,34 @@ def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], *, reduce_gr
     graph = SimplifyAttention()(graph)
     parameters = frozenset(captured.parameters)
     for one in axes:
-        if reduce_gradients and one.name != "tp" and one.size > 1:
-            graph = ReduceGradients(one, parameters)(graph)
+        names = (summed or {}).get(one.name)
+        if names and one.size > 1:
+            graph = ReduceGradients(one, names & parameters)(graph)
     return SeedRandom(axes)(Coalesce(parameters)(graph))
+
+
+def unmanaged(plan: Plan, axis: str, mesh: DeviceMesh, config: ParallelConfig) -> frozenset[str]:
+    """The parameters whose gradients FSDP2 does not sum over a data axis, and that no rank has to itself.
+
+    All of them where ranks are simulated; else those that two stages of one rank use (it manages every stage by itself), and experts that
+    it would have to replicate while it shares out others.
+    """
+    names = (n for n, p in plan.parameters.items() if not isinstance(p.placements.get(axis), Shard))
+    if is_simulated():
+        return frozenset(names)
+    return frozenset(names) & left_alone(plan, mesh, config)
+
+
+def left_alone(plan: Plan, mesh: DeviceMesh, config: ParallelConfig) -> frozenset[str]:
+    """The parameters that data parallelism does not manage."""
+    data = [n for n in mesh.mesh_dim_names or () if n in DATA_AXES]
+    if not data:
+        return frozenset()
+    ranks = {name: [plan.stages[s].rank for s in p.stages] for name, p in plan.parameters.items() if len(p.stages) > 1}
+    found = {name for name, held in ranks.items() if len(set(held)) < len(held)}
+    if data == ["ep"] or config.data_parallel == "replicate":
+        found |= {name for name, p in plan.parameters.items() if isinstance(p.placements.get("ep"), Shard)}
+    return frozenset(found)
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

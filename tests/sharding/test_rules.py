@@ -172,6 +172,8 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
     (aten.view_as_complex.default, (x(4, 6, 2),), 2),
     (aten.view_as_real.default, (torch.complex(x(4, 6), x(4, 6)),), 2),
     (aten.slice_scatter.default, (x(4, 6), x(4, 2), 1, 2, 4), 1),
+    (aten.unfold.default, (x(4, 6, 8), 1, 3, 1), 2),
+    (aten.log_sigmoid.default, (x(4, 6),), 2),
     (aten.select_scatter.default, (x(4, 6, 8), x(4, 8), 1, 2), 2),
     (torch.ops.meshpar.grouped_mm.default, (x(12, 6), x(4, 6, 8), torch.tensor([2, 6, 6, 12], dtype=torch.int32)), 2),
     (torch.ops.meshpar.combine.default, (x(12, 8), torch.randperm(12), x(6, 2)), 1),
