@@ -90,6 +90,15 @@ class EarlyLoss(Chain):
         return {"loss": loss, "hidden": x, "labels": labels, "inputs": x}
 
 
+class Balanced(Chain):
+    """A term of the loss that is no sum over samples, as routers have it."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        share = self.layers[0](x).softmax(-1).mean(0)
+        found = super().forward(x, labels)
+        return {**found, "loss": found["loss"] + (share * share).sum()}
+
+
 class Everywhere(nn.Module):
     """A value and a parameter that every block reads, integers made from activations, values that are transposed."""
 
@@ -179,7 +188,7 @@ def _images() -> dict[str, Tensor]:
     return {"x": torch.randn(8, 3, 16, 16), "labels": labels}
 
 
-_MADE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {
+MADE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {
     "unet": (UNet, _images),
     "chain": (Chain, _vectors),
     "chain5": (lambda: Chain(5), _vectors),
@@ -189,6 +198,7 @@ _MADE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] =
     "bare": (Bare, _sequences),
     "one_stage": (OneStage, _sequences),
     "early_loss": (EarlyLoss, _vectors),
+    "balanced": (Balanced, _vectors),
     "everywhere": (Everywhere, lambda: {**_tokens(11), "mask": None, "strict": True, "power": 2.5}),
     "shared": (Shared, _vectors),
     "tied": (Tied, lambda: _tokens(13)),
@@ -199,5 +209,5 @@ _MADE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] =
 def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A model by name, and a global batch for it."""
     torch.manual_seed(3)
-    model, batch = _MADE[name]
+    model, batch = MADE[name]
     return model(), batch()

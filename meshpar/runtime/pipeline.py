@@ -59,6 +59,7 @@ class Pipelined(Engine):
         self.data, self.ties, self.schedule, self.axis, self.device = data, ties, schedule, axis, device
         self.events: list[Event] | None = None
         """Where the times of computations go while they are measured."""
+        dist.all_reduce(torch.zeros(1, device=device), group=_group(axis))  # NCCL wants all ranks in a group's first communication
 
     def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
         """All outputs of a program, without gradients; the last stage computes them and hands them to all."""
