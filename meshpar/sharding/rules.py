@@ -44,7 +44,7 @@ _CHOICE = {"where"}
 
 
 def pointwise(op: Op) -> Signature:
-    """Dims aligned from the right; a dim of size 1 against a larger one is broadcast. (An example of a type may have more dims than the result.)"""
+    """Dims aligned from the right; a dim of size 1 against a larger one is broadcast. (The example of `type_as` may have more dims.)"""
     out = op.out.shape
     names = named("d", out)
     inputs = []
