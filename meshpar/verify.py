@@ -237,7 +237,7 @@ def _reference(task: _Task, device: torch.device) -> _Reference:
                 gradients = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
             without.append(frozenset(n for n, p in model.named_parameters() if p.grad is None))
             norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
-            eps = eps or _eps(model)
+            eps = eps or _eps(model, task.dtype)
             optimizer = optimizer or _optimizer(model, eps)
             optimizer.step()
             optimizer.zero_grad()
@@ -261,9 +261,14 @@ def _optimizer(model: nn.Module, eps: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": trained}], lr=LEARNING_RATE, eps=eps)  # a group: a rank of a pipeline may have none
 
 
-def _eps(model: nn.Module) -> float:
-    """AdamW's eps at the floor of the gradients: with a smaller one, a gradient that is rounding alone is a full step of random sign."""
-    return FLOOR * max((p.grad.abs().max().item() for p in model.parameters() if p.grad is not None and p.numel()), default=1.0) or 1e-8
+def _eps(model: nn.Module, dtype: torch.dtype) -> float:
+    """AdamW's eps at the floor of the gradients: with a smaller one, a gradient that is rounding alone is a full step of random sign.
+
+    AdamW divides by the gradient and eps, so it blows the rounding of small gradients up by as much as the floor is small: in float32 a
+    thousand times would be seen.
+    """
+    floor = FLOOR if dtype == torch.float64 else 10 * FLOOR
+    return floor * max((p.grad.abs().max().item() for p in model.parameters() if p.grad is not None and p.numel()), default=1.0) or 1e-8
 
 
 # ---- the parallel program --------------------------------------------------------------------------------------------------------------
