@@ -63,6 +63,15 @@ class ParallelModel(nn.Module):
         self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
 
+    @torch.no_grad()
+    def spread_buffers(self) -> None:
+        """Give every stage of this rank that has a copy of a buffer the values it has under this module's names, as after loading."""
+        own = dict(self.named_buffers())
+        for tree in self._engine.trees.values():
+            for name, buffer in tree.named_buffers():
+                if buffer is not own[name]:
+                    buffer.copy_(own[name])
+
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
