@@ -70,6 +70,15 @@ class ParallelModel(nn.Module):
         """Those of this rank's stages; a rank may have none (then optimizers take `[{"params": pm.parameters()}]`)."""
         return OnMesh(super().parameters(recurse), self.mesh)
 
+    @torch.no_grad()
+    def spread_buffers(self) -> None:
+        """Give every stage of this rank that has a copy of a buffer the values it has under this module's names, as after loading."""
+        own = dict(self.named_buffers())
+        for tree in self._engine.trees.values():
+            for name, buffer in tree.named_buffers():
+                if buffer is not own[name]:
+                    buffer.copy_(own[name])
+
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
