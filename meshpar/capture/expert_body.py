@@ -11,13 +11,14 @@ value is known. The sizes that stand for the number of rows are found by recordi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meshpar._torch import OpOverload, TorchDispatchMode, pytree, written_arguments
+from meshpar.capture.stand_in import LARGE, blank
 from meshpar.ops.experts import grouped_mm, row_expert
 
 aten = torch.ops.aten
@@ -63,6 +64,8 @@ class Body:
     rows: int
     steps: tuple[Step, ...]
     result: int
+    width: int
+    """Of the result."""
     narrows: bool
     """Whether it computes somewhere in a narrower type than float64 when it is given float64."""
 
@@ -138,7 +141,7 @@ def _record(
         y = run(x)
     if not isinstance(y, Tensor) or recorder.known(y) is None or recorder.known(y).kind != "rows" or y.shape[0] != count or y.dim() != 2:  # type: ignore[union-attr]
         raise NotLifted("its result is not one row per row")
-    return Body(operands, rows, tuple(recorder.steps), recorder.known(y).index, recorder.narrows)  # type: ignore[union-attr]
+    return Body(operands, rows, tuple(recorder.steps), recorder.known(y).index, y.shape[1], recorder.narrows)  # type: ignore[union-attr]
 
 
 def _generalised(a: Step, b: Step, first: int, second: int) -> Step:
@@ -158,6 +161,46 @@ def _generalised(a: Step, b: Step, first: int, second: int) -> Step:
 
     args, kwargs = pytree.tree_unflatten([merged(x, y) for x, y in zip(leaves, others, strict=True)], spec)
     return Step(a.run, args, kwargs, a.results)
+
+
+def proven(recorded: Callable[[Mapping[int, int]], Body], prove: Callable[[Mapping[int, int]], None], sizes: Mapping[int, int]) -> Body:
+    """`recorded({})`, proven: at the small `sizes`, if what is recorded there is the same body, else (and that is slow) at its own.
+
+    Both functions take numbers and what to put in their place. Raises NotLifted.
+    """
+    body = recorded({})
+    if sizes:
+        try:
+            if same_steps(body, recorded(sizes), sizes):
+                prove(sizes)
+                return body
+        except Exception:  # whatever it is, the code does not run at other sizes
+            pass
+    prove({})
+    return body
+
+
+def same_steps(body: Body, other: Body, sizes: Mapping[int, int]) -> bool:
+    """Whether two bodies are one at different sizes: the same steps, their numbers equal or in the ratio of a size to the other's."""
+    return (
+        (body.operands, body.rows, body.result, body.narrows) == (other.operands, other.rows, other.result, other.narrows)
+        and len(body.steps) == len(other.steps)
+        and all(_same(a, b, sizes) for a, b in zip(body.steps, other.steps, strict=True))
+    )
+
+
+def _same(a: Any, b: Any, sizes: Mapping[int, int]) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Step | _ForEach | Rows):
+        return all(_same(getattr(a, field.name), getattr(b, field.name), sizes) for field in fields(a))
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(_same(x, y, sizes) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(_same(a[key], b[key], sizes) for key in a)
+    if isinstance(a, Tensor):
+        return False
+    return bool(a == b) or (type(a) is int and any(a * small == b * large for large, small in sizes.items()))
 
 
 def _pruned(body: Body) -> Body:
@@ -204,7 +247,7 @@ class _Recorder(TorchDispatchMode):
         written = written_arguments(func, args, kwargs)
         self._before = {}
         self._before = {id(tensor): self.constant(tensor) for tensor in written if self.known(tensor) is None}
-        out = func(*args, **kwargs)
+        out = self._cheaply(func, args, kwargs, inputs) if not written else func(*args, **kwargs)
         self._kept.append((out, inputs))  # an id stays one tensor's
         if any(tensor.untyped_storage()._cdata in self._written and self.known(tensor) is None for tensor in inputs):
             raise NotLifted("it reads through a view what it overwrote")
@@ -221,6 +264,18 @@ class _Recorder(TorchDispatchMode):
         for tensor in written:
             self._written.add(tensor.untyped_storage()._cdata)
         return out
+
+    def _cheaply(self, func: OpOverload, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
+        """The operator's result; zeros in its place where large values take part, whose elements nothing depends on."""
+        known = sum(tensor.numel() for tensor in inputs if self.known(tensor) is not None)
+        views = any(result.alias_info is not None for result in func._schema.returns)
+        if known <= LARGE or views or func.overloadpacket in _TELLING:
+            return func(*args, **kwargs)
+        try:
+            shapes = func(*pytree.tree_map(_without_values, tuple(args)), **pytree.tree_map(_without_values, dict(kwargs)))
+        except (RuntimeError, NotImplementedError):  # its shape depends on values: an index by a mask
+            return func(*args, **kwargs)
+        return pytree.tree_map(lambda leaf: blank(leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf, shapes)
 
     def _note(self, func: OpOverload, args: Any, kwargs: Any, results: list[Tensor], inputs: list[Tensor]) -> None:
         kinds = {value.kind for tensor in inputs if (value := self.known(tensor)) is not None}
@@ -346,6 +401,10 @@ class _Recorder(TorchDispatchMode):
             and index.shape == (self.count,)
             and index.tolist() == [*range(self.count)]
         )
+
+
+def _without_values(leaf: Any) -> Any:
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta") if isinstance(leaf, Tensor) else leaf
 
 
 @dataclass(frozen=True)
@@ -636,6 +695,7 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+_MADE = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
 _RULES: Mapping[Any, tuple[Rule, ...]] = {
     aten.select: (_select,),
     aten.unbind: (_unbind,),
@@ -652,8 +712,7 @@ _RULES: Mapping[Any, tuple[Rule, ...]] = {
     aten.native_layer_norm: (_layer_norm,),
     aten._fused_rms_norm: (_rms_norm,),
     aten.native_dropout: (_dropout,),
-    **dict.fromkeys((aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like), (_made,)),
-    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), (_made,)),
+    **dict.fromkeys(_MADE, (_made,)),
     aten.split: (_split,),
     aten.split_with_sizes: (_split,),
     aten.cat: (_cat,),
@@ -687,6 +746,8 @@ def _by_shared(position: int) -> Callable[[_Recorder, Any], bool]:
     return check
 
 
+_TELLING = frozenset({*_MADE, aten.where, aten.masked_fill})
+"""Operators whose result may be a constant other than zero."""
 _POINTWISE = frozenset({aten.clone, aten._to_copy, aten.alias, aten.detach, aten.gelu, aten.silu, aten.where, aten.masked_fill})
 _ROW_BY_ROW: Mapping[Any, Callable[[_Recorder, Any], bool]] = {
     **dict.fromkeys((aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.expand, aten.t), _always),

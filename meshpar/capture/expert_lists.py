@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from meshpar._torch import pytree
 from meshpar.capture import expert_body
 from meshpar.capture.expert_body import Body, NotLifted
-from meshpar.capture.stand_in import LARGE, alike, aside, close, derivatives, filled, stand_in
+from meshpar.capture.stand_in import LARGE, alike, aside, close, derivatives, filled, reduced, stand_in
 from meshpar.ops.experts import combine, dispatch, row_expert
 
 Path = tuple[Any, ...]
@@ -190,13 +190,12 @@ class _Calls:
 
 
 class _Simple(nn.Module):
-    """An expert that is a nonlinear function of each row with random parameters of its own."""
+    """An expert that is a nonlinear function of each row with random numbers of its own (none: the numbers are the same for all)."""
 
-    def __init__(self, width: int, generator: torch.Generator, calls: _Calls) -> None:
+    def __init__(self, calls: _Calls, scale: Tensor | None = None, shift: Tensor | None = None) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.randn(width, generator=generator, dtype=torch.double))
-        self.shift = nn.Parameter(torch.randn(width, generator=generator, dtype=torch.double))
-        self.calls = calls
+        self.calls, self.numbers = calls, (scale, shift)
+        self.unread = nn.Parameter(torch.zeros(1, dtype=torch.double if scale is None else scale.dtype))  # code may ask for its type
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
@@ -205,7 +204,8 @@ class _Simple(nn.Module):
         if len(self.calls.made) == 1 and x.requires_grad and _depends(x, self.calls.made[0]):
             raise NotLifted("its members run one after another", like_experts=False)
         self._note(x)
-        result = _simple(x, self.scale, self.shift)
+        scale, shift = self.numbers
+        result = _simple(x, scale, shift) if scale is not None and shift is not None else x.sin().requires_grad_()
         self.calls.made.append(result)
         return result
 
@@ -244,7 +244,9 @@ class _Double:
     """A double of the owner whose experts are simple."""
 
     owner: nn.Module
-    experts: tuple[_Simple, ...]
+    scale: Tensor
+    """Of every expert, [E, width]."""
+    shift: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     calls: _Calls
@@ -257,16 +259,19 @@ class _Double:
         return _calling(self.owner, function, replaced, self.args, self.kwargs)
 
     def body(self, x: Tensor, offsets: Tensor) -> Tensor:
-        expert = row_expert(x, offsets)
-        scale, shift = (torch.stack([getattr(e, n) for e in self.experts])[expert] for n in ("scale", "shift"))
-        return _simple(x, scale, shift)
+        return self.chosen(x, row_expert(x, offsets))
 
-    def of_all(self, hidden: Tensor) -> Tensor:
-        return torch.stack([_simple(hidden, e.scale, e.shift) for e in self.experts])
+    def chosen(self, rows: Tensor, expert: Tensor) -> Tensor:
+        """What the experts of these rows make of them."""
+        return _simple(rows, self.scale[expert], self.shift[expert])
+
+    @property
+    def experts(self) -> int:
+        return self.scale.shape[0]
 
     def wanted(self) -> list[Tensor]:
         inputs = [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        return inputs + [p for p in self.owner.parameters() if p.requires_grad and p.numel() <= LARGE]
+        return [*inputs, self.scale, self.shift] + [p for p in self.owner.parameters() if p.requires_grad and p.numel() <= LARGE]
 
     def left_behind(self) -> list[Tensor]:
         """Tensors that a forward keeps in its module: buffers and plain attributes."""
@@ -281,15 +286,14 @@ def _double(owner: nn.Module, container: str, width: int, trial: Trial, seed: in
     generator = torch.Generator().manual_seed(seed)
     calls = _Calls()
     members = [*owner.get_submodule(container).children()]
-    experts = tuple(_Simple(width, generator, calls) for _ in members)
-    if dtype is None:
-        kind = next((p.dtype for p in members[0].parameters() if p.is_floating_point()), torch.float32)
-        experts = tuple(e.to(kind) for e in experts)
+    kind = dtype or next((p.dtype for p in members[0].parameters() if p.is_floating_point()), torch.float32)
+    scale, shift = (torch.randn(len(members), width, generator=generator, dtype=torch.double).to(kind).requires_grad_() for _ in range(2))
+    experts = [_Simple(calls, *numbers) for numbers in zip(scale.unbind(), shift.unbind(), strict=True)]
     instead = {id(member): simple for member, simple in zip(members, experts, strict=True)}
-    double = stand_in(owner, generator, dtype=dtype, instead=instead, without=("forward",))
+    double = stand_in(owner, generator, dtype=dtype, instead=instead, without=("forward",), thin=True)
     calls.owner = double
     small_args, small_kwargs = _small(args, kwargs, trial, len(members), generator, dtype)
-    return _Double(double, experts, small_args, small_kwargs, calls)
+    return _Double(double, scale, shift, small_args, small_kwargs, calls)
 
 
 def _small(
@@ -387,27 +391,34 @@ _EXTENSIONS = 4
 def _widths(owner: nn.Module, container: str, args: Any, kwargs: Any, member: nn.Module) -> tuple[int, int]:
     """The widths of an expert's result and of its input."""
 
+    generator = torch.Generator().manual_seed(0)
+    members = [*owner.get_submodule(container).children()]
+    small_args, small_kwargs = _small(args, kwargs, _TRIALS[0], len(members), generator, torch.double)
+
     class Probe(nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dim() == 0:
                 raise NotLifted("its members are called with more than one tensor", like_experts=False)
             raise _Seen(args[0].shape[-1])
 
-    generator = torch.Generator().manual_seed(0)
-    members = [*owner.get_submodule(container).children()]
-    double = stand_in(owner, generator, dtype=torch.double, instead={id(m): Probe() for m in members}, without=("forward",))
-    small_args, small_kwargs = _small(args, kwargs, _TRIALS[0], len(members), generator, torch.double)
+    def double(kind: Callable[[], nn.Module]) -> nn.Module:
+        instead = {id(m): kind() for m in members}
+        return stand_in(owner, generator, dtype=torch.double, instead=instead, without=("forward",), thin=True)
+
     try:
-        double(*small_args, **small_kwargs)
+        double(Probe)(*small_args, **small_kwargs)
     except _Seen as seen:
         given = seen.width
     else:
         raise NotLifted("its members are not called on these inputs", like_experts=False)
-    expert = stand_in(member, generator, dtype=torch.double)
-    result = expert(torch.randn(1, given, dtype=torch.double, generator=generator))
-    if not isinstance(result, Tensor) or result.dim() != 2 or result.shape[0] != 1:
-        raise NotLifted("its members do not return one row per row")
-    return result.shape[1], given
+    calls = _Calls()
+    try:
+        double(lambda: _Simple(calls))(*small_args, **small_kwargs)
+    except NotLifted:
+        raise
+    except Exception:  # whatever it is, the owner may want results of another width
+        pass
+    return _recorded(member, given, None, {}).width, given
 
 
 class _Seen(Exception):
@@ -419,35 +430,45 @@ class _Seen(Exception):
 def _body(member: nn.Module, width: int, dims: Sequence[tuple[int, int]]) -> Body:
     """The forward of one expert, lifted; proven against it on rows in the shapes that the loop gives it."""
 
-    def recorded(dtype: torch.dtype | None) -> Body:
-        double = stand_in(member, torch.Generator().manual_seed(0), dtype=dtype)
-        kind = dtype or next((p.dtype for p in member.parameters() if p.is_floating_point()), torch.float32)
-        each = {**dict(double.named_parameters()), **dict(double.named_buffers())}
-        return expert_body.record(lambda x: double(x), width, kind, each=each)
+    def prove(sizes: Mapping[int, int]) -> None:
+        exact = _recorded(member, width, torch.double, sizes)
+        for rank, given in dims:
+            if given != width:
+                raise NotLifted("its members get rows of several widths")
+            _prove(member, exact, rank, sizes.get(width, width), sizes)
 
-    exact = recorded(torch.double)
+    sizes = reduced([*member.parameters(), *member.buffers()], width)
+    return expert_body.proven(lambda sizes: _recorded(member, width, None, sizes), prove, sizes)
+
+
+def _recorded(member: nn.Module, width: int, dtype: torch.dtype | None, sizes: Mapping[int, int]) -> Body:
+    double = stand_in(member, torch.Generator().manual_seed(0), dtype=dtype, sizes=sizes, without=("forward",), hollow=True)
+    kind = dtype or next((p.dtype for p in member.parameters() if p.is_floating_point()), torch.float32)
+    each = {**dict(double.named_parameters()), **dict(double.named_buffers())}
+    return expert_body.record(lambda x: double(x), sizes.get(width, width), kind, each=each)
+
+
+def _prove(member: nn.Module, exact: Body, rank: int, width: int, sizes: Mapping[int, int]) -> None:
+    """Raise NotLifted unless the lifted body gives the values and gradients of a few doubles of the member."""
     generator = torch.Generator().manual_seed(1)
     tolerance = 1e-4 if exact.narrows else 1e-9
-    large = any(p.numel() > LARGE for p in member.parameters())
-    doubles = [stand_in(member, generator, dtype=torch.double) for _ in range(1 if large else 3)]
-    for rank, given in dims:
-        if given != width:
-            raise NotLifted("its members get rows of several widths")
-        rows = torch.randn(*(2 for _ in range(rank - 1)), width, generator=generator, dtype=torch.double).requires_grad_()
-        theirs = [double(rows) for double in doubles]
-        flat = rows.reshape(-1, width)
-        tensors = [{**dict(d.named_parameters()), **dict(d.named_buffers())} for d in doubles]
-        for pick in ((0,),) if large else ((0, 1, 2),):
-            stacks = {name: _stacked([tensors[i][name] for i in pick]) for name in tensors[0]}
-            offsets = torch.arange(1, len(pick) + 1, dtype=torch.int32) * flat.shape[0]
-            ours = exact(flat.repeat(len(pick), 1), offsets, stacks)
-            expected = torch.cat([theirs[i].reshape(-1, ours.shape[1]) for i in pick])
-            wanted = [rows, *(p for i in pick for p in doubles[i].parameters() if p.requires_grad and p.numel() <= LARGE)]
-            if not close([ours], [expected], tolerance):
-                raise NotLifted("one of its members, lifted, gave other values than its forward")
-            if not close(derivatives([ours], wanted), derivatives([expected], wanted), tolerance):
-                raise NotLifted("one of its members, lifted, gave other gradients than its forward")
-    return recorded(None)
+    first = stand_in(member, generator, dtype=torch.double, sizes=sizes, without=("forward",))
+    large = any(p.numel() > LARGE for p in first.parameters())
+    others = [stand_in(member, generator, dtype=torch.double, sizes=sizes, without=("forward",)) for _ in range(0 if large else 2)]
+    doubles = [first, *others]
+    rows = torch.randn(*(2 for _ in range(rank - 1)), width, generator=generator, dtype=torch.double).requires_grad_()
+    theirs = [double(rows) for double in doubles]
+    flat = rows.reshape(-1, width)
+    tensors = [{**dict(d.named_parameters()), **dict(d.named_buffers())} for d in doubles]
+    stacks = {name: _stacked([t[name] for t in tensors]) for name in tensors[0]}
+    offsets = torch.arange(1, len(doubles) + 1, dtype=torch.int32) * flat.shape[0]
+    ours = exact(flat.repeat(len(doubles), 1), offsets, stacks)
+    expected = torch.cat([y.reshape(-1, ours.shape[1]) for y in theirs])
+    wanted = [rows, *(p for double in doubles for p in double.parameters() if p.requires_grad and p.numel() <= LARGE)]
+    if not close([ours], [expected], tolerance):
+        raise NotLifted("one of its members, lifted, gave other values than its forward")
+    if not close(derivatives([ours], wanted), derivatives([expected], wanted), tolerance):
+        raise NotLifted("one of its members, lifted, gave other gradients than its forward")
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -532,7 +553,7 @@ def _at(local: Mapping[str, Any], path: Path) -> Any:
 
 def _choices(hidden: Path, sources: Sequence[Path], local: Mapping[str, Any], double: _Double) -> Iterator[Form]:
     tokens = Source(hidden).read(local).shape[0]
-    whole = [p for p in sources if _chooses(_at(local, p), tokens, len(double.experts))]
+    whole = [p for p in sources if _chooses(_at(local, p), tokens, double.experts)]
     floating = [p for p in sources if _weighs(_at(local, p), tokens)]
     for index, turned in product(whole, (False, True)):
         chosen = Source(index, turned).read(local, tokens)
@@ -540,7 +561,7 @@ def _choices(hidden: Path, sources: Sequence[Path], local: Mapping[str, Any], do
         for weights in floating:
             for other in (False, True):
                 w = Source(weights, other).read(local, tokens)
-                if w.shape == chosen.shape or w.shape == (tokens, len(double.experts)):
+                if w.shape == chosen.shape or w.shape == (tokens, double.experts):
                     yield Form(Source(hidden), Source(index, turned), Source(weights, other))
 
 
@@ -618,12 +639,12 @@ def _weighted(form: Form, local: Mapping[str, Any], double: _Double) -> Tensor |
         hidden = form.hidden.read(local)
         index = form.index.read(local, hidden.shape[0])
         weights = None if form.weights is None else form.weights.read(local, hidden.shape[0])
-        if index.shape[0] != hidden.shape[0] or not _chooses(index, hidden.shape[0], len(double.experts)):
+        if index.shape[0] != hidden.shape[0] or not _chooses(index, hidden.shape[0], double.experts):
             return None
         if weights is not None and weights.shape != index.shape:
             weights = weights.gather(1, index)
         with torch.no_grad():
-            rows = double.of_all(hidden)[index, torch.arange(hidden.shape[0])[:, None]]
+            rows = double.chosen(hidden[:, None], index)
             return rows.sum(1) if weights is None else (rows * weights[..., None]).sum(1)
     except (RuntimeError, KeyError, IndexError, TypeError):
         return None
@@ -635,7 +656,7 @@ def _proven(owner: Any, container: str, width: int, loop: Loop, form: Form, resu
         found = []
         for replaced in (False, True):
             double = _double(owner, container, width, trial, seed, args, kwargs, torch.double)
-            function = _rebuilt(double.owner, loop, _Replaced(form, results, len(double.experts), double.body)) if replaced else None
+            function = _rebuilt(double.owner, loop, _Replaced(form, results, double.experts, double.body)) if replaced else None
             outputs = double.run(loop.function if replaced else None, function)
             tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
             if not tensors:

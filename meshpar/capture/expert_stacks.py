@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from meshpar._torch import pytree
 from meshpar.capture import expert_body
 from meshpar.capture.expert_body import Body, NotLifted
-from meshpar.capture.stand_in import LARGE, alike, aside, close, derivatives, filled, stand_in
+from meshpar.capture.stand_in import LARGE, alike, aside, close, derivatives, filled, reduced, stand_in
 from meshpar.ops.experts import combine, dispatch
 
 
@@ -134,16 +134,21 @@ def run(module: nn.Module, body: Body, experts: int, call: Call) -> Tensor:
 
 
 def _learn(module: nn.Module, experts: int, call: Call) -> Body:
-    exact = _recorded(module, experts, call, torch.double)
-    for seed, (tokens, used) in enumerate(((6, max(2, experts - 1)), (5, experts), (1, experts), (40, 1))):
-        _prove(module, experts, call, exact, tokens, used, seed)
-    return _recorded(module, experts, call, None)
+    def prove(sizes: Mapping[int, int]) -> None:
+        exact = _recorded(module, experts, call, torch.double, sizes)
+        for seed, (tokens, used) in enumerate(((6, max(2, experts - 1)), (5, experts), (1, experts), (40, 1))):
+            _prove(module, experts, call, exact, tokens, used, seed, sizes)
+
+    tensors = [*module.parameters(), *module.buffers()]
+    sizes = reduced(tensors, call.leaves[call.rows].shape[1], kept=experts)
+    return expert_body.proven(lambda sizes: _recorded(module, experts, call, None, sizes), prove, sizes)
 
 
-def _recorded(module: nn.Module, experts: int, call: Call, dtype: torch.dtype | None) -> Body:
-    double = stand_in(module, torch.Generator().manual_seed(0), dtype=dtype, without=("forward",))
+def _recorded(module: nn.Module, experts: int, call: Call, dtype: torch.dtype | None, sizes: Mapping[int, int]) -> Body:
+    double = stand_in(module, torch.Generator().manual_seed(0), dtype=dtype, without=("forward",), sizes=sizes, hollow=True)
     tensors = {**dict(double.named_parameters()), **dict(double.named_buffers())}
     rows = call.leaves[call.rows]
+    width = sizes.get(rows.shape[1], rows.shape[1])
     chosen = experts - 1
 
     def one(x: Tensor) -> Tensor:
@@ -154,7 +159,7 @@ def _recorded(module: nn.Module, experts: int, call: Call, dtype: torch.dtype | 
         stacks = {name: t for name, t in tensors.items() if t.dim() >= least and t.shape[0] == experts}
         shared = {name: t for name, t in tensors.items() if name not in stacks}
         try:
-            return expert_body.record(one, rows.shape[1], dtype or rows.dtype, stacks=stacks, shared=shared, expert=chosen)
+            return expert_body.record(one, width, dtype or rows.dtype, stacks=stacks, shared=shared, expert=chosen)
         except NotLifted as error:
             reason = error
     raise reason
@@ -178,18 +183,18 @@ def _routed_to(call: Call, x: Tensor, expert: int, experts: int, dtype: torch.dt
     return {call.rows: x, call.index: torch.full((count, 1), expert, dtype=index.dtype), call.weights: ones}
 
 
-def _prove(module: nn.Module, experts: int, call: Call, body: Body, tokens: int, used: int, seed: int) -> None:
+def _prove(module: nn.Module, experts: int, call: Call, body: Body, tokens: int, used: int, seed: int, sizes: Mapping[int, int]) -> None:
     """Raise NotLifted unless the lifted body gives the module's values and gradients, on `tokens` routed to the first `used` experts."""
     generator = torch.Generator().manual_seed(seed)
-    double = stand_in(module, generator, dtype=torch.double, without=("forward",))
+    double = stand_in(module, generator, dtype=torch.double, without=("forward",), sizes=sizes)
     rows, index = call.leaves[call.rows], call.leaves[call.index]
-    x = filled(torch.empty(tokens, rows.shape[1]), generator, torch.double).requires_grad_()
+    x = filled(torch.empty(tokens, sizes.get(rows.shape[1], rows.shape[1])), generator, torch.double).requires_grad_()
     wanted = [x, *(p for p in double.parameters() if p.requires_grad and p.numel() <= LARGE)]
     if call.weights is None:
-        sizes = torch.bincount(torch.randint(used, (tokens,), generator=generator), minlength=experts)
-        changed = {call.rows: x, call.index: sizes.tolist() if isinstance(index, Sizes) else sizes.to(index.dtype)}
+        counts = torch.bincount(torch.randint(used, (tokens,), generator=generator), minlength=experts)
+        changed = {call.rows: x, call.index: counts.tolist() if isinstance(index, Sizes) else counts.to(index.dtype)}
         ours = Call(
-            call.spec, tuple({**dict(enumerate(call.leaves)), call.rows: x, call.index: sizes}.values()), call.rows, call.index, None
+            call.spec, tuple({**dict(enumerate(call.leaves)), call.rows: x, call.index: counts}.values()), call.rows, call.index, None
         )
     else:
         choices = min(index.shape[1], used)

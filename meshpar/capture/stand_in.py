@@ -32,16 +32,26 @@ def stand_in(
     dtype: torch.dtype | None = None,
     instead: Mapping[int, nn.Module] | None = None,
     without: Sequence[str] = (),
+    sizes: Mapping[int, int] | None = None,
+    hollow: bool = False,
+    thin: bool = False,
 ) -> nn.Module:
     """A copy of `module` with random tensors: floating ones in `dtype` (None: their own). `instead`: id of a submodule -> its replacement.
-    `without`: attributes of instances to leave out."""
+    `without`: attributes of instances to leave out. `sizes`: numbers to replace by others, in shapes and attributes. `hollow`: large
+    tensors are zeros in no memory. `thin`: a large nn.Linear computes another linear function, a cheap one."""
     made: dict[int, Any] = {}
     tensors: dict[int, Tensor] = {}
 
     def tensor_like(tensor: Tensor, name: str) -> Tensor:
         if id(tensor) not in tensors:
-            tensors[id(tensor)] = filled(tensor, generator, dtype)
+            tensors[id(tensor)] = filled(resized(tensor, sizes) if sizes else tensor, generator, dtype, hollow=hollow)
         return tensors[id(tensor)]
+
+    def thinned(new: nn.Linear, weight: Tensor) -> None:
+        kind = (dtype or weight.dtype) if weight.is_floating_point() else weight.dtype
+        cheap = _repeating(tuple(weight.shape), generator, weight.shape[1] ** -0.5, kind)  # whoever reads it finds no zeros
+        new._parameters["weight"] = nn.Parameter(cheap, requires_grad=False)
+        new.__dict__["forward"] = _Thin(new.in_features, new.out_features, generator)
 
     def copy(module: nn.Module) -> nn.Module:
         if instead and id(module) in instead:
@@ -53,24 +63,88 @@ def stand_in(
         for key, value in new.__dict__.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 new.__dict__[key] = tensor_like(value, key)
-        new.__dict__["_parameters"] = {k: None if p is None else tensor_like(p, k) for k, p in module._parameters.items()}
+        if sizes:
+            new.__dict__.update({key: _renumbered(value, sizes) for key, value in new.__dict__.items() if key not in _TABLES})
+        large = module.weight if thin and type(module) is nn.Linear and module.weight.numel() > LARGE else None
+        kept = {k: p for k, p in module._parameters.items() if p is None or p is not large}
+        new.__dict__["_parameters"] = {k: None if p is None else tensor_like(p, k) for k, p in kept.items()}
         new.__dict__["_buffers"] = {k: None if b is None else tensor_like(b, k) for k, b in module._buffers.items()}
         new.__dict__["_modules"] = {k: None if m is None else copy(m) for k, m in module._modules.items()}
         if isinstance(new, nn.Dropout):
             new.__dict__["p"] = 0.0
+        if isinstance(new, nn.Linear) and large is not None:
+            thinned(new, large)
         return new
 
     return copy(module)
 
 
-def filled(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:
-    """A random tensor of the same shape and class, on the CPU."""
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class _Thin:
+    """A linear function that costs little: every feature of the result is a multiple of one of the input, and a shift."""
+
+    def __init__(self, given: int, made: int, generator: torch.Generator) -> None:
+        self.pick = torch.randint(given, (made,), generator=generator)
+        self.scale, self.shift = (torch.randn(made, generator=generator) for _ in range(2))
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return input[..., self.pick] * self.scale.to(input.dtype) + self.shift.to(input.dtype)
+
+
+def reduced(tensors: Iterable[Tensor], width: int, *, kept: int = 0) -> dict[int, int]:
+    """Small sizes in place of the large ones of tensors and of `width`: multiples stay multiples; `kept` stays."""
+    small: dict[int, int] = {}
+    fresh = iter(_SMALL)
+    for n in sorted({width, *(n for tensor in tensors for n in tensor.shape)} - {kept}):
+        if n <= _WIDE:
+            continue
+        divisor = next((m for m in sorted(small, reverse=True) if n % m == 0 and n // m <= 8), None)
+        found = next(fresh, n) if divisor is None else small[divisor] * (n // divisor)
+        while found in small.values():
+            found = next(fresh, n)
+        small[n] = found
+    return small if all(a > b for a, b in small.items()) else {}
+
+
+_WIDE = 128
+"""Sizes up to this are left as they are."""
+_SMALL = (12, 20, 28, 36, 60, 84, 100, 108)
+"""Sizes to put in place of others; only small primes divide them."""
+
+
+def resized(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
+    """A tensor without values, of the same class and kind in other sizes."""
+    made = torch.empty([sizes.get(n, n) for n in tensor.shape], dtype=tensor.dtype, device="meta")
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+def _renumbered(value: Any, sizes: Mapping[int, int]) -> Any:
+    if type(value) is int:
+        return sizes.get(value, value)
+    if type(value) in (tuple, list, torch.Size):
+        return type(value)(_renumbered(item, sizes) for item in value)
+    return value
+
+
+def blank(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros; in no memory when they are many."""
+    if prod(shape) > LARGE:
+        return torch.zeros((), dtype=dtype).expand(*shape)
+    return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype).zero_()
+
+
+def filled(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None = None, *, hollow: bool = False) -> Tensor:
+    """A random tensor of the same shape and class, on the CPU. `hollow`: zeros in no memory, if it is large."""
     kind = (dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
     if not kind.is_floating_point:
         return torch.ones(tensor.shape, dtype=kind) if kind == torch.bool else torch.zeros(tensor.shape, dtype=kind)
     scale = (tensor.shape[-1] if tensor.dim() > 1 else 4) ** -0.5
     if tensor.numel() <= LARGE:
         made = (torch.randn(tensor.shape, generator=generator, dtype=torch.double) * scale).to(kind)
+    elif hollow:
+        made = blank(tensor.shape, (), kind)
     elif tensor.numel() <= _HUGE:
         made = _untouched(tuple(tensor.shape), kind)
         where = torch.arange(0, tensor.numel(), tensor.numel() // _ELEMENTS | 1)
