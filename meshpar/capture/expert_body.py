@@ -169,15 +169,23 @@ def proven(recorded: Callable[[Mapping[int, int]], Body], prove: Callable[[Mappi
     Both functions take numbers and what to put in their place. Raises NotLifted.
     """
     body = recorded({})
-    if sizes:
-        try:
-            if same_steps(body, recorded(sizes), sizes):
-                prove(sizes)
-                return body
-        except Exception:  # whatever it is, the code does not run at other sizes
-            pass
-    prove({})
+    small = sizes if sizes and _same_at(sizes, body, recorded) else {}
+    try:
+        prove(small)
+    except NotLifted:
+        raise
+    except Exception:  # whatever it is, the code does not run at other sizes
+        if not small:
+            raise
+        prove({})
     return body
+
+
+def _same_at(sizes: Mapping[int, int], body: Body, recorded: Callable[[Mapping[int, int]], Body]) -> bool:
+    try:
+        return same_steps(body, recorded(sizes), sizes)
+    except Exception:  # whatever it is, the code does not run at other sizes
+        return False
 
 
 def same_steps(body: Body, other: Body, sizes: Mapping[int, int]) -> bool:
