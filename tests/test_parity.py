@@ -6,6 +6,7 @@ import pytest
 
 import meshpar as mp
 from tests.models import plain, text, tiny
+from tests.pool import Pool
 
 CAUSAL = "llama gpt2 gpt_neox qwen3 gemma2 olmo2 bloom opt phi3 falcon gptj mpt stablelm starcoder2 cohere bart mamba mixtral".split()
 CAUSAL.append("deepseek_v3")
@@ -41,16 +42,36 @@ def test_what_mixes_samples_sees_the_global_batch(name: str, mesh: str) -> None:
     mp.verify(model, mesh, batch, steps=3).raise_if_failed()
 
 
-def test_float32_is_exact_to_its_rounding() -> None:
+@pytest.mark.parametrize("name", "llama gpt2 gemma2 mamba mixtral qwen3".split())
+def test_float32_is_exact_to_its_rounding(name: str) -> None:
     import torch
 
-    mp.verify(tiny("llama"), "dp=2,tp=2", text(), dtype=torch.float32).raise_if_failed()
+    mp.verify(tiny(name), "dp=2,tp=2", text(), dtype=torch.float32).raise_if_failed()
 
 
 @pytest.mark.parametrize(("heads", "kv", "mesh"), [(6, 6, "tp=4"), (6, 3, "tp=2"), (4, 1, "tp=4"), (5, 5, "tp=2")])
 def test_heads_that_do_not_divide_are_cut_inside_or_left_whole(heads: int, kv: int, mesh: str) -> None:
     model = tiny("llama", hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=30)
     mp.verify(model, mesh, text(length=13)).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", "vit mamba mixtral".split())
+def test_three_ranks_that_hold_unequal_parts(name: str) -> None:
+    """8 heads, a vocabulary of 131, 17 or 13 positions, 112 or 43 * 3 - 1 features on 3 ranks."""
+    model, batch = plain(name) if name in PLAIN else (tiny(name), text(length=13))
+    mp.verify(model, "tp=3", batch).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", "gpt_kv2 vit mamba".split())
+def test_three_real_ranks_that_hold_unequal_parts(gloo: Pool, name: str) -> None:
+    for differences in gloo.run(verified, name, "tp=3", world=3):
+        assert max(differences.values()) < 1e-9, differences
+
+
+def verified(name: str, mesh: str) -> dict[str, float]:
+    """The largest differences on this rank."""
+    model, batch = plain(name) if name in PLAIN else (tiny(name), text(length=13))
+    return {d.quantity: d.largest for d in mp.verify(model, mp.make_mesh(mesh), batch).differences}
 
 
 def test_microbatches_of_uneven_label_counts() -> None:

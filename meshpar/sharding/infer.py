@@ -10,7 +10,7 @@ from torch import fx
 
 from .factors import Extents, Pattern, join, nest
 from .notation import Dim, Signature
-from .op import Op, Value, read, value_of
+from .op import Op, Value, kind_of, read, value_of
 from .rules import rule_for
 
 Axes = tuple[int | None, ...]
@@ -24,6 +24,8 @@ class Call:
     op: Op
     signature: Signature | None
     names: Mapping[str, int]
+    kind: tuple[object, ...]
+    """Equal for calls that differ in nothing but the values they are given (see `op.kind_of`)."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,13 @@ def infer(graph: fx.Graph) -> Inference:
     extents = Extents()
     dims: dict[Value, Axes] = {}
     calls: dict[fx.Node, Call] = {}
+    signatures: dict[tuple[object, ...], Signature | None] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             if "info" in node.meta:
                 dims[node, 0] = _fresh(extents, node.meta["info"].shape)
         elif node.op == "call_function" and node.target is not operator.getitem:
-            call = _call(extents, dims, node)
+            call = _call(extents, dims, node, signatures)
             calls[node] = call
     return Inference(extents, dims, calls)
 
@@ -54,9 +57,11 @@ def _fresh(extents: Extents, shape: tuple[int, ...]) -> Axes:
     return tuple(extents.new(n) if n > 1 else None for n in shape)
 
 
-def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node) -> Call:
-    op = read(node)
-    signature = rule_for(op)
+def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node, signatures: dict[tuple[object, ...], Signature | None]) -> Call:
+    op, kind = read(node), kind_of(node)
+    if kind not in signatures:
+        signatures[kind] = rule_for(op)
+    signature = signatures[kind]
     names: dict[str, int] = {}
     if signature is not None:
         for operand, labels in zip(op.operands, signature.inputs, strict=True):
@@ -74,7 +79,7 @@ def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node) -> Call:
             dims[node, index] = _fresh(extents, info.shape)
         else:
             dims[node, index] = _result(extents, names, signature, index, info.shape)
-    return Call(op, signature, names)
+    return Call(op, signature, names, kind)
 
 
 def _result(extents: Extents, names: dict[str, int], signature: Signature, index: int, shape: tuple[int, ...]) -> Axes:

@@ -91,6 +91,23 @@ def read(node: fx.Node) -> Op:
     )
 
 
+def kind_of(node: fx.Node) -> tuple[Any, ...]:
+    """What a call is, whatever the values it is given: equal for calls that obey the same rule in the same way."""
+    places: dict[fx.Node, int] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return fx.Node, places.setdefault(value, len(places))
+        if isinstance(value, (tuple, list)):
+            return tuple(plain(v) for v in value)
+        if isinstance(value, dict):
+            return tuple((k, plain(v)) for k, v in value.items())
+        return value
+
+    written = plain(node.args), plain(node.kwargs)
+    return node.target, written, tuple(n.meta["info"] for n in places), node.meta["info"]
+
+
 def _arguments(node: fx.Node) -> dict[str, Any]:
     schema = getattr(node.target, "_schema", None)
     if schema is None:

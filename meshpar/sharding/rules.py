@@ -21,14 +21,14 @@ from .views import VIEWS, fixed_dims, named, sizes_of
 Rule = Callable[[Op], "Signature | None"]
 
 
-def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[str] = ()) -> Rule:
+def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[str] = (), counts: Iterable[tuple[int, str]] = ()) -> Rule:
     """A rule written in the notation."""
-    linear = tuple(tuple(g) for g in linear)
+    linear, counts = tuple(tuple(g) for g in linear), tuple(counts)
 
     def rule(op: Op) -> Signature | None:
         outs = [o.shape for o in op.outs if o is not None]
         try:
-            return bind(text, op.shapes, outs, linear=linear, gathers=gathers)
+            return bind(text, op.shapes, outs, linear=linear, gathers=gathers, counts=counts)
         except ValueError:
             return None
 
@@ -44,13 +44,13 @@ _CHOICE = {"where"}
 
 
 def pointwise(op: Op) -> Signature:
-    """Dims aligned from the right; a dim of size 1 against a larger one is broadcast."""
+    """Dims aligned from the right; a dim of size 1 against a larger one is broadcast. (The example of `type_as` may have more dims.)"""
     out = op.out.shape
     names = named("d", out)
     inputs = []
     for shape in op.shapes:
         shift = len(out) - len(shape)
-        inputs.append(tuple(names[i + shift] if n == out[i + shift] else () for i, n in enumerate(shape)))
+        inputs.append(tuple(names[i + shift] if i + shift >= 0 and n == out[i + shift] else () for i, n in enumerate(shape)))
     return Signature(tuple(inputs), (names,) * len(op.outs), sizes_of("d", out), frozenset(), tuple(frozenset(g) for g in _linear(op)))
 
 
@@ -302,6 +302,21 @@ def padding(op: Op) -> Signature:
     return Signature((base,), (out,), sizes, frozenset(f"{p}{i}" for i in changed for p in "dn"), linear)
 
 
+def row_expert(op: Op) -> Signature | None:
+    rest = " ".join(f"[d{i}]" for i in range(len(op.infos[0].shape) - 1))
+    return row(f"n {rest}, [x] -> n", counts=((1, "n"),))(op)
+
+
+def unfolded(op: Op) -> Signature:
+    """Tensor.unfold: windows along one dim, which is needed whole; their elements are a new last dim."""
+    dim, shape, out = op.dim("dimension"), op.infos[0].shape, op.out.shape
+    base = named("d", shape)
+    windows = (((f"n{dim}",),) if out[dim] > 1 else ()), (((f"n{len(shape)}",),) if out[-1] > 1 else ())
+    sizes = {**sizes_of("d", shape), f"n{dim}": out[dim], f"n{len(shape)}": out[-1]}
+    result = (*base[:dim], windows[0], *base[dim + 1 :], windows[1])
+    return Signature((base,), (result,), sizes, frozenset({f"d{dim}", f"n{dim}", f"n{len(shape)}"}), (frozenset({0}),))
+
+
 def glu(op: Op) -> Signature:
     """The dim is a row of two halves, which must be cut alike."""
     dim, out = op.dim(), op.out.shape
@@ -427,10 +442,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("scatter", "scatter_add"), scatter),
     "one_hot": one_hot,
     **dict.fromkeys(("slice_scatter", "select_scatter"), written),
-    # experts: rows sorted by expert are whole, the matrices of every expert are cut alike
-    "meshpar.dispatch": row("[t] [h], [t] [k] -> [n] [h], [x], [n]"),
-    "meshpar.grouped_mm": row("[n] i, [x] i o, [x] -> [n] o", linear=((0,), (1,))),
-    "meshpar.combine": row("[n] h, [n], [t] [k] -> [t] h", linear=((0,), (2,))),
+    # experts: a rank's tokens have its rows, the ends of every expert's rows add up; the matrices of every expert are cut alike
+    "meshpar.dispatch": row("t [h], t [k] -> (t k) [h], [x], (t k)"),
+    "meshpar.grouped_mm": row("n i, [x] i o, [x] -> n o", linear=((0,), (1,)), counts=((2, "n"),)),
+    "meshpar.row_expert": row_expert,
+    "meshpar.combine": row("(t k) h, (t k), t [k] -> t h", linear=((0,), (2,))),
+    "meshpar.ops.expert_all_to_all.send_rows": row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)),
+    "meshpar.ops.expert_all_to_all.return_rows": row("[n] h, [s] [r], [m], [m] -> [n] h", linear=((0,),)),
     # norms, softmax
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), normalised),
     **dict.fromkeys(
@@ -456,6 +474,7 @@ RULES: dict[str, Rule] = {
     # activations and layers of their own kind
     "glu": glu,
     "prelu": prelu,
+    "unfold": unfolded,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     # reductions
     **dict.fromkeys(
@@ -491,7 +510,7 @@ RULES: dict[str, Rule] = {
         ("upsample_nearest1d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest3d"), pooling
     ),
     # these carry no pointwise tag, or not in every form
-    **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar"), pointwise),
+    **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid"), pointwise),
     "view_as_complex": row("... [c] -> ..."),
     "view_as_real": row("... -> ... [c]"),
     # random
