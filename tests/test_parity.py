@@ -42,10 +42,11 @@ def test_what_mixes_samples_sees_the_global_batch(name: str, mesh: str) -> None:
     mp.verify(model, mesh, batch, steps=3).raise_if_failed()
 
 
-def test_float32_is_exact_to_its_rounding() -> None:
+@pytest.mark.parametrize("name", "llama gpt2 gemma2 mamba mixtral qwen3".split())
+def test_float32_is_exact_to_its_rounding(name: str) -> None:
     import torch
 
-    mp.verify(tiny("llama"), "dp=2,tp=2", text(), dtype=torch.float32).raise_if_failed()
+    mp.verify(tiny(name), "dp=2,tp=2", text(), dtype=torch.float32).raise_if_failed()
 
 
 @pytest.mark.parametrize(("heads", "kv", "mesh"), [(6, 6, "tp=4"), (6, 3, "tp=2"), (4, 1, "tp=4"), (5, 5, "tp=2")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -38,6 +39,14 @@ def expected(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dic
     loss = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.loss
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@lru_cache(maxsize=1)
+def halves() -> tuple[dict[str, Tensor], mp.pipeline.Stage, mp.pipeline.Stage]:
+    """A batch, and a tied llama in two stages."""
+    model, batch = model_of("llama_tied")
+    first, second = mp.pipeline.split(model, batch, 2)
+    return batch, first, second
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "t5", "albert", "unet", "uneven"])
@@ -118,8 +127,7 @@ def test_without_a_loss_the_outputs_come_out() -> None:
 
 
 def test_examples_describe_what_is_handed_on() -> None:
-    model, batch = model_of("llama_tied")
-    first, second = mp.pipeline.split(model, batch, 2)
+    batch, first, second = halves()
     assert first.input_args == () and first.sends == second.receives
     (sent,), (received,) = first.output_args, second.input_args
     assert sent.shape == received.shape == (2, 6, 64) and sent.device.type == "meta" and sent.requires_grad and received.requires_grad
@@ -128,8 +136,7 @@ def test_examples_describe_what_is_handed_on() -> None:
 
 
 def test_explain_and_code(capsys: pytest.CaptureFixture[str]) -> None:
-    model, batch = model_of("llama_tied")
-    stage = mp.pipeline.split(model, batch, 2)[1]
+    _, _, stage = halves()
     said = stage.explain()
     assert said.startswith("2 stages, balanced by cost")
     assert "stage 1 of 2:\n  receives " in said and "[2, 6, 64] float64" in said
@@ -151,7 +158,7 @@ def test_errors() -> None:
     with pytest.raises(BatchError, match="another structure"):
         first.keywords(batch["input_ids"])
     with pytest.raises(ConfigError, match="not a set|not set"):
-        mp.pipeline.split(model, {1, 2}, 2)  # type: ignore[arg-type]
+        mp.pipeline.split(nn.Linear(2, 2), {1, 2}, 2)  # type: ignore[arg-type]
 
 
 # -- torch's schedules ---------------------------------------------------------------------------------------------------------------------

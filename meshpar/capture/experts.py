@@ -8,7 +8,7 @@ that multiplies every token with every expert (einsum, bmm) is an ordinary graph
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,10 +67,15 @@ class Seam:
 
     def advice(self) -> str:
         """What to tell about the modules that were not recognised; an empty string without any."""
-        if not self.unrecognised:
-            return ""
-        lines = [f"    {name or 'the model'}: {reason}." for name, reason in self.unrecognised.items()]
-        return "\n".join(("  Expert layers of a form that is not recognised:", *lines, _ADVICE))
+        return advise(self.unrecognised)
+
+
+def advise(unrecognised: Mapping[str, str]) -> str:
+    """What to tell about modules that look like experts and are not recognised (name -> why); an empty string without any."""
+    if not unrecognised:
+        return ""
+    lines = [f"    {name or 'the model'}: {reason}." for name, reason in unrecognised.items()]
+    return "\n".join(("  Expert layers of a form that is not recognised:", *lines, _ADVICE))
 
 
 _ADVICE = """\

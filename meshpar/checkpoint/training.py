@@ -448,8 +448,9 @@ def _restore(
         restoring.finish()
     if scheduler is not None and schedule is not None:
         scheduler.load_state_dict(schedule)
-    if isinstance(module, ParallelModel) and "random" in values:
-        module.random.load_state_dict(values["random"])
+    if isinstance(module, ParallelModel):
+        module.spread_buffers()
+        module.random.load_state_dict(values.get("random", module.random.state_dict()))
     assert isinstance(extra, dict)
     return extra
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,8 +16,8 @@ from ..mesh import Axis
 from ..plan import AxisPlan, ParameterPlan, Plan, StagePlan
 from ..sharding.infer import Inference, infer
 from ..sharding.op import op_name
-from ..sharding.solve import Request, solve
-from ..sharding.types import I, Type
+from ..sharding.solve import Request, expert_stacks, solve
+from ..sharding.types import I, Owned, Type
 from .lower import Lower
 from .split import mark, split
 from .stages import choose
@@ -45,6 +45,8 @@ class Decision:
     pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
     """What an earlier plan said of parameters: it never changes."""
     stages: StageRequest | None = None
+    owned: bool = False
+    """Whether parameters may lie on one rank of `ep` alone: not where ranks are simulated, which all run one program."""
     options: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, tuple[tuple[int, ...], str, bool]] = field(default_factory=dict)
     """All parameters of the model: shape, dtype, trainable; those the graph does not use stay whole."""
@@ -74,12 +76,13 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 wanted=wanted if not data else {},
                 shard_parameters=not data,
                 experts=name == "ep",
+                owned=request.owned,
                 sequence=request.sequence,
                 outputs=outputs,
             ),
             whole if graph is captured.graph else None,
         )
-        axes.append(plan)
+        axes.append(_for_all_owners(plan, captured.graph, axes))
         if name != request.axes[-1][0]:
             graph = Lower(plan, Axis(name, size, 0, name))(graph)
     stages, held = _stages(captured, request)
@@ -92,6 +95,17 @@ def decide(captured: Captured, request: Decision) -> Plan:
         dict(request.options),
         notes=_notes(whole, axes),
     )
+
+
+def _for_all_owners(plan: AxisPlan, graph: fx.Graph, before: Sequence[AxisPlan]) -> AxisPlan:
+    """What was decided for the parameters that the first rank of an earlier axis owns holds for those of the others."""
+    found = dict(plan.nodes)
+    for parts in expert_stacks(graph):
+        names = [part.name for part in parts]
+        for k, name in enumerate(names):
+            first = next((names[k % (len(names) // a.size)] for a in before if isinstance(a.nodes[name].outs[0], Owned)), name)
+            found.setdefault(name, plan.nodes[first])
+    return replace(plan, nodes=found)
 
 
 def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...], Mapping[str, tuple[int, ...]]]:

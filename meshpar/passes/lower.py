@@ -25,7 +25,7 @@ from ..ops.each_rank import each_rank
 from ..plan import AxisPlan, NodePlan
 from ..sharding.conversions import conversion
 from ..sharding.op import Op, Value, operands, read, value_of
-from ..sharding.types import Partial, Ragged, Shard, Type, local_shape
+from ..sharding.types import Owned, Partial, Ragged, Shard, Type, local_shape
 from ..sharding.views import slice_bounds
 
 aten = torch.ops.aten
@@ -61,6 +61,8 @@ class _Lowering:
             self.current = node
             if node.op == "output":
                 self._output(node)
+            elif node.op == "get_attr" and not self._is_here(node):
+                continue
             elif node.op != "call_function":
                 copied = self.new.node_copy(node, lambda n: n)
                 self._made(node, copied, self.plan.nodes[node.name])
@@ -159,6 +161,9 @@ class _Lowering:
         if node.target is DISPATCH and isinstance(plan.outs[0], Ragged):
             self._dispatch(node, plan)
             return
+        if plan.uses and isinstance(plan.uses[0], Owned):
+            self._stack_own(node, plan)
+            return
         uses = iter(plan.uses)
         args, kwargs = _map((node.args, dict(node.kwargs)), lambda n: self._as(n, next(uses)))
         if node.target is COMBINE and isinstance(plan.uses[0], Ragged):
@@ -212,6 +217,15 @@ class _Lowering:
         self.routes[node, 2] = tuple(items[2:])
         for index, (held, type_) in enumerate(zip((*items[:2], at_home[2]), plan.outs, strict=True)):
             self.held[node, index], self.types[node, index], self.home[node, index] = held, type_, _unit(node)
+
+    def _is_here(self, node: fx.Node) -> bool:
+        type_ = self.plan.nodes[node.name].outs[0]
+        return not isinstance(type_, Owned) or type_.rank == self.axis.rank
+
+    def _stack_own(self, node: fx.Node, plan: NodePlan) -> None:
+        """A stack of what several ranks own: each stacks its own."""
+        own = [self.held[value_of(part)] for part in operands(node) if self._is_here(part)]
+        self._made(node, self.new.call_function(node.target, (own,)), plan)  # type: ignore[arg-type]
 
     def _returned(self, node: fx.Node, rows: fx.Node) -> fx.Node:
         """The rows of this rank's tokens, back from the ranks of their experts."""

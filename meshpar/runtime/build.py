@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -14,7 +15,7 @@ from ..config import ParallelConfig
 from ..errors import ConfigError
 from ..mesh import axis
 from ..plan import ParameterPlan, Plan
-from ..sharding.types import Shard
+from ..sharding.types import Owned, Shard
 from ..simulate import is_simulated
 from . import place
 from .blocks import Block, Tree
@@ -45,19 +46,47 @@ def build(
     """
     own = _own_stages(mesh, schedule)
     spmd = without_pipeline(mesh)
-    specs = {name: _spec(name, plan, config, own) for name, plan in program.plan.parameters.items() if set(plan.stages) & set(own)}
+    plans = {n: p for n, p in program.plan.parameters.items() if set(p.stages) & set(own) and _is_here(p, mesh)}
+    specs = {name: _spec(name, plan, config, own) for name, plan in plans.items()}
     if is_simulated():
         tree = _simulated(model, mesh, config, program, specs, weights)
         return Whole(tree, DataParallel(Block(), config.data_parallel, ()), program)
     parameters = {name: place.empty(spec, spmd) for name, spec in specs.items()}
     alone = left_alone(program.plan, mesh, config)
     keeps = schedule is not None and schedule.defers(config.microbatches)
-    trees = _trees(model, config, program, own, parameters, {n: b.detach().clone().to(mesh.device_type) for n, b in model.named_buffers()})
+    trees = _trees(model, config, program, own, parameters, _buffers(model, mesh.device_type))
     data = {i: apply_data_parallel(tree, spmd, config, keeps=keeps, alone=alone) for i, tree in trees.items()}
+    without_memory = _has_no_peers() and weights is None and all(p.is_meta for p in model.parameters())
     for tree in trees.values():
-        place.allocate(tree, mesh.device_type)
+        if not without_memory:
+            place.allocate(tree, mesh.device_type)
         mark_all(tree, specs)
         parameters.update(tree.named_parameters())
+    if not without_memory:
+        _fill(model, config, trees, parameters, weights)
+    if schedule is None:
+        return Whole(trees[0], data[0], program)
+    ties = _ties(program.plan, mesh, parameters)
+    return Pipelined(trees, program, data, ties, schedule, axis(mesh, "pp"), torch.device(mesh.device_type))
+
+
+def _has_no_peers() -> bool:
+    """Whether the other ranks are only thought of: then a model that has no memory gets none, whatever its size."""
+    return dist.is_initialized() and dist.get_backend() == "fake" and not is_simulated()
+
+
+def _buffers(model: nn.Module, device: str) -> dict[str, torch.Tensor]:
+    return {name: b.detach().clone() if b.is_meta else b.detach().clone().to(device) for name, b in model.named_buffers()}
+
+
+def _fill(
+    model: nn.Module,
+    config: ParallelConfig,
+    trees: Mapping[int, Tree],
+    parameters: Mapping[str, nn.Parameter],
+    weights: str | PathLike[str] | None,
+) -> None:
+    """Give parameters and buffers their values."""
     buffers = materialise(
         model, list(parameters), lambda n, value: place.fill(parameters[n], value), weights=weights, dtype=config.precision.param_dtype
     )
@@ -65,10 +94,6 @@ def build(
         for tree in trees.values():
             for name, buffer in tree.named_buffers():
                 buffer.copy_(buffers[name])
-    if schedule is None:
-        return Whole(trees[0], data[0], program)
-    ties = _ties(program.plan, mesh, parameters)
-    return Pipelined(trees, program, data, ties, schedule, axis(mesh, "pp"), torch.device(mesh.device_type))
 
 
 def without_pipeline(mesh: DeviceMesh) -> DeviceMesh:
@@ -133,8 +158,13 @@ def _spec(name: str, plan: ParameterPlan, config: ParallelConfig, own: Sequence[
     dtype: torch.dtype = getattr(torch, plan.dtype)
     if config.precision.param_dtype is not None and dtype.is_floating_point:
         dtype = config.precision.param_dtype
-    placements = {axis: type_ for axis, type_ in plan.placements.items() if isinstance(type_, Shard) and axis in ("ep", "tp")}
+    placements = {axis: type_ for axis, type_ in plan.placements.items() if isinstance(type_, (Shard, Owned)) and axis in ("ep", "tp")}
     return ParameterSpec(name, plan.shape, dtype, plan.trainable, placements, plan.stages[0] not in own)
+
+
+def _is_here(plan: ParameterPlan, mesh: DeviceMesh) -> bool:
+    """Whether this rank has any part of a parameter."""
+    return all(axis(mesh, name).rank == type_.rank for name, type_ in plan.placements.items() if isinstance(type_, Owned))
 
 
 def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter]) -> Ties:

@@ -34,6 +34,7 @@ from meshpar.errors import ConfigError
 from meshpar.mesh import DATA_AXES
 from meshpar.runtime.blocks import Tree, shared_blocks
 from meshpar.runtime.parameters import mark, spec_of
+from meshpar.sharding.types import Owned
 
 _REPLICATED_AXES = ("dp_replicate",)
 
@@ -145,7 +146,9 @@ def _experts_apart(mesh: DeviceMesh, data: Sequence[str], mode: Mode) -> Callabl
 
     def place(parameter: nn.Parameter) -> Any:
         assert isinstance(parameter, DTensor)
-        if parameter.placements[at].is_replicate():
+        spec = spec_of(parameter)
+        owned = spec is not None and isinstance(spec.placements.get("ep"), Owned)
+        if parameter.placements[at].is_replicate() and not owned:
             return None
         ranks, shape = info.shard_mesh_size, local_of(parameter).shape
         inside = shape[0] < ranks and len(shape) > 1 and shape[1] % ranks == 0  # fewer experts than ranks: a part of each

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from meshpar._torch import LocalTensor, flatten_mesh, local_of, local_tensor_mode, maybe_disable_local_tensor_mode, root_mesh
 from meshpar.errors import ConfigError
 from meshpar.runtime.parameters import spec_of
+from meshpar.sharding.types import Owned
 
 STAGES = "pp"
 """The axis whose ranks hold different parameters, not copies."""
@@ -100,6 +101,12 @@ def grad_norm(
     return sent[0].pow(_root(norm_type)).to(torch.float64 if sent[1] > 0 else dtype)
 
 
+def _owned_on(parameter: torch.Tensor) -> tuple[str, ...]:
+    """The axes of which one rank alone has the parameter."""
+    spec = spec_of(parameter)
+    return () if spec is None else tuple(name for name, type_ in spec.placements.items() if isinstance(type_, Owned))
+
+
 def _is_copy(parameter: torch.Tensor) -> bool:
     spec = spec_of(parameter)
     return spec is not None and spec.is_copy
@@ -122,7 +129,10 @@ def _local_grads(parameters: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor,
             raise ConfigError(
                 f"a gradient of shape {tuple(grad.shape)} is a pending sum ({grad.placements}): reduce it before taking its norm."
             )
-        grads.append((local_of(grad), (grad.device_mesh, tuple(not p.is_replicate() for p in grad.placements))))
+        owned = _owned_on(parameter)
+        names = grad.device_mesh.mesh_dim_names or ()
+        cuts = tuple(not p.is_replicate() or name in owned for name, p in zip(names, grad.placements, strict=True))
+        grads.append((local_of(grad), (grad.device_mesh, cuts)))
     return grads
 
 

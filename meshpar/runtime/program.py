@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
+from ..capture.experts import advise
 from ..capture.export import capture
 from ..config import ParallelConfig
-from ..errors import BatchError, PlanError
+from ..errors import BatchError, ConfigError, PlanError
 from ..mesh import DATA_AXES, Axis, agree, axis, data_axis, data_mesh, mesh_sizes
 from ..passes.attention import SimplifyAttention
 from ..passes.batch_norm import expand_batch_norm
@@ -31,9 +32,10 @@ from ..passes.place import place
 from ..passes.randomness import KEY, SeedRandom
 from ..passes.reduce import ReduceGradients
 from ..passes.split import StageGraph, split
+from ..passes.tally import TALLY, TallyExperts
 from ..passes.weight_gradients import DeferWeightGradients
 from ..plan import ParameterPlan, Plan
-from ..sharding.types import Shard
+from ..sharding.types import Owned, Shard
 from ..simulate import is_simulated
 from .schedules import schedule_of
 
@@ -80,6 +82,11 @@ class Program:
     def is_random(self) -> bool:
         """Whether the graph takes a key for its random numbers, as its last input."""
         return any(n.op == "placeholder" and n.name == KEY for n in self.graph.nodes)
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether the graph takes a tally of experts' loads."""
+        return TALLY in self.inputs
 
     @property
     def key(self) -> str:
@@ -152,6 +159,8 @@ class Programs:
         return captured
 
     def _program(self, signature: Signature, captured: Captured, *, remember: bool = True) -> Program:
+        if remember:
+            self._check_experts(captured)
         plan = self._plan(captured, staged=remember and self.schedule is not None)
         if remember and not self.pinned:
             self.pinned = dict(plan.parameters)
@@ -195,6 +204,7 @@ class Programs:
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
             stages=self._stage_request() if staged else None,
+            owned=not is_simulated(),
             options=_options(self.config),
             others=self.others,
         )
@@ -207,6 +217,15 @@ class Programs:
     def _decides_alone(self) -> bool:
         """Whether this process stands for all ranks."""
         return is_simulated() or dist.get_backend() == "fake" or self.mesh.size() == 1
+
+    def _check_experts(self, captured: Captured) -> None:
+        ranks = mesh_sizes(self.mesh).get("ep", 1)
+        if ranks > 1 and not any(node.target is torch.ops.meshpar.grouped_mm.default for node in captured.graph.nodes):
+            advice = advise(captured.unrecognised)
+            raise ConfigError(
+                f"ep={ranks} divides experts among ranks, and the model has none that could be divided. Use dp={ranks} instead: outside of "
+                f"experts, ep is data parallelism." + (f"\n{advice}" if advice else "")
+            )
 
     def _stage_request(self) -> StageRequest:
         assert self.schedule is not None
@@ -236,7 +255,7 @@ def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], summed: Mapp
         names = (summed or {}).get(one.name)
         if names and one.size > 1:
             graph = ReduceGradients(one, names & parameters)(graph)
-    return SeedRandom(axes)(Coalesce(parameters)(graph))
+    return TallyExperts()(SeedRandom(axes)(Coalesce(parameters)(graph)))
 
 
 def unmanaged(plan: Plan, axis: str, mesh: DeviceMesh, config: ParallelConfig) -> frozenset[str]:
@@ -245,7 +264,7 @@ def unmanaged(plan: Plan, axis: str, mesh: DeviceMesh, config: ParallelConfig) -
     All of them where ranks are simulated; else those that two stages of one rank use (it manages every stage by itself), and experts that
     it would have to replicate while it shares out others.
     """
-    names = (n for n, p in plan.parameters.items() if not isinstance(p.placements.get(axis), Shard))
+    names = (n for n, p in plan.parameters.items() if not isinstance(p.placements.get(axis), (Shard, Owned)))
     if is_simulated():
         return frozenset(names)
     return frozenset(names) & left_alone(plan, mesh, config)
@@ -259,7 +278,7 @@ def left_alone(plan: Plan, mesh: DeviceMesh, config: ParallelConfig) -> frozense
     ranks = {name: [plan.stages[s].rank for s in p.stages] for name, p in plan.parameters.items() if len(p.stages) > 1}
     found = {name for name, held in ranks.items() if len(set(held)) < len(held)}
     if data == ["ep"] or config.data_parallel == "replicate":
-        found |= {name for name, p in plan.parameters.items() if isinstance(p.placements.get("ep"), Shard)}
+        found |= {name for name, p in plan.parameters.items() if isinstance(p.placements.get("ep"), (Shard, Owned))}
     return frozenset(found)
 
 

@@ -44,13 +44,13 @@ _CHOICE = {"where"}
 
 
 def pointwise(op: Op) -> Signature:
-    """Dims aligned from the right; a dim of size 1 against a larger one is broadcast."""
+    """Dims aligned from the right; a dim of size 1 against a larger one is broadcast. (The example of `type_as` may have more dims.)"""
     out = op.out.shape
     names = named("d", out)
     inputs = []
     for shape in op.shapes:
         shift = len(out) - len(shape)
-        inputs.append(tuple(names[i + shift] if n == out[i + shift] else () for i, n in enumerate(shape)))
+        inputs.append(tuple(names[i + shift] if i + shift >= 0 and n == out[i + shift] else () for i, n in enumerate(shape)))
     return Signature(tuple(inputs), (names,) * len(op.outs), sizes_of("d", out), frozenset(), tuple(frozenset(g) for g in _linear(op)))
 
 

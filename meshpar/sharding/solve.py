@@ -27,7 +27,7 @@ from .infer import Call, Inference, infer
 from .op import Value, info_of, operands, value_of
 from .price import Price
 from .program import Problem, Step, choose
-from .types import I, R, Shard, Type, plain
+from .types import I, Owned, R, Shard, Type, plain
 
 _MATRIX = frozenset(
     "linear mm bmm addmm baddbmm matmul einsum convolution conv1d conv2d conv3d scaled_dot_product_attention meshpar.grouped_mm".split()
@@ -62,6 +62,8 @@ class Request:
     shard_parameters: bool = True
     experts: bool = False
     """Whether the axis splits experts, so that every rank gets the rows of its own."""
+    owned: bool = False
+    """Whether a parameter may lie on one rank alone: experts kept as a list of modules are then divided too."""
     sequence: bool = True
     """Whether the residual stream is cut along its sequence where that is possible."""
     outputs: Sequence[Type | None] = ()
@@ -88,6 +90,7 @@ class _Solver:
         self.hidden = self._contracted_with_parameters()
         self.residual = self._residual_types()
         self.experts = self._expert_factors() if request.experts else frozenset()
+        self.owners = self._owners() if request.experts and request.owned else {}
         self.seeds = self._seeds()
         self.found: dict[str, NodePlan] = {}
         self.types: dict[Value, Type] = {}
@@ -210,6 +213,15 @@ class _Solver:
                 found.add(self.inference.extents.find(one))
         return frozenset(found)
 
+    def _owners(self) -> dict[fx.Node, int]:
+        """The parameters of experts kept as a list of modules -> the rank that has them."""
+        found: dict[fx.Node, int] = {}
+        for parts in expert_stacks(self.graph):
+            if len(parts) % self.size:
+                raise PlanError(f"{self.request.axis}={self.size} does not divide the {len(parts)} experts of {parts[0].target}.")
+            found.update({part: k // (len(parts) // self.size) for k, part in enumerate(parts)})
+        return found
+
     def _residual_factors(self) -> tuple[set[int], list[int]]:
         """The factors of the residual's hidden size, and those of its sequence that are cut."""
         find, leaves = self.inference.extents.find, self.inference.extents.leaves
@@ -324,6 +336,9 @@ class _Solver:
         if node.op == "get_attr":
             return self._placements(node, whole[node])
         call = self.inference.calls[node]
+        if self.owners and call.op.operands and call.op.operands[0] in self.owners:
+            uses = tuple(Owned(self.owners[part]) for part in call.op.operands)
+            return (Choice(uses, (plain(0, len(uses)),), 0.0, "experts"),)
         factors = self.seeds[unit]
         # All that tells one call of a kind from another is how the factors lie in its names.
         patterns = tuple(tuple(self.inference.extents.pattern(one, factor) for one in call.names.values()) for factor in factors)
@@ -360,6 +375,8 @@ class _Solver:
         if node.target in self.request.pinned:
             return (Choice((), (self.request.pinned[str(node.target)],), 0.0, "rule"),)
         if not self.request.shard_parameters:
+            if node in self.owners:
+                return (Choice((), (Owned(self.owners[node]),), 0.0, "experts"),)
             return (self._of_experts(node) or Choice((), (at_rest(info, R),), 0.0, "data"),)
         found = [Choice((), (I,), whole, "whole")]
         seen: set[Type] = set()
@@ -401,6 +418,16 @@ class _Solver:
                 )
             fitting = [Choice((), (cut,), 0.0, "rule")]
         return tuple(fitting)
+
+
+def expert_stacks(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
+    """The parameters of experts that are kept as a list of modules and used as a stack: those of one role together, in order."""
+    found = []
+    for node in graph.nodes:
+        parts = operands(node) if node.meta.get("expert_stack") else ()
+        if parts and all(part.op == "get_attr" and len(part.users) == 1 for part in parts) and len(set(parts)) == len(parts):
+            found.append(parts)
+    return found
 
 
 def _infos(node: fx.Node) -> list[Info]:

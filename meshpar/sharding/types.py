@@ -7,6 +7,7 @@
 | Shard     | a slice of one dim             | the same slice          |
 | Partial   | a pending sum                  | the same                |
 | Ragged    | the rows of the rank's experts | the same rows           |
+| Owned     | the value, on one rank only    | on that rank only       |
 
 A value that needs no gradient is never `Replicate`: there `Invariant` says the same.
 """
@@ -51,6 +52,16 @@ class Ragged:
 
     def __str__(self) -> str:
         return "E"
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """One rank has the value, the others have no part of it: the parameters of one expert among several kept as a list."""
+
+    rank: int
+
+    def __str__(self) -> str:
+        return f"O({self.rank})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +132,7 @@ class Shard:
         return starts
 
 
-Type = Invariant | Replicate | Partial | Shard | Ragged
+Type = Invariant | Replicate | Partial | Shard | Ragged | Owned
 I, R, P = Invariant(), Replicate(), Partial()
 
 

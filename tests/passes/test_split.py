@@ -102,13 +102,13 @@ def test_marks_outside() -> None:
 # -- models --------------------------------------------------------------------------------------------------------------------------------
 
 
-MODELS = ("llama", "llama_tied", "gpt2", "gemma2", "t5", "albert", "mixtral", "unet", "uneven", "ring", "gpt_dropout", "encoder_decoder")
+MODELS = ("llama", "llama_tied", "gpt2", "gemma2", "t5", "albert", "unet", "uneven", "ring", "gpt_dropout")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_stages_compute_what_the_whole_computes(name: str) -> None:
     model, batch, captured = captured_model(name)
-    for count in (2, 3, 6) if name != "ring" else (2,):
+    for count in (2, 5) if name != "ring" else (2,):
         compare(model, captured, batch, count)
 
 

@@ -172,6 +172,7 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
     (aten.view_as_complex.default, (x(4, 6, 2),), 2),
     (aten.view_as_real.default, (torch.complex(x(4, 6), x(4, 6)),), 2),
     (aten.slice_scatter.default, (x(4, 6), x(4, 2), 1, 2, 4), 1),
+    (aten.type_as.default, (x(6), x(2, 4, 8)), 1),
     (aten.unfold.default, (x(4, 6, 8), 1, 3, 1), 2),
     (aten.log_sigmoid.default, (x(4, 6),), 2),
     (aten.select_scatter.default, (x(4, 6, 8), x(4, 8), 1, 2), 2),
