@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
@@ -118,7 +119,12 @@ def measure(cases: Sequence[Case], seconds: float, steps: int) -> list[tuple[flo
 
     deferred._now_or_later = with_a_nap
     try:
-        return [_measured(case, seconds, steps) for case in cases]
+        found = []
+        for case in cases:
+            found.append(_measured(case, seconds, steps))
+            if dist.get_rank() == 0:  # the table comes in the end: say meanwhile what there is
+                print(f"{case}: bubble {found[-1][1]:.3f}, expected {case.expected()[0]:.3f}", file=sys.stderr, flush=True)
+        return found
     finally:
         deferred._now_or_later = ready
 
