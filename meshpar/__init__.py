@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import checkpoint, ops, pipeline, plot, schedule, timing
     from .api import parallelize
+    from .capture.experts import register_experts
     from .config import ParallelConfig, Precision
     from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
     from .mesh import data_rank, local_batch, make_mesh, rank_grid
@@ -40,6 +41,7 @@ _HOME = {
     "ParallelModel": "runtime.model",
     **dict.fromkeys(("full_grad", "full_tensor"), "runtime.parameters"),
     "add_rule": "sharding.rules",
+    "register_experts": "capture.experts",
     **dict.fromkeys(("Report", "VerificationError"), "verify"),
 }
 _NAMESAKES = ("simulate", "verify")
@@ -75,6 +77,7 @@ __all__ = [
     "pipeline",
     "plot",
     "rank_grid",
+    "register_experts",
     "schedule",
     "simulate",
     "timing",

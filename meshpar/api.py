@@ -1,6 +1,6 @@
 """parallelize(): the whole story, top to bottom.
 
-model ── capture ──> graph ── rules + solver ──> Plan ── lower ──> local graph ── blocks, FSDP2 ──> ParallelModel
+model ── capture ──> graph ── rules + solver ──> Plan ── lower ──> local graph ── stages, blocks, FSDP2 ──> ParallelModel
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .runtime.failures import Together
 from .runtime.model import ParallelModel
 from .runtime.parameters import convert_state_dicts
 from .runtime.program import Programs
+from .runtime.schedules import schedule_of
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
@@ -53,6 +54,8 @@ def parallelize(
     check_mesh(mesh)
     _check_supported(mesh)
     config = config or ParallelConfig()
+    if (schedule := schedule_of(mesh, config)) is not None:
+        schedule.order(config.microbatches)  # what it does not allow is told before anything is captured
     args, kwargs = _example(model, example)
     together = Together(mesh)
     with together.section("parallelize"):
@@ -82,9 +85,11 @@ def _parallelize(
 
 
 def _check_supported(mesh: DeviceMesh) -> None:
-    missing = [name for name, size in mesh_sizes(mesh).items() if name in ("cp", "ep") and size > 1]
+    missing = [name for name, size in mesh_sizes(mesh).items() if name == "cp" and size > 1]
     if missing:
-        raise ConfigError(f"parallelize does not support the axes {', '.join(missing)} yet; use pp, dp (or dp_replicate, dp_shard) and tp.")
+        raise ConfigError(
+            f"parallelize does not support the axes {', '.join(missing)} yet; use pp, dp (or dp_replicate, dp_shard), ep and tp."
+        )
 
 
 def _example(model: nn.Module, example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,6 +20,8 @@ except ImportError:  # the command line is an extra: say so instead of a traceba
 if TYPE_CHECKING:
     from .config import ParallelConfig
 
+SLOTS = 40
+"""So many slots of a schedule fit on a screen."""
 MISSING = "the meshpar command needs typer and rich, which are not installed. Type: pip install 'meshpar[demo]'"
 
 
@@ -44,7 +46,7 @@ if typer is not None:
         str,
         typer.Option("--model", "-m", help="A causal language model type of transformers, or package.module:function for (model, batch)."),
     ]
-    Mesh = Annotated[str, typer.Option("--mesh", help="Mesh axes, outermost first: dp=2,tp=2.")]
+    Mesh = Annotated[str, typer.Option("--mesh", help="Mesh axes, outermost first: pp=2,dp=2,tp=2.")]
     Layers = Annotated[int, typer.Option("--layers", min=1, help="Blocks of the model.")]
     Hidden = Annotated[int, typer.Option("--hidden", min=8, help="Width of the model.")]
     Heads = Annotated[int, typer.Option("--heads", min=1, help="Attention heads.")]
@@ -56,6 +58,13 @@ if typer is not None:
         list[str] | None, typer.Option("--rule", help="Where a parameter lies, such as '*.q_proj.weight=tp:0'; may be repeated.")
     ]
     Microbatches = Annotated[int, typer.Option("--microbatches", min=1, help="Parts into which a rank cuts its batch.")]
+    Schedule = Annotated[
+        str,
+        typer.Option("--schedule", help="Of a pipeline: gpipe, 1f1b, looped-bfs, interleaved-1f1b, zero-bubble, zbv or dualpipev."),
+    ]
+    VirtualStages = Annotated[
+        int | None, typer.Option("--virtual-stages", min=1, help="Pipeline stages on a rank; by default the fewest the schedule allows.")
+    ]
     Recompute = Annotated[str, typer.Option("--recompute", help="none, selective or full.")]
     DataParallel = Annotated[str, typer.Option("--data-parallel", help="replicate, zero1, zero2 or zero3.")]
     SequenceParallel = Annotated[
@@ -66,7 +75,7 @@ if typer is not None:
 def application() -> Any:
     """The typer application, with `checkpoint` where that part is there."""
     app = typer.Typer(
-        help="Trains unmodified PyTorch models over tensor and data parallel axes.",
+        help="Trains unmodified PyTorch models over pipeline, data and tensor parallel axes.",
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -97,6 +106,8 @@ def demo(
     seed: Seed = 0,
     rule: Rules = None,
     microbatches: Microbatches = 1,
+    schedule: Schedule = "1f1b",
+    virtual_stages: VirtualStages = None,
     recompute: Recompute = "none",
     data_parallel: DataParallel = "zero3",
     sequence_parallel: SequenceParallel = True,
@@ -120,7 +131,7 @@ def demo(
                 data=data,
                 learning_rate=lr,
                 seed=seed,
-                config=_config(microbatches, recompute, data_parallel, sequence_parallel),
+                config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
                 rules=_rules(rule),
                 show_plan=plan,
             )
@@ -140,6 +151,8 @@ def explain(
     kv_heads: KvHeads = 4,
     rule: Rules = None,
     microbatches: Microbatches = 1,
+    schedule: Schedule = "1f1b",
+    virtual_stages: VirtualStages = None,
     recompute: Recompute = "none",
     data_parallel: DataParallel = "zero3",
     sequence_parallel: SequenceParallel = True,
@@ -151,8 +164,15 @@ def explain(
         from .explain import explained
 
         made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=0)
-        pm = explained(*made, mesh, config=_config(microbatches, recompute, data_parallel, sequence_parallel), rules=_rules(rule))
+        pm = explained(
+            *made,
+            mesh,
+            config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
+            rules=_rules(rule),
+        )
         print(pm.explain())
+        if pm.schedule is not None and len(pm.schedule.compute[0]) <= SLOTS:
+            print(f"\n{pm.schedule_table()}")
         if memory:
             print(f"\n{pm.memory()}")
         if code:
@@ -173,6 +193,8 @@ def verify(
     seed: Seed = 0,
     rule: Rules = None,
     microbatches: Microbatches = 1,
+    schedule: Schedule = "1f1b",
+    virtual_stages: VirtualStages = None,
     recompute: Recompute = "none",
     data_parallel: DataParallel = "zero3",
     sequence_parallel: SequenceParallel = True,
@@ -182,7 +204,7 @@ def verify(
 ) -> None:
     """Compare the parallel program with the original: loss, every gradient, gradient norm, optimizer steps. Exit status 1 on a difference.
 
-    On simulated ranks data parallelism is that of the graph; with --processes it is FSDP2's, as in training.
+    On simulated ranks data parallelism is that of the graph; with --processes, and for a pipeline, it is FSDP2's, as in training.
     """
     with _ending():
         import torch
@@ -197,7 +219,7 @@ def verify(
             made[0],
             mesh,
             made[1],
-            config=_config(microbatches, recompute, data_parallel, sequence_parallel),
+            config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
             rules=_rules(rule),
             steps=steps,
             processes=processes,
@@ -225,10 +247,17 @@ def _model_and_batch(
     return built, Text().batch(0, samples=samples, sequence=seq, seed=seed)
 
 
-def _config(microbatches: int, recompute: str, data_parallel: str, sequence_parallel: bool) -> ParallelConfig:
+def _config(
+    microbatches: int, schedule: str, virtual_stages: int | None, recompute: str, data_parallel: str, sequence_parallel: bool
+) -> ParallelConfig:
     from .config import ParallelConfig
 
-    fields: dict[str, Any] = {"recompute": recompute, "data_parallel": data_parallel}
+    fields: dict[str, Any] = {
+        "schedule": schedule,
+        "virtual_stages": virtual_stages,
+        "recompute": recompute,
+        "data_parallel": data_parallel,
+    }
     return ParallelConfig(microbatches=microbatches, sequence_parallel="auto" if sequence_parallel else False, **fields)
 
 

@@ -113,18 +113,21 @@ def axis(mesh: DeviceMesh, name: str) -> Axis:
     return _axis(mesh, name, name) if name in names else Axis(name, 1, 0, "")
 
 
-def data_axis(mesh: DeviceMesh) -> Axis:
-    """The axis over which batches are split: `dp_replicate x dp_shard x dp x ep` as one, with a process group of its own."""
-    flat = data_mesh(mesh)
+def data_axis(mesh: DeviceMesh, *, without: Sequence[str] = ()) -> Axis:
+    """The axis over which batches are split: `dp_replicate x dp_shard x dp x ep` as one, with a process group of its own.
+
+    Those named in `without` are left out of it.
+    """
+    flat = data_mesh(mesh, without=without)
     if flat is None:
         return Axis("dp", 1, 0, "")
     assert flat.mesh_dim_names is not None
     return _axis(flat, flat.mesh_dim_names[0], flat.mesh_dim_names[0])
 
 
-def data_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+def data_mesh(mesh: DeviceMesh, *, without: Sequence[str] = ()) -> DeviceMesh | None:
     """The one-dimensional mesh of `data_axis`, or None when no axis of the mesh splits batches."""
-    names = tuple(n for n in mesh.mesh_dim_names or () if n in DATA_AXES)
+    names = tuple(n for n in mesh.mesh_dim_names or () if n in DATA_AXES and n not in without)
     if not names:
         return None
     with maybe_disable_local_tensor_mode():

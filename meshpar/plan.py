@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .sharding.types import Invariant, Partial, Replicate, Shard, Type
+from .sharding.types import Invariant, Owned, Partial, Ragged, Replicate, Shard, Type
 
 VERSION = 2
 
@@ -53,11 +53,16 @@ class ParameterPlan:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One stage of the pipeline: the node of the captured graph it begins with (empty for the first), its rank on `pp`, and why there."""
+    """One stage of the pipeline: the node of the captured graph it begins with (empty for the first), its rank on `pp`, and why there.
+
+    `begins` says in words where it begins, `share` is its part of the estimated cost.
+    """
 
     start: str
     rank: int
     why: str
+    begins: str = ""
+    share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +104,11 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """A short fingerprint, the same on every rank that made or was sent the same plan."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        """A short fingerprint of the decisions, the same on every rank that made or was sent the same plan.
+
+        What follows from them is left out: the ledger names what a rank runs, which may be parameters that it alone owns.
+        """
+        return hashlib.sha256(replace(self, ledger=()).to_json().encode()).hexdigest()[:16]
 
     def __hash__(self) -> int:
         return int(self.hash, 16)
@@ -180,13 +188,15 @@ class Plan:
         return cls.from_json(Path(path).read_text())
 
 
-_LETTERS: dict[type, str] = {Invariant: "I", Replicate: "R", Partial: "P"}
-_SINGLE: dict[str, Type] = {"I": Invariant(), "R": Replicate(), "P": Partial()}
+_LETTERS: dict[type, str] = {Invariant: "I", Replicate: "R", Partial: "P", Ragged: "E"}
+_SINGLE: dict[str, Type] = {"I": Invariant(), "R": Replicate(), "P": Partial(), "E": Ragged()}
 
 
 def _type(type_: Type | None) -> Any:
     if isinstance(type_, Shard):
         return [type_.dim, type_.repeat, [list(s) for s in type_.segments]]
+    if isinstance(type_, Owned):
+        return [type_.rank]
     return None if type_ is None else _LETTERS[type(type_)]
 
 
@@ -197,6 +207,8 @@ def _types(types: Sequence[Type | None]) -> list[Any]:
 def _untype(value: Any) -> Type:
     if isinstance(value, str):
         return _SINGLE[value]
+    if len(value) == 1:
+        return Owned(*value)
     dim, repeat, segments = value
     return Shard(dim, repeat, tuple((u, s) for u, s in segments))
 

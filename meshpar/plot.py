@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshpar.errors import ConfigError, MeshparError, raise_all
-from meshpar.schedule import COMPUTE, Action, Event, Order, lockstep
+from meshpar.schedule import COMPUTE, Event, Order, schedule_table
 from meshpar.timing import Costs, bubble, measured_costs, simulate
 
 if TYPE_CHECKING:
@@ -52,27 +52,6 @@ def schedule(order: Order, *, costs: Costs | None = None, measured: Sequence[Eve
     figure.suptitle(f"{order.schedule}: {order.ranks} ranks, {order.stages} stages, {order.microbatches} microbatches", fontsize=12)
     figure.legend(handles=_legend(order), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return figure
-
-
-def schedule_table(order: Order | Iterable[Event]) -> str:
-    """An order, or the order in which events ran, as text: a row per rank, a column per slot, a dot where a rank waits.
-
-    F0 is the forward of microbatch 0; with several stages on a rank, 2F0 that of stage 2.
-
-    >>> from meshpar.schedule import order
-    >>> print(schedule_table(order("1f1b", 2, 2, 2)))
-    rank 0 | F0 F1 .  B0 .  B1
-    rank 1 | .  F0 B0 F1 B1 .
-    """
-    rows = order.compute if isinstance(order, Order) else _slots_of(order)
-    several = any(len({a.stage for a in row if a is not None}) > 1 for row in rows)
-    cells = [["." if a is None else str(a).removeprefix("" if several else str(a.stage)) for a in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    margin = len(f"rank {len(rows) - 1}")
-    return "\n".join(
-        f"{f'rank {rank}':<{margin}} | {' '.join(cell.ljust(width) for cell, width in zip(row, widths))}".rstrip()
-        for rank, row in enumerate(cells)
-    )
 
 
 def chrome_trace(events: Iterable[Event], path: str | Path) -> None:
@@ -147,16 +126,6 @@ def _from_zero(events: Sequence[Event], order: Order) -> list[Event]:
     return [replace(event, start=event.start - first, end=event.end - first) for event in events]
 
 
-def _slots_of(events: Iterable[Event]) -> tuple[tuple[Action | None, ...], ...]:
-    ran = sorted((event for event in events if event.kind in COMPUTE), key=lambda event: (event.start, event.end))
-    if not ran:
-        raise ConfigError("schedule_table: there is no event of computation; give the events of a whole step.")
-    rows: list[list[Action]] = [[] for _ in range(1 + max(event.rank for event in ran))]
-    for event in ran:
-        rows[event.rank].append(Action(event.kind, event.stage, event.microbatch))
-    return lockstep(rows, 1 + max(event.stage for event in ran))
-
-
 def _name(what: str, rank: int, stage: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": f"{what}_name", "pid": rank, "tid": stage, "args": {"name": name}}
 
@@ -175,3 +144,6 @@ def _slices(event: Event, number: int) -> Iterator[dict[str, Any]]:
     else:
         for phase, time in (("b", event.start), ("e", event.end)):
             yield {**shared, "ph": phase, "cat": "transfer", "id": number, "ts": time * microseconds}
+
+
+__all__ = ["chrome_trace", "schedule", "schedule_table"]

@@ -6,7 +6,7 @@ The orders of computation are torch's (`torch.distributed.pipelining`), as are t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +70,20 @@ class Order:
         """The stages of a rank, in the order of the model."""
         return tuple(stage for stage, at in enumerate(self.place) if at == rank)
 
+    def in_flight(self, rank: int) -> tuple[Mapping[int, int], ...]:
+        """After each computation of a rank, how many microbatches each of its stages keeps: forward done, backward (or W) not.
+
+        >>> max(held[0] for held in order("1f1b", 4, 4, 8).in_flight(0)), max(held[3] for held in order("1f1b", 4, 4, 8).in_flight(3))
+        (4, 1)
+        """
+        held = dict.fromkeys(self.stages_of(rank), 0)
+        found = []
+        for action in self.actions[rank]:
+            if action.kind in ("F", "B", "W"):
+                held[action.stage] += 1 if action.kind == "F" else -1
+                found.append(dict(held))
+        return tuple(found)
+
 
 def order(schedule: str, ranks: int, stages: int, microbatches: int) -> Order:
     """The order of a training step. Raises `ConfigError` with everything that the schedule does not allow about the sizes.
@@ -109,6 +123,27 @@ def forward_order(schedule: str, ranks: int, stages: int, microbatches: int) -> 
     return _lay_out(schedule, place, compute, microbatches)
 
 
+def schedule_table(order: Order | Iterable[Event]) -> str:
+    """An order, or the order in which events ran, as text: a row per rank, a column per slot, a dot where a rank waits.
+
+    F0 is the forward of microbatch 0; with several stages on a rank, 2F0 that of stage 2.
+
+    >>> from meshpar.schedule import order
+    >>> print(schedule_table(order("1f1b", 2, 2, 2)))
+    rank 0 | F0 F1 .  B0 .  B1
+    rank 1 | .  F0 B0 F1 B1 .
+    """
+    rows = order.compute if isinstance(order, Order) else _slots_of(order)
+    several = any(len({a.stage for a in row if a is not None}) > 1 for row in rows)
+    cells = [["." if a is None else str(a).removeprefix("" if several else str(a.stage)) for a in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    margin = len(f"rank {len(rows) - 1}")
+    return "\n".join(
+        f"{f'rank {rank}':<{margin}} | {' '.join(cell.ljust(width) for cell, width in zip(row, widths))}".rstrip()
+        for rank, row in enumerate(cells)
+    )
+
+
 def check(order: Order) -> None:
     """Raise `PlanError` unless every stage does its work once per microbatch and the ranks, waiting at every transfer, never hang."""
     raise_all(PlanError, f"schedule {order.schedule!r} does not run:", [*_miscounted(order), *_hanging(order)])
@@ -141,6 +176,16 @@ def lockstep(compute: Sequence[Sequence[Action]], stages: int) -> tuple[tuple[Ac
             if action is not None:
                 done.add(left.pop())
     return tuple(map(tuple, rows))
+
+
+def _slots_of(events: Iterable[Event]) -> tuple[tuple[Action | None, ...], ...]:
+    ran = sorted((event for event in events if event.kind in COMPUTE), key=lambda event: (event.start, event.end))
+    if not ran:
+        raise ConfigError("schedule_table: there is no event of computation; give the events of a whole step.")
+    rows: list[list[Action]] = [[] for _ in range(1 + max(event.rank for event in ran))]
+    for event in ran:
+        rows[event.rank].append(Action(event.kind, event.stage, event.microbatch))
+    return lockstep(rows, 1 + max(event.stage for event in ran))
 
 
 def _action(kind: str, stage: int, microbatch: int) -> Action:

@@ -113,9 +113,9 @@ def verify(
     """Train `model` for `steps` steps on one device and in parallel, from the same parameters on the same `batch`, and compare.
 
     `batch` is the global batch. The ranks of `mesh` are simulated in this process; with `processes=True`, and for a pipeline, they are new
-    gloo processes; given a DeviceMesh, or under torchrun, they are those of the mesh, and all of them call this. `config`, `rules` and `loss_fn` are those of
-    `parallelize`; the precision of `config` is not used, everything is computed in `dtype`. `tolerance` defaults to 1e-9 in float64 and
-    1e-5 in float32.
+    gloo processes; given a DeviceMesh, or under torchrun, they are those of the mesh, and all of them call this. `config`, `rules` and
+    `loss_fn` are those of `parallelize`; the precision of `config` is not used, everything is computed in `dtype`. `tolerance` defaults to
+    1e-9 in float64 and 1e-5 in float32.
 
     A copy of the model is compared, not the model: dropout is switched off, every parameter moved by `perturb` times a normal draw, and
     requests of the model for a narrower dtype than `dtype` are answered with `dtype`, in both programs.
@@ -175,6 +175,8 @@ class _Reference:
     parameters: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
     eps: float
+    without: tuple[frozenset[str], ...] = ()
+    """Per step, the parameters that had no gradient, which is not the same to an optimizer as zeros."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _task(
 def _reference(task: _Task, device: torch.device) -> _Reference:
     model = copy.deepcopy(task.model).to(device)
     batch = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, task.batch)
-    losses, norms, gradients = [], [], dict[str, torch.Tensor | None]()
+    losses, norms, gradients, without = [], [], dict[str, torch.Tensor | None](), []
     optimizer: torch.optim.Optimizer | None = None
     eps = 0.0
     with only(task.dtype):
@@ -233,13 +235,14 @@ def _reference(task: _Task, device: torch.device) -> _Reference:
             losses.append(loss.item())
             if not gradients:
                 gradients = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+            without.append(frozenset(n for n, p in model.named_parameters() if p.grad is None))
             norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
             eps = eps or _eps(model, task.dtype)
             optimizer = optimizer or _optimizer(model, eps)
             optimizer.step()
             optimizer.zero_grad()
     parameters = {n: p.detach() for n, p in model.named_parameters()}
-    return _Reference(tuple(losses), tuple(norms), gradients, parameters, dict(model.named_buffers()), eps)
+    return _Reference(tuple(losses), tuple(norms), gradients, parameters, dict(model.named_buffers()), eps, tuple(without))
 
 
 def _loss(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], torch.Tensor] | None) -> torch.Tensor:
@@ -254,7 +257,8 @@ def _loss(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], torch.Te
 
 
 def _optimizer(model: nn.Module, eps: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, eps=eps)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": trained}], lr=LEARNING_RATE, eps=eps)  # a group: a rank of a pipeline may have none
 
 
 def _eps(model: nn.Module, dtype: torch.dtype) -> float:
@@ -301,12 +305,25 @@ def _compare(task: _Task, reference: _Reference, mesh: DeviceMesh) -> _Found:
                 gradients = _gradient_distances(pm, reference)
             norms[f"step {step}"] = _scalar_distance(clip_grad_norm_(pm.parameters(), MAX_NORM), norm)
             optimizer = optimizer or _optimizer(pm, reference.eps)
+            _leave_out(pm, reference.without[step - 1])
             optimizer.step()
             optimizer.zero_grad()
     values = {"loss": losses, "gradients": gradients, "gradient norm": norms}
     values[f"parameters after {task.steps} AdamW step{'s' if task.steps > 1 else ''}"] = _parameter_distances(pm, reference)
     buffers = _buffer_distances(pm, reference)
     return _Found(values | ({"buffers": buffers} if buffers else {}), _notes(pm, reference))
+
+
+def _leave_out(pm: ParallelModel, names: frozenset[str]) -> None:
+    """Zeros where the original had no gradient (an expert that a loop passed over) would still decay a weight: leave them out as well."""
+    for name, parameter in pm.named_parameters():
+        if name in names and parameter.grad is not None and not any(bool(local.any()) for local in _locals(parameter.grad)):
+            parameter.grad = None
+
+
+def _locals(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    with maybe_disable_local_tensor_mode():
+        yield from local_tensors(local_of(tensor) if isinstance(tensor, DTensor) else tensor).values()
 
 
 def _share(batch: Batch, mesh: DeviceMesh) -> Batch:

@@ -135,3 +135,20 @@ def test_megatron_mesh() -> None:
 def test_replace_keeps_checking() -> None:
     with pytest.raises(ConfigError, match="recompute"):
         replace(ParallelConfig(), recompute="all")  # type: ignore[arg-type]
+
+
+def test_stages() -> None:
+    assert ParallelConfig(stages=[4, 4, 3]).stages == (4, 4, 3)
+    named = ParallelConfig(stages=["model.layers.4", "model.layers.8"])
+    assert named.stages == ("model.layers.4", "model.layers.8") and isinstance(hash(named), int)
+
+
+@pytest.mark.parametrize("stages", ["model.layers.4", [], [4, -1], [4, "model.layers.8"], [True, 2], 4])
+def test_stages_that_cannot_be_meant(stages: object) -> None:
+    with pytest.raises(ConfigError, match=r"stages=.*: layers per stage, as in \[8, 8, 8, 6\], or the modules at which stages"):
+        ParallelConfig(stages=stages)  # type: ignore[arg-type]
+
+
+def test_two_stages_at_one_module() -> None:
+    with pytest.raises(ConfigError, match="two stages begin at one module"):
+        ParallelConfig(stages=["model.layers.4", "model.layers.4"])

@@ -18,7 +18,7 @@ LAYERS = (
     ("passes",),
     ("runtime",),
     ("checkpoint",),
-    ("api",),
+    ("api", "pipeline"),
     ("comparable", "launch", "verify", "demo", "causal_lm", "explain", "plot", "dry_run", "cli", ""),
 )
 """Modules and folders, lowest first; the longest name that fits a module decides. "" is the package itself."""

@@ -10,7 +10,7 @@ import pytest
 
 from meshpar.errors import PlanError
 from meshpar.plan import AxisPlan, Comm, NodePlan, ParameterPlan, Plan, StagePlan
-from meshpar.sharding.types import I, P, R, Shard, plain
+from meshpar.sharding.types import I, Owned, P, R, Ragged, Shard, plain
 
 CUT = Shard(0, 1, ((8, 4), (2, 4)))
 PLAN = Plan(
@@ -18,10 +18,13 @@ PLAN = Plan(
     "0123",
     (
         AxisPlan(
-            "tp", 2, {"w": NodePlan((), (CUT,), "matrix"), "y": NodePlan((R, CUT), (P, I), "rows", (None, plain(1, 8)))}, (I, plain(0, 4))
+            "tp",
+            2,
+            {"w": NodePlan((), (CUT,), "matrix"), "y": NodePlan((R, CUT, Ragged()), (P, I), "rows", (None, plain(1, 8)))},
+            (I, plain(0, 4)),
         ),
     ),
-    {"w": ParameterPlan((40, 8), "float32", True, {"tp": CUT, "dp": R}, "matrix", (0, 1))},
+    {"w": ParameterPlan((40, 8), "float32", True, {"tp": CUT, "dp": R, "ep": Owned(1)}, "matrix", (0, 1))},
     (StagePlan("", 0, "first"), StagePlan("linear_3", 1, "balance")),
     {"microbatches": 2},
     (Comm("all_reduce", "tp", "forward", 1536.0, 1, "p_to_i", "layers.0", "layers.0"),),
@@ -40,7 +43,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_the_hash_is_the_same_in_every_process() -> None:
-    assert PLAN.hash == "5ce0c8f5f2f081ad"
+    assert PLAN.hash == "3f16b0630265825e"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,10 @@ def test_the_hash_tells_plans_apart(other: Plan) -> None:
     assert other.hash != PLAN.hash
 
 
+def test_the_hash_is_that_of_the_decisions() -> None:
+    assert replace(PLAN, ledger=()).hash == PLAN.hash
+
+
 def test_axes_are_found_by_name() -> None:
     assert PLAN.axis("tp") is PLAN.axes[0]
     assert PLAN.axis("cp") is None
@@ -66,11 +73,11 @@ def test_axes_are_found_by_name() -> None:
 
 def test_another_version_is_refused() -> None:
     text = json.dumps({**json.loads(PLAN.to_json()), "version": 99})
-    with pytest.raises(PlanError, match="this plan has format 99, this meshpar reads 1. Make the plan again."):
+    with pytest.raises(PlanError, match="this plan has format 99, this meshpar reads 2. Make the plan again."):
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '"plan"'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '"plan"'])
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="not a plan: .* A plan is written by plan.save"):
         Plan.from_json(text)

@@ -151,4 +151,4 @@ def test_public_names() -> None:
 @pytest.mark.parametrize("module", [mp.schedule, mp.timing, mp.plot], ids=lambda module: module.__name__)
 def test_examples(module: ModuleType) -> None:
     done = doctest.testmod(module)
-    assert done.attempted > 1 and not done.failed
+    assert done.attempted and not done.failed

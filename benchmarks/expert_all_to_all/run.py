@@ -4,7 +4,7 @@
     bare          the two all_to_all_single calls alone, on the same bytes with the same splits, nothing sorted, counted or added up
     all-gather    every rank gathers all tokens, takes those of its experts by a mask, adds up, and a reduce-scatter brings sums home
 
-Forward only, float32, top-2 routing, two experts per rank, on local gloo ranks of one thread each. In every round each contender moves the
+Forward only, float32, top-2 routing, on local gloo ranks of one thread each. In every round each contender moves the
 rows there and back once, in turn, so that whatever else the machine does hits all alike; a round is timed between barriers, and the slowest
 rank counts. Beside it stands the processor time of a rank (all its threads, gloo's included), which waiting and other work on the machine
 do not enter. Balanced routing draws experts at random; in skewed routing three of four tokens choose the experts of the first rank.
@@ -39,18 +39,19 @@ from meshpar import launch  # noqa: E402
 from meshpar.ops import experts  # noqa: E402
 
 MESHPAR, BARE, GATHER = CONTENDERS = ("meshpar", "bare", "all-gather")
-LOCAL, CHOICES = 2, 2
+CHOICES = 2
 ROUTINGS = ("balanced", "skewed")
 
 
 @dataclass(frozen=True)
 class Size:
-    """One problem: tokens of each rank, hidden size."""
+    """One problem: tokens of each rank, hidden size, experts of each rank."""
 
     name: str
     tokens: int
     hidden: int
     rounds: int
+    local: int = 2
 
     @property
     def megabytes(self) -> float:
@@ -58,37 +59,43 @@ class Size:
         return self.tokens * CHOICES * self.hidden * 4 / 2**20
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.tokens} tokens per rank, hidden {self.hidden}: {self.megabytes:g} MiB of rows per rank and direction"
+        each = f"{self.tokens} tokens and {self.local} expert{'s' * (self.local > 1)} per rank, hidden {self.hidden}"
+        return f"{self.name}: {each}: {self.megabytes:g} MiB of rows per rank and direction"
 
 
-SIZES = (Size("small", 64, 256, 40), Size("medium", 512, 1024, 30), Size("large", 2048, 1024, 20), Size("huge", 4096, 2048, 6))
+SIZES = (
+    Size("small", 64, 256, 40),
+    Size("medium", 512, 1024, 30),
+    Size("large", 2048, 1024, 20),
+    Size("large, one expert", 2048, 1024, 20, local=1),
+)
 
 
 def routed(size: Size, routing: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's tokens, their experts and weights."""
     world = dist.get_world_size()
     torch.manual_seed(dist.get_rank())
-    score = torch.rand(size.tokens, LOCAL * world)
+    score = torch.rand(size.tokens, size.local * world)
     if routing == "skewed":
-        score[: size.tokens * 3 // 4, :LOCAL] += 1
+        score[: size.tokens * 3 // 4, : size.local] += 1
     weights, index = score.topk(CHOICES)
     order = torch.randperm(size.tokens)
     return torch.randn(size.tokens, size.hidden, dtype=dtype), index[order], weights[order].to(dtype)
 
 
-def by_all_gather(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def by_all_gather(hidden: Tensor, index: Tensor, weights: Tensor, local: int) -> Tensor:
     """What one writes without an all-to-all."""
     group = dist.group.WORLD
     assert group is not None
     whole, chosen, weight = (functional.all_gather_tensor(x, 0, group) for x in (hidden, index, weights))
-    first = dist.get_rank() * LOCAL
-    token, slot = ((chosen >= first) & (chosen < first + LOCAL)).nonzero(as_tuple=True)
+    first = dist.get_rank() * local
+    token, slot = ((chosen >= first) & (chosen < first + local)).nonzero(as_tuple=True)
     rows = whole.index_select(0, token) * weight[token, slot].unsqueeze(1)
     return functional.reduce_scatter_tensor(torch.zeros_like(whole).index_add_(0, token, rows), "sum", 0, group)
 
 
-def contenders(hidden: Tensor, index: Tensor, weights: Tensor) -> dict[str, Callable[[], Tensor]]:
-    group, total = dist.group.WORLD, LOCAL * dist.get_world_size()
+def contenders(hidden: Tensor, index: Tensor, weights: Tensor, local: int) -> dict[str, Callable[[], Tensor]]:
+    group, total = dist.group.WORLD, local * dist.get_world_size()
     assert group is not None
     operator = mp.ops.expert_all_to_all
     sorted_, _, dispatched = operator.dispatch(hidden, index, total)
@@ -103,7 +110,7 @@ def contenders(hidden: Tensor, index: Tensor, weights: Tensor) -> dict[str, Call
         functional.wait_tensor(functional.all_to_all_single(there, received, sent, group))
         return functional.wait_tensor(functional.all_to_all_single(sorted_, sent, received, group))
 
-    return {MESHPAR: ours, BARE: bare, GATHER: lambda: functional.wait_tensor(by_all_gather(hidden, index, weights))}
+    return {MESHPAR: ours, BARE: bare, GATHER: lambda: functional.wait_tensor(by_all_gather(hidden, index, weights, local))}
 
 
 def check() -> dict[str, float]:
@@ -111,10 +118,10 @@ def check() -> dict[str, float]:
     worst = dict.fromkeys((MESHPAR, GATHER), 0.0)
     for routing in ROUTINGS:
         hidden, index, weights = routed(SIZES[0], routing, torch.float64)
-        x, _, perm = experts.dispatch(hidden, index, LOCAL * dist.get_world_size())
+        x, _, perm = experts.dispatch(hidden, index, SIZES[0].local * dist.get_world_size())
         expected = experts.combine(x, perm, weights)
         for name in worst:
-            worst[name] = max(worst[name], (contenders(hidden, index, weights)[name]() - expected).abs().max().item())
+            worst[name] = max(worst[name], (contenders(hidden, index, weights, SIZES[0].local)[name]() - expected).abs().max().item())
     if worst[MESHPAR] > 0 or worst[GATHER] > 1e-12:
         raise SystemExit(f"results differ from one device's: {worst}")
     return worst
@@ -126,7 +133,7 @@ Times = dict[str, list[tuple[float, float]]]
 
 def measure(size: Size, routing: str, rounds: int) -> Times:
     """Wall time of the slowest rank, processor time of the mean rank."""
-    running = contenders(*routed(size, routing, torch.float32))
+    running = contenders(*routed(size, routing, torch.float32), size.local)
     times: Times = {name: [] for name in running}
     names = list(running)
     for turn in range(rounds + 3):
@@ -148,7 +155,7 @@ def profile(size: Size, routing: str) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    ours = contenders(*routed(size, routing, torch.float32))[MESHPAR]
+    ours = contenders(*routed(size, routing, torch.float32), size.local)[MESHPAR]
     for _ in range(3):
         ours()
     with profiler(activities=[ProfilerActivity.CPU]) as found:

@@ -1,7 +1,8 @@
 """Resharding against `cp` and against torch's own tools, interleaved: `python benchmarks/reshard/run.py --sizes 0.2 1 4`.
 
 Every contender turns the same sharded checkpoint into whole tensors (a Hugging Face folder; DCP: its own format), from warm page cache, and
-ends with its output on the disk (fsync). `cp` copies the shards as they are. Times are the median over the rounds; imports are not counted.
+ends with its output on the disk (fsync). `cp` copies the shards as they are. Times are medians over the rounds, of the wall clock and of
+the processor (user and system, children too); imports are not counted. On a machine that others use, compare processor times.
 Memory is measured in a process of its own: the peak resident size, less that of the same process after its imports.
 """
 
@@ -149,16 +150,19 @@ def bench(size: float, rounds: int, workers: int, root: Path, only: list[str]) -
             "DCP": dcp,
         }
         times: dict[str, list[float]] = {name: [] for name in contenders}
+        cpu: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, act in contenders.items():
                 target = root / "target"
                 os.sync()
-                began = time.perf_counter()
+                began, used = time.perf_counter(), sum(os.times()[:4])
                 act(source, target)
                 times[name].append(time.perf_counter() - began)
+                cpu[name].append(sum(os.times()[:4]) - used)
                 shutil.rmtree(target)
-        median = {name: statistics.median(values) for name, values in times.items()}
-        row = {"case": case.name, "GB": round(nbytes / 1e9, 3), "seconds": median, "x cp": {n: v / median["cp"] for n, v in median.items()}}
+        row: dict[str, object] = {"case": case.name, "GB": round(nbytes / 1e9, 3)}
+        row["seconds"] = {name: statistics.median(values) for name, values in times.items()}
+        row["cpu"] = {name: statistics.median(values) for name, values in cpu.items()}
         row["peak MiB over base"] = memory(source / "ours", root / "target", case.unstack, workers)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
@@ -185,8 +189,11 @@ def table(rows: list[dict[str, object]]) -> str:
     names = ["cp", "ours, no checksums", "ours", "consolidate", "DCP"]
     lines = ["| case | GB | " + " | ".join(names) + " | peak over base |", "|---|---|" + "---|" * (len(names) + 1)]
     for row in rows:
-        seconds, ratio = row["seconds"], row["x cp"]
-        cells = [f"{seconds[n]:.2f} s" + ("" if n == "cp" else f" ({ratio[n]:.2f}x)") for n in names]  # type: ignore[index]
+        seconds, cpu = row["seconds"], row["cpu"]
+        cells = []
+        for n in names:
+            wall, busy = seconds[n] / seconds["cp"], cpu[n] / cpu["cp"]  # type: ignore[index]
+            cells.append(f"{seconds[n]:.2f} s, {cpu[n]:.2f} cpu" + ("" if n == "cp" else f" ({wall:.1f}x, {busy:.1f}x)"))  # type: ignore[index]
         lines.append(f"| {row['case']} | {row['GB']} | " + " | ".join(cells) + f" | {row['peak MiB over base']} MiB |")
     return "\n".join(lines)
 

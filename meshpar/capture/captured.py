@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ class Info:
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    rows: bool = False
+    """Whether it holds rows sorted by expert (or says where those of each expert end, or which is which): see `capture.rows`."""
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +44,9 @@ class Captured:
     value per entry of `mutations`.
 
     `node.meta`: "info" (`Info` or a tuple of them), "module" (name of the submodule that ran it, "" for the root), "region" (the name of
-    the block it belongs to, None outside), "source" ("file.py:line"), and "seed" (a running number) on nodes that draw random numbers.
+    the block it belongs to, None outside), "source" ("file.py:line"), "seed" (a running number) on nodes that draw random numbers, and
+    "expert_stack" (True) on every `aten.stack` of the parameters of experts that the model keeps as a list: one `get_attr` per expert, in
+    order.
     """
 
     graph: fx.Graph
@@ -70,6 +74,10 @@ class Captured:
     """Buffers the forward updates, in the order of their new values at the end of the output tuple."""
     dropped: tuple[str, ...] = ()
     """Outputs left out because their type is not known to pytree (for instance a cache), as readable paths."""
+    experts: Mapping[str, str] = field(default_factory=dict)
+    """Every expert layer that became `dispatch`, `grouped_mm` and `combine` -> how: "registered", "transformers", "stack" or "list"."""
+    unrecognised: Mapping[str, str] = field(default_factory=dict)
+    """Modules that look like expert layers and were captured as written -> why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -313,7 +313,7 @@ class _Recorder(TorchDispatchMode):
             value = self.known(leaf) if isinstance(leaf, Tensor) else None
             return leaf if value is None or value.kind != "each" else self.gathered(value.tensor, like)
 
-        return pytree.tree_map(wide, (args, kwargs))  # type: ignore[no-any-return]
+        return pytree.tree_map(wide, (args, kwargs))
 
     def gathered(self, each: Tensor, like: Tensor) -> Ref | Tensor:
         """`each` as one value per row, in a shape that broadcasts to `like`."""
@@ -502,10 +502,10 @@ def _add(recorder: _Recorder, func: Any, args: Any, kwargs: Any, results: list[T
     if kwargs.get("alpha", 1) != 1:
         return False
     for value, term in (args[:2], args[1::-1]):
-        if isinstance(value, Tensor) and recorder.known(value) and isinstance(term, Tensor) and recorder.known(term) is None:
-            if recorder.constant(term) == 0 and value.shape == results[0].shape:
-                recorder.alias(results[0], value)
-                return True
+        known = isinstance(value, Tensor) and recorder.known(value) is not None and value.shape == results[0].shape
+        if known and isinstance(term, Tensor) and recorder.known(term) is None and recorder.constant(term) == 0:
+            recorder.alias(results[0], value)
+            return True
     return False
 
 
@@ -667,7 +667,7 @@ def _dims(position: int) -> Callable[[_Recorder, Any], bool]:
     def check(recorder: _Recorder, args: Any) -> bool:
         source = args[0] if isinstance(args[0], Tensor) else args[0][0]
         named = args[position] if len(args) > position else 0 if position == 2 else None
-        dims = named if isinstance(named, list | tuple) else [named]
+        dims: list[Any] = [*named] if isinstance(named, list | tuple) else [named]
         return None not in dims and bool(dims) and all(d % source.dim() != recorder.row_dim(source) for d in dims)
 
     return check

@@ -68,8 +68,8 @@ class Source:
         for key in self.path[1:]:
             value = value[key]
         if tokens is None:
-            return value.reshape(-1, value.shape[-1])  # type: ignore[no-any-return]
-        return value.reshape(-1, tokens).t() if self.transposed else value.reshape(tokens, -1)  # type: ignore[no-any-return]
+            return value.reshape(-1, value.shape[-1])
+        return value.reshape(-1, tokens).t() if self.transposed else value.reshape(tokens, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def run(owner: nn.Module, container: str, lifted: Lifted, args: tuple[Any, ...],
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(path), last)  # type: ignore[no-any-return]
+    return getattr(module.get_submodule(path), last)
 
 
 def _calling(owner: nn.Module, function: str, replaced: Any, args: Any, kwargs: Any) -> Any:
@@ -288,35 +288,44 @@ def _double(owner: nn.Module, container: str, width: int, trial: Trial, seed: in
     instead = {id(member): simple for member, simple in zip(members, experts, strict=True)}
     double = stand_in(owner, generator, dtype=dtype, instead=instead, without=("forward",))
     calls.owner = double
-    small_args, small_kwargs = _small(args, kwargs, trial, generator, dtype)
+    small_args, small_kwargs = _small(args, kwargs, trial, len(members), generator, dtype)
     return _Double(double, experts, small_args, small_kwargs, calls)
 
 
-def _small(args: Any, kwargs: Any, trial: Trial, generator: torch.Generator, dtype: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _small(
+    args: Any, kwargs: Any, trial: Trial, experts: int, generator: torch.Generator, dtype: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the same form with few tokens: equal sizes stay equal, the last dim of a floating tensor stays."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    smaller: dict[int, int] = {}
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        raise NotLifted("it is called without a tensor")
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise NotLifted("it is called without a tensor", like_experts=False)
+    rows = [t for t in tensors if t.is_floating_point() and t.dim() > 1]
+    lead = [int(n) for t in rows or tensors for n in (t.shape[:-1] if rows else t.shape) if n > 1]
+    smaller = {n: trial.sizes[i % len(trial.sizes)] for i, n in enumerate(dict.fromkeys(lead))}
 
     def shrink(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        kept = leaf.shape[-1:] if leaf.is_floating_point() and leaf.dim() > 1 else ()
-        lead = leaf.shape[: leaf.dim() - len(kept)]
-        for n in lead:
-            if n > 1 and n not in smaller:
-                smaller[int(n)] = trial.sizes[len(smaller) % len(trial.sizes)]
-        shape = (*(smaller.get(int(n), int(n)) for n in lead), *kept)
+        kept = leaf.dim() - 1 if rows and leaf.dim() > 1 else leaf.dim()
+        shape = tuple(smaller.get(int(n), int(n)) if d < kept else int(n) for d, n in enumerate(leaf.shape))
+        if not leaf.is_floating_point():
+            return _whole(shape, leaf.dtype, experts, trial, generator)
         made = filled(torch.empty(shape, dtype=leaf.dtype, device="meta"), generator, dtype)
-        if made.is_floating_point():
-            if len(shape) > 1:
-                made = made * (trial.scale * shape[-1] ** 0.5)
-                made = made * trial.spread + made.reshape(-1, shape[-1])[:1] * (1 - trial.spread)
-            made = made.detach().requires_grad_()
-        return made
+        if len(shape) > 1:
+            made = made * (trial.scale * shape[-1] ** 0.5)
+            made = made * trial.spread + made.reshape(-1, shape[-1])[:1] * (1 - trial.spread)
+        return made.detach().requires_grad_()
 
-    return pytree.tree_unflatten([shrink(leaf) for leaf in leaves], spec)  # type: ignore[no-any-return]
+    return pytree.tree_unflatten([shrink(leaf) for leaf in leaves], spec)
+
+
+def _whole(shape: tuple[int, ...], dtype: torch.dtype, experts: int, trial: Trial, generator: torch.Generator) -> Tensor:
+    """Random numbers that may be an index of experts: those of a row differ, where there are enough."""
+    if dtype == torch.bool or not shape or shape[-1] > experts:
+        return torch.ones(shape, dtype=dtype) if dtype == torch.bool else torch.randint(experts, shape, generator=generator).to(dtype)
+    order = torch.rand(*shape[:-1], experts, generator=generator).argsort(-1)[..., : shape[-1]].to(dtype)
+    return order if trial.spread == 1.0 else order.reshape(-1, shape[-1])[:1].expand(shape).clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +396,7 @@ def _widths(owner: nn.Module, container: str, args: Any, kwargs: Any, member: nn
     generator = torch.Generator().manual_seed(0)
     members = [*owner.get_submodule(container).children()]
     double = stand_in(owner, generator, dtype=torch.double, instead={id(m): Probe() for m in members}, without=("forward",))
-    small_args, small_kwargs = _small(args, kwargs, _TRIALS[0], generator, torch.double)
+    small_args, small_kwargs = _small(args, kwargs, _TRIALS[0], len(members), generator, torch.double)
     try:
         double(*small_args, **small_kwargs)
     except _Seen as seen:
@@ -419,7 +428,8 @@ def _body(member: nn.Module, width: int, dims: Sequence[tuple[int, int]]) -> Bod
     exact = recorded(torch.double)
     generator = torch.Generator().manual_seed(1)
     tolerance = 1e-4 if exact.narrows else 1e-9
-    doubles = [stand_in(member, generator, dtype=torch.double) for _ in range(3)]
+    large = any(p.numel() > LARGE for p in member.parameters())
+    doubles = [stand_in(member, generator, dtype=torch.double) for _ in range(1 if large else 3)]
     for rank, given in dims:
         if given != width:
             raise NotLifted("its members get rows of several widths")
@@ -427,9 +437,8 @@ def _body(member: nn.Module, width: int, dims: Sequence[tuple[int, int]]) -> Bod
         theirs = [double(rows) for double in doubles]
         flat = rows.reshape(-1, width)
         tensors = [{**dict(d.named_parameters()), **dict(d.named_buffers())} for d in doubles]
-        large = any(t.numel() > LARGE for t in tensors[0].values())
-        for pick in ((0,), (2,)) if large else ((0, 1, 2),):
-            stacks = {name: torch.stack([tensors[i][name] for i in pick]) for name in tensors[0]}
+        for pick in ((0,),) if large else ((0, 1, 2),):
+            stacks = {name: _stacked([tensors[i][name] for i in pick]) for name in tensors[0]}
             offsets = torch.arange(1, len(pick) + 1, dtype=torch.int32) * flat.shape[0]
             ours = exact(flat.repeat(len(pick), 1), offsets, stacks)
             expected = torch.cat([theirs[i].reshape(-1, ours.shape[1]) for i in pick])
@@ -439,6 +448,10 @@ def _body(member: nn.Module, width: int, dims: Sequence[tuple[int, int]]) -> Bod
             if not close(derivatives([ours], wanted), derivatives([expected], wanted), tolerance):
                 raise NotLifted("one of its members, lifted, gave other gradients than its forward")
     return recorded(None)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*tensors]) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 # ---- finding the form ---------------------------------------------------------------------------------------------------------------
@@ -582,7 +595,7 @@ def _result(name: str, form: Form, probes: Sequence[_Probe], runs: Sequence[_Dou
             return None
         flat = after.reshape(total.shape)
         added = before.reshape(total.shape) if isinstance(before, Tensor) and before.shape == after.shape else None
-        fits = {False: close([total], [flat], 1e-9), True: added is not None and close([total + added], [flat], 1e-9)}  # type: ignore[operator]
+        fits = {False: close([total], [flat], 1e-9), True: added is not None and close([total + added], [flat], 1e-9)}
         ways = [way for way in ways if fits[way]]
         likes = [like for like in likes if _has_shape(like, probe.before, after)]
         if not ways or not likes:
@@ -770,7 +783,7 @@ def _read_in(owner: nn.Module, loop: Loop) -> set[str]:
 def _rebuilt(owner: nn.Module, loop: Loop, seam: _Probe | _Replaced) -> Any:
     """The owner's function with its loop between `seam.enter` and `seam.leave`, or with `seam.compute` in its place."""
     function = _function(owner, loop.function)
-    tree, definition = _parsed(function)
+    _, definition = _parsed(function)
     found = _find(definition, loop)
     where = found.body[found.first]
     statements = found.body[found.first : found.last + 1]

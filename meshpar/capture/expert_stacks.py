@@ -59,15 +59,15 @@ class Call:
 
     def with_leaves(self, changed: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         leaves = [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
-        return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
+        return pytree.tree_unflatten(leaves, self.spec)
 
 
 def _is_sizes(leaf: Any) -> bool:
     return isinstance(leaf, Sizes)
 
 
-def read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """The call, if it is one of the known two."""
+def read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | NotLifted | None:
+    """The call, if it is one of the known two; None if nothing in it chooses experts."""
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_sizes)
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     whole = [i for i, t in tensors.items() if not t.is_floating_point() and t.dtype != torch.bool]
@@ -77,15 +77,16 @@ def read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[st
         return Call(spec, tuple(leaves), floating[0], sizes[0], None)
     if len(tensors) == 2 and len(floating) == 1 and len(whole) == 1 and tensors[whole[0]].shape == (experts,):
         return Call(spec, tuple(leaves), floating[0], whole[0], None)
+    unknown = NotLifted("it is not called with hidden [T, h], index [T, k] and weights [T, k]") if whole or sizes else None
     if len(tensors) != 3 or len(floating) != 2 or len(whole) != 1 or tensors[whole[0]].dim() != 2:
-        return None
+        return unknown
     tokens, choices = tensors[whole[0]].shape
     widths = {n for p in module.parameters() for n in p.shape[1:]}
     for rows, weights in (floating, floating[::-1]):
         h, w = tensors[rows].shape, tensors[weights].shape
         if h[0] == w[0] == tokens and w[1] in (choices, experts) and (h[1] in widths):
             return Call(spec, tuple(leaves), rows, whole[0], weights)
-    return None
+    return unknown
 
 
 @dataclass
@@ -96,11 +97,12 @@ class Stacks:
 
     def body(self, module: nn.Module, experts: int, call: Call) -> Body | NotLifted:
         """The lifted forward of `module`, proven; or why there is none."""
-        for other, as_called, found in self.learnt:
-            if other is module or (alike(other, module) and _signature(as_called) == _signature(call)):
-                return found
+        for other, as_called, known in self.learnt:
+            if _signature(as_called) == _signature(call) and (other is module or alike(other, module)):
+                return known
+        found: Body | NotLifted
         try:
-            found: Body | NotLifted = aside(lambda: _learn(module, experts, call))
+            found = aside(lambda: _learn(module, experts, call))
         except NotLifted as error:
             found = error
         except Exception as error:  # whatever it is, the module does not run on other rows
@@ -160,7 +162,7 @@ def _recorded(module: nn.Module, experts: int, call: Call, dtype: torch.dtype | 
 
 def _call(double: nn.Module, call: Call, changed: Mapping[int, Any]) -> Tensor:
     args, kwargs = call.with_leaves(changed)
-    return double(*args, **kwargs)  # type: ignore[no-any-return]
+    return double(*args, **kwargs)
 
 
 def _routed_to(call: Call, x: Tensor, expert: int, experts: int, dtype: torch.dtype | None) -> dict[int, Any]:

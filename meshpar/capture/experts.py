@@ -8,7 +8,7 @@ that multiplies every token with every expert (einsum, bmm) is an ordinary graph
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from meshpar._torch import lists_of_numbers
-from meshpar.capture import expert_lists, expert_stacks
+from meshpar.capture import expert_body, expert_lists, expert_stacks
 from meshpar.capture.expert_body import NotLifted
-from meshpar.errors import ConfigError
+from meshpar.errors import CaptureError, ConfigError
 from meshpar.ops.experts import combine, dispatch, grouped_mm, row_expert
 
 _NAME = "meshpar"
@@ -56,12 +56,26 @@ class Seam:
     unrecognised: dict[str, str] = field(default_factory=dict)
     """Modules that look like experts and run as written -> why."""
 
+    @contextmanager
+    def advising(self) -> Iterator[None]:
+        """Inside, a CaptureError ends with the advice."""
+        try:
+            yield
+        except CaptureError as error:
+            advice = self.advice()
+            raise (CaptureError(f"{error}\n{advice}") if advice else error) from error
+
     def advice(self) -> str:
         """What to tell about the modules that were not recognised; an empty string without any."""
-        if not self.unrecognised:
-            return ""
-        lines = [f"    {name or 'the model'}: {reason}." for name, reason in self.unrecognised.items()]
-        return "\n".join(("  Expert layers of a form that is not recognised:", *lines, _ADVICE))
+        return advise(self.unrecognised)
+
+
+def advise(unrecognised: Mapping[str, str]) -> str:
+    """What to tell about modules that look like experts and are not recognised (name -> why); an empty string without any."""
+    if not unrecognised:
+        return ""
+    lines = [f"    {name or 'the model'}: {reason}." for name, reason in unrecognised.items()]
+    return "\n".join(("  Expert layers of a form that is not recognised:", *lines, _ADVICE))
 
 
 _ADVICE = """\
@@ -127,13 +141,13 @@ def _chosen(
 
         def by_stack(*args: Any, **kwargs: Any) -> Any:
             call = expert_stacks.read(module, experts, args, kwargs)
-            body = None if call is None else stacks.body(module, experts, call)
-            if body is None or isinstance(body, NotLifted):
-                if body is not None:
-                    found.unrecognised[name] = str(body)
-                return type(module).forward(module, *args, **kwargs)
-            found.lifted[name] = "stack"
-            return expert_stacks.run(module, body, experts, call)  # type: ignore[arg-type]
+            body = stacks.body(module, experts, call) if isinstance(call, expert_stacks.Call) else call
+            if isinstance(body, expert_body.Body):
+                found.lifted[name] = "stack"
+                return expert_stacks.run(module, body, experts, call)  # type: ignore[arg-type]
+            if body is not None:
+                found.unrecognised[name] = str(body)
+            return type(module).forward(module, *args, **kwargs)
 
         return by_stack
     container = expert_lists.experts_in(module)

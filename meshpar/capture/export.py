@@ -26,6 +26,7 @@ from meshpar.capture import (
     grad,
     graph,
     regions,
+    rows,
     selections,
     simplify,
     structure,
@@ -72,15 +73,17 @@ def capture(
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
     simplify.prune(built.graph)
-    selections.lift(built.graph)
-    simplify.prune(built.graph)
-    check.refuse(built.graph)
+    with found.advising():
+        selections.lift(built.graph)
+        simplify.prune(built.graph)
+        check.refuse(built.graph)
     regions.assign(built.graph)
     grad.propagate(built.graph, batch.requires_grad | {name: parameter.requires_grad for name, parameter in model.named_parameters()})
     simplify.simplify(built.graph)
+    rows.mark(built.graph)
     experts.mark_stacks(built.graph)
     check.number_seeds(built.graph)
-    return _captured(model, built, batch, recorder.outcome)
+    return _captured(model, built, batch, recorder.outcome, found)
 
 
 _PREFIX = "model."
@@ -271,7 +274,7 @@ def _canonical(program: ExportedProgram, recorder: nn.Module, names: Mapping[int
     return renamed
 
 
-def _captured(model: nn.Module, built: graph.Built, batch: _Batch, outcome: _Outcome) -> Captured:
+def _captured(model: nn.Module, built: graph.Built, batch: _Batch, outcome: _Outcome, found: experts.Seam) -> Captured:
     used = {node.target for node in built.graph.nodes if node.op == "get_attr"}
     parameters = list(model.named_parameters())
     aliases = _aliases(model)
@@ -291,6 +294,8 @@ def _captured(model: nn.Module, built: graph.Built, batch: _Batch, outcome: _Out
         loss=outcome.loss,
         mutations=built.mutations,
         dropped=outcome.dropped,
+        experts=found.lifted,
+        unrecognised=found.unrecognised,
     )
 
 

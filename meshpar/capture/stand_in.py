@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 LARGE = 1 << 20
-"""Tensors with more elements than this repeat a few random values, and take no gradient in a proof: they cost no memory."""
+"""Tensors with more elements than this are zeros but for some random elements, and take no gradient in a proof: they cost little."""
+_HUGE = 1 << 27
+"""Tensors with more elements than this repeat a few random values instead: not even their zeros can be addressed."""
 
 
 def aside(function: Callable[[], T]) -> T:
@@ -44,7 +47,7 @@ def stand_in(
         if instead and id(module) in instead:
             return instead[id(module)]
         if id(module) in made:
-            return made[id(module)]  # type: ignore[no-any-return]
+            return made[id(module)]
         new = made[id(module)] = module.__class__.__new__(module.__class__)
         new.__dict__.update({key: value for key, value in module.__dict__.items() if key not in without})
         for key, value in new.__dict__.items():
@@ -55,7 +58,7 @@ def stand_in(
         new.__dict__["_modules"] = {k: None if m is None else copy(m) for k, m in module._modules.items()}
         if isinstance(new, nn.Dropout):
             new.__dict__["p"] = 0.0
-        return new  # type: ignore[no-any-return]
+        return new
 
     return copy(module)
 
@@ -68,18 +71,33 @@ def filled(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None
     scale = (tensor.shape[-1] if tensor.dim() > 1 else 4) ** -0.5
     if tensor.numel() <= LARGE:
         made = (torch.randn(tensor.shape, generator=generator, dtype=torch.double) * scale).to(kind)
+    elif tensor.numel() <= _HUGE:
+        made = _untouched(tuple(tensor.shape), kind)
+        where = torch.arange(0, tensor.numel(), tensor.numel() // _ELEMENTS | 1)
+        made.view(-1)[where] = torch.randn(where.shape, generator=generator).to(kind)
     else:
-        made = _repeating(tuple(tensor.shape), generator, scale).to(kind)
+        made = _repeating(tuple(tensor.shape), generator, scale, kind)
     return nn.Parameter(made, requires_grad=tensor.requires_grad and tensor.numel() <= LARGE) if isinstance(tensor, nn.Parameter) else made
 
 
-def _repeating(shape: tuple[int, ...], generator: torch.Generator, scale: float) -> Tensor:
+_ELEMENTS = 1 << 14
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only around what is written to them, in the smallest pages there are."""
+    pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def _repeating(shape: tuple[int, ...], generator: torch.Generator, scale: float, dtype: torch.dtype) -> Tensor:
     """A tensor whose elements share memory: element (i, j, k) is value a*i + b*j + k of a short random row."""
     strides = [1] * len(shape)
     for d in range(len(shape) - 2, -1, -1):
         strides[d] = strides[d + 1] * 2 + 1
     length = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
-    return (torch.randn(length, generator=generator, dtype=torch.double) * scale).as_strided(shape, strides)
+    return (torch.randn(length, generator=generator) * scale).to(dtype).as_strided(shape, strides)
 
 
 def alike(a: Any, b: Any, *, depth: int = 0) -> bool:

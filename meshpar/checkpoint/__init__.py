@@ -5,11 +5,16 @@ mp.checkpoint.from_hf("weights", "start", "tp=2,dp=2")
 mp.checkpoint.reshard("start", "wide", "tp=4,pp=2")
 mp.checkpoint.verify("wide").ok, mp.checkpoint.diff("start", "wide").same
 
-`save` and `load` are for running ranks and need torch, which is imported when they are first used; everything else does without.
+    mp.checkpoint.save("step-100", pm, optimizer, extra={"step": 100})            on running ranks, of any mesh
+    extra = mp.checkpoint.load("step-100", pm, optimizer)                         on those of any other
+
+`save`, `save_async` and `load` (a training run), `save_tensors` and `load_tensors` (tensors by name) are for running ranks and need torch,
+which is imported when they are first used; everything else does without.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from meshpar.checkpoint.convert import from_hf, to_hf
@@ -21,13 +26,22 @@ from meshpar.checkpoint.transfer import Options
 from meshpar.checkpoint.writer import PerRank
 
 if TYPE_CHECKING:
-    from meshpar.checkpoint.online import load, save
+    from meshpar.checkpoint.online import Loaded, load_tensors, save_tensors
+    from meshpar.checkpoint.training import AllRanks, Saving, load, save, save_async
+
+_ONLINE = {
+    **dict.fromkeys(("Loaded", "load_tensors", "save_tensors"), "meshpar.checkpoint.online"),
+    **dict.fromkeys(("AllRanks", "Saving", "load", "save", "save_async"), "meshpar.checkpoint.training"),
+}
 
 __all__ = [
+    "AllRanks",
     "CorruptError",
     "ImpossibleError",
+    "Loaded",
     "Options",
     "PerRank",
+    "Saving",
     "StorageError",
     "diff",
     "from_dcp",
@@ -35,9 +49,12 @@ __all__ = [
     "gc",
     "inspect",
     "load",
+    "load_tensors",
     "ls",
     "reshard",
     "save",
+    "save_async",
+    "save_tensors",
     "to_dcp",
     "to_hf",
     "verify",
@@ -45,8 +62,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "save"):
-        from meshpar.checkpoint import online
-
-        return getattr(online, name)
+    if name in _ONLINE:
+        return getattr(import_module(_ONLINE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

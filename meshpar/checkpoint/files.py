@@ -207,9 +207,9 @@ def check_tensor_name(name: object, where: str) -> str:
 
 def check_shape(shape: object, where: str) -> tuple[int, ...]:
     """A list of plain non-negative integers whose product fits 63 bits."""
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or any(type(n) is not int or n < 0 for n in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or (shape and (set(map(type, shape)) != {int} or min(shape) < 0)):
         raise CorruptError(f"{where}: {str(shape)[:80]} is not a shape.")
-    if prod(n for n in shape if n) >= 1 << 60:
+    if prod([n or 1 for n in shape]) >= 1 << 60:
         raise CorruptError(f"{where}: a shape of {str(shape)[:80]} is refused.")
     return tuple(shape)
 

@@ -33,6 +33,7 @@ FORMAT, VERSION = "meshpar.checkpoint", 1
 KINDS = ("model", "optimizer", "extra", "rank")
 MAX_MANIFEST = 1 << 30
 _LIMIT = 1 << 62
+_new = tuple.__new__  # a NamedTuple's own constructor takes three times as long, and there are many chunks
 _BLANK = b'{"crc32":"00000000"'
 
 
@@ -149,7 +150,7 @@ def load(data: bytes, where: str) -> Manifest:
 def _from_json(body: dict[str, Any], where: str) -> Manifest:
     files = tuple(FileRecord(check_name(name, where), _count(size), _count(head), _count(crc)) for name, size, head, crc in body["files"])
     assets = tuple(Asset(check_name(name, where), _count(size), tuple(map(_count, crcs))) for name, size, crcs in body["assets"])
-    known: dict[str, Layout] = {}
+    known = _Known({}, {})
     tensors = {check_tensor_name(name, where): _stored(row, f"{where}, {name!r}", known) for name, row in body["tensors"].items()}
     aliases = {check_tensor_name(k, where): check_tensor_name(v, where) for k, v in body["aliases"].items()}
     block, origin, keymap = _count(body["block"]), body["origin"], body["keymap"]
@@ -164,20 +165,33 @@ def _count(value: Any) -> int:
     return value
 
 
-def _stored(row: Any, where: str, known: dict[str, Layout]) -> Stored:
+class _Known(NamedTuple):
+    """What was seen before: most tensors of a model are divided like others of their shape, and share the objects that say how."""
+
+    layouts: dict[str, Layout]
+    boxes: dict[tuple[int, ...], tuple[list[Any], list[Box]]]  # by shape: their JSON and themselves
+
+
+def _stored(row: Any, where: str, known: _Known) -> Stored:
     shape, kind = check_shape(row["shape"], where), row["kind"]
     if kind not in KINDS:
         raise ValueError(f"kind {str(kind)[:40]!r}")
-    chunks = []
-    for offset, size, file, begin, crcs in row["chunks"]:
-        for value in (*offset, *size, file, begin, *crcs):
-            if type(value) is not int or not 0 <= value < _LIMIT:
-                raise ValueError(f"{str(value)[:40]} is not a count")
-        chunks.append(Chunk(Box(tuple(offset), tuple(size)), file, begin, tuple(crcs)))
+    rows = row["chunks"]
+    raw = [(offset, size) for offset, size, _, _, _ in rows]
+    numbers: list[Any] = []
+    for offset, size, file, begin, crcs in rows:
+        numbers += (*offset, *size, file, begin, *crcs)
+    if numbers and (set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= _LIMIT):
+        raise ValueError("a position, size or checksum is not a count")
+    seen, boxes = known.boxes.get(shape, (None, []))
+    if raw != seen:
+        boxes = [Box(tuple(offset), tuple(size)) for offset, size in raw]
+        known.boxes[shape] = raw, boxes
+    chunks = tuple([_new(Chunk, (box, file, begin, tuple(crcs))) for box, (_, _, file, begin, crcs) in zip(boxes, rows, strict=True)])
     layout = repr((row.get("cuts"), row.get("stage")))
-    if layout not in known:
-        known[layout] = layout_from_json(row, where)
-    return Stored(check_dtype(row["dtype"], where), shape, tuple(chunks), kind, known[layout])
+    if layout not in known.layouts:
+        known.layouts[layout] = layout_from_json(row, where)
+    return Stored(check_dtype(row["dtype"], where), shape, chunks, kind, known.layouts[layout])
 
 
 def check(manifest: Manifest, where: str) -> None:
@@ -187,28 +201,26 @@ def check(manifest: Manifest, where: str) -> None:
         raise CorruptError(f"{where}: a file is listed twice.")
     spans: list[list[tuple[int, int, str]]] = [[] for _ in names]
     ends = [f.size for f in manifest.files]
-    proved: set[tuple[object, ...]] = set()  # most tensors of a model are divided like others of their shape
+    proved: dict[tuple[int, ...], list[Box]] = {}  # most tensors of a model are divided like others of their shape
     for name, stored in manifest.tensors.items():
-        division = (stored.shape, *[c.box for c in stored.chunks])
-        if division not in proved:
-            check_tiling(name, stored.shape, [c.box for c in stored.chunks], where)
-            proved.add(division)
+        boxes = [c.box for c in stored.chunks]
+        if proved.get(stored.shape) != boxes:
+            check_tiling(name, stored.shape, boxes, where)
+            proved[stored.shape] = boxes
         item = ITEMSIZE[stored.dtype]
-        for chunk in stored.chunks:
-            nbytes = prod(chunk.box.size) * item
-            if chunk.file >= len(names) or chunk.begin + nbytes > ends[chunk.file]:
-                raise CorruptError(
-                    f"{where}: {name} {chunk.box} should end at byte {chunk.begin + nbytes} of file {chunk.file}, past its end."
-                )
-            if chunk.crcs and len(chunk.crcs) != -(-nbytes // manifest.block):
-                raise CorruptError(f"{where}: {name} {chunk.box} has {len(chunk.crcs)} checksums for {nbytes} bytes.")
+        for box, file, begin, crcs in stored.chunks:
+            nbytes = prod(box.size) * item
+            if file >= len(names) or begin + nbytes > ends[file]:
+                raise CorruptError(f"{where}: {name} {box} should end at byte {begin + nbytes} of file {file}, past its end.")
+            if crcs and len(crcs) != -(-nbytes // manifest.block):
+                raise CorruptError(f"{where}: {name} {box} has {len(crcs)} checksums for {nbytes} bytes.")
             if nbytes:
-                spans[chunk.file].append((chunk.begin, chunk.begin + nbytes, name))
+                spans[file].append((begin, begin + nbytes, name))
     for index, rows in enumerate(spans):
         rows.sort()
-        for a, b in pairwise(rows):
-            if a[1] > b[0]:
-                raise CorruptError(f"{where}: {a[2]} and {b[2]} share bytes {b[0]}..{a[1]} of {names[index]}.")
+        for (_, stop, one), (start, _, other) in pairwise(rows):
+            if stop > start:
+                raise CorruptError(f"{where}: {one} and {other} share bytes {start}..{stop} of {names[index]}.")
     for alias, name in manifest.aliases.items():
         if name not in manifest.tensors or alias in manifest.tensors:
             raise CorruptError(f"{where}: {alias} is tied to {name}, which is not a stored tensor.")

@@ -1,10 +1,13 @@
-"""Saving and loading from running ranks: a thin layer that turns DTensors into runs and back.
+"""Saving and loading named tensors from running ranks: a thin layer that turns DTensors into runs and back.
 
 Every rank writes what it holds, replicas are written once, rank 0 merges the records and commits. Loading reads, on each rank, only the
-boxes of its own local tensors, from whatever mesh they were saved on. No rank holds more than its own tensors and one read buffer.
+boxes of its own local tensors, from whatever mesh they were saved on. No rank holds more than its own tensors and one read buffer, and
+ranks need not have the same names.
 
-    save("step-100", {"w": w, ...}, values={"step": 100})         on every rank: tensors, DTensors, or parameters of a ParallelModel
-    load("step-100", {"w": w, ...}).values["step"]                into the tensors given, in place
+    save_tensors("step-100", {"w": w, ...}, values={"step": 100})         on every rank: tensors, DTensors, parameters of a ParallelModel
+    load_tensors("step-100", {"w": w, ...}).values["step"]                into the tensors given, in place
+
+`meshpar.checkpoint.training` builds `save` and `load` of a whole training state on these.
 """
 
 from __future__ import annotations
@@ -14,27 +17,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from meshpar._torch import StridedShard, local_of
-from meshpar.checkpoint.boxes import Cut, Runs, boxes_of, local_shape, runs_of
-from meshpar.checkpoint.casts import TORCH_DTYPES, Array, cast, castable, word
+from meshpar.checkpoint.boxes import Box, boxes_of
+from meshpar.checkpoint.casts import cast, castable, word
 from meshpar.checkpoint.division import AXES, Grid, Layout
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import Disk
-from meshpar.checkpoint.opened import open_checkpoint
-from meshpar.checkpoint.partial import writing
+from meshpar.checkpoint.manifest import Manifest, Stored
+from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
+from meshpar.checkpoint.partial import Partial, writing
+from meshpar.checkpoint.placed import Held, from_words, held, torch_dtype
+from meshpar.checkpoint.ranks import Failure, Group, Ranks, attempt
 from meshpar.checkpoint.reading import Reader
 from meshpar.checkpoint.writer import Local, PerRank, Record, finish, merge, rank_tensor, write_rank
-from meshpar.errors import CheckpointError, ConfigError, RankError, near
-from meshpar.runtime.parameters import spec_of
-from meshpar.sharding.types import Shard, plain
+from meshpar.errors import ConfigError, near
 
-Group = dist.ProcessGroup | None
+Tensors = Mapping[str, torch.Tensor | Held]
 
 
 @dataclass(frozen=True)
@@ -48,102 +51,171 @@ class Loaded:
     cast: tuple[str, ...] = ()
 
 
-def save(
+@dataclass(frozen=True)
+class Content:
+    """What one rank puts into a checkpoint: tensors by names of the whole model, values, and what is its own."""
+
+    tensors: Tensors
+    values: Mapping[str, Any]
+    kinds: Mapping[str, str]
+    per_rank: Mapping[str, torch.Tensor]
+    aliases: Mapping[str, str]
+    grid: Grid
+    stage: int = 0
+
+
+def save_tensors(
     path: Path | str,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Tensors,
     *,
     values: Mapping[str, Any] | None = None,
     kinds: Mapping[str, str] | None = None,
     per_rank: Mapping[str, torch.Tensor] | None = None,
+    aliases: Mapping[str, str] | None = None,
     group: Group = None,
     disk: Disk | None = None,
 ) -> None:
     """Save what all ranks of a group hold under one new directory. Collective; if a rank fails, all of them fail, and nothing appears.
 
     `tensors` are this rank's, by names of the whole model; `kinds` says which are not the model's ("optimizer", "extra"). `values` must be
-    equal on all ranks, or complete each other as dicts, or be `PerRank`. `per_rank` tensors are every rank's own, of one shape.
+    equal on all ranks, or complete each other as dicts, or be `PerRank`. `per_rank` tensors are every rank's own, of one shape. Plain
+    tensors must be equal on all ranks that have them.
     """
-    rank, world, disk, target = _rank(group), _world(group), disk or Disk(), Path(path).absolute()
-    kinds = kinds or {}
-    runs = {name: runs_on_rank(tensor) for name, tensor in tensors.items()}
-    owned = _owned(runs, rank, world, group)
-    parts = [_local(name, tensors[name], runs[name], kinds.get(name, "model")) for name in tensors if name in owned]
-    for name, own in (per_rank or {}).items():
-        parts.append(rank_tensor(name, rank, world, _words(own), _dtype(own)))
+    ranks = Ranks.of(group)
+    made = Content(tensors, values or {}, kinds or {}, per_rank or {}, aliases or {}, _grid(tensors.values()))
+    write_content(path, ranks, prepare(ranks, lambda: made), disk)
+
+
+# ---- saving: first what this rank writes, then the writing, which needs only host memory and may happen in a thread --------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank writes, decided."""
+
+    parts: tuple[Local, ...]
+    values: Mapping[str, Any]
+    aliases: Mapping[str, str]
+    grid: Grid
+
+
+def prepare(ranks: Ranks, collect: Callable[[], Content], *, copy: bool = False) -> Share:
+    """Decide which rank writes what. Collective. `copy`: also copy it to host memory, so that training may go on."""
+
+    def mine() -> tuple[Content, dict[str, Held]]:
+        content = collect()
+        return content, {name: held(tensor) for name, tensor in content.tensors.items()}
+
+    first = attempt(mine)
+    blob = first if isinstance(first, Failure) else attempt(lambda: _identities(first[1], ranks))
+    everyone = ranks.everyone(blob)
+    assert not isinstance(first, Failure)
+    content, tensors = first
+    owned = attempt(lambda: _owned(list(tensors), everyone, ranks))
+    ranks.everyone(owned if isinstance(owned, Failure) else None)
+    assert not isinstance(owned, Failure)
+    parts = [_local(name, tensors[name], content, copy) for name in tensors if name in owned]
+    for name, own in content.per_rank.items():
+        part = held(own)
+        parts.append(rank_tensor(name, ranks.rank, ranks.world, part.words(copy=copy), part.dtype))
+    return Share(tuple(parts), content.values, content.aliases, content.grid)
+
+
+def write_content(path: Path | str, ranks: Ranks, share: Share, disk: Disk | None) -> None:
+    """Write the shares of all ranks as one checkpoint. Collective over `ranks`."""
+    target, disk = Path(path).absolute(), disk or Disk()
 
     def write(root: Path) -> Record:
-        return write_rank(root, rank, parts, values or {}, disk)
+        return write_rank(root, ranks.rank, share.parts, share.values, disk)
 
-    def commit(partial: Any, records: Sequence[Record]) -> None:
-        finish(partial, merge(records, _grid(tensors.values())))
+    def commit(partial: Partial, records: Sequence[Record]) -> None:
+        finish(partial, merge(records, share.grid, aliases=share.aliases))
 
-    if rank == 0:
-        _lead(target, disk, write, commit, group)
-    else:
-        _follow(target, write, group)
+    if ranks.rank == 0:
+        _lead(target, disk, write, commit, ranks)
+        return
+    root = Path(ranks.hear())
+    ranks.to_lead(attempt(lambda: write(root)))
+    ranks.hear()
 
 
-def _lead(target: Path, disk: Disk, write: Callable[[Path], Record], commit: Callable[[Any, Sequence[Record]], None], group: Group) -> None:
-    """Rank 0: open the directory, write its own part, collect the others' records, commit; tell the others how each step went."""
-    told = False
+def _lead(
+    target: Path, disk: Disk, write: Callable[[Path], Record], commit: Callable[[Partial, Sequence[Record]], None], ranks: Ranks
+) -> None:
+    """Rank 0: open the directory, write its own part, collect the others' records, commit; tell the others how it went."""
     try:
         with writing(target, "", disk) as partial:
-            _tell(str(partial.path), None, group)
-            told = True
-            mine = _attempt(lambda: write(partial.path))
-            records = _collect(mine, group)
-            commit(partial, records)
+            ranks.tell(str(partial.path))
+            commit(partial, ranks.to_lead(attempt(lambda: write(partial.path))))
     except Exception as error:
-        if not isinstance(error, RankError):
-            _tell("", str(error), group)
+        ranks.tell(error=error)
         raise
-    assert told
-    _tell("", None, group)
+    ranks.tell()
 
 
-def _follow(target: Path, write: Callable[[Path], Record], group: Group) -> None:
-    root = Path(_heard(group))
-    _collect(_attempt(lambda: write(root)), group)
-    _heard(group)
+_IDENTITY = np.dtype([("key", "<u8"), ("digest", "<u4")])
 
 
-def _attempt(act: Callable[[], Any]) -> Any:
-    """A result, or the text of the error."""
-    try:
-        return act()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+def _identities(tensors: Mapping[str, Held], ranks: Ranks) -> bytes:
+    """A key for every box a rank holds, equal where another rank holds the same one; and for plain tensors what they contain."""
+    rows = np.zeros(len(tensors), _IDENTITY)
+    if ranks.world == 1:
+        return b""
+    for row, (name, part) in zip(rows, tensors.items(), strict=True):
+        row["key"] = int.from_bytes(hashlib.blake2b(repr((name, part.runs)).encode(), digest_size=8).digest(), "little")
+        if part.is_plain:
+            row["digest"] = crc32(np.ascontiguousarray(part.words()).reshape(-1).view(np.uint8).data)
+    return rows.tobytes()
 
 
-def _collect(mine: Any, group: Group) -> list[Any]:
-    """Everybody's result. If any rank failed, all raise with its message."""
-    everyone: list[Any] = [None] * _world(group)
-    if _world(group) == 1:
-        everyone = [mine]
-    else:
-        dist.all_gather_object(everyone, mine, group=group)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if isinstance(text, str)]
-    if failed:
-        raise RankError("; ".join(failed[:4]))
-    return everyone
+def _owned(names: Sequence[str], everyone: Sequence[bytes], ranks: Ranks) -> set[str]:
+    """The tensors this rank writes: of the ranks that hold the same box, one, chosen by a hash that all agree on."""
+    if ranks.world == 1:
+        return set(names)
+    rows = np.frombuffer(b"".join(everyone), _IDENTITY)
+    holders = np.repeat(np.arange(ranks.world), [len(blob) // _IDENTITY.itemsize for blob in everyone])
+    order = np.argsort(rows["key"], kind="stable")
+    keys, digests, holders = rows["key"][order], rows["digest"][order], holders[order]
+    mine = np.frombuffer(everyone[ranks.rank], _IDENTITY)
+    low, high = np.searchsorted(keys, mine["key"], "left"), np.searchsorted(keys, mine["key"], "right")
+    chosen = holders[low + (mine["key"] % (high - low).astype("u8")).astype(np.int64)] if len(mine) else low
+    for name, own, a, b in zip(names, mine["digest"], low, high, strict=True):
+        if (digests[a:b] != own).any():
+            other = int(holders[a:b][digests[a:b] != own][0])
+            raise CorruptError(
+                f"{name} is a plain tensor, and rank {other} has other values in it than rank {ranks.rank}. What every rank has its own "
+                "of must be declared: extra={...: PerRank(tensor)}."
+            )
+    return {name for name, holder in zip(names, chosen, strict=True) if holder == ranks.rank}
 
 
-def _tell(text: str, error: str | None, group: Group) -> None:
-    if _world(group) > 1:
-        dist.broadcast_object_list([text, error], group=group, group_src=0)
+def _local(name: str, part: Held, content: Content, copy: bool) -> Local:
+    kind = content.kinds.get(name, "model")
+    layout, words = Layout(part.cuts, content.stage), part.words(copy=True) if copy else None
+    return Local(name, part.dtype, part.shape, part.runs, part.words if words is None else lambda: words, kind, layout)
 
 
-def _heard(group: Group) -> str:
-    box: list[Any] = [None, None]
-    dist.broadcast_object_list(box, group=group, group_src=0)
-    if box[1] is not None:
-        raise RankError(f"rank 0: {box[1]}")
-    return str(box[0])
+def _grid(tensors: Iterable[torch.Tensor | Held]) -> Grid:
+    """The axes of the widest mesh any tensor lies on, for the record."""
+    meshes = [t.device_mesh for t in tensors if isinstance(t, DTensor)]
+    widest = max(meshes, key=lambda m: m.size(), default=None)
+    return grid_of(widest) if widest is not None else Grid()
 
 
-def load(
+def grid_of(mesh: Any) -> Grid:
+    """The axes of a mesh, if all of them have names of ours."""
+    names = mesh.mesh_dim_names
+    if names is None or any(n not in AXES for n in names):
+        return Grid()
+    return Grid(tuple(sorted(zip(names, mesh.shape, strict=True), key=lambda pair: AXES.index(pair[0]))))
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------------------------
+
+
+def load_tensors(
     path: Path | str,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Tensors,
     *,
     missing: str = "error",
     unexpected: str = "error",
@@ -158,186 +230,143 @@ def load(
     "error" or "cast" (which still refuses to make infinities). Nothing is overwritten before the names, shapes and dtypes of all ranks
     were checked.
     """
-    for name, mode, modes in (
-        ("missing", missing, ("error", "skip")),
-        ("unexpected", unexpected, ("error", "skip")),
-        ("dtype", dtype, ("error", "cast")),
-    ):
-        if mode not in modes:
-            raise ConfigError(f"load({name}={mode!r}): expected {' or '.join(modes)}.")
-    disk = disk or Disk()
+    check_modes(missing=(missing, "error skip"), unexpected=(unexpected, "error skip"), dtype=(dtype, "error cast"))
+    ranks, disk = Ranks.of(group), disk or Disk()
+    opened = shared_open(path, ranks, disk)
+    return fill(opened, ranks, lambda: tensors, missing=missing, unexpected=unexpected, dtype=dtype, kinds=kinds, disk=disk)
 
-    def check() -> tuple[Any, ...]:
-        opened = open_checkpoint(Path(path), disk)
-        return opened, *_compare(tensors, opened.manifest.tensors, missing, dtype, str(path))
 
-    first = _attempt(check)
-    names = _collect(first if isinstance(first, str) else list(tensors), group)
-    opened, absent, casts = first
-    asked = {name for row in names for name in row}
-    extra = tuple(n for n, t in opened.manifest.tensors.items() if t.kind in kinds and n not in asked)
+def check_modes(**modes: tuple[str, str]) -> None:
+    """Refuse a mode that is not one of those listed: `name=(value, "error skip")`."""
+    for name, (mode, known) in modes.items():
+        if mode not in known.split():
+            raise ConfigError(f"load({name}={mode!r}): expected {' or '.join(known.split())}.")
+
+
+def shared_open(path: Path | str, ranks: Ranks, disk: Disk) -> Checkpoint:
+    """Open a checkpoint on all ranks. Collective; all must find the same one."""
+    found = attempt(lambda: open_checkpoint(Path(path), disk))
+    facts = found if isinstance(found, Failure) else hashlib.blake2b(repr(found.manifest.files).encode(), digest_size=8).hexdigest()
+    everyone = ranks.everyone(facts)
+    assert not isinstance(found, Failure)
+    if len(set(everyone)) > 1:
+        raise CorruptError(
+            f"{path} is another checkpoint on rank {next(r for r, f in enumerate(everyone) if f != everyone[0])} than on rank 0."
+        )
+    return found
+
+
+def fill(
+    opened: Checkpoint,
+    ranks: Ranks,
+    collect: Callable[[], Tensors],
+    *,
+    missing: str,
+    unexpected: str,
+    dtype: str,
+    kinds: Sequence[str],
+    disk: Disk,
+    heard: Sequence[str] = (),
+) -> Loaded:
+    """`load_tensors` from an opened checkpoint; `heard` are stored names that need no tensor, since they are read otherwise."""
+    manifest, where = opened.manifest, str(opened.root)
+
+    def check() -> tuple[dict[str, Held], tuple[str, ...], tuple[str, ...], bytes]:
+        parts = {name: held(tensor) for name, tensor in collect().items()}
+        absent, casts = _compare(parts, manifest, missing, dtype, where)
+        asked = {manifest.aliases.get(name, name) if name not in manifest.tensors else name for name in parts} | set(heard)
+        return parts, absent, casts, np.packbits([name in asked for name in manifest.tensors]).tobytes()
+
+    first = attempt(check)
+    asked = ranks.everyone(first if isinstance(first, Failure) else first[3])
+    assert not isinstance(first, Failure)
+    parts, absent, casts, _ = first
+    extra = _unasked(manifest, asked, kinds)
     if extra and unexpected == "error":
         raise CorruptError(
-            f"{path} holds {len(extra)} tensors that no rank asks for: {', '.join(extra[:5])}. To leave them, unexpected='skip'."
+            f"{where} holds {len(extra)} tensors that no rank asks for: {', '.join(extra[:5])}. To leave them, unexpected='skip'."
         )
-    with Reader(opened, disk) as reader:
-        _collect(_attempt(lambda: [_read_into(reader, n, t) for n, t in tensors.items() if n not in absent] and None), group)
-    values = dict(opened.manifest.values)
-    own = {key: rows[_rank(group)] for key, rows in values.pop("per_rank", {}).items() if len(rows) == _world(group)}
+
+    def read() -> None:
+        with Reader(opened, disk) as reader:
+            for name, part in parts.items():
+                if name not in absent:
+                    read_into(reader, name, part)
+
+    ranks.everyone(attempt(read))
+    values = dict(manifest.values)
+    own = {key: rows[ranks.rank] for key, rows in values.pop("per_rank", {}).items() if len(rows) == ranks.world}
     return Loaded(values, own, absent, extra, casts)
 
 
+def stored_of(manifest: Manifest, name: str) -> Stored | None:
+    """A stored tensor by its name or, if it is tied, another of its names."""
+    return manifest.tensors.get(name) or manifest.tensors.get(manifest.aliases.get(name, name))
+
+
+def _unasked(manifest: Manifest, asked: Sequence[bytes], kinds: Sequence[str]) -> tuple[str, ...]:
+    if not manifest.tensors:
+        return ()
+    rows = np.unpackbits(np.frombuffer(b"".join(asked), np.uint8).reshape(len(asked), -1), axis=1)
+    known = np.any(rows, axis=0).tolist()
+    return tuple(name for (name, t), is_asked in zip(manifest.tensors.items(), known) if not is_asked and t.kind in kinds)
+
+
 def _compare(
-    tensors: Mapping[str, torch.Tensor], stored: Mapping[str, Any], missing: str, dtype: str, where: str
+    tensors: Mapping[str, Held], manifest: Manifest, missing: str, dtype: str, where: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    absent = tuple(n for n in tensors if n not in stored)
+    found = {name: stored_of(manifest, name) for name in tensors}
+    absent = tuple(n for n, t in found.items() if t is None)
     if absent and missing == "error":
         raise CorruptError(
-            f"{where} does not hold {', '.join(absent[:5])}.{near(absent[0], stored)} To go on without them, missing='skip'."
+            f"{where} does not hold {', '.join(absent[:5])}.{near(absent[0], manifest.tensors)} To go on without them, missing='skip'."
         )
     casts = []
     for name, tensor in tensors.items():
-        if name in absent:
+        have = found[name]
+        if have is None:
             continue
-        have = stored[name]
-        if tuple(tensor.shape) != have.shape:
+        if tensor.shape != have.shape:
             raise CorruptError(f"{where}: {name} is {list(have.shape)}, but {list(tensor.shape)} is asked for.")
-        if _dtype(tensor) != have.dtype:
-            if dtype == "error" or not castable(have.dtype, _dtype(tensor)):
-                raise CorruptError(f"{where}: {name} is {have.dtype}, but {_dtype(tensor)} is asked for. To convert it, dtype='cast'.")
+        if tensor.dtype != have.dtype:
+            if dtype == "error" or not castable(have.dtype, tensor.dtype):
+                raise CorruptError(f"{where}: {name} is {have.dtype}, but {tensor.dtype} is asked for. To convert it, dtype='cast'.")
             casts.append(name)
     return absent, tuple(casts)
 
 
 @torch.no_grad()
-def _read_into(reader: Reader, name: str, tensor: torch.Tensor) -> None:
+def read_into(reader: Reader, name: str, part: Held) -> None:
     """Read the boxes a rank holds and put them where they lie in its local tensor."""
-    stored, runs, local = reader.checkpoint.manifest.tensors[name], runs_on_rank(tensor), _local_tensor(tensor)
-    if local_shape(runs) != tuple(local.shape):
-        raise CorruptError(
-            f"{name}: the placements say this rank holds {list(local_shape(runs))}, its local tensor is {list(local.shape)}."
-        )
-    out = np.empty(tuple(local.shape), word(_dtype(tensor)))
-    for box in boxes_of(runs):
-        bits = cast(reader.read(name, box), stored.dtype, _dtype(tensor), name)
-        out[_slices(box, runs)] = bits.reshape(box.size)
-    local.copy_(torch.from_numpy(out.reshape(-1).view(np.uint8)).view(local.dtype).reshape(local.shape))
+    manifest = reader.checkpoint.manifest
+    name = name if name in manifest.tensors else manifest.aliases[name]
+    stored, local = manifest.tensors[name], part.local
+    in_place = local.device.type == "cpu" and local.is_contiguous()
+    out = part.words() if in_place else np.empty(tuple(local.shape), word(part.dtype))
+    for box in boxes_of(part.runs):
+        if stored.dtype == part.dtype:
+            reader.read(name, box, out[part.slices(box)] if box.size else out)
+        else:
+            out[part.slices(box)] = cast(reader.read(name, box), stored.dtype, part.dtype, name).reshape(box.size)
+    if not in_place:
+        local.copy_(from_words(out, local))
 
 
-def _slices(box: Any, runs: Runs) -> tuple[slice, ...]:
-    out = []
-    for start, size, row in zip(box.offset, box.size, runs, strict=True):
-        base = sum(b - a for a, b in row if b <= start)
-        at = base + start - next(a for a, b in row if a <= start < b)
-        out.append(slice(at, at + size))
-    return tuple(out)
+def read_row(reader: Reader, name: str, row: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """One rank's row of a tensor of kind "rank"."""
+    stored = reader.checkpoint.manifest.tensors[name]
+    box = Box((row, *(0,) * (len(stored.shape) - 1)), (1, *stored.shape[1:]))
+    return _tensor(reader.read(name, box).reshape(stored.shape[1:]), stored.dtype, device)
 
 
-def runs_on_rank(tensor: torch.Tensor) -> Runs:
-    """The runs of every dim that this rank holds, from the layout attached to a parameter, else from its DTensor placements."""
-    steps: list[list[tuple[Shard, int, int]]] = [[] for _ in tensor.shape]
-    for _, shard, size, rank in cuts_of(tensor):
-        steps[shard.dim].append((shard, size, rank))
-    return tuple(runs_of(n, row) for n, row in zip(tensor.shape, steps, strict=True))
+def read_whole(reader: Reader, name: str) -> torch.Tensor:
+    """All of a small tensor, as a new one."""
+    stored = reader.checkpoint.manifest.tensors[name]
+    return _tensor(reader.read(name), stored.dtype, "cpu")
 
 
-def cuts_of(tensor: torch.Tensor) -> list[tuple[str, Shard, int, int]]:
-    """The cuts of a tensor in the order they apply: axis, layout, size, this rank's coordinate.
-
-    A `_StridedShard` beside later axes on the same dim, whose sizes multiply to its split factor, is FSDP over TP: those axes cut first.
-    A lone one is a row of equal segments, each of them cut.
-    """
-    if not isinstance(tensor, DTensor):
-        return []
-    mesh, spec = tensor.device_mesh, spec_of(tensor)
-    placements: Sequence[Any] = tensor.placements
-    names = mesh.mesh_dim_names or tuple(f"axis{k}" for k in range(mesh.ndim))
-    rows = [(names[k], p, mesh.size(k), mesh.get_local_rank(k)) for k, p in enumerate(placements)]
-    place = {name: (size, rank) for name, _, size, rank in rows}
-    if spec is not None:
-        known = [(axis, shard, *place[axis]) for axis, shard in spec.shards() if axis in place]
-        rest = [
-            (n, plain(p.dim % tensor.ndim, int(tensor.shape[p.dim])), s, r)
-            for n, p, s, r in rows
-            if _is_cut(p) and n not in dict(spec.shards())
-        ]
-        return known + rest
-    late: list[tuple[str, Shard, int, int]] = []
-    out: list[tuple[str, Shard, int, int]] = []
-    for k, (name, p, size, rank) in enumerate(rows):
-        if not _is_cut(p):
-            continue
-        dim = p.dim % tensor.ndim
-        length = int(tensor.shape[dim])
-        if isinstance(p, StridedShard):
-            after = [s for _, q, s, _ in rows[k + 1 :] if _is_cut(q) and q.dim % tensor.ndim == dim]
-            parts = int(p.split_factor)
-            if after and int(np.prod(after)) == parts:
-                late.append((name, plain(dim, length), size, rank))
-            else:
-                out.append((name, Shard(dim, parts, ((length // parts, 1),)), size, rank))
-            continue
-        out.append((name, plain(dim, length), size, rank))
-    return out + late[::-1]
+def _tensor(bits: Any, dtype: str, device: torch.device | str) -> torch.Tensor:
+    return from_words(bits, torch.empty(bits.shape, dtype=torch_dtype(dtype), device="meta")).clone().to(device)
 
 
-def _is_cut(placement: Any) -> bool:
-    if placement.is_partial():
-        raise ConfigError("A tensor with a pending sum cannot be saved or loaded; reduce it first.")
-    return not placement.is_replicate()
-
-
-def _owned(runs: Mapping[str, Runs], rank: int, world: int, group: Group) -> set[str]:
-    """The tensors this rank writes: of the ranks that hold the same boxes, one, chosen by a hash that all agree on."""
-    keys = {name: hashlib.blake2b(repr((name, row)).encode(), digest_size=8).digest() for name, row in runs.items()}
-    if world == 1:
-        return set(runs)
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, b"".join(keys.values()), group=group)
-    holders: dict[bytes, list[int]] = {}
-    for holder, blob in enumerate(everyone):
-        for at in range(0, len(blob), 8):
-            holders.setdefault(blob[at : at + 8], []).append(holder)
-    return {name for name, key in keys.items() if holders[key][int.from_bytes(key[:4], "little") % len(holders[key])] == rank}
-
-
-def _local(name: str, tensor: torch.Tensor, runs: Runs, kind: str) -> Local:
-    cuts = tuple(Cut(axis, shard) for axis, shard, _, _ in cuts_of(tensor) if axis in AXES)
-    return Local(name, _dtype(tensor), tuple(tensor.shape), runs, lambda: _words(_local_tensor(tensor)), kind, Layout(cuts))
-
-
-def _local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    return local_of(tensor) if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _words(tensor: torch.Tensor) -> Array:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat.view(word(_dtype(tensor))).reshape(tuple(tensor.shape))
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
-    if name not in TORCH_DTYPES:
-        raise CheckpointError(f"Tensors of dtype {name} cannot be stored; {', '.join(TORCH_DTYPES)} can.")
-    return TORCH_DTYPES[name]
-
-
-def _grid(tensors: Iterable[torch.Tensor]) -> Grid:
-    """The axes of the widest mesh any tensor lies on, for the record."""
-    meshes = [t.device_mesh for t in tensors if isinstance(t, DTensor)]
-    widest = max(meshes, key=lambda m: m.size(), default=None)
-    names = widest.mesh_dim_names if widest is not None else None
-    if widest is None or names is None or any(n not in AXES for n in names):
-        return Grid()
-    return Grid(tuple(sorted(zip(names, widest.shape, strict=True), key=lambda pair: AXES.index(pair[0]))))
-
-
-def _rank(group: Group) -> int:
-    return dist.get_rank(group) if dist.is_initialized() else 0
-
-
-def _world(group: Group) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1
-
-
-__all__ = ["Loaded", "PerRank", "load", "runs_on_rank", "save"]
+__all__ = ["Content", "Loaded", "PerRank", "load_tensors", "save_tensors"]

@@ -24,7 +24,7 @@ from zlib import crc32
 
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError, StorageError
 from meshpar.checkpoint.files import Disk
-from meshpar.errors import CheckpointError, ConfigError
+from meshpar.errors import ConfigError, MeshparError
 
 LOCK, JOURNAL = "lock", "journal"
 _SCRATCH = (LOCK, JOURNAL)
@@ -115,7 +115,7 @@ def writing(target: Path, origin: str, disk: Disk, *, resume: bool = False) -> I
         if not resume:
             _discard(partial)
         raise
-    except (CheckpointError, OSError):
+    except (MeshparError, OSError):
         _discard(partial)
         raise
     finally:

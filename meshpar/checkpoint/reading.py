@@ -31,8 +31,8 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._pool.close()
 
-    def read(self, name: str, box: Box | None = None) -> Array:
-        """A box of a tensor (all of it without one), as unsigned words of its element size.
+    def read(self, name: str, box: Box | None = None, out: Array | None = None) -> Array:
+        """A box of a tensor (all of it without one), as unsigned words of its element size; into `out`, an array of its size, if given.
 
         Raises CorruptError when a block read on the way does not match its checksum.
         """
@@ -40,7 +40,7 @@ class Reader:
         if stored is None:
             raise ConfigError(f"{self.checkpoint.root} holds no tensor {name}.{near(name, self.checkpoint.manifest.tensors)}")
         box = whole(stored.shape) if box is None else box
-        out = np.empty(box.size, word(stored.dtype))
+        out = np.empty(box.size, word(stored.dtype)) if out is None else out
         for chunk in stored.chunks:
             both = intersect(chunk.box, box) if all(box.size) else None
             if both is None:

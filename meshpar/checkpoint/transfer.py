@@ -7,7 +7,8 @@
     |             |        |      |      |        |             |     and slabs meet every chunk from its first byte to its last,
     +-------------+        +------+------+        +-------------+     so checksums are computed on the way.
 
-Small tensors travel many at a time, and what lies side by side in a file is read or written by one call. Where a target stretch is made of
+Small tensors travel many at a time, and what lies side by side in a file is read or written by one call; how their pieces meet is worked
+out once for all tensors that are divided alike. Where a target stretch is made of
 whole source stretches, it is written straight from the read buffer. Memory is the buffers of the workers, whatever the size of the model.
 """
 
@@ -294,6 +295,7 @@ class _Worker:
         self._m, self._disk, self._options = mover, mover.disk, mover.options
         self._in = _Buffer(self._options.buffer)
         self._out = _Buffer(self._options.buffer)
+        self._recipes: dict[tuple[tuple[int, ...], int], list[tuple[tuple[list[Box], list[Box]], _Recipe]]] = {}
 
     def job(self, job: Job, stop: threading.Event | None = None) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
         """Run the units of a job in order; returns the transfers it finished."""
@@ -303,6 +305,12 @@ class _Worker:
                 break
             if unit[0][0].transfer.rearrange is not None:
                 self._rearranged(*unit[0])
+            elif unit[0][0].whole:
+                simple, rest = self._sorted_out(unit)
+                if simple:
+                    self._simple(simple)
+                if rest:
+                    self._unit(rest)
             else:
                 self._unit(unit)
             for state, _ in unit:
@@ -310,6 +318,68 @@ class _Worker:
                 if state.left == 0:
                     finished.append((state.index, _finish(state)))
         return finished
+
+    def _sorted_out(self, unit: Sequence[tuple[_State, Box]]) -> tuple[list[tuple[_State, _Recipe]], list[tuple[_State, Box]]]:
+        """Whole transfers that only put stretches of bytes side by side, and the others."""
+        simple: list[tuple[_State, _Recipe]] = []
+        rest: list[tuple[_State, Box]] = []
+        block = min(self._options.source_block, BLOCK)
+        for state, box in unit:
+            t = state.transfer
+            recipe = self._recipe(t)
+            if recipe.parts is None or t.dtype != t.target_dtype or recipe.longest > block or _has_zeros(t):
+                rest.append((state, box))
+            else:
+                simple.append((state, recipe))
+        return simple, rest
+
+    def _recipe(self, t: Transfer) -> _Recipe:
+        boxes = [p.box for p in t.sources], [p.box for p in t.targets]
+        known = self._recipes.setdefault((t.shape, ITEMSIZE[t.dtype]), [])
+        for seen, recipe in known:
+            if seen == boxes:  # mostly the very same objects, which is quick
+                return recipe
+        made = _recipe(t)
+        if len(known) < 8:
+            known.append((boxes, made))
+        return made
+
+    def _simple(self, batch: Sequence[tuple[_State, _Recipe]]) -> None:
+        """`_unit` for many small transfers: a tight loop over their pieces instead of an object for each."""
+        self._in.reset()
+        verify, checksums, reuse = self._options.verify, self._options.checksums, self._options.source_block == BLOCK
+        reads = [
+            (piece.file, piece.begin, nbytes, k, s)
+            for k, (state, recipe) in enumerate(batch)
+            for s, (piece, nbytes) in enumerate(zip(state.transfer.sources, recipe.nbytes, strict=True))
+        ]
+        reads.sort()
+        views: list[list[memoryview]] = [[_NOTHING] * len(recipe.nbytes) for _, recipe in batch]
+        for first, stop, end in _neighbours(reads):
+            file, base = reads[first][:2]
+            view = self._in.take(end - base, base)
+            self._fill(file, base, view)
+            for _, begin, nbytes, k, s in reads[first:stop]:
+                part = views[k][s] = view[begin - base : begin - base + nbytes]
+                if verify:
+                    piece = batch[k][0].transfer.sources[s]
+                    if piece.crcs and crc32(part) != piece.crcs[0]:
+                        name = batch[k][0].transfer.name
+                        _mismatch(self._m.source.name(file), name, piece, (crc32(part),), self._options.source_block)
+        writes: list[tuple[int, int, list[memoryview]]] = []
+        for (state, recipe), held in zip(batch, views, strict=True):
+            assert recipe.parts is not None
+            for index, (piece, parts) in enumerate(zip(state.transfer.targets, recipe.parts, strict=True)):
+                if len(parts) == 1 and parts[0][1:] == (0, recipe.nbytes[parts[0][0]]):
+                    source = parts[0][0]
+                    out = [held[source]]
+                    known = state.transfer.sources[source].crcs if verify and reuse else ()
+                else:
+                    out, known = [held[s][start:stop] for s, start, stop in parts], ()
+                writes.append((piece.file, piece.begin, out))
+                if checksums:
+                    state.target_crc[index] = known or _crc_of(out)
+        self._write(writes)
 
     def _unit(self, unit: Sequence[tuple[_State, Box]]) -> None:
         self._in.reset()
@@ -506,6 +576,63 @@ def _parts(state: _State, pieces: Sequence[Piece], itemsize: int, slab: Box) -> 
             stride *= length
         out.append(_Part(piece.file, piece.begin + offset, volume(shared.size) * itemsize, state, index, shared))
     return out
+
+
+_NOTHING = memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How the bytes of transfers divided alike meet: the length of each source, and per target what it is made of, in order.
+
+    `parts` is None when rows interleave, so that bytes must be copied together.
+    """
+
+    nbytes: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, int, int], ...], ...] | None  # per target: source, first byte, byte after the last
+    longest: int  # bytes of the largest piece on either side
+
+
+def _recipe(t: Transfer) -> _Recipe:
+    item = ITEMSIZE[t.dtype]
+    nbytes = tuple(volume(p.box.size) * item for p in t.sources)
+    longest = max((*nbytes, *(volume(p.box.size) * item for p in t.targets)), default=0)
+    targets = []
+    for target in t.targets:
+        parts = []
+        for s, source in enumerate(t.sources):
+            both = intersect(source.box, target.box)
+            if both is None:
+                continue
+            if not (_one_stretch(both, source.box) and _one_stretch(both, target.box)):
+                return _Recipe(nbytes, None, longest)
+            start = _position(both, source.box) * item
+            parts.append((_position(both, target.box), s, start, start + volume(both.size) * item))
+        targets.append(tuple((s, start, stop) for _, s, start, stop in sorted(parts)))
+    return _Recipe(nbytes, tuple(targets), longest)
+
+
+def _has_zeros(t: Transfer) -> bool:
+    return ZERO in [p.file for p in t.sources] or ZERO in [p.file for p in t.targets]
+
+
+def _neighbours(reads: Sequence[tuple[int, int, int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Ranges of sorted reads that lie side by side in one file: the first, the one after the last, and the byte where they end."""
+    first, last_file, end = 0, reads[0][0], reads[0][1]
+    for at, (file, begin, nbytes, _, _) in enumerate(reads):
+        if begin != end or file != last_file:
+            yield first, at, end
+            first, last_file, end = at, file, begin
+        end += nbytes
+    yield first, len(reads), end
+
+
+def _crc_of(views: Sequence[memoryview]) -> tuple[int, ...]:
+    """The checksum of at most a block of bytes."""
+    crc = 0
+    for view in views:
+        crc = crc32(view, crc)
+    return (crc,) if any(map(len, views)) else ()
 
 
 def _shared(

@@ -76,7 +76,7 @@ def rank_tensor(name: str, rank: int, world: int, array: Array, dtype: str) -> L
 
 
 def write_rank(root: Path, rank: int, tensors: Iterable[Local], values: Mapping[str, Any], disk: Disk, *, checksums: bool = True) -> Record:
-    """Write the files of one rank into a partial directory and sync them. Holds one tensor's local bytes at a time."""
+    """Write the files of one rank into a partial directory and sync them. Holds one tensor's local bytes at a time, and a buffer."""
     held = list(tensors)
     by_name = {t.name: t for t in held}
     if len(by_name) != len(held):
@@ -89,10 +89,12 @@ def write_rank(root: Path, rank: int, tensors: Iterable[Local], values: Mapping[
     sink = pack([(file, groups[file]) for file in sorted(groups)], {t.name: (t.dtype, t.shape) for t in held}, sharded=True)
     handles = [_start(disk, root, new) for new in sink.files]
     stored: dict[str, Stored] = {}
+    out = _Gathered(disk, handles)
     try:
         for t in held:
-            chunks = _write_local(t, sink.pieces[t.name], handles, rank, disk, checksums)
+            chunks = _write_local(t, sink.pieces[t.name], out, rank, checksums)
             stored[t.name] = Stored(t.dtype, t.shape, chunks, t.kind, t.layout)
+        out.flush()
         for handle in handles:
             disk.sync(handle)
     finally:
@@ -109,7 +111,33 @@ def _start(disk: Disk, root: Path, new: NewFile) -> int:
     return fd
 
 
-def _write_local(t: Local, pieces: Sequence[Any], handles: Sequence[int], rank: int, disk: Disk, checksums: bool) -> tuple[Chunk, ...]:
+@dataclass
+class _Gathered:
+    """Writes that lie side by side in a file, done together: small tensors would cost a call each. Holds at most `limit` bytes."""
+
+    disk: Disk
+    handles: Sequence[int]
+    limit: int = 1 << 20
+    _file: int = -1
+    _begin: int = 0
+    _end: int = 0
+    _views: list[memoryview] = field(default_factory=list)
+
+    def write(self, file: int, view: memoryview, begin: int) -> None:
+        """Write a view that nobody changes before the next `flush`."""
+        if file != self._file or begin != self._end or self._end + len(view) - self._begin > self.limit:
+            self.flush()
+            self._file, self._begin, self._end = file, begin, begin
+        self._views.append(view)
+        self._end += len(view)
+
+    def flush(self) -> None:
+        if self._views:
+            self.disk.write(self.handles[self._file], self._views, self._begin)
+            self._views = []
+
+
+def _write_local(t: Local, pieces: Sequence[Any], out: _Gathered, rank: int, checksums: bool) -> tuple[Chunk, ...]:
     data = t.data()
     if data.shape != local_shape(t.runs):
         raise CorruptError(
@@ -125,7 +153,7 @@ def _write_local(t: Local, pieces: Sequence[Any], handles: Sequence[int], rank: 
         running = BlockCrc()
         if checksums:
             running.feed(view)
-        disk.write(handles[piece.file], [view], piece.begin)
+        out.write(piece.file, view, piece.begin)
         chunks.append(Chunk(piece.box, piece.file, piece.begin, running.finish()))
     return tuple(chunks)
 

@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, later: WeightG
     """`torch.nn.functional.linear`: `x` [..., i], `weight` [o, i], `bias` [o] -> [..., o]."""
     if later is None or not torch.is_grad_enabled():
         return torch.nn.functional.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, False, later)  # type: ignore[no-any-return]
+    return _Linear.apply(x, weight, bias, False, later)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, later: WeightGradients | None = None) -> Tensor:
@@ -73,7 +73,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool, lat
     """`meshpar.ops.experts.grouped_mm`: `x` [n, i], `weight` [E, i, o] ([E, o, i] if `transposed`), `offsets` [E] -> [n, o]."""
     if later is None or not torch.is_grad_enabled():
         return _grouped_mm(x, weight.transpose(1, 2) if transposed else weight, offsets)
-    return _GroupedMM.apply(x, weight, offsets, transposed, later)  # type: ignore[no-any-return]
+    return _GroupedMM.apply(x, weight, offsets, transposed, later)
 
 
 class _Linear(torch.autograd.Function):

@@ -151,7 +151,7 @@ def _inverse(perm: Tensor) -> Tensor:
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
     """Stretches of a matrix to work on one by one: on a CPU, as many rows as its caches hold in wider types too."""
-    step = max(1, 2**16 // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
+    step = max(1, 2**18 // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
     return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from os.path import commonprefix
 from typing import Any
 
 from torch import fx
@@ -17,8 +16,8 @@ from ..mesh import Axis
 from ..plan import AxisPlan, ParameterPlan, Plan, StagePlan
 from ..sharding.infer import Inference, infer
 from ..sharding.op import op_name
-from ..sharding.solve import Request, solve
-from ..sharding.types import I, Type
+from ..sharding.solve import Request, expert_stacks, solve
+from ..sharding.types import I, Owned, Type
 from .lower import Lower
 from .split import mark, split
 from .stages import choose
@@ -39,13 +38,15 @@ class Decision:
     mesh: tuple[tuple[str, int], ...]
     """All axes of the mesh, outermost first."""
     axes: tuple[tuple[str, int], ...]
-    """The axes to type, in order: ("dp", 2) for all data axes together, then ("tp", 2)."""
+    """The axes to type, in order: ("dp", 2) for all data axes but `ep` together, then ("ep", 2), then ("tp", 2)."""
     sequence: bool = True
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
     pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
     """What an earlier plan said of parameters: it never changes."""
     stages: StageRequest | None = None
+    owned: bool = False
+    """Whether parameters may lie on one rank of `ep` alone: not where ranks are simulated, which all run one program."""
     options: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, tuple[tuple[int, ...], str, bool]] = field(default_factory=dict)
     """All parameters of the model: shape, dtype, trainable; those the graph does not use stay whole."""
@@ -74,12 +75,14 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not data else {},
                 wanted=wanted if not data else {},
                 shard_parameters=not data,
+                experts=name == "ep",
+                owned=request.owned,
                 sequence=request.sequence,
                 outputs=outputs,
             ),
             whole if graph is captured.graph else None,
         )
-        axes.append(plan)
+        axes.append(_for_all_owners(plan, captured.graph, axes))
         if name != request.axes[-1][0]:
             graph = Lower(plan, Axis(name, size, 0, name))(graph)
     stages, held = _stages(captured, request)
@@ -92,6 +95,17 @@ def decide(captured: Captured, request: Decision) -> Plan:
         dict(request.options),
         notes=_notes(whole, axes),
     )
+
+
+def _for_all_owners(plan: AxisPlan, graph: fx.Graph, before: Sequence[AxisPlan]) -> AxisPlan:
+    """What was decided for the parameters that the first rank of an earlier axis owns holds for those of the others."""
+    found = dict(plan.nodes)
+    for parts in expert_stacks(graph):
+        names = [part.name for part in parts]
+        for k, name in enumerate(names):
+            first = next((names[k % (len(names) // a.size)] for a in before if isinstance(a.nodes[name].outs[0], Owned)), name)
+            found.setdefault(name, plan.nodes[first])
+    return replace(plan, nodes=found)
 
 
 def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...], Mapping[str, tuple[int, ...]]]:
@@ -108,15 +122,20 @@ def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...
         for name in dict.fromkeys(str(n.target) for n in stage.graph.nodes if n.op == "get_attr"):
             held[name] = (*held.get(name, ()), stage.index)
     found = {name: held[name] if name in held else _of_nearest(name, held) for name in request.others}
-    share = [100 * seconds / sum(chosen.seconds) for seconds in chosen.seconds]
-    why = [f"from {begin}, {part:.1f}% of the cost, {chosen.why}" for begin, part in zip(chosen.begins, share, strict=True)]
-    return tuple(StagePlan(s, r, w) for s, r, w in zip(("", *chosen.starts), ranks, why, strict=True)), found
+    share = [seconds / sum(chosen.seconds) for seconds in chosen.seconds]
+    stages = zip(("", *chosen.starts), ranks, chosen.begins, share, strict=True)
+    return tuple(StagePlan(start, rank, chosen.why, begins, part) for start, rank, begins, part in stages), found
 
 
 def _of_nearest(name: str, held: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The first stage of the tensor whose name begins most like this one."""
-    best = max(held, key=lambda other: len(commonprefix([name.split("."), other.split(".")])), default=None)
+    best = max(held, key=lambda other: _alike(name.split("."), other.split(".")), default=None)
     return (0,) if best is None else held[best][:1]
+
+
+def _alike(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many parts two names begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _pinned_outputs(captured: Captured) -> list[Type | None]:

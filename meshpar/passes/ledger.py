@@ -12,7 +12,7 @@ from torch import fx
 from ..capture.captured import Info
 from ..ops import vocab_parallel
 from ..plan import Comm
-from ..sharding.conversions import ALL_REDUCE, conversion, wire_bytes
+from ..sharding.conversions import ALL_REDUCE, ALL_TO_ALL, conversion, wire_bytes
 from ..sharding.op import op_name
 from ..sharding.types import Type
 from .split import StageGraph
@@ -26,12 +26,16 @@ def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
     return tuple(entry for node in graph.nodes for entry in _entries(node))
 
 
-def staged_ledger(stages: Sequence[StageGraph]) -> tuple[Comm, ...]:
-    """The same for the stages of a pipeline, with what they send to each other: whole values, by each device its own part."""
+def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[Comm, ...]:
+    """The same for the stages of a pipeline, with what they send to each other: whole values, by each device its own part.
+
+    `ranks`: of each stage; those that meet on one rank send nothing.
+    """
     found: list[Comm] = []
     for stage in stages:
         found += [replace(entry, stage=stage.index) for entry in ledger(stage.graph)]
-        found += _sent(stage)
+        if stage.index > 0 and ranks[stage.index] != ranks[stage.index - 1]:
+            found += _sent(stage)
     return tuple(found)
 
 
@@ -49,12 +53,23 @@ def _entries(node: fx.Node) -> Iterator[Comm]:
         yield from _converted(node, [node.meta["conversion"]])
     if "joined" in node.meta:
         yield from _converted(node, node.meta["joined"])
+    if "exchange" in node.meta:
+        yield from _exchanged(node, *node.meta["exchange"])
     if node.target is vocab_parallel.cross_entropy:
         target: Any = node.args[1]
         where: dict[str, Any] = node.kwargs
         tokens, smoothing = prod(target.meta["info"].shape), where.get("label_smoothing", 0.0)
         for sent in vocab_parallel.cross_entropy_traffic(tokens, node.meta["info"].dtype, where["size"], label_smoothing=smoothing):
             yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), sent.phase, float(sent.nbytes))
+
+
+def _exchanged(node: fx.Node, axis: str, size: int, rows: Info) -> Iterator[Comm]:
+    """Rows of experts, and before them their numbers (4 bytes for each expert): a share (size - 1) / size of them stays not here."""
+    share = (size - 1) / size
+    if isinstance(node.meta["info"], tuple):
+        yield _comm(node, ALL_TO_ALL, axis, "forward", 4.0 * size * node.meta["info"][1].shape[0] * share)
+    for phase in ("forward", "backward") if rows.requires_grad else ("forward",):
+        yield _comm(node, ALL_TO_ALL, axis, phase, rows.nbytes * share)
 
 
 def _converted(node: fx.Node, members: Sequence[tuple[str, int, Type, Type, Info]]) -> Iterator[Comm]:

@@ -20,15 +20,16 @@ from torch import fx
 
 from ..capture.captured import Info
 from ..mesh import Axis
-from ..ops import collectives, vocab_parallel
+from ..ops import collectives, expert_all_to_all, vocab_parallel
 from ..ops.each_rank import each_rank
 from ..plan import AxisPlan, NodePlan
 from ..sharding.conversions import conversion
-from ..sharding.op import Op, Value, read, value_of
-from ..sharding.types import Partial, Shard, Type, local_shape
+from ..sharding.op import Op, Value, operands, read, value_of
+from ..sharding.types import Owned, Partial, Ragged, Shard, Type, local_shape
 from ..sharding.views import slice_bounds
 
 aten = torch.ops.aten
+DISPATCH, COMBINE = torch.ops.meshpar.dispatch.default, torch.ops.meshpar.combine.default
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ class _Lowering:
         self.home: dict[Value, Unit] = {}
         self.converted: dict[tuple[Value, Type, Unit], fx.Node] = {}
         self.current: fx.Node | None = None
+        self.routes: dict[Value, tuple[fx.Node, ...]] = {}
+        """The rows of a dispatch, by its `perm` -> which way those of other ranks' experts went."""
 
     def run(self) -> fx.Graph:
         for node in self.graph.nodes:
             self.current = node
             if node.op == "output":
                 self._output(node)
+            elif node.op == "get_attr" and not self._is_here(node):
+                continue
             elif node.op != "call_function":
                 copied = self.new.node_copy(node, lambda n: n)
                 self._made(node, copied, self.plan.nodes[node.name])
@@ -74,7 +79,9 @@ class _Lowering:
         local = tuple(None if i is None else self._local(i, t) for i, t in zip(infos, plan.outs, strict=True))
         new.meta = {**node.meta, "info": local if isinstance(info, tuple) else local[0]}
         new.meta["cut"] = tuple(
-            sorted({*node.meta.get("cut", ()), *([self.axis.name] if any(isinstance(t, (Shard, Partial)) for t in plan.outs) else [])})
+            sorted(
+                {*node.meta.get("cut", ()), *([self.axis.name] if any(isinstance(t, (Shard, Partial, Ragged)) for t in plan.outs) else [])}
+            )
         )
         for index, type_ in enumerate(plan.outs):
             value = (node, index)
@@ -93,7 +100,7 @@ class _Lowering:
         for index, info in enumerate(local):
             if info is not None and index in used:
                 item = self.new.call_function(operator.getitem, (new, index))
-                item.meta = {k: v for k, v in new.meta.items() if k != "seed"} | {"info": info}
+                item.meta = {k: v for k, v in new.meta.items() if k not in _OF_THE_CALL} | {"info": info}
                 self.held[node, index] = item
 
     def _value_node(self, node: fx.Node, index: int) -> fx.Node:
@@ -151,8 +158,16 @@ class _Lowering:
 
     def _call(self, node: fx.Node) -> None:
         plan = self.plan.nodes[node.name]
+        if node.target is DISPATCH and isinstance(plan.outs[0], Ragged):
+            self._dispatch(node, plan)
+            return
+        if plan.uses and isinstance(plan.uses[0], Owned):
+            self._stack_own(node, plan)
+            return
         uses = iter(plan.uses)
         args, kwargs = _map((node.args, dict(node.kwargs)), lambda n: self._as(n, next(uses)))
+        if node.target is COMBINE and isinstance(plan.uses[0], Ragged):
+            args = (self._returned(node, args[0]), *args[1:])
         call = self._localised(node, plan, self.shape_rank, args, kwargs)
         new = self.new.call_function(*self._each_rank(call, node, args, kwargs))
         if call.scale is not None:
@@ -164,7 +179,7 @@ class _Lowering:
 
     def _localised(self, node: fx.Node, plan: NodePlan, rank: int, args: Any, kwargs: Any) -> LocalCall:
         call = LocalCall(read(node), plan, self.axis, rank, node.target, list(args), dict(kwargs))
-        if any(isinstance(t, Shard) for t in (*plan.uses, *plan.outs)):
+        if any(isinstance(t, (Shard, Ragged)) for t in (*plan.uses, *plan.outs)):
             LOCAL.get(call.op.name, _unchanged)(call)
         return call
 
@@ -180,6 +195,57 @@ class _Lowering:
         calls = [self._localised(node, call.plan, rank, args, kwargs) for rank in range(self.axis.size)]
         return each_rank, (call.target, *((tuple(one.args), one.kwargs) for one in calls)), {"group": self.axis.group}
 
+    # -- experts -------------------------------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, node: fx.Node, plan: NodePlan) -> None:
+        """Rows are sorted by expert here, and those of other ranks' experts are sent there.
+
+        x, ends, perm = dispatch(h, index, E)      x', ends', *route = send_rows(x, ends, group=..., size=2, rank=0)
+        """
+        args = (*(self._as(a, t) for a, t in zip(operands(node), plan.uses, strict=True)), node.args[2])
+        x, ends, perm = node.meta["info"]
+        sorted_, cut = self.new.call_function(DISPATCH, args), plan.outs[2]
+        here = (replace(x, shape=(self._local(perm, cut).shape[0], *x.shape[1:])), ends, self._local(perm, cut))
+        sorted_.meta = {**node.meta, "info": here, "cut": (*node.meta.get("cut", ()), self.axis.name)}
+        at_home = [self._item(sorted_, k, info) for k, info in enumerate(here)]
+        sent = self.new.call_function(expert_all_to_all.send_rows, tuple(at_home[:2]), self._where())
+        number = replace(perm, rows=False, dtype=torch.int64)
+        route = (replace(number, shape=(2, self.axis.size + 1)), *[replace(number, shape=here[2].shape)] * 2)
+        infos = (self._local(x, Ragged()), self._local(ends, Ragged()), *route)
+        sent.meta = {**sorted_.meta, "info": infos, "exchange": (self.axis.name, self.axis.size, here[0])}
+        items = [self._item(sent, k, info) for k, info in enumerate(infos)]
+        self.routes[node, 2] = tuple(items[2:])
+        for index, (held, type_) in enumerate(zip((*items[:2], at_home[2]), plan.outs, strict=True)):
+            self.held[node, index], self.types[node, index], self.home[node, index] = held, type_, _unit(node)
+
+    def _is_here(self, node: fx.Node) -> bool:
+        type_ = self.plan.nodes[node.name].outs[0]
+        return not isinstance(type_, Owned) or type_.rank == self.axis.rank
+
+    def _stack_own(self, node: fx.Node, plan: NodePlan) -> None:
+        """A stack of what several ranks own: each stacks its own."""
+        own = [self.held[value_of(part)] for part in operands(node) if self._is_here(part)]
+        self._made(node, self.new.call_function(node.target, (own,)), plan)  # type: ignore[arg-type]
+
+    def _returned(self, node: fx.Node, rows: fx.Node) -> fx.Node:
+        """The rows of this rank's tokens, back from the ranks of their experts."""
+        perm = value_of(operands(node)[1])
+        back = self.new.call_function(expert_all_to_all.return_rows, (rows, *self.routes[perm]), self._where())
+        here = self.held[perm].meta["info"].shape[0]
+        back.meta = {k: v for k, v in node.meta.items() if k in ("region", "module", "source", "stage")}
+        info = rows.meta["info"]
+        back.meta["info"] = replace(info, shape=(here, *info.shape[1:]))
+        back.meta.update(cut=rows.meta.get("cut", ()), exchange=(self.axis.name, self.axis.size, back.meta["info"]))
+        return back
+
+    def _item(self, node: fx.Node, index: int, info: Info) -> fx.Node:
+        item = self.new.call_function(operator.getitem, (node, index))
+        item.meta = {k: v for k, v in node.meta.items() if k not in _OF_THE_CALL} | {"info": info}
+        return item
+
+
+_OF_THE_CALL = ("seed", "exchange")
+"""What is said of a call, not of each of its results."""
 
 Unit = tuple[str | None, int | None]
 """A block, on a stage of the pipeline: what shares the conversions it asks for."""
@@ -238,9 +304,10 @@ class LocalCall:
         return found if isinstance(found, Shard) else None
 
     def sizes(self) -> list[int]:
-        """The local shape of the result as a reshape wants it: -1 for the cut dim, which may differ between ranks."""
-        cut = self.out_shard()
-        return [-1 if cut and d == cut.dim else n for d, n in enumerate(self.out_shape())]
+        """The local shape of the result as a reshape wants it: -1 for the cut dim, which may differ between ranks, or for the rows."""
+        cut, rows = self.out_shard(), self.op.out.rows
+        free = 0 if rows else cut.dim if cut else -1
+        return [-1 if d == free else n for d, n in enumerate(self.out_shape())]
 
     def set(self, name: str, value: Any) -> None:
         """Set an argument by its schema name."""

@@ -384,20 +384,28 @@ def _kinds(facts: _Facts, stages: int) -> dict[str, list[int]]:
                 kinds["between blocks"].append(p)
             if facts.is_boundary(p) or (width <= NARROW and few):
                 kinds["at narrow places"].append(p)
-    return {kind: _distinct(facts, places) for kind, places in kinds.items()}
+    steps = {"between blocks": 0.05 * mean}
+    return {kind: _distinct(facts, places, max(steps.get(kind, 0.0), _step(facts, places))) for kind, places in kinds.items()}
 
 
-def _distinct(facts: _Facts, places: Sequence[int]) -> list[int]:
-    """Of places between which next to nothing is computed, one: where a block begins or ends, or else the narrowest."""
-    step = int(facts.cost[-1]) // PLACES if len(places) > PLACES else 1
-    groups: dict[int, list[int]] = {}
-    for place in places:
-        groups.setdefault(int(facts.cost[place]) // max(1, step), []).append(place)
+def _step(facts: _Facts, places: Sequence[int]) -> float:
+    """The cost between places that keeps them few enough to compare all pairs."""
+    return float(facts.cost[-1]) / PLACES if len(places) > PLACES else 0.0
+
+
+def _distinct(facts: _Facts, places: Sequence[int], step: float) -> list[int]:
+    """Of places that at most `step` of cost lies between, one: where a block begins or ends, and there or else the narrowest."""
 
     def rank(place: int) -> tuple[bool, int, bool, int]:
         return not facts.is_boundary(place), int(facts.crossing[place]), facts.region(place) is None, place
 
-    return [min(group, key=rank) for group in groups.values()]
+    groups: list[list[int]] = []
+    for place in places:
+        if groups and facts.cost[place] - facts.cost[groups[-1][0]] <= step:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return [min(group, key=rank) for group in groups]
 
 
 class _Fewest:

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._torch import alone
+from .._torch import alone as alone_in
 from ..config import ParallelConfig
 from ..errors import ConfigError
-from ..mesh import DATA_AXES, axis, data_axis
+from ..mesh import axis
 from ..plan import ParameterPlan, Plan
+from ..sharding.types import Owned, Shard
 from ..simulate import is_simulated
 from . import place
 from .blocks import Block, Tree
@@ -23,7 +25,7 @@ from .engine import Engine, Whole, teach
 from .init import materialise
 from .parameters import ParameterSpec, mark_all
 from .pipeline import Pipelined
-from .program import Program
+from .program import Program, left_alone
 from .schedules import Schedule
 from .ties import Ties
 from .weights import Lazy
@@ -44,19 +46,47 @@ def build(
     """
     own = _own_stages(mesh, schedule)
     spmd = without_pipeline(mesh)
-    specs = {name: _spec(name, plan, config, own) for name, plan in program.plan.parameters.items() if set(plan.stages) & set(own)}
+    plans = {n: p for n, p in program.plan.parameters.items() if set(p.stages) & set(own) and _is_here(p, mesh)}
+    specs = {name: _spec(name, plan, config, own) for name, plan in plans.items()}
     if is_simulated():
         tree = _simulated(model, mesh, config, program, specs, weights)
         return Whole(tree, DataParallel(Block(), config.data_parallel, ()), program)
     parameters = {name: place.empty(spec, spmd) for name, spec in specs.items()}
-    loose = _loose(program.plan, spmd)
+    alone = left_alone(program.plan, mesh, config)
     keeps = schedule is not None and schedule.defers(config.microbatches)
-    trees = _trees(model, config, program, own, parameters, {n: b.detach().clone().to(mesh.device_type) for n, b in model.named_buffers()})
-    data = {i: apply_data_parallel(tree, spmd, config, keeps=keeps, loose=loose) for i, tree in trees.items()}
+    trees = _trees(model, config, program, own, parameters, _buffers(model, mesh.device_type))
+    data = {i: apply_data_parallel(tree, spmd, config, keeps=keeps, alone=alone) for i, tree in trees.items()}
+    without_memory = _has_no_peers() and weights is None and all(p.is_meta for p in model.parameters())
     for tree in trees.values():
-        place.allocate(tree, mesh.device_type)
+        if not without_memory:
+            place.allocate(tree, mesh.device_type)
         mark_all(tree, specs)
         parameters.update(tree.named_parameters())
+    if not without_memory:
+        _fill(model, config, trees, parameters, weights)
+    if schedule is None:
+        return Whole(trees[0], data[0], program)
+    ties = _ties(program.plan, mesh, parameters)
+    return Pipelined(trees, program, data, ties, schedule, axis(mesh, "pp"), torch.device(mesh.device_type))
+
+
+def _has_no_peers() -> bool:
+    """Whether the other ranks are only thought of: then a model that has no memory gets none, whatever its size."""
+    return dist.is_initialized() and dist.get_backend() == "fake" and not is_simulated()
+
+
+def _buffers(model: nn.Module, device: str) -> dict[str, torch.Tensor]:
+    return {name: b.detach().clone() if b.is_meta else b.detach().clone().to(device) for name, b in model.named_buffers()}
+
+
+def _fill(
+    model: nn.Module,
+    config: ParallelConfig,
+    trees: Mapping[int, Tree],
+    parameters: Mapping[str, nn.Parameter],
+    weights: str | PathLike[str] | None,
+) -> None:
+    """Give parameters and buffers their values."""
     buffers = materialise(
         model, list(parameters), lambda n, value: place.fill(parameters[n], value), weights=weights, dtype=config.precision.param_dtype
     )
@@ -64,10 +94,6 @@ def build(
         for tree in trees.values():
             for name, buffer in tree.named_buffers():
                 buffer.copy_(buffers[name])
-    if schedule is None:
-        return Whole(trees[0], data[0], program)
-    ties = _ties(program.plan, mesh, parameters, loose)
-    return Pipelined(trees, program, data, ties, schedule, axis(mesh, "pp"), torch.device(mesh.device_type))
 
 
 def without_pipeline(mesh: DeviceMesh) -> DeviceMesh:
@@ -75,7 +101,7 @@ def without_pipeline(mesh: DeviceMesh) -> DeviceMesh:
     names = tuple(n for n in mesh.mesh_dim_names or () if n != "pp")
     if len(names) == mesh.ndim:
         return mesh
-    return mesh[names] if names else alone(mesh, "pp", "tp")
+    return mesh[names] if names else alone_in(mesh, "pp", "tp")
 
 
 def _own_stages(mesh: DeviceMesh, schedule: Schedule | None) -> tuple[int, ...]:
@@ -132,25 +158,22 @@ def _spec(name: str, plan: ParameterPlan, config: ParallelConfig, own: Sequence[
     dtype: torch.dtype = getattr(torch, plan.dtype)
     if config.precision.param_dtype is not None and dtype.is_floating_point:
         dtype = config.precision.param_dtype
-    placements = {axis: type_ for axis, type_ in plan.placements.items() if axis == "tp"}
+    placements = {axis: type_ for axis, type_ in plan.placements.items() if isinstance(type_, (Shard, Owned)) and axis in ("ep", "tp")}
     return ParameterSpec(name, plan.shape, dtype, plan.trainable, placements, plan.stages[0] not in own)
 
 
-def _loose(plan: Plan, mesh: DeviceMesh) -> frozenset[str]:
-    """Parameters that two stages of one rank use: FSDP2 cannot share them out, for it manages every stage by itself."""
-    if not any(name in DATA_AXES for name in mesh.mesh_dim_names or ()):
-        return frozenset()
-    ranks = {name: [plan.stages[s].rank for s in p.stages] for name, p in plan.parameters.items() if len(p.stages) > 1}
-    return frozenset(name for name, found in ranks.items() if len(set(found)) < len(found))
+def _is_here(plan: ParameterPlan, mesh: DeviceMesh) -> bool:
+    """Whether this rank has any part of a parameter."""
+    return all(axis(mesh, name).rank == type_.rank for name, type_ in plan.placements.items() if isinstance(type_, Owned))
 
 
-def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter], loose: frozenset[str]) -> Ties:
+def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter]) -> Ties:
     holders = {}
     for name in parameters:
         ranks = tuple(dict.fromkeys(plan.stages[s].rank for s in plan.parameters[name].stages))
-        if (len(ranks) > 1 or name in loose) and plan.parameters[name].trainable:
+        if len(ranks) > 1 and plan.parameters[name].trainable:
             holders[name] = ranks
-    return Ties(axis(mesh, "pp"), holders, {name: parameters[name] for name in holders}, loose, data_axis(mesh))
+    return Ties(axis(mesh, "pp"), holders, {name: parameters[name] for name in holders})
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

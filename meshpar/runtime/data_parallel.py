@@ -15,7 +15,7 @@ own way to divide, does not exist on gloo).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,13 +27,14 @@ from torch.distributed.fsdp import DataParallelMeshDims, FSDPModule, MixedPrecis
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from meshpar._torch import as_parameter, local_of, reduce_gradients
+from meshpar._torch import as_parameter, local_of, mesh_info, reduce_gradients, shard_over
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
 from meshpar.mesh import DATA_AXES
 from meshpar.runtime.blocks import Tree, shared_blocks
 from meshpar.runtime.parameters import mark, spec_of
+from meshpar.sharding.types import Owned
 
 _REPLICATED_AXES = ("dp_replicate",)
 
@@ -81,7 +82,7 @@ class DataParallel:
             self.microbatch(0, 1)
 
 
-def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool = False, loose: Collection[str] = ()) -> DataParallel:
+def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool = False, alone: Collection[str] = ()) -> DataParallel:
     """Apply data parallelism over the data axes of `mesh` to all blocks of `tree`, then to the rest.
 
     Every parameter becomes a DTensor over all axes of `mesh` but `pp`, under its own name; layouts attached to parameters stay attached.
@@ -89,7 +90,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     and before any optimizer is made.
 
     `keeps`: parameters stay gathered from a step's first use to its end, also with "zero3": weight gradients that are put off arrive late.
-    `loose`: names of parameters that are left alone.
+    `alone`: names of parameters that are left as they are. Parameters divided among the ranks of `ep` are shared out over the other axes.
 
     Raises ConfigError for a scalar parameter, which FSDP2 cannot share out.
     """
@@ -101,7 +102,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
         return DataParallel(tree, config.data_parallel, ())
     spmd = mesh if names == mesh.mesh_dim_names else mesh[names]
     _check(tree)
-    left = {p for name, p in tree.named_parameters() if name in loose}
+    left = {p for name, p in tree.named_parameters() if name in alone}
     if left:
         tree.set_compute_dtype(precision.compute_dtype)
     _spread(tree, spmd)
@@ -111,6 +112,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
         "reshard_after_forward": config.data_parallel == "zero3" and not keeps,
         "mp_policy": MixedPrecisionPolicy(precision.compute_dtype, precision.reduce_dtype, cast_forward_inputs=False),
         "ignored_params": left,
+        "shard_placement_fn": _experts_apart(spmd, data, config.data_parallel),
     }
     specs = {name: spec_of(p) for name, p in tree.named_parameters(remove_duplicate=False)}
     units = _units(tree, config)
@@ -132,6 +134,27 @@ def _dims(data: Sequence[str], mode: Mode) -> DataParallelMeshDims:
     replicated = tuple(n for n in data if mode == "replicate" or n in _REPLICATED_AXES)
     shared = tuple(n for n in data if n not in replicated)
     return DataParallelMeshDims(shard=shared or None, replicate=replicated or None)
+
+
+def _experts_apart(mesh: DeviceMesh, data: Sequence[str], mode: Mode) -> Callable[[nn.Parameter], Any] | None:
+    """Experts are shared out over the data axes that do not divide them already."""
+    rest = tuple(n for n in data if n != "ep")
+    if "ep" not in data or not rest or mode == "replicate":
+        return None
+    info = mesh_info(mesh, _dims(rest, mode))
+    at = (mesh.mesh_dim_names or ()).index("ep")
+
+    def place(parameter: nn.Parameter) -> Any:
+        assert isinstance(parameter, DTensor)
+        spec = spec_of(parameter)
+        owned = spec is not None and isinstance(spec.placements.get("ep"), Owned)
+        if parameter.placements[at].is_replicate() and not owned:
+            return None
+        ranks, shape = info.shard_mesh_size, local_of(parameter).shape
+        inside = shape[0] < ranks and len(shape) > 1 and shape[1] % ranks == 0  # fewer experts than ranks: a part of each
+        return shard_over(info, 1 if inside else 0)
+
+    return place
 
 
 def _check(tree: Tree) -> None:

@@ -16,8 +16,10 @@ from ..capture.captured import Info
 from ..capture.facts import flops, nbytes
 from ..mesh import DATA_AXES
 from ..plan import Comm, ParameterPlan, Plan
+from ..schedule import Order
 from ..sharding.op import op_name
 from ..sharding.types import Shard, Type, local_shape
+from ..timing import Costs, bubble, simulate
 
 TENSOR = "tp"
 
@@ -38,13 +40,15 @@ def explain(
     inlined: Mapping[str, str] | None = None,
     averaged: Sequence[str] = (),
     dropped: Sequence[str] = (),
+    order: Order | None = None,
 ) -> Text:
     """What a plan says, for people.
 
     `graph` is the lowered graph of the plan. `inlined`: blocks that run in the root, with the reason; `averaged`: terms of the loss that
-    are means over microbatches; `dropped`: outputs of the model that are left out.
+    are means over microbatches; `dropped`: outputs of the model that are left out. `order`: that of a pipeline.
     """
-    sections = [_mesh(plan), _parameters(plan, graph), _residual(plan, graph), _communication(plan), _repeated(plan, graph)]
+    sections = [_mesh(plan), [] if order is None else _stages(plan, order), _parameters(plan, graph), _residual(plan, graph)]
+    sections += [_communication(plan, order), _repeated(plan, graph)]
     sections.append(_remarks(inlined or {}, averaged, dropped))
     return Text("\n\n".join("\n".join(lines) for lines in sections if lines))
 
@@ -100,6 +104,62 @@ _SHARED = {
     "zero1": "optimizer state is shared out, gradients are summed after the last microbatch",
     "replicate": "every data rank holds everything, gradients are summed after the last microbatch",
 }
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _stages(plan: Plan, order: Order) -> list[str]:
+    """Where stages begin and what they hold, what their order costs, and what several of them share."""
+    shares = [stage.share or 1 / len(plan.stages) for stage in plan.stages]
+    found = bubble(simulate(order, Costs(shares, shares, shares)), order.ranks)
+    equal = bubble(simulate(order), order.ranks)
+    cells = [("stage", "on rank", "begins at", "cost", "parameters", "hands on", "gets back", "in flight")]
+    for index, stage in enumerate(plan.stages):
+        numel = sum(prod(p.shape) for p in plan.parameters.values() if index in p.stages)
+        sent = [sum(c.nbytes for c in plan.ledger if c.kind == "send" and (c.stage, c.phase) == at) for at in _around(index)]
+        flying = max(held[index] for held in order.in_flight(stage.rank))
+        forward, back = (count(n, "B") for n in sent)
+        if index + 1 == len(plan.stages):
+            forward, back = "", ""
+        elif plan.stages[index + 1].rank == stage.rank:
+            forward, back = "(same rank)", ""
+        cells.append((str(index), str(stage.rank), stage.begins, f"{100 * stage.share:.1f}%", f"{numel:,}", forward, back, str(flying)))
+    lines = [
+        f"Stages: {order.stages} on {order.ranks} ranks of pp, {plan.stages[-1].why}; bytes and microbatches in flight are those of a rank",
+        *table(cells, right=(3, 4, 5, 6, 7)),
+        f"  schedule {order.schedule}, {order.microbatches} microbatches: idle for {100 * found:.1f}% of the time it computes with stages "
+        f"that cost this much, {100 * equal:.1f}% with equal ones (backward twice a forward, sends free)",
+    ]
+    for name, one in plan.parameters.items():
+        if len(one.stages) > 1:
+            held = f"stages {', '.join(map(str, one.stages))}"
+            lines.append(f"  {name} is used by {held}: each has a copy; gradients are summed over them once per step")
+    if plan.options.get("data_parallel") == "zero3" and _data_size(plan) > 1 and _waits(order):
+        lines.append("  data parallel zero3: parameters stay gathered until the end of the step, for weight gradients are put off")
+    idle = [
+        r for r in range(order.ranks) if not any(p.trainable and set(order.stages_of(r)) & set(p.stages) for p in plan.parameters.values())
+    ]
+    if idle:
+        lines.append(
+            f"  rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))} of pp: nothing to train there; optimizers take it as "
+            'AdamW([{"params": pm.parameters()}])'
+        )
+    return lines
+
+
+def _around(stage: int) -> tuple[tuple[int, str], tuple[int, str]]:
+    """Where the ledger has what goes from a stage to the next, and what comes back."""
+    return (stage, "forward"), (stage + 1, "backward")
+
+
+def _waits(order: Order | None) -> bool:
+    """Whether weight gradients are put off."""
+    return order is not None and any(action.kind == "W" for row in order.actions for action in row)
+
+
+def _data_size(plan: Plan) -> int:
+    return prod(size for name, size in plan.mesh if name in DATA_AXES)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------------------------
@@ -318,26 +378,39 @@ def _held(node: fx.Node, info: Info, handed: Collection[Shard], size: int) -> st
     return f"cut along dim {dim}, " + ("the sequence" if dim < len(info.shape) - 1 else "the features")
 
 
-def _communication(plan: Plan) -> list[str]:
-    by_region: dict[str, list[Comm]] = defaultdict(list)
+def _communication(plan: Plan, order: Order | None) -> list[str]:
+    by_region: dict[tuple[int, str], list[Comm]] = defaultdict(list)
     for comm in plan.ledger:
-        by_region[comm.region].append(comm)
+        by_region[comm.stage, _sent_to(comm) or comm.region].append(comm)
     if not by_region:
         return ["Communication: none within a forward and backward"]
-    alike: dict[tuple[str, _Traffic], list[str]] = defaultdict(list)
-    for region, comms in by_region.items():
-        alike[_pattern(region), _traffic(comms)].append(region)
-    cells = [("block", "axis", "phase", "collective", "times", "sent by a rank")]
-    shared = Counter(pattern for pattern, _ in alike)
-    for (pattern, traffic), regions in alike.items():
+    alike: dict[tuple[int, str, _Traffic], list[str]] = defaultdict(list)
+    for (stage, region), comms in by_region.items():
+        alike[stage, _pattern(region), _traffic(comms)].append(region)
+    several = len(plan.stages) > 1
+    cells = [(*(("stage",) if several else ()), "block", "axis", "phase", "collective", "times", "sent by a rank")]
+    shared = Counter((stage, pattern) for stage, pattern, _ in alike)
+    for (stage, pattern, traffic), regions in sorted(alike.items(), key=lambda item: item[0][0]):
         label = regions[0] or "outside of blocks"
         if len(regions) > 1:
-            label = f"{pattern if shared[pattern] == 1 else _enumerated(regions)}, each of {len(regions)}"
+            label = f"{pattern if shared[stage, pattern] == 1 else _enumerated(regions)}, each of {len(regions)}"
         for axis, phase, kind, times, size in traffic:
-            cells.append((label, axis, phase, kind.replace("_", "-"), str(times), count(size, "B")))
+            row = (label, axis, phase, kind.replace("_", "-"), str(times), count(size, "B"))
+            cells.append((str(stage), *row) if several else row)
             label = ""
-    total = sum(c.count * c.nbytes for c in plan.ledger)
-    return [f"Communication of one microbatch: {count(total, 'B')} sent by a rank", *table(cells, right=(4, 5)), *_data_parallel(plan)]
+    totals: Counter[int] = Counter()
+    for comm in plan.ledger:
+        totals[plan.stages[comm.stage].rank if several else 0] += int(comm.count * comm.nbytes)
+    by = "the rank that sends most" if several else "a rank"
+    heading = f"Communication of one microbatch: {count(max(totals.values()), 'B')} sent by {by}"
+    return [heading, *table(cells, right=(5, 6) if several else (4, 5)), *_data_parallel(plan, order)]
+
+
+def _sent_to(comm: Comm) -> str:
+    """Where a stage sends to, in words; empty for what is no send between stages."""
+    if comm.kind != "send":
+        return ""
+    return f"to stage {comm.stage + (1 if comm.phase == 'forward' else -1)}"
 
 
 _Traffic = tuple[tuple[str, str, str, int, float], ...]
@@ -354,7 +427,7 @@ def _traffic(comms: Sequence[Comm]) -> _Traffic:
     return tuple((*where, times[where], sizes[where]) for where in sorted(times, key=lambda w: (w[0], w[1] != "forward", w[2])))
 
 
-def _data_parallel(plan: Plan) -> list[str]:
+def _data_parallel(plan: Plan, order: Order | None) -> list[str]:
     """What FSDP2 sends in a step: it is not part of the graph."""
     sizes = dict(plan.mesh)
     data = prod(size for name, size in sizes.items() if name in DATA_AXES)
@@ -362,16 +435,22 @@ def _data_parallel(plan: Plan) -> list[str]:
     mode, microbatches = str(plan.options.get("data_parallel", "")), int(plan.options.get("microbatches", 1))
     if data == 1 or mode not in _SHARED or in_graph:
         return []
-    held = {name: _local_bytes(one, sizes) for name, one in plan.parameters.items()}
-    whole, trained = sum(held.values()), sum(n for name, n in held.items() if plan.parameters[name].trainable)
+    ranks = {stage.rank for stage in plan.stages} or {0}
+    whole, trained = max((_held_bytes(plan, sizes, rank, False), _held_bytes(plan, sizes, rank, True)) for rank in ranks)
     copies = data if mode == "replicate" else sizes.get("dp_replicate", 1)
     shares = data // copies
-    gathers = {"zero3": 2 * microbatches, "replicate": 0}.get(mode, 1)
-    sums = microbatches if mode in ("zero3", "zero2") else 1
+    gathers = {"zero3": 1 if _waits(order) else 2 * microbatches, "replicate": 0}.get(mode, 1)
+    sums = microbatches if mode in ("zero3", "zero2") and not plan.stages else 1
     gathered = gathers * whole * (shares - 1) / shares
     summed = sums * trained * (shares - 1) / shares + 2 * trained / shares * (copies - 1) / copies
     sent = f"{count(gathered, 'B')} of parameters gathered, {count(summed, 'B')} of gradients summed"
     return [f"  and per step over the data ranks ({mode}): {sent}"]
+
+
+def _held_bytes(plan: Plan, sizes: Mapping[str, int], rank: int, trained: bool) -> int:
+    """Bytes of the parameters of a rank of the pipeline, without data parallelism."""
+    own = {index for index, stage in enumerate(plan.stages) if stage.rank == rank} or {0}
+    return sum(_local_bytes(p, sizes) for p in plan.parameters.values() if own & set(p.stages) and (p.trainable or not trained))
 
 
 def _local_bytes(plan: ParameterPlan, sizes: Mapping[str, int]) -> int:

@@ -118,7 +118,7 @@ class Together:
     def _leave(self, where: str, error: Exception) -> None:
         """Post, and raise `RankError` if this failure follows from another rank's."""
         assert self._board is not None and self._watcher is not None
-        first = self._first_to_leave() if _looks_lost(error) else None
+        first = self._first_to_leave() if looks_lost(error) else None
         follows = first is not None
         message = f"{type(error).__name__}: {error}" if not follows else "left because another rank failed"
         frames = traceback.extract_tb(error.__traceback__)
@@ -130,7 +130,7 @@ class Together:
             self._watcher.stop()
         if first is not None:
             raise RankError(f"{first}\n  This is rank {self._rank}, which waited for it in {where}.") from error
-        if _looks_lost(error):
+        if looks_lost(error):
             raise RankError(
                 f"rank {self._rank} lost its connection to another rank in {where}, and no rank left a message: one was killed "
                 f"(out of memory?) or failed outside of meshpar. Its own log says more. {error}"
@@ -244,7 +244,7 @@ def _endpoint(address: Any) -> tuple[str, int]:
     return str(address[0]), int(address[1])
 
 
-def _looks_lost(error: Exception) -> bool:
+def looks_lost(error: Exception) -> bool:
     """Whether an error is what a broken connection looks like, rather than a mistake of this rank's own."""
     return isinstance(error, (RankError, dist.DistError)) or (
         type(error) is RuntimeError and any(word in str(error).lower() for word in _LOST)

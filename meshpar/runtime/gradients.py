@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 
 import torch
@@ -13,9 +13,20 @@ from torch.distributed.tensor import DTensor
 from meshpar._torch import LocalTensor, flatten_mesh, local_of, local_tensor_mode, maybe_disable_local_tensor_mode, root_mesh
 from meshpar.errors import ConfigError
 from meshpar.runtime.parameters import spec_of
+from meshpar.sharding.types import Owned
 
 STAGES = "pp"
 """The axis whose ranks hold different parameters, not copies."""
+
+
+class OnMesh(Iterator[torch.nn.Parameter]):
+    """Parameters, perhaps none, and the mesh they are on."""
+
+    def __init__(self, parameters: Iterator[torch.nn.Parameter], mesh: DeviceMesh) -> None:
+        self._parameters, self.mesh = parameters, mesh
+
+    def __next__(self) -> torch.nn.Parameter:
+        return next(self._parameters)
 
 
 @torch.no_grad()
@@ -32,16 +43,24 @@ def clip_grad_norm_(
 
     Like `torch.nn.utils.clip_grad_norm_`, for DTensors and plain tensors in any mixture: every element counts once, however many ranks hold
     it. The result is a plain scalar, the same on every rank. Collective over `mesh`, by default the whole mesh the parameters' meshes are
-    part of: all its ranks call it, also one without parameters (then it must pass `mesh`).
+    part of: all its ranks call it, also one without parameters (`pm.parameters()` knows its mesh even then; a list must be given `mesh`).
 
-    Raises RuntimeError with `error_if_nonfinite` when the norm is infinite or not a number.
+    Raises RuntimeError with `error_if_nonfinite` when the norm is infinite or not a number, ConfigError where there are several ranks, no
+    parameters and no mesh.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.tensor([3.0, 4.0])
     >>> clip_grad_norm_([weight], max_norm=1.0)
     tensor(5.)
     """
+    if isinstance(parameters, OnMesh):
+        mesh = mesh or parameters.mesh
     found = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if not found and mesh is None and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConfigError(
+            "clip_grad_norm_: no parameters on this rank, so the mesh over which the norm is taken is not known, and the other ranks would "
+            "wait for this one. Pass mesh=pm.mesh, or pm.parameters() as it is."
+        )
     total = grad_norm(found, norm_type, foreach=foreach, mesh=mesh)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
@@ -75,10 +94,17 @@ def grad_norm(
         return _simulated(grads, norm_type, mesh, dtype)
     counted = [local for local, layout in grads if _counts_here(layout, mesh, _place(mesh, dist.get_rank()))]
     device = next((local.device for local, _ in grads), torch.device(mesh.device_type))
-    power = _power(counted, norm_type, foreach).to(device)
+    power = _power(counted, norm_type, foreach)
+    sent = torch.stack([power, power.new_tensor(dtype is torch.float64)]).to(device)  # a rank without gradients learns their dtype
     if mesh.size() > 1:
-        dist.all_reduce(power, dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM, group=_group(mesh))
-    return power.pow(_root(norm_type)).to(dtype)
+        dist.all_reduce(sent, dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM, group=_group(mesh))
+    return sent[0].pow(_root(norm_type)).to(torch.float64 if sent[1] > 0 else dtype)
+
+
+def _owned_on(parameter: torch.Tensor) -> tuple[str, ...]:
+    """The axes of which one rank alone has the parameter."""
+    spec = spec_of(parameter)
+    return () if spec is None else tuple(name for name, type_ in spec.placements.items() if isinstance(type_, Owned))
 
 
 def _is_copy(parameter: torch.Tensor) -> bool:
@@ -103,7 +129,10 @@ def _local_grads(parameters: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor,
             raise ConfigError(
                 f"a gradient of shape {tuple(grad.shape)} is a pending sum ({grad.placements}): reduce it before taking its norm."
             )
-        grads.append((local_of(grad), (grad.device_mesh, tuple(not p.is_replicate() for p in grad.placements))))
+        owned = _owned_on(parameter)
+        names = grad.device_mesh.mesh_dim_names or ()
+        cuts = tuple(not p.is_replicate() or name in owned for name, p in zip(names, grad.placements, strict=True))
+        grads.append((local_of(grad), (grad.device_mesh, cuts)))
     return grads
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import fx
 from ..capture.captured import Info
 from ..mesh import DATA_AXES
 from ..ops import collectives
+from ..passes.split import StageGraph
 from ..plan import ParameterPlan, Plan
+from ..schedule import Order
 from ..sharding.op import op_name
 from ..sharding.types import Shard, local_shape
 from .describe import count, table
@@ -21,7 +23,10 @@ from .describe import count, table
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes on the rank that holds most, during a training step. `activations` is an estimate, the rest follows from shapes."""
+    """Bytes on a rank during a training step: on the one that holds most; with a pipeline, of those with this rank's stages.
+
+    `activations` is an estimate, the rest follows from shapes.
+    """
 
     parameters: int
     """What a rank keeps between steps."""
@@ -31,7 +36,9 @@ class MemoryReport:
     optimizer: int
     """Two moments per parameter element (Adam), in the parameter's dtype."""
     activations: int
-    """What backward reads again, of one microbatch."""
+    """What backward reads again: of one microbatch, or of as many as are in flight in a pipeline."""
+    in_flight: Mapping[int, int] = field(default_factory=dict)
+    """With a pipeline: stage of this rank -> the most microbatches that are between their forward and the end of their backward."""
 
     @property
     def total(self) -> int:
@@ -44,32 +51,82 @@ class MemoryReport:
             ("gathered parameters", self.gathered, "of other data ranks, while they are used"),
             ("gradients", self.gradients, "at the end of backward"),
             ("optimizer state", self.optimizer, "two moments (Adam)"),
-            ("activations", self.activations, "an estimate, of one microbatch"),
+            ("activations", self.activations, f"an estimate, of {self._microbatches()}"),
             ("total", self.total, ""),
         ]
-        return "\n".join(["Memory of a rank while it trains", *table([(n, count(b, "B"), t) for n, b, t in rows], right=(1,))])
+        stages = f" with stage{'s' * (len(self.in_flight) > 1)} {', '.join(map(str, self.in_flight))}" if self.in_flight else ""
+        heading = f"Memory of a rank{stages} while it trains"
+        return "\n".join([heading, *table([(n, count(b, "B"), t) for n, b, t in rows], right=(1,))])
+
+    def _microbatches(self) -> str:
+        if not self.in_flight:
+            return "one microbatch"
+        each = [f"{n} microbatch{'es' * (n > 1)} in flight" for n in self.in_flight.values()]
+        return (
+            each[0] if len(each) == 1 else ", ".join(f"{text} on stage {stage}" for stage, text in zip(self.in_flight, each, strict=True))
+        )
 
     __repr__ = __str__
 
 
-def memory(plan: Plan, graph: fx.Graph) -> MemoryReport:
-    """Memory of one rank under `plan`, whose lowered graph is `graph` (local shapes)."""
+def memory(plan: Plan, graph: fx.Graph, stages: Sequence[StageGraph] = (), order: Order | None = None, rank: int = 0) -> MemoryReport:
+    """Memory of one rank under `plan`, whose lowered graph is `graph` (local shapes).
+
+    With a pipeline: of `rank`, when `stages` run in `order`.
+    """
     sizes = dict(plan.mesh)
     replicas = prod(s for n, s in sizes.items() if n in DATA_AXES)
     mode = str(plan.options.get("data_parallel", "zero3"))
     shares = 1 if mode == "replicate" else replicas // sizes.get("dp_replicate", 1)
-    held = {name: _local(p, sizes) for name, p in plan.parameters.items()}
+    own = () if order is None else order.stages_of(rank)
+    held = {name: _local(p, sizes) for name, p in plan.parameters.items() if order is None or set(p.stages) & set(own)}
+    whole = _twice(plan, held) if replicas > 1 else set[str]()
+    shared = {name: 1 if name in whole else shares for name in held}
     trained = {name: shape for name, shape in held.items() if plan.parameters[name].trainable}
-    own, whole = _bytes(plan, held, shares), _bytes(plan, held, 1)
-    own_trained, whole_trained = _bytes(plan, trained, shares), _bytes(plan, trained, 1)
-    gathered = 0 if shares == 1 else _largest_two_units(plan, held) if mode == "zero3" else whole
+    kept, gathered = _bytes(plan, held, shared), 0
+    if shares > 1:
+        managed = {name: shape for name, shape in held.items() if name not in whole}
+        by_unit = mode == "zero3" and not (order is not None and _waits(order, rank))
+        gathered = _largest_two_units(plan, managed) if by_unit else _bytes(plan, managed)
+    summed_late = order is not None or mode in ("replicate", "zero1")
+    most, in_flight = activations(graph, recompute := str(plan.options.get("recompute", "none"))), dict[int, int]()
+    if order is not None:
+        most, in_flight = _in_flight([stages[s] for s in own], order, rank, recompute)
     return MemoryReport(
-        parameters=own,
+        parameters=kept,
         gathered=gathered,
-        gradients=whole_trained if mode in ("replicate", "zero1") and shares > 1 else own_trained,
-        optimizer=2 * own_trained,
-        activations=activations(graph, str(plan.options.get("recompute", "none"))),
+        gradients=_bytes(plan, trained, {} if summed_late else shared),
+        optimizer=2 * _bytes(plan, trained, shared),
+        activations=most,
+        in_flight=in_flight,
     )
+
+
+def _twice(plan: Plan, held: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Parameters that two stages of one rank use: every data rank holds them whole."""
+    ranks = {name: [plan.stages[s].rank for s in plan.parameters[name].stages] for name in held if plan.stages}
+    return {name for name, found in ranks.items() if len(set(found)) < len(found)}
+
+
+def _waits(order: Order, rank: int) -> bool:
+    """Whether weight gradients are put off: then parameters stay gathered."""
+    return any(action.kind == "W" for action in order.actions[rank])
+
+
+def _in_flight(own: Sequence[StageGraph], order: Order, rank: int, recompute: str) -> tuple[int, dict[int, int]]:
+    """Bytes of all microbatches in flight when they are most, and the most microbatches of each stage.
+
+    A microbatch keeps what backward reads, and what its stage received; what is computed again is there for one at a time.
+    """
+    kept, again = dict[int, int](), [0]
+    for stage in own:
+        lasting, passing = _lasting(stage.graph, recompute)
+        received = [n.meta["info"].nbytes for n in stage.graph.nodes if n.op == "placeholder" and n.name in stage.receives]
+        kept[stage.index] = lasting + sum(received)
+        again.append(passing)
+    moments = order.in_flight(rank)
+    most = max(sum(n * kept[stage] for stage, n in held.items()) for held in moments)
+    return most + max(again), {stage: max(held[stage] for held in moments) for stage in kept}
 
 
 def _local(plan: ParameterPlan, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -81,9 +138,9 @@ def _local(plan: ParameterPlan, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return shape
 
 
-def _bytes(plan: Plan, held: Mapping[str, tuple[int, ...]], shares: int) -> int:
-    """Bytes when dim 0 of everything is shared out, unevenly where it does not divide."""
-    return sum(_one(plan, name, shape, shares) for name, shape in held.items())
+def _bytes(plan: Plan, held: Mapping[str, tuple[int, ...]], shares: Mapping[str, int] | None = None) -> int:
+    """Bytes when dim 0 of everything is shared out among `shares` (none: whole), unevenly where it does not divide."""
+    return sum(_one(plan, name, shape, (shares or {}).get(name, 1)) for name, shape in held.items())
 
 
 def _one(plan: Plan, name: str, shape: tuple[int, ...], shares: int) -> int:
@@ -129,8 +186,13 @@ _KEPT_BY_SELECTIVE = frozenset("linear mm bmm addmm baddbmm matmul scaled_dot_pr
 
 def activations(graph: fx.Graph, recompute: str = "none") -> int:
     """Bytes that backward reads again: each tensor once, however many views and operators share it; parameters and inputs not counted."""
+    return sum(_lasting(graph, recompute))
+
+
+def _lasting(graph: fx.Graph, recompute: str) -> tuple[int, int]:
+    """What is kept from forward to backward, and what the block that is computed again takes meanwhile."""
     if recompute == "none":
-        return sum(_saved(graph.nodes).values())
+        return sum(_saved(graph.nodes).values()), 0
     nodes = list(graph.nodes)
     saved = _saved([n for n in nodes if not n.meta.get("region")])
     blocks: dict[str, list[fx.Node]] = {}
@@ -146,7 +208,7 @@ def activations(graph: fx.Graph, recompute: str = "none") -> int:
             if recompute == "selective" and _name(node) in _KEPT_BY_SELECTIVE:
                 _add(saved, node)
         most = max(most, sum(_saved(own).values()))  # one block at a time is computed again
-    return sum(saved.values()) + most
+    return sum(saved.values()), most
 
 
 def _saved(nodes: Any) -> dict[tuple[fx.Node, int], int]:

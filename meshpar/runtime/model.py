@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,18 +12,21 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from ..config import ParallelConfig
-from ..errors import BatchError
+from ..errors import BatchError, ConfigError
 from ..mesh import check_batch
 from ..ops.random import RandomState
 from ..passes.randomness import KEY
 from ..plan import Comm, Plan
+from ..schedule import Event, Order, schedule_table
 from ..sharding.types import Shard
 from .blocks import inlined, print_code
 from .describe import explain
 from .engine import Engine
 from .failures import Together
+from .gradients import OnMesh
 from .memory import MemoryReport, memory
 from .names import together as one_module
+from .pipeline import Pipelined
 from .program import Program, Programs, Signature, flatten, restore
 
 
@@ -62,6 +65,19 @@ class ParallelModel(nn.Module):
         names = one_module(list(self._engine.trees.values()))
         self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of this rank's stages; a rank may have none (then optimizers take `[{"params": pm.parameters()}]`)."""
+        return OnMesh(super().parameters(recurse), self.mesh)
+
+    @torch.no_grad()
+    def spread_buffers(self) -> None:
+        """Give every stage of this rank that has a copy of a buffer the values it has under this module's names, as after loading."""
+        own = dict(self.named_buffers())
+        for tree in self._engine.trees.values():
+            for name, buffer in tree.named_buffers():
+                if buffer is not own[name]:
+                    buffer.copy_(own[name])
 
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
@@ -179,11 +195,51 @@ class ParallelModel(nn.Module):
             inlined={path: why for tree in self._engine.trees.values() for path, why in inlined(tree).items()},
             averaged=program.averaged,
             dropped=program.captured.dropped,
+            order=self.schedule,
         )
 
     def memory(self) -> MemoryReport:
-        """What a rank keeps in memory while it trains, by kind."""
-        return memory(self.plan, self._first.graph)
+        """What a rank keeps in memory while it trains, by kind; with a pipeline, this rank with its stages."""
+        return memory(self.plan, self._first.graph, self._first.stages, self.schedule, self._stage_rank)
+
+    @property
+    def schedule(self) -> Order | None:
+        """With a pipeline, what every rank of it computes, sends and receives in a training step, in order."""
+        return None if self._makes.schedule is None else self._makes.schedule.order(self.config.microbatches)
+
+    def schedule_table(self) -> str:
+        """The order of computation as text: a row per rank of the pipeline, a column per slot, a dot where a rank waits for another.
+
+        Raises ConfigError without a `pp` axis.
+        """
+        return schedule_table(self._order())
+
+    def timeline(self, *args: Any, **kwargs: Any) -> tuple[Event, ...]:
+        """Run one `train_step` on this batch, and return when every rank of the pipeline computed what, in seconds from a common start.
+
+        Collective. It is a step as any other: gradients add to what `.grad` holds. Take the second or third step: the first one makes
+        buffers and connections. `mp.plot.schedule(pm.schedule, measured=events)` draws it, `mp.plot.chrome_trace(events, path)` writes it.
+
+        Clocks of ranks are set to zero when they leave one barrier: times of different ranks are off by what ranks leave it apart, much
+        less than a millisecond on one machine, more over slow networks; durations on one rank are exact. On a GPU a rank waits for its
+        device after every action, which costs what would overlap otherwise.
+
+        Raises ConfigError without a `pp` axis.
+        """
+        self._order()
+        assert isinstance(self._engine, Pipelined)
+        with self._together.section("timeline"), self._engine.measuring() as events:
+            self._step(args, kwargs, backward=True)
+        return tuple(events)
+
+    def _order(self) -> Order:
+        if self.schedule is None:
+            raise ConfigError("this mesh has no pp axis of more than one rank: there are no stages and no schedule.")
+        return self.schedule
+
+    @property
+    def _stage_rank(self) -> int:
+        return self._engine.axis.rank if isinstance(self._engine, Pipelined) else 0
 
     def print_readable(self) -> str:
         """The code this rank runs: the root's, and that of each block structure once. Returned, and printed."""

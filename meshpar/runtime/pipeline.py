@@ -1,6 +1,6 @@
 """Runs the stages of a pipeline on this rank, action by action, in the order of a schedule.
 
-    F   receive ──> stage's program ──> send; what was sent is let go, only its place in the autograd graph is kept
+    F   receive ──> stage's program ──> send; what has arrived is let go, only its place in the autograd graph is kept
     B   receive gradients ──> backward from those places ──> send gradients of what was received
     I   the same, with the weight gradients of matrix products put off
     W   what was put off
@@ -15,9 +15,9 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,12 +31,14 @@ from ..mesh import Axis
 from ..ops.deferred import WeightGradients
 from ..passes.split import StageGraph
 from ..passes.weight_gradients import QUEUE
-from ..schedule import Action, Event, Order
+from ..schedule import COMPUTE, Action, Event, Order
 from .blocks import Tree
 from .data_parallel import DataParallel
 from .engine import Engine, Inputs, every_output
+from .failures import looks_lost
 from .program import Program
 from .schedules import Schedule
+from .sends import Sends
 from .ties import Ties
 
 
@@ -57,6 +59,7 @@ class Pipelined(Engine):
         self.data, self.ties, self.schedule, self.axis, self.device = data, ties, schedule, axis, device
         self.events: list[Event] | None = None
         """Where the times of computations go while they are measured."""
+        dist.all_reduce(torch.zeros(1, device=device), group=_group(axis))  # NCCL wants all ranks in a group's first communication
 
     def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
         """All outputs of a program, without gradients; the last stage computes them and hands them to all."""
@@ -71,6 +74,22 @@ class Pipelined(Engine):
             run = self._run(program.stages, program.key, parts, actions, backward=backward)
         (total,) = self._from_last_stage([] if run.total is None else [run.total], program.stages[-1])
         return total
+
+    @contextmanager
+    def measuring(self) -> Iterator[list[Event]]:
+        """Inside, steps are measured; afterwards the list holds the events of all ranks of the pipeline. Collective over them."""
+        gathered: list[Event] = []
+        group = _group(self.axis)
+        dist.barrier(group)
+        zero, self.events = time.perf_counter(), []
+        try:
+            yield gathered
+            own = [replace(event, start=event.start - zero, end=event.end - zero) for event in self.events]
+        finally:
+            self.events = None
+        everyone: list[Any] = [None] * self.axis.size
+        dist.all_gather_object(everyone, own, group=group)
+        gathered += sorted((event for events in everyone for event in events), key=lambda event: (event.start, event.rank))
 
     def _run(self, cuts: Sequence[StageGraph], key: str, parts: Sequence[Inputs], actions: Order, *, backward: bool) -> _Run:
         run = _Run(self, cuts, key, parts, actions.place, backward, any(a.kind == "W" for rank in actions.actions for a in rank))
@@ -150,7 +169,7 @@ class _Run:
         """Values on their way: made here and not sent yet, or received and not used yet."""
         self.grads: dict[Place, tuple[torch.Tensor | None, ...]] = {}
         self.waiting: dict[tuple[str, Place], list[dist.Work]] = {}
-        self.sending: list[tuple[list[dist.Work], tuple[torch.Tensor, ...]]] = []
+        self.sends = Sends(engine.device)
         self.done: Counter[int] = Counter()
         self.acts = {
             "F": self._forward,
@@ -167,21 +186,21 @@ class _Run:
     def perform(self, actions: Sequence[Action]) -> None:
         """All actions of this rank, in order."""
         for action in actions:
-            begun = time.perf_counter()
+            self._arrive(action)
+            measuring = self.engine.events is not None and action.kind in (*COMPUTE, "REDUCE_GRAD")
+            begun = _now(self.engine.device) if measuring else 0.0
             try:
                 self.acts[action.kind](action)
             except MeshparError:
                 raise
             except Exception as error:
+                if looks_lost(error):  # another rank's failure
+                    raise
                 raise StageError(_explain(action, self.cuts[action.stage], error)) from error
-            if self.engine.events is not None and action.kind in "FBIW":
-                rank = self.engine.axis.rank
-                self.engine.events.append(Event(rank, action.stage, action.microbatch, action.kind, begun, _now(self.engine.device)))
-            self.sending = [(works, tensors) for works, tensors in self.sending if not all(w.is_completed() for w in works)]
-        for works, _ in self.sending:
-            for work in works:
-                work.wait()
-        self.sending = []
+            if measuring and self.engine.events is not None:
+                rank, ended = self.engine.axis.rank, _now(self.engine.device)
+                self.engine.events.append(Event(rank, action.stage, action.microbatch, action.kind, begun, ended))
+        self.sends.finish()
 
     # -- computing -----------------------------------------------------------------------------------------------------------------------
 
@@ -189,7 +208,6 @@ class _Run:
         stage, at = action.stage, (action.stage, action.microbatch)
         cut, flight = self.cuts[stage], _Flight()
         if stage > 0:
-            self._wait("F", at)
             infos = _received(cut)
             flight.received = tuple(
                 value.requires_grad_(self.backward and info.requires_grad) for value, info in zip(self.values.pop(at), infos, strict=True)
@@ -222,7 +240,6 @@ class _Run:
             flight.loss.backward()
             flight.loss = None
         else:
-            self._wait("B", at)
             pairs = [(e, g) for e, g in zip(flight.edges, self.grads.pop(at), strict=True) if e is not None and g is not None]
             torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
         flight.later.close()
@@ -263,7 +280,7 @@ class _Run:
 
     def _send(self, values: Sequence[torch.Tensor | None], stage: int) -> None:
         tensors = tuple(value.contiguous() for value in values if value is not None)
-        self.sending.append((self._batched(dist.isend, tensors, stage), tensors))
+        self.sends.add(self._batched(dist.isend, tensors, stage), tensors)
 
     def _receive(self, kind: str, action: Action, table: dict[Place, Any], infos: Sequence[tuple[Info, bool]], stage: int) -> None:
         at = (action.stage, action.microbatch)
@@ -277,8 +294,10 @@ class _Run:
         ops = [dist.P2POp(op, tensor, group=group, group_peer=self.place[stage]) for tensor in tensors]
         return dist.batch_isend_irecv(ops) if ops else []
 
-    def _wait(self, kind: str, at: Place) -> None:
-        for work in self.waiting.pop((kind, at), ()):
+    def _arrive(self, action: Action) -> None:
+        """Wait for what an action of computation was sent, if it was sent anything."""
+        kind = "F" if action.kind == "F" else "B" if action.kind in "BI" else ""
+        for work in self.waiting.pop((kind, (action.stage, action.microbatch)), ()):
             work.wait()
 
 

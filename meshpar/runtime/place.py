@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._torch import local_of
-from ..mesh import DATA_AXES
 from ..sharding.types import chunk
 from ..simulate import is_simulated
 from .blocks import Tree
@@ -68,7 +67,7 @@ def part_of(parameter: torch.Tensor) -> Ranges:
     for d, name in enumerate(mesh.mesh_dim_names or ()):
         placement = parameter.placements[d]
         dim = getattr(placement, "dim", None)
-        if name in DATA_AXES and dim is not None:
+        if dim is not None and name not in dict(spec.shards()):
             length = sum(b - a for a, b in held[dim])
             held[dim] = _within(held[dim], [chunk(length, mesh.size(d), mesh.get_local_rank(d))])
     return [(dim, a, b) for dim, ranges in enumerate(held) for a, b in ranges if ranges != [(0, spec.shape[dim])]]

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
+from ..capture.experts import advise
 from ..capture.export import capture
 from ..config import ParallelConfig
-from ..errors import BatchError, PlanError
-from ..mesh import Axis, agree, axis, data_axis, data_mesh, mesh_sizes
+from ..errors import BatchError, ConfigError, PlanError
+from ..mesh import DATA_AXES, Axis, agree, axis, data_axis, data_mesh, mesh_sizes
 from ..passes.attention import SimplifyAttention
 from ..passes.batch_norm import expand_batch_norm
 from ..passes.coalesce import Coalesce
@@ -33,8 +34,11 @@ from ..passes.reduce import ReduceGradients
 from ..passes.split import StageGraph, split
 from ..passes.weight_gradients import DeferWeightGradients
 from ..plan import ParameterPlan, Plan
+from ..sharding.types import Owned, Shard
 from ..simulate import is_simulated
 from .schedules import schedule_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -149,12 +153,16 @@ class Programs:
         return captured
 
     def _program(self, signature: Signature, captured: Captured, *, remember: bool = True) -> Program:
+        if remember:
+            self._check_experts(captured)
         plan = self._plan(captured, staged=remember and self.schedule is not None)
         if remember and not self.pinned:
             self.pinned = dict(plan.parameters)
         if plan.stages:
             place(captured, plan)
-        graph = lowered(captured, plan, axes_of(self.mesh), reduce_gradients=is_simulated())
+        axes = axes_of(self.mesh)
+        summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if a.name != "tp"}
+        graph = lowered(captured, plan, axes, summed)
         if plan.stages and remember:
             return self._staged(signature, captured, plan, graph)
         return Program(signature, captured, replace(plan, ledger=ledger(graph)), graph)
@@ -168,7 +176,14 @@ class Programs:
         cut = partial(split, graph, len(plan.stages), parameters=parameters, mutations=captured.mutations)
         every = cut()
         loss = every if captured.loss is None else cut(wanted=(captured.loss,))
-        return Program(signature, captured, replace(plan, ledger=staged_ledger(loss)), graph, stages=loss, all_stages=every)
+        return self._with_ledger(Program(signature, captured, plan, graph, stages=loss, all_stages=every))
+
+    def _with_ledger(self, program: Program) -> Program:
+        """With the communication of a pipeline as the first rank has it: where values are cut unevenly, no rank sends more."""
+        ledger = staged_ledger(program.stages, [stage.rank for stage in program.plan.stages])
+        if not self._decides_alone():
+            ledger = _from_first_rank(self.mesh, lambda: ledger)
+        return replace(program, plan=replace(program.plan, ledger=ledger))
 
     def _plan(self, captured: Captured, *, staged: bool) -> Plan:
         """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph."""
@@ -183,14 +198,28 @@ class Programs:
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
             stages=self._stage_request() if staged else None,
+            owned=not is_simulated(),
             options=_options(self.config),
             others=self.others,
         )
-        if is_simulated() or dist.get_backend() == "fake" or self.mesh.size() == 1:
+        if self._decides_alone():
             return decide(captured, request)
         agree(fingerprint(captured.graph), self.mesh, "the model's captured graph")
         agree(f"{self.config} {sorted(self.rules.items())}", self.mesh, "the configuration or the rules")
-        return _from_first_rank(self.mesh, lambda: decide(captured, request))
+        return Plan.from_json(_from_first_rank(self.mesh, lambda: decide(captured, request).to_json()))
+
+    def _decides_alone(self) -> bool:
+        """Whether this process stands for all ranks."""
+        return is_simulated() or dist.get_backend() == "fake" or self.mesh.size() == 1
+
+    def _check_experts(self, captured: Captured) -> None:
+        ranks = mesh_sizes(self.mesh).get("ep", 1)
+        if ranks > 1 and not any(node.target is torch.ops.meshpar.grouped_mm.default for node in captured.graph.nodes):
+            advice = advise(captured.unrecognised)
+            raise ConfigError(
+                f"ep={ranks} divides experts among ranks, and the model has none that could be divided. Use dp={ranks} instead: outside of "
+                f"experts, ep is data parallelism." + (f"\n{advice}" if advice else "")
+            )
 
     def _stage_request(self) -> StageRequest:
         assert self.schedule is not None
@@ -198,17 +227,15 @@ class Programs:
 
 
 def axes_of(mesh: DeviceMesh) -> tuple[Axis, ...]:
-    """The axes that are typed, in the order they are lowered: all data axes as one, then tensor."""
+    """The axes that are typed, in the order they are lowered: the data axes as one, then that of experts, then tensor."""
     found = []
-    if data_mesh(mesh) is not None:
-        found.append(replace(data_axis(mesh), name="dp"))
-    if "tp" in (mesh.mesh_dim_names or ()):
-        found.append(axis(mesh, "tp"))
-    return tuple(found)
+    if data_mesh(mesh, without=("ep",)) is not None:
+        found.append(replace(data_axis(mesh, without=("ep",)), name="dp"))
+    return (*found, *(axis(mesh, name) for name in ("ep", "tp") if name in (mesh.mesh_dim_names or ())))
 
 
-def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], *, reduce_gradients: bool) -> fx.Graph:
-    """The captured graph as this rank runs it."""
+def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], summed: Mapping[str, frozenset[str]] | None = None) -> fx.Graph:
+    """The captured graph as this rank runs it. `summed`: data axis -> parameters whose gradients the graph itself sums over it."""
     graph = captured.graph
     for one in axes:
         found = plan.axis(one.name)
@@ -219,9 +246,34 @@ def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], *, reduce_gr
     graph = SimplifyAttention()(graph)
     parameters = frozenset(captured.parameters)
     for one in axes:
-        if reduce_gradients and one.name != "tp" and one.size > 1:
-            graph = ReduceGradients(one, parameters)(graph)
+        names = (summed or {}).get(one.name)
+        if names and one.size > 1:
+            graph = ReduceGradients(one, names & parameters)(graph)
     return SeedRandom(axes)(Coalesce(parameters)(graph))
+
+
+def unmanaged(plan: Plan, axis: str, mesh: DeviceMesh, config: ParallelConfig) -> frozenset[str]:
+    """The parameters whose gradients FSDP2 does not sum over a data axis, and that no rank has to itself.
+
+    All of them where ranks are simulated; else those that two stages of one rank use (it manages every stage by itself), and experts that
+    it would have to replicate while it shares out others.
+    """
+    names = (n for n, p in plan.parameters.items() if not isinstance(p.placements.get(axis), (Shard, Owned)))
+    if is_simulated():
+        return frozenset(names)
+    return frozenset(names) & left_alone(plan, mesh, config)
+
+
+def left_alone(plan: Plan, mesh: DeviceMesh, config: ParallelConfig) -> frozenset[str]:
+    """The parameters that data parallelism does not manage."""
+    data = [n for n in mesh.mesh_dim_names or () if n in DATA_AXES]
+    if not data:
+        return frozenset()
+    ranks = {name: [plan.stages[s].rank for s in p.stages] for name, p in plan.parameters.items() if len(p.stages) > 1}
+    found = {name for name, held in ranks.items() if len(set(held)) < len(held)}
+    if data == ["ep"] or config.data_parallel == "replicate":
+        found |= {name for name, p in plan.parameters.items() if isinstance(p.placements.get("ep"), (Shard, Owned))}
+    return frozenset(found)
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:
@@ -255,18 +307,19 @@ def _check_given(plan: Plan, mesh: DeviceMesh) -> None:
         raise PlanError(f"the plan was made for mesh {dict(plan.mesh)}, this is {mesh_sizes(mesh)}. Make the plan again for this mesh.")
 
 
-def _from_first_rank(mesh: DeviceMesh, make: Callable[[], Plan]) -> Plan:
+def _from_first_rank(mesh: DeviceMesh, make: Callable[[], T]) -> T:
     ranks = mesh.mesh.flatten().tolist()
     sent: list[Any] = [None]
     if dist.get_rank() == ranks[0]:
         try:
-            sent = [make().to_json()]
+            sent = [make()]
         except PlanError as error:
             sent = [error]
     dist.broadcast_object_list(sent, src=ranks[0], group=_whole_group(mesh))
     if isinstance(sent[0], PlanError):
         raise sent[0]
-    return Plan.from_json(sent[0])
+    found: T = sent[0]
+    return found
 
 
 def _whole_group(mesh: DeviceMesh) -> Any:

@@ -26,9 +26,6 @@ class Ties:
     axis: Axis
     holders: Mapping[str, Sequence[int]]
     parameters: Mapping[str, nn.Parameter]
-    loose: frozenset[str]
-    """Those among them that data parallelism does not manage, because two stages of this rank use them: held whole by every data rank."""
-    data: Axis
 
     @contextmanager
     def summing(self) -> Iterator[None]:
@@ -59,13 +56,10 @@ class Ties:
             work.wait()
         for name, parameter in self.parameters.items():
             parts = [mine[name] if peer == self.axis.rank else theirs[name, peer] for peer in self.holders[name]]
-            total = torch.zeros_like(parts[0]) if before[name] is None else _local(before[name]).clone()
-            step = parts[0].clone()
-            for part in parts[1:]:
-                step += part
-            if name in self.loose and self.data.size > 1:
-                dist.all_reduce(step, group=resolve_process_group(self.data.group))
-            total += step
+            earlier = before[name]
+            total = torch.zeros_like(parts[0]) if earlier is None else _local(earlier).clone()
+            for part in parts:
+                total += part
             parameter.grad = dtensor_like(total, parameter) if isinstance(parameter, DTensor) else total
 
 

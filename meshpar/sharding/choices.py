@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from torch import fx
 
 from ..capture.captured import Info
 from .factors import shard
 from .infer import Call, Inference, pattern_in
-from .notation import Dims
+from .notation import Dim, Dims, Signature
+from .op import value_of
 from .price import Price
-from .types import I, P, R, Shard, Type
+from .types import I, P, R, Ragged, Shard, Type, plain
+
+DISPATCH, COMBINE = "meshpar.dispatch", "meshpar.combine"
+E = Ragged()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +34,20 @@ def at_rest(info: Info, type_: Type) -> Type:
     return I if type_ == R and not info.requires_grad else type_
 
 
-def choices(call: Call, inference: Inference, factors: Iterable[int], size: int, price: Price, work: float) -> tuple[Choice, ...]:
-    """All typings of a call when any of `factors` may be cut over `size` ranks. `work`: seconds of the whole operator."""
+def choices(
+    call: Call,
+    inference: Inference,
+    factors: Iterable[int],
+    size: int,
+    price: Price,
+    work: float,
+    *,
+    experts: frozenset[int] = frozenset(),
+) -> tuple[Choice, ...]:
+    """All typings of a call when any of `factors` may be cut over `size` ranks. `work`: seconds of the whole operator.
+
+    `experts`: factors that are the experts of the model, where the axis splits those.
+    """
     found = [_whole(call, work)]
     differentiable = any(o is not None and o.requires_grad for o in call.op.outs)
     if differentiable:
@@ -45,7 +63,44 @@ def choices(call: Call, inference: Inference, factors: Iterable[int], size: int,
                 if one is not None and (one.uses, one.outs) not in seen:
                     seen.add((one.uses, one.outs))
                     found.append(one)
-    return tuple(found)
+    ragged = _ragged(call, inference, found, experts, size, work) if experts else None
+    if ragged is not None and call.op.name not in (DISPATCH, COMBINE) and any(isinstance(use, Shard) for use in ragged.uses):
+        return (ragged,)  # parameters of experts stay where they are, tokens come to them
+    return tuple(found) if ragged is None else (*found, ragged)
+
+
+def _ragged(call: Call, inference: Inference, found: Sequence[Choice], experts: frozenset[int], size: int, work: float) -> Choice | None:
+    """The typing in which every rank has the rows of its own experts; None for what has no rows, or does not treat them alike."""
+    cut = next((c for c in found if isinstance(c.outs[0], Shard)), None) if call.op.name in (DISPATCH, COMBINE) else None
+    if call.op.name == DISPATCH and cut is not None:
+        return Choice(cut.uses, (E, E, cut.outs[2]), work / size, "experts")
+    if call.op.name == COMBINE and cut is not None:
+        return Choice((E, *cut.uses[1:]), cut.outs, work / size, "experts")
+    infos, signature = call.op.infos, call.signature
+    if signature is None or not any(info.rows for info in infos) or not all(o is None or o.rows for o in call.op.outs):
+        return None
+    rows = {dims[0] for dims, info in zip(signature.inputs, infos, strict=True) if info.rows and dims}
+    outs = [dims[0] for dims, out in zip(signature.outputs, call.op.outs) if out is not None]
+    if any(out not in rows or not _is_free(out, signature) for out in outs):
+        return None
+    uses = [
+        E if info.rows else at_rest(info, _of_expert(inference, operand, info, experts, size))
+        for operand, info in zip(call.op.operands, infos, strict=True)
+    ]
+    return Choice(tuple(uses), tuple(I if o is None else E for o in call.op.outs), work / size, "experts")
+
+
+def _is_free(dim: Dim, signature: Signature) -> bool:
+    """Whether a dim is one name that may be cut."""
+    return len(dim) == 1 and len(dim[0]) == 1 and dim[0][0] not in signature.fixed
+
+
+def _of_expert(inference: Inference, operand: fx.Node, info: Info, experts: frozenset[int], size: int) -> Type:
+    """How something that is not rows is used beside ragged ones: by experts, if it has one part for each."""
+    for d, one in enumerate(inference.dims[value_of(operand)]):
+        if one is not None and inference.extents.find(one) in experts:
+            return plain(d, info.shape[d])
+    return R
 
 
 def _outs(call: Call, type_: Type) -> tuple[Type, ...]:
@@ -87,6 +142,7 @@ def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, s
     if len(uses) < len(typed):
         return None
     held = {i for i, t in enumerate(uses) if isinstance(t, Shard)}
+    uses = [P if any(i == at and name in group for at, name in signature.counts) else t for i, t in enumerate(uses)]
     outs: list[Type] = []
     for index, out in enumerate(call.op.outs):
         if out is None:
@@ -113,7 +169,7 @@ def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, s
         for together in signature.linear:
             if together & held:
                 uses = [P if i in together and i not in held else t for i, t in enumerate(uses)]
-    if P in outs and any(isinstance(t, Shard) for t in outs):
+    if P in outs and any(isinstance(t, Shard) for t in outs) and call.op.name != DISPATCH:
         return None
     return Choice(tuple(uses), tuple(outs), work / size, " ".join(sorted(group)))
 

@@ -35,6 +35,8 @@ class Signature:
     """Sets of operands in which the operator is linear jointly: all of them partial gives partial results."""
     summed: frozenset[int] | None = None
     """Results that become partial when a contracted name is sharded (None: all)."""
+    counts: tuple[tuple[int, str], ...] = ()
+    """Operands that count (say where parts end) along a name: pending sums where that is cut."""
     gathers: frozenset[str] = frozenset()
     """Names whose sharding the operator settles with collectives of its own, so that its results are invariant, not partial."""
 
@@ -95,6 +97,7 @@ def bind(
     *,
     linear: Iterable[Iterable[int]] = (),
     gathers: Iterable[str] = (),
+    counts: Iterable[tuple[int, str]] = (),
     known: Mapping[str, int] | None = None,
 ) -> Signature:
     """Bind a rule to the shapes of its operands and results. Operands beyond the shapes given (an absent bias) are left out.
@@ -131,6 +134,7 @@ def bind(
         sizes,
         frozenset(fixed),
         tuple(frozenset(g) & frozenset(range(len(shapes))) for g in linear if frozenset(g) & frozenset(range(len(shapes)))),
+        counts=tuple(counts),
         gathers=frozenset(gathers),
     )
 

@@ -19,7 +19,7 @@ from .choices import Choice
 from .contract import Group, Source, Way, contract
 from .conversions import ALL_GATHER, cost, wire_bytes
 from .price import Price
-from .types import Partial, Replicate, Shard, Type
+from .types import Owned, Partial, Ragged, Replicate, Shard, Type
 
 _GATHERED = 1000.0
 """Gathering a parameter that was cut is for rules that ask for nothing else: data parallelism does that better."""
@@ -166,7 +166,12 @@ def unit_of(steps: Sequence[Step], size: int, price: Price) -> float:
 
 
 def possible(before: Type, after: Type, info: Info) -> bool:
-    """Whether a conversion makes sense for this value: pending sums only of numbers, replicate only of what has a gradient."""
+    """Whether a conversion makes sense for this value: pending sums only of numbers, replicate only of what has a gradient.
+
+    Rows sorted by expert are never put together or taken apart.
+    """
+    if any(isinstance(t, (Ragged, Owned)) or (info.rows and isinstance(t, Shard) and t.dim == 0) for t in (before, after)):
+        return False
     if isinstance(after, Partial) and info.dtype.itemsize == 1 and not info.dtype.is_floating_point:
         return False
     return info.requires_grad or not isinstance(after, Replicate)

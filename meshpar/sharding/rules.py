@@ -21,14 +21,14 @@ from .views import VIEWS, fixed_dims, named, sizes_of
 Rule = Callable[[Op], "Signature | None"]
 
 
-def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[str] = ()) -> Rule:
+def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[str] = (), counts: Iterable[tuple[int, str]] = ()) -> Rule:
     """A rule written in the notation."""
-    linear = tuple(tuple(g) for g in linear)
+    linear, counts = tuple(tuple(g) for g in linear), tuple(counts)
 
     def rule(op: Op) -> Signature | None:
         outs = [o.shape for o in op.outs if o is not None]
         try:
-            return bind(text, op.shapes, outs, linear=linear, gathers=gathers)
+            return bind(text, op.shapes, outs, linear=linear, gathers=gathers, counts=counts)
         except ValueError:
             return None
 
@@ -302,6 +302,11 @@ def padding(op: Op) -> Signature:
     return Signature((base,), (out,), sizes, frozenset(f"{p}{i}" for i in changed for p in "dn"), linear)
 
 
+def row_expert(op: Op) -> Signature | None:
+    rest = " ".join(f"[d{i}]" for i in range(len(op.infos[0].shape) - 1))
+    return row(f"n {rest}, [x] -> n", counts=((1, "n"),))(op)
+
+
 def unfolded(op: Op) -> Signature:
     """Tensor.unfold: windows along one dim, which is needed whole; their elements are a new last dim."""
     dim, shape, out = op.dim("dimension"), op.infos[0].shape, op.out.shape
@@ -437,10 +442,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("scatter", "scatter_add"), scatter),
     "one_hot": one_hot,
     **dict.fromkeys(("slice_scatter", "select_scatter"), written),
-    # experts: rows sorted by expert are whole, the matrices of every expert are cut alike
-    "meshpar.dispatch": row("[t] [h], [t] [k] -> [n] [h], [x], [n]"),
-    "meshpar.grouped_mm": row("[n] i, [x] i o, [x] -> [n] o", linear=((0,), (1,))),
-    "meshpar.combine": row("[n] h, [n], [t] [k] -> [t] h", linear=((0,), (2,))),
+    # experts: a rank's tokens have its rows, the ends of every expert's rows add up; the matrices of every expert are cut alike
+    "meshpar.dispatch": row("t [h], t [k] -> (t k) [h], [x], (t k)"),
+    "meshpar.grouped_mm": row("n i, [x] i o, [x] -> n o", linear=((0,), (1,)), counts=((2, "n"),)),
+    "meshpar.row_expert": row_expert,
+    "meshpar.combine": row("(t k) h, (t k), t [k] -> t h", linear=((0,), (2,))),
+    "meshpar.ops.expert_all_to_all.send_rows": row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)),
+    "meshpar.ops.expert_all_to_all.return_rows": row("[n] h, [s] [r], [m], [m] -> [n] h", linear=((0,),)),
     # norms, softmax
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), normalised),
     **dict.fromkeys(

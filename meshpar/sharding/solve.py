@@ -27,7 +27,7 @@ from .infer import Call, Inference, infer
 from .op import Value, info_of, operands, value_of
 from .price import Price
 from .program import Problem, Step, choose
-from .types import I, R, Shard, Type
+from .types import I, Owned, R, Shard, Type, plain
 
 _MATRIX = frozenset(
     "linear mm bmm addmm baddbmm matmul einsum convolution conv1d conv2d conv3d scaled_dot_product_attention meshpar.grouped_mm".split()
@@ -60,6 +60,10 @@ class Request:
     wanted: Mapping[str, int | None] = field(default_factory=dict)
     """Parameters the user has rules for -> the dim to cut, None for whole."""
     shard_parameters: bool = True
+    experts: bool = False
+    """Whether the axis splits experts, so that every rank gets the rows of its own."""
+    owned: bool = False
+    """Whether a parameter may lie on one rank alone: experts kept as a list of modules are then divided too."""
     sequence: bool = True
     """Whether the residual stream is cut along its sequence where that is possible."""
     outputs: Sequence[Type | None] = ()
@@ -85,6 +89,8 @@ class _Solver:
         self.depends = self._depends_on_batch()
         self.hidden = self._contracted_with_parameters()
         self.residual = self._residual_types()
+        self.experts = self._expert_factors() if request.experts else frozenset()
+        self.owners = self._owners() if request.experts and request.owned else {}
         self.seeds = self._seeds()
         self.found: dict[str, NodePlan] = {}
         self.types: dict[Value, Type] = {}
@@ -181,7 +187,7 @@ class _Solver:
     def _seeds(self) -> dict[str | None, tuple[int, ...]]:
         """Per unit, the factors that may be cut: those of its matrices that are not the residual's, and the residual's sequence."""
         if not self.request.shard_parameters:
-            return dict.fromkeys(set(self.units.values()), self.batch)
+            return dict.fromkeys(set(self.units.values()), (*self.batch, *sorted(self.experts)))
         carried, sequence = self._residual_factors()
         found: dict[str | None, dict[int, None]] = {}
         for node in self.graph.nodes:
@@ -193,6 +199,28 @@ class _Solver:
                         found.setdefault(unit, {}).update(dict.fromkeys(self._outermost(one, carried)))
         units = set(self.units.values())
         return {u: tuple(dict.fromkeys([*found.get(u, {}), *sequence])) for u in units}
+
+    def _expert_factors(self) -> frozenset[int]:
+        """What stands for the experts: the first dim of their matrices, and of tables looked up by the expert of a row."""
+        found: set[int] = set()
+        for node, call in self.inference.calls.items():
+            infos, table = call.op.infos, -1
+            if call.op.name == "meshpar.grouped_mm":
+                table = 1
+            elif call.op.name == "index" and len(infos) == 2 and infos[1].rows and not infos[0].rows:
+                table = 0
+            if table >= 0 and (one := self.inference.dims[value_of(operands(node)[table])][0]) is not None:
+                found.add(self.inference.extents.find(one))
+        return frozenset(found)
+
+    def _owners(self) -> dict[fx.Node, int]:
+        """The parameters of experts kept as a list of modules -> the rank that has them."""
+        found: dict[fx.Node, int] = {}
+        for parts in expert_stacks(self.graph):
+            if len(parts) % self.size:
+                raise PlanError(f"{self.request.axis}={self.size} does not divide the {len(parts)} experts of {parts[0].target}.")
+            found.update({part: k // (len(parts) // self.size) for k, part in enumerate(parts)})
+        return found
 
     def _residual_factors(self) -> tuple[set[int], list[int]]:
         """The factors of the residual's hidden size, and those of its sequence that are cut."""
@@ -308,12 +336,15 @@ class _Solver:
         if node.op == "get_attr":
             return self._placements(node, whole[node])
         call = self.inference.calls[node]
+        if self.owners and call.op.operands and call.op.operands[0] in self.owners:
+            uses = tuple(Owned(self.owners[part]) for part in call.op.operands)
+            return (Choice(uses, (plain(0, len(uses)),), 0.0, "experts"),)
         factors = self.seeds[unit]
         # All that tells one call of a kind from another is how the factors lie in its names.
         patterns = tuple(tuple(self.inference.extents.pattern(one, factor) for one in call.names.values()) for factor in factors)
         key = call.kind, tuple(p for p in patterns if any(p))
         if key not in self.made:
-            self.made[key] = choices(call, self.inference, factors, self.size, self.price, self._work(call))
+            self.made[key] = choices(call, self.inference, factors, self.size, self.price, self._work(call), experts=self.experts)
         return self.made[key]
 
     def _work(self, call: Call) -> float:
@@ -344,7 +375,9 @@ class _Solver:
         if node.target in self.request.pinned:
             return (Choice((), (self.request.pinned[str(node.target)],), 0.0, "rule"),)
         if not self.request.shard_parameters:
-            return (Choice((), (at_rest(info, R),), 0.0, "data"),)
+            if node in self.owners:
+                return (Choice((), (Owned(self.owners[node]),), 0.0, "experts"),)
+            return (self._of_experts(node) or Choice((), (at_rest(info, R),), 0.0, "data"),)
         found = [Choice((), (I,), whole, "whole")]
         seen: set[Type] = set()
         seeds = dict.fromkeys(f for unit in sorted(self._units_using(node), key=str) for f in self.seeds[unit])
@@ -355,6 +388,20 @@ class _Solver:
                     seen.add(cut)
                     found.append(Choice((), (cut,), 0.0 if cut.is_contiguous else 1e-11, "matrix"))
         return self._ruled(node, found) if node.target in self.request.wanted else tuple(found)
+
+    def _of_experts(self, node: fx.Node) -> Choice | None:
+        """A parameter with one part for each expert is divided among the ranks."""
+        shape = node.meta["info"].shape
+        for d, one in enumerate(self.inference.dims[node, 0]):
+            if one is not None and self.inference.extents.find(one) in self.experts:
+                if shape[d] % self.size:
+                    divisors = ", ".join(str(n) for n in range(1, shape[d] + 1) if shape[d] % n == 0)
+                    raise PlanError(
+                        f"{self.request.axis}={self.size} does not divide the {shape[d]} experts of {node.target} {list(shape)}. "
+                        f"Valid {self.request.axis}: {divisors}."
+                    )
+                return Choice((), (plain(d, shape[d]),), 0.0, "experts")
+        return None
 
     def _ruled(self, node: fx.Node, found: Iterable[Choice]) -> tuple[Choice, ...]:
         """The placements a user's rule allows."""
@@ -371,6 +418,16 @@ class _Solver:
                 )
             fitting = [Choice((), (cut,), 0.0, "rule")]
         return tuple(fitting)
+
+
+def expert_stacks(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
+    """The parameters of experts that are kept as a list of modules and used as a stack: those of one role together, in order."""
+    found = []
+    for node in graph.nodes:
+        parts = operands(node) if node.meta.get("expert_stack") else ()
+        if parts and all(part.op == "get_attr" and len(part.users) == 1 for part in parts) and len(set(parts)) == len(parts):
+            found.append(parts)
+    return found
 
 
 def _infos(node: fx.Node) -> list[Info]:

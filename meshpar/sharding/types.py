@@ -1,4 +1,4 @@
-"""The four types a value can have on one mesh axis: invariant, replicate, shard, partial.
+"""The types a value can have on one mesh axis: invariant, replicate, shard, partial, and ragged for the rows of experts.
 
 | type      | value on the ranks of the axis | its gradient            |
 |-----------|--------------------------------|-------------------------|
@@ -6,6 +6,8 @@
 | Replicate | the same                       | partial (a pending sum) |
 | Shard     | a slice of one dim             | the same slice          |
 | Partial   | a pending sum                  | the same                |
+| Ragged    | the rows of the rank's experts | the same rows           |
+| Owned     | the value, on one rank only    | on that rank only       |
 
 A value that needs no gradient is never `Replicate`: there `Invariant` says the same.
 """
@@ -39,6 +41,27 @@ class Partial:
 
     def __str__(self) -> str:
         return "P"
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Rows sorted by expert, of which each rank holds those of its own experts: how many is known when the program runs.
+
+    Only what treats every row alike works on it, and only the expert all-to-all makes it or takes it.
+    """
+
+    def __str__(self) -> str:
+        return "E"
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """One rank has the value, the others have no part of it: the parameters of one expert among several kept as a list."""
+
+    rank: int
+
+    def __str__(self) -> str:
+        return f"O({self.rank})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +132,7 @@ class Shard:
         return starts
 
 
-Type = Invariant | Replicate | Partial | Shard
+Type = Invariant | Replicate | Partial | Shard | Ragged | Owned
 I, R, P = Invariant(), Replicate(), Partial()
 
 
@@ -129,7 +152,9 @@ def plain(dim: int, length: int) -> Shard:
 
 
 def local_shape(shape: Sequence[int], type_: Type, size: int, rank: int) -> tuple[int, ...]:
-    """The shape that `rank` of `size` holds of a value of global `shape`."""
+    """The shape that `rank` of `size` holds of a value of global `shape`. Of ragged rows, that of an even distribution."""
+    if isinstance(type_, Ragged):
+        return (shape[0] // size, *shape[1:])
     if not isinstance(type_, Shard):
         return tuple(shape)
     return tuple(type_.local_length(size, rank) if d == type_.dim else n for d, n in enumerate(shape))

@@ -29,7 +29,7 @@ _BART = dict(
     decoder_ffn_dim=48,
 )
 
-TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
+TRANSFORMERS: dict[str, Mapping[str, Any]] = {
     "llama": _LLAMA | dict(tie_word_embeddings=True),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gpt_neox": _LLAMA | dict(num_key_value_heads=None),
@@ -47,11 +47,20 @@ TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
     "cohere": _LLAMA,
     "bart": _BART | dict(max_position_embeddings=64),
     "mamba": dict(hidden_size=32, num_hidden_layers=2, state_size=8),
-    "mixtral": _LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
-    "deepseek_v3": _LLAMA | _MOE | _LATENT | dict(num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1),
-    "gpt_oss": _LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8),
 }
 """Causal language models: model type -> the configuration that makes it small."""
+
+MIXTURES: dict[str, Mapping[str, Any]] = {
+    "mixtral": _LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
+    "deepseek_v3": _LLAMA | _MOE | _LATENT | dict(num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1),
+    "qwen3_moe": _LLAMA | _MOE | dict(num_experts=4, head_dim=8),
+    "olmoe": _LLAMA | dict(num_experts=4, num_experts_per_tok=2, output_router_logits=True),
+    "granitemoe": _LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
+    "jetmoe": _LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, kv_channels=8),
+    "llama4_text": _LLAMA | dict(num_local_experts=4, intermediate_size_mlp=32, head_dim=8, interleave_moe_layer_step=1),
+    "gpt_oss": _LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8),
+}
+"""Those with experts."""
 
 
 def causal_lm(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -60,7 +69,7 @@ def causal_lm(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(0)
-    config = without_dropout(CONFIG_MAPPING[kind](**(_COMMON | dict(TRANSFORMERS[kind]))))
+    config = without_dropout(CONFIG_MAPPING[kind](**(_COMMON | dict((TRANSFORMERS | MIXTURES)[kind]))))
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     ids = torch.randint(3, 131, (2, 12))
     labels = ids.clone()

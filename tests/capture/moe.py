@@ -27,7 +27,7 @@ class MoE(nn.Module):
         super().__init__()
         self.style, self.choices, self.width = style, choices, width
         self.gate = nn.Linear(width, experts, bias=False)
-        self.bias = nn.Parameter(torch.zeros(experts))
+        self.bias = nn.Buffer(torch.linspace(-0.1, 0.1, experts))
         self.experts = nn.ModuleList(SwiGLU(width, inner) for _ in range(experts))
         self.shared = SwiGLU(width, inner)
 

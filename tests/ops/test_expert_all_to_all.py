@@ -310,15 +310,20 @@ def compiled_on_gloo(steps: Sequence[list[Tensor]], tokens: Sequence[int], backe
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "options"),
-    [(2, {}), (4, {}), (4, {"capacity_factor": 0.5, "drop_policy": "position"})],
-    ids=["one expert per rank", "two", "capacity"],
+    ("num_experts", "options", "backend"),
+    [
+        (2, {}, "aot_eager"),
+        (4, {}, "aot_eager"),
+        (4, {"capacity_factor": 0.5, "drop_policy": "position"}, "aot_eager"),
+        pytest.param(4, {}, "inductor", marks=pytest.mark.slow),
+    ],
+    ids=["one expert per rank", "two", "capacity", "inductor"],
 )
-def test_compiled(gloo: Pool, options: dict[str, Any], num_experts: int) -> None:
+def test_compiled(gloo: Pool, num_experts: int, options: dict[str, Any], backend: str) -> None:
     """One graph without breaks, for any numbers of rows."""
     tokens = (5, 5)
     steps = [problem(10, num_experts, 2, torch.float32, skew) for skew in (0.0, 0.1, 1.0)]
-    found = gloo.run(compiled_on_gloo, steps, tokens, "aot_eager", options, world=2, timeout=120)
+    found = gloo.run(compiled_on_gloo, steps, tokens, backend, options, world=2, timeout=240)
     for step, parts in zip(steps, zip(*found)):
         assert_same([torch.cat(part) for part in zip(*parts)], simulated(step, tokens, **options))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from meshpar.capture.captured import Captured
@@ -78,8 +80,10 @@ def test_values_without_a_mark_go_where_less_is_sent() -> None:
     small = put(graph, "call_function", aten.sum.default, (a,), info())
     big = put(graph, "call_function", aten.expand.default, (a, [4, 4]), info(4, 4))
     b = put(graph, "call_function", aten.mul.Tensor, (big, small), info(4, 4), stage=1)
-    graph.output((b,))
-    stages = split(graph, 2, parameters={"w"})
+    c = put(graph, "call_function", aten.mul.Tensor, (big, b), info(4, 4), stage=2)
+    graph.output((c,))
+    stages = split(graph, 3, parameters={"w"})
+    assert [n.name for n in stages[1].graph.nodes if n.op == "call_function"] == ["expand", "mul"], "on the first stage that uses it"
     assert stages[0].sends == ("sum_1", "sum_2") and not any(n.name == "expand" for n in stages[0].graph.nodes)
 
 
@@ -98,13 +102,13 @@ def test_marks_outside() -> None:
 # -- models --------------------------------------------------------------------------------------------------------------------------------
 
 
-MODELS = ("llama", "llama_tied", "gpt2", "gemma2", "t5", "albert", "mixtral", "unet", "uneven", "ring", "gpt_dropout", "encoder_decoder")
+MODELS = ("llama", "llama_tied", "gpt2", "gemma2", "t5", "albert", "unet", "uneven", "ring", "gpt_dropout")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_stages_compute_what_the_whole_computes(name: str) -> None:
     model, batch, captured = captured_model(name)
-    for count in (2, 3, 6) if name != "ring" else (2,):
+    for count in (2, 5) if name != "ring" else (2,):
         compare(model, captured, batch, count)
 
 
@@ -173,6 +177,59 @@ def test_denominators_reach_the_stage_that_divides() -> None:
     stages = split(one.graph, 2, parameters=one.parameters, wanted=[one.loss or 0])
     check(stages, one.inputs)
     assert "denominator_0" in stages[1].inputs and "denominator_0" not in stages[0].inputs
+
+
+# -- any graph -----------------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_graph_with_any_marks(data: st.DataObject) -> None:
+    """Random operators on random values with random marks (or none), tuples, buffers, unused outputs."""
+    graph, tensors = fx.Graph(), dict[str, Tensor]()
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    for i in range(5):
+        kind = ("x", "p", "p", "b", "x")[i]
+        name = f"{kind}{i}"
+        put(graph, "placeholder" if kind == "x" else "get_attr", name, (), info(4, 4, grad=kind == "p"))
+        tensors[name] = torch.randn(4, 4, dtype=torch.float64, generator=generator).requires_grad_(kind == "p")
+    count = data.draw(st.integers(1, 4))
+    marks = st.one_of(st.none(), st.integers(0, count - 1))
+    for _ in range(data.draw(st.integers(1, 14))):
+        values = [n for n in graph.nodes if not isinstance(n.meta["info"], tuple)]
+        target = data.draw(st.sampled_from((aten.mul.Tensor, aten.sub.Tensor, aten.sin.default, aten.t.default, aten.split.Tensor)))
+        args: tuple[Any, ...] = tuple(data.draw(st.sampled_from(values)) for _ in range(2 if "Tensor" in str(target) else 1))
+        flows = any(a.meta["info"].requires_grad for a in args)
+        if target is aten.split.Tensor:
+            node = put(graph, "call_function", target, (args[0], 4), info(4, 4, grad=flows))
+            node.meta["info"] = (info(4, 4, grad=args[0].meta["info"].requires_grad),)
+            put(graph, "call_function", operator.getitem, (node, 0), node.meta["info"][0], **_marked(data.draw(marks)))
+        else:
+            node = put(graph, "call_function", target, args, info(4, 4, grad=flows))
+        node.meta |= _marked(data.draw(marks))
+    values = [n for n in graph.nodes if not isinstance(n.meta["info"], tuple)]
+    outputs = data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=4))
+    graph.output(tuple(outputs))
+    wanted = data.draw(st.sets(st.integers(0, len(outputs) - 1), min_size=1))
+    stages = split(graph, count, parameters={"p1", "p2"}, wanted=wanted)
+    check(stages, ("x0", "x4"))
+    assert [s.outputs for s in stages] == [()] * (count - 1) + [tuple(sorted(wanted))]
+
+    whole, parts = ({n: x.detach().clone().requires_grad_(x.requires_grad) for n, x in tensors.items()} for _ in range(2))
+    found = run_graph(graph, whole, [whole["x0"], whole["x4"]])
+    total = sum(found[i].sin().sum() for i in sorted(wanted))
+    got, _, crossings = run_stages(stages, parts, parts)
+    assert all(torch.equal(got[i], found[i]) for i in wanted)
+    if isinstance(total, Tensor) and total.requires_grad:
+        total.backward()
+        backward(sum((got[i].sin().sum() for i in sorted(wanted)), torch.zeros(())), stages, crossings)
+        for name in ("p1", "p2"):
+            one, two = (x.grad if x.grad is not None else torch.zeros(4, 4, dtype=x.dtype) for x in (whole[name], parts[name]))
+            torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-14)
+
+
+def _marked(stage: int | None) -> dict[str, int]:
+    return {} if stage is None else {"stage": stage}
 
 
 # -- lowered graphs ------------------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_deterministic_and_printable() -> None:
     one, two = choose(graph, 3), choose(graph, 3)
     assert one == two and isinstance(hash(one), int)
     assert str(one).splitlines()[0].startswith("3 stages, balanced by cost")
-    assert "stage 1 from " in str(one) and "hands on 128 B" in str(one)
+    assert "stage 1 from layers." in str(one) and "hands on 128 B" in str(one)
 
 
 def test_another_cost() -> None:

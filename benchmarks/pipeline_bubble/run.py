@@ -1,0 +1,195 @@
+"""The bubble of every pipeline schedule, measured against its closed form: `python benchmarks/pipeline_bubble/run.py --write`.
+
+The stages run through `mp.parallelize` and `train_step` as any model does, on local gloo ranks; what they compute is a nap of known length,
+one in forward, one for the gradient of the input and one for that of the weight, so that ranks do not fight over cores. `pm.timeline` says
+when everything ran; `mp.timing.bubble` is the idle time as a fraction of the computing time, of the median step of a few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import meshpar as mp  # noqa: E402
+from meshpar import launch  # noqa: E402
+from meshpar.ops import deferred  # noqa: E402
+from meshpar.timing import bubble, expected_bubble  # noqa: E402
+
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "looped-bfs": 2, "interleaved-1f1b": 2, "zero-bubble": 1, "zbv": 2, "dualpipev": 2}
+"""Schedule -> stages per rank."""
+WITHIN = 0.10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the table."""
+
+    schedule: str
+    ranks: int
+    microbatches: int
+
+    @property
+    def per_rank(self) -> int:
+        return SCHEDULES[self.schedule]
+
+    def expected(self) -> tuple[float, str]:
+        """The bubble, and where it comes from."""
+        closed = expected_bubble(self.schedule, self.ranks, self.microbatches, self.per_rank)
+        if closed is not None:
+            return closed, "closed form"
+        order = mp.schedule.order(self.schedule, self.ranks, self.ranks * self.per_rank, self.microbatches)
+        return bubble(mp.timing.simulate(order), self.ranks), "simulated order"
+
+
+@torch.library.custom_op("pipeline_bubble::nap", mutates_args=())
+def nap(x: Tensor, forward: float, backward: float) -> Tensor:
+    """Sleep, and return a copy."""
+    time.sleep(forward)
+    return x.clone()
+
+
+@nap.register_fake
+def _(x: Tensor, forward: float, backward: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
+    ctx.backward_seconds = inputs[2]
+
+
+def _back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    time.sleep(ctx.backward_seconds)
+    return grad.clone(), None, None
+
+
+nap.register_autograd(_back, setup_context=_keep)
+
+
+class Layer(nn.Module):
+    """A nap of `forward` seconds; in backward one of `backward`, and wherever the gradient of the weight is computed one more."""
+
+    def __init__(self, forward: float, backward: float) -> None:
+        super().__init__()
+        self.linear, self.naps = nn.Linear(4, 4, bias=False), (forward, backward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nap(self.linear(x), *self.naps)
+
+
+class Model(nn.Module):
+    """One layer per stage."""
+
+    def __init__(self, layers: int, forward: float, backward: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(forward, backward) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.pow(2).mean()
+
+
+def measure(cases: Sequence[Case], seconds: float, steps: int) -> list[tuple[list[float], list[float]]]:
+    """On a rank: per case, the bubbles of its steps, and how long they took."""
+    ready = deferred._now_or_later
+
+    def with_a_nap(later: Any, weight: Tensor, gradient: Any) -> Tensor | None:
+        def slowly() -> Tensor:
+            time.sleep(seconds)
+            return gradient()
+
+        return ready(later, weight, slowly)
+
+    deferred._now_or_later = with_a_nap
+    try:
+        return [_measured(case, seconds, steps) for case in cases]
+    finally:
+        deferred._now_or_later = ready
+
+
+def _measured(case: Case, seconds: float, steps: int) -> tuple[list[float], list[float]]:
+    stages = case.ranks * case.per_rank
+    order = mp.schedule.order(case.schedule, case.ranks, stages, case.microbatches)
+    halves = any(action.kind == "W" for row in order.actions for action in row)
+    model = Model(stages, seconds, seconds if halves else 2 * seconds)  # in one piece, the backward naps for both gradients
+    batch = {"x": torch.ones(case.microbatches, 4)}
+    config: Any = {"microbatches": case.microbatches, "schedule": case.schedule, "stages": [1] * stages}
+    pm = mp.parallelize(model, mp.make_mesh(f"pp={case.ranks}"), example=batch, config=mp.ParallelConfig(**config))
+    pm.timeline(**batch)
+    bubbles, lengths = [], []
+    for _ in range(steps):
+        events = [event for event in pm.timeline(**batch) if event.kind in mp.schedule.COMPUTE]
+        bubbles.append(bubble(events, case.ranks))
+        lengths.append(max(e.end for e in events) - min(e.start for e in events))
+    return bubbles, lengths
+
+
+def _table(cases: Sequence[Case], found: Sequence[tuple[list[float], list[float]]]) -> list[str]:
+    lines = [
+        "| schedule | p | v | m | expected | from | measured | measured : expected | step (s) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, (bubbles, lengths) in zip(cases, found, strict=True):
+        expected, source = case.expected()
+        middle = statistics.median(bubbles)
+        ratio = f"{middle / expected:.2f}" if expected else "-"
+        cells = (case.schedule, case.ranks, case.per_rank, case.microbatches, f"{expected:.3f}", source, f"{middle:.3f}", ratio)
+        lines.append("| " + " | ".join(map(str, cells)) + f" | {statistics.median(lengths):.2f} |")
+    return lines
+
+
+def main() -> None:
+    """Measure, print, and with --write put the table into the README."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=0.03, help="of every nap")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES))
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    lines: list[str] = []
+    everything: list[Case] = []
+    results: list[tuple[list[float], list[float]]] = []
+    for ranks in options.ranks:
+        cases = [Case(s, ranks, m) for s in options.schedules for m in options.microbatches if s != "dualpipev" or m >= 2 * ranks]
+        results += launch.run(measure, cases, options.seconds, options.steps, world=ranks)[0]
+        everything += cases
+    lines = _table(everything, results)
+    print("\n".join(lines))
+    closed = [(c, statistics.median(b)) for c, (b, _) in zip(everything, results, strict=True) if c.expected()[1] == "closed form"]
+    off = [f"{c.schedule} p={c.ranks} m={c.microbatches}" for c, b in closed if abs(b / c.expected()[0] - 1) > WITHIN]
+    verdict = f"{len(closed) - len(off)} of {len(closed)} bubbles with a closed form are within {WITHIN:.0%} of it." + (
+        f" Outside: {', '.join(off)}." if off else ""
+    )
+    print(verdict)
+    if options.write:
+        load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+        where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load at the end {load}; "
+        where += f"Python {platform.python_version()}, torch {torch.__version__}. {date.today()}."
+        readme = HERE / "README.md"
+        head, _, rest = readme.read_text().partition("<!-- table -->")
+        tail = rest.partition("<!-- end -->")[2]
+        command = f"python benchmarks/pipeline_bubble/run.py --seconds {options.seconds} --steps {options.steps}"
+        body = "\n".join(["", "", *lines, "", verdict, "", where, "", f"Command: `{command} --write`", "", ""])
+        readme.write_text(f"{head}<!-- table -->{body}<!-- end -->{tail}")
+
+
+if __name__ == "__main__":
+    main()

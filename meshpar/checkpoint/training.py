@@ -1,0 +1,474 @@
+"""Saving and loading a training run: model, optimizer, scheduler, random state, and what the user adds; from any mesh onto any other.
+
+    mp.checkpoint.save("run/step-100", pm, optimizer, scheduler=scheduler, extra={"step": 100, "samples": 51_200})
+    extra = mp.checkpoint.load("run/step-100", pm, optimizer, scheduler=scheduler)
+
+Tensors go by their names in the whole model, so a rank may hold any of them, or none: pipeline stages, experts and shards are only ways to
+divide. What a rank has its own of is declared, `extra={"position": PerRank(17)}`, and belongs to the mesh it was saved on: on another mesh
+loading it is an error, unless `per_rank` is "skip" (it is None then), or "all", which gives the values of all ranks to divide anew. Better
+save what does not depend on the mesh, such as the number of samples seen.
+
+Dropout draws from `pm.random`, which is saved and gives the same numbers on every mesh. torch's own generators are per rank: they continue
+on the same mesh, and on another one are left alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from meshpar.checkpoint import optimizers
+from meshpar.checkpoint.division import Grid
+from meshpar.checkpoint.faults import CorruptError
+from meshpar.checkpoint.files import Disk
+from meshpar.checkpoint.manifest import Manifest
+from meshpar.checkpoint.online import Content, check_modes, fill, grid_of, prepare, read_row, read_whole, shared_open, write_content
+from meshpar.checkpoint.opened import Checkpoint
+from meshpar.checkpoint.optimizers import Restoring
+from meshpar.checkpoint.placed import Held
+from meshpar.checkpoint.ranks import Failure, Group, Ranks, attempt
+from meshpar.checkpoint.reading import Reader
+from meshpar.checkpoint.values import decode, encode
+from meshpar.checkpoint.writer import PerRank
+from meshpar.errors import CheckpointError, raise_all
+from meshpar.runtime.model import ParallelModel
+
+EXTRA, MORE, OWN = "extra/", "tensors/", "rank/"
+
+
+@dataclass(frozen=True)
+class AllRanks:
+    """The values of a `PerRank` on all ranks it was saved from, by rank, and the mesh these formed ("dp=2,tp=2")."""
+
+    values: tuple[Any, ...]
+    mesh: str
+
+
+def save(
+    path: Path | str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    group: Group = None,
+    disk: Disk | None = None,
+) -> None:
+    """Save a training run as a new directory at `path`. Collective over `group`; nothing appears unless all of it is on the disk.
+
+    `module`: what `parallelize` returned, or any module of tensors and DTensors. `scheduler`: anything with `state_dict()`. `extra`:
+    numbers, text, containers, small plain tensors (the same on every rank), `PerRank` values. `tensors`: more tensors by name, DTensors
+    too (averaged weights), for `load(tensors=)`. Each rank writes its own shards, replicas once; no rank holds more than its own tensors
+    and the host copy of one.
+
+    Raises CheckpointError or RankError, on all ranks, when any rank fails; a path that exists is refused.
+
+    >>> save("step-100", pm, optimizer, extra={"step": 100})                                       # doctest: +SKIP
+    """
+    _last(module).settle()
+    ranks = Ranks.of(group)
+    share = prepare(ranks, partial(_content, _agree(module, ranks), module, optimizer, scheduler, extra, tensors))
+    write_content(path, ranks, share, disk)
+
+
+def save_async(
+    path: Path | str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    group: Group = None,
+    disk: Disk | None = None,
+) -> Saving:
+    """`save`, but return once this rank's share is copied to host memory; a thread writes it while training goes on.
+
+    Memory: a host copy of what this rank writes (parameters and optimizer state, divided over all ranks that hold the same), until it is
+    written. The thread has connections of its own (gloo), so its messages never mix with those of training. Another save of the same module
+    waits for this one first. Call `wait()` before the process groups are destroyed.
+
+    >>> saving = save_async("step-100", pm, optimizer)                                             # doctest: +SKIP
+    >>> train(); saving.wait()                                                                     # doctest: +SKIP
+    """
+    last = _last(module)
+    last.settle()
+    ranks = Ranks.of(group)
+    share = prepare(ranks, partial(_content, _agree(module, ranks), module, optimizer, scheduler, extra, tensors), copy=True)
+    apart = last.ranks if last.ranks is not None and last.group is group else ranks.apart()
+    saving = Saving(Path(path), apart, group)
+    module.__dict__[_SAVING] = saving
+    saving.start(partial(write_content, path, apart, share, disk))
+    return saving
+
+
+@dataclass
+class Saving:
+    """A save on its way."""
+
+    path: Path
+    ranks: Ranks | None = None
+    group: Group = None
+    _thread: threading.Thread | None = None
+    _failure: list[Exception] = field(default_factory=list)
+    _said: bool = False
+
+    def done(self) -> bool:
+        """Whether it has ended on this rank, well or badly."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is there. Raises what `save` would have raised, on all ranks."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._failure:
+            self._said = True
+            self.ranks = None  # connections after a failure are not used again
+            raise self._failure[0]
+
+    def settle(self) -> None:
+        """Wait before the next save or load; a failure is raised unless `wait` has done so."""
+        if self._thread is not None:
+            self._thread.join()
+        if not self._said:
+            self.wait()
+
+    def __deepcopy__(self, memo: object) -> Saving:
+        return Saving(self.path)  # a copy of the module has nothing on its way
+
+    def __reduce__(self) -> tuple[type[Saving], tuple[Path]]:
+        return Saving, (self.path,)
+
+    def start(self, write: Callable[[], None]) -> None:
+        def work() -> None:
+            try:
+                write()
+            except Exception as error:
+                self._failure.append(error)
+
+        self._thread = threading.Thread(target=work, name=f"save {self.path}")
+        self._thread.start()
+
+
+_SAVING = "_meshpar_saving"
+
+
+def _last(module: nn.Module) -> Saving:
+    """The last asynchronous save of a module."""
+    found: Saving = module.__dict__.get(_SAVING, Saving(Path()))
+    return found
+
+
+def load(
+    path: Path | str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    scheduler: Any = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    missing: str = "error",
+    unexpected: str = "error",
+    dtype: str = "error",
+    per_rank: str = "error",
+    group: Group = None,
+    disk: Disk | None = None,
+) -> dict[str, Any]:
+    """Continue a training run: fill the module, the optimizer and the rest from a checkpoint of any mesh. Returns `extra`. Collective.
+
+    Strict by default; each mode says what else is accepted. `missing="skip"`: tensors that were not saved keep their values.
+    `unexpected="skip"`: what was saved and is not asked for, an optimizer or scheduler too, is left. `dtype="cast"`: floating tensors of
+    the model may change dtype. `per_rank` ("error", "skip", "all"): what happens to `PerRank` values when the mesh is another one. What was
+    skipped or cast is said in a warning.
+
+    On the same mesh everything is restored bit for bit. Names, shapes and dtypes are checked on all ranks before anything is changed, and
+    every block that is read against its checksum. Raises CorruptError (or RankError where another rank found it).
+
+    >>> step = load("step-100", pm, optimizer)["step"]                                             # doctest: +SKIP
+    """
+    check_modes(
+        missing=(missing, "error skip"),
+        unexpected=(unexpected, "error skip"),
+        dtype=(dtype, "error cast"),
+        per_rank=(per_rank, "error skip all"),
+    )
+    _last(module).settle()
+    ranks, disk = Ranks.of(group), disk or Disk()
+    opened = shared_open(path, ranks, disk)
+    mesh = _one_mesh(ranks.everyone(_mesh_text(module)))
+    same = opened.manifest.values.get("ranks") == ranks.world and opened.manifest.values.get("mesh") == mesh
+    plan: list[Restoring] = []
+
+    def collect() -> dict[str, torch.Tensor | Held]:
+        _check_whole(opened, {"optimizer": optimizer, "scheduler": scheduler}, unexpected, missing)
+        if per_rank == "error" and not same:
+            _check_per_rank(opened, mesh, ranks)
+        names, resolve = _resolved(module, opened.manifest)
+        asked: dict[str, torch.Tensor | Held] = dict(names)
+        if optimizer is not None and not (missing == "skip" and "optimizer" not in opened.manifest.values):
+            known = {id(_tensor(module, group[0])): group[0] for group in _groups(module)}
+            plan.append(optimizers.restoring(optimizer, known, opened.manifest, resolve, partly=missing == "skip"))
+            asked |= plan[0].tensors
+        return asked | {MORE + name: tensor for name, tensor in (tensors or {}).items()}
+
+    heard = [name for name in opened.manifest.tensors if name.startswith(EXTRA)]
+    kinds = ("model", "optimizer", "extra")
+    found = fill(opened, ranks, collect, missing=missing, unexpected=unexpected, dtype=dtype, kinds=kinds, disk=disk, heard=heard)
+    extra = attempt(lambda: _restore(opened, ranks.rank if same else None, module, scheduler, plan, per_rank, disk))
+    ranks.everyone(extra if isinstance(extra, Failure) else None)
+    assert not isinstance(extra, Failure)
+    if ranks.rank == 0:
+        _say(str(path), found.missing, "were not saved and keep their values")
+        _say(str(path), found.unexpected, "were saved and are not asked for")
+        _say(str(path), found.cast, "were cast")
+    return extra
+
+
+# ---- what a run consists of ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks agree on: the name each tensor is stored under, and who they are."""
+
+    names: Mapping[str, str]
+    mesh: str
+    ranks: int
+
+
+def _content(
+    agreed: Agreed,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Any,
+    extra: Mapping[str, Any] | None,
+    tensors: Mapping[str, torch.Tensor] | None,
+) -> Content:
+    """Everything this rank knows of a run."""
+    out: dict[str, torch.Tensor | Held] = {}
+    names: dict[int, str] = {}
+    for group in _groups(module):
+        out[agreed.names[group[0]]] = _tensor(module, group[0])
+        names[id(_tensor(module, group[0]))] = agreed.names[group[0]]
+    kinds: dict[str, str] = {}
+    own: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {"mesh": agreed.mesh, "ranks": agreed.ranks}
+    if isinstance(module, ParallelModel):
+        values["random"] = module.random.state_dict()
+    if optimizer is not None:
+        moments, values["optimizer"] = optimizers.collect(optimizer, names)
+        out |= moments
+        kinds |= dict.fromkeys(moments, "optimizer")
+
+    def keep(path: str, item: Any) -> None:
+        if isinstance(item, PerRank):
+            if isinstance(item.value, torch.Tensor):
+                own[OWN + path] = item.value
+            else:
+                values[path] = PerRank(encode(item.value, path, _no_nesting))
+            return
+        if isinstance(item, DTensor):
+            raise CheckpointError(f"{path} is a DTensor, which extra cannot hold: pass it in tensors={{...}}.")
+        out[path] = item
+        kinds[path] = "extra"
+
+    if scheduler is not None:
+        values["scheduler"] = encode(scheduler.state_dict(), EXTRA + "scheduler", keep)
+    values["extra"] = encode(dict(extra or {}), EXTRA + "extra", keep)
+    for name, tensor in (tensors or {}).items():
+        out[MORE + name] = tensor
+        kinds[MORE + name] = "extra"
+    for name, state in _generators():
+        own[OWN + name] = state
+    aliases = {other: name for other, name in agreed.names.items() if other != name}
+    grid, stage = _place(module, out)
+    return Content(out, values, kinds, own, aliases, grid, stage)
+
+
+def _no_nesting(path: str, item: Any) -> None:
+    raise CheckpointError(f"{path}: inside a PerRank value, a {type(item).__name__} cannot be stored; make it PerRank itself.")
+
+
+def _groups(module: nn.Module) -> list[list[str]]:
+    """The names of every parameter and persistent buffer; several of one where it is tied."""
+    fleeting = {f"{path}.{name}" if path else name for path, m in module.named_modules() for name in m._non_persistent_buffers_set}
+    found: dict[int, list[str]] = {}
+    for name, tensor in _named(module):
+        if name not in fleeting:
+            found.setdefault(id(tensor), []).append(name)
+    return list(found.values())
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _tensor(module: nn.Module, fqn: str) -> torch.Tensor:
+    path, _, name = fqn.rpartition(".")
+    found = getattr(module.get_submodule(path), name)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def _agree(module: nn.Module, ranks: Ranks) -> Agreed:
+    """Collective. Tensors tied on one rank are tied on all: a stage may know only one of the names."""
+    groups = attempt(lambda: _groups(module))
+    facts = groups if isinstance(groups, Failure) else ([row for row in groups if len(row) > 1], _mesh_text(module))
+    everyone: list[tuple[list[list[str]], str]] = ranks.everyone(facts)
+    assert not isinstance(groups, Failure)
+    root: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while root.setdefault(name, name) != name:
+            name = root[name]
+        return name
+
+    for rows, _ in everyone:
+        for first, *others in rows:
+            for other in others:
+                if find(first) != find(other):
+                    root[find(other)] = find(first)
+    names = {*root, *(name for row in groups for name in row)}
+    return Agreed({name: find(name) for name in sorted(names)}, _one_mesh([mesh for _, mesh in everyone]), ranks.world)
+
+
+def _one_mesh(meshes: Sequence[str]) -> str:
+    """The meshes of all ranks; stages outside of a ParallelModel may have different ones."""
+    return " | ".join(dict.fromkeys(meshes))
+
+
+def _resolved(module: nn.Module, manifest: Manifest) -> tuple[dict[str, torch.Tensor], Callable[[str], str]]:
+    """The module's tensors by the names they are stored under, and the translation of names."""
+    found: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for group in _groups(module):
+        name = next((n for n in group if n in manifest.tensors), None)
+        name = name or next((manifest.aliases[n] for n in group if n in manifest.aliases), group[0])
+        found |= dict.fromkeys(group, name)
+        if name in tensors:  # untied here, tied when saved
+            name = group[0]
+        tensors[name] = _tensor(module, group[0])
+    return tensors, found.__getitem__
+
+
+def _place(module: nn.Module, tensors: Mapping[str, Any]) -> tuple[Grid, int]:
+    """The mesh for the record, and this rank's pipeline stage."""
+    mesh = _mesh(module)
+    if mesh is None:
+        return Grid(), 0
+    names = mesh.mesh_dim_names or ()
+    return grid_of(mesh), mesh.get_local_rank("pp") if "pp" in names else 0
+
+
+def _mesh(module: nn.Module) -> Any:
+    if isinstance(module, ParallelModel):
+        return module.mesh
+    meshes = [p.device_mesh for _, p in _named(module) if isinstance(p, DTensor)]
+    return max(meshes, key=lambda m: m.size(), default=None)
+
+
+def _mesh_text(module: nn.Module) -> str:
+    """The mesh in words, axes of any name, outermost first: what per-rank values belong to."""
+    mesh = _mesh(module)
+    if mesh is None:
+        return ""
+    names = mesh.mesh_dim_names or tuple(f"axis{k}" for k in range(mesh.ndim))
+    return ",".join(f"{n}={s}" for n, s in zip(names, mesh.shape, strict=True) if s > 1)
+
+
+def _generators() -> list[tuple[str, torch.Tensor]]:
+    """torch's own generators of this rank."""
+    out = [("generator.cpu", torch.get_rng_state())]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        out.append(("generator.cuda", torch.cuda.get_rng_state()))
+    return out
+
+
+# ---- putting it back -------------------------------------------------------------------------------------------------------------------
+
+
+def _check_whole(opened: Checkpoint, given: Mapping[str, Any], unexpected: str, missing: str) -> None:
+    """Refuse to leave part of a run behind, or to ask for a part that was not saved, without being told to."""
+    values, complaints = opened.manifest.values, []
+    for name, item in given.items():
+        if name in values and item is None and unexpected == "error":
+            complaints.append(f"it holds the state of the {name}, which would be lost: pass {name}=, or unexpected='skip' to leave it.")
+        if name not in values and item is not None and missing == "error":
+            complaints.append(f"it holds no {name}: leave {name}= out, or pass missing='skip'.")
+    raise_all(CorruptError, f"{opened.root}:", complaints)
+
+
+def _check_per_rank(opened: Checkpoint, mesh: str, ranks: Ranks) -> None:
+    values = opened.manifest.values
+    names = [*values.get("per_rank", {}), *(n.removeprefix(OWN) for n in opened.manifest.tensors if n.startswith(OWN + EXTRA))]
+    if names:
+        raise CorruptError(
+            f"{opened.root}: {', '.join(n.removeprefix(EXTRA) for n in names[:5])} was kept per rank on {values.get('ranks')} ranks "
+            f"({values.get('mesh') or 'no mesh'}), and these are {ranks.world} ({mesh or 'no mesh'}). per_rank='all' gives the values of "
+            "all ranks as AllRanks, to be divided anew; 'skip' leaves them out."
+        )
+
+
+def _restore(
+    opened: Checkpoint, rank: int | None, module: nn.Module, scheduler: Any, plan: list[Restoring], per_rank: str, disk: Disk
+) -> dict[str, Any]:
+    """Everything but the tensors, which are there already. `rank`: this one, if the ranks are those that saved."""
+    values, manifest = opened.manifest.values, opened.manifest
+    with Reader(opened, disk) as reader:
+
+        def row(path: str, rank: int) -> Any:
+            if OWN + path in manifest.tensors:
+                return read_row(reader, OWN + path, rank)
+            return decode(values["per_rank"][path][rank], _no_reference)
+
+        def fetch(kind: str, path: str) -> Any:
+            if kind == "tensor":
+                return read_whole(reader, path)
+            if rank is not None:
+                return row(path, rank)
+            return AllRanks(tuple(row(path, r) for r in range(values["ranks"])), values["mesh"]) if per_rank == "all" else None
+
+        extra = decode(values.get("extra", {}), fetch)
+        schedule = decode(values.get("scheduler"), fetch)
+        if rank is not None:
+            for name, _ in _generators():
+                if OWN + name in manifest.tensors:
+                    _set_generator(name, read_row(reader, OWN + name, rank))
+    for restoring in plan:
+        restoring.finish()
+    if scheduler is not None and schedule is not None:
+        scheduler.load_state_dict(schedule)
+    if isinstance(module, ParallelModel):
+        module.spread_buffers()
+        module.random.load_state_dict(values.get("random", module.random.state_dict()))
+    assert isinstance(extra, dict)
+    return extra
+
+
+def _set_generator(name: str, state: torch.Tensor) -> None:
+    if name == "generator.cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state)
+
+
+def _no_reference(kind: str, path: str) -> Any:
+    raise CorruptError(f"A per-rank value refers to {kind} {path}.")
+
+
+def _say(path: str, names: tuple[str, ...], what: str) -> None:
+    if names:
+        warnings.warn(f"{path}: {len(names)} tensors {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}", stacklevel=3)
+
+
+__all__ = ["AllRanks", "PerRank", "Saving", "load", "save", "save_async"]
