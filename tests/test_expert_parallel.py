@@ -92,6 +92,23 @@ def test_rows_travel_and_parameters_stay() -> None:
         assert [c.nbytes for c in layer] == [4 * 4 / 2, rows, rows, rows, rows]  # counts; there and back, forward and backward
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_load_of_every_expert(recompute: str) -> None:
+    model, batch = tiny("mixtral"), text(8)
+    with torch.no_grad():
+        scores = model(**batch, output_router_logits=True).router_logits
+    wanted = [torch.bincount(s.topk(2, -1).indices.flatten(), minlength=4).tolist() for s in scores]
+    with mp.simulate(4):
+        mesh = mp.make_mesh("ep=2,tp=2", "cpu")
+        own = mp.local_batch(batch, mesh)
+        pm = mp.parallelize(model, mesh, example=own, config=mp.ParallelConfig(microbatches=2, recompute=recompute))
+        assert pm.expert_load() == {}
+        for _ in range(2):  # of the last step alone
+            pm.train_step(**own)
+        assert [load.tolist() for load in pm.expert_load().values()] == wanted
+        assert list(pm.expert_load()) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+
+
 def owned(mesh: str) -> tuple[list[str], dict[str, Any]]:
     model, batch = experts_in_a_list()
     device_mesh = mp.make_mesh(mesh)

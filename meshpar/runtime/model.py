@@ -14,8 +14,10 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from ..config import ParallelConfig
 from ..errors import BatchError, ConfigError
 from ..mesh import check_batch
+from ..ops.load import Tally
 from ..ops.random import RandomState
 from ..passes.randomness import KEY
+from ..passes.tally import TALLY
 from ..plan import Comm, Plan
 from ..schedule import Event, Order, schedule_table
 from ..sharding.types import Shard
@@ -24,6 +26,7 @@ from .describe import explain
 from .engine import Engine
 from .failures import Together
 from .gradients import OnMesh
+from .load import expert_load
 from .memory import MemoryReport, memory
 from .names import together as one_module
 from .pipeline import Pipelined
@@ -46,12 +49,13 @@ class ParallelModel(nn.Module):
     _programs: dict[tuple[Signature, int], Program]
     _checked: set[tuple[Signature, int]]
     _together: Together
+    _tallies: list[Tally]
 
     def __init__(
         self, engine: Engine, mesh: DeviceMesh, config: ParallelConfig, programs: Programs, first: Program, together: Together
     ) -> None:
         super().__init__()
-        self.__dict__.update(_engine=engine, _programs={}, _checked=set(), _together=together)
+        self.__dict__.update(_engine=engine, _programs={}, _checked=set(), _together=together, _tallies=[])
         self._take_names()
         self.mesh, self.config = mesh, config
         self.random = RandomState(config.seed)
@@ -131,6 +135,9 @@ class ParallelModel(nn.Module):
     def _inputs(self, program: Program, tensors: Sequence[torch.Tensor], microbatch: int) -> dict[str, Any]:
         """The values of a graph's placeholders, by name."""
         found: dict[str, Any] = dict(zip(program.captured.inputs, tensors, strict=False))
+        if program.has_experts:
+            self._tallies = [*(self._tallies if microbatch else ()), Tally()]
+            found[TALLY] = self._tallies[-1]
         return {**found, KEY: self.random.key(microbatch)} if program.is_random else found
 
     def _microbatches(self, program: Program, tensors: list[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
@@ -185,6 +192,14 @@ class ParallelModel(nn.Module):
     def comms(self) -> tuple[Comm, ...]:
         """The ledger: every collective of one microbatch."""
         return self.plan.comms()
+
+    def expert_load(self) -> dict[str, torch.Tensor]:
+        """Experts module -> how many rows (token and choice) each of its experts got in the last step or forward, [E] (int64, on the CPU).
+
+        Summed over microbatches and over the mesh, the same on every rank. Collective. Empty for a model without recognised experts, and
+        before the first step.
+        """
+        return expert_load(self._tallies, self.mesh)
 
     def explain(self) -> str:
         """The plan in words: placements and the reasons for them, communication, repeated work."""

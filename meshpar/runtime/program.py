@@ -32,6 +32,7 @@ from ..passes.place import place
 from ..passes.randomness import KEY, SeedRandom
 from ..passes.reduce import ReduceGradients
 from ..passes.split import StageGraph, split
+from ..passes.tally import TALLY, TallyExperts
 from ..passes.weight_gradients import DeferWeightGradients
 from ..plan import ParameterPlan, Plan
 from ..sharding.types import Owned, Shard
@@ -81,6 +82,11 @@ class Program:
     def is_random(self) -> bool:
         """Whether the graph takes a key for its random numbers, as its last input."""
         return any(n.op == "placeholder" and n.name == KEY for n in self.graph.nodes)
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether the graph takes a tally of experts' loads."""
+        return TALLY in self.inputs
 
     @property
     def key(self) -> str:
@@ -249,7 +255,7 @@ def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], summed: Mapp
         names = (summed or {}).get(one.name)
         if names and one.size > 1:
             graph = ReduceGradients(one, names & parameters)(graph)
-    return SeedRandom(axes)(Coalesce(parameters)(graph))
+    return TallyExperts()(SeedRandom(axes)(Coalesce(parameters)(graph)))
 
 
 def unmanaged(plan: Plan, axis: str, mesh: DeviceMesh, config: ParallelConfig) -> frozenset[str]:

@@ -1,0 +1,42 @@
+"""Experts' loads are noted where rows are dispatched.
+
+before                                       after
+  x, ends, perm = dispatch(h, index, 8)        at = slot(expert_tally, "layers.0.experts")          in the root
+                                               x, ends, perm = load.dispatch(h, index, 8, at)
+
+`expert_tally` is one more input of the graph: a `Tally`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..ops import load
+
+TALLY = "expert_tally"
+
+
+@dataclass(frozen=True)
+class TallyExperts:
+    """Note the load of every expert. Changes the graph in place."""
+
+    def __call__(self, graph: fx.Graph) -> fx.Graph:
+        nodes = [n for n in graph.nodes if n.target is torch.ops.meshpar.dispatch.default]
+        if not nodes:
+            return graph
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            tally = graph.placeholder(TALLY)
+        tally.meta = {"module": "", "region": None}
+        taken: dict[str, int] = {}
+        for node in nodes:
+            name = str(node.meta.get("module") or node.name)
+            taken[name] = taken.get(name, 0) + 1
+            with graph.inserting_after(tally):
+                at = graph.call_function(load.slot, (tally, name if taken[name] == 1 else f"{name}#{taken[name]}"))
+            at.meta = {"module": "", "region": None}
+            node.target, node.args = load.dispatch, (*node.args, at)
+        return graph

@@ -1,0 +1,32 @@
+"""The load of experts over the whole mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..mesh import axis, data_axis
+from ..ops.collectives import p_to_i
+from ..ops.load import Tally, rows
+from ..simulate import is_simulated, local_tensors
+
+
+@torch.no_grad()
+def expert_load(tallies: Sequence[Tally], mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """The loads noted in the tallies of a step's microbatches, summed over them, data ranks and stages."""
+    data, found = data_axis(mesh), dict[str, torch.Tensor]()
+    for name in tallies[0].ends if tallies else ():
+        total = sum((rows(tally.ends[name]) for tally in tallies[1:]), rows(tallies[0].ends[name]))
+        if data.size > 1:
+            total = p_to_i(total, group=data.group, size=data.size, rank=data.rank)
+        found[name] = local_tensors(total)[0] if is_simulated() else total.cpu()
+    stages = axis(mesh, "pp")
+    if stages.size == 1:
+        return found
+    everyone: list[Any] = [None] * stages.size
+    dist.all_gather_object(everyone, found, group=mesh.get_group("pp"))
+    return {name: load for one in everyone for name, load in one.items()}
