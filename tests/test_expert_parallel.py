@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import meshpar as mp
 from meshpar._torch import FakeStore, local_of
@@ -107,6 +108,23 @@ def test_the_load_of_every_expert(recompute: str) -> None:
             pm.train_step(**own)
         assert [load.tolist() for load in pm.expert_load().values()] == wanted
         assert list(pm.expert_load()) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+
+
+def outputs(mesh: str) -> float:
+    """How far the logits are from those of one device, on this rank."""
+    model, batch = tiny("mixtral").double().eval(), text(8)
+    device_mesh = mp.make_mesh(mesh)
+    pm = mp.parallelize(model, device_mesh, example=mp.local_batch(batch, device_mesh)).eval()
+    with torch.no_grad():
+        logits = pm(**mp.local_batch({"input_ids": batch["input_ids"][:4]}, device_mesh)).logits
+        wanted = model(input_ids=batch["input_ids"][:4]).logits
+    assert isinstance(logits, DTensor) and logits.shape == wanted.shape
+    return float((logits.full_tensor() - wanted).abs().max())
+
+
+@pytest.mark.parametrize("mesh", ["dp=2,ep=2", "pp=2,ep=2"])
+def test_outputs_are_the_models_own(gloo: Pool, mesh: str) -> None:
+    assert max(gloo.run(outputs, mesh, world=4, timeout=120)) < 1e-6  # its norms compute in float32
 
 
 def owned(mesh: str) -> tuple[list[str], dict[str, Any]]:
