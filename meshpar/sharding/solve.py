@@ -311,10 +311,9 @@ class _Solver:
         for node, step in zip(nodes, problem.steps, strict=True):
             rows = any(o is not None and o.rows for o in step.outs)
             if self.experts and rows and not any(E in option.outs for option in step.options):
-                where = node.meta.get("source") or node.name
+                where = f"{node.meta.get('module') or 'the model'} ({node.meta.get('source') or node.name})"
                 return PlanError(
-                    f"{self.request.axis}={self.size}: {op_name(node.target)} in {node.meta.get('module') or 'the model'} ({where}) works on "
-                    f"the rows of experts and needs all of them at once, or has no rule (mp.add_rule): rows cannot be sent to the ranks "
+                    f"{self.request.axis}={self.size}: {op_name(node.target)} in {where} works on the rows of experts and needs all of them at once, or has no rule (mp.add_rule): rows cannot be sent to the ranks "
                     f"of their experts. Rewrite it row by row, or use dp instead of ep."
                 )
         return error
