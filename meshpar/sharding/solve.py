@@ -314,8 +314,8 @@ class _Solver:
                 where = f"{node.meta.get('module') or 'the model'} ({node.meta.get('source') or node.name})"
                 return PlanError(
                     f"{self.request.axis}={self.size}: {op_name(node.target)} in {where} works on the rows of experts and needs all of "
-                    f"them at once, or has no rule (mp.add_rule): rows cannot be sent to the ranks of their experts. Rewrite it row by row, "
-                    f"or use dp instead of ep."
+                    f"them at once, or has no rule (mp.add_rule): rows cannot be sent to the ranks of their experts. Rewrite it row by "
+                    f"row, or use dp instead of ep."
                 )
         return error
 
