@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 from meshpar.checkpoint.boxes import Box, volume, whole
@@ -53,8 +54,7 @@ class Sink:
         return sum(f.size for f in self.files)
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """A box of a tensor on its way into a file."""
 
     tensor: str

@@ -54,8 +54,7 @@ class Rearrange:
         return np.ascontiguousarray(array.reshape(self.split).transpose(self.order)).reshape(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One tensor to move. Sources tile `shape`; targets tile it too, or the rearranged shape."""
 
     name: str
@@ -368,11 +367,13 @@ class _Worker:
     def _place(self, groups: Sequence[_Spans], buffer: _Buffer, act: Callable[[int, int, memoryview], None]) -> list[_Ints]:
         """Give every stretch its place in the buffer, neighbours in a file side by side; `act(file, begin, view)` on every row of them."""
         file, begin, nbytes = (np.concatenate(parts) for parts in zip(*((g.file, g.begin, g.nbytes) for g in groups), strict=True))
+        if not len(file):
+            return [begin for _ in groups]
         order = np.lexsort((nbytes, begin, file))
         f, b, n = file[order], begin[order], nbytes[order]
         breaks = np.flatnonzero((f[1:] != f[:-1]) | (b[1:] != b[:-1] + n[:-1])) + 1
         first, last = np.concatenate(([0], breaks)), np.concatenate((breaks - 1, [len(f) - 1]))
-        shift = np.empty(len(first), np.int64)
+        shift = np.zeros(len(first), np.int64)
         for k, (i, j) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
             base, end = int(b[i]), int(b[j] + n[j])
             if end > base:
