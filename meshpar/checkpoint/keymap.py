@@ -166,8 +166,13 @@ def identity(tensors: Tensors) -> Mapped:
 
 
 def _same(name: str, dtype: str, shape: tuple[int, ...]) -> Link:
-    place = (Place(name, (0,) * len(shape), tuple(range(len(shape)))),)
+    place = (Place(name, *_corner(len(shape))),)
     return Link(shape, dtype, place, place, dtype)
+
+
+@lru_cache
+def _corner(ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (0,) * ndim, tuple(range(ndim))
 
 
 def _expand(rules: Sequence[Rule], tensors: Tensors) -> Mapped:
