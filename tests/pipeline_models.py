@@ -165,6 +165,20 @@ class FrozenStart(Tied):
             module.requires_grad_(False)
 
 
+def t5() -> nn.Module:
+    """The encoder-decoder of transformers: one table of relative positions serves all blocks of a stack."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 61, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**sizes))  # type: ignore[no-any-return]
+
+
+def _pairs() -> dict[str, Tensor]:
+    labels = torch.randint(2, 61, (8, 5))
+    labels[0, 1:] = -100
+    return {"input_ids": torch.randint(2, 61, (8, 7)), "labels": labels}
+
+
 def _vectors(samples: int = 8) -> dict[str, Tensor]:
     return {"x": torch.randn(samples, 8), "labels": torch.randint(0, 5, (samples,))}
 
@@ -201,6 +215,7 @@ MADE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = 
     "balanced": (Balanced, _vectors),
     "everywhere": (Everywhere, lambda: {**_tokens(11), "mask": None, "strict": True, "power": 2.5}),
     "shared": (Shared, _vectors),
+    "t5": (t5, _pairs),
     "tied": (Tied, lambda: _tokens(13)),
     "frozen_start": (FrozenStart, lambda: _tokens(13)),
 }

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import meshpar as mp
 from meshpar._torch import FakeStore, local_of
+from meshpar.ops import experts
 from meshpar.sharding.types import Owned, Ragged, Shard
 from tests.models import text, tiny
 from tests.moe_models import experts_in_a_list
@@ -109,6 +111,23 @@ def test_the_load_of_every_expert(recompute: str) -> None:
         assert list(pm.expert_load()) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
 
 
+def outputs(mesh: str) -> float:
+    """How far the logits are from those of one device, on this rank."""
+    model, batch = tiny("mixtral").double().eval(), text(8)
+    device_mesh = mp.make_mesh(mesh)
+    pm = mp.parallelize(model, device_mesh, example=mp.local_batch(batch, device_mesh)).eval()
+    with torch.no_grad():
+        logits = pm(**mp.local_batch({"input_ids": batch["input_ids"][:4]}, device_mesh)).logits
+        wanted = model(input_ids=batch["input_ids"][:4]).logits
+    assert isinstance(logits, DTensor) and logits.shape == wanted.shape
+    return float((logits.full_tensor() - wanted).abs().max())
+
+
+@pytest.mark.parametrize("mesh", ["dp=2,ep=2", "pp=2,ep=2"])
+def test_outputs_are_the_models_own(gloo: Pool, mesh: str) -> None:
+    assert max(gloo.run(outputs, mesh, world=4, timeout=120)) < 1e-6  # its norms compute in float32
+
+
 def owned(mesh: str) -> tuple[list[str], dict[str, Any]]:
     model, batch = experts_in_a_list()
     device_mesh = mp.make_mesh(mesh)
@@ -160,6 +179,26 @@ def test_experts_of_another_form_are_named() -> None:
     with pytest.raises(mp.ConfigError) as caught:
         parallelized(Odd(), {"x": torch.randn(4, 8)}, "ep=2", 2)
     assert "ep=2 divides experts" in str(caught.value) and "mp.register_experts(MyExperts, run)" in str(caught.value)
+
+
+class Ranked(nn.Module):
+    """Stacked experts whose rows are compared with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 4), nn.Parameter(torch.randn(4, 8, 6)), nn.Parameter(torch.randn(4, 6, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, index = self.gate(x).softmax(-1).topk(2, -1)
+        rows, offsets, perm = experts.dispatch(x, index, 4)
+        rows = experts.grouped_mm(rows, self.up, offsets).cumsum(0)
+        return experts.combine(experts.grouped_mm(rows, self.down, offsets), perm, weights).square().mean()
+
+
+def test_what_compares_rows_is_named() -> None:
+    with pytest.raises(mp.PlanError, match=r"ep=2: cumsum in the model .* works on the rows of experts and needs all of them at once"):
+        parallelized(Ranked(), {"x": torch.randn(4, 8)}, "ep=2", 2)
+    mp.verify(Ranked(), "dp=2", {"x": torch.randn(4, 8)}).raise_if_failed()  # there rows are gathered
 
 
 # ---- 1024 ranks --------------------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ LANGUAGE: list[Case] = [
     ("gpt2", "pp=2,tp=2", {"microbatches": 2, "schedule": "1f1b"}, {}),
     ("gemma2", "pp=2,dp=2", {"microbatches": 4, "schedule": "zero-bubble", "data_parallel": "zero2"}, {}),
     ("qwen3", "pp=2,dp=2", {"microbatches": 4, "schedule": "interleaved-1f1b"}, {}),
-    ("bart", "pp=2,tp=2", {"microbatches": 2}, {}),
+    ("t5", "pp=2,dp=2", {"microbatches": 4, "schedule": "zero-bubble"}, {}),
 ]
 
 

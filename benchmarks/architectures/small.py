@@ -90,6 +90,12 @@ _FIX: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "nemotron": {"num_key_value_heads": 2},
+    **{kind: {"image_size": 64, "patch_size": 4, "window_size": 2} for kind in ("swin", "swinv2", "donut-swin", "focalnet")},
+    **{kind: {"image_size": 64, "patch_size": 4, "num_stages": 4} for kind in ("convnext", "convnextv2")},
+    **{kind: {"num_attention_heads": [1, 2, 2, 4], "hidden_sizes": [16, 32, 48, 64]} for kind in ("pvt", "pvt_v2")},
+    "bit": {"num_groups": 4},
+    "mobilevitv2": {"image_size": 64, "patch_size": 2},
+    "efficientnet": {"hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 0.1, "image_size": 64},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
 }
 
@@ -170,6 +176,7 @@ def made(task: str, kind: str, **changes: Any) -> tuple[nn.Module, dict[str, Ten
         config.is_decoder = True
     if task in ("seq2seq", "speech") and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id, config.pad_token_id = 1, 0
+    config.architectures = config.architectures or []
     auto = getattr(transformers, TASKS[task])
     try:
         model = auto.from_config(config, experts_implementation="eager")

@@ -2,7 +2,8 @@
 
 The stages run through `mp.parallelize` and `train_step` as any model does, on local gloo ranks; what they compute is a nap of known length,
 one in forward, one for the gradient of the input and one for that of the weight, so that ranks do not fight over cores. `pm.timeline` says
-when everything ran; `mp.timing.bubble` is the idle time as a fraction of the computing time, of the median step of a few.
+when everything ran; `mp.timing.bubble` is the idle time as a fraction of the computing time, of the fastest of a few steps: the one that
+other work on the machine disturbed least.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
@@ -105,8 +106,8 @@ class Model(nn.Module):
         return x.pow(2).mean()
 
 
-def measure(cases: Sequence[Case], seconds: float, steps: int) -> list[tuple[list[float], list[float]]]:
-    """On a rank: per case, the bubbles of its steps, and how long they took."""
+def measure(cases: Sequence[Case], seconds: float, steps: int) -> list[tuple[float, float]]:
+    """On a rank: per case, how long its fastest step took, and its bubble."""
     ready = deferred._now_or_later
 
     def with_a_nap(later: Any, weight: Tensor, gradient: Any) -> Tensor | None:
@@ -118,12 +119,17 @@ def measure(cases: Sequence[Case], seconds: float, steps: int) -> list[tuple[lis
 
     deferred._now_or_later = with_a_nap
     try:
-        return [_measured(case, seconds, steps) for case in cases]
+        found = []
+        for case in cases:
+            found.append(_measured(case, seconds, steps))
+            if dist.get_rank() == 0:  # the table comes in the end: say meanwhile what there is
+                print(f"{case}: bubble {found[-1][1]:.3f}, expected {case.expected()[0]:.3f}", file=sys.stderr, flush=True)
+        return found
     finally:
         deferred._now_or_later = ready
 
 
-def _measured(case: Case, seconds: float, steps: int) -> tuple[list[float], list[float]]:
+def _measured(case: Case, seconds: float, steps: int) -> tuple[float, float]:
     stages = case.ranks * case.per_rank
     order = mp.schedule.order(case.schedule, case.ranks, stages, case.microbatches)
     halves = any(action.kind == "W" for row in order.actions for action in row)
@@ -132,25 +138,23 @@ def _measured(case: Case, seconds: float, steps: int) -> tuple[list[float], list
     config: Any = {"microbatches": case.microbatches, "schedule": case.schedule, "stages": [1] * stages}
     pm = mp.parallelize(model, mp.make_mesh(f"pp={case.ranks}"), example=batch, config=mp.ParallelConfig(**config))
     pm.timeline(**batch)
-    bubbles, lengths = [], []
+    found = []
     for _ in range(steps):
         events = [event for event in pm.timeline(**batch) if event.kind in mp.schedule.COMPUTE]
-        bubbles.append(bubble(events, case.ranks))
-        lengths.append(max(e.end for e in events) - min(e.start for e in events))
-    return bubbles, lengths
+        found.append((max(e.end for e in events) - min(e.start for e in events), bubble(events, case.ranks)))
+    return min(found)
 
 
-def _table(cases: Sequence[Case], found: Sequence[tuple[list[float], list[float]]]) -> list[str]:
+def _table(cases: Sequence[Case], found: Sequence[tuple[float, float]]) -> list[str]:
     lines = [
         "| schedule | p | v | m | expected | from | measured | measured : expected | step (s) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for case, (bubbles, lengths) in zip(cases, found, strict=True):
+    for case, (length, idle) in zip(cases, found, strict=True):
         expected, source = case.expected()
-        middle = statistics.median(bubbles)
-        ratio = f"{middle / expected:.2f}" if expected else "-"
-        cells = (case.schedule, case.ranks, case.per_rank, case.microbatches, f"{expected:.3f}", source, f"{middle:.3f}", ratio)
-        lines.append("| " + " | ".join(map(str, cells)) + f" | {statistics.median(lengths):.2f} |")
+        ratio = f"{idle / expected:.2f}" if expected else "-"
+        cells = (case.schedule, case.ranks, case.per_rank, case.microbatches, f"{expected:.3f}", source, f"{idle:.3f}", ratio)
+        lines.append("| " + " | ".join(map(str, cells)) + f" | {length:.2f} |")
     return lines
 
 
@@ -166,14 +170,14 @@ def main() -> None:
     options = parser.parse_args()
     lines: list[str] = []
     everything: list[Case] = []
-    results: list[tuple[list[float], list[float]]] = []
+    results: list[tuple[float, float]] = []
     for ranks in options.ranks:
         cases = [Case(s, ranks, m) for s in options.schedules for m in options.microbatches if s != "dualpipev" or m >= 2 * ranks]
         results += launch.run(measure, cases, options.seconds, options.steps, world=ranks)[0]
         everything += cases
     lines = _table(everything, results)
     print("\n".join(lines))
-    closed = [(c, statistics.median(b)) for c, (b, _) in zip(everything, results, strict=True) if c.expected()[1] == "closed form"]
+    closed = [(c, idle) for c, (_, idle) in zip(everything, results, strict=True) if c.expected()[1] == "closed form"]
     off = [f"{c.schedule} p={c.ranks} m={c.microbatches}" for c, b in closed if abs(b / c.expected()[0] - 1) > WITHIN]
     verdict = f"{len(closed) - len(off)} of {len(closed)} bubbles with a closed form are within {WITHIN:.0%} of it." + (
         f" Outside: {', '.join(off)}." if off else ""

@@ -29,6 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {}),
     "qwen3": ("qwen3", {}),
     "bart": ("bart", {}),
+    "t5": ("t5", {}),
     "encoder_decoder": ("encoder_decoder", {}),
     "unet": ("unet", {}),
     "mamba": ("mamba", {}),

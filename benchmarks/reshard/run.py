@@ -76,6 +76,12 @@ CASES = (
 )
 
 
+def filled(noise: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """An array of a size, repeating the noise as often as it takes."""
+    count = int(np.prod(size))
+    return (noise[:count] if count <= noise.size else np.resize(noise, count)).reshape(size)
+
+
 def make(root: Path, case: Case, nbytes: int) -> int:
     """Write the source; returns the bytes of its tensors."""
     grid, shapes = Grid.parse(case.mesh), case.tensors(nbytes)
@@ -85,7 +91,7 @@ def make(root: Path, case: Case, nbytes: int) -> int:
     for name, shape in shapes.items():
         for rank, runs in division.holders(name, shape):
             size = tuple(sum(b - a for a, b in row) for row in runs)
-            held[rank].append(Local(name, "BF16", shape, runs, lambda size=size: np.resize(noise, size), "model", layouts[name]))
+            held[rank].append(Local(name, "BF16", shape, runs, lambda size=size: filled(noise, size), "model", layouts[name]))
     with writing(root, "", Disk()) as partial:
         finish(partial, merge([write_rank(partial.path, r, rows, {}, partial.disk) for r, rows in enumerate(held)], grid))
     return sum(2 * int(np.prod(shape)) for shape in shapes.values())

@@ -55,6 +55,8 @@ class _Like:
         self.requires_grad = tensor.requires_grad
 
     def made(self, generator: torch.Generator) -> Tensor:
+        if self.dtype == torch.bool:
+            return torch.rand(self.shape, generator=generator) < 0.7
         if not self.dtype.is_floating_point:
             return torch.zeros(self.shape, dtype=self.dtype)
         return torch.randn(self.shape, dtype=torch.double, generator=generator).requires_grad_(self.requires_grad)
@@ -80,7 +82,9 @@ def _agrees(cls: Any, likes: tuple[Any, ...]) -> bool:
         with torch.enable_grad():
             theirs = cls.apply(*args)
             own_context = cls.setup_context is torch.autograd.Function.setup_context
-            plain = cls.forward(_Context(args), *args) if own_context else cls.forward(*args)
+            leading = (_Context(args),) if own_context else ()
+            # Without writes in place, which autograd would refuse where they follow what was saved.
+            plain = torch.func.functionalize(lambda *given: cls.forward(*leading, *given))(*args)
         gradients = [torch.autograd.grad(_total(value), wanted, allow_unused=True, materialize_grads=True) for value in (theirs, plain)]
     except Exception:  # whatever it is, the two could not be compared
         return False

@@ -15,6 +15,7 @@ from torch import fx
 
 from ..mesh import Axis
 from ..ops.random import derive, drawn
+from .inputs import add_input
 
 KEY = "random_key"
 
@@ -29,10 +30,7 @@ class SeedRandom:
         nodes = [n for n in graph.nodes if n.op == "call_function" and "seed" in n.meta]
         if not nodes:
             return graph
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            key = graph.placeholder(KEY)
-        key.meta = {"module": "", "region": None}
+        key = add_input(graph, KEY)
         by_region: dict[str | None, list[fx.Node]] = {}
         for node in nodes:
             by_region.setdefault(node.meta.get("region"), []).append(node)

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ..ops import load
+from .inputs import add_input
 
 TALLY = "expert_tally"
 
@@ -27,10 +28,7 @@ class TallyExperts:
         nodes = [n for n in graph.nodes if n.target is torch.ops.meshpar.dispatch.default]
         if not nodes:
             return graph
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            tally = graph.placeholder(TALLY)
-        tally.meta = {"module": "", "region": None}
+        tally = add_input(graph, TALLY)
         taken: dict[str, int] = {}
         for node in nodes:
             name = str(node.meta.get("module") or node.name)

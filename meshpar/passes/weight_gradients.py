@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ..ops import deferred
+from .inputs import add_input
 
 aten = torch.ops.aten
 
@@ -32,10 +33,7 @@ class DeferWeightGradients:
         found = [(node, made) for node in graph.nodes if (made := self._deferred(node)) is not None]
         if not found:
             return graph
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            queue = graph.placeholder(QUEUE)
-        queue.meta = {"module": "", "region": None}
+        queue = add_input(graph, QUEUE)
         for node, (target, args) in found:
             before = node.all_input_nodes
             node.target, node.args, node.kwargs = target, (*args, queue), {}

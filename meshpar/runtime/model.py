@@ -171,7 +171,7 @@ class ParallelModel(nn.Module):
             return value
         placements: list[Placement] = []
         for name in self.mesh.mesh_dim_names or ():
-            found = types.get("tp" if name == "tp" else "dp")
+            found = types.get(name if name in ("ep", "tp") else "dp") if name != "pp" else None
             placements.append(ShardPlacement(found.dim) if isinstance(found, Shard) else Replicate())
         info = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index].meta["info"]
         strides, step = [], 1

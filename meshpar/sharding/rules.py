@@ -37,8 +37,8 @@ def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[st
 
 # -- pointwise ---------------------------------------------------------------------------------------------------------------------------
 
-_JOINTLY = {"add", "sub", "rsub", "add_", "sub_"}
-_EACH = {"mul", "mul_"}
+_JOINTLY = {"add", "sub", "rsub", "add_", "sub_", "subtract"}
+_EACH = {"mul", "mul_", "multiply"}
 _FIRST = {"div", "div_", "neg", "to", "_to_copy", "type_as", "clone", "positive", "real", "conj"}
 _CHOICE = {"where"}
 
@@ -61,7 +61,7 @@ def _linear(op: Op) -> list[set[int]]:
         return [set(range(count))] if len(tensors) == 2 else []
     if op.name in _EACH:
         return [{i} for i in range(count)] if op.node.args[0] is not op.node.args[-1] else []
-    if op.name == "div":
+    if op.name in {"div", "divide", "true_divide"}:
         return [{0}] if isinstance(op.arguments.get("self"), torch.fx.Node) and op.arguments.get("rounding_mode") is None else []
     if op.name in {"_to_copy", "to", "type_as"}:
         return [{0}] if _widens(op) else []
@@ -178,6 +178,14 @@ def batch_norm(op: Op) -> Signature | None:
         for o in op.outs[1:]
     ]
     return Signature((base, *[channel] * (len(op.infos) - 1)), tuple(outs), sizes, fixed)
+
+
+def weight_norm(op: Op) -> Signature:
+    """A weight of unit norm times a magnitude for each index of one dim, which may be cut."""
+    shape, dim = op.infos[0].shape, op.dim()
+    base = named("d", shape)
+    magnitude = tuple(d if i == dim else () for i, d in enumerate(base))
+    return Signature((base, magnitude), (base,), sizes_of("d", shape), frozenset(f"d{i}" for i in range(len(shape)) if i != dim))
 
 
 def group_norm(op: Op) -> Signature | None:
@@ -462,6 +470,7 @@ RULES: dict[str, Rule] = {
         batch_norm,
     ),
     "group_norm": group_norm,
+    "_weight_norm": weight_norm,
     **dict.fromkeys(
         ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumprod", "logcumsumexp", "cummax", "cummin"),
         fixed_dims(lambda op: [op.dim()], linear=False),
@@ -511,6 +520,8 @@ RULES: dict[str, Rule] = {
     ),
     # these carry no pointwise tag, or not in every form
     **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid"), pointwise),
+    # other names for operators that carry one
+    **dict.fromkeys(("multiply", "divide", "true_divide", "subtract", "greater", "greater_equal", "less", "less_equal"), pointwise),
     "view_as_complex": row("... [c] -> ..."),
     "view_as_real": row("... -> ... [c]"),
     # random

@@ -20,11 +20,11 @@ from torch import fx
 from ..capture.captured import Info
 from ..errors import PlanError
 from ..plan import AxisPlan, NodePlan
-from .choices import Choice, at_rest, choices
+from .choices import Choice, E, at_rest, choices
 from .conversions import ALL_GATHER, wire_bytes
 from .factors import shard
 from .infer import Call, Inference, infer
-from .op import Value, info_of, operands, value_of
+from .op import Value, info_of, op_name, operands, value_of
 from .price import Price
 from .program import Problem, Step, choose
 from .types import I, Owned, R, Shard, Type, plain
@@ -298,10 +298,26 @@ class _Solver:
     def _solve_unit(self, unit: str | None, nodes: list[fx.Node], pins: Mapping[Value, Type]) -> None:
         problem = self._problem(unit, nodes, pins)
         if problem not in self.solved:
-            self.solved[problem] = choose(problem, self.price)
+            try:
+                self.solved[problem] = choose(problem, self.price)
+            except PlanError as error:
+                raise self._explained(error, nodes, problem) from error
         for node, step, picked in zip(nodes, problem.steps, self.solved[problem], strict=True):
             option = step.options[picked]
             self._settle(node, option.uses, option.outs, option.why)
+
+    def _explained(self, error: PlanError, nodes: Sequence[fx.Node], problem: Problem) -> PlanError:
+        """Between dispatch and combine, what does not treat every row alike stands in the way of sending rows to their experts."""
+        for node, step in zip(nodes, problem.steps, strict=True):
+            rows = any(o is not None and o.rows for o in step.outs)
+            if self.experts and rows and not any(E in option.outs for option in step.options):
+                where = f"{node.meta.get('module') or 'the model'} ({node.meta.get('source') or node.name})"
+                return PlanError(
+                    f"{self.request.axis}={self.size}: {op_name(node.target)} in {where} works on the rows of experts and needs all of "
+                    f"them at once, or has no rule (mp.add_rule): rows cannot be sent to the ranks of their experts. Rewrite it row by "
+                    f"row, or use dp instead of ep."
+                )
+        return error
 
     def _problem(self, unit: str | None, nodes: Sequence[fx.Node], pins: Mapping[Value, Type]) -> Problem:
         index = {n: i for i, n in enumerate(nodes)}

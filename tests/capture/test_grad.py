@@ -130,12 +130,46 @@ class Squared(torch.autograd.Function):
         return 2 * grads[0] * ctx.saved_tensors[0]
 
 
+class MaskedSoftmax(torch.autograd.Function):
+    """Writes into what it would have to save."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        y = x.masked_fill(~mask, -1e9).softmax(-1)
+        y.masked_fill_(~mask, 0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return y * (grads[0] - (y * grads[0]).sum(-1, keepdim=True)), None
+
+
+class MaskedSoftmaxOnce(MaskedSoftmax):
+    """Forgets the sum, which shows only where something is not masked."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * grads[0], None
+
+
 def test_a_function_that_agrees_with_its_derivative_is_kept() -> None:
     class Own(One):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"loss": Squared.apply(self.a(x)).sum()}
 
+    class Masked(One):
+        function: Any = MaskedSoftmax
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"loss": (self.function.apply(self.a(x), x > 0) * x).sum()}
+
     assert_same(Own(), (torch.randn(3, 4),), {}, tolerance=1e-6)
+    assert_same(Masked(), (torch.randn(3, 4),), {}, tolerance=1e-6)
+    Masked.function = MaskedSoftmaxOnce
+    with pytest.raises(CaptureError, match="MaskedSoftmaxOnce"):
+        capture(Masked(), (torch.randn(3, 4),))
 
 
 def test_checkpointing_inside_the_model_is_transparent() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-import meshpar.ops.experts  # noqa: F401  (registers its operators)
 from meshpar.capture.captured import Info
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
@@ -173,11 +172,15 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
     (aten.view_as_real.default, (torch.complex(x(4, 6), x(4, 6)),), 2),
     (aten.slice_scatter.default, (x(4, 6), x(4, 2), 1, 2, 4), 1),
     (aten.type_as.default, (x(6), x(2, 4, 8)), 1),
+    (aten.multiply.Tensor, (x(4, 6), x(6)), 2),
+    (aten.divide.Tensor, (x(4, 6), x(4, 1)), 2),
+    (aten.subtract.Tensor, (x(4, 6), x(6)), 2),
+    (aten.greater.Scalar, (x(4, 6), 0.0), 2),
+    (aten._weight_norm.default, (x(4, 6, 8), x(4, 1, 1), 0), 1),
+    (aten._weight_norm.default, (x(4, 6, 8), x(1, 1, 8), 2), 1),
     (aten.unfold.default, (x(4, 6, 8), 1, 3, 1), 2),
     (aten.log_sigmoid.default, (x(4, 6),), 2),
     (aten.select_scatter.default, (x(4, 6, 8), x(4, 8), 1, 2), 2),
-    (torch.ops.meshpar.grouped_mm.default, (x(12, 6), x(4, 6, 8), torch.tensor([2, 6, 6, 12], dtype=torch.int32)), 2),
-    (torch.ops.meshpar.combine.default, (x(12, 8), torch.randperm(12), x(6, 2)), 1),
 ]  # fmt: skip
 
 
