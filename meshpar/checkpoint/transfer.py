@@ -33,7 +33,7 @@ from meshpar.checkpoint.files import BLOCK, ITEMSIZE, BlockCrc, Disk
 from meshpar.checkpoint.manifest import Chunk
 
 ZERO = -1  # the file of a piece that is all zeros: read from nowhere, checked and dropped when it is a target
-SLAB = 2 << 20  # two such buffers stay in the cache of a core, or nearly: measured between 256 KiB and 4 MiB
+SLAB = 2 << 20  # the best of 256 KiB to 4 MiB in benchmarks/reshard
 SHORT = 1 << 16  # longer pieces are worth a call of their own instead of a copy
 MIN_MEMORY = 1 << 20
 
