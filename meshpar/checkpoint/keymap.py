@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from meshpar.checkpoint.boxes import Box, find_flaw, whole
 from meshpar.checkpoint.casts import castable
@@ -36,8 +37,7 @@ PAD = "_"
 STACK_EXPERTS = "{p*}.experts.{e}.{n*} [...] -> {p*}.experts.{n*} [e ...]"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor lies in the space of a link: its corner, and which dims of the space are its own (the others have length 1)."""
 
     tensor: str
@@ -55,8 +55,7 @@ class Place:
         return Box(tuple(offset), tuple(size))
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """Tensors on one side, tensors on the other, and the space in which they meet. Padding is the part of a space no tensor covers."""
 
     shape: tuple[int, ...]
@@ -167,8 +166,13 @@ def identity(tensors: Tensors) -> Mapped:
 
 
 def _same(name: str, dtype: str, shape: tuple[int, ...]) -> Link:
-    place = (Place(name, (0,) * len(shape), tuple(range(len(shape)))),)
+    place = (Place(name, *_corner(len(shape))),)
     return Link(shape, dtype, place, place, dtype)
+
+
+@lru_cache
+def _corner(ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (0,) * ndim, tuple(range(ndim))
 
 
 def _expand(rules: Sequence[Rule], tensors: Tensors) -> Mapped:
@@ -215,7 +219,7 @@ def _copy(alias: str, name: str, links: Sequence[Link]) -> Link:
     """The link of the stored tensor `name`, leading to `alias` instead."""
     target = _target_of(name, links)
     link = next(link for link in links if link.targets[0].tensor == target)
-    return replace(link, targets=(replace(link.targets[0], tensor=alias),))
+    return link._replace(targets=(link.targets[0]._replace(tensor=alias),))
 
 
 def _target_of(name: str, links: Sequence[Link]) -> str:

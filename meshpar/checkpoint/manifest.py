@@ -16,11 +16,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
+
+import numpy as np
 
 from meshpar.checkpoint.boxes import Box, find_flaw, volume
 from meshpar.checkpoint.division import ONE_RANK, WHOLE, Grid, Layout, layout_from_json, layout_to_json
@@ -63,8 +63,7 @@ class Chunk(NamedTuple):
     crcs: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """One tensor as it lies on disk. `kind` says what it is: model, optimizer, extra, or rank (one row per rank, never resharded)."""
 
     dtype: str
@@ -177,10 +176,13 @@ def _stored(row: Any, where: str, known: _Known) -> Stored:
     if kind not in KINDS:
         raise ValueError(f"kind {str(kind)[:40]!r}")
     rows = row["chunks"]
-    raw = [(offset, size) for offset, size, _, _, _ in rows]
+    raw = [row[:2] for row in rows]
     numbers: list[Any] = []
     for offset, size, file, begin, crcs in rows:
-        numbers += (*offset, *size, file, begin, *crcs)
+        numbers += offset
+        numbers += size
+        numbers += crcs
+        numbers += file, begin
     if numbers and (set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= _LIMIT):
         raise ValueError("a position, size or checksum is not a count")
     seen, boxes = known.boxes.get(shape, (None, []))
@@ -199,31 +201,53 @@ def check(manifest: Manifest, where: str) -> None:
     names = [f.name for f in manifest.files]
     if len(set(names)) != len(names):
         raise CorruptError(f"{where}: a file is listed twice.")
-    spans: list[list[tuple[int, int, str]]] = [[] for _ in names]
     ends = [f.size for f in manifest.files]
-    proved: dict[tuple[int, ...], list[Box]] = {}  # most tensors of a model are divided like others of their shape
+    proved: dict[tuple[int, ...], tuple[list[Box], list[int]]] = {}  # most tensors of a model are divided like others of their shape
+    spans: list[tuple[int, int, int]] = []
     for name, stored in manifest.tensors.items():
         boxes = [c.box for c in stored.chunks]
-        if proved.get(stored.shape) != boxes:
+        known, volumes = proved.get(stored.shape, (None, []))
+        if known != boxes:
             check_tiling(name, stored.shape, boxes, where)
-            proved[stored.shape] = boxes
+            volumes = [volume(box.size) for box in boxes]
+            proved[stored.shape] = boxes, volumes
         item = ITEMSIZE[stored.dtype]
-        for box, file, begin, crcs in stored.chunks:
-            nbytes = prod(box.size) * item
-            if file >= len(names) or begin + nbytes > ends[file]:
-                raise CorruptError(f"{where}: {name} {box} should end at byte {begin + nbytes} of file {file}, past its end.")
-            if crcs and len(crcs) != -(-nbytes // manifest.block):
-                raise CorruptError(f"{where}: {name} {box} has {len(crcs)} checksums for {nbytes} bytes.")
-            if nbytes:
-                spans[file].append((begin, begin + nbytes, name))
-    for index, rows in enumerate(spans):
-        rows.sort()
-        for (_, stop, one), (start, _, other) in pairwise(rows):
-            if stop > start:
-                raise CorruptError(f"{where}: {one} and {other} share bytes {start}..{stop} of {names[index]}.")
+        for (box, file, begin, crcs), count in zip(stored.chunks, volumes, strict=True):
+            end = begin + count * item
+            if file >= len(names) or end > ends[file]:
+                raise CorruptError(f"{where}: {name} {box} should end at byte {end} of file {file}, past its end.")
+            if crcs and len(crcs) != -((begin - end) // manifest.block):
+                raise CorruptError(f"{where}: {name} {box} has {len(crcs)} checksums for {end - begin} bytes.")
+            spans.append((file, begin, end))
+    shared = _shared(spans)
+    if shared is not None:
+        file, start, stop = shared
+        one, other = _holders(manifest, shared)
+        raise CorruptError(f"{where}: {one} and {other} share bytes {start}..{stop} of {names[file]}.")
     for alias, name in manifest.aliases.items():
         if name not in manifest.tensors or alias in manifest.tensors:
             raise CorruptError(f"{where}: {alias} is tied to {name}, which is not a stored tensor.")
+
+
+def _shared(spans: Sequence[tuple[int, int, int]]) -> tuple[int, int, int] | None:
+    """The first `(file, start, stop)` that lies in two of the `(file, begin, end)`."""
+    table = np.array(spans, np.int64).reshape(-1, 3)
+    file, begin, end = table[table[:, 2] > table[:, 1]].T
+    order = np.lexsort((end, begin, file))
+    file, begin, end = file[order], begin[order], end[order]
+    bad = np.flatnonzero((file[1:] == file[:-1]) & (begin[1:] < end[:-1]))
+    return (int(file[bad[0]]), int(begin[bad[0] + 1]), int(end[bad[0]])) if len(bad) else None
+
+
+def _holders(manifest: Manifest, span: tuple[int, int, int]) -> list[str]:
+    """The tensors, one of them perhaps twice, of the two chunks that meet at a shared byte range."""
+    held = [
+        (c.begin, c.begin + volume(c.box.size) * ITEMSIZE[t.dtype], name)
+        for name, t in manifest.tensors.items()
+        for c in t.chunks
+        if c.file == span[0]
+    ]
+    return [name for begin, end, name in sorted(held) if begin <= span[1] < end][-2:]
 
 
 def check_tiling(name: str, shape: Sequence[int], boxes: Sequence[Box], where: str) -> None:

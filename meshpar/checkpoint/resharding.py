@@ -189,7 +189,7 @@ def with_dtype(mapped: Mapped, kinds: Mapping[str, str], dtype: str | None) -> M
 
 
 def _with_dtype(link: Link, dtype: str) -> Link:
-    return link if link.target_dtype == dtype else replace(link, target_dtype=dtype, exact=False)
+    return link if link.target_dtype == dtype else link._replace(target_dtype=dtype, exact=False)
 
 
 def build(

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 from meshpar.checkpoint.boxes import Box, volume, whole
@@ -53,8 +54,7 @@ class Sink:
         return sum(f.size for f in self.files)
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """A box of a tensor on its way into a file."""
 
     tensor: str
@@ -85,12 +85,13 @@ def folder_sink(tensors: Tensors, limit: int) -> Sink:
     """Whole tensors in the files of a Hugging Face folder, each of at most `limit` bytes unless one tensor alone is larger."""
     groups: list[list[Slot]] = [[]]
     filled = 0
+    boxes = {shape: whole(shape) for shape in {shape for _, shape in tensors.values()}}  # shared: equal boxes are compared quickly
     for name, (dtype, shape) in tensors.items():
         nbytes = volume(shape) * ITEMSIZE[dtype]
         if filled and filled + nbytes > limit:
             groups.append([])
             filled = 0
-        groups[-1].append(Slot(name, name, dtype, whole(shape)))
+        groups[-1].append(Slot(name, name, dtype, boxes[shape]))
         filled += nbytes
     count = len(groups)
     names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

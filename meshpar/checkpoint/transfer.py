@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
 import numpy as np
@@ -33,10 +33,12 @@ from meshpar.checkpoint.files import BLOCK, ITEMSIZE, BlockCrc, Disk
 from meshpar.checkpoint.manifest import Chunk
 
 ZERO = -1  # the file of a piece that is all zeros: read from nowhere, checked and dropped when it is a target
-SLAB = 4 << 20
+SLAB = 2 << 20  # the best of 256 KiB to 4 MiB in benchmarks/reshard
+SHORT = 1 << 16  # longer pieces are worth a call of their own instead of a copy
 MIN_MEMORY = 1 << 20
 
 
+_Ints = np.ndarray[Any, np.dtype[np.int64]]
 Piece = Chunk  # a box whose bytes lie row-major in a file, in the space of a transfer instead of that of a tensor
 
 
@@ -52,8 +54,7 @@ class Rearrange:
         return np.ascontiguousarray(array.reshape(self.split).transpose(self.order)).reshape(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One tensor to move. Sources tile `shape`; targets tile it too, or the rearranged shape."""
 
     name: str
@@ -141,9 +142,9 @@ def check_memory(transfers: Sequence[Transfer], options: Options) -> None:
     """Refuse before any I/O what could only be done with more memory."""
     if options.memory < MIN_MEMORY:
         raise ImpossibleError(f"--max-memory is {options.memory} bytes; at least {MIN_MEMORY} are needed.")
-    for t in transfers:
+    for t in [t for t in transfers if t.rearrange is not None]:
         step = 3 * _step_bytes(t)
-        if t.rearrange is not None and step > options.spare:
+        if step > options.spare:
             need = min(2 * step, step + 2 * options.workers * options.slab)  # the buffers take half of it, or less
             raise ImpossibleError(
                 f"{t.name} {list(t.shape)} must be transposed in memory: --max-memory {-(-need >> 20)}MiB or more would do."
@@ -323,11 +324,11 @@ class _Worker:
         """Whole transfers that only put stretches of bytes side by side, and the others."""
         simple: list[tuple[_State, _Recipe]] = []
         rest: list[tuple[_State, Box]] = []
-        block = min(self._options.source_block, BLOCK)
+        limit = min(self._options.source_block, SHORT)
         for state, box in unit:
             t = state.transfer
             recipe = self._recipe(t)
-            if recipe.parts is None or t.dtype != t.target_dtype or recipe.longest > block or _has_zeros(t):
+            if recipe.parts is None or t.dtype != t.target_dtype or recipe.longest > limit or _has_zeros(t):
                 rest.append((state, box))
             else:
                 simple.append((state, recipe))
@@ -345,41 +346,67 @@ class _Worker:
         return made
 
     def _simple(self, batch: Sequence[tuple[_State, _Recipe]]) -> None:
-        """`_unit` for many small transfers: a tight loop over their pieces instead of an object for each."""
+        """`_unit` for many small transfers: what is divided alike moves by one strided copy per stretch, not by an object for each."""
         self._in.reset()
-        verify, checksums, reuse = self._options.verify, self._options.checksums, self._options.source_block == BLOCK
-        reads = [
-            (piece.file, piece.begin, nbytes, k, s)
-            for k, (state, recipe) in enumerate(batch)
-            for s, (piece, nbytes) in enumerate(zip(state.transfer.sources, recipe.nbytes, strict=True))
-        ]
-        reads.sort()
-        views: list[list[memoryview]] = [[_NOTHING] * len(recipe.nbytes) for _, recipe in batch]
-        for first, stop, end in _neighbours(reads):
-            file, base = reads[first][:2]
-            view = self._in.take(end - base, base)
-            self._fill(file, base, view)
-            for _, begin, nbytes, k, s in reads[first:stop]:
-                part = views[k][s] = view[begin - base : begin - base + nbytes]
-                if verify:
-                    piece = batch[k][0].transfer.sources[s]
-                    if piece.crcs and crc32(part) != piece.crcs[0]:
-                        name = batch[k][0].transfer.name
-                        _mismatch(self._m.source.name(file), name, piece, (crc32(part),), self._options.source_block)
-        writes: list[tuple[int, int, list[memoryview]]] = []
-        for (state, recipe), held in zip(batch, views, strict=True):
-            assert recipe.parts is not None
-            for index, (piece, parts) in enumerate(zip(state.transfer.targets, recipe.parts, strict=True)):
-                if len(parts) == 1 and parts[0][1:] == (0, recipe.nbytes[parts[0][0]]):
-                    source = parts[0][0]
-                    out = [held[source]]
-                    known = state.transfer.sources[source].crcs if verify and reuse else ()
-                else:
-                    out, known = [held[s][start:stop] for s, start, stop in parts], ()
-                writes.append((piece.file, piece.begin, out))
-                if checksums:
-                    state.target_crc[index] = known or _crc_of(out)
-        self._write(writes)
+        self._out.reset()
+        alike: dict[int, list[tuple[_State, _Recipe]]] = {}
+        for row in batch:
+            alike.setdefault(id(row[1]), []).append(row)
+        stacks = [_stack([state for state, _ in rows], rows[0][1]) for rows in alike.values()]
+        starts = self._place([s.sources for s in stacks], self._in, self._fill)
+        for stack, begins in zip(stacks, starts, strict=True):
+            if self._options.verify:
+                self._verify_small(stack, begins)
+        writes: list[tuple[int, int, memoryview]] = []
+        places = self._place([s.targets for s in stacks], self._out, lambda *run: writes.append(run))
+        for stack, begins, ends in zip(stacks, starts, places, strict=True):
+            self._gather(stack, begins, ends)
+        for file, begin, view in writes:
+            self._put(file, begin, [view], len(view))
+
+    def _place(self, groups: Sequence[_Spans], buffer: _Buffer, act: Callable[[int, int, memoryview], None]) -> list[_Ints]:
+        """Give every stretch its place in the buffer, neighbours in a file side by side; `act(file, begin, view)` on every row of them."""
+        file, begin, nbytes = (np.concatenate(parts) for parts in zip(*((g.file, g.begin, g.nbytes) for g in groups), strict=True))
+        if not len(file):
+            return [begin for _ in groups]
+        order = np.lexsort((nbytes, begin, file))
+        f, b, n = file[order], begin[order], nbytes[order]
+        breaks = np.flatnonzero((f[1:] != f[:-1]) | (b[1:] != b[:-1] + n[:-1])) + 1
+        first, last = np.concatenate(([0], breaks)), np.concatenate((breaks - 1, [len(f) - 1]))
+        shift = np.zeros(len(first), np.int64)
+        for k, (i, j) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+            base, end = int(b[i]), int(b[j] + n[j])
+            if end > base:
+                act(int(f[i]), base, buffer.take(end - base, base))
+                shift[k] = buffer.used - end
+        placed = np.empty(len(f), np.int64)
+        placed[order] = b + np.repeat(shift, last - first + 1)
+        return np.split(placed, np.cumsum([len(g.file) for g in groups])[:-1])
+
+    def _verify_small(self, stack: _Stack, begins: _Ints) -> None:
+        data, at = self._in.data, begins.tolist()
+        for k, (start, nbytes, piece) in enumerate(zip(at, stack.sources.nbytes.tolist(), stack.pieces, strict=True)):
+            if piece.crcs and crc32(data[start : start + nbytes]) != piece.crcs[0]:
+                name, found = stack.states[k // len(stack.recipe.nbytes)].transfer.name, crc32(data[start : start + nbytes])
+                _mismatch(self._m.source.name(piece.file), name, piece, (found,), self._options.source_block)
+
+    def _gather(self, stack: _Stack, begins: _Ints, ends: _Ints) -> None:
+        """Copy the stretches of all targets of transfers divided alike, and note the targets' checksums."""
+        recipe, count = stack.recipe, len(stack.states)
+        assert recipe.parts is not None
+        sources, targets = begins.reshape(count, -1), ends.reshape(count, -1)
+        data, reuse = self._out.data, self._options.verify and self._options.source_block == BLOCK
+        for index, parts in enumerate(recipe.parts):
+            at = targets[:, index]
+            for s, start, stop in parts:
+                _copy(data, at, self._in.data, sources[:, s] + start, stop - start)
+                at = at + (stop - start)
+            if not self._options.checksums:
+                continue
+            lone = parts[0][0] if len(parts) == 1 and parts[0][1:] == (0, recipe.nbytes[parts[0][0]]) else None
+            for state, low, high in zip(stack.states, targets[:, index].tolist(), at.tolist(), strict=True):
+                known = state.transfer.sources[lone].crcs if reuse and lone is not None else ()
+                state.target_crc[index] = known or ((crc32(data[low:high]),) if high > low else ())
 
     def _unit(self, unit: Sequence[tuple[_State, Box]]) -> None:
         self._in.reset()
@@ -507,12 +534,15 @@ class _Worker:
                 views += writes[stop][2]
                 end += sum(map(len, writes[stop][2]))
                 stop += 1
-            with self._m.target.use(file) as fd:
-                self._disk.write(fd, views, offset)
-            with self._m.counting:
-                self._m.traffic.written += end - offset
-                self._m.traffic.writes += 1
+            self._put(file, offset, views, end - offset)
             at = stop
+
+    def _put(self, file: int, offset: int, views: Sequence[memoryview], nbytes: int) -> None:
+        with self._m.target.use(file) as fd:
+            self._disk.write(fd, views, offset)
+        with self._m.counting:
+            self._m.traffic.written += nbytes
+            self._m.traffic.writes += 1
 
     def _rearranged(self, state: _State, slab: Box) -> None:
         """Assemble a slab whole, change its order, and write its parts; one at a time, since it uses the spare memory."""
@@ -545,19 +575,19 @@ class _Buffer:
     """A reused stretch of memory, handed out front to back, as aligned as the file offsets are."""
 
     def __init__(self, size: int) -> None:
-        self._data = np.empty(size + 64, np.uint8).data.cast("B")
-        self._used = 0
+        self.data = np.empty(size + 64, np.uint8).data.cast("B")
+        self.used = 0
 
     def reset(self) -> None:
-        self._used = 0
+        self.used = 0
 
     def take(self, nbytes: int, offset: int) -> memoryview:
-        start = self._used + (offset - self._used) % 16
-        self._used = start + nbytes
-        if self._used > len(self._data):
+        start = self.used + (offset - self.used) % 16
+        self.used = start + nbytes
+        if self.used > len(self.data):
             # only hundreds of stretches in one slab get here: alignment took more than the slack
             return np.empty(nbytes, np.uint8).data.cast("B")
-        return self._data[start : self._used]
+        return self.data[start : self.used]
 
 
 def _parts(state: _State, pieces: Sequence[Piece], itemsize: int, slab: Box) -> list[_Part]:
@@ -578,9 +608,6 @@ def _parts(state: _State, pieces: Sequence[Piece], itemsize: int, slab: Box) -> 
     return out
 
 
-_NOTHING = memoryview(b"")
-
-
 @dataclass(frozen=True, slots=True)
 class _Recipe:
     """How the bytes of transfers divided alike meet: the length of each source, and per target what it is made of, in order.
@@ -589,6 +616,7 @@ class _Recipe:
     """
 
     nbytes: tuple[int, ...]
+    target_nbytes: tuple[int, ...]
     parts: tuple[tuple[tuple[int, int, int], ...], ...] | None  # per target: source, first byte, byte after the last
     longest: int  # bytes of the largest piece on either side
 
@@ -596,7 +624,8 @@ class _Recipe:
 def _recipe(t: Transfer) -> _Recipe:
     item = ITEMSIZE[t.dtype]
     nbytes = tuple(volume(p.box.size) * item for p in t.sources)
-    longest = max((*nbytes, *(volume(p.box.size) * item for p in t.targets)), default=0)
+    made = tuple(volume(p.box.size) * item for p in t.targets)
+    longest = max((*nbytes, *made), default=0)
     targets = []
     for target in t.targets:
         parts = []
@@ -605,34 +634,65 @@ def _recipe(t: Transfer) -> _Recipe:
             if both is None:
                 continue
             if not (_one_stretch(both, source.box) and _one_stretch(both, target.box)):
-                return _Recipe(nbytes, None, longest)
+                return _Recipe(nbytes, made, None, longest)
             start = _position(both, source.box) * item
             parts.append((_position(both, target.box), s, start, start + volume(both.size) * item))
         targets.append(tuple((s, start, stop) for _, s, start, stop in sorted(parts)))
-    return _Recipe(nbytes, tuple(targets), longest)
+    return _Recipe(nbytes, made, tuple(targets), longest)
+
+
+class _Spans(NamedTuple):
+    """Stretches of files, one entry of each array per stretch."""
+
+    file: _Ints
+    begin: _Ints
+    nbytes: _Ints
+
+
+class _Stack(NamedTuple):
+    """Transfers divided alike, their stretches as arrays: all of the first transfer, all of the second, ..."""
+
+    states: Sequence[_State]
+    recipe: _Recipe
+    pieces: Sequence[Piece]
+    sources: _Spans
+    targets: _Spans
+
+
+def _stack(states: Sequence[_State], recipe: _Recipe) -> _Stack:
+    pieces = [p for state in states for p in state.transfer.sources]
+    targets = [p for state in states for p in state.transfer.targets]
+    return _Stack(states, recipe, pieces, _spans(pieces, recipe.nbytes), _spans(targets, recipe.target_nbytes))
+
+
+def _spans(pieces: Sequence[Piece], nbytes: Sequence[int]) -> _Spans:
+    file, begin = np.array([p.file for p in pieces], np.int64), np.array([p.begin for p in pieces], np.int64)
+    return _Spans(file, begin, np.tile(np.array(nbytes, np.int64), len(pieces) // max(len(nbytes), 1)))
+
+
+def _copy(target: memoryview, to: _Ints, source: memoryview, at: _Ints, nbytes: int) -> None:
+    """Copy `nbytes` bytes from each place to each other place; by one call where the places are evenly spaced."""
+    if len(to) > 2 and _even(to) and _even(at):
+        _rows(target, to, nbytes)[:] = _rows(source, at, nbytes)
+        return
+    for a, b in zip(to.tolist(), at.tolist(), strict=True):
+        target[a : a + nbytes] = source[b : b + nbytes]
+
+
+def _even(places: _Ints) -> bool:
+    steps = np.diff(places)
+    return bool(steps[0] > 0 and (steps == steps[0]).all())
+
+
+def _rows(data: memoryview, places: _Ints, nbytes: int) -> Array:
+    """A view of evenly spaced stretches, as wide words as fit."""
+    first, step = int(places[0]), int(places[1] - places[0])
+    size = next(n for n in (8, 4, 2, 1) if not nbytes % n)
+    return np.ndarray((len(places), nbytes // size), f"u{size}", data, first, (step, size))
 
 
 def _has_zeros(t: Transfer) -> bool:
     return ZERO in [p.file for p in t.sources] or ZERO in [p.file for p in t.targets]
-
-
-def _neighbours(reads: Sequence[tuple[int, int, int, int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Ranges of sorted reads that lie side by side in one file: the first, the one after the last, and the byte where they end."""
-    first, last_file, end = 0, reads[0][0], reads[0][1]
-    for at, (file, begin, nbytes, _, _) in enumerate(reads):
-        if begin != end or file != last_file:
-            yield first, at, end
-            first, last_file, end = at, file, begin
-        end += nbytes
-    yield first, len(reads), end
-
-
-def _crc_of(views: Sequence[memoryview]) -> tuple[int, ...]:
-    """The checksum of at most a block of bytes."""
-    crc = 0
-    for view in views:
-        crc = crc32(view, crc)
-    return (crc,) if any(map(len, views)) else ()
 
 
 def _shared(

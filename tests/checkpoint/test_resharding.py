@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from meshpar.checkpoint.division import Layout
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError, StorageError
 from meshpar.checkpoint.files import ITEMSIZE
 from meshpar.checkpoint.inspection import diff, inspect, verify
+from meshpar.checkpoint.manifest import check
 from meshpar.checkpoint.manifest import read as read_manifest
 from meshpar.checkpoint.opened import open_checkpoint
 from meshpar.checkpoint.reading import Reader
@@ -255,3 +257,33 @@ def test_a_source_changed_under_the_manifest_is_found(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="rank-00000.safetensors, tensor .* crc32 is"):
         reshard(tmp_path / "a", tmp_path / "b", "tp=1")
     assert not (tmp_path / "b").exists() and not (tmp_path / ".b.partial").exists()
+
+
+def test_small_tensors_of_several_kinds_interleaved(tmp_path: Path) -> None:
+    """Evenly spaced and scattered stretches, empty tensors alone and among others, more than one file on both sides."""
+    tensors = {
+        f"{k:03d}": ("BF16", bits("BF16", (8, 3 + 2 * (k % 3 == 0)), k)) if k % 5 else ("F32", bits("F32", (0, 2))) for k in range(60)
+    }
+    save(tmp_path / "a", tensors, "tp=3,pp=2")
+    for k, (mesh, options) in enumerate(
+        [("tp=4", Options()), ("pp=3,tp=2", Options(slab=600, smallest=64)), ("tp=1", Options(verify=False))]
+    ):
+        report = reshard(tmp_path / "a", tmp_path / f"b{k}", mesh, options=options)
+        assert same(load(tmp_path / f"b{k}"), tensors) and verify(tmp_path / f"b{k}").ok
+        assert report.bytes_read == report.bytes_written == sum(a.nbytes for _, a in tensors.values())
+
+
+def test_nothing_but_empty_tensors(tmp_path: Path) -> None:
+    tensors = {"none": ("F32", bits("F32", (0, 4)))}
+    save(tmp_path / "a", tensors, "tp=2")
+    reshard(tmp_path / "a", tmp_path / "b", "tp=3")
+    assert same(load(tmp_path / "b"), tensors)
+
+
+def test_two_tensors_on_the_same_bytes_are_refused(tmp_path: Path) -> None:
+    manifest = save(tmp_path / "a", {"v": ("F32", bits("F32", (4,))), "w": ("F32", bits("F32", (4,)))})
+    v, w = manifest.tensors["v"].chunks[0], manifest.tensors["w"].chunks[0]
+    begin = min(v.begin, w.begin)
+    moved = {n: t._replace(chunks=(t.chunks[0]._replace(begin=begin + 4 * (n == "w")),)) for n, t in manifest.tensors.items()}
+    with pytest.raises(CorruptError, match=rf"v and w share bytes {begin + 4}\.\.{begin + 16} of rank-00000.safetensors"):
+        check(dataclasses.replace(manifest, tensors=moved), "here")
