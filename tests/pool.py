@@ -63,6 +63,15 @@ class Pool:
         """
         if not 1 <= world <= self.size:
             raise ValueError(f"world={world}: the pool has {self.size} workers")
+        try:
+            return self._run(fn, args, kwargs, world, timeout)
+        except (WorkerError, WorkerTimeout):
+            if self._connected():
+                raise
+        self.close()  # a crowded machine may keep ranks from connecting at all, before the function was called: once more, with new workers
+        return self._run(fn, args, kwargs, world, timeout)
+
+    def _run(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], world: int, timeout: float) -> list[Any]:
         self._start()
         self._runs += 1
         store = os.path.join(self._folder.name, f"store-{self._runs}")
@@ -126,6 +135,10 @@ class Pool:
             raise WorkerTimeout(f"{name}: ranks {sorted(waiting.values())} of {world} did not finish within {timeout:g} s\n{where}")
         return [results[rank] for rank in range(world)]
 
+    def _connected(self) -> bool:
+        """Whether any rank of the last run came as far as to call the function."""
+        return any(Path(f"{self._where(rank)}-called").exists() for rank in range(self.size))
+
     def _where(self, rank: int) -> str:
         """The file for the stack of a rank that hangs."""
         return os.path.join(self._folder.name, f"stack-{self._runs}-{rank}")
@@ -146,13 +159,13 @@ def _work(pipe: Connection, path: list[str]) -> None:
             return
         with open(stack, "w") as file:
             faulthandler.dump_traceback_later(max(timeout - 2, timeout / 2), file=file)
-            answer = _serve(payload, rank, world, store, timeout)
+            answer = _serve(payload, rank, world, store, timeout, f"{stack}-called")
             faulthandler.cancel_dump_traceback_later()
         os.unlink(stack)
         pipe.send(answer)
 
 
-def _serve(payload: bytes, rank: int, world: int, store: str, timeout: float) -> tuple[float, str | None, bytes]:
+def _serve(payload: bytes, rank: int, world: int, store: str, timeout: float, called: str) -> tuple[float, str | None, bytes]:
     import torch
     import torch.distributed as dist
 
@@ -160,6 +173,7 @@ def _serve(payload: bytes, rank: int, world: int, store: str, timeout: float) ->
         fn, args, kwargs = pickle.loads(payload)
         torch.manual_seed(0)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        Path(called).touch()
         answer = time.monotonic(), None, pickle.dumps(fn(*args, **kwargs))
     except BaseException:
         answer = time.monotonic(), traceback.format_exc(), b""

@@ -139,8 +139,8 @@ def _dims(data: Sequence[str], mode: Mode) -> DataParallelMeshDims:
 def _experts_apart(mesh: DeviceMesh, data: Sequence[str], mode: Mode) -> Callable[[nn.Parameter], Any] | None:
     """Experts are shared out over the data axes that do not divide them already."""
     rest = tuple(n for n in data if n != "ep")
-    if "ep" not in data or not rest or mode == "replicate":
-        return None
+    if "ep" not in data or mode == "replicate" or set(rest) <= set(_REPLICATED_AXES):
+        return None  # no experts, or nothing to share them out over: then they are left alone
     info = mesh_info(mesh, _dims(rest, mode))
     at = (mesh.mesh_dim_names or ()).index("ep")
 

@@ -277,7 +277,7 @@ def left_alone(plan: Plan, mesh: DeviceMesh, config: ParallelConfig) -> frozense
         return frozenset()
     ranks = {name: [plan.stages[s].rank for s in p.stages] for name, p in plan.parameters.items() if len(p.stages) > 1}
     found = {name for name, held in ranks.items() if len(set(held)) < len(held)}
-    if data == ["ep"] or config.data_parallel == "replicate":
+    if config.data_parallel == "replicate" or set(data) <= {"ep", "dp_replicate"}:
         found |= {name for name, p in plan.parameters.items() if isinstance(p.placements.get("ep"), (Shard, Owned))}
     return frozenset(found)
 
