@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._torch import alone as alone_in
+from .._torch import forget_meshes
 from ..config import ParallelConfig
 from ..errors import ConfigError
 from ..mesh import axis
@@ -44,6 +45,7 @@ def build(
 
     Raises ConfigError for a pipeline on simulated ranks: they all run one program.
     """
+    forget_meshes()
     own = _own_stages(mesh, schedule)
     spmd = without_pipeline(mesh)
     plans = {n: p for n, p in program.plan.parameters.items() if set(p.stages) & set(own) and _is_here(p, mesh)}

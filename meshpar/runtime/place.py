@@ -59,17 +59,18 @@ def part_of(parameter: torch.Tensor) -> Ranges:
     spec = spec_of(parameter)
     assert spec is not None and isinstance(parameter, DTensor) and not is_simulated()
     mesh = parameter.device_mesh
+    at = mesh.get_coordinate() or [0] * mesh.ndim
     held: list[list[tuple[int, int]]] = [[(0, n)] for n in spec.shape]
     for d, name in enumerate(mesh.mesh_dim_names or ()):
         type_ = dict(spec.shards()).get(name)
         if type_ is not None:
-            held[type_.dim] = _within(held[type_.dim], type_.ranges(mesh.size(d), mesh.get_local_rank(d)))
+            held[type_.dim] = _within(held[type_.dim], type_.ranges(mesh.size(d), at[d]))
     for d, name in enumerate(mesh.mesh_dim_names or ()):
         placement = parameter.placements[d]
         dim = getattr(placement, "dim", None)
         if dim is not None and name not in dict(spec.shards()):
             length = sum(b - a for a, b in held[dim])
-            held[dim] = _within(held[dim], [chunk(length, mesh.size(d), mesh.get_local_rank(d))])
+            held[dim] = _within(held[dim], [chunk(length, mesh.size(d), at[d])])
     return [(dim, a, b) for dim, ranges in enumerate(held) for a, b in ranges if ranges != [(0, spec.shape[dim])]]
 
 
