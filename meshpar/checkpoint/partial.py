@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -162,6 +163,14 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def _kind(path: Path) -> int | None:
+    """The mode of a file, links not followed; None where there is none."""
+    try:
+        return path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+
+
 def _acquire(target: Path, disk: Disk, resume: bool) -> Partial:
     check_target(target)
     path = partial_path(target)
@@ -169,7 +178,10 @@ def _acquire(target: Path, disk: Disk, resume: bool) -> Partial:
         try:
             disk.mkdir(path)
         except FileExistsError:
-            if path.is_symlink() or not path.is_dir():
+            kind = _kind(path)
+            if kind is None:
+                continue  # its writer has just finished
+            if not stat.S_ISDIR(kind):
                 raise StorageError(f"{path} is in the way and is not a directory.") from None
         try:
             fd = disk.create(path / LOCK, 0)
