@@ -131,7 +131,7 @@ def _trees(
         held = {name: p for name, p in parameters.items() if stage in plans[name].stages}
         changed = program.all_stages[stage].mutations if program.all_stages else program.captured.mutations
         kept = {name: b for name, b in buffers.items() if name not in program.captured.mutations or name in changed}
-        trees[stage] = Tree(held, kept, aliases=_aliases(model), non_persistent=_non_persistent(model), recompute=config.recompute)
+        trees[stage] = Tree(held, kept, aliases=program.captured.aliases, non_persistent=_non_persistent(model), recompute=config.recompute)
     teach(trees, program)
     return trees
 
@@ -176,16 +176,6 @@ def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter]) 
         if len(ranks) > 1 and plan.parameters[name].trainable:
             holders[name] = ranks
     return Ties(axis(mesh, "pp"), holders, {name: parameters[name] for name in holders})
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    first: dict[int, str] = {}
-    found: dict[str, str] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        if id(tensor) in first:
-            found[name] = first[id(tensor)]
-        first.setdefault(id(tensor), name)
-    return found
 
 
 def _non_persistent(model: nn.Module) -> tuple[str, ...]:
