@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
 )
+from torch.fx import Node
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
 from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
 from torch.utils._python_dispatch import TorchDispatchMode  # torch 2.13; wait for public dispatch modes
@@ -185,6 +186,21 @@ def lists_of_numbers(record: Callable[[list[Any], torch.Tensor], list[Any]]) -> 
             kind.tolist = original  # type: ignore[method-assign]
 
 
+def recorded_as(tensor: torch.Tensor) -> tuple[Node, nn.Module] | None:
+    """The node that made `tensor` in the graph that is being recorded, and the module that holds its constants.
+
+    torch 2.13; wait for a public look at a graph while it is recorded.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode = get_proxy_mode()
+    if mode is None or not isinstance(tensor, FakeTensor):
+        return None
+    tracer: Any = mode.tracer
+    slot: Any = get_proxy_slot(tensor, tracer, None)
+    return None if slot is None else (slot.proxy.node, tracer.root)
+
+
 def dcp_storage_info(file: str, offset: int, length: int) -> Any:
     """Where an item of a torch.distributed.checkpoint directory lies (torch 2.13; wait for a public record)."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -288,5 +304,6 @@ __all__ = [
     "written_arguments",
     "TorchDispatchMode",
     "pytree",
+    "recorded_as",
     "reduce_gradients",
 ]

@@ -30,6 +30,11 @@ def _is_users(path: str) -> bool:
     return not path.startswith((_TORCH, _OURS, "<"))
 
 
+def here() -> str:
+    """ " at file.py:line (code)" of the user's innermost line that is running."""
+    return _line_of(traceback.extract_stack())
+
+
 _ADVICE: tuple[tuple[str, str, str], ...] = (
     (
         r"data-dependent|GuardOnDataDependent|unbacked|\bu\d+\b|_local_scalar_dense",
@@ -73,8 +78,13 @@ def _told(error: Exception, model: nn.Module) -> CaptureError:
 
 def _where(error: Exception, text: str) -> str:
     """ " at file.py:line (code)" of the user's innermost frame: in the traceback, or in what torch wrote into the message."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    found = _line_of(traceback.extract_tb(error.__traceback__))
+    source = source_of(text)
+    return found or (f" at {source}" if source else "")
+
+
+def _line_of(frames: traceback.StackSummary) -> str:
+    for frame in reversed(frames):
         if _is_users(frame.filename):
             return f" at {os.path.basename(frame.filename)}:{frame.lineno}" + (f" ({frame.line})" if frame.line else "")
-    source = source_of(text)
-    return f" at {source}" if source else ""
+    return ""

@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 from meshpar._torch import FakeTensorMode, pytree
 from meshpar.capture import (
     blame,
+    branches,
     check,
-    constants,
     decompositions,
     experts,
     fake,
@@ -67,9 +67,10 @@ def capture(
     batch = _read_batch(model, args, dict(kwargs or {}), batch_dims or {}, scale=scale, divide=divide)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [fake.fake_of(leaf, device, mode, shape=shape, dtype=dtype) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
+    answers = branches.Branches(_leaves(model), batch.tensors, device)
     with fake.faked(model, device, mode, dtype) as names, experts.seam(model) as found, torch.inference_mode(False), torch.enable_grad():
         recorder = _Recorder(model, batch, loss_fn)
-        program = _export(recorder, inputs, device, found)
+        program = _export(recorder, inputs, device, found, answers)
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
     simplify.prune(built.graph)
@@ -242,11 +243,19 @@ def _write_back(buffers: list[tuple[nn.Module, str, torch.Tensor | None]]) -> No
         module._buffers[name] = before
 
 
-def _export(recorder: _Recorder, inputs: list[torch.Tensor], device: torch.device, found: experts.Seam) -> ExportedProgram:
+def _leaves(model: nn.Module) -> tuple[torch.Tensor, ...]:
+    """The parameters and buffers in the order in which an export takes them."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return tuple(tensor for _, tensor in named)
+
+
+def _export(
+    recorder: _Recorder, inputs: list[torch.Tensor], device: torch.device, found: experts.Seam, answers: branches.Branches
+) -> ExportedProgram:
     with warnings.catch_warnings(), _without_collection():
         warnings.simplefilter("ignore")
         try:
-            with grad.Watch(device.type), constants.Known(), functions.compared(recorder.model):
+            with grad.Watch(device.type), answers, functions.compared(recorder.model):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)
             return program.run_decompositions(dict(decompositions.WRITTEN_OUT))

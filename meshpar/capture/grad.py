@@ -52,6 +52,8 @@ def inline(module: fx.GraphModule) -> None:
             for user in list(node.users):
                 user.replace_all_uses_with(results[user.args[1]])
                 module.graph.erase_node(user)
+            for source in node.all_input_nodes:
+                source.users.setdefault(node)  # export (torch 2.13) forgets that a section without results reads anything
             module.graph.erase_node(node)
     for node in reversed(module.graph.nodes):
         if node.op == "get_attr" and not node.users:

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from ..capture.captured import Captured
+from ..ops.expect import EXPECT
 from ..sharding.op import op_name, operands
 
 aten = torch.ops.aten
@@ -62,7 +63,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
         for user in users:
             user.replace_input_with(node, slot)
     _order_placeholders(graph, captured.inputs, len(terms.denominators))
-    graph.eliminate_dead_code(_is_kept)
+    graph.eliminate_dead_code(lambda node: _is_kept(node) or node.target is EXPECT)
     graph.lint()
     names = (*captured.inputs, *(f"denominator_{i}" for i in range(len(terms.denominators))))
     return Split(replace(captured, graph=graph, inputs=names), counts, tuple(terms.averaged))

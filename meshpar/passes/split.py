@@ -23,6 +23,7 @@ from torch import fx
 
 from ..capture.captured import Info
 from ..errors import PlanError, near, raise_all
+from ..ops.expect import EXPECT
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def remade(graph: fx.Graph, parameters: Collection[str]) -> set[fx.Node]:
             dressed.add(node)
         elif node.op in ("placeholder", "get_attr"):
             fixed.add(node)
-        elif node.op == "call_function" and not _draws(node):
+        elif node.op == "call_function" and not _draws(node) and node.target is not EXPECT:
             if all(source in fixed for source in sources):
                 fixed.add(node)
             elif all(source in dressed for source in sources) and _dresses(node):
@@ -126,9 +127,10 @@ def remade(graph: fx.Graph, parameters: Collection[str]) -> set[fx.Node]:
     return fixed | dressed
 
 
-def needed(values: Iterable[Any]) -> set[fx.Node]:
-    """What these values depend on, themselves included: functional graphs have no other effect."""
-    return _closure([value for value in values if isinstance(value, fx.Node)], _sources)
+def needed(graph: fx.Graph, values: Iterable[Any]) -> set[fx.Node]:
+    """What these values and the checks of `graph` depend on, themselves included: functional graphs have no other effect."""
+    checks = [node for node in graph.nodes if node.target is EXPECT]
+    return _closure([*checks, *(value for value in values if isinstance(value, fx.Node))], _sources)
 
 
 class _Splitter:
@@ -148,7 +150,7 @@ class _Splitter:
         self.values = values[:count]
         self.updates: dict[str, Any] = dict(zip(mutations, values[count:]))
         self.wanted = tuple(range(count)) if wanted is None else tuple(sorted(wanted))
-        self.alive = needed((*(self.values[i] for i in self.wanted), *self.updates.values()))
+        self.alive = needed(graph, (*(self.values[i] for i in self.wanted), *self.updates.values()))
         self.copied = remade(graph, parameters)
         self.stage: dict[fx.Node, int] = {}
         self.last: dict[fx.Node, int] = {}

@@ -161,7 +161,7 @@ class _Facts:
         values: Any = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
         count = len(values) - len(captured.mutations)
         returned = [values[i] for i in (range(count) if wanted is None else sorted(wanted))]
-        alive, self.copied = needed((*returned, *values[count:])), remade(graph, captured.parameters)
+        alive, self.copied = needed(graph, (*returned, *values[count:])), remade(graph, captured.parameters)
         self.calls: list[fx.Node] = []
         spent: list[int] = []
         kept: list[int] = []

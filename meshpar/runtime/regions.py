@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from meshpar.ops.expect import EXPECT
 from meshpar.runtime.recompute import is_random
 
 Unit = str | fx.Node
@@ -86,7 +87,8 @@ class _Cutter:
         self.index = {node: i for i, node in enumerate(graph.nodes)}
         self.calls = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         self.output = next(n for n in graph.nodes if n.op == "output")
-        self.owner: dict[fx.Node, str | None] = {n: n.meta.get("region") for n in self.calls}
+        self.owner: dict[fx.Node, str | None] = {n: n.meta.get("region") for n in self.calls if n.target is not EXPECT}
+        self.owner |= {n: None for n in self.calls if n.target is EXPECT}  # a block is run for its results alone
         self.inlined: dict[str, str] = {}
 
     def run(self) -> Cut:

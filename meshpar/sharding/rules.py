@@ -390,6 +390,13 @@ def created(op: Op) -> Signature:
     return Signature(tuple(inputs), (named("d", shape),), sizes_of("d", shape))
 
 
+def whole(op: Op) -> Signature:
+    """Operators that look at all of a value, and give none of it back."""
+    names = [named(f"v{i}_", shape) for i, shape in enumerate(op.shapes)]
+    sizes = {name: n for i, shape in enumerate(op.shapes) for name, n in sizes_of(f"v{i}_", shape).items()}
+    return Signature(tuple(names), tuple(tuple(() for _ in o.shape) for o in op.outs if o is not None), sizes, frozenset(sizes))
+
+
 def searched(op: Op) -> Signature:
     """topk, sort, argsort: along one dim, which is needed whole."""
     shape = op.infos[0].shape
@@ -454,6 +461,7 @@ RULES: dict[str, Rule] = {
     "meshpar.dispatch": row("t [h], t [k] -> (t k) [h], [x], (t k)"),
     "meshpar.grouped_mm": row("n i, [x] i o, [x] -> n o", linear=((0,), (1,)), counts=((2, "n"),)),
     "meshpar.row_expert": row_expert,
+    "meshpar.expect": whole,
     "meshpar.combine": row("(t k) h, (t k), t [k] -> t h", linear=((0,), (2,))),
     "meshpar.ops.expert_all_to_all.send_rows": row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)),
     "meshpar.ops.expert_all_to_all.return_rows": row("[n] h, [s] [r], [m], [m] -> [n] h", linear=((0,),)),
