@@ -1,4 +1,5 @@
-"""Operators that are written out when a program is decomposed, because as one call they hide something from the graph."""
+"""Calls that are written out, because as they are they hide something from the graph: by operator when a program is decomposed, and by
+function while it is recorded, where the operator cannot be recorded at all."""
 
 from __future__ import annotations
 
@@ -6,8 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+import meshpar.ops.ctc  # noqa: F401  (registers meshpar::ctc_loss)
 from meshpar._torch import OpOverload
 
 
@@ -48,3 +52,39 @@ def _blend(running: Tensor, now: Tensor, momentum: float) -> None:
 
 
 WRITTEN_OUT: Mapping[OpOverload, Callable[..., Any]] = {torch.ops.aten.instance_norm.default: instance_norm}
+
+
+class Written(TorchFunctionMode):
+    """Calls other functions in place of those whose operators have shapes that depend on values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        instead = _INSTEAD.get(func)
+        found = None if instead is None else instead(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if found is None else found
+
+
+def _ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor | None:
+    """A loss per sample, then its reduction."""
+    if log_probs.dim() != 3:
+        return None
+    lengths = [torch.as_tensor(n, device=targets.device) for n in (input_lengths, target_lengths)]
+    each = torch.ops.meshpar.ctc_loss(log_probs, targets, *lengths, blank, zero_infinity)
+    if reduction == "mean":
+        return (each / lengths[1].clamp(min=1)).mean()
+    return each.sum() if reduction == "sum" else each
+
+
+def _data(tensor: Tensor) -> Tensor:
+    """What torch 2.13 records of `x.data` is a constant without values."""
+    return tensor.detach()
+
+
+_INSTEAD: Mapping[Any, Callable[..., Any]] = {F.ctc_loss: _ctc_loss, Tensor.data.__get__: _data}  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""autograd.Functions in a forward: a graph keeps what they compute and forgets their backward, so that backward must say nothing new."""
+"""autograd.Functions in a forward: a graph keeps what they compute and forgets their backward, so that backward must say nothing new.
+
+And `module.to(...)`, which a graph would not see either.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from meshpar.capture.blame import here
 from meshpar.errors import CaptureError
+
+
+@contextmanager
+def casting_nothing() -> Iterator[None]:
+    """Inside, `module.to(...)` of what is there already does nothing. Raises CaptureError where it would change a parameter."""
+    original = nn.Module._apply
+
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        tensors = (*self.parameters(recurse), *self.buffers(recurse))
+        for before, after in ((tensor, fn(tensor)) for tensor in tensors):
+            if (before.dtype, before.device, before.shape) != (after.dtype, after.device, after.shape):
+                raise CaptureError(
+                    f"The forward turns the parameters of its {type(self).__name__} from {before.dtype} on {before.device} to {after.dtype} "
+                    f"on {after.device}{here()}.\n  Convert the module once, outside of forward, or cast the values that it computes with."
+                )
+        return self
+
+    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from meshpar._torch import OpOverload
 from meshpar.capture.captured import Info
 from meshpar.capture.simplify import emit
 from meshpar.errors import CaptureError
+from meshpar.ops.ctc import CTC_LOSS
 
 aten = torch.ops.aten
 
@@ -98,6 +99,12 @@ class _Lift:
             and source.target in (aten.where.default, aten.nonzero_numpy.default)
         ):
             self._replace(node, self._positions(node, source.args[0], int(node.args[1])), 0)  # type: ignore[arg-type]
+            return True
+        if node.target is aten.masked_select.default and isinstance(source, fx.Node) and self._count(node.meta["info"], node.args[1]):
+            if _shape(source) != _shape(node.args[1]):
+                self._refuse(node)
+            flat = [prod(_shape(source))]
+            self._replace(node, emit(node, aten.reshape.default, (source, flat), Info((flat[0],), _dtype(source), False)), 0)
             return True
         if node.target is aten.nonzero.default and self._count(node.meta["info"], source):
             columns = [self._positions(node, source, d) for d in range(len(_shape(source)))]
@@ -263,11 +270,38 @@ def _sum(lift: _Lift, node: fx.Node, symbol: str) -> bool:
     return True
 
 
+def _ctc_loss(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    """Targets one sample after the other -> a row of targets per sample, those that were chosen first."""
+    args: Any = node.args
+    targets, lengths, mask = args[1], args[3], lift.masks[symbol]
+    if any(source in lift.rows for source in node.all_input_nodes if source is not targets) or len(_shape(mask)) != 2:
+        return False
+    if not _counts_rows(lengths, mask):
+        return False
+    shape = _shape(mask)
+    left_out = emit(node, aten.logical_not.default, (mask,), Info(shape, torch.bool, False))
+    order = emit(node, aten.argsort.stable, (left_out,), Info(shape, torch.int64, False), {"stable": True, "dim": 1})
+    info = Info(shape, _dtype(targets), False)
+    wide = emit(node, aten.reshape.default, (targets, list(shape)), info)
+    node.update_arg(1, emit(node, aten.gather.default, (wide, 1, order), info))
+    return True
+
+
+def _counts_rows(node: Any, mask: fx.Node) -> bool:
+    """Whether `node` says how many of each row of `mask` are chosen."""
+    while isinstance(node, fx.Node) and node.target in (aten._to_copy.default, aten.clone.default):
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target is not aten.sum.dim_IntList or node.args[0] is not mask:
+        return False
+    return [int(d) % 2 for d in node.args[1]] == [1]  # type: ignore[union-attr, arg-type]
+
+
 _SINKS: Mapping[Any, Callable[[_Lift, fx.Node, str], bool]] = {
     aten.index_add.default: _index_add,
     aten.index_put.default: _index_put,
     aten.sum.default: _sum,
     aten.sum.dim_IntList: _sum,
+    CTC_LOSS: _ctc_loss,
 }
 """Operators that take chosen rows and give a tensor of fixed shape."""
 

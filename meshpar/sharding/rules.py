@@ -367,6 +367,13 @@ def label_loss(op: Op) -> Signature | None:
     return row(f"n [v] {rest}, n {rest}, [w] -> {f'n {rest}' if reduction == 0 else ''}")(op)
 
 
+def ctc_loss(op: Op) -> Signature | None:
+    """Samples may be cut where every one has a row of targets."""
+    if len(op.shapes[1]) == 2:
+        return row("[t] b [c], b [s], b, b -> b")(op)
+    return row("[t] [b] [c], [n], [b], [b] -> [b]")(op)
+
+
 def loss_by_element(op: Op) -> Signature | None:
     """mse_loss and its kind without a reduction (capture writes the reduction apart)."""
     return pointwise(op) if op.arguments["reduction"] == 0 else None
@@ -462,6 +469,7 @@ RULES: dict[str, Rule] = {
     "meshpar.grouped_mm": row("n i, [x] i o, [x] -> n o", linear=((0,), (1,)), counts=((2, "n"),)),
     "meshpar.row_expert": row_expert,
     "meshpar.expect": whole,
+    "meshpar.ctc_loss": ctc_loss,
     "meshpar.combine": row("(t k) h, (t k), t [k] -> t h", linear=((0,), (2,))),
     "meshpar.ops.expert_all_to_all.send_rows": row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)),
     "meshpar.ops.expert_all_to_all.return_rows": row("[n] h, [s] [r], [m], [m] -> [n] h", linear=((0,),)),
