@@ -30,6 +30,8 @@ def refuse(graph: fx.Graph) -> None:
 def _objection(node: fx.Node) -> str | None:
     if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
         return "it overwrites a tensor; write y = x.op() instead of x.op_()"
+    if node.target is aten.as_strided_scatter.default:
+        return "it writes through as_strided; write to slices or indices instead"
     info = node.meta.get("info")
     if not (isinstance(info, Info) or (isinstance(info, tuple) and all(i is None or isinstance(i, Info) for i in info))):
         return (

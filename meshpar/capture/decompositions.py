@@ -3,7 +3,8 @@ function while it is recorded, where the operator cannot be recorded at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import meshpar.ops.ctc  # noqa: F401  (registers meshpar::ctc_loss)
 from meshpar._torch import OpOverload
+from meshpar.errors import CaptureError
 
 
 def instance_norm(
@@ -51,7 +53,68 @@ def _blend(running: Tensor, now: Tensor, momentum: float) -> None:
     running.copy_(running * (1 - momentum) + now.detach().mean(0).flatten() * momentum)
 
 
-WRITTEN_OUT: Mapping[OpOverload, Callable[..., Any]] = {torch.ops.aten.instance_norm.default: instance_norm}
+def as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
+    """What lies at these places of the memory of `x`, told by the values of `x`: elsewhere they may lie in another order.
+
+    Windows along a dim become `unfold`, anything else an index. Raises CaptureError where the memory holds more than `x`.
+    """
+    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    dense = x.permute(order)
+    if any(n != 1 and s != want for n, s, want in zip(dense.shape, dense.stride(), _strides(dense.shape), strict=True)):
+        raise CaptureError(
+            "The forward calls as_strided on a tensor that does not fill its memory without gaps.\n"
+            "  Call contiguous() before, or use unfold, slices and indices, which do not depend on where values lie."
+        )
+    start = 0 if storage_offset is None else storage_offset - int(x.storage_offset())
+    found = _unfolded(dense, size, stride) if start == 0 else None
+    if found is not None:
+        return found
+    places = torch.full([1] * len(size), start, device=x.device)
+    for dim, (n, step) in enumerate(zip(size, stride, strict=True)):
+        along = torch.arange(n, device=x.device) * step
+        places = places + along.view([n if d == dim else 1 for d in range(len(size))])
+    return dense.reshape(-1)[places.view(size)]
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    return [prod(shape[d + 1 :]) for d in range(len(shape))]
+
+
+def _unfolded(dense: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor | None:
+    """as_strided of a contiguous tensor by slices and windows, or None: at most two dims of the result may run along one of it."""
+    extents = [(d, step) for d, step in enumerate(_strides(dense.shape)) if dense.shape[d] > 1]
+    along: dict[int, list[tuple[int, int]]] = {d: [] for d, _ in extents}  # dim -> [(step, dim of the result)]
+    for dim, (n, step) in enumerate(zip(size, stride, strict=True)):
+        if n == 1:
+            continue
+        held = next(((d, one) for d, one in extents if step and step % one == 0 and step < one * dense.shape[d]), None)
+        if held is None:
+            return None
+        along[held[0]].append((step // held[1], dim))
+    value, names = dense, [-1] * dense.dim()
+    for dim in along:
+        runs = sorted(along[dim], reverse=True)
+        if sum((size[d] - 1) * step for step, d in runs) >= dense.shape[dim] or len(runs) > 2:
+            return None
+        if len(runs) == 2:
+            (step, windows), (inner, width) = runs
+            if inner != 1:
+                return None
+            value = value.unfold(dim, size[width], step).narrow(dim, 0, size[windows])
+            names[dim] = windows
+            names.append(width)
+        else:
+            step, names[dim] = runs[0] if runs else (1, -1)
+            count = size[names[dim]] if runs else 1
+            value = value[(slice(None),) * dim + (slice(0, (count - 1) * step + 1, step),)]
+    order = sorted(range(value.dim()), key=lambda d: names[d])
+    return value.permute(order).reshape(size)
+
+
+WRITTEN_OUT: Mapping[OpOverload, Callable[..., Any]] = {
+    torch.ops.aten.instance_norm.default: instance_norm,
+    torch.ops.aten.as_strided.default: as_strided,
+}
 
 
 class Written(TorchFunctionMode):

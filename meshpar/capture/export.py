@@ -255,7 +255,13 @@ def _export(
     with warnings.catch_warnings(), _without_collection():
         warnings.simplefilter("ignore")
         try:
-            with grad.Watch(device.type), answers, decompositions.Written(), functions.casting_nothing(), functions.compared(recorder.model):
+            with (
+                grad.Watch(device.type),
+                answers,
+                decompositions.Written(),
+                functions.casting_nothing(),
+                functions.compared(recorder.model),
+            ):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)
             return program.run_decompositions(dict(decompositions.WRITTEN_OUT))

@@ -14,9 +14,7 @@ aten = torch.ops.aten
 
 
 @torch.library.custom_op("meshpar::ctc_loss", mutates_args=())
-def ctc_loss(
-    log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int, zero_infinity: bool
-) -> Tensor:
+def ctc_loss(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int, zero_infinity: bool) -> Tensor:
     """The loss of every sample [n], as `torch.nn.functional.ctc_loss(..., reduction="none")`.
 
     `log_probs` [t, n, c]; `targets` [n, s], or [sum of target_lengths], one sample after the other; lengths [n].
