@@ -360,9 +360,11 @@ def _parameter_distances(pm: ParallelModel, reference: _Reference) -> dict[str, 
 
 def _buffer_distances(pm: ParallelModel, reference: _Reference) -> dict[str, float]:
     found = {}
+    unsaved = {f"{path}.{name}".lstrip(".") for path, module in pm.named_modules() for name in module._non_persistent_buffers_set}
     for name, buffer in pm.named_buffers():
         wanted = reference.buffers.get(name)
-        if wanted is not None and wanted.numel():
+        remade = wanted is not None and wanted.shape != buffer.shape and name in unsaved
+        if wanted is not None and wanted.numel() and not remade:  # (a table that grew is no state: it is made again in every forward)
             found[name] = max(_distance(local, wanted, wanted, FLOOR) for local in local_tensors(buffer).values())
     return found
 

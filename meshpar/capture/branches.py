@@ -129,6 +129,21 @@ class Branches(TorchFunctionMode):
         return real if real.shape == fake.shape else _resized(real, fake.shape)
 
 
+def settled(tensor: Tensor) -> bool:
+    """Whether `tensor` is made of nothing but numbers: the same in every forward."""
+    recorded = recorded_as(tensor)
+    return recorded is not None and not any(one.op == "placeholder" or _draws(one) for one in _tape(recorded[0]))
+
+
+def cast_of(tensor: Tensor, original: Tensor) -> bool:
+    """Whether `tensor` is `original` in another type."""
+    recorded, source = recorded_as(tensor), recorded_as(original)
+    if recorded is None or source is None:
+        return False
+    node = recorded[0]
+    return _op_name(node) in ("to", "_to_copy") and node.args[0] is source[0]
+
+
 def _resized(real: Tensor, shape: Sequence[int]) -> Tensor | None:
     """More or fewer samples: those that there are, over and over."""
     if len(shape) != real.dim() or 0 in real.shape:

@@ -58,9 +58,10 @@ def as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], storage_of
 
     Windows along a dim become `unfold`, anything else an index. Raises CaptureError where the memory holds more than `x`.
     """
-    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    strides = list(x.stride())
+    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
     dense = x.permute(order)
-    if any(n != 1 and s != want for n, s, want in zip(dense.shape, dense.stride(), _strides(dense.shape), strict=True)):
+    if any(n != 1 and s != want for n, s, want in zip(dense.shape, [strides[d] for d in order], _strides(dense.shape), strict=True)):
         raise CaptureError(
             "The forward calls as_strided on a tensor that does not fill its memory without gaps.\n"
             "  Call contiguous() before, or use unfold, slices and indices, which do not depend on where values lie."

@@ -228,19 +228,25 @@ class _Recorder(nn.Module):
 
 
 def _write_back(buffers: list[tuple[nn.Module, str, torch.Tensor | None]]) -> None:
-    """`self.buffer = new` -> `self.buffer.copy_(new)`: export sees updates in place, and would lose an assignment."""
+    """`self.buffer = new` -> `self.buffer.copy_(new)`: export sees updates in place, and would lose an assignment.
+
+    A table of numbers that is not saved, in another size or type than it had, is made again in every forward; the buffer stays as it was.
+    """
     for module, name, before in buffers:
         now = module._buffers.get(name)
         if now is before:
             continue
+        module._buffers[name] = before
         if before is None or now is None or now.shape != before.shape or now.dtype != before.dtype:
+            if name in module._non_persistent_buffers_set and before is not None and now is not None:
+                if branches.settled(now) or branches.cast_of(now, before):
+                    continue
             raise CaptureError(
                 f"The forward of {type(module).__name__} assigns a tensor of another shape or type to its buffer {name!r}.\n"
                 "  Register the buffer at its final shape and type in __init__."
             )
         with torch.no_grad():
             before.copy_(now)
-        module._buffers[name] = before
 
 
 def _leaves(model: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -260,7 +266,7 @@ def _export(
                 answers,
                 decompositions.Written(),
                 functions.casting_nothing(),
-                functions.compared(recorder.model),
+                functions.kept(recorder.model),
             ):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from meshpar._torch import FakeTensor
 from meshpar.capture.blame import here
+from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
+from meshpar.ops.own_backward import operator_of
 
 
 @contextmanager
@@ -24,15 +27,18 @@ def casting_nothing() -> Iterator[None]:
 
     def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         tensors = (*self.parameters(recurse), *self.buffers(recurse))
+        if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return original(self, fn, recurse)  # a stand-in
         for before, after in ((tensor, fn(tensor)) for tensor in tensors):
             if (before.dtype, before.device, before.shape) != (after.dtype, after.device, after.shape):
                 raise CaptureError(
-                    f"The forward turns the parameters of its {type(self).__name__} from {before.dtype} on {before.device} to {after.dtype} "
-                    f"on {after.device}{here()}.\n  Convert the module once, outside of forward, or cast the values that it computes with."
+                    f"The forward turns the parameters of its {type(self).__name__} from {before.dtype} on {before.device} to "
+                    f"{after.dtype} on {after.device}{here()}.\n"
+                    "  Convert the module once, outside of forward, or cast the values that it computes with."
                 )
         return self
 
-    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -40,36 +46,45 @@ def casting_nothing() -> Iterator[None]:
 
 
 @contextmanager
-def compared(model: nn.Module) -> Iterator[None]:
-    """Inside, note every `autograd.Function` that runs; at the end compare its backward with the derivative of its forward.
+def kept(model: nn.Module) -> Iterator[None]:
+    """Inside, every `autograd.Function` that runs is recorded as what its forward does, if its backward is the derivative of that.
 
-    The comparison runs on small random tensors in float64. Reentrant checkpoints only call what they wrap. Raises CaptureError for a
-    Function whose backward differs, or that does not run on such tensors.
+    One with another backward, or one that cannot be compared, becomes one operator. The comparison runs on small random tensors in float64.
+    Reentrant checkpoints only call what they wrap. Raises CaptureError for a Function that is neither.
     """
-    seen: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+    agreed: dict[tuple[Any, ...], bool] = {}
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls is CheckpointFunction:
             return args[0](*args[2:])
         ours = cls.__module__.partition(".")[0] in ("torch", "meshpar")
-        if not ours and torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            key = (cls, *(tuple(arg.shape) if isinstance(arg, Tensor) else str(arg) for arg in args))
-            seen.setdefault(key, (cls, tuple(_Like(arg) if isinstance(arg, Tensor) else arg for arg in args)))
-        return original.__func__(cls, *args, **kwargs)
+        traced = any(isinstance(arg, FakeTensor) and arg.requires_grad for arg in args)
+        if ours or not traced or not torch.is_grad_enabled():
+            return original.__func__(cls, *args, **kwargs)
+        key = (cls, *(tuple(arg.shape) if isinstance(arg, Tensor) else str(arg) for arg in args))
+        if key not in agreed:
+            likes = tuple(_Like(arg) if isinstance(arg, Tensor) else arg for arg in args)
+            agreed[key] = aside(lambda: _agrees(cls, likes))
+        return original.__func__(cls, *args, **kwargs) if agreed[key] else _as_operator(model, cls, args)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
-    for cls, args in seen.values():
-        if not _agrees(cls, args):
-            raise CaptureError(
-                f"{type(model).__name__} cannot be captured: {cls.__qualname__} ({cls.__module__}) is an autograd.Function whose "
-                "backward is not the derivative of its forward; a graph would forget it.\n"
-                "  Make it an operator with torch.library.custom_op and register_autograd: that stays one node."
-            )
+
+
+def _as_operator(model: nn.Module, cls: Any, args: tuple[Any, ...]) -> Any:
+    try:
+        call = aside(lambda: operator_of(cls, args))
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured: {cls.__qualname__} ({cls.__module__}) is an autograd.Function whose "
+            f"backward is not the derivative of its forward, and no operator can be made of it: {error}.\n"
+            "  Make it one with torch.library.custom_op and register_autograd: that stays one node."
+        ) from error
+    return call(*(arg for arg in args if isinstance(arg, Tensor)))
 
 
 class _Like:
