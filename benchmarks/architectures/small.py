@@ -40,6 +40,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys("num_key_value_heads num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads".split(), 2),
     **dict.fromkeys("head_dim attention_head_size d_kv v_head_dim_ kv_channels d_head".split(), 16),
     "rotary_dim": 8,
+    **{"encoder_sparse_step": 1, "decoder_sparse_step": 1, "context_size": 16, "hidden_size_per_layer_input": 16},
     # experts and latent attention
     **dict.fromkeys("num_local_experts num_experts n_routed_experts moe_num_experts".split(), 4),
     **dict.fromkeys("num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts".split(), 2),
@@ -59,7 +60,8 @@ _SMALL: dict[str, Any] = {
 }
 _VISION_LISTS = {"hidden_sizes": [16, 32, 48, 64], "embed_dims": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
 
-_ABSENT = set("pad_token_id bos_token_id eos_token_id head_dim num_key_value_heads num_experts_per_tok n_routed_experts".split())
+_ABSENT = set("pad_token_id bos_token_id eos_token_id head_dim num_key_value_heads num_experts_per_tok n_routed_experts vocab_size".split())
+_ABSENT |= set("linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim q_lora_rank_ n_shared_experts".split())
 """Settings that are None by default and yet must have a value."""
 
 _FIX: dict[str, dict[str, Any]] = {
@@ -100,6 +102,10 @@ _FIX: dict[str, dict[str, Any]] = {
 }
 
 
+_AS_IT_IS = ("levit", "textnet", "hgnet_v2", "pp_lcnet")
+"""Small enough, and full of lists that must fit together."""
+
+
 def shrunk(config_class: type, kind: str = "", **more: Any) -> Any:
     """A small configuration of a class: the settings it has, and those of the configurations it holds."""
     return config_class(**_settings(config_class, kind) | more)
@@ -107,6 +113,8 @@ def shrunk(config_class: type, kind: str = "", **more: Any) -> Any:
 
 def _settings(config_class: type, kind: str) -> dict[str, Any]:
     default = config_class()
+    if getattr(default, "model_type", kind) in _AS_IT_IS:
+        return {}
     fix = _FIX.get(getattr(default, "model_type", kind), {})
     found: dict[str, Any] = {}
     for name, value in {**vars(default)}.items():
@@ -115,7 +123,7 @@ def _settings(config_class: type, kind: str) -> dict[str, Any]:
     aliases = getattr(config_class, "attribute_map", {})
     for name, value in _SMALL.items():
         own = aliases.get(name, name)
-        before = getattr(default, own, None)
+        before = _before(default, own)
         if own not in vars(default) or own in found or (before is None and name not in _ABSENT):
             continue
         if not isinstance(before, (list, tuple, dict)):
@@ -140,6 +148,14 @@ def _settings(config_class: type, kind: str) -> dict[str, Any]:
     return found | fix
 
 
+def _before(default: Any, name: str) -> Any:
+    """The default of a setting; some may differ by layer, and refuse to be one."""
+    try:
+        return getattr(default, name, None)
+    except RuntimeError:
+        return 0
+
+
 def _few(kinds: Any, count: int) -> list[str]:
     """One layer of every kind, then more of the first."""
     found = list(dict.fromkeys(kinds))
@@ -148,7 +164,7 @@ def _few(kinds: Any, count: int) -> list[str]:
 
 def _quiet(config: Any) -> Any:
     for name, value in list(vars(config).items()):
-        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+        if isinstance(value, float) and ("drop" in name or "jitter" in name or name.startswith("mask_")):
             setattr(config, name, 0.0)
         elif hasattr(value, "to_dict") and hasattr(type(value), "model_type"):
             _quiet(value)
@@ -182,6 +198,8 @@ def made(task: str, kind: str, **changes: Any) -> tuple[nn.Module, dict[str, Ten
         model = auto.from_config(config, experts_implementation="eager")
     except (TypeError, ValueError):
         model = auto.from_config(config)
+    except AttributeError:  # the class is that of the decoder alone
+        model = auto._model_mapping[type(config)](config.decoder)
     torch.manual_seed(1)
     return model, _BATCHES[task](model.config, model)
 
@@ -205,7 +223,8 @@ def _text(config: Any, model: nn.Module) -> dict[str, Tensor]:
 def _translation(config: Any, model: nn.Module) -> dict[str, Tensor]:
     if not config.is_encoder_decoder:
         return _text(config, model)
-    return {"input_ids": _ids(), "attention_mask": _lengths(), "labels": _labels(_ids(8))}
+    longer = config.model_type in ("fsmt",)  # (shifts the input, not the labels)
+    return {"input_ids": _ids(), "attention_mask": _lengths(), "labels": _labels(_ids(LENGTH if longer else 8))}
 
 
 def _lengths() -> Tensor:
@@ -227,6 +246,14 @@ def _pixels(config: Any) -> Tensor:
 
 
 def _image(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    if model.main_input_name == "input_ids":
+        return {"input_ids": _ids(), "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
+    patches = getattr(getattr(config, "vision_config", None), "num_patches", None)
+    if patches:
+        side = int(patches**0.5)
+        values = torch.randn(SAMPLES, patches, 3 * config.vision_config.patch_size**2)
+        places = {"pixel_attention_mask": torch.ones(SAMPLES, patches).long(), "spatial_shapes": torch.full((SAMPLES, 2), side)}
+        return {"pixel_values": values, **places, "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
     return {model.main_input_name: _pixels(config), "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
 
 
@@ -247,7 +274,11 @@ def _sound(config: Any, model: nn.Module) -> Tensor:
 
 
 def _ctc(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    return {model.main_input_name: _sound(config, model), "labels": torch.randint(1, 20, (SAMPLES, 3))}
+    sound = _sound(config, model)
+    labels = torch.randint(1, 20, (SAMPLES, 3))
+    labels[0, 2] = -100 if sound.dim() == 2 else labels[0, 2]
+    mask = {} if sound.dim() == 2 else {"attention_mask": torch.ones(sound.shape[:2]).long()}
+    return {model.main_input_name: sound, **mask, "labels": labels}
 
 
 def _audio(config: Any, model: nn.Module) -> dict[str, Tensor]:
@@ -255,6 +286,8 @@ def _audio(config: Any, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _speech(config: Any, model: nn.Module) -> dict[str, Tensor]:
+    if model.main_input_name == "input_ids":
+        return _text(config, model)
     return {model.main_input_name: _sound(config, model), "labels": _labels(_ids(8))}
 
 
