@@ -61,7 +61,9 @@ _SMALL: dict[str, Any] = {
 _VISION_LISTS = {"hidden_sizes": [16, 32, 48, 64], "embed_dims": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
 
 _ABSENT = set("pad_token_id bos_token_id eos_token_id head_dim num_key_value_heads num_experts_per_tok n_routed_experts vocab_size".split())
-_ABSENT |= set("linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim q_lora_rank_ n_shared_experts".split())
+_ABSENT |= set(
+    "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim q_lora_rank_ n_shared_experts".split()
+)
 """Settings that are None by default and yet must have a value."""
 
 _FIX: dict[str, dict[str, Any]] = {

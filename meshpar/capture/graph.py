@@ -17,6 +17,7 @@ from meshpar.capture.blame import source_of
 from meshpar.capture.captured import Info
 from meshpar.capture.selections import Ragged
 from meshpar.errors import CaptureError
+from meshpar.ops.expect import EXPECT
 
 _CALL_NUMBER = re.compile(r"@\d+$")
 
@@ -103,6 +104,50 @@ def _describe(copy: fx.Node, node: fx.Node, *, module: str) -> None:
     copy.meta["source"] = source_of(node.meta.get("custom", {}).get("source") or node.meta.get("stack_trace"))
 
 
+def _keeps_bounds(new: fx.Node, name: str | None) -> bool:
+    """Whether a parameter is overwritten by itself, clamped: as long as nothing is cut off that does nothing, which the graph checks.
+
+    w.data.clamp_(-1, 1);  linear(x, w)        ->        expect(all(eq(clamp(w, -1, 1), w)), [True]);  linear(x, w)
+    """
+    old = new
+    while old.op == "call_function" and old.target in _BOUNDS:
+        old = old.all_input_nodes[0]
+    if old.op != "get_attr" or old.target != name or old is new or not _bounded(new):
+        return False
+    info, where = old.meta["info"], new.meta["source"]
+    graph = new.graph
+    with graph.inserting_after(new):
+        same = graph.call_function(torch.ops.aten.eq.Tensor, (new, old))
+    with graph.inserting_after(same):
+        every = graph.call_function(torch.ops.aten.all.default, (same,))
+    with graph.inserting_after(every):
+        check = graph.call_function(EXPECT, (every, [1], f" at {where}, whether {name} keeps the bounds that it is clamped to"))
+    for node, shape in ((same, info.shape), (every, ()), (check, ())):
+        node.meta = {**new.meta, "info": Info(shape, torch.bool, False)}
+    new.replace_all_uses_with(old, delete_user_cb=lambda user: user is not same)
+    return True
+
+
+def _bounded(node: fx.Node) -> bool:
+    """Whether a clamp is among what made `node`."""
+    while node.op == "call_function":
+        if "clamp" in str(node.target):
+            return True
+        node = node.all_input_nodes[0]
+    return False
+
+
+_BOUNDS = frozenset(
+    {
+        torch.ops.aten.clamp.default,
+        torch.ops.aten.clamp_min.default,
+        torch.ops.aten.clamp_max.default,
+        torch.ops.aten.detach.default,
+        torch.ops.aten.alias.default,
+    }
+)
+
+
 def _info(value: Any) -> Info | Ragged | None:
     if not isinstance(value, torch.Tensor):
         return None
@@ -123,7 +168,9 @@ def _results(
             returned.append(by_name[spec.arg.name])
         elif spec.kind == OutputKind.BUFFER_MUTATION:
             updated[renamed[str(spec.target)]] = by_name[spec.arg.name]
-        elif spec.kind != OutputKind.USER_INPUT_MUTATION:  # a changed input is the caller's to lose: nothing of the result depends on it
+        elif spec.kind != OutputKind.USER_INPUT_MUTATION and not _keeps_bounds(
+            by_name[spec.arg.name], renamed.get(str(spec.target))
+        ):  # a changed input is the caller's to lose: nothing of the result depends on it
             raise CaptureError(
                 f"The forward changes {renamed.get(str(spec.target), spec.target)} in place, a parameter or a plain tensor of the model.\n"
                 "  Only buffers may change in a forward: make it one with register_buffer, or change it outside."

@@ -192,6 +192,19 @@ def test_sections_without_gradients_and_with_another_precision() -> None:
     assert_same(Model(), (torch.tensor([0.5, 1.5], dtype=torch.double),), {}, loss=lambda output: output)
 
 
+def test_a_parameter_that_is_clamped_to_bounds_it_keeps() -> None:
+    class Model(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.data.clamp_(-3, 3)
+            return (x * self.scale).square().sum()
+
+    model, x = Model(), torch.randn(3, dtype=torch.double)
+    captured = assert_same(model, (x,), {}, loss=lambda output: output)
+    assert captured.mutations == ()
+    with pytest.raises(BatchError, match="at test_branches.py:[0-9]+, whether scale keeps the bounds.*True for the example"):
+        run(captured, {"scale": torch.tensor(4.0, dtype=torch.double)}, {"x": x})
+
+
 def _checks(model: nn.Module, *args: Tensor) -> list[Any]:
     return [node for node in capture(model, args).graph.nodes if node.target is EXPECT]
 
