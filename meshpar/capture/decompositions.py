@@ -151,4 +151,17 @@ def _data(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-_INSTEAD: Mapping[Any, Callable[..., Any]] = {F.ctc_loss: _ctc_loss, Tensor.data.__get__: _data}  # type: ignore[attr-defined]
+def _of_some_rows(input: Tensor, *args: Any, **kwargs: Any) -> None:
+    """torch 2.13 asks whether there are any rows; when their number is not known, yes: the graph has all of them in the end."""
+    rows = input.shape[0] if input.dim() else 1
+    if not isinstance(rows, int):
+        torch._check(rows > 0)
+
+
+_INSTEAD: Mapping[Any, Callable[..., Any]] = {
+    F.ctc_loss: _ctc_loss,
+    Tensor.data.__get__: _data,  # type: ignore[attr-defined]
+    F.cross_entropy: _of_some_rows,
+    F.nll_loss: _of_some_rows,
+}
+"""Function -> what to call before it; anything but None is the result."""

@@ -238,15 +238,18 @@ def _write_back(buffers: list[tuple[nn.Module, str, torch.Tensor | None]]) -> No
             continue
         module._buffers[name] = before
         if before is None or now is None or now.shape != before.shape or now.dtype != before.dtype:
-            if name in module._non_persistent_buffers_set and before is not None and now is not None:
-                if branches.settled(now) or branches.cast_of(now, before):
-                    continue
+            if name in module._non_persistent_buffers_set and _is_remade(now, before):
+                continue
             raise CaptureError(
                 f"The forward of {type(module).__name__} assigns a tensor of another shape or type to its buffer {name!r}.\n"
                 "  Register the buffer at its final shape and type in __init__."
             )
         with torch.no_grad():
             before.copy_(now)
+
+
+def _is_remade(now: torch.Tensor | None, before: torch.Tensor | None) -> bool:
+    return now is not None and before is not None and (branches.settled(now) or branches.cast_of(now, before))
 
 
 def _leaves(model: nn.Module) -> tuple[torch.Tensor, ...]:

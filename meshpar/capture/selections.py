@@ -2,6 +2,7 @@
 
     top = mask.nonzero();  out.index_add_(0, top, f(x[top]))     ->     out.index_add_(0, all, where(mask, f(x[all]), 0))
     y[mask].sum()                                                ->     where(mask, y, 0).sum()
+    cross_entropy(y[mask], labels[mask])                         ->     cross_entropy(y, where(mask, labels, -100))
 
 Exact, as long as every operator in between treats rows alone; anything else is refused. A loop over a list of experts costs as many
 rows per expert as there are choices.
@@ -19,7 +20,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from meshpar._torch import OpOverload
+from meshpar._torch import OpOverload, pytree
 from meshpar.capture.captured import Info
 from meshpar.capture.simplify import emit
 from meshpar.errors import CaptureError
@@ -48,6 +49,20 @@ def lift(graph: fx.Graph) -> None:
         _Lift(graph).run()
 
 
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are made in the same way."""
+    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return a is b or (not isinstance(a, fx.Node) and type(a) is type(b) and bool(a == b))
+    if a.op != "call_function" or a.target is not b.target or (isinstance(a.target, OpOverload) and _random(a.target)):
+        return False
+    (left, spec), (right, other) = (pytree.tree_flatten((one.args, one.kwargs)) for one in (a, b))
+    return spec == other and all(_equal(x, y) for x, y in zip(left, right, strict=True))
+
+
+def _random(target: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable
+
+
 def _ragged(node: fx.Node) -> bool:
     info = node.meta.get("info")
     return any(isinstance(i, Ragged) for i in (info if isinstance(info, tuple) else (info,)))
@@ -60,6 +75,8 @@ class _Lift:
         self.graph = graph
         self.masks: dict[str, fx.Node] = {}
         self.rows: dict[fx.Node, tuple[str, int]] = {}
+        self.same: dict[str, str] = {}
+        """Symbol -> an earlier one that counts an equal mask."""
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -124,8 +141,13 @@ class _Lift:
     def _count(self, info: Any, mask: Any) -> bool:
         if not isinstance(info, Ragged) or info.rows is None:
             return False
-        self.masks[info.rows[0]] = mask
+        symbol = info.rows[0]
+        self.same[symbol] = next((s for s, other in self.masks.items() if _equal(mask, other)), symbol)
+        self.masks[symbol] = self.masks.get(self.same[symbol], mask)
         return True
+
+    def _rows_of(self, info: Ragged) -> tuple[str, int] | None:
+        return info.rows and (self.same.get(info.rows[0], info.rows[0]), info.rows[1])
 
     def mask_of(self, indices: Any) -> fx.Node | None:
         only = indices[0] if len(indices) == 1 else None
@@ -145,7 +167,7 @@ class _Lift:
 
     def _replace(self, node: fx.Node, value: fx.Node, dim: int) -> None:
         symbol = next(s for s, mask in self.masks.items() if s in _symbols(node))
-        self.rows[value] = (symbol, dim)
+        self.rows[value] = (self.same[symbol], dim)
         node.replace_all_uses_with(value)
         self.graph.erase_node(node)
 
@@ -167,7 +189,7 @@ class _Lift:
         infos = infos if isinstance(infos, tuple) else (infos,)
         if not inputs and not _ragged(node):
             return False
-        outputs = [info.rows for info in infos if isinstance(info, Ragged)]
+        outputs = [self._rows_of(info) for info in infos if isinstance(info, Ragged)]
         symbols = {self.rows[source][0] for source in inputs} | {rows[0] for rows in outputs if rows}
         if not outputs or None in outputs or len(outputs) != len(infos) or len(symbols) != 1 or not symbols <= set(self.masks):
             self._refuse(node)
@@ -223,7 +245,7 @@ def _index_put(lift: _Lift, node: fx.Node, symbol: str) -> bool:
     accumulate = len(args) > 3 and bool(args[3])
     if not isinstance(target, fx.Node) or not isinstance(values, fx.Node) or target in lift.rows or values not in lift.rows:
         return False
-    if lift.mask_of(indices) is lift.masks[symbol]:
+    if _equal(lift.mask_of(indices), lift.masks[symbol]):
         if lift.rows[values][1] != 0 or prod(_shape(values)) != prod(_shape(target)):
             return False
         return _put_by_mask(node, target, lift.masks[symbol], values, accumulate=accumulate)
@@ -270,6 +292,39 @@ def _sum(lift: _Lift, node: fx.Node, symbol: str) -> bool:
     return True
 
 
+def _mean(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    """A mean over the chosen rows: their sum over their number."""
+    args: Any = node.args
+    value, info, kwargs = args[0], node.meta["info"], dict(node.kwargs)
+    shape, rows = _shape(value), lift.rows[value][1]
+    dims = sorted({int(d) % len(shape) for d in args[1]} if len(args) > 1 and args[1] else range(len(shape)))
+    if rows not in dims:
+        return False
+    keep = bool(args[2]) if len(args) > 2 else bool(kwargs.pop("keepdim", False))
+    total = emit(node, aten.sum.dim_IntList, (lift.masked(node, value, symbol), dims, keep), info, kwargs)
+    chosen = lift.chosen(node, value, symbol)
+    count = emit(node, aten.sum.default, (chosen,), Info((), torch.int64, False))
+    others = prod(shape[d] for d in dims if d != rows)
+    if others != 1:
+        count = emit(node, aten.mul.Tensor, (count, others), Info((), torch.int64, False))
+    node.target, node.args, node.kwargs = aten.div.Tensor, (total, count), {}
+    return True
+
+
+def _label_loss(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    """The label of a row that was not chosen is to be ignored."""
+    args: Any = node.args
+    logits, labels = args[:2]
+    if not all(lift.rows.get(one) == (symbol, 0) for one in (logits, labels)) or _dtype(labels).is_floating_point:
+        return False
+    if any(source in lift.rows for source in node.all_input_nodes if source not in (logits, labels)):
+        return False
+    ignore = args[4] if len(args) > 4 else node.kwargs.get("ignore_index", -100)
+    chosen = lift.chosen(node, labels, symbol)
+    node.update_arg(1, emit(node, aten.where.ScalarOther, (chosen, labels, ignore), labels.meta["info"]))
+    return True
+
+
 def _ctc_loss(lift: _Lift, node: fx.Node, symbol: str) -> bool:
     """Targets one sample after the other -> a row of targets per sample, those that were chosen first."""
     args: Any = node.args
@@ -291,7 +346,7 @@ def _counts_rows(node: Any, mask: fx.Node) -> bool:
     """Whether `node` says how many of each row of `mask` are chosen."""
     while isinstance(node, fx.Node) and node.target in (aten._to_copy.default, aten.clone.default):
         node = node.args[0]
-    if not isinstance(node, fx.Node) or node.target is not aten.sum.dim_IntList or node.args[0] is not mask:
+    if not isinstance(node, fx.Node) or node.target is not aten.sum.dim_IntList or not _equal(node.args[0], mask):
         return False
     return [int(d) % 2 for d in node.args[1]] == [1]  # type: ignore[union-attr, arg-type]
 
@@ -301,6 +356,9 @@ _SINKS: Mapping[Any, Callable[[_Lift, fx.Node, str], bool]] = {
     aten.index_put.default: _index_put,
     aten.sum.default: _sum,
     aten.sum.dim_IntList: _sum,
+    aten.mean.default: _mean,
+    aten.mean.dim: _mean,
+    **dict.fromkeys((aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default), _label_loss),
     CTC_LOSS: _ctc_loss,
 }
 """Operators that take chosen rows and give a tensor of fixed shape."""

@@ -15,6 +15,7 @@ from meshpar.capture.export import capture
 from meshpar.capture.run import run
 from meshpar.errors import BatchError, CaptureError
 from meshpar.ops.expect import EXPECT
+from meshpar.passes.split import mark, split
 from tests.capture.models import assert_same, perturbed
 
 
@@ -190,6 +191,32 @@ def test_sections_without_gradients_and_with_another_precision() -> None:
             return (x * 2 if high and not low else x).sum()
 
     assert_same(Model(), (torch.tensor([0.5, 1.5], dtype=torch.double),), {}, loss=lambda output: output)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_what_one_rank_sees_counts_for_all(recompute: Any) -> None:
+    """The labels of one data rank alone go another way: the step is refused as it would be on one device."""
+    torch.manual_seed(0)
+    model = Guarded()
+    ids, labels = torch.randint(12, (4, 6)), torch.randint(11, (4, 6))
+    with mp.simulate(4):
+        mesh = mp.make_mesh("dp=2,tp=2")
+        share = mp.local_batch({"ids": ids, "labels": labels}, mesh)
+        parallel = mp.parallelize(model, mesh, example=share, config=mp.ParallelConfig(recompute=recompute))
+        parallel.train_step(**share)
+        labels[3, 5] = 12
+        with pytest.raises(BatchError, match="labels.max.. >= 12.*False for the example.*True for this batch"):
+            parallel.train_step(**mp.local_batch({"ids": ids, "labels": labels}, mesh))
+
+
+def test_a_stage_keeps_its_checks() -> None:
+    captured = capture(Guarded(), (), {"ids": torch.randint(12, (4, 6)), "labels": torch.randint(12, (4, 6))})
+    checks = [node.name for node in captured.graph.nodes if node.target is EXPECT]
+    second = next(n.name for n in captured.graph.nodes if n.op == "call_function" and n.meta["module"] == "blocks.1.0")
+    mark(captured.graph, [second])
+    stages = split(captured.graph, 2, parameters=captured.parameters)
+    found = [[node.name for node in stage.graph.nodes if node.target is EXPECT] for stage in stages]
+    assert found == [checks[:2], checks[2:]]
 
 
 def test_a_parameter_that_is_clamped_to_bounds_it_keeps() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import meshpar as mp
 from meshpar.capture.export import capture
 from meshpar.errors import CaptureError
 from tests.capture.models import assert_same, perturbed
@@ -83,6 +84,77 @@ def test_masked_losses() -> None:
     assert_same(perturbed(Model()), (), {"x": torch.randn(2, 3, 4, dtype=torch.double), "labels": labels})
 
 
+CHOSEN: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda y, labels: F.cross_entropy(y[labels >= 0], labels[labels >= 0]),
+    lambda y, labels: F.cross_entropy(y[labels >= 0], labels[labels >= 0], reduction="sum", label_smoothing=0.1),
+    lambda y, labels: F.cross_entropy(y[labels >= 0], labels[labels >= 0], ignore_index=2, weight=torch.arange(5.0).double()),
+    lambda y, labels: F.nll_loss(y.log_softmax(-1)[labels >= 0], labels.masked_select(labels >= 0)),
+    lambda y, labels: y[labels >= 0].mean() + y[labels >= 0].square().mean(0).sum() + y[labels >= 0].mean((0, 1), keepdim=True).sum(),
+    lambda y, labels: y[labels > 9].sum() + F.cross_entropy(y[labels > 9], labels[labels > 9], reduction="sum") + y.sum(),  # none
+    lambda y, labels: (y.masked_select(y > 0) ** 2).sum(),
+]
+
+
+class Scoring(nn.Module):
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.head, self.loss = nn.Linear(4, 5), loss
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.loss(self.head(x), labels)}
+
+
+@pytest.mark.parametrize("loss", CHOSEN)
+def test_losses_of_chosen_rows(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([[0, -1, 3], [-1, -1, 4]])
+    assert_same(perturbed(Scoring(loss)), (), {"x": torch.randn(2, 3, 4, dtype=torch.double), "labels": labels})
+
+
+class Spelling(nn.Module):
+    """The loss of a speech model: targets of different lengths, one after the other."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.head, self.reduction = nn.Linear(4, 6), reduction
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        scores, mask = self.head(x).log_softmax(-1).transpose(0, 1), labels >= 0
+        lengths = torch.full((len(x),), x.shape[1])
+        each = F.ctc_loss(scores, labels.masked_select(mask), lengths, mask.sum(-1), reduction=self.reduction, zero_infinity=True)
+        return {"loss": each.square().sum()}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_targets_one_after_the_other(reduction: str) -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, -100, 3], [2, 2, 4], [-100, -100, -100], [-100, 5, 5]])
+    batch = {"x": torch.randn(4, 4, 4, dtype=torch.double), "labels": labels}  # too short for the repeated label of sample 1
+    assert_same(perturbed(Spelling(reduction)), (), batch)
+    if reduction == "mean":
+        report = mp.verify(Spelling(reduction), "dp=2,tp=2", batch)
+        assert report.ok and not report.notes, report
+
+
+def test_targets_in_rows() -> None:
+    class Padded(Scoring):
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            scores = self.head(x).log_softmax(-1).transpose(0, 1)
+            return {"loss": F.ctc_loss(scores, labels, (4, 3), (2, 1)) + F.ctc_loss(scores, labels, *torch.tensor([[4, 3], [1, 1]]))}
+
+    batch = {"x": torch.randn(2, 4, 4, dtype=torch.double), "labels": torch.tensor([[1, 2], [3, 0]])}
+    assert_same(perturbed(Padded(CHOSEN[0])), (), batch)
+
+
+def test_lengths_of_other_targets_are_refused() -> None:
+    class Other(Scoring):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return F.ctc_loss(self.head(x).transpose(0, 1), labels.masked_select(labels >= 0), torch.tensor([4, 4]), (labels > 0).sum(-1))
+
+    with pytest.raises(CaptureError, match="meshpar.ctc_loss.default in the model .* mixes rows"):
+        capture(Other(CHOSEN[0]), (torch.randn(2, 4, 4), torch.tensor([[1, 2], [3, 4]])))
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -91,7 +163,7 @@ def test_masked_losses() -> None:
             lambda x: x[x[:, 0] > 0].cumsum(0).sum(),
             "aten.cumsum.default in the model .test_selections.py:[0-9]+. mixes rows chosen by a mask",
         ),
-        (lambda x: x[x[:, 0] > 0].mean(), "aten.mean.default in the model .* mixes rows"),
+        (lambda x: x[x[:, 0] > 0].std(), "aten.std.correction in the model .* mixes rows"),
         (lambda x: (x[x[:, 0] > 0].t() @ x[x[:, 0] > 0]).sum(), "mixes rows"),
         (lambda x: x[x[:, 0] > 0].softmax(0).sum(), "mixes rows"),
         (lambda x: x[x[:, 0] > 0].norm(dim=0).sum(), "mixes rows"),

@@ -20,7 +20,7 @@ from meshpar.sharding.price import Price
 from meshpar.sharding.rules import add_rule
 from meshpar.sharding.types import I, Partial, Shard, Type
 
-aten = torch.ops.aten
+aten, meshpar = torch.ops.aten, torch.ops.meshpar
 SIZE = 2
 
 
@@ -181,6 +181,9 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
     (aten.unfold.default, (x(4, 6, 8), 1, 3, 1), 2),
     (aten.log_sigmoid.default, (x(4, 6),), 2),
     (aten.select_scatter.default, (x(4, 6, 8), x(4, 8), 1, 2), 2),
+    (meshpar.ctc_loss.default, (x(7, 4, 6).log_softmax(-1), ids(5, 4, 3) + 1, torch.full((4,), 7), torch.tensor([3, 1, 0, 2]), 0, True), 1),
+    (meshpar.ctc_loss.default, (x(7, 4, 6).log_softmax(-1), ids(5, 6) + 1, torch.full((4,), 7), torch.tensor([3, 1, 0, 2]), 0, True), 0),
+    (meshpar.expect.default, (torch.tensor([[3, 1], [0, 2]]), [3, 1, 0, 2], ""), 0),
 ]  # fmt: skip
 
 
