@@ -48,9 +48,9 @@ def inline(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op == "call_function" and str(node.target) in (_SET_GRAD, _AUTOCAST):
             with module.graph.inserting_before(node):
-                results = _section(module.graph, module, node, list(_operands(node)), list(_operands(node)))
+                results = _section(module.graph, module, node, [(value,) for value in _operands(node)], 1)
             for user in list(node.users):
-                user.replace_all_uses_with(results[user.args[1]])
+                user.replace_all_uses_with(results[user.args[1]][0])
                 module.graph.erase_node(user)
             for source in node.all_input_nodes:
                 source.users.setdefault(node)  # export (torch 2.13) forgets that a section without results reads anything
@@ -65,42 +65,64 @@ def _operands(call: fx.Node) -> tuple[Any, ...]:
     return call.args[2:] if str(call.target) == _SET_GRAD else call.args[5:]
 
 
-def _section(graph: fx.Graph, owner: fx.GraphModule, call: fx.Node, used: list[Any], raw: list[Any]) -> list[Any]:
-    """Copy the section that `call` runs to the insertion point of `graph`; returns its results.
+Levels = tuple[Any, ...]
+"""A value as it is inside a section, in the section around that, and so on; outside of all of them last."""
 
-    `raw` are the operands as they were before any detach, for sections inside this one that switch gradients on again.
-    """
+
+def _section(graph: fx.Graph, owner: fx.GraphModule, call: fx.Node, operands: list[Levels], depth: int) -> list[Levels]:
+    """Copy the section that `call` runs to the insertion point of `graph`; returns its results as the caller sees them."""
     if str(call.target) == _AUTOCAST:
         entered = graph.call_function(enter_autocast, call.args[:4])
         entered.meta.update(call.meta)
-        results = _copy(graph, _body(owner, call.args[4]), used, raw)
+        results = _copy(graph, _body(owner, call.args[4]), [(levels[0], *levels) for levels in operands], depth + 1)
         graph.call_function(exit_autocast, (entered,)).meta.update(call.meta)
-        return results
+        return [levels[1:] for levels in results]
     body = _body(owner, call.args[1])
-    if not call.args[0]:
-        _refuse_overwriting(body, used)
     origin = next((node for node in body.graph.nodes if node.op == "call_function"), call)
-    return _copy(graph, body, raw if call.args[0] else [_detached(graph, value, origin) for value in used], raw)
+    if call.args[0]:  # gradients are on again, also for what came in without
+        inside = [(levels[-1], *levels) for levels in operands]
+    else:
+        _refuse_overwriting(body, [levels[0] for levels in operands])
+        inside = [(_detached(graph, levels[0], origin), *levels) for levels in operands]
+    return [levels[1:] for levels in _copy(graph, body, inside, depth + 1)]
 
 
-def _copy(graph: fx.Graph, body: fx.GraphModule, operands: list[Any], raw_operands: list[Any]) -> list[Any]:
-    used: dict[fx.Node, Any] = {}
-    raw: dict[fx.Node, Any] = {}
-    items: dict[fx.Node, list[Any]] = {}
-    placeholders = iter(zip(operands, raw_operands, strict=True))
+def _copy(graph: fx.Graph, body: fx.GraphModule, operands: list[Levels], depth: int) -> list[Levels]:
+    made: dict[fx.Node, Levels] = {}
+    items: dict[fx.Node, list[Levels]] = {}
+    placeholders = iter(operands)
     for node in body.graph.nodes:
         if node.op == "placeholder":
-            used[node], raw[node] = next(placeholders)
+            made[node] = next(placeholders)
         elif node.op == "output":
-            return [raw[value] if isinstance(value, fx.Node) else value for value in node.args[0]]
+            return [made[value] if isinstance(value, fx.Node) else (value,) * depth for value in node.args[0]]
         elif str(node.target) in (_SET_GRAD, _AUTOCAST):
-            inner = _operands(node)
-            items[node] = _section(graph, body, node, [used[value] for value in inner], [raw[value] for value in inner])
+            items[node] = _section(graph, body, node, [made[value] for value in _operands(node)], depth)
         elif node.op == "call_function" and node.args and node.args[0] in items:
-            raw[node] = used[node] = items[node.args[0]][node.args[1]]
+            made[node] = items[node.args[0]][node.args[1]]
+        elif (same := _itself(node)) is not None:
+            made[node] = made[same]
         elif node.op != "get_attr":
-            raw[node] = used[node] = graph.node_copy(node, lambda value: used[value])
+            made[node] = (graph.node_copy(node, lambda value: made[value][0]),) * depth
     raise AssertionError("a section without an output")
+
+
+def _itself(node: fx.Node) -> fx.Node | None:
+    """The operand that a call like `x.to(x.dtype)` gives back as it is: outside of the section it is still the tensor it was before."""
+    if not isinstance(node.target, OpOverload) or node.target._schema.name not in _MAY_RETURN_ITSELF:
+        return None
+    source = node.args[0]
+    before, after = source.meta.get("val") if isinstance(source, fx.Node) else None, node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+        return None
+    shared = before.untyped_storage()._cdata == after.untyped_storage()._cdata
+    return source if shared and before.shape == after.shape and before.stride() == after.stride() else None  # type: ignore[return-value]
+
+
+_MAY_RETURN_ITSELF = frozenset(
+    f"aten::{name}"
+    for name in ("to", "contiguous", "type_as", "dropout", "flatten", "lift_fresh", "resolve_conj", "resolve_neg", "real", "expand_as")
+)
 
 
 def _body(owner: fx.GraphModule, reference: Any) -> fx.GraphModule:

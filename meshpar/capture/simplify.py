@@ -115,6 +115,22 @@ def views_as_reshape(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def masked_writes(node: fx.Node) -> fx.Node | None:
+    """x[mask] = v, the same for every row that is chosen -> where(mask, v, x)."""
+    if node.target not in (aten.index_put.default, aten._unsafe_index_put.default) or _argument(node, 3, "accumulate", False):
+        return None
+    given: Any = node.args[1]
+    mask, value = given[0] if len(given) == 1 else None, _as_node(node.args[2])
+    if not isinstance(mask, fx.Node) or _info(mask).dtype != torch.bool:
+        return None
+    rest = _info(node).shape[len(_info(mask).shape) :]
+    if len(_info(value).shape) > len(rest) or _info(value).dtype != _info(node).dtype:
+        return None
+    shape = (*_info(mask).shape, *(1 for _ in rest))
+    wide = emit(node, aten.reshape.default, (mask, list(shape)), Info(shape, torch.bool, False))
+    return emit(node, aten.where.self, (wide, value, _operand(node)), _info(node))
+
+
 def transposes(node: fx.Node) -> fx.Node | None:
     """t, numpy_T, mT -> transpose or permute."""
     rank = len(_info(_operand(node)).shape) if node.target in _TRANSPOSES else 0
@@ -220,6 +236,7 @@ CLEANUPS: tuple[Cleanup, ...] = (
     skip_neutral,
     skip_idle_dropout,
     without_empty_parts,
+    masked_writes,
     transposes,
     copies_as_expand,
     broadcasts_as_expand,

@@ -145,8 +145,9 @@ def attention(op: Op) -> Signature | None:
     q, k = op.shapes[0], op.shapes[1]
     if len(q) != 4 or len(k) != 4:
         return row("... [s] [e], ... [t] [e], ... [t] [f], ... [s] [t] -> ... [s] [f]", linear=((2,),))(op)
-    lead = "b (k g)" if q[1] != k[1] else "b k"
-    mask = "b [h] [s] [t]" if q[1] != k[1] and len(op.shapes) > 3 and op.shapes[3][-3:-2] not in ((), (1,)) else "b k [s] [t]"
+    grouped = k[1] not in (1, q[1])  # (a single head is broadcast)
+    lead = "b (k g)" if grouped else "b k"
+    mask = "b [h] [s] [t]" if grouped and len(op.shapes) > 3 and op.shapes[3][-3:-2] not in ((), (1,)) else "b k [s] [t]"
     rest = ""
     if len(op.shapes) > 3:
         terms = mask.split(" ")
@@ -244,6 +245,30 @@ def scatter(op: Op) -> Signature | None:
     inputs = [base, at, *([at] if len(op.infos) > 2 else [])]
     linear = (frozenset({0, 2}),) if op.name == "scatter_add" else ()
     return Signature(tuple(inputs), (base,), {**sizes_of("d", shape), f"n{dim}": other[dim]}, frozenset({f"d{dim}", f"n{dim}"}), linear)
+
+
+def index_add(op: Op) -> Signature:
+    """Rows added to a tensor at places along one dim, which is needed whole."""
+    dim, shape = op.dim(), op.infos[0].shape
+    base, count = named("d", shape), op.infos[2].shape[dim] if shape else 1
+    rows = (("n",),) if count > 1 else ()
+    inputs = (base, (rows,) if op.shapes[1] else (), (*base[:dim], rows, *base[dim + 1 :]))
+    return Signature(inputs, (base,), {**sizes_of("d", shape), "n": count}, frozenset({f"d{dim}", "n"}), (frozenset({0, 2}),))
+
+
+def differences(op: Op) -> Signature:
+    """diff: along one dim, which is needed whole, as is what is put before and after."""
+    dim, shape = op.dim(), op.infos[0].shape
+    base = named("d", shape)
+
+    def along(prefix: str, n: int) -> Dims:
+        return (*base[:dim], ((f"{prefix}{dim}",),) if n > 1 else (), *base[dim + 1 :])
+
+    inputs = [base, *(along(f"x{i}_", other[dim]) for i, other in enumerate(op.shapes[1:]))]
+    sizes = {**sizes_of("d", shape), f"n{dim}": op.out.shape[dim]}
+    sizes |= {f"x{i}_{dim}": other[dim] for i, other in enumerate(op.shapes[1:])}
+    cut = frozenset(name for name in sizes if name[0] in "xn" or name == f"d{dim}")
+    return Signature(tuple(inputs), (along("n", op.out.shape[dim]),), sizes, cut)
 
 
 def written(op: Op) -> Signature:
@@ -500,6 +525,11 @@ RULES: dict[str, Rule] = {
     "glu": glu,
     "prelu": prelu,
     "unfold": unfolded,
+    "im2col": row("... c [h] [w] -> ... (c k) [l]", linear=((0,),)),
+    "col2im": row("... (c k) [l] -> ... c [h] [w]", linear=((0,),)),
+    "fft_fftn": fixed_dims(lambda op: op.dims(), linear=True),
+    "index_add": index_add,
+    "diff": differences,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     # reductions
     **dict.fromkeys(
@@ -536,6 +566,7 @@ RULES: dict[str, Rule] = {
     ),
     # these carry no pointwise tag, or not in every form
     **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid"), pointwise),
+    **dict.fromkeys(("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"), pointwise),
     # other names for operators that carry one
     **dict.fromkeys(("multiply", "divide", "true_divide", "subtract", "greater", "greater_equal", "less", "less_equal"), pointwise),
     "view_as_complex": row("... [c] -> ..."),

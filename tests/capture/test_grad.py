@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -45,6 +46,26 @@ def test_sections() -> None:
     assert all(node.meta["source"].startswith("test_grad.py:") for node in calls)
     assert any(node.meta["info"].dtype == torch.bfloat16 for node in calls)
     assert not any("autocast" in str(node.target) or "grad" in str(node.target) for node in calls)
+
+
+def test_what_a_section_gives_back_as_it_was_keeps_its_gradient() -> None:
+    """`x.to(x.dtype)` is x: later uses of x must not see the section."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.a(x)
+            with torch.no_grad():
+                k = self.b(h.to(x.dtype).contiguous()).flatten(0, 0) + F.dropout(h, 0.0)
+                with torch.autocast("cpu", enabled=False):
+                    k = k * h.double().mean()
+                v = h.view(4, 3)
+            return {"loss": (self.b(h) * k + v.view(3, 4)).square().sum()}
+
+    assert_same(Model().double(), (torch.randn(3, 4, dtype=torch.double),), {})
 
 
 def test_no_grad_inside_autocast_is_refused() -> None:

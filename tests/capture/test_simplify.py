@@ -52,6 +52,11 @@ X = torch.randn(3, 4, dtype=torch.double)
         (lambda w, x: (x * 1.0 - 0.0) / 1 * w, ["mul.Tensor"]),
         (lambda w, x: (x.long() + 0.0) * w, ["_to_copy.default", "add.Tensor", "mul.Tensor"]),
         (lambda w, x: (x + 1) * w, ["add.Tensor", "mul.Tensor"]),
+        (lambda w, x: (x * w).index_put((x > 0,), x.new_tensor(2.0)), ["mul.Tensor", "gt.Scalar", "where.self"]),
+        (
+            lambda w, x: (x * w).index_put((x[:, 0] > 0,), w),
+            ["mul.Tensor", "select.int", "gt.Scalar", "reshape.default", "where.self"],
+        ),
         (lambda w, x: x.clone().to(torch.double) * w, ["mul.Tensor"]),
         (lambda w, x: x.detach() * w, ["mul.Tensor"]),
         (lambda w, x: (x * w).detach() * w, ["mul.Tensor", "detach.default", "mul.Tensor"]),

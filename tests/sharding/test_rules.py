@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+import meshpar.ops.ctc
+import meshpar.ops.expect  # noqa: F401  (both register operators)
 from meshpar.capture.captured import Info
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
@@ -20,7 +22,7 @@ from meshpar.sharding.price import Price
 from meshpar.sharding.rules import add_rule
 from meshpar.sharding.types import I, Partial, Shard, Type
 
-aten, meshpar = torch.ops.aten, torch.ops.meshpar
+aten, ours = torch.ops.aten, torch.ops.meshpar
 SIZE = 2
 
 
@@ -181,9 +183,20 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
     (aten.unfold.default, (x(4, 6, 8), 1, 3, 1), 2),
     (aten.log_sigmoid.default, (x(4, 6),), 2),
     (aten.select_scatter.default, (x(4, 6, 8), x(4, 8), 1, 2), 2),
-    (meshpar.ctc_loss.default, (x(7, 4, 6).log_softmax(-1), ids(5, 4, 3) + 1, torch.full((4,), 7), torch.tensor([3, 1, 0, 2]), 0, True), 1),
-    (meshpar.ctc_loss.default, (x(7, 4, 6).log_softmax(-1), ids(5, 6) + 1, torch.full((4,), 7), torch.tensor([3, 1, 0, 2]), 0, True), 0),
-    (meshpar.expect.default, (torch.tensor([[3, 1], [0, 2]]), [3, 1, 0, 2], ""), 0),
+    (aten.scaled_dot_product_attention.default, (x(4, 2, 6, 8), x(4, 1, 10, 8), x(4, 1, 10, 4), x(4, 1, 6, 10)), 2),
+    (aten.scaled_dot_product_attention.default, (x(4, 2, 6, 8), x(4, 1, 10, 8), x(4, 1, 10, 4), x(4, 2, 6, 10)), 2),
+    (aten.im2col.default, (x(4, 6, 5, 5), [3, 3], [1, 1], [1, 1], [2, 2]), 2),
+    (aten.im2col.default, (x(6, 5, 5), [3, 1], [1, 1], [1, 0], [1, 1]), 1),
+    (aten.col2im.default, (x(4, 54, 9), [5, 5], [3, 3], [1, 1], [0, 0], [1, 1]), 2),
+    (aten.fft_fftn.default, (x(4, 6, 8), None, [1]), 2),
+    (aten.index_add.default, (x(4, 6), 0, ids(4, 8), x(8, 6)), 1),
+    (aten.index_add.default, (x(4, 6, 2), 1, torch.tensor([3]), x(4, 1, 2)), 2),
+    (aten.diff.default, (x(4, 6), 1, -1, x(4, 1)), 1),
+    (aten.diff.default, (x(4, 6, 2), 2, 1, None, x(4, 3, 2)), 2),
+    (aten.__and__.Tensor, (ids(2, 4, 1, 8).bool(), ids(2, 6, 8).bool()), 3),
+    (ours.ctc_loss.default, (x(7, 4, 6).log_softmax(-1), ids(5, 4, 3) + 1, torch.full((4,), 7), torch.tensor([3, 1, 0, 2]), 0, True), 1),
+    (ours.ctc_loss.default, (x(7, 4, 6).log_softmax(-1), ids(5, 6) + 1, torch.full((4,), 7), torch.tensor([3, 1, 0, 2]), 0, True), 0),
+    (ours.expect.default, (torch.tensor([[3, 1], [0, 2]]), [3, 1, 0, 2], ""), 0),
 ]  # fmt: skip
 
 
