@@ -82,6 +82,11 @@ def local_of(tensor: DTensor) -> torch.Tensor:
     return tensor._local_tensor
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd knows `tensor` as a view of another one (torch 2.13; wait for a public question)."""
+    return tensor._is_view()
+
+
 def as_parameter(tensor: DTensor, requires_grad: bool) -> nn.Parameter:
     """`tensor` itself as a parameter (torch 2.13).
 
@@ -272,6 +277,7 @@ __all__ = [
     "flatten_mesh",
     "forget_meshes",
     "functional",
+    "is_view",
     "lists_of_numbers",
     "local_of",
     "local_tensor_mode",
