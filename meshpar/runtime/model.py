@@ -282,6 +282,6 @@ class ParallelModel(nn.Module):
                 )
             if made.device.type != self.mesh.device_type:
                 raise ConfigError(
-                    f"a parallel model stays on the devices of its mesh ({self.mesh.device_type}): to move it to {made.device.type}, save a "
-                    f"checkpoint and load it into a model parallelized on a mesh of that type."
+                    f"a parallel model stays on the devices of its mesh ({self.mesh.device_type}): to have it on {made.device.type}, save "
+                    f"a checkpoint and load it into a model parallelized on a mesh of that type."
                 )
