@@ -295,12 +295,12 @@ RULES: Mapping[Any, Rule] = {
 """Operators by what they mean for rows and experts; what a rule answers "not mine" to is treated as any other operator."""
 
 
-def _dims(position: int) -> Callable[[Recorder, Any], bool]:
-    """The dims that argument `position` names are not the rows'."""
+def _dims(position: int, default: int | None = None) -> Callable[[Recorder, Any], bool]:
+    """The dims that argument `position` names, or else `default`, are not the rows'; None: there it means all of them."""
 
     def check(recorder: Recorder, args: Any) -> bool:
         source = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        named = args[position] if len(args) > position else 0 if position == 2 else None
+        named = args[position] if len(args) > position else default
         dims: list[Any] = [*named] if isinstance(named, list | tuple) else [named]
         return None not in dims and bool(dims) and all(d % source.dim() != recorder.row_dim(source) for d in dims)
 
@@ -330,7 +330,9 @@ ROW_BY_ROW: Mapping[Any, Callable[[Recorder, Any], bool]] = {
     **dict.fromkeys(
         (aten.slice, aten.select, aten._softmax, aten._log_softmax, aten.cat, aten.sum, aten.mean, aten.amax, aten.glu), _dims(1)
     ),
-    **dict.fromkeys((aten.split, aten.split_with_sizes), _dims(2)),
+    **dict.fromkeys((aten.amin, aten.logsumexp, aten.cumsum, aten.var, aten.std), _dims(1)),
+    **dict.fromkeys((aten.split, aten.split_with_sizes), _dims(2, default=0)),
+    aten.linalg_vector_norm: _dims(2),
     aten.mm: _by_shared(0),
     aten.addmm: _by_shared(1),
 }

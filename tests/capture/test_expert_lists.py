@@ -247,6 +247,28 @@ def test_routers_and_layers_of_other_kinds(kind: type[MoE]) -> None:
     assert (kind.mixtral, MoE.mixtral) == before
 
 
+class Normed(SwiGLU):
+    """Reductions over the features of a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(F.normalize(x, dim=-1))
+        y = y / (y.var(-1, keepdim=True) + 1e-3) + y.std(-1, keepdim=True) - y.amin(-1, keepdim=True)
+        return y * torch.logsumexp(y, -1, keepdim=True) + y.cumsum(-1)
+
+
+class NormedTogether(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.linalg.vector_norm(x)
+
+
+def test_reductions_in_experts() -> None:
+    layer, together = MoE("mixtral"), MoE("dense")
+    layer.experts = nn.ModuleList(Normed() for _ in range(4))
+    assert names(assert_same(perturbed(Model(layer)), (), tokens(2, 4))).count("meshpar.dispatch.default") == 1
+    together.experts = nn.ModuleList(NormedTogether() for _ in range(4))
+    assert str(found(together, 2, 4, H)) == "aten.linalg_vector_norm.default is not known to treat rows alone"
+
+
 class TwoLoops(MoE):
     """Two loops over two lists."""
 
