@@ -28,12 +28,13 @@ from meshpar.checkpoint.casts import cast, castable, word
 from meshpar.checkpoint.division import AXES, Grid, Layout
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import Disk
-from meshpar.checkpoint.manifest import Manifest, Stored
+from meshpar.checkpoint.manifest import Manifest
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
 from meshpar.checkpoint.partial import Partial, writing
 from meshpar.checkpoint.placed import Held, from_words, held, torch_dtype
 from meshpar.checkpoint.ranks import Failure, Group, Ranks, attempt
 from meshpar.checkpoint.reading import Reader
+from meshpar.checkpoint.table import Stored
 from meshpar.checkpoint.writer import Local, PerRank, Record, finish, merge, rank_tensor, write_rank
 from meshpar.errors import ConfigError, near
 

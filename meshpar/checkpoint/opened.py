@@ -15,7 +15,8 @@ from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.boxes import whole
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import MAX_HEADER, Disk, Header, check_name, parse_json, read_header
-from meshpar.checkpoint.manifest import MANIFEST, Asset, Chunk, FileRecord, Manifest, Stored
+from meshpar.checkpoint.manifest import MANIFEST, Asset, FileRecord, Manifest
+from meshpar.checkpoint.table import Chunk, Stored, Table
 from meshpar.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
@@ -100,7 +101,7 @@ def _open_hf(disk: Disk, root: Path, where: str, files: Sequence[str], table: Ma
         if missing:
             raise CorruptError(f"{where} names {len(missing)} tensors that its files do not hold: {', '.join(missing[:5])}.")
     assets = tuple(_assets(root)) if with_assets else ()
-    return Checkpoint(root, Manifest(tensors, tuple(records), assets=assets), "hf")
+    return Checkpoint(root, Manifest(Table.of(tensors), tuple(records), assets=assets), "hf")
 
 
 def _add(tensors: dict[str, Stored], header: Header, index: int, name: str, table: Mapping[str, str] | None, where: str) -> None:

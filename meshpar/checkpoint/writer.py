@@ -25,9 +25,10 @@ from meshpar.checkpoint.casts import Array, word
 from meshpar.checkpoint.division import ONE_RANK, WHOLE, Grid, Layout
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk
-from meshpar.checkpoint.manifest import MANIFEST, Chunk, FileRecord, Manifest, Stored
+from meshpar.checkpoint.manifest import MANIFEST, FileRecord, Manifest
 from meshpar.checkpoint.partial import Partial
-from meshpar.checkpoint.sink import NewFile, Slot, pack, rank_slots
+from meshpar.checkpoint.sink import NewFile, Sink, pack, rank_files, rank_suffixes
+from meshpar.checkpoint.table import Chunk, Stored, Table
 from meshpar.errors import ConfigError
 
 
@@ -82,17 +83,13 @@ def write_rank(root: Path, rank: int, tensors: Iterable[Local], values: Mapping[
     if len(by_name) != len(held):
         twice = sorted({t.name for t in held if sum(o.name == t.name for o in held) > 1})
         raise ConfigError(f"Rank {rank} saves {', '.join(twice[:5])} twice; the parts of one tensor belong into one entry.")
-    groups: dict[str, list[Slot]] = {}
-    for t in held:
-        for file, slot in rank_slots(rank, t.name, t.dtype, t.boxes):
-            groups.setdefault(file, []).append(slot)
-    sink = pack([(file, groups[file]) for file in sorted(groups)], {t.name: (t.dtype, t.shape) for t in held}, sharded=True)
+    sink = _sink(rank, held)
     handles = [_start(disk, root, new) for new in sink.files]
     stored: dict[str, Stored] = {}
     out = _Gathered(disk, handles)
     try:
         for t in held:
-            chunks = _write_local(t, sink.pieces[t.name], out, rank, checksums)
+            chunks = _write_local(t, sink.table[t.name].chunks, out, rank, checksums)
             stored[t.name] = Stored(t.dtype, t.shape, chunks, t.kind, t.layout)
         out.flush()
         for handle in handles:
@@ -103,6 +100,20 @@ def write_rank(root: Path, rank: int, tensors: Iterable[Local], values: Mapping[
     shared = {k: v for k, v in values.items() if not isinstance(v, PerRank)}
     own = {k: v.value for k, v in values.items() if isinstance(v, PerRank)}
     return Record(rank, tuple(f.record for f in sink.files), stored, shared, own)
+
+
+def _sink(rank: int, held: Sequence[Local]) -> Sink:
+    """The files of one rank."""
+    boxes = {t.name: t.boxes for t in held}
+    names = sorted({file for own in boxes.values() for file in rank_files(rank, len(own))})
+    index = {file: k for k, file in enumerate(names)}
+    tensors = {}
+    for t in held:
+        files = rank_files(rank, len(boxes[t.name]))
+        chunks = tuple(Chunk(box, index[file], 0) for box, file in zip(boxes[t.name], files, strict=True))
+        tensors[t.name] = Stored(t.dtype, t.shape, chunks, t.kind, t.layout)
+    table = Table.of(tensors)
+    return pack(names, table, [rank_suffixes(len(g.chunks.boxes)) for g in table.groups], sharded=True)
 
 
 def _start(disk: Disk, root: Path, new: NewFile) -> int:
@@ -193,7 +204,7 @@ def merge(records: Sequence[Record], grid: Grid = ONE_RANK, *, aliases: Mapping[
     per_rank = _per_rank(records)
     tensors = {n: Stored(t.dtype, t.shape, tuple(chunks[n]), t.kind, t.layout) for n, (_, t) in first.items()}
     manifest = Manifest(
-        tensors, tuple(files), grid, (), dict(aliases or {}), values | ({"per_rank": per_rank} if per_rank else {}), (), origin
+        Table.of(tensors), tuple(files), grid, (), dict(aliases or {}), values | ({"per_rank": per_rank} if per_rank else {}), (), origin
     )
     manifests.check(manifest, "saving")
     return manifest
