@@ -15,9 +15,9 @@ import re
 import shutil
 import stat
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from json.encoder import encode_basestring
 from math import prod
 from pathlib import Path
@@ -310,21 +310,19 @@ def _check_packed(entries: Sequence[Entry], start: int, size: int, where: str) -
         raise CorruptError(f"{where} has {size} bytes, its header describes {start}: it is {'truncated' if size < start else 'too long'}.")
 
 
-def build_header(entries: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, tuple[int, ...], int]:
-    """The header of a file with these `(name, dtype, shape)` packed in order: its bytes, where each tensor begins, the file's size."""
-    names, dtypes, shapes = tuple(zip(*entries, strict=True)) or ((), (), ())
+def build_header(
+    names: Sequence[str], kinds: Sequence[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, tuple[int, ...], int]:
+    """The header of a file with tensors of these names and `(dtype, shape)` in order: its bytes, where each begins, the file's size."""
     if len(set(names)) != len(names):
-        raise CorruptError(f"Two tensors of one file are called {next(n for n in names if names.count(n) > 1)!r}.")
-    said: dict[tuple[str, Sequence[int]], tuple[str, int]] = {}  # thousands of tensors have a few shapes
-    for dtype, shape in set(zip(dtypes, map(tuple, shapes), strict=True)):
-        text = f'"dtype":"{dtype}","shape":{json.dumps(shape, separators=(",", ":"))}'
-        said[dtype, shape] = text, prod(shape) * ITEMSIZE[dtype]
-    rows = [said[key] for key in zip(dtypes, map(tuple, shapes), strict=True)]
-    ends = list(accumulate((nbytes for _, nbytes in rows), initial=0))
-    table = [
-        f'{name}:{{{text},"data_offsets":[{begin},{end}]}}'
-        for name, (text, _), begin, end in zip(map(encode_basestring, names), rows, ends, ends[1:], strict=False)
-    ]
+        raise CorruptError(f"Two tensors of one file are called {Counter(names).most_common(1)[0][0]!r}.")
+    said = {kind: _said(*kind) for kind in set(kinds)}  # thousands of tensors have a few shapes
+    table, begins, end = [], [], 0
+    for name, kind in zip(map(encode_basestring, names), kinds, strict=True):
+        text, nbytes = said[kind]
+        begins.append(end)
+        table.append(f"{name}:{text}[{end},{end + nbytes}]}}")
+        end += nbytes
     if metadata:
         table.insert(0, f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}')
     packed = f"{{{','.join(table)}}}".encode()
@@ -332,4 +330,9 @@ def build_header(entries: Iterable[tuple[str, str, Sequence[int]]], metadata: Ma
     if len(packed) > MAX_HEADER:
         raise CorruptError(f"A header of {len(packed)} bytes is larger than safetensors allows; use more files.")
     base = 8 + len(packed)
-    return struct.pack("<Q", len(packed)) + packed, tuple([base + b for b in ends[:-1]]), base + ends[-1]
+    return struct.pack("<Q", len(packed)) + packed, tuple([base + b for b in begins]), base + end
+
+
+def _said(dtype: str, shape: tuple[int, ...]) -> tuple[str, int]:
+    """What a header says of a tensor, up to its place, and how many bytes it has."""
+    return f'{{"dtype":"{dtype}","shape":{json.dumps(shape, separators=(",", ":"))},"data_offsets":', prod(shape) * ITEMSIZE[dtype]

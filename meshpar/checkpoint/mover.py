@@ -106,7 +106,7 @@ class _Worker:
         """Small transfers: in stacks where they are simple, else one by one."""
         simple: list[tuple[int, stacks.Stack]] = []
         rest: list[tuple[int, int, State]] = []
-        for group in np.unique(order.group).tolist():
+        for group in sorted(set(order.group.tolist())):
             t, rows = self._transfers[group], order.row[order.group == group]
             if stacks.is_simple(t, self._channel.options):
                 simple.append((group, stacks.Stack.of(t, rows)))

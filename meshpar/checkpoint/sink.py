@@ -134,19 +134,16 @@ def pack(names: Sequence[str], table: Table, suffixes: Sequence[Sequence[str]], 
     """Lay the boxes that go into every file one after the other. `suffixes`: of each group, what follows the name of each of its boxes."""
     slots = _Slots.of(table)
     begin, files = np.zeros(len(slots.file), np.int64), []
-    kinds = [
-        (g.dtype, box, suffix)
-        for g, own in zip(table.groups, suffixes, strict=True)
-        for box, suffix in zip(g.chunks.boxes, own, strict=True)
-    ]
+    columns = [(g.dtype, box) for g in table.groups for box in g.chunks.boxes]
+    kinds, behind = [(dtype, box.size) for dtype, box in columns], list(chain.from_iterable(suffixes))
     order = np.lexsort((slots.column, slots.position, -slots.width, slots.file))
     bounds = np.searchsorted(slots.file[order], np.arange(len(names) + 1)).tolist()
     for name, low, high in zip(names, bounds, bounds[1:], strict=False):
         held = order[low:high]
-        rows = [kinds[k] for k in slots.column[held].tolist()]
-        keys = [table.names[at] + suffix for at, (_, _, suffix) in zip(slots.position[held].tolist(), rows, strict=True)]
-        entries = ((key, dtype, box.size) for key, (dtype, box, _) in zip(keys, rows, strict=True))
-        header, begins, size = build_header(entries, _metadata(keys, [box for _, box, _ in rows], sharded))
+        which = slots.column[held].tolist()
+        keys = [table.names[at] + behind[k] for at, k in zip(slots.position[held].tolist(), which, strict=True)]
+        metadata = _metadata(keys, [columns[k][1].offset for k in which]) if sharded else {"format": "pt"}
+        header, begins, size = build_header(keys, [kinds[k] for k in which], metadata)
         files.append(NewFile(name, header, size))
         begin[held] = begins
     groups, at = [], 0
@@ -177,11 +174,9 @@ class _Slots:
         return cls(*(np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (zip(*rows, strict=True) if rows else ((),) * 4)))
 
 
-def _metadata(keys: Sequence[str], boxes: Sequence[Box], sharded: bool) -> dict[str, str]:
+def _metadata(keys: Sequence[str], offsets: Sequence[tuple[int, ...]]) -> dict[str, str]:
     """What torch's reader of sharded safetensors wants to know: where each box lies in its tensor."""
-    if not sharded:
-        return {"format": "pt"}
-    info = {key: {"saved_offsets": box.offset} for key, box in zip(keys, boxes, strict=True)}
+    info = {key: {"saved_offsets": offset} for key, offset in zip(keys, offsets, strict=True)}
     return {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(info, separators=(",", ":"))}
 
 

@@ -128,7 +128,7 @@ def save_folder(root: Path, tensors: Tensors, files: int = 1, assets: Mapping[st
 
 def save_safetensors(path: Path, tensors: Tensors) -> None:
     """One safetensors file."""
-    header, _, _ = build_header(((n, d, a.shape) for n, (d, a) in tensors.items()), {"format": "pt"})
+    header, _, _ = build_header(list(tensors), [(d, a.shape) for d, a in tensors.values()], {"format": "pt"})
     path.write_bytes(header + b"".join(a.tobytes() for _, a in tensors.values()))
 
 
