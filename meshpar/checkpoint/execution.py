@@ -22,7 +22,7 @@ from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import BLOCK, ITEMSIZE, BlockCrc, Disk
 from meshpar.checkpoint.manifest import MANIFEST, Asset, Manifest
 from meshpar.checkpoint.mover import Finished, run
-from meshpar.checkpoint.opened import ASSETS, INDEX, Checkpoint, Pool, open_checkpoint
+from meshpar.checkpoint.opened import ASSETS, INDEX, Checkpoint, Pool, is_weights, open_checkpoint
 from meshpar.checkpoint.partial import Partial, check_target, partial_path, writing
 from meshpar.checkpoint.sink import Output, check_space
 from meshpar.checkpoint.table import Crcs
@@ -246,6 +246,8 @@ def _copy_assets(work: Work, partial: Partial) -> tuple[Asset, ...]:
         disk.mkdir(folder)
     out = []
     for asset in assets:
+        if is_weights(asset.name):
+            raise CorruptError(f"{work.source.root}: {asset.name} beside the tensors would be taken for weights.")
         out.append(_copy_asset(work.source.asset_path(asset), folder / asset.name, asset, disk, work.source))
     if assets:
         disk.sync_directory(folder)

@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ASSETS = "assets"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".distcp", ".npz")
-_MAX_ASSET = 1 << 30
+MAX_ASSET = 1 << 30
 _MAX_INDEX = 1 << 28
 
 
@@ -117,14 +117,19 @@ def _add(tensors: dict[str, Stored], header: Header, index: int, name: str, tabl
 
 def _assets(root: Path) -> Iterator[Asset]:
     for path in sorted(root.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(_WEIGHTS):
+        if path.name.startswith(".") or is_weights(path.name):
             continue
         try:
             info = _inside(root, path.name).stat()
         except CorruptError:
             continue
-        if stat.S_ISREG(info.st_mode) and info.st_size <= _MAX_ASSET:
+        if stat.S_ISREG(info.st_mode) and info.st_size <= MAX_ASSET:
             yield Asset(path.name, info.st_size)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name in a folder would be taken for a part of its weights."""
+    return name.endswith(_WEIGHTS)
 
 
 def _inside(root: Path, name: str) -> Path:

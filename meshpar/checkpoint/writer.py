@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from meshpar.checkpoint.casts import Array, word
 from meshpar.checkpoint.division import ONE_RANK, WHOLE, Grid, Layout
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk
-from meshpar.checkpoint.manifest import MANIFEST, FileRecord, Manifest
+from meshpar.checkpoint.manifest import MANIFEST, Asset, FileRecord, Manifest
+from meshpar.checkpoint.opened import ASSETS
 from meshpar.checkpoint.partial import Partial
 from meshpar.checkpoint.sink import NewFile, Sink, pack, rank_files, rank_suffixes
 from meshpar.checkpoint.table import Chunk, Stored, Table
@@ -231,7 +232,22 @@ def _per_rank(records: Sequence[Record]) -> dict[str, list[Any]]:
     return {key: [r.per_rank[key] for r in ordered] for key in keys}
 
 
-def finish(partial: Partial, manifest: Manifest) -> None:
-    """Write the manifest of files that all ranks have synced, and make the directory the checkpoint."""
+def finish(partial: Partial, manifest: Manifest, assets: Mapping[str, bytes] | None = None) -> None:
+    """Write the manifest of files that all ranks have synced, and make the directory the checkpoint. `assets`: files to put beside them."""
+    manifest = replace(manifest, assets=_write_assets(partial, assets or {}))
     partial.disk.write_file(partial.path / MANIFEST, manifests.dump(manifest))
     partial.commit()
+
+
+def _write_assets(partial: Partial, assets: Mapping[str, bytes]) -> tuple[Asset, ...]:
+    folder, out = partial.path / ASSETS, []
+    if assets:
+        partial.disk.mkdir(folder)
+    for name, data in assets.items():
+        partial.disk.write_file(folder / name, data)
+        running = BlockCrc()
+        running.feed(memoryview(data))
+        out.append(Asset(name, len(data), running.finish()))
+    if assets:
+        partial.disk.sync_directory(folder)
+    return tuple(out)
