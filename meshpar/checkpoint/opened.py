@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -15,6 +14,7 @@ from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.boxes import whole
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import MAX_HEADER, Disk, Header, check_name, parse_json, read_header
+from meshpar.checkpoint.handles import Handles
 from meshpar.checkpoint.manifest import MANIFEST, Asset, FileRecord, Manifest
 from meshpar.checkpoint.table import Chunk, Stored, Table
 from meshpar.errors import ConfigError
@@ -147,37 +147,17 @@ def _inside(root: Path, name: str) -> Path:
 class Pool:
     """The open data files of one checkpoint. Every file is checked against the manifest, size and header, when it is opened."""
 
-    def __init__(self, checkpoint: Checkpoint, disk: Disk, limit: int = 256) -> None:
-        self._checkpoint, self._disk, self._limit = checkpoint, disk, limit
-        self._open: dict[int, int] = {}
+    def __init__(self, checkpoint: Checkpoint, disk: Disk) -> None:
+        self._checkpoint, self._disk = checkpoint, disk
         self._checked: set[int] = set()
-        self._lock = threading.Lock()
+        self._handles = Handles(self._fresh)
 
-    @contextmanager
-    def use(self, file: int) -> Iterator[int]:
-        """A descriptor of a data file; the first `limit` files stay open."""
-        fd = self._open.get(file)
-        if fd is not None:
-            yield fd
-            return
-        with self._lock:
-            fd = self._open.get(file)
-            keep = fd is not None
-            if fd is None:
-                fd = self._fresh(file)
-                keep = len(self._open) < self._limit
-                if keep:
-                    self._open[file] = fd
-        try:
-            yield fd
-        finally:
-            if not keep:
-                os.close(fd)
+    def use(self, file: int) -> AbstractContextManager[int]:
+        """A descriptor of a data file."""
+        return self._handles.use(file)
 
     def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+        self._handles.close()
 
     def name(self, file: int) -> str:
         return str(self._checkpoint.path(file))

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from meshpar.checkpoint.boxes import Box, whole
 from meshpar.checkpoint.division import WHOLE, Division
 from meshpar.checkpoint.faults import StorageError
 from meshpar.checkpoint.files import ITEMSIZE, Disk, build_header
+from meshpar.checkpoint.handles import Handles
 from meshpar.checkpoint.manifest import FileRecord
 from meshpar.checkpoint.table import Alike, Chunks, Ints, Table
 
@@ -183,30 +184,18 @@ def _metadata(keys: Sequence[str], offsets: Sequence[tuple[int, ...]]) -> dict[s
 class Output:
     """The open files of a sink in a directory; headers are written when a file is first touched."""
 
-    def __init__(self, root: Path, files: Sequence[NewFile], disk: Disk, limit: int = 256) -> None:
-        self._root, self._files, self._disk, self._limit = root, files, disk, limit
-        self._open: dict[int, int] = {}
+    def __init__(self, root: Path, files: Sequence[NewFile], disk: Disk) -> None:
+        self._root, self._files, self._disk = root, files, disk
         self._begun: set[int] = set()
         self._dirty: set[int] = set()
         self._lock = threading.Lock()
+        self._handles = Handles(self._begin)
 
-    @contextmanager
-    def use(self, file: int) -> Iterator[int]:
+    def use(self, file: int) -> AbstractContextManager[int]:
         """A descriptor to write to a file."""
         with self._lock:
             self._dirty.add(file)
-            fd = self._open.get(file)
-            keep = fd is not None
-            if fd is None:
-                fd = self._begin(file)
-                keep = len(self._open) < self._limit
-                if keep:
-                    self._open[file] = fd
-        try:
-            yield fd
-        finally:
-            if not keep:
-                os.close(fd)
+        return self._handles.use(file)
 
     def name(self, file: int) -> str:
         return str(self._root / self._files[file].name)
@@ -215,14 +204,9 @@ class Output:
         """Put everything written so far on the disk."""
         with self._lock:
             dirty, self._dirty = sorted(self._dirty), set()
-            for file in dirty:
-                fd = self._open.get(file)
-                if fd is not None:
-                    self._disk.sync(fd)
-                    continue
-                fd = self._begin(file)
+        for file in dirty:
+            with self._handles.use(file) as fd:
                 self._disk.sync(fd)
-                os.close(fd)
 
     def finish(self) -> None:
         """Begin files that nothing was written to, and sync all."""
@@ -233,9 +217,7 @@ class Output:
         self.sync()
 
     def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+        self._handles.close()
 
     def _begin(self, file: int) -> int:
         new = self._files[file]
