@@ -17,6 +17,7 @@ import numpy as np
 
 from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.boxes import volume
+from meshpar.checkpoint.casts import Array
 from meshpar.checkpoint.channel import Traffic
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import BLOCK, ITEMSIZE, BlockCrc, Disk
@@ -139,7 +140,7 @@ def _fill(work: Work, partial: Partial, origin: str, options: Options, progress:
     assets = _copy_assets(work, partial)
     if work.form == "meshpar":
         manifest = Manifest(
-            work.with_checksums(keeper.found),
+            work.with_checksums(keeper.found) if options.checksums else work.sink.table,
             tuple(f.record for f in work.sink.files),
             work.division.grid,
             assets,
@@ -185,7 +186,7 @@ class _Keeper:
             self.partial.record({"finished": [[f.group, f.rows.tolist(), f.crcs.tolist()] for f in self.fresh]})
             self.fresh, self.bytes_kept, self.kept_at = [], self.bytes_done, time.monotonic()
 
-    def resume(self, order: Order) -> Crcs:
+    def resume(self, order: Order) -> Array:
         """Take over what an interrupted run finished and whose bytes are still what it wrote; which of the transfers those are."""
         is_done = [np.zeros(len(t), bool) for t in self.work.transfers]
         for group, rows, crcs in self.partial.finished if self.checksums else ():
@@ -193,7 +194,12 @@ class _Keeper:
                 if _is_intact(self.work, self.partial, group, row, own):
                     self._keep(Finished(group, np.array([row]), np.array([own], np.uint32)))
                     is_done[group][row] = True
-        return np.array([is_done[k][row] for k, row in zip(order.group.tolist(), order.row.tolist(), strict=True)], bool)
+        taken = np.zeros(len(order), bool)
+        for group, rows in enumerate(is_done):
+            if rows.any():
+                which = order.group == group
+                taken[which] = rows[order.row[which]]
+        return taken
 
     def _keep(self, finished: Finished) -> None:
         self.found[finished.group][finished.rows] = finished.crcs

@@ -14,7 +14,7 @@ names to `Stored`: the view of a single tensor, made when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
@@ -23,7 +23,7 @@ import numpy as np
 
 from meshpar.checkpoint.boxes import Box, volume
 from meshpar.checkpoint.division import WHOLE, Layout
-from meshpar.checkpoint.files import ITEMSIZE
+from meshpar.checkpoint.files import BLOCK, ITEMSIZE
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Crcs = np.ndarray[Any, np.dtype[np.uint32]]
@@ -83,14 +83,17 @@ class Chunks:
     def __len__(self) -> int:
         return len(self.file)
 
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Where the checksums of each box end among those of a row."""
-        return tuple(accumulate(self.blocks))
+    @classmethod
+    def beside(cls, parts: Sequence[Chunks]) -> Chunks:
+        """The chunks of the same tensors, row for row: the columns of one part after those of the other."""
+        file, begin, crcs = (np.hstack(columns) for columns in zip(*((c.file, c.begin, c.crcs) for c in parts), strict=True))
+        return cls(sum((c.boxes for c in parts), ()), file, begin, sum((c.blocks for c in parts), ()), crcs)
 
-    def column(self, box: int) -> slice:
-        """The columns of the checksums of a box."""
-        return slice(self.ends[box] - self.blocks[box], self.ends[box])
+    @classmethod
+    def below(cls, parts: Sequence[Chunks]) -> Chunks:
+        """The chunks of different tensors that are divided alike: the rows of one part after those of the other."""
+        file, begin, crcs = (np.concatenate(rows) for rows in zip(*((c.file, c.begin, c.crcs) for c in parts), strict=True))
+        return replace(parts[0], file=file, begin=begin, crcs=crcs)
 
     def nbytes(self, dtype: str) -> Ints:
         """The bytes of each box."""
@@ -103,7 +106,7 @@ class Chunks:
     def row(self, k: int) -> tuple[Chunk, ...]:
         """The chunks of one tensor."""
         crcs = self.crcs[k].tolist()
-        places = zip(self.boxes, self.file[k].tolist(), self.begin[k].tolist(), self.blocks, self.ends, strict=True)
+        places = zip(self.boxes, self.file[k].tolist(), self.begin[k].tolist(), self.blocks, accumulate(self.blocks), strict=True)
         return tuple([Chunk(box, file, begin, tuple(crcs[end - n : end])) for box, file, begin, n, end in places])
 
 
@@ -122,6 +125,15 @@ class Alike:
     def nbytes(self) -> int:
         """The bytes of one of them."""
         return volume(self.shape) * ITEMSIZE[self.dtype]
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """How many checksums each chunk has, where they are recorded."""
+        return tuple(-(-size // BLOCK) for size in self.chunks.nbytes(self.dtype).tolist())
+
+    def with_crcs(self, crcs: Crcs) -> Alike:
+        """The same with a checksum for each block of each chunk: a row for each tensor."""
+        return replace(self, chunks=replace(self.chunks, blocks=self.blocks, crcs=crcs))
 
     def stored(self, row: int) -> Stored:
         return Stored(self.dtype, self.shape, self.chunks.row(row), self.kind, self.layout)
@@ -148,6 +160,18 @@ class Table(Mapping[str, Stored]):
             key = t.dtype, t.shape, t.kind, t.layout, tuple([(c.box, len(c.crcs)) for c in t.chunks])
             alike.setdefault(key, []).append(at)
         return cls(tuple(tensors), [_alike([stored[k] for k in rows], rows) for rows in alike.values()])
+
+    @classmethod
+    def together(cls, names: Sequence[str], groups: Sequence[Alike]) -> Table:
+        """Put together the groups that are alike."""
+        alike: dict[Any, list[Alike]] = {}
+        for g in groups:
+            alike.setdefault((g.dtype, g.shape, g.kind, g.layout, g.chunks.boxes, g.chunks.blocks), []).append(g)
+        joined = []
+        for parts in alike.values():
+            position = np.concatenate([g.position for g in parts])
+            joined.append(replace(parts[0], position=position, chunks=Chunks.below([g.chunks for g in parts])))
+        return cls(names, joined)
 
     @cached_property
     def index(self) -> Mapping[str, int]:

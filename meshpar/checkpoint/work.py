@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,10 @@ import numpy as np
 
 from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.division import Division
-from meshpar.checkpoint.files import BLOCK
 from meshpar.checkpoint.keymap import Link, Mapped
 from meshpar.checkpoint.opened import Checkpoint
 from meshpar.checkpoint.sink import Sink
-from meshpar.checkpoint.table import Alike, Chunks, Crcs, Ints, Table
+from meshpar.checkpoint.table import Chunks, Crcs, Ints, Table
 from meshpar.checkpoint.transfer import ZERO, Options, Piece, Transfers
 
 
@@ -70,22 +69,16 @@ class Work:
         return found.hexdigest()
 
     def with_checksums(self, found: Sequence[Crcs]) -> Table:
-        """The new table, with the checksums that were found of the targets of each of the transfers; none where these have none."""
-        done = [_with_room(g, any(crcs.shape[1] for crcs in found)) for g in self.sink.table.groups]
+        """The new table with the checksums that were found of the targets of each of the transfers."""
+        table = self.sink.table
+        done = [np.zeros((len(g.position), sum(g.blocks)), np.uint32) for g in table.groups]
+        ends = [list(accumulate(g.blocks, initial=0)) for g in table.groups]
         for t, owners, crcs in zip(self.transfers, self.owners, found, strict=True):
-            ends = list(accumulate(t.target_blocks))
-            for owner, end, count in zip(owners, ends, t.target_blocks, strict=True):
-                if owner is not None and crcs.shape[1]:
-                    chunks = done[owner.group].chunks
-                    chunks.crcs[owner.rows, chunks.column(owner.box)] = crcs[:, end - count : end]
-        return Table(self.sink.table.names, done)
-
-
-def _with_room(group: Alike, checksums: bool) -> Alike:
-    """The same tensors with room for checksums."""
-    blocks = tuple(-(-size // BLOCK) * checksums for size in group.chunks.nbytes(group.dtype).tolist())
-    crcs = np.zeros((len(group.position), sum(blocks)), np.uint32)
-    return replace(group, chunks=replace(group.chunks, blocks=blocks, crcs=crcs))
+            for owner, end, count in zip(owners, accumulate(t.target_blocks), t.target_blocks, strict=True):
+                if owner is not None:
+                    start = ends[owner.group][owner.box]
+                    done[owner.group][owner.rows, start : start + count] = crcs[:, end - count : end]
+        return Table(table.names, [g.with_crcs(crcs) for g, crcs in zip(table.groups, done, strict=True)])
 
 
 def build(
