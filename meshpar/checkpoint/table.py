@@ -188,10 +188,6 @@ class Table(Mapping[str, Stored]):
         facts = [fact(g) for g in self.groups]
         return dict(zip(self.names, map(facts.__getitem__, self.group.tolist()), strict=True))
 
-    def of_row(self, group: int, row: int) -> str:
-        """The name of a tensor of a group."""
-        return self.names[self.groups[group].position[row]]
-
     def __getitem__(self, name: str) -> Stored:
         made = self._made.get(name)
         if made is None:
