@@ -270,7 +270,23 @@ class ParallelModel(nn.Module):
         return code
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
+        self._check_applicable(fn)
         for tree in self._engine.trees.values():
             tree._apply(fn, recurse)
         self._take_names()
         return self
+
+    def _check_applicable(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The programs compute in the dtypes of the captured model, on the devices of the mesh. Raises ConfigError for any other."""
+        for dtype in {p.dtype for p in self.parameters()}:
+            made = fn(torch.empty(0, dtype=dtype, device=self.mesh.device_type))
+            if made.dtype != dtype:
+                raise ConfigError(
+                    f"the dtype of a parallel model is fixed ({dtype}): convert the model before parallelize, or compute in another dtype "
+                    f"with ParallelConfig(precision=...)."
+                )
+            if made.device.type != self.mesh.device_type:
+                raise ConfigError(
+                    f"a parallel model stays on the devices of its mesh ({self.mesh.device_type}): to have it on {made.device.type}, save "
+                    f"a checkpoint and load it into a model parallelized on a mesh of that type."
+                )
