@@ -21,6 +21,7 @@ from meshpar.checkpoint.table import Chunks, Crcs, Ints
 from meshpar.checkpoint.transfer import Options, Transfers
 
 SHORT = 1 << 16  # longer pieces are worth a call of their own instead of a copy
+FEW = 33  # to work checksums out takes a table, made of as many checksums of the same length
 
 
 class Stack(NamedTuple):
@@ -135,7 +136,7 @@ def _checksums(stack: Stack, to: Ints, found: Crcs | None, data: memoryview) -> 
     for k, parts in enumerate(recipe.parts):
         if not recipe.target_nbytes[k]:
             continue
-        if found is None or not all(map(recipe.is_whole, parts)):
+        if found is None or len(found) < FEW or not all(map(recipe.is_whole, parts)):
             columns.append(_crcs(data, to[:, k], to[:, k] + recipe.target_nbytes[k]))
             continue
         crc = found[:, parts[0][0]]

@@ -16,6 +16,7 @@ from meshpar.checkpoint import Saving
 from meshpar.checkpoint.convert import to_hf
 from meshpar.checkpoint.inspection import inspect, verify
 from meshpar.errors import CheckpointError, ConfigError
+from tests.checkpoint.making import stamped
 from tests.models import text, tiny
 from tests.pool import Pool
 
@@ -131,3 +132,15 @@ def test_files_that_cannot_travel_are_refused_before_anything_is_written(tmp_pat
         with pytest.raises((ConfigError, CheckpointError), match=message):
             mp.checkpoint.save(tmp_path / "run", nn.Linear(2, 2), assets=given)
         assert not (tmp_path / "run").exists() and not (tmp_path / ".run.partial").exists()
+
+
+def test_a_file_that_poses_as_weights_is_not_exported(tmp_path: Path) -> None:
+    mp.checkpoint.save(tmp_path / "a", Configured(Sayable({"width": 3})))
+    path = tmp_path / "a" / "manifest.json"
+    body = json.loads(path.read_text())
+    body["assets"][0][0] = "model.safetensors"
+    path.write_bytes(stamped(body))
+    (tmp_path / "a" / "assets" / "config.json").rename(tmp_path / "a" / "assets" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="model.safetensors beside the tensors would be taken for weights"):
+        to_hf(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()

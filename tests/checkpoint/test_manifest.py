@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from meshpar.checkpoint.inspection import inspect, verify
 from meshpar.checkpoint.manifest import MANIFEST, Manifest, dump, read
 from meshpar.checkpoint.manifest import load as load_manifest
 from meshpar.checkpoint.resharding import reshard
-from tests.checkpoint.making import bits, load, same, sample, save
+from tests.checkpoint.making import bits, load, same, sample, save, stamped
 
 SAMPLES = Path(__file__).parent / "version1"
 SMALL = {"a": ("F32", bits("F32", (6, 4))), "b": ("F32", bits("F32", (6, 4), 1)), "c": ("BF16", bits("BF16", (3,)))}
@@ -75,12 +74,6 @@ def test_a_wrong_manifest_of_version_1_is_refused(tmp_path: Path, change: str) -
         chunk[{"size": 1, "begin": 3, "crc": 4}[change]] = {"size": [4, 8], "begin": -1, "crc": [1 << 32]}[change]
     with pytest.raises(CorruptError):
         load_manifest(stamped(body), "here")
-
-
-def stamped(body: Any) -> bytes:
-    """The bytes of a manifest with this content, its own checksum right."""
-    blank = json.dumps({"crc32": "00000000"} | {k: v for k, v in body.items() if k != "crc32"}, separators=(",", ":")).encode()
-    return blank.replace(b"00000000", b"%08x" % crc32(blank), 1)
 
 
 def packed(numbers: Any, dtype: str) -> str:

@@ -39,7 +39,7 @@ def test_a_recipe_tells_what_a_target_is_made_of() -> None:
 def test_many_kinds_in_one_batch(tmp_path: Path, options: Options) -> None:
     """Alike and not, sizes that fill a buffer exactly, empty ones; in order and against it: the bytes and checksums of each are its own."""
     shapes = [(8, 6), (8, 6), (5,), (16, 3), (0, 6), (8, 6), (7, 3)]
-    tensors = {f"{k:03d}": ("BF16", bits("BF16", shapes[k % len(shapes)], k)) for k in range(90)}
+    tensors = {f"{k:03d}": ("BF16", bits("BF16", shapes[k % len(shapes)], k)) for k in range(110)}
     save(tmp_path / "a", tensors, "tp=4")
     save(tmp_path / "backwards", dict(reversed(tensors.items())), "tp=4")
     for source, mesh in (("a", "tp=1"), ("a", "tp=2,pp=3"), ("backwards", "dp=2"), ("backwards", "tp=8")):
