@@ -212,11 +212,13 @@ def _kind(row: Any) -> str:
 
 def _box(row: Any) -> Box:
     offset, size = row
+    if len(offset) != len(size):
+        raise ValueError(f"a chunk at {str(offset)[:40]} of size {str(size)[:40]}")
     return Box(tuple(map(_count, offset)), tuple(map(_count, size)))
 
 
 def _unpack(text: Any, dtype: str, shape: tuple[int, ...] | None, what: str) -> Ints:
-    """A column of numbers; of any length without a shape. Nothing larger than the text is ever allocated."""
+    """A column of numbers; of any length without a shape. What it takes in memory is in proportion to the text."""
     try:
         data = base64.b64decode(text if isinstance(text, str) else b"?", validate=True)
     except ValueError as error:

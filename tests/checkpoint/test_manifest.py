@@ -132,6 +132,8 @@ HOSTILE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a fraction": (lambda b: group(b)["boxes"][0].__setitem__(1, [3.0, 4]), "3.0 is not a count"),
     "true for a number": (lambda b: group(b)["boxes"][0].__setitem__(1, [True, 4]), "True is not a count"),
     "boxes of one number": (lambda b: group(b).update(boxes=[1, 2]), "malformed"),
+    "a box of one dim and two": (lambda b: group(b)["boxes"][0].__setitem__(0, [0]), r"malformed.*a chunk at \[0\] of size \[3, 4\]"),
+    "boxes of more dims": (lambda b: group(b)["boxes"].__setitem__(0, [[0, 0, 0], [3, 4, 1]]), r"a \[6, 4\]: a chunk lies outside"),
     "a box too many": (lambda b: group(b)["boxes"].append([[0, 0], [1, 1]]), "2 numbers of checksums for 3 chunks"),
     "blocks of another count": (lambda b: group(b).update(blocks=[1]), "1 numbers of checksums for 2 chunks"),
     "two checksums for one block": (lambda b: group(b).update(blocks=[2, 0]), r"a \[0:3, 0:4\] has 2 checksums for 48 bytes"),
