@@ -303,7 +303,7 @@ def _content(
         own[OWN + name] = state
     aliases = {other: name for other, name in agreed.names.items() if other != name}
     grid, stage = _place(module, out)
-    files = assets_of(module.original if isinstance(module, ParallelModel) else module, _dtype(module), assets) if leads else {}
+    files = assets_of(module.original_module if isinstance(module, ParallelModel) else module, _dtype(module), assets) if leads else {}
     return Content(out, values, kinds, own, aliases, grid, stage, files)
 
 

@@ -71,7 +71,7 @@ class ParallelModel(nn.Module):
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
 
     @property
-    def original(self) -> nn.Module:
+    def original_module(self) -> nn.Module:
         """The module this was made from, its parameters without memory: for what else it has, such as a configuration."""
         return self._makes.skeleton
 
