@@ -70,6 +70,11 @@ class ParallelModel(nn.Module):
         self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
 
+    @property
+    def original_module(self) -> nn.Module:
+        """The module this was made from, its parameters without memory: for what else it has, such as a configuration."""
+        return self._makes.skeleton
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Those of this rank's stages; a rank may have none (then optimizers take `[{"params": pm.parameters()}]`)."""
         return OnMesh(super().parameters(recurse), self.mesh)
