@@ -83,6 +83,11 @@ def local_of(tensor: DTensor) -> torch.Tensor:
     return tensor._local_tensor
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd knows `tensor` as a view of another one (torch 2.13; wait for a public question)."""
+    return tensor._is_view()
+
+
 def as_parameter(tensor: DTensor, requires_grad: bool) -> nn.Parameter:
     """`tensor` itself as a parameter (torch 2.13).
 
@@ -129,11 +134,24 @@ def reduce_gradients(root: nn.Module) -> None:
     """Let FSDP2 sum the gradients that the units of `root` have gathered, outside of backward (torch 2.13; wait for a public call)."""
     from torch.distributed.fsdp import fully_shard
 
-    context = fully_shard.state(root)._state_ctx  # type: ignore[attr-defined]
-    for state in context.all_states:
-        for group in state._fsdp_param_groups:
-            group.post_backward()
+    for group in _unit_groups(root):
+        group.post_backward()
     fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+def accumulate_gradients(root: nn.Module) -> None:
+    """Let FSDP2 add gradients that came outside of backward to those it keeps, in the dtype it sums in (torch 2.13; as above)."""
+    for group in _unit_groups(root):
+        for parameter in group.fsdp_params:
+            if hasattr(parameter, "_unsharded_param"):
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
+def _unit_groups(root: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    return [group for state in fully_shard.state(root)._state_ctx.all_states for group in state._fsdp_param_groups]  # type: ignore[attr-defined]
 
 
 def written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -275,6 +293,7 @@ __all__ = [
     "LocalTensorMode",
     "OpOverload",
     "StridedShard",
+    "accumulate_gradients",
     "alone",
     "as_parameter",
     "below_autograd",
@@ -288,6 +307,7 @@ __all__ = [
     "flatten_mesh",
     "forget_meshes",
     "functional",
+    "is_view",
     "lists_of_numbers",
     "local_of",
     "local_tensor_mode",

@@ -80,7 +80,7 @@ def _parallelize(
     agree(program.plan.hash, mesh, "the plan")
     engine = build(model, mesh, config, program, programs.schedule, weights=weights)
     built = ParallelModel(engine, mesh, config, programs, program, together)
-    convert_state_dicts(built)
+    convert_state_dicts(built, known=frozenset(programs.skeleton.state_dict()))
     return built
 
 

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 import meshpar as mp
 from meshpar.simulate import local_tensors
 from tests.models import GPT, numbers, plain
+from tests.moe_models import experts_in_a_list
+from tests.pipeline_models import made
 from tests.pool import Pool
 
 
@@ -305,3 +307,50 @@ def test_a_plan_can_be_saved_and_given_back(tmp_path: Path) -> None:
         assert again.plan.hash == pm.plan.hash
     with mp.simulate(4), pytest.raises(mp.PlanError, match="made for mesh"):
         mp.parallelize(model, mp.make_mesh("tp=4"), example=batch, plan=mp.Plan.load(tmp_path / "plan.json"))
+
+
+def loads_a_state_dict_of_the_model() -> None:
+    """Whole tensors of the unparallel model, tied, fused, cut unevenly, in stages or owned by one rank: every rank keeps its part."""
+    for name, spec in (("gpt_kv2", "dp=2,tp=2"), ("tied", "pp=2,tp=2"), ("experts", "dp=2,ep=2")):
+        if name == "experts":
+            model, batch = experts_in_a_list()
+        else:
+            model, batch = made("tied") if name == "tied" else plain(name)
+        mesh = mp.make_mesh(spec)
+        local = mp.local_batch(batch, mesh)
+        other = perturbed(copy.deepcopy(model))
+        pm = mp.parallelize(model.double(), mesh, example=local)
+        result = pm.load_state_dict(other.state_dict())
+        assert not result.missing_keys and not result.unexpected_keys
+        found = other(**batch)
+        expected = found["loss"] if isinstance(found, dict) else found
+        torch.testing.assert_close(pm.train_step(**local), expected.detach())
+
+
+def test_a_state_dict_of_the_model_can_be_loaded(gloo: Pool) -> None:
+    gloo.run(loads_a_state_dict_of_the_model, world=4, timeout=180)
+
+
+def test_state_dicts_that_do_not_fit_are_refused() -> None:
+    model, batch = plain("gpt")
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=batch)
+        state = model.state_dict()
+        name = next(n for n, value in state.items() if value.dim() == 2)
+        with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+            pm.load_state_dict({**state, name: state[name][:-1]})
+        with pytest.raises(RuntimeError, match="Unexpected"):
+            pm.load_state_dict({**state, "another": state[name]})
+        with pytest.raises(RuntimeError, match="Missing"):
+            pm.load_state_dict({n: value for n, value in state.items() if n != name})
+
+
+def test_dtype_and_device_are_fixed() -> None:
+    model, batch = plain("gpt")
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=batch)
+        with pytest.raises(mp.ConfigError, match="convert the model before parallelize"):
+            pm.to(torch.bfloat16)
+        with pytest.raises(mp.ConfigError, match="stays on the devices of its mesh"):
+            pm.to("meta")
+        pm.to("cpu").train_step(**batch)

@@ -123,7 +123,7 @@ def consolidate(source: Path, target: Path) -> None:
     from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
     target.mkdir()
-    names = json.loads((source / "ours" / "manifest.json").read_text())["tensors"]
+    names = json.loads((source / "ours" / "manifest.json").read_text())["names"]
     consolidate_safetensors_files(str(source / "ours"), str(target), dict.fromkeys(names, 1), num_threads=1)
     sync(target)
 

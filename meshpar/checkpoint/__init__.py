@@ -8,8 +8,8 @@ mp.checkpoint.verify("wide").ok, mp.checkpoint.diff("start", "wide").same
     mp.checkpoint.save("step-100", pm, optimizer, extra={"step": 100})            on running ranks, of any mesh
     extra = mp.checkpoint.load("step-100", pm, optimizer)                         on those of any other
 
-`save`, `save_async` and `load` (a training run), `save_tensors` and `load_tensors` (tensors by name) are for running ranks and need torch,
-which is imported when they are first used; everything else does without.
+`save`, `save_async` and `load` (a training run; a model's configuration travels along), `save_tensors` and `load_tensors` (tensors by name)
+are for running ranks and need torch, which is imported when they are first used; everything else does without.
 """
 
 from __future__ import annotations

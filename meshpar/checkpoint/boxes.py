@@ -64,6 +64,11 @@ def intersect(a: Box, b: Box) -> Box | None:
     return Box(offset, size) if all(n > 0 for n in size) else None
 
 
+def inside(inner: Box, outer: Box) -> tuple[slice, ...]:
+    """Where a box lies in an array that holds another box around it."""
+    return tuple(slice(o - base, o - base + n) for o, n, base in zip(inner.offset, inner.size, outer.offset, strict=True))
+
+
 def fit(shard: Shard, length: int) -> Shard:
     """The shard on a dim of `length` elements: a contiguous one adapts its number of units, others must fit exactly.
 

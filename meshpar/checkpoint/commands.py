@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from meshpar.checkpoint import convert, dcp, inspection, resharding
 from meshpar.checkpoint.casts import parse_dtype
+from meshpar.checkpoint.execution import Report
 from meshpar.checkpoint.partial import storage_errors
 from meshpar.checkpoint.transfer import Options
 from meshpar.errors import CheckpointError, ConfigError
@@ -89,74 +91,57 @@ def diff(
         raise typer.Exit(0 if found.same else 1)
 
 
-@app.command()
-def reshard(
-    src: Path,
-    dst: Path,
-    mesh: Mesh = "",
-    plan: PlanFile = None,
-    dry_run: DryRun = False,
-    max_memory: Memory = "256MiB",
-    workers: Workers = 1,
-    resume: Resume = False,
-    dtype: Dtype = None,
-    checksums: Checksums = True,
-    as_json: Json = False,
-) -> None:
+def conversion(name: str) -> Callable[[Callable[..., Report]], Callable[..., None]]:
+    """Register a function as a command that converts: beside its own options it has those that all conversions share.
+
+    The function gets them as `how`, the keyword arguments of the same names, and returns the report that is printed.
+    """
+
+    def register(convert: Callable[..., Report]) -> Callable[..., None]:
+        def command(
+            dry_run: DryRun = False,
+            max_memory: Memory = "256MiB",
+            workers: Workers = 1,
+            resume: Resume = False,
+            dtype: Dtype = None,
+            checksums: Checksums = True,
+            as_json: Json = False,
+            **own: Any,
+        ) -> None:
+            with _ending(as_json), _bar(name, as_json) as progress:
+                options = Options(memory=parse_size(max_memory), workers=workers, verify=checksums, checksums=checksums)
+                how = {"dtype": None if dtype is None else parse_dtype(dtype), "options": options, "resume": resume, "dry_run": dry_run}
+                report = convert(**own, how=how | {"progress": progress})
+                _print(report.to_json(), as_json, _show_report)
+
+        rows = [signature(convert, eval_str=True).parameters, signature(command, eval_str=True).parameters]
+        shown = [p for row in rows for p in row.values() if p.name != "how" and p.kind is not p.VAR_KEYWORD]
+        command.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in shown}
+        command.__doc__ = convert.__doc__
+        app.command(name)(command)
+        return command
+
+    return register
+
+
+@conversion("reshard")
+def reshard(src: Path, dst: Path, mesh: Mesh = "", plan: PlanFile = None, *, how: dict[str, Any]) -> Report:
     """Divide a checkpoint over another mesh."""
-    with _ending(as_json):
-        _need_mesh(mesh, plan)
-        with _bar("reshard", as_json) as progress:
-            report = resharding.reshard(
-                src,
-                dst,
-                mesh or None,
-                plan=plan,
-                dtype=_dtype(dtype),
-                options=_options(max_memory, workers, checksums),
-                resume=resume,
-                dry_run=dry_run,
-                progress=progress,
-            )
-        _print(report.to_json(), as_json, _show_report)
+    _need_mesh(mesh, plan)
+    return resharding.reshard(src, dst, mesh or None, plan=plan, **how)
 
 
-@app.command("from-hf")
+@conversion("from-hf")
 def from_hf(
-    src: Path,
-    dst: Path,
-    mesh: Mesh = "",
-    plan: PlanFile = None,
-    map_file: MapFile = None,
-    rule: Rules = None,
-    dry_run: DryRun = False,
-    max_memory: Memory = "256MiB",
-    workers: Workers = 1,
-    resume: Resume = False,
-    dtype: Dtype = None,
-    checksums: Checksums = True,
-    as_json: Json = False,
-) -> None:
+    src: Path, dst: Path, mesh: Mesh = "", plan: PlanFile = None, map_file: MapFile = None, rule: Rules = None, *, how: dict[str, Any]
+) -> Report:
     """Read a Hugging Face folder into a checkpoint. Without a key map, experts named one by one are stacked."""
-    with _ending(as_json):
-        _need_mesh(mesh, plan)
-        with _bar("from-hf", as_json) as progress:
-            report = convert.from_hf(
-                src,
-                dst,
-                mesh or None,
-                rules=_rules(map_file, rule),
-                plan=plan,
-                dtype=_dtype(dtype),
-                options=_options(max_memory, workers, checksums),
-                resume=resume,
-                dry_run=dry_run,
-                progress=progress,
-            )
-        _print(report.to_json(), as_json, _show_report)
+    _need_mesh(mesh, plan)
+    return convert.from_hf(src, dst, mesh or None, rules=_rules(map_file, rule), plan=plan, **how)
 
 
-@app.command("to-hf")
+@conversion("to-hf")
 def to_hf(
     src: Path,
     dst: Path,
@@ -164,69 +149,40 @@ def to_hf(
     rule: Rules = None,
     unstack_experts: Annotated[bool, typer.Option(help="Split stacked experts into one tensor per expert.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
-    dry_run: DryRun = False,
-    max_memory: Memory = "256MiB",
-    workers: Workers = 1,
-    resume: Resume = False,
-    dtype: Dtype = None,
-    checksums: Checksums = True,
-    as_json: Json = False,
-) -> None:
+    *,
+    how: dict[str, Any],
+) -> Report:
     """Write a Hugging Face folder. Without a key map, the one recorded by from-hf is undone."""
-    with _ending(as_json), _bar("to-hf", as_json) as progress:
-        report = convert.to_hf(
-            src,
-            dst,
-            rules=_rules(map_file, rule),
-            unstack=unstack_experts,
-            dtype=_dtype(dtype),
-            shard_bytes=parse_size(max_shard_size),
-            options=_options(max_memory, workers, checksums),
-            resume=resume,
-            dry_run=dry_run,
-            progress=progress,
-        )
-        _print(report.to_json(), as_json, _show_report)
+    limit = parse_size(max_shard_size)
+    return convert.to_hf(src, dst, rules=_rules(map_file, rule), unstack=unstack_experts, shard_bytes=limit, **how)
 
 
-@app.command("from-dcp")
+@conversion("from-dcp")
 def from_dcp(
     src: Path,
     dst: Path,
     mesh: Mesh = "",
+    plan: PlanFile = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Read the pickles in it, with an unpickler that runs nothing.")
     ] = False,
     model_prefix: Annotated[str, typer.Option(help="What the names of the model's tensors begin with; it is removed.")] = "",
     skip_objects: Annotated[bool, typer.Option("--skip-objects", help="Leave out Python objects that are not plain values.")] = False,
-    plan: PlanFile = None,
-    dry_run: DryRun = False,
-    max_memory: Memory = "256MiB",
-    workers: Workers = 1,
-    resume: Resume = False,
-    dtype: Dtype = None,
-    checksums: Checksums = True,
-    as_json: Json = False,
-) -> None:
+    *,
+    how: dict[str, Any],
+) -> Report:
     """Read a torch.distributed.checkpoint directory into a checkpoint."""
-    with _ending(as_json):
-        _need_mesh(mesh, plan)
-        with _bar("from-dcp", as_json) as progress:
-            report = dcp.from_dcp(
-                src,
-                dst,
-                mesh or None,
-                trust_pickle=trust_pickle,
-                model_prefix=model_prefix,
-                skip_objects=skip_objects,
-                plan=plan,
-                dtype=_dtype(dtype),
-                options=_options(max_memory, workers, checksums),
-                resume=resume,
-                dry_run=dry_run,
-                progress=progress,
-            )
-        _print(report.to_json(), as_json, _show_report)
+    _need_mesh(mesh, plan)
+    return dcp.from_dcp(
+        src,
+        dst,
+        mesh or None,
+        trust_pickle=trust_pickle,
+        model_prefix=model_prefix,
+        skip_objects=skip_objects,
+        plan=plan,
+        **how,
+    )
 
 
 @app.command("to-dcp")
@@ -240,7 +196,8 @@ def to_dcp(
 ) -> None:
     """Write a directory that torch.distributed.checkpoint loads."""
     with _ending(as_json), _bar("to-dcp", as_json) as progress:
-        report = dcp.to_dcp(src, dst, model_prefix=model_prefix, options=_options(max_memory, 1, True), progress=progress, dry_run=dry_run)
+        options = Options(memory=parse_size(max_memory))
+        report = dcp.to_dcp(src, dst, model_prefix=model_prefix, options=options, progress=progress, dry_run=dry_run)
         _print(report.to_json(), as_json, _show_report)
 
 
@@ -291,14 +248,6 @@ def _bar(what: str, as_json: bool) -> Iterator[Callable[[int, int], None] | None
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _options(max_memory: str, workers: int, checksums: bool) -> Options:
-    return Options(memory=parse_size(max_memory), workers=workers, verify=checksums, checksums=checksums)
-
-
-def _dtype(text: str | None) -> str | None:
-    return None if text is None else parse_dtype(text)
 
 
 def _need_mesh(mesh: str, plan: Path | None) -> None:

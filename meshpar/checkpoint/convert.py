@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from meshpar.checkpoint import keymap as keymaps
-from meshpar.checkpoint.division import Division, Grid, Layout
+from meshpar.checkpoint.division import Division, Grid
+from meshpar.checkpoint.execution import How, Progress, Report, execute, uncollected
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.inspection import first_difference
 from meshpar.checkpoint.keymap import Mapped
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
-from meshpar.checkpoint.resharding import Progress, Report, build, divide, execute, new_target, single_targets, uncollected, with_dtype
+from meshpar.checkpoint.resharding import divide, new_target, single_targets, with_dtype
 from meshpar.checkpoint.sink import folder_sink, rank_sink
 from meshpar.checkpoint.transfer import Options
+from meshpar.checkpoint.work import build
 from meshpar.errors import ConfigError
 
 SHARD_BYTES = 5 * 10**9
@@ -42,20 +44,19 @@ def from_hf(
 
     >>> from_hf("weights", "start", "tp=2,dp=2")                                                   # doctest: +SKIP
     """
-    options, disk = options or Options(), disk or Disk()
-    opened = open_checkpoint(Path(source), disk)
+    how = How(options or Options(), disk or Disk(), resume, dry_run, progress)
+    opened = open_checkpoint(Path(source), how.disk)
     if opened.form != "hf":
         raise ConfigError(f"{source} is a meshpar checkpoint already; use `meshpar checkpoint reshard`.")
     path = new_target(target, resume)
-    tensors = {name: (t.dtype, t.shape) for name, t in opened.manifest.tensors.items()}
-    mapped, notes = _map_in(tensors, rules)
-    _check_ties(opened, mapped, disk)
+    mapped, notes = _map_in(opened.manifest.tensors.each(lambda g: (g.dtype, g.shape)), rules)
+    _check_ties(opened, mapped, how.disk)
     mapped = with_dtype(mapped, {}, dtype)
     grid = Grid.parse(mesh) if isinstance(mesh, str) else mesh
     division = divide(mapped.tensors, {}, grid, plan, {})
-    sink = rank_sink(mapped.tensors, division)
-    work = build(opened, path, "meshpar", mapped, sink, division, {}, aliases=mapped.aliases, keymap=mapped.rules, notes=notes)
-    return execute(work, options, resume=resume, dry_run=dry_run, progress=progress, disk=disk)
+    sink = rank_sink(mapped.tensors, division, {})
+    work = build(opened, path, "meshpar", mapped, sink, division, aliases=mapped.aliases, keymap=mapped.rules, notes=notes)
+    return execute(work, how)
 
 
 @uncollected()
@@ -78,19 +79,17 @@ def to_hf(
     `rules` is a key map from our names to theirs; None undoes the one recorded by `from_hf`. Where nothing was recorded, `unstack` splits
     `...experts.x` of `[E, ...]` into `...experts.0.x`, ...
     """
-    options, disk = options or Options(), disk or Disk()
-    opened = open_checkpoint(Path(source), disk)
+    how = How(options or Options(), disk or Disk(), resume, dry_run, progress)
+    opened = open_checkpoint(Path(source), how.disk)
     path = new_target(target, resume)
     m = opened.manifest
-    kinds = {name: t.kind for name, t in m.tensors.items()}
-    tensors = single_targets({name: (t.dtype, t.shape) for name, t in m.tensors.items()}, kinds)
+    tensors = single_targets(m.tensors.each(lambda g: (g.dtype, g.shape)), m.tensors.each(lambda g: g.kind))
     mapped = with_dtype(_map_out(tensors, rules, m.keymap, unstack), {}, dtype)
     sink = folder_sink(mapped.tensors, shard_bytes)
-    division = Division(Grid(), {name: Layout() for name in mapped.tensors})
     left_out = len(m.tensors) - len(tensors)
     notes = [f"{left_out} tensors of the optimizer and other state are not part of a Hugging Face folder"] if left_out else []
-    work = build(opened, path, "hf", mapped, sink, division, {}, notes=notes)
-    return execute(work, options, resume=resume, dry_run=dry_run, progress=progress, disk=disk)
+    work = build(opened, path, "hf", mapped, sink, Division(), notes=notes)
+    return execute(work, how)
 
 
 def _map_in(tensors: keymaps.Tensors, rules: Iterable[str] | None) -> tuple[Mapped, list[str]]:
@@ -120,7 +119,7 @@ def _map_out(tensors: keymaps.Tensors, rules: Iterable[str] | None, recorded: tu
 
 def _check_ties(opened: Checkpoint, mapped: Mapped, disk: Disk) -> None:
     """Tensors declared tied must hold the same bytes; otherwise one of them would be lost."""
-    sources: Mapping[str, str] = {link.targets[0].tensor: link.sources[0].tensor for link in mapped.links if len(link.sources) == 1}
+    sources = mapped.sources
     for alias, name in mapped.aliases.items():
         where = first_difference(opened, alias, opened, sources[name], disk)
         if where is not None:

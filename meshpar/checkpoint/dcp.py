@@ -24,15 +24,19 @@ from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.boxes import Box, volume
 from meshpar.checkpoint.casts import TORCH_DTYPES
 from meshpar.checkpoint.division import Grid
+from meshpar.checkpoint.execution import How, Progress, Report, execute, uncollected
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import ITEMSIZE, Disk, check_name, check_tensor_name
-from meshpar.checkpoint.manifest import Chunk, FileRecord, Manifest, Stored
+from meshpar.checkpoint.jobs import slabs
+from meshpar.checkpoint.manifest import FileRecord, Manifest
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
 from meshpar.checkpoint.partial import writing
 from meshpar.checkpoint.reading import Reader
-from meshpar.checkpoint.resharding import Progress, Report, build, divide, execute, new_target, uncollected, with_dtype
+from meshpar.checkpoint.resharding import divide, new_target, with_dtype
 from meshpar.checkpoint.sink import rank_sink
-from meshpar.checkpoint.transfer import Options, slabs
+from meshpar.checkpoint.table import Chunk, Stored, Table
+from meshpar.checkpoint.transfer import Options
+from meshpar.checkpoint.work import build
 from meshpar.errors import ConfigError
 
 METADATA = ".metadata"
@@ -192,22 +196,22 @@ def from_dcp(
     """
     if not trust_pickle:
         raise ConfigError(f"{source} holds pickles. They are read by an unpickler that runs nothing; to allow that, add --trust-pickle.")
-    options, disk = options or Options(), disk or Disk()
-    opened, objects, odd = open_dcp(Path(source), disk)
+    how = How(options or Options(), disk or Disk(), resume, dry_run, progress)
+    opened, objects, odd = open_dcp(Path(source), how.disk)
     if odd and not skip_objects:
         raise ImpossibleError(f"{len(odd)} objects are not plain values: {', '.join(odd[:5])}. Leave them out with --skip-objects.")
     path = new_target(target, resume)
-    tensors = {name: (t.dtype, t.shape) for name, t in opened.manifest.tensors.items()}
+    tensors = opened.manifest.tensors.each(lambda g: (g.dtype, g.shape))
     rules = keymaps.parse([f"{model_prefix}{{rest*}} -> {{rest*}}"]) if model_prefix else ()
     mapped = keymaps.apply(rules, tensors) if rules else keymaps.identity(tensors)
-    kinds = {p.tensor: _kind(link.sources[0].tensor, model_prefix) for link in mapped.links for p in link.targets}
+    kinds = {name: _kind(source, model_prefix) for name, source in mapped.sources.items()}
     mapped = with_dtype(mapped, kinds, dtype)
     division = divide(mapped.tensors, kinds, Grid.parse(mesh) if isinstance(mesh, str) else mesh, plan, {})
-    sink = rank_sink(mapped.tensors, division)
+    sink = rank_sink(mapped.tensors, division, kinds)
     notes = [f"left out: {', '.join(odd)}"] if odd else []
     values = {"objects": objects} if objects else {}
-    work = build(opened, path, "meshpar", mapped, sink, division, kinds, values=values, keymap=mapped.rules, notes=notes)
-    return execute(work, options, resume=resume, dry_run=dry_run, progress=progress, disk=disk)
+    work = build(opened, path, "meshpar", mapped, sink, division, values=values, keymap=mapped.rules, notes=notes)
+    return execute(work, how)
 
 
 def _kind(name: str, model_prefix: str) -> str:
@@ -255,7 +259,7 @@ def _collect(root: Path, records: Any, places: list[Any], reader: _Archives, whe
         if any(d != dtype for d, _ in rows):
             raise CorruptError(f"{where}: {name} is {dtype}, but its chunks are {', '.join(sorted({d for d, _ in rows}))}.")
         tensors[name] = Stored(dtype, shape, tuple(c for _, c in rows))
-    manifest = Manifest(tensors, reader.records())
+    manifest = Manifest(Table.of(tensors), reader.records())
     manifests.check(manifest, where)
     return Checkpoint(root, manifest, "dcp"), objects, odd
 

@@ -71,10 +71,10 @@ class Grid:
         return dict(self.axes)
 
     def rank(self, coords: Mapping[str, int]) -> int:
-        """The rank at these coordinates, the last axis running fastest."""
+        """The rank at these coordinates (0 on axes that are not named), the last axis running fastest."""
         rank = 0
         for axis, size in self.axes:
-            rank = rank * size + coords[axis]
+            rank = rank * size + coords.get(axis, 0)
         return rank
 
     def walk(self, axes: Sequence[str]) -> Iterator[dict[str, int]]:
@@ -91,6 +91,10 @@ class Layout:
     cuts: tuple[Cut, ...] = ()
     stage: int = 0
 
+    def is_cut_by(self, axis: str) -> bool:
+        """Whether a mesh axis cuts the tensor."""
+        return any(cut.axis == axis for cut in self.cuts)
+
 
 WHOLE, ONE_RANK = Layout(), Grid()
 
@@ -104,20 +108,27 @@ class Division:
 
     def holders(self, name: str, shape: Sequence[int]) -> list[tuple[int, Runs]]:
         """Every rank that writes a part of the tensor, with the runs it holds per dim; each part once."""
-        layout, sizes = self.layouts[name], self.grid.sizes
-        cutting = [axis for axis, _ in self.grid.axes if any(cut.axis == axis for cut in layout.cuts)]
-        others = [(axis, size) for axis, size in self.grid.axes if axis not in cutting and axis != "pp"]
-        base = {"pp": layout.stage} | _spread(name, others)
-        out = []
-        for coords in self.grid.walk(cutting):
-            runs = runs_held(shape, layout.cuts, sizes, coords)
-            if all(runs) or not all(shape):
-                out.append((self.grid.rank(base | coords), runs))
-        return out if all(shape) else out[:1]
+        first = self.first(name)
+        return [(first + rank, runs) for rank, runs in self._held(self.layouts[name], shape)]
 
-    def pieces(self, name: str, shape: Sequence[int]) -> list[tuple[int, tuple[Box, ...]]]:
-        """The same with boxes, in the order they lie in the rank's local tensor."""
-        return [(rank, boxes_of(runs)) for rank, runs in self.holders(name, shape)]
+    def parts(self, layout: Layout, shape: Sequence[int]) -> list[tuple[int, tuple[Box, ...]]]:
+        """The same of all tensors with this layout and shape: ranks counted from `first(name)`, boxes in the order of the local tensor."""
+        return [(rank, boxes_of(runs)) for rank, runs in self._held(layout, shape)]
+
+    def first(self, name: str) -> int:
+        """The rank that writes the first part of a tensor."""
+        layout = self.layouts[name]
+        others = [(axis, size) for axis, size in self.grid.axes if axis != "pp" and not layout.is_cut_by(axis)]
+        stage = {} if layout.is_cut_by("pp") else {"pp": layout.stage}
+        return self.grid.rank(stage | _spread(name, others))
+
+    def _held(self, layout: Layout, shape: Sequence[int]) -> list[tuple[int, Runs]]:
+        out = []
+        for coords in self.grid.walk([axis for axis, _ in self.grid.axes if layout.is_cut_by(axis)]):
+            runs = runs_held(shape, layout.cuts, self.grid.sizes, coords)
+            if all(runs) or not all(shape):
+                out.append((self.grid.rank(coords), runs))
+        return out if all(shape) else out[:1]
 
 
 def _spread(name: str, axes: Sequence[tuple[str, int]]) -> dict[str, int]:

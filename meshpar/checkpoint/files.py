@@ -15,8 +15,10 @@ import re
 import shutil
 import stat
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,21 @@ def check_tensor_name(name: object, where: str) -> str:
     return name
 
 
+def check_tensor_names(names: object, where: str) -> tuple[str, ...]:
+    """A list of tensor names, no two alike: looked at together, since there may be very many."""
+    if not isinstance(names, list):
+        raise CorruptError(f"{where}: the names are not a list.")
+    sound = set(map(type, names)) <= {str} and "".join(names).isprintable() and "__metadata__" not in names
+    if not sound or (names and not 0 < min(map(len, names)) <= max(map(len, names)) <= 1000):
+        for name in names:
+            check_tensor_name(name, where)
+    if len(set(names)) != len(names):
+        seen: set[str] = set()
+        twice = next(n for n in names if n in seen or seen.add(n))  # type: ignore[func-returns-value]
+        raise CorruptError(f"{where}: tensor {twice} is named twice.")
+    return tuple(names)
+
+
 def check_shape(shape: object, where: str) -> tuple[int, ...]:
     """A list of plain non-negative integers whose product fits 63 bits."""
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or (shape and (set(map(type, shape)) != {int} or min(shape) < 0)):
@@ -293,20 +310,29 @@ def _check_packed(entries: Sequence[Entry], start: int, size: int, where: str) -
         raise CorruptError(f"{where} has {size} bytes, its header describes {start}: it is {'truncated' if size < start else 'too long'}.")
 
 
-def build_header(entries: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, tuple[int, ...], int]:
-    """The header of a file with these `(name, dtype, shape)` packed in order: its bytes, where each tensor begins, the file's size."""
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    begins, at = [], 0
-    for name, dtype, shape in entries:
-        if name in table:
-            raise CorruptError(f"Two tensors of one file are called {name!r}.")
-        nbytes = prod(shape) * ITEMSIZE[dtype]
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
-        begins.append(at)
-        at += nbytes
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
-        raise CorruptError(f"A header of {len(text)} bytes is larger than safetensors allows; use more files.")
-    base = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, tuple(base + b for b in begins), base + at
+def build_header(
+    names: Sequence[str], kinds: Sequence[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, tuple[int, ...], int]:
+    """The header of a file with tensors of these names and `(dtype, shape)` in order: its bytes, where each begins, the file's size."""
+    if len(set(names)) != len(names):
+        raise CorruptError(f"Two tensors of one file are called {Counter(names).most_common(1)[0][0]!r}.")
+    said = {kind: _said(*kind) for kind in set(kinds)}  # thousands of tensors have a few shapes
+    table, begins, end = [], [], 0
+    for name, kind in zip(map(encode_basestring, names), kinds, strict=True):
+        text, nbytes = said[kind]
+        begins.append(end)
+        table.append(f"{name}:{text}[{end},{end + nbytes}]}}")
+        end += nbytes
+    if metadata:
+        table.insert(0, f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}')
+    packed = f"{{{','.join(table)}}}".encode()
+    packed += b" " * (-len(packed) % 8)
+    if len(packed) > MAX_HEADER:
+        raise CorruptError(f"A header of {len(packed)} bytes is larger than safetensors allows; use more files.")
+    base = 8 + len(packed)
+    return struct.pack("<Q", len(packed)) + packed, tuple([base + b for b in begins]), base + end
+
+
+def _said(dtype: str, shape: tuple[int, ...]) -> tuple[str, int]:
+    """What a header says of a tensor, up to its place, and how many bytes it has."""
+    return f'{{"dtype":"{dtype}","shape":{json.dumps(shape, separators=(",", ":"))},"data_offsets":', prod(shape) * ITEMSIZE[dtype]

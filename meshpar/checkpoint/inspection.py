@@ -16,11 +16,12 @@ from meshpar.checkpoint.boxes import Box
 from meshpar.checkpoint.casts import castable, values
 from meshpar.checkpoint.faults import CorruptError, StorageError
 from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk, read_header
-from meshpar.checkpoint.manifest import MANIFEST, Chunk, Manifest
+from meshpar.checkpoint.jobs import slabs
+from meshpar.checkpoint.manifest import MANIFEST, Manifest
 from meshpar.checkpoint.opened import ASSETS, INDEX, Checkpoint, Pool, open_checkpoint
 from meshpar.checkpoint.partial import JOURNAL, LOCK, is_locked
 from meshpar.checkpoint.reading import Reader
-from meshpar.checkpoint.transfer import slabs
+from meshpar.checkpoint.table import Chunk
 from meshpar.errors import ConfigError
 
 Progress = Callable[[int, int], None]
@@ -98,7 +99,7 @@ def inspect(path: Path | str, disk: Disk | None = None) -> dict[str, Any]:
         "parameters": sum(prod(t.shape) for t in m.tensors.values() if t.kind == "model"),
         "tensor_count": len(m.tensors),
         "kinds": kinds,
-        "checksums": bool(m.tensors) and all(c.crcs or not prod(c.box.size) for t in m.tensors.values() for c in t.chunks),
+        "checksums": bool(m.tensors) and m.has_checksums,
         "files": [{"name": f.name, "size": f.size} for f in m.files],
         "assets": [a.name for a in m.assets],
         "aliases": dict(m.aliases),
@@ -148,11 +149,7 @@ def verify(path: Path | str, *, workers: int = 1, progress: Progress | None = No
     finally:
         pool.close()
     found += [p for asset in m.assets for p in _verify_asset(opened, asset.name, disk)]
-    notes = (
-        []
-        if all(c.crcs or not prod(c.box.size) for t in m.tensors.values() for c in t.chunks)
-        else ["no checksums were recorded; only structure was checked"]
-    )
+    notes = [] if m.has_checksums else ["no checksums were recorded; only structure was checked"]
     return Verified(
         str(opened.root), opened.form, len(m.tensors), m.nbytes, done.checked, tuple(found), tuple(_unexpected(opened)), tuple(notes)
     )

@@ -71,13 +71,22 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A key map applied to a checkpoint: the links, the tensors that result, ties found, and the rules with all sizes filled in."""
+    """A key map applied to a checkpoint: the links, the tensors that result, ties found, and the rules with all sizes filled in.
+
+    Links that move a tensor as it is are `kept` instead, since there may be very many.
+    """
 
     links: tuple[Link, ...]
     tensors: Tensors
     aliases: Mapping[str, str]
     rules: tuple[str, ...]
     copies: Mapping[str, str] = field(default_factory=dict)  # tied tensors that come back, and the target they equal
+    kept: Mapping[str, str] = field(default_factory=dict)  # tensors that only change their names, perhaps: the new one, the old one
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Of every tensor that results: the first one it is made of."""
+        return {p.tensor: link.sources[0].tensor for link in self.links for p in link.targets} | dict(self.kept)
 
 
 Resolved = tuple["Rule", dict[str, str], dict[str, int]]  # a rule, the names it was used on, the sizes found
@@ -157,12 +166,20 @@ def apply(rules: Sequence[Rule], tensors: Tensors) -> Mapped:
         raise ImpossibleError(f"The key map cannot be undone: going back does not give the same tensors: {wrong}.")
     if not _reversed([link for link in forward.links if link.targets[0].tensor not in forward.copies], back.links):
         raise ImpossibleError("The key map cannot be undone: the way back places tensors elsewhere.")
-    return forward
+    kept = {link.targets[0].tensor: link.sources[0].tensor for link in forward.links if _is_same(link)}
+    return replace(forward, links=tuple(link for link in forward.links if not _is_same(link)), kept=kept)
 
 
 def identity(tensors: Tensors) -> Mapped:
     """Every tensor as it is."""
-    return Mapped(tuple(_same(name, *row) for name, row in tensors.items()), dict(tensors), {}, ())
+    return Mapped((), dict(tensors), {}, (), kept={name: name for name in tensors})
+
+
+def _is_same(link: Link) -> bool:
+    """Whether a link only gives a tensor another name, or none."""
+    places = {place[1:] for place in (*link.sources, *link.targets)}
+    single = len(link.sources) == len(link.targets) == 1 and places == {_corner(len(link.shape))}
+    return single and link.dtype == link.target_dtype and not (link.rearrange or link.source_padding or link.target_padding)
 
 
 def _same(name: str, dtype: str, shape: tuple[int, ...]) -> Link:

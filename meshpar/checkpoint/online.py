@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -28,12 +28,13 @@ from meshpar.checkpoint.casts import cast, castable, word
 from meshpar.checkpoint.division import AXES, Grid, Layout
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import Disk
-from meshpar.checkpoint.manifest import Manifest, Stored
+from meshpar.checkpoint.manifest import Manifest
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
 from meshpar.checkpoint.partial import Partial, writing
 from meshpar.checkpoint.placed import Held, from_words, held, torch_dtype
 from meshpar.checkpoint.ranks import Failure, Group, Ranks, attempt
 from meshpar.checkpoint.reading import Reader
+from meshpar.checkpoint.table import Stored
 from meshpar.checkpoint.writer import Local, PerRank, Record, finish, merge, rank_tensor, write_rank
 from meshpar.errors import ConfigError, near
 
@@ -62,6 +63,7 @@ class Content:
     aliases: Mapping[str, str]
     grid: Grid
     stage: int = 0
+    assets: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def save_tensors(
@@ -97,6 +99,7 @@ class Share:
     values: Mapping[str, Any]
     aliases: Mapping[str, str]
     grid: Grid
+    assets: Mapping[str, bytes]
 
 
 def prepare(ranks: Ranks, collect: Callable[[], Content], *, copy: bool = False) -> Share:
@@ -118,7 +121,7 @@ def prepare(ranks: Ranks, collect: Callable[[], Content], *, copy: bool = False)
     for name, own in content.per_rank.items():
         part = held(own)
         parts.append(rank_tensor(name, ranks.rank, ranks.world, part.words(copy=copy), part.dtype))
-    return Share(tuple(parts), content.values, content.aliases, content.grid)
+    return Share(tuple(parts), content.values, content.aliases, content.grid, content.assets)
 
 
 def write_content(path: Path | str, ranks: Ranks, share: Share, disk: Disk | None) -> None:
@@ -129,7 +132,7 @@ def write_content(path: Path | str, ranks: Ranks, share: Share, disk: Disk | Non
         return write_rank(root, ranks.rank, share.parts, share.values, disk)
 
     def commit(partial: Partial, records: Sequence[Record]) -> None:
-        finish(partial, merge(records, share.grid, aliases=share.aliases))
+        finish(partial, merge(records, share.grid, aliases=share.aliases), share.assets)
 
     if ranks.rank == 0:
         _lead(target, disk, write, commit, ranks)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -15,14 +14,16 @@ from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.boxes import whole
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import MAX_HEADER, Disk, Header, check_name, parse_json, read_header
-from meshpar.checkpoint.manifest import MANIFEST, Asset, Chunk, FileRecord, Manifest, Stored
+from meshpar.checkpoint.handles import Handles
+from meshpar.checkpoint.manifest import MANIFEST, Asset, FileRecord, Manifest
+from meshpar.checkpoint.table import Chunk, Stored, Table
 from meshpar.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ASSETS = "assets"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".distcp", ".npz")
-_MAX_ASSET = 1 << 30
+MAX_ASSET = 1 << 30
 _MAX_INDEX = 1 << 28
 
 
@@ -100,7 +101,7 @@ def _open_hf(disk: Disk, root: Path, where: str, files: Sequence[str], table: Ma
         if missing:
             raise CorruptError(f"{where} names {len(missing)} tensors that its files do not hold: {', '.join(missing[:5])}.")
     assets = tuple(_assets(root)) if with_assets else ()
-    return Checkpoint(root, Manifest(tensors, tuple(records), assets=assets), "hf")
+    return Checkpoint(root, Manifest(Table.of(tensors), tuple(records), assets=assets), "hf")
 
 
 def _add(tensors: dict[str, Stored], header: Header, index: int, name: str, table: Mapping[str, str] | None, where: str) -> None:
@@ -116,14 +117,19 @@ def _add(tensors: dict[str, Stored], header: Header, index: int, name: str, tabl
 
 def _assets(root: Path) -> Iterator[Asset]:
     for path in sorted(root.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(_WEIGHTS):
+        if path.name.startswith(".") or is_weights(path.name):
             continue
         try:
             info = _inside(root, path.name).stat()
         except CorruptError:
             continue
-        if stat.S_ISREG(info.st_mode) and info.st_size <= _MAX_ASSET:
+        if stat.S_ISREG(info.st_mode) and info.st_size <= MAX_ASSET:
             yield Asset(path.name, info.st_size)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name in a folder would be taken for a part of its weights."""
+    return name.endswith(_WEIGHTS)
 
 
 def _inside(root: Path, name: str) -> Path:
@@ -141,37 +147,17 @@ def _inside(root: Path, name: str) -> Path:
 class Pool:
     """The open data files of one checkpoint. Every file is checked against the manifest, size and header, when it is opened."""
 
-    def __init__(self, checkpoint: Checkpoint, disk: Disk, limit: int = 256) -> None:
-        self._checkpoint, self._disk, self._limit = checkpoint, disk, limit
-        self._open: dict[int, int] = {}
+    def __init__(self, checkpoint: Checkpoint, disk: Disk) -> None:
+        self._checkpoint, self._disk = checkpoint, disk
         self._checked: set[int] = set()
-        self._lock = threading.Lock()
+        self._handles = Handles(self._fresh)
 
-    @contextmanager
-    def use(self, file: int) -> Iterator[int]:
-        """A descriptor of a data file; the first `limit` files stay open."""
-        fd = self._open.get(file)
-        if fd is not None:
-            yield fd
-            return
-        with self._lock:
-            fd = self._open.get(file)
-            keep = fd is not None
-            if fd is None:
-                fd = self._fresh(file)
-                keep = len(self._open) < self._limit
-                if keep:
-                    self._open[file] = fd
-        try:
-            yield fd
-        finally:
-            if not keep:
-                os.close(fd)
+    def use(self, file: int) -> AbstractContextManager[int]:
+        """A descriptor of a data file."""
+        return self._handles.use(file)
 
     def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+        self._handles.close()
 
     def name(self, file: int) -> str:
         return str(self._checkpoint.path(file))

@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from meshpar._torch import local_of
 from meshpar.checkpoint.faults import CorruptError
-from meshpar.checkpoint.manifest import Manifest, Stored
+from meshpar.checkpoint.manifest import Manifest
 from meshpar.checkpoint.placed import Held, held, torch_dtype
+from meshpar.checkpoint.table import Stored
 from meshpar.checkpoint.values import decode, encode
 from meshpar.checkpoint.writer import PerRank
 from meshpar.errors import CheckpointError, ConfigError

@@ -38,18 +38,18 @@ def partial_path(target: Path) -> Path:
 
 @dataclass
 class Partial:
-    """An open partial directory. `finished` is what an interrupted run recorded: tensor name to the checksums of its targets."""
+    """An open partial directory. `finished` is what an interrupted run recorded of its work, in its own words."""
 
     target: Path
     disk: Disk
     path: Path
-    finished: dict[str, Any] = field(default_factory=dict)
+    finished: list[Any] = field(default_factory=list)
     _lock: int = -1
     _journal: int = -1
     _journal_end: int = 0
 
     def record(self, rows: Mapping[str, Any]) -> None:
-        """Note that these tensors are on the disk. Call only after the files were synced."""
+        """Note what is on the disk. Call only after the files were synced."""
         text = json.dumps(dict(rows), separators=(",", ":")).encode()
         line = b"%08x %s\n" % (crc32(text), text)
         self.disk.write(self._journal, [memoryview(line)], self._journal_end)
@@ -85,7 +85,7 @@ class Partial:
                 "Run again without --resume to start over."
             )
         for row, _ in lines[1:]:
-            self.finished.update(row)
+            self.finished += row.get("finished", ())
         self._journal_end = lines[-1][1]
         self._journal = self.disk.create(path, self._journal_end)
 

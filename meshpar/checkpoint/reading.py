@@ -6,13 +6,13 @@ from math import prod
 
 import numpy as np
 
-from meshpar.checkpoint.boxes import Box, intersect, whole
+from meshpar.checkpoint.boxes import Box, inside, intersect, whole
 from meshpar.checkpoint.casts import Array, word
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk
-from meshpar.checkpoint.manifest import Chunk
+from meshpar.checkpoint.jobs import slabs
 from meshpar.checkpoint.opened import Checkpoint, Pool
-from meshpar.checkpoint.transfer import slabs
+from meshpar.checkpoint.table import Chunk
 from meshpar.errors import ConfigError, near
 
 COVER = 32 << 20
@@ -47,7 +47,7 @@ class Reader:
                 continue
             for part in slabs(both.size, _row_cost(chunk, both, ITEMSIZE[stored.dtype]), COVER):
                 piece = Box(tuple(map(sum, zip(part.offset, both.offset, strict=True))), part.size)
-                out[_inside(piece, box)] = self._piece(name, chunk, piece, stored.dtype)
+                out[inside(piece, box)] = self._piece(name, chunk, piece, stored.dtype)
         return out
 
     def _piece(self, name: str, chunk: Chunk, piece: Box, dtype: str) -> Array:
@@ -94,7 +94,3 @@ def _row_cost(chunk: Chunk, both: Box, size: int) -> int:
     read = prod(chunk.box.size[inner + 1 :])
     used = prod(both.size[inner + 1 :])
     return -(-size * read // max(used, 1))
-
-
-def _inside(inner: Box, outer: Box) -> tuple[slice, ...]:
-    return tuple(slice(o - base, o - base + n) for o, n, base in zip(inner.offset, inner.size, outer.offset, strict=True))

@@ -11,19 +11,22 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 from zlib import crc32
 
-from meshpar.checkpoint.boxes import Box, volume, whole
-from meshpar.checkpoint.division import Division
+import numpy as np
+
+from meshpar.checkpoint.boxes import Box, whole
+from meshpar.checkpoint.division import WHOLE, Division
 from meshpar.checkpoint.faults import StorageError
 from meshpar.checkpoint.files import ITEMSIZE, Disk, build_header
+from meshpar.checkpoint.handles import Handles
 from meshpar.checkpoint.manifest import FileRecord
-from meshpar.checkpoint.transfer import Piece
+from meshpar.checkpoint.table import Alike, Chunks, Ints, Table
 
 COMPANIONS = 8
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -44,108 +47,155 @@ class NewFile:
 
 @dataclass(frozen=True)
 class Sink:
-    """All files of a checkpoint and, per tensor, the pieces it is written as."""
+    """All files of a checkpoint, and the tensors as they will lie in them, without checksums."""
 
     files: tuple[NewFile, ...]
-    pieces: Mapping[str, tuple[Piece, ...]]
+    table: Table
 
     @property
     def nbytes(self) -> int:
         return sum(f.size for f in self.files)
 
 
-class Slot(NamedTuple):
-    """A box of a tensor on its way into a file."""
-
-    tensor: str
-    key: str
-    dtype: str
-    box: Box
+def rank_files(rank: int, boxes: int) -> list[str]:
+    """The file of each of the boxes that a rank writes of a tensor."""
+    return [f"rank-{rank:05d}{f'_{k}' if k and boxes <= COMPANIONS else ''}.safetensors" for k in range(boxes)]
 
 
-def rank_slots(rank: int, tensor: str, dtype: str, boxes: Sequence[Box]) -> Iterator[tuple[str, Slot]]:
-    """The file name and the slot of every box that a rank writes of a tensor."""
-    for k, box in enumerate(boxes):
-        inline = len(boxes) > COMPANIONS
-        suffix = "" if k == 0 or inline else f"_{k}"
-        yield f"rank-{rank:05d}{suffix}.safetensors", Slot(tensor, f"{tensor}#{k}" if inline else tensor, dtype, box)
+def rank_suffixes(boxes: int) -> list[str]:
+    """What stands behind the tensor's name in a file that holds several of its boxes."""
+    return [f"#{k}" if boxes > COMPANIONS else "" for k in range(boxes)]
 
 
-def rank_sink(tensors: Tensors, division: Division) -> Sink:
+def rank_sink(tensors: Tensors, division: Division, kinds: Mapping[str, str]) -> Sink:
     """Files per rank, as a division says. Tensors keep their order, wide elements first, so that every tensor is aligned."""
-    groups: dict[str, list[Slot]] = {}
-    for name, (dtype, shape) in tensors.items():
-        for rank, boxes in division.pieces(name, shape):
-            for file, slot in rank_slots(rank, name, dtype, boxes):
-                groups.setdefault(file, []).append(slot)
-    return pack([(file, groups[file]) for file in sorted(groups)], tensors, sharded=True)
+    alike: dict[object, list[int]] = {}
+    names, rows = list(tensors), list(tensors.values())
+    for at, (name, row) in enumerate(tensors.items()):
+        alike.setdefault((row, division.layouts[name], kinds.get(name, "model")), []).append(at)
+    divided = [_divided([names[k] for k in group], rows[group[0]][1], division) for group in alike.values()]
+    files = sorted({file for used, _, _ in divided for row in used for file in row})
+    index = {file: k for k, file in enumerate(files)}
+    groups = []
+    for group, (used, boxes, _) in zip(alike.values(), divided, strict=True):
+        known = {row: [index[file] for file in row] for row in set(used)}
+        place = np.array([known[row] for row in used], np.int64).reshape(len(used), len(boxes))
+        name, (dtype, shape) = names[group[0]], rows[group[0]]
+        chunks = Chunks.blank(boxes, place, np.zeros_like(place))
+        groups.append(Alike(dtype, shape, kinds.get(name, "model"), division.layouts[name], np.array(group, np.int64), chunks))
+    return pack(files, Table(names, groups), [suffixes for _, _, suffixes in divided], sharded=True)
+
+
+def _divided(names: Sequence[str], shape: tuple[int, ...], division: Division) -> tuple[list[tuple[str, ...]], tuple[Box, ...], list[str]]:
+    """Of tensors with one shape and layout: the files of each one's boxes; the boxes; what stands behind their names there."""
+    parts = division.parts(division.layouts[names[0]], shape)
+    by_rank: dict[int, tuple[str, ...]] = {}
+    files = []
+    for name in names:
+        first = division.first(name)
+        if first not in by_rank:
+            by_rank[first] = tuple(chain.from_iterable(rank_files(first + rank, len(boxes)) for rank, boxes in parts))
+        files.append(by_rank[first])
+    suffixes = list(chain.from_iterable(rank_suffixes(len(boxes)) for _, boxes in parts))
+    return files, tuple(chain.from_iterable(boxes for _, boxes in parts)), suffixes
 
 
 def folder_sink(tensors: Tensors, limit: int) -> Sink:
     """Whole tensors in the files of a Hugging Face folder, each of at most `limit` bytes unless one tensor alone is larger."""
-    groups: list[list[Slot]] = [[]]
-    filled = 0
-    boxes = {shape: whole(shape) for shape in {shape for _, shape in tensors.values()}}  # shared: equal boxes are compared quickly
-    for name, (dtype, shape) in tensors.items():
-        nbytes = volume(shape) * ITEMSIZE[dtype]
-        if filled and filled + nbytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(Slot(name, name, dtype, boxes[shape]))
-        filled += nbytes
-    count = len(groups)
+    alike: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for at, row in enumerate(tensors.values()):
+        alike.setdefault(row, []).append(at)
+    groups = []
+    for (dtype, shape), rows in alike.items():
+        blank = np.zeros((len(rows), 1), np.int64)
+        groups.append(Alike(dtype, shape, "model", WHOLE, np.array(rows, np.int64), Chunks.blank((whole(shape),), blank, blank)))
+    sizes = np.zeros(len(tensors), np.int64)
+    for group in groups:
+        sizes[group.position] = group.nbytes
+    file = _filled(sizes, limit)
+    count = int(file.max(initial=0)) + 1
     names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return pack(list(zip(names, groups, strict=True)), tensors, sharded=False)
+    placed = [replace(g, chunks=replace(g.chunks, file=file[g.position][:, None])) for g in groups]
+    return pack(names, Table(tuple(tensors), placed), [[""]] * len(groups), sharded=False)
 
 
-def pack(groups: Sequence[tuple[str, list[Slot]]], tensors: Tensors, *, sharded: bool) -> Sink:
-    """Lay the slots of every file one after the other."""
-    files = []
-    pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
-    for index, (name, slots) in enumerate(groups):
-        slots.sort(key=lambda s: -ITEMSIZE[s.dtype])
-        header, begins, size = build_header(((s.key, s.dtype, s.box.size) for s in slots), _metadata(slots, sharded))
+def _filled(sizes: Ints, limit: int) -> Ints:
+    """Which of a row of files each size goes into, when each takes as many as its limit allows, and at least one that is not empty."""
+    file, total, start = np.zeros(len(sizes), np.int64), np.cumsum(sizes), 0
+    while True:
+        before = int(total[start - 1]) if start else 0
+        first = int(np.searchsorted(total, before, "right"))  # what fills an empty file may be larger than the limit
+        start = max(int(np.searchsorted(total, before + limit, "right")), first + 1)
+        if start >= len(sizes):
+            return file
+        file[start:] += 1
+
+
+def pack(names: Sequence[str], table: Table, suffixes: Sequence[Sequence[str]], *, sharded: bool) -> Sink:
+    """Lay the boxes that go into every file one after the other. `suffixes`: of each group, what follows the name of each of its boxes."""
+    slots = _Slots.of(table)
+    begin, files = np.zeros(len(slots.file), np.int64), []
+    columns = [(g.dtype, box) for g in table.groups for box in g.chunks.boxes]
+    kinds, behind = [(dtype, box.size) for dtype, box in columns], list(chain.from_iterable(suffixes))
+    order = np.lexsort((slots.column, slots.position, -slots.width, slots.file))
+    bounds = np.searchsorted(slots.file[order], np.arange(len(names) + 1)).tolist()
+    for name, low, high in zip(names, bounds, bounds[1:], strict=False):
+        held = order[low:high]
+        which = slots.column[held].tolist()
+        keys = [table.names[at] + behind[k] for at, k in zip(slots.position[held].tolist(), which, strict=True)]
+        metadata = _metadata(keys, [columns[k][1].offset for k in which]) if sharded else {"format": "pt"}
+        header, begins, size = build_header(keys, [kinds[k] for k in which], metadata)
         files.append(NewFile(name, header, size))
-        for slot, begin in zip(slots, begins, strict=True):
-            pieces[slot.tensor].append(Piece(slot.box, index, begin))
-    return Sink(tuple(files), {name: tuple(rows) for name, rows in pieces.items()})
+        begin[held] = begins
+    groups, at = [], 0
+    for g in table.groups:
+        own = begin[at : at + g.chunks.file.size].reshape(g.chunks.file.shape)
+        groups.append(replace(g, chunks=replace(g.chunks, begin=own)))
+        at += own.size
+    return Sink(tuple(files), Table(table.names, groups))
 
 
-def _metadata(slots: Sequence[Slot], sharded: bool) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Slots:
+    """Every box of every tensor on its way into a file: the file, the tensor, its element's bytes, the box among those of all groups."""
+
+    file: Ints
+    position: Ints
+    width: Ints
+    column: Ints
+
+    @classmethod
+    def of(cls, table: Table) -> _Slots:
+        rows, base = [], 0
+        for g in table.groups:
+            count, boxes = g.chunks.file.shape
+            columns = np.tile(np.arange(base, base + boxes), count)
+            rows.append((g.chunks.file.ravel(), np.repeat(g.position, boxes), np.full(count * boxes, ITEMSIZE[g.dtype]), columns))
+            base += boxes
+        return cls(*(np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (zip(*rows, strict=True) if rows else ((),) * 4)))
+
+
+def _metadata(keys: Sequence[str], offsets: Sequence[tuple[int, ...]]) -> dict[str, str]:
     """What torch's reader of sharded safetensors wants to know: where each box lies in its tensor."""
-    if not sharded:
-        return {"format": "pt"}
-    info = {s.key: {"saved_offsets": list(s.box.offset)} for s in slots}
+    info = {key: {"saved_offsets": offset} for key, offset in zip(keys, offsets, strict=True)}
     return {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(info, separators=(",", ":"))}
 
 
 class Output:
     """The open files of a sink in a directory; headers are written when a file is first touched."""
 
-    def __init__(self, root: Path, files: Sequence[NewFile], disk: Disk, limit: int = 256) -> None:
-        self._root, self._files, self._disk, self._limit = root, files, disk, limit
-        self._open: dict[int, int] = {}
+    def __init__(self, root: Path, files: Sequence[NewFile], disk: Disk) -> None:
+        self._root, self._files, self._disk = root, files, disk
         self._begun: set[int] = set()
         self._dirty: set[int] = set()
         self._lock = threading.Lock()
+        self._handles = Handles(self._begin)
 
-    @contextmanager
-    def use(self, file: int) -> Iterator[int]:
+    def use(self, file: int) -> AbstractContextManager[int]:
         """A descriptor to write to a file."""
         with self._lock:
             self._dirty.add(file)
-            fd = self._open.get(file)
-            keep = fd is not None
-            if fd is None:
-                fd = self._begin(file)
-                keep = len(self._open) < self._limit
-                if keep:
-                    self._open[file] = fd
-        try:
-            yield fd
-        finally:
-            if not keep:
-                os.close(fd)
+        return self._handles.use(file)
 
     def name(self, file: int) -> str:
         return str(self._root / self._files[file].name)
@@ -154,14 +204,9 @@ class Output:
         """Put everything written so far on the disk."""
         with self._lock:
             dirty, self._dirty = sorted(self._dirty), set()
-            for file in dirty:
-                fd = self._open.get(file)
-                if fd is not None:
-                    self._disk.sync(fd)
-                    continue
-                fd = self._begin(file)
+        for file in dirty:
+            with self._handles.use(file) as fd:
                 self._disk.sync(fd)
-                os.close(fd)
 
     def finish(self) -> None:
         """Begin files that nothing was written to, and sync all."""
@@ -172,9 +217,7 @@ class Output:
         self.sync()
 
     def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+        self._handles.close()
 
     def _begin(self, file: int) -> int:
         new = self._files[file]

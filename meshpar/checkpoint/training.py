@@ -27,6 +27,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from meshpar.checkpoint import optimizers
+from meshpar.checkpoint.assets import Assets, assets_of
 from meshpar.checkpoint.division import Grid
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import Disk
@@ -61,6 +62,7 @@ def save(
     scheduler: Any = None,
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    assets: Assets = (),
     group: Group = None,
     disk: Disk | None = None,
 ) -> None:
@@ -68,7 +70,9 @@ def save(
 
     `module`: what `parallelize` returned, or any module of tensors and DTensors. `scheduler`: anything with `state_dict()`. `extra`:
     numbers, text, containers, small plain tensors (the same on every rank), `PerRank` values. `tensors`: more tensors by name, DTensors
-    too (averaged weights), for `load(tensors=)`. Each rank writes its own shards, replicas once; no rank holds more than its own tensors
+    too (averaged weights), for `load(tensors=)`. `assets`: small files to carry along, a list or by name, such as a tokenizer's; the
+    configuration of a model that has one in the manner of Hugging Face is carried along unasked, so that `to_hf` makes a folder that
+    `from_pretrained` loads. Rank 0 writes them. Each rank writes its own shards, replicas once; no rank holds more than its own tensors
     and the host copy of one.
 
     Raises CheckpointError or RankError, on all ranks, when any rank fails; a path that exists is refused.
@@ -77,7 +81,7 @@ def save(
     """
     _last(module).settle()
     ranks = Ranks.of(group)
-    share = prepare(ranks, partial(_content, _agree(module, ranks), module, optimizer, scheduler, extra, tensors))
+    share = prepare(ranks, _collecting(ranks, module, optimizer, scheduler, extra, tensors, assets))
     write_content(path, ranks, share, disk)
 
 
@@ -89,6 +93,7 @@ def save_async(
     scheduler: Any = None,
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    assets: Assets = (),
     group: Group = None,
     disk: Disk | None = None,
 ) -> Saving:
@@ -104,7 +109,7 @@ def save_async(
     last = _last(module)
     last.settle()
     ranks = Ranks.of(group)
-    share = prepare(ranks, partial(_content, _agree(module, ranks), module, optimizer, scheduler, extra, tensors), copy=True)
+    share = prepare(ranks, _collecting(ranks, module, optimizer, scheduler, extra, tensors, assets), copy=True)
     apart = last.ranks if last.ranks is not None and last.group is group else ranks.apart()
     saving = Saving(Path(path), apart, group)
     module.__dict__[_SAVING] = saving
@@ -245,13 +250,20 @@ class Agreed:
     ranks: int
 
 
+def _collecting(ranks: Ranks, module: nn.Module, *what: Any) -> Callable[[], Content]:
+    """Collective. A function that collects this rank's content, which may fail on some ranks only."""
+    return partial(_content, _agree(module, ranks), ranks.rank == 0, module, *what)
+
+
 def _content(
     agreed: Agreed,
+    leads: bool,
     module: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
     extra: Mapping[str, Any] | None,
     tensors: Mapping[str, torch.Tensor] | None,
+    assets: Assets,
 ) -> Content:
     """Everything this rank knows of a run."""
     out: dict[str, torch.Tensor | Held] = {}
@@ -291,7 +303,13 @@ def _content(
         own[OWN + name] = state
     aliases = {other: name for other, name in agreed.names.items() if other != name}
     grid, stage = _place(module, out)
-    return Content(out, values, kinds, own, aliases, grid, stage)
+    files = assets_of(module.original_module if isinstance(module, ParallelModel) else module, _dtype(module), assets) if leads else {}
+    return Content(out, values, kinds, own, aliases, grid, stage, files)
+
+
+def _dtype(module: nn.Module) -> str:
+    """The dtype of the first floating tensor of a module; "" where this rank has none."""
+    return next((str(t.dtype).removeprefix("torch.") for _, t in _named(module) if t.is_floating_point()), "")
 
 
 def _no_nesting(path: str, item: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from meshpar.checkpoint.casts import Array, word
 from meshpar.checkpoint.division import ONE_RANK, WHOLE, Grid, Layout
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk
-from meshpar.checkpoint.manifest import MANIFEST, Chunk, FileRecord, Manifest, Stored
+from meshpar.checkpoint.manifest import MANIFEST, Asset, FileRecord, Manifest
+from meshpar.checkpoint.opened import ASSETS
 from meshpar.checkpoint.partial import Partial
-from meshpar.checkpoint.sink import NewFile, Slot, pack, rank_slots
+from meshpar.checkpoint.sink import NewFile, Sink, pack, rank_files, rank_suffixes
+from meshpar.checkpoint.table import Alike, Chunks, Table
 from meshpar.errors import ConfigError
 
 
@@ -64,7 +66,7 @@ class Record:
 
     rank: int
     files: tuple[FileRecord, ...]
-    tensors: dict[str, Stored]
+    tensors: Table
     values: dict[str, Any] = field(default_factory=dict)
     per_rank: dict[str, Any] = field(default_factory=dict)
 
@@ -82,18 +84,15 @@ def write_rank(root: Path, rank: int, tensors: Iterable[Local], values: Mapping[
     if len(by_name) != len(held):
         twice = sorted({t.name for t in held if sum(o.name == t.name for o in held) > 1})
         raise ConfigError(f"Rank {rank} saves {', '.join(twice[:5])} twice; the parts of one tensor belong into one entry.")
-    groups: dict[str, list[Slot]] = {}
-    for t in held:
-        for file, slot in rank_slots(rank, t.name, t.dtype, t.boxes):
-            groups.setdefault(file, []).append(slot)
-    sink = pack([(file, groups[file]) for file in sorted(groups)], {t.name: (t.dtype, t.shape) for t in held}, sharded=True)
+    sink = _sink(rank, held)
     handles = [_start(disk, root, new) for new in sink.files]
-    stored: dict[str, Stored] = {}
     out = _Gathered(disk, handles)
+    groups = [(g.chunks.boxes, g.chunks.file.tolist(), g.chunks.begin.tolist()) for g in sink.table.groups]
+    crcs: list[list[int]] = [[] for _ in groups]  # of each group: its rows come in order
     try:
-        for t in held:
-            chunks = _write_local(t, sink.pieces[t.name], out, rank, checksums)
-            stored[t.name] = Stored(t.dtype, t.shape, chunks, t.kind, t.layout)
+        for t, group, row in zip(held, sink.table.group.tolist(), sink.table.row.tolist(), strict=True):
+            boxes, file, begin = groups[group]
+            crcs[group] += _write_local(t, boxes, file[row], begin[row], out, rank, checksums)
         out.flush()
         for handle in handles:
             disk.sync(handle)
@@ -102,7 +101,27 @@ def write_rank(root: Path, rank: int, tensors: Iterable[Local], values: Mapping[
             os.close(handle)
     shared = {k: v for k, v in values.items() if not isinstance(v, PerRank)}
     own = {k: v.value for k, v in values.items() if isinstance(v, PerRank)}
-    return Record(rank, tuple(f.record for f in sink.files), stored, shared, own)
+    table = sink.table
+    if checksums:
+        rows = [np.array(found, np.uint32).reshape(len(g.position), sum(g.blocks)) for g, found in zip(table.groups, crcs, strict=True)]
+        table = Table(table.names, [g.with_crcs(found) for g, found in zip(table.groups, rows, strict=True)])
+    return Record(rank, tuple(f.record for f in sink.files), table, shared, own)
+
+
+def _sink(rank: int, held: Sequence[Local]) -> Sink:
+    """The files of one rank."""
+    alike: dict[object, list[int]] = {}
+    for at, t in enumerate(held):
+        alike.setdefault((t.dtype, t.shape, t.kind, t.layout, t.runs), []).append(at)
+    firsts = [held[rows[0]] for rows in alike.values()]
+    names = sorted({file for t in firsts for file in rank_files(rank, len(t.boxes))})
+    groups = []
+    for t, rows in zip(firsts, alike.values(), strict=True):
+        file = np.array([[names.index(file) for file in rank_files(rank, len(t.boxes))]] * len(rows), np.int64)
+        chunks = Chunks.blank(t.boxes, file, np.zeros_like(file))
+        groups.append(Alike(t.dtype, t.shape, t.kind, t.layout, np.array(rows, np.int64), chunks))
+    table = Table([t.name for t in held], groups)
+    return pack(names, table, [rank_suffixes(len(g.chunks.boxes)) for g in groups], sharded=True)
 
 
 def _start(disk: Disk, root: Path, new: NewFile) -> int:
@@ -137,7 +156,10 @@ class _Gathered:
             self._views = []
 
 
-def _write_local(t: Local, pieces: Sequence[Any], out: _Gathered, rank: int, checksums: bool) -> tuple[Chunk, ...]:
+def _write_local(
+    t: Local, boxes: Sequence[Box], files: Sequence[int], begins: Sequence[int], out: _Gathered, rank: int, checksums: bool
+) -> list[int]:
+    """Write the boxes of a local tensor; returns their checksums, one after the other."""
     data = t.data()
     if data.shape != local_shape(t.runs):
         raise CorruptError(
@@ -146,16 +168,16 @@ def _write_local(t: Local, pieces: Sequence[Any], out: _Gathered, rank: int, che
         )
     if data.dtype.itemsize != ITEMSIZE[t.dtype]:
         raise CorruptError(f"Rank {rank}: {t.name} is {t.dtype}, but its elements have {data.dtype.itemsize} bytes.")
-    chunks = []
-    for piece in pieces:
-        part = np.ascontiguousarray(data[_local_slices(piece.box, t.runs)])
+    crcs: list[int] = []
+    for box, file, begin in zip(boxes, files, begins, strict=True):
+        part = np.ascontiguousarray(data[_local_slices(box, t.runs)])
         view = part.reshape(-1).view(np.uint8).data
-        running = BlockCrc()
+        out.write(file, view, begin)
         if checksums:
+            running = BlockCrc()
             running.feed(view)
-        out.write(piece.file, view, piece.begin)
-        chunks.append(Chunk(piece.box, piece.file, piece.begin, running.finish()))
-    return tuple(chunks)
+            crcs += running.finish()
+    return crcs
 
 
 def _local_slices(box: Box, runs: Sequence[Sequence[tuple[int, int]]]) -> tuple[slice, ...]:
@@ -173,30 +195,59 @@ def _local_slices(box: Box, runs: Sequence[Sequence[tuple[int, int]]]) -> tuple[
 
 def merge(records: Sequence[Record], grid: Grid = ONE_RANK, *, aliases: Mapping[str, str] | None = None, origin: str = "") -> Manifest:
     """One manifest from the records of all ranks. Raises CorruptError for everything they contradict each other in."""
+    ordered = sorted(records, key=lambda r: r.rank)
     files: list[FileRecord] = []
-    first: dict[str, tuple[int, Stored]] = {}
-    chunks: dict[str, list[Chunk]] = {}
+    bases = []
     values: dict[str, Any] = {}
-    for record in sorted(records, key=lambda r: r.rank):
-        base = len(files)
+    for record in ordered:
+        bases.append(len(files))
         files += record.files
-        for name, t in record.tensors.items():
-            rank, seen = first.setdefault(name, (record.rank, t))
-            if (seen.dtype, seen.shape, seen.kind) != (t.dtype, t.shape, t.kind):
-                raise CorruptError(
-                    f"{name} is {seen.dtype} {list(seen.shape)} ({seen.kind}) on rank {rank} and {t.dtype} {list(t.shape)} ({t.kind}) "
-                    f"on rank {record.rank}. Names must be those of the whole model, not of a stage."
-                )
-            chunks.setdefault(name, []).extend(c._replace(file=c.file + base) for c in t.chunks)
         for key, value in record.values.items():
             values[key] = _agree(values[key], value, key, record.rank) if key in values else value
     per_rank = _per_rank(records)
-    tensors = {n: Stored(t.dtype, t.shape, tuple(chunks[n]), t.kind, t.layout) for n, (_, t) in first.items()}
     manifest = Manifest(
-        tensors, tuple(files), grid, (), dict(aliases or {}), values | ({"per_rank": per_rank} if per_rank else {}), (), origin
+        _merged(ordered, bases),
+        tuple(files),
+        grid,
+        (),
+        dict(aliases or {}),
+        values | ({"per_rank": per_rank} if per_rank else {}),
+        (),
+        origin,
     )
     manifests.check(manifest, "saving")
     return manifest
+
+
+def _merged(records: Sequence[Record], bases: Sequence[int]) -> Table:
+    """The tensors of all ranks, each with the chunks of every rank that has some; a rank's files are counted from its base."""
+    places: dict[str, list[tuple[int, int, int]]] = {}  # of each tensor: record, group, row
+    for k, record in enumerate(records):
+        for name, group, row in zip(record.tensors.names, record.tensors.group.tolist(), record.tensors.row.tolist(), strict=True):
+            places.setdefault(name, []).append((k, group, row))
+    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for at, found in enumerate(places.values()):
+        alike.setdefault(tuple([(k, group) for k, group, _ in found]), []).append(at)
+    names, rows, groups = list(places), list(places.values()), []
+    for key, position in alike.items():
+        parts = [records[k].tensors.groups[group] for k, group in key]
+        for (k, _), part in zip(key, parts, strict=True):
+            _check_same(names[position[0]], (records[key[0][0]].rank, parts[0]), (records[k].rank, part))
+        columns = []
+        for at, ((k, _), part) in enumerate(zip(key, parts, strict=True)):
+            chunks = part.chunks.take(np.array([rows[p][at][2] for p in position], np.int64))
+            columns.append(replace(chunks, file=chunks.file + bases[k]))
+        groups.append(replace(parts[0], position=np.array(position, np.int64), chunks=Chunks.beside(columns)))
+    return Table.together(names, groups)
+
+
+def _check_same(name: str, one: tuple[int, Alike], other: tuple[int, Alike]) -> None:
+    (rank, a), (late, b) = one, other
+    if (a.dtype, a.shape, a.kind) != (b.dtype, b.shape, b.kind):
+        raise CorruptError(
+            f"{name} is {a.dtype} {list(a.shape)} ({a.kind}) on rank {rank} and {b.dtype} {list(b.shape)} ({b.kind}) "
+            f"on rank {late}. Names must be those of the whole model, not of a stage."
+        )
 
 
 def _agree(a: Any, b: Any, key: str, rank: int) -> Any:
@@ -220,7 +271,22 @@ def _per_rank(records: Sequence[Record]) -> dict[str, list[Any]]:
     return {key: [r.per_rank[key] for r in ordered] for key in keys}
 
 
-def finish(partial: Partial, manifest: Manifest) -> None:
-    """Write the manifest of files that all ranks have synced, and make the directory the checkpoint."""
+def finish(partial: Partial, manifest: Manifest, assets: Mapping[str, bytes] | None = None) -> None:
+    """Write the manifest of files that all ranks have synced, and make the directory the checkpoint. `assets`: files to put beside them."""
+    manifest = replace(manifest, assets=_write_assets(partial, assets or {}))
     partial.disk.write_file(partial.path / MANIFEST, manifests.dump(manifest))
     partial.commit()
+
+
+def _write_assets(partial: Partial, assets: Mapping[str, bytes]) -> tuple[Asset, ...]:
+    folder, out = partial.path / ASSETS, []
+    if assets:
+        partial.disk.mkdir(folder)
+    for name, data in assets.items():
+        partial.disk.write_file(folder / name, data)
+        running = BlockCrc()
+        running.feed(memoryview(data))
+        out.append(Asset(name, len(data), running.finish()))
+    if assets:
+        partial.disk.sync_directory(folder)
+    return tuple(out)

@@ -20,8 +20,9 @@ Types: invariant (the same everywhere, and its gradient), replicate (the same, g
 same everywhere), shard (`sharding.types.Shard`; here its fields `dim, repeat, segments`, so that fx can print the call).
 
 Every function takes the axis as plain constants: `group`, the name of its process group; `size`; and `rank`, this process's coordinate on
-it, or -1 inside `simulate` (all ranks at once). On an axis of size 1 all are the identity. None changes its input; results may alias it
-where nothing is to be done. Values that need no gradient (integers, or under `no_grad`) skip autograd.
+it, or -1 inside `simulate` (all ranks at once). On an axis of size 1 all are the identity. None changes its input, unless the caller gives
+it up (`reuse=True`: see `passes.reuse`); results may alias it where nothing is to be done. Values that need no gradient (integers, or under
+`no_grad`) skip autograd.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from meshpar._torch import LocalTensor, below_autograd, functional
+from meshpar._torch import LocalTensor, below_autograd, functional, is_view
 from meshpar.sharding.types import Shard, chunk
 from meshpar.simulate import axis_rank, per_rank
 
@@ -44,11 +45,14 @@ Segments = tuple[tuple[int, int], ...]
 # ---------------------------------------------------------------------------------------------------------------- conversions
 
 
-def i_to_r(x: Tensor, *, group: str, size: int, rank: int) -> Tensor:
-    """Invariant to replicate: uses of `x` whose gradients are pending sums; backward adds them up (Megatron's f)."""
+def i_to_r(x: Tensor, *, group: str, size: int, rank: int, reuse: bool = False) -> Tensor:
+    """Invariant to replicate: uses of `x` whose gradients are pending sums; backward adds them up (Megatron's f).
+
+    `reuse`: the sum may be left in the memory of the gradient that arrives, which nothing else reads.
+    """
     if size == 1 or not _needs_grad(x):
         return x
-    return _Convert.apply(x, _same, _all_reduce, (), (group, size, rank))
+    return _Convert.apply(x, _same, _all_reduce_in_place if reuse else _all_reduce, (), (group, size, rank))
 
 
 def i_to_r_many(*xs: Tensor, group: str, size: int, rank: int) -> tuple[Tensor, ...]:
@@ -87,9 +91,12 @@ def r_to_s(x: Tensor, dim: int, repeat: int, segments: Segments, *, group: str, 
     return x if size == 1 else _convert(x, _slice, _zero_padded, (dim, repeat, segments), (group, size, rank))
 
 
-def p_to_i(x: Tensor, *, group: str, size: int, rank: int) -> Tensor:
-    """Partial to invariant: the sum over the axis (Megatron's g)."""
-    return x if size == 1 else _convert(x, _all_reduce, _same, (), (group, size, rank))
+def p_to_i(x: Tensor, *, group: str, size: int, rank: int, reuse: bool = False) -> Tensor:
+    """Partial to invariant: the sum over the axis (Megatron's g).
+
+    `reuse`: the sum may be left in the memory of `x`, which nothing else reads.
+    """
+    return x if size == 1 else _convert(x, _all_reduce_in_place if reuse else _all_reduce, _same, (), (group, size, rank))
 
 
 def p_to_r(x: Tensor, *, group: str, size: int, rank: int) -> Tensor:
@@ -240,7 +247,10 @@ class _Convert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Primitive, backward: Primitive, layout: Any, axis: Any, back_layout: Any = None) -> Tensor:
         ctx.conjugate, ctx.layout, ctx.axis = backward, layout if back_layout is None else back_layout, axis
-        return forward(x, layout, axis)
+        y = forward(x, layout, axis)
+        if y is x and forward is _all_reduce_in_place:
+            ctx.mark_dirty(x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -299,6 +309,16 @@ def _same(x: Tensor, layout: Any, axis: Any) -> Tensor:
 def _all_reduce(x: Tensor, layout: Any, axis: Any) -> Tensor:
     group, _, rank = axis
     return call(functional.all_reduce.default, _held_by_all(x, rank), "sum", group)
+
+
+def _all_reduce_in_place(x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """The sum in the memory of `x`, where that is one stretch and not, for autograd, a view of something else; then it is `x` itself."""
+    group, _, rank = axis
+    if rank < 0 or torch.compiler.is_compiling() or not x.is_contiguous() or (x.requires_grad and is_view(x)):
+        return _all_reduce(x, layout, axis)
+    with below_autograd():
+        functional.wait_tensor.default(functional.all_reduce_.default(x, "sum", group))
+    return x
 
 
 def _keep_on_first(x: Tensor, layout: Any, axis: Any) -> Tensor:

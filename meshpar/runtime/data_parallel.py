@@ -27,7 +27,7 @@ from torch.distributed.fsdp import DataParallelMeshDims, FSDPModule, MixedPrecis
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from meshpar._torch import as_parameter, local_of, mesh_info, reduce_gradients, shard_over
+from meshpar._torch import accumulate_gradients, as_parameter, local_of, mesh_info, reduce_gradients, shard_over
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
@@ -68,6 +68,11 @@ class DataParallel:
         self.root.set_requires_gradient_sync(last)
         self.root.set_requires_all_reduce(last)
         self.root.set_reshard_after_backward(last or (self.mode == "zero3" and not self.keeps))
+
+    def accumulate(self) -> None:
+        """Keep gradients that came outside of any backward in the dtype they are summed in."""
+        if isinstance(self.root, FSDPModule):
+            accumulate_gradients(self.root)
 
     def reduce(self) -> None:
         """Sum the gradients of a step now, outside of any backward."""

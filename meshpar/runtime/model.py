@@ -70,6 +70,11 @@ class ParallelModel(nn.Module):
         self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
 
+    @property
+    def original_module(self) -> nn.Module:
+        """The module this was made from, its parameters without memory: for what else it has, such as a configuration."""
+        return self._makes.skeleton
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Those of this rank's stages; a rank may have none (then optimizers take `[{"params": pm.parameters()}]`)."""
         return OnMesh(super().parameters(recurse), self.mesh)
@@ -210,6 +215,7 @@ class ParallelModel(nn.Module):
             inlined={path: why for tree in self._engine.trees.values() for path, why in inlined(tree).items()},
             averaged=program.averaged,
             dropped=program.captured.dropped,
+            unrecognised=program.captured.unrecognised,
             order=self.schedule,
         )
 
@@ -265,7 +271,23 @@ class ParallelModel(nn.Module):
         return code
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
+        self._check_applicable(fn)
         for tree in self._engine.trees.values():
             tree._apply(fn, recurse)
         self._take_names()
         return self
+
+    def _check_applicable(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The programs compute in the dtypes of the captured model, on the devices of the mesh. Raises ConfigError for any other."""
+        for dtype in {p.dtype for p in self.parameters()}:
+            made = fn(torch.empty(0, dtype=dtype, device=self.mesh.device_type))
+            if made.dtype != dtype:
+                raise ConfigError(
+                    f"the dtype of a parallel model is fixed ({dtype}): convert the model before parallelize, or compute in another dtype "
+                    f"with ParallelConfig(precision=...)."
+                )
+            if made.device.type != self.mesh.device_type:
+                raise ConfigError(
+                    f"a parallel model stays on the devices of its mesh ({self.mesh.device_type}): to have it on {made.device.type}, save "
+                    f"a checkpoint and load it into a model parallelized on a mesh of that type."
+                )

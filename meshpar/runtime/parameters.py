@@ -7,12 +7,12 @@ not tell the order of its elements: fine for optimizers and norms, wrong for `DT
 `ParameterSpec`, and
 
     full_tensor(p), full_grad(p)        give the original order for every layout, also under FSDP2 (collective over the parameter's mesh)
-    convert_state_dicts(module)         makes state_dict() give true DTensors instead, and load_state_dict() accept them
+    convert_state_dicts(module)         makes state_dict() give true DTensors instead, and load_state_dict() accept them and whole tensors
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,28 +202,37 @@ def from_true(value: torch.Tensor, spec: ParameterSpec, like: DTensor) -> DTenso
     return dtensor_like(_each_rank(like.device_mesh, part, full), like)
 
 
-def convert_state_dicts(module: nn.Module) -> None:
-    """Make `module.state_dict()` and `load_state_dict()` speak true DTensors; collective if torch cannot express some layout."""
+def convert_state_dicts(module: nn.Module, known: Collection[str] = ()) -> None:
+    """Make `module.state_dict()` speak true DTensors; collective if torch cannot express some layout.
+
+    `load_state_dict()` takes them, and whole tensors in the original order too (a state dict of the unparallel model), of which every rank
+    keeps its part. `known`: names of the unparallel model; those that this rank has not, as others hold them, are passed over.
+    """
 
     def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-        for name, parameter in _inexact(module):
-            if prefix + name in state:
-                state[prefix + name] = true_dtensor(parameter.detach(), spec_of(parameter))  # type: ignore[arg-type]
+        for name, parameter, spec in _laid_out(module):
+            if prefix + name in state and not _tells_order(parameter, spec):
+                state[prefix + name] = true_dtensor(parameter.detach(), spec)  # type: ignore[arg-type]
 
     def load(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
-        for name, parameter in _inexact(module):
-            if prefix + name in state:
-                state[prefix + name] = from_true(state[prefix + name], spec_of(parameter), parameter)  # type: ignore[arg-type]
+        own = {name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))}
+        for name in set(known) - own:
+            state.pop(prefix + name, None)
+        for name, parameter, spec in _laid_out(module):
+            value = state.get(prefix + name)
+            whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.shape == parameter.shape
+            if value is not None and (whole or not _tells_order(parameter, spec)):
+                state[prefix + name] = from_true(value, spec, parameter)
 
     module.register_state_dict_post_hook(save)
     module.register_load_state_dict_pre_hook(load)
 
 
-def _inexact(module: nn.Module) -> Iterator[tuple[str, DTensor]]:
+def _laid_out(module: nn.Module) -> Iterator[tuple[str, DTensor, ParameterSpec]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         spec = spec_of(parameter)
-        if spec is not None and isinstance(parameter, DTensor) and not _tells_order(parameter, spec):
-            yield name, parameter
+        if spec is not None and isinstance(parameter, DTensor):
+            yield name, parameter, spec
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------------------------

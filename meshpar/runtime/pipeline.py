@@ -254,6 +254,7 @@ class _Run:
 
     def _weights(self, action: Action) -> None:
         self.flights.pop((action.stage, action.microbatch)).later.run()
+        self.engine.data[action.stage].accumulate()
 
     def _reduce(self, action: Action) -> None:
         if self.defers:

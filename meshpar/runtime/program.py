@@ -31,6 +31,7 @@ from ..passes.lower import Lower
 from ..passes.place import place
 from ..passes.randomness import KEY, SeedRandom
 from ..passes.reduce import ReduceGradients
+from ..passes.reuse import Reuse
 from ..passes.split import StageGraph, split
 from ..passes.tally import TALLY, TallyExperts
 from ..passes.weight_gradients import DeferWeightGradients
@@ -171,7 +172,7 @@ class Programs:
         graph = lowered(captured, plan, axes, summed)
         if plan.stages and remember:
             return self._staged(signature, captured, plan, graph)
-        return Program(signature, captured, replace(plan, ledger=ledger(graph)), graph)
+        return Program(signature, captured, replace(plan, ledger=ledger(graph)), self._reuse(graph))
 
     def _staged(self, signature: Signature, captured: Captured, plan: Plan, graph: fx.Graph) -> Program:
         """The program of a pipeline: the graph once more by stages."""
@@ -182,7 +183,13 @@ class Programs:
         cut = partial(split, graph, len(plan.stages), parameters=parameters, mutations=captured.mutations)
         every = cut()
         loss = every if captured.loss is None else cut(wanted=(captured.loss,))
+        for stage in (*every, *loss):
+            self._reuse(stage.graph)
         return self._with_ledger(Program(signature, captured, plan, graph, stages=loss, all_stages=every))
+
+    @property
+    def _reuse(self) -> Reuse:
+        return Reuse(results=self.config.recompute != "selective")
 
     def _with_ledger(self, program: Program) -> Program:
         """With the communication of a pipeline as the first rank has it: where values are cut unevenly, no rank sends more."""

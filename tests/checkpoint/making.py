@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -109,8 +111,6 @@ def same(a: Tensors, b: Tensors) -> bool:
 
 def save_folder(root: Path, tensors: Tensors, files: int = 1, assets: Mapping[str, str] | None = None) -> Path:
     """A Hugging Face folder."""
-    import json
-
     root.mkdir(parents=True)
     names = list(tensors)
     groups = [names[k::files] for k in range(files)]
@@ -128,8 +128,14 @@ def save_folder(root: Path, tensors: Tensors, files: int = 1, assets: Mapping[st
 
 def save_safetensors(path: Path, tensors: Tensors) -> None:
     """One safetensors file."""
-    header, _, _ = build_header(((n, d, a.shape) for n, (d, a) in tensors.items()), {"format": "pt"})
+    header, _, _ = build_header(list(tensors), [(d, a.shape) for d, a in tensors.values()], {"format": "pt"})
     path.write_bytes(header + b"".join(a.tobytes() for _, a in tensors.values()))
+
+
+def stamped(body: Any) -> bytes:
+    """The bytes of a manifest with this content, its own checksum right."""
+    blank = json.dumps({"crc32": "00000000"} | {k: v for k, v in body.items() if k != "crc32"}, separators=(",", ":")).encode()
+    return blank.replace(b"00000000", b"%08x" % crc32(blank), 1)
 
 
 class CountingDisk(Disk):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from meshpar.checkpoint import resharding
+from meshpar.checkpoint import execution, resharding
 from meshpar.checkpoint.convert import from_hf, to_hf
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError, StorageError
 from meshpar.checkpoint.files import Disk
@@ -49,7 +49,7 @@ def die_at(step: int, act: Act, root: Path) -> bool:
         pid = os.fork()
     if pid == 0:
         try:
-            resharding.SYNC_BYTES = 1  # note every finished tensor, so that resuming has something to continue
+            execution.SYNC_BYTES = 1  # note every finished tensor, so that resuming has something to continue
             act(root, CountingDisk(step, kill))
         finally:
             os._exit(0)
@@ -185,7 +185,7 @@ def test_a_real_small_file_system_fills_up(tmp_path: Path) -> None:
         save(tmp_path / "a", {"w": ("F32", bits("F32", (300, 200)))})
         work = resharding.plan_reshard(tmp_path / "a", mount / "b", "tp=2")
         with pytest.raises(StorageError, match="free"):
-            resharding.execute(work, Options())
+            execution.execute(work, execution.How(Options(), Disk()))
         assert list(mount.iterdir()) == []
     finally:
         subprocess.run(["umount", mount], check=True)

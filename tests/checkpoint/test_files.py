@@ -145,4 +145,4 @@ def test_block_checksums_do_not_depend_on_how_the_bytes_arrive(parts: list[bytes
 
 def test_two_tensors_of_one_name_are_refused_when_writing() -> None:
     with pytest.raises(CorruptError, match="called 'w'"):
-        build_header([("w", "F32", (1,)), ("w", "F32", (2,))], {})
+        build_header(["w", "w"], [("F32", (1,)), ("F32", (2,))], {})

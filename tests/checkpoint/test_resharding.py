@@ -18,12 +18,14 @@ from meshpar.checkpoint.division import Layout
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError, StorageError
 from meshpar.checkpoint.files import ITEMSIZE
 from meshpar.checkpoint.inspection import diff, inspect, verify
+from meshpar.checkpoint.jobs import slabs
 from meshpar.checkpoint.manifest import check
 from meshpar.checkpoint.manifest import read as read_manifest
 from meshpar.checkpoint.opened import open_checkpoint
 from meshpar.checkpoint.reading import Reader
 from meshpar.checkpoint.resharding import reshard
-from meshpar.checkpoint.transfer import Options, slabs
+from meshpar.checkpoint.table import Table
+from meshpar.checkpoint.transfer import Options
 from meshpar.errors import ConfigError
 from meshpar.sharding.types import Shard, plain
 from tests.checkpoint.making import Disk, bits, load, same, sample, save
@@ -286,4 +288,4 @@ def test_two_tensors_on_the_same_bytes_are_refused(tmp_path: Path) -> None:
     begin = min(v.begin, w.begin)
     moved = {n: t._replace(chunks=(t.chunks[0]._replace(begin=begin + 4 * (n == "w")),)) for n, t in manifest.tensors.items()}
     with pytest.raises(CorruptError, match=rf"v and w share bytes {begin + 4}\.\.{begin + 16} of rank-00000.safetensors"):
-        check(dataclasses.replace(manifest, tensors=moved), "here")
+        check(dataclasses.replace(manifest, tensors=Table.of(moved)), "here")

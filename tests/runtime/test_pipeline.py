@@ -133,6 +133,38 @@ def test_mixed_precision(gloo: Pool) -> None:
         assert 1e-6 < abs(loss - wanted) < 0.05 and dtypes == {torch.float32}
 
 
+def half_precision_gradients(cases: list[tuple[str, str, torch.dtype | None]]) -> list[tuple[float, float]]:
+    """Per schedule, mode and dtype of sums, how far gradients are from those in full precision, and from those of the first case."""
+    model, batch = made("tied")
+    model(**batch).backward()
+    mesh, found = mp.make_mesh("pp=2,dp=2"), []
+    first: dict[str, Tensor] = {}
+    for schedule, mode, reduced in cases:
+        precision = mp.Precision(compute_dtype=torch.bfloat16, reduce_dtype=reduced)
+        config = mp.ParallelConfig(microbatches=4, schedule=schedule, data_parallel=mode, precision=precision)  # type: ignore[arg-type]
+        local = mp.local_batch(batch, mesh)
+        pm = mp.parallelize(made("tied")[0], mesh, example=local, config=config)
+        for _ in range(2):  # gradients of a second step add to those of the first
+            pm.train_step(**local)
+        own = {n: mp.full_grad(p) / 2 for n, p in pm.named_parameters() if p.grad is not None}  # type: ignore[operator]
+        first = first or own
+        wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((max(_apart(g, wanted[n]) for n, g in own.items()), max(_apart(g, first[n]) for n, g in own.items())))
+    return found
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def test_gradients_in_mixed_precision(gloo: Pool) -> None:
+    """Gradients of several microbatches, some of them put off, are added in the dtype that data ranks sum in, and none is lost."""
+    cases = [("1f1b", "zero3", torch.float32), ("zero-bubble", "zero3", torch.float32), ("zero-bubble", "zero2", torch.float32)]
+    for found in gloo.run(half_precision_gradients, [*cases, ("zero-bubble", "replicate", None)], world=4, timeout=180):
+        assert len(found) == 4 and max(rounding for rounding, _ in found) < 0.06, found
+        assert max(from_first for _, from_first in found[:3]) < 1e-5, found
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,71 @@
+"""All-reduce in place what nothing else reads: the result of a matrix product, and the gradient of what only matrix products read.
+
+    y   = linear(x, w)                           y   = linear(x, w)
+    y_i = p_to_i(y, ...)                         y_i = p_to_i(y, ..., reuse=True)       the sum takes the memory of y
+    z_r = i_to_r(z, ...)                         z_r = i_to_r(z, ..., reuse=True)       backward: that of the gradient of z_r
+    q   = linear(z_r, v)                         q   = linear(z_r, v)
+
+Neither a product's result nor the gradient it returns is kept for backward, so both are the collective's alone. Products and their sum must
+lie in one block: recompute keeps the inputs of blocks, which must not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..ops import collectives, deferred
+
+aten = torch.ops.aten
+_PRODUCTS = {
+    aten.linear.default: (0, 1),
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.matmul.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    deferred.linear: (0, 1),
+    deferred.matmul: (0, 1),
+}
+"""Products, and the places of their factors. What is added to a product may get the product's own gradient, not a new one."""
+_VIEWS = frozenset(
+    {aten.view.default, aten.reshape.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default}
+)
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Mark the all-reduces that may overwrite what they sum. Changes the graph in place; the last pass, since any other may add readers."""
+
+    results: bool = True
+    """Whether the results of products may be overwritten: not where recompute keeps them."""
+
+    def __call__(self, graph: fx.Graph) -> fx.Graph:
+        for node in graph.nodes:
+            if (node.target is collectives.p_to_i and self.results and _is_own_result(node)) or (
+                node.target is collectives.i_to_r and node.users and all(_makes_gradient(user, node) for user in node.users)
+            ):
+                node.kwargs = {**node.kwargs, "reuse": True}
+        return graph
+
+
+def _is_own_result(node: fx.Node) -> bool:
+    """Whether what `node` reads is a product of its own block that nothing else reads."""
+    read = node.args[0]
+    return (
+        isinstance(read, fx.Node)
+        and read.target in _PRODUCTS
+        and len(read.users) == 1
+        and read.meta.get("region") == node.meta.get("region")
+    )
+
+
+def _makes_gradient(user: fx.Node, node: fx.Node) -> bool:
+    """Whether the gradient that `user` has for `node` is a tensor of its own, or a view of one."""
+    if user.target in _VIEWS:
+        return bool(user.users) and all(_makes_gradient(u, user) for u in user.users)
+    places = _PRODUCTS.get(user.target)
+    if places is None or node in user.kwargs.values():
+        return False
+    return all(arg is not node or place in places for place, arg in enumerate(user.args))
