@@ -5,6 +5,8 @@
 
 The value is computed from the graph as far as it has been recorded, when asked for, and only what it depends on. Integers become constants
 when they depend on the batch alone; those that depend on parameters would change with every step.
+
+With several microbatches the question is that of a microbatch, as it would be for the model on one device fed with microbatches.
 """
 
 from __future__ import annotations

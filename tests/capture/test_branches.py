@@ -14,7 +14,7 @@ import meshpar as mp
 from meshpar.capture.export import capture
 from meshpar.capture.run import run
 from meshpar.errors import BatchError, CaptureError
-from meshpar.ops.expect import EXPECT
+from meshpar.ops.expect import EXPECT, expect
 from meshpar.passes.split import mark, split
 from tests.capture.models import assert_same, perturbed
 
@@ -207,6 +207,18 @@ def test_what_one_rank_sees_counts_for_all(recompute: Any) -> None:
         labels[3, 5] = 12
         with pytest.raises(BatchError, match="labels.max.. >= 12.*False for the example.*True for this batch"):
             parallel.train_step(**mp.local_batch({"ids": ids, "labels": labels}, mesh))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_check_stays(backend: str) -> None:
+    def double(x: Tensor) -> Tensor:
+        expect(x.max() > 5, [0], "")
+        return x * 2
+
+    compiled = torch.compile(double, backend=backend)
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+    with pytest.raises(BatchError):
+        compiled(torch.full((3,), 6.0))
 
 
 def test_a_stage_keeps_its_checks() -> None:
