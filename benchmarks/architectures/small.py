@@ -40,6 +40,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys("num_key_value_heads num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads".split(), 2),
     **dict.fromkeys("head_dim attention_head_size d_kv v_head_dim_ kv_channels d_head".split(), 16),
     "rotary_dim": 8,
+    **{"entity_vocab_size": VOCABULARY, "entity_emb_size": 32},
     **{"encoder_sparse_step": 1, "decoder_sparse_step": 1, "context_size": 16, "hidden_size_per_layer_input": 16},
     # experts and latent attention
     **dict.fromkeys("num_local_experts num_experts n_routed_experts moe_num_experts".split(), 4),

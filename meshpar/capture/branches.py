@@ -40,7 +40,7 @@ class Branches(TorchFunctionMode):
         super().__init__()
         self._parameters = len(parameters)
         self._leaves = (*parameters, *inputs)
-        self._device = device
+        self._device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
         self._computed: dict[fx.Node, Any] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -95,6 +95,8 @@ class Branches(TorchFunctionMode):
 
         def compute() -> Tensor | None:
             values = dict(known)
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # of this thread alone
             with torch.no_grad():
                 for one in tape:
                     if one in values:
