@@ -408,6 +408,8 @@ def _write_dcp(opened: Checkpoint, root: Path, files: int, prefix: str, options:
         with Reader(opened, disk) as reader:
             for name, stored in m.tensors.items():
                 fqn = prefix + name if stored.kind == "model" else name
+                if fqn in records:
+                    raise ImpossibleError(f"Two tensors would be called {fqn}; choose another model_prefix.")
                 dtype = getattr(torch, next(t for t, s in TORCH_DTYPES.items() if s == stored.dtype))
                 chunks: list[meta.ChunkStorageMetadata] = []
                 for k, box in _dcp_boxes(stored, options):

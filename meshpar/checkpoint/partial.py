@@ -77,6 +77,7 @@ class Partial:
         path = self.path / JOURNAL
         lines = list(_read_journal(self.disk, path))
         if not lines:
+            _empty(self)  # whose work it is, is not known
             self.start(origin)
             return
         if lines[0][0].get("origin") != origin:
