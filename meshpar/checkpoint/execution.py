@@ -25,7 +25,7 @@ from meshpar.checkpoint.files import BLOCK, ITEMSIZE, BlockCrc, Disk
 from meshpar.checkpoint.manifest import MANIFEST, Asset, Manifest
 from meshpar.checkpoint.mover import Finished, run
 from meshpar.checkpoint.opened import ASSETS, INDEX, Checkpoint, Pool, is_weights, open_checkpoint
-from meshpar.checkpoint.partial import Partial, check_target, partial_path, writing
+from meshpar.checkpoint.partial import Partial, check_target, partial_path, tidy, writing
 from meshpar.checkpoint.sink import Output, check_space
 from meshpar.checkpoint.table import Crcs
 from meshpar.checkpoint.transfer import ZERO, Options, Order, Piece, check_memory
@@ -101,6 +101,7 @@ def execute(work: Work, how: How) -> Report:
     origin = work.origin(options)
     if how.resume and work.target.exists():
         _already_done(work, origin, how)
+        tidy(work.target, disk)
         return replace(report, resumed=sum(map(len, work.transfers)), notes=(*work.notes, "it was complete already"))
     if not (how.resume and partial_path(work.target).exists()):
         check_space(work.target.parent, work.sink.nbytes)

@@ -147,3 +147,12 @@ def test_two_tensors_under_one_name_of_torch_are_refused(tmp_path: Path) -> None
     with pytest.raises(ImpossibleError, match=r"Two tensors would be called model\.w"):
         to_dcp(tmp_path / "a", tmp_path / "d", model_prefix="model.")
     assert not (tmp_path / "d").exists()
+
+
+def test_what_a_writer_left_when_it_died_after_the_rename_is_removed(tmp_path: Path) -> None:
+    save(tmp_path / "a", tensors(1), "tp=2")
+    with pytest.raises(KeyboardInterrupt):
+        to_hf(tmp_path / "a", tmp_path / "hf", disk=CountingDisk(0, interrupt, ("unlink",)))
+    assert (tmp_path / "hf" / JOURNAL).exists()
+    assert to_hf(tmp_path / "a", tmp_path / "hf", resume=True).resumed == 6
+    assert [p.name for p in (tmp_path / "hf").iterdir()] == ["model.safetensors"]
