@@ -10,6 +10,8 @@ from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
+from benchmarks.pipeline_exactness.models import EncoderDecoder
+
 
 class GPT(nn.Module):
     """Fused q|k|v of grouped heads, packed gate|up, tied head, learned positions, blocks that are ModuleDicts."""
@@ -49,18 +51,6 @@ class GPT(nn.Module):
             gate, up = block["gate_up"](block["norm2"](x)).chunk(2, -1)
             x = x + block["down"](F.silu(gate) * up)
         return F.cross_entropy(self.head(self.norm(x)).view(-1, self.embed.num_embeddings), labels.view(-1))
-
-
-class EncoderDecoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(37, 16)
-        self.transformer = nn.Transformer(16, 4, 2, 2, 32, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(16, 37)
-
-    def forward(self, source: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-        hidden = self.transformer(self.embed(source), self.embed(target), tgt_is_causal=False)
-        return F.cross_entropy(self.head(hidden).flatten(0, 1), labels.flatten())
 
 
 class ViTBlock(nn.Module):

@@ -175,6 +175,12 @@ class Odd(nn.Module):
         return out.square().mean()
 
 
+def test_experts_that_run_as_written_are_explained() -> None:
+    with mp.simulate(2):
+        text = mp.parallelize(Odd(), mp.make_mesh("dp=2", "cpu"), example={"x": torch.randn(4, 8)}).explain()
+    assert "the model is not recognised as experts, and runs as written: what its loop computes is not a weighted sum" in text
+
+
 def test_experts_of_another_form_are_named() -> None:
     with pytest.raises(mp.ConfigError) as caught:
         parallelized(Odd(), {"x": torch.randn(4, 8)}, "ep=2", 2)

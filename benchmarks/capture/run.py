@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from torch import nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
 import meshpar.runtime.program as program  # noqa: E402
+from benchmarks.measuring import machine  # noqa: E402
 from meshpar.runtime import blocks  # noqa: E402
 
 STAGES = ("build", "capture", "solve", "lower", "ledger", "blocks")
@@ -215,7 +215,7 @@ def main() -> None:
                     raise SystemExit(done.stdout + done.stderr)
                 rows.append(json.loads(found[0].removeprefix("RESULT ")) | {"mesh": mesh})
                 print(rows[-1], file=sys.stderr, flush=True)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n")
+    print(f"{machine()}\n")
     print(table(rows))
 
 

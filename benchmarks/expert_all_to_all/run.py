@@ -14,20 +14,14 @@ Before any timing meshpar and all-gather must give the result of one device, in 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT)]
+sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -35,6 +29,7 @@ from torch import Tensor  # noqa: E402
 from torch.distributed import _functional_collectives as functional  # noqa: E402
 
 import meshpar as mp  # noqa: E402
+from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
 from meshpar import launch  # noqa: E402
 from meshpar.ops import experts  # noqa: E402
 
@@ -127,29 +122,6 @@ def check() -> dict[str, float]:
     return worst
 
 
-Times = dict[str, list[tuple[float, float]]]
-"""Contender -> wall and processor milliseconds of every round."""
-
-
-def measure(size: Size, routing: str, rounds: int) -> Times:
-    """Wall time of the slowest rank, processor time of the mean rank."""
-    running = contenders(*routed(size, routing, torch.float32), size.local)
-    times: Times = {name: [] for name in running}
-    names = list(running)
-    for turn in range(rounds + 3):
-        for name in names[turn % 3 :] + names[: turn % 3]:
-            dist.barrier()
-            wall, cpu = time.perf_counter(), time.process_time()
-            running[name]()
-            spent = torch.tensor([time.process_time() - cpu, time.perf_counter() - wall], dtype=torch.float64)
-            slowest = spent[1:].clone()
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            dist.all_reduce(spent)
-            if turn >= 3:
-                times[name].append((slowest.item() * 1e3, spent[0].item() / dist.get_world_size() * 1e3))
-    return times
-
-
 def profile(size: Size, routing: str) -> str:
     """Where meshpar's time goes, by operator."""
     from torch.profiler import ProfilerActivity
@@ -178,7 +150,8 @@ def worker(sizes: list[str], rounds: int | None, profiled: bool) -> dict[tuple[s
             print("  differences from one device:", {n: f"{w:.1e}" for n, w in worst.items()}, flush=True)
         for size in SIZES:
             for routing in ROUTINGS if size.name in sizes else ():
-                results[size.name, routing] = times = measure(size, routing, rounds or size.rounds)
+                steps = contenders(*routed(size, routing, torch.float32), size.local)
+                results[size.name, routing] = times = in_turn(steps, rounds or size.rounds)
                 if dist.get_rank() == 0:
                     print("  " + row(dist.get_world_size(), size, routing, times), flush=True)
     return results
@@ -188,43 +161,29 @@ def row(world: int, size: Size, routing: str, times: Times) -> str:
     """One line of the table."""
     cells = [str(world), size.name, routing]
     for kind in (0, 1):
-        least = {name: min(t[kind] for t in found) for name, found in times.items()}
-        middle = {name: statistics.median(t[kind] for t in found) for name, found in times.items()}
+        least, middle = least_and_middle(times, kind)
         if kind == 0:
             cells += [f"{2 * size.megabytes / 1024 / least[MESHPAR] * 1e3:.2f}"]
         cells += [f"{least[name]:.1f} / {middle[name]:.1f}" for name in CONTENDERS]
         cells += [f"{least[other] / least[MESHPAR]:.2f} / {middle[other] / middle[MESHPAR]:.2f}" for other in (BARE, GATHER)]
-    return "| " + " | ".join(cells) + " |"
+    return line(cells)
 
 
 _COLUMNS = (*CONTENDERS, "of bare", "of all-gather")
 HEAD = ("ranks", "size", "routing", "GiB/s", *_COLUMNS, *(f"cpu: {name}" for name in _COLUMNS))
 
 
-def report(rows: list[str], command: str, rounds: int | None) -> str:
+def report(rows: list[str], rounds: int | None) -> str:
     """The README's text."""
-    lines = ["# Expert all-to-all: throughput", "", (__doc__ or "").partition("\n\n")[2].rstrip(), ""]
-    lines += [f"- {size}, {rounds or size.rounds} rounds" for size in SIZES]
-    lines += [
-        "",
+    sizes = [f"- {size}, {rounds or size.rounds} rounds" for size in SIZES]
+    legend = (
         "Milliseconds there and back, minimum / median, wall time first, then processor time. GiB/s: a rank's rows in both directions over "
         "meshpar's least wall time. Of bare, of all-gather: meshpar's throughput over theirs, by minima / by medians; 1 is as fast as the "
-        "other, more is faster.",
-        "",
-    ]
-    lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), *rows, ""]
-    lines += [f"{machine()}. {date.today().isoformat()}.", "", "Command:", "", f"    {command}", ""]
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    """What this ran on."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores (all ranks share them), load at the end {load}; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, gloo"
+        "other, more is faster."
     )
+    where = machine("gloo", "all ranks share the cores")
+    script = "benchmarks/expert_all_to_all/run.py"
+    return readme("Expert all-to-all: throughput", __doc__, *sizes, "", legend, "", *table(HEAD, rows), where=where, script=script)
 
 
 def main() -> None:
@@ -245,10 +204,10 @@ def main() -> None:
         chosen = [size for size in SIZES if size.name in options.sizes]
         rows += [row(world, size, routing, found[size.name, routing]) for size in chosen for routing in ROUTINGS]
     if rows:
-        text = report(rows, "python benchmarks/expert_all_to_all/run.py " + " ".join(sys.argv[1:]), options.rounds)
+        text = report(rows, options.rounds)
         print(text)
         if options.write:
-            (HERE / "README.md").write_text(text)
+            write(HERE / "README.md", text)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,9 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import platform
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -29,6 +24,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.distributed.device_mesh import DeviceMesh  # noqa: E402
 
 import meshpar as mp  # noqa: E402
+from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -75,42 +71,27 @@ SIZES = (
 )
 
 
-@dataclass
-class Times:
-    """Seconds of every step."""
-
-    cpu: list[float]
-    wall: list[float]
+EAGER, LOWERED = "eager", "lowered"
 
 
-def measure(size: Size, mesh: DeviceMesh, rounds: int) -> tuple[Times, Times]:
+def measure(size: Size, mesh: DeviceMesh, rounds: int) -> Times:
     """Steps of the model in eager mode and of the lowered one."""
     model, data = size.model(), size.data()
     pm = mp.parallelize(model, mesh, example=data)
     _compare(model, pm, data)
+    modules: dict[str, nn.Module] = {EAGER: model, LOWERED: pm}
 
-    def eager() -> None:
-        model(**data).loss.backward()
+    def clear(name: str) -> None:
+        for parameter in modules[name].parameters():
+            parameter.grad = None
 
-    def lowered() -> None:
-        pm.train_step(**data)
-
-    found = Times([], []), Times([], [])
-    pairs: list[tuple[nn.Module, Callable[[], None], Times]] = [(model, eager, found[0]), (pm, lowered, found[1])]
     gc.collect()
     gc.disable()
-    for turn in range(rounds + 2):
-        for module, step, times in pairs if turn % 2 else reversed(pairs):
-            for parameter in module.parameters():
-                parameter.grad = None
-            wall, cpu = time.perf_counter(), time.process_time()
-            step()
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            if turn >= 2:
-                times.cpu.append(cpu)
-                times.wall.append(wall)
-    gc.enable()
-    return found
+    try:
+        steps = {EAGER: lambda: model(**data).loss.backward(), LOWERED: lambda: pm.train_step(**data)}
+        return in_turn(steps, rounds, before=clear, unmeasured=2)
+    finally:
+        gc.enable()
 
 
 def _compare(model: nn.Module, pm: mp.ParallelModel, data: dict[str, Tensor]) -> None:
@@ -122,30 +103,24 @@ def _compare(model: nn.Module, pm: mp.ParallelModel, data: dict[str, Tensor]) ->
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def row(size: Size, eager: Times, lowered: Times) -> str:
+def row(size: Size, times: Times) -> str:
     """One line of the table."""
     cells = [size.name, str(size)]
-    for name in ("cpu", "wall"):
-        a, b = getattr(eager, name), getattr(lowered, name)
-        low, middle = (min(a), min(b)), (statistics.median(a), statistics.median(b))
-        cells += [f"{1e3 * low[0]:.1f} / {1e3 * middle[0]:.1f}", f"{1e3 * low[1]:.1f} / {1e3 * middle[1]:.1f}"]
-        cells.append(f"{low[1] / low[0]:.3f} / {middle[1] / middle[0]:.3f}")
-    return "| " + " | ".join(cells) + " |"
+    for kind in (1, 0):
+        least, middle = least_and_middle(times, kind)
+        cells += [f"{least[name]:.1f} / {middle[name]:.1f}" for name in (EAGER, LOWERED)]
+        cells.append(f"{least[LOWERED] / least[EAGER]:.3f} / {middle[LOWERED] / middle[EAGER]:.3f}")
+    return line(cells)
 
 
 HEAD = ("size", "model", "eager cpu", "lowered cpu", "lowered : eager", "eager wall", "lowered wall", "lowered : eager")
 
 
-def report(rows: list[str], command: str) -> str:
+def report(rows: list[str]) -> str:
     """The README's text."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    where = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load at the end {load}"
-    where += f"; Python {platform.python_version()}, torch {torch.__version__}"
-    lines = ["# Overhead of the lowered graph on one rank", "", (__doc__ or "").partition("\n\n")[2].strip(), ""]
-    lines += ["Milliseconds per step, minimum / median; ratios of minima / of medians.", "", "| " + " | ".join(HEAD) + " |"]
-    lines += ["|" + "---|" * len(HEAD), *rows, "", f"{where}. {date.today().isoformat()}.", "", "Command:", "", f"    {command}", ""]
-    return "\n".join(lines)
+    legend = "Milliseconds per step, minimum / median; ratios of minima / of medians."
+    title, script = "Overhead of the lowered graph on one rank", "benchmarks/overhead/run.py"
+    return readme(title, __doc__, legend, "", *table(HEAD, rows), where=machine(), script=script)
 
 
 def main() -> None:
@@ -160,12 +135,12 @@ def main() -> None:
     rows = []
     for size in SIZES:
         if size.name in options.sizes:
-            rows.append(row(size, *measure(size, mesh, options.rounds or size.rounds)))
+            rows.append(row(size, measure(size, mesh, options.rounds or size.rounds)))
             print(rows[-1], flush=True)
-    text = report(rows, " ".join(["python benchmarks/overhead/run.py", *sys.argv[1:]]))
+    text = report(rows)
     print(text)
     if options.write:
-        (HERE / "README.md").write_text(text)
+        write(HERE / "README.md", text)
 
 
 if __name__ == "__main__":

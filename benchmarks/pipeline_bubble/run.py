@@ -9,8 +9,6 @@ other work on the machine disturbed least.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -20,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT)]
+sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
+from benchmarks.measuring import line, machine, table  # noqa: E402
 from meshpar import launch  # noqa: E402
 from meshpar.ops import deferred  # noqa: E402
 from meshpar.timing import bubble, expected_bubble  # noqa: E402
@@ -146,16 +144,13 @@ def _measured(case: Case, seconds: float, steps: int) -> tuple[float, float]:
 
 
 def _table(cases: Sequence[Case], found: Sequence[tuple[float, float]]) -> list[str]:
-    lines = [
-        "| schedule | p | v | m | expected | from | measured | measured : expected | step (s) |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for case, (length, idle) in zip(cases, found, strict=True):
         expected, source = case.expected()
         ratio = f"{idle / expected:.2f}" if expected else "-"
         cells = (case.schedule, case.ranks, case.per_rank, case.microbatches, f"{expected:.3f}", source, f"{idle:.3f}", ratio)
-        lines.append("| " + " | ".join(map(str, cells)) + f" | {length:.2f} |")
-    return lines
+        lines.append(line([*map(str, cells), f"{length:.2f}"]))
+    return table(("schedule", "p", "v", "m", "expected", "from", "measured", "measured : expected", "step (s)"), lines)
 
 
 def main() -> None:
@@ -184,9 +179,7 @@ def main() -> None:
     )
     print(verdict)
     if options.write:
-        load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-        where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load at the end {load}; "
-        where += f"Python {platform.python_version()}, torch {torch.__version__}. {date.today()}."
+        where = f"{machine()}. {date.today()}."
         readme = HERE / "README.md"
         head, _, rest = readme.read_text().partition("<!-- table -->")
         tail = rest.partition("<!-- end -->")[2]

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -28,6 +26,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
+from benchmarks.measuring import line, machine, readme, table, write  # noqa: E402
 from meshpar.sharding.price import Price  # noqa: E402
 
 
@@ -133,7 +132,7 @@ def row(case: Case, count: int, price: Price, rounds: int) -> str:
         seconds = measured(stages, batch, rounds)
         cells += [f"{staging.imbalance:.3f}", f"{max(seconds) * count / sum(seconds):.3f}", f"{max(staging.crossing) // 1024} KiB"]
     cells.append(staging.why.removeprefix("balanced by cost "))
-    return "| " + " | ".join(cells) + " |"
+    return line(cells)
 
 
 HEAD = (
@@ -142,18 +141,12 @@ HEAD = (
 )
 
 
-def report(rows: Sequence[str], price: Price, command: str) -> str:
+def report(rows: Sequence[str], price: Price) -> str:
     """The README's text."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    where = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load at the end {load}"
-    where += f"; Python {platform.python_version()}, torch {torch.__version__}"
     speeds = f"{price.flops / 1e9:.1f} GFLOP/s in matrix products and {price.memory / 1e9:.1f} GB/s in pointwise operators, as measured"
-    lines = ["# How even pipeline stages are", "", (__doc__ or "").partition("\n\n")[2].strip(), ""]
-    lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), *rows, ""]
-    lines += [f"- {case.name}: {case.what}, {case.tokens} tokens" for case in CASES]
-    lines += ["", f"{where}; {speeds}. {date.today().isoformat()}.", "", "Command:", "", f"    {command}", ""]
-    return "\n".join(lines)
+    cases = [f"- {case.name}: {case.what}, {case.tokens} tokens" for case in CASES]
+    where, script = f"{machine()}; {speeds}", "benchmarks/split_balance/run.py"
+    return readme("How even pipeline stages are", __doc__, *table(HEAD, rows), "", *cases, where=where, script=script)
 
 
 def main() -> None:
@@ -171,10 +164,10 @@ def main() -> None:
         for count in options.stages if case.name in options.models else ():
             rows.append(row(case, count, price, options.rounds))
             print(rows[-1], flush=True)
-    text = report(rows, price, " ".join(["python benchmarks/split_balance/run.py", *sys.argv[1:]]))
+    text = report(rows, price)
     print(text)
     if options.write:
-        (HERE / "README.md").write_text(text)
+        write(HERE / "README.md", text)
 
 
 if __name__ == "__main__":

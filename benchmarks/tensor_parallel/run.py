@@ -14,15 +14,10 @@ model, in float64.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -46,6 +41,7 @@ from torch.distributed.tensor.parallel import (  # noqa: E402
 )
 
 import meshpar as mp  # noqa: E402
+from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
 from meshpar import launch  # noqa: E402
 
 MESHPAR, BY_HAND, MODULE = CONTENDERS = ("meshpar", "by hand", "parallelize_module")
@@ -179,28 +175,11 @@ def check(mesh: DeviceMesh, sequence: bool) -> dict[str, float]:
     return worst
 
 
-Times = dict[str, list[tuple[float, float]]]
-"""Contender -> wall and processor milliseconds of every step."""
-
-
 def measure(size: Size, mesh: DeviceMesh, sequence: bool, rounds: int) -> Times:
-    """Every step of every contender: wall time of the slowest rank, processor time of the mean rank."""
+    """Every step of every contender."""
     running = contenders(size, mesh, sequence, torch.float32)
-    times: Times = {name: [] for name in running}
-    names = list(running)
-    for turn in range(rounds + 3):
-        for name in names[turn % 3 :] + names[: turn % 3]:
-            running[name].clear()
-            dist.barrier()
-            wall, cpu = time.perf_counter(), time.process_time()
-            running[name].step()
-            spent = torch.tensor([time.process_time() - cpu, time.perf_counter() - wall], dtype=torch.float64)
-            slowest = spent[1:].clone()
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            dist.all_reduce(spent)
-            if turn >= 3:
-                times[name].append((slowest.item() * 1e3, spent[0].item() / dist.get_world_size() * 1e3))
-    return times
+    steps = {name: contender.step for name, contender in running.items()}
+    return in_turn(steps, rounds, before=lambda name: running[name].clear())
 
 
 def profile(size: Size, mesh: DeviceMesh, sequence: bool, name: str, steps: int) -> str:
@@ -243,35 +222,23 @@ def row(world: int, size: Size, sequence: bool, times: Times) -> str:
     """One line of the table."""
     cells = [str(world), size.name, "yes" if sequence else "no"]
     for kind in (0, 1):
-        least = {name: min(t[kind] for t in found) for name, found in times.items()}
-        middle = {name: statistics.median(t[kind] for t in found) for name, found in times.items()}
+        least, middle = least_and_middle(times, kind)
         cells += [f"{least[name]:.1f} / {middle[name]:.1f}" for name in CONTENDERS]
         cells += [f"{least[MESHPAR] / least[other]:.2f} / {middle[MESHPAR] / middle[other]:.2f}" for other in (BY_HAND, MODULE)]
-    return "| " + " | ".join(cells) + " |"
+    return line(cells)
 
 
 _COLUMNS = (*CONTENDERS, "meshpar : by hand", "meshpar : parallelize_module")
 HEAD = ("ranks", "size", "sequence parallel", *_COLUMNS, *(f"cpu: {name}" for name in _COLUMNS))
 
 
-def report(rows: list[str], command: str, rounds: int | None) -> str:
+def report(rows: list[str], rounds: int | None) -> str:
     """The README's text."""
-    lines = ["# Tensor parallelism: step time", "", (__doc__ or "").partition("\n\n")[2].rstrip(), ""]
-    lines += [f"- {size}, {rounds or size.rounds} rounds" for size in SIZES]
-    lines += ["", "Milliseconds per step, minimum / median, wall time first, then processor time; ratios of minima / of medians.", ""]
-    lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), *rows, ""]
-    lines += [f"{machine()}. {date.today().isoformat()}.", "", "Command:", "", f"    {command}", ""]
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    """What this ran on."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores (4 ranks share them), load at the end {load}; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, gloo"
-    )
+    sizes = [f"- {size}, {rounds or size.rounds} rounds" for size in SIZES]
+    legend = "Milliseconds per step, minimum / median, wall time first, then processor time; ratios of minima / of medians."
+    where = machine("gloo", "all ranks share the cores")
+    script = "benchmarks/tensor_parallel/run.py"
+    return readme("Tensor parallelism: step time", __doc__, *sizes, "", legend, "", *table(HEAD, rows), where=where, script=script)
 
 
 def main() -> None:
@@ -295,10 +262,10 @@ def main() -> None:
             for sequence in (False, True)
             if size.name in options.sizes
         ]
-    text = report(rows, "python benchmarks/tensor_parallel/run.py " + " ".join(sys.argv[1:]), options.rounds)
+    text = report(rows, options.rounds)
     print(text)
     if options.write:
-        (HERE / "README.md").write_text(text)
+        write(HERE / "README.md", text)
 
 
 if __name__ == "__main__":

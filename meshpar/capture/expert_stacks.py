@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from meshpar._torch import pytree
-from meshpar.capture import expert_body
 from meshpar.capture.expert_body import Body, NotLifted
-from meshpar.capture.stand_in import LARGE, alike, aside, close, derivatives, filled, reduced, stand_in
+from meshpar.capture.expert_proofs import attempt, proven
+from meshpar.capture.expert_record import record
+from meshpar.capture.stand_in import LARGE, alike, close, derivatives, filled, reduced, stand_in
 from meshpar.ops.experts import combine, dispatch
 
 
@@ -100,15 +101,7 @@ class Stacks:
         for other, as_called, known in self.learnt:
             if _signature(as_called) == _signature(call) and (other is module or alike(other, module)):
                 return known
-        found: Body | NotLifted
-        try:
-            found = aside(lambda: _learn(module, experts, call))
-        except NotLifted as error:
-            found = error
-        except Exception as error:  # whatever it is, the module does not run on other rows
-            found = NotLifted(
-                f"it does not run on a few random rows by itself ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-            )
+        found = attempt(lambda: _learn(module, experts, call), "it does not run on a few random rows")
         self.learnt.append((module, call, found))
         return found
 
@@ -141,7 +134,7 @@ def _learn(module: nn.Module, experts: int, call: Call) -> Body:
 
     tensors = [*module.parameters(), *module.buffers()]
     sizes = reduced(tensors, call.leaves[call.rows].shape[1], kept=experts)
-    return expert_body.proven(lambda sizes: _recorded(module, experts, call, None, sizes), prove, sizes)
+    return proven(lambda sizes: _recorded(module, experts, call, None, sizes), prove, sizes)
 
 
 def _recorded(module: nn.Module, experts: int, call: Call, dtype: torch.dtype | None, sizes: Mapping[int, int]) -> Body:
@@ -159,7 +152,7 @@ def _recorded(module: nn.Module, experts: int, call: Call, dtype: torch.dtype | 
         stacks = {name: t for name, t in tensors.items() if t.dim() >= least and t.shape[0] == experts}
         shared = {name: t for name, t in tensors.items() if name not in stacks}
         try:
-            return expert_body.record(one, width, dtype or rows.dtype, stacks=stacks, shared=shared, expert=chosen)
+            return record(one, width, dtype or rows.dtype, stacks=stacks, shared=shared, expert=chosen)
         except NotLifted as error:
             reason = error
     raise reason

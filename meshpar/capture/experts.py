@@ -150,11 +150,11 @@ def _chosen(
             return type(module).forward(module, *args, **kwargs)
 
         return by_stack
-    container = expert_lists.experts_in(module)
-    if container is not None:
+    containers = expert_lists.experts_in(module)
+    if containers:
 
         def by_list(*args: Any, **kwargs: Any) -> Any:
-            lifted = lists.lifted(module, container, args, kwargs)
+            lifted = lists.lifted(module, containers, args, kwargs)
             if isinstance(lifted, NotLifted):
                 if lifted.like_experts:
                     found.unrecognised[name] = str(lifted)
@@ -164,7 +164,12 @@ def _chosen(
                 finally:
                     module.__dict__["forward"] = by_list
             found.lifted[name] = "list"
-            return expert_lists.run(module, container, lifted, args, kwargs)
+            left = {
+                f"{name}.{other}".lstrip("."): f"one loop in a forward is replaced, here that over {lifted.container!r}"
+                for other in lifted.left
+            }
+            found.unrecognised.update(left)
+            return expert_lists.run(module, lifted, args, kwargs)
 
         return by_list
     return None

@@ -154,7 +154,7 @@ def exchange(x: Tensor, offsets: Tensor, *, dropping: bool = False, group: str, 
     if torch.compiler.is_compiling():
         splits = _known(splits, x.shape[0], dropping, order)
     route = Route(splits, order, place)
-    return _there(x, route, dropping, axis), ends, route
+    return _move(x, route, dropping, axis), ends, route
 
 
 def exchange_back(y: Tensor, route: Route, *, dropping: bool = False, group: str, size: int, rank: int) -> Tensor:
@@ -166,7 +166,7 @@ def exchange_back(y: Tensor, route: Route, *, dropping: bool = False, group: str
         return y
     if not isinstance(route.splits, Tensor) and not torch.compiler.is_compiling():
         route = route._replace(splits=torch.tensor(route.splits))  # dispatched in compiled code
-    return _back(y, route, dropping, (group, size, rank))
+    return _move(y, route, dropping, (group, size, rank), back=True)
 
 
 def send_rows(x: Tensor, offsets: Tensor, *, group: str, size: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -246,7 +246,7 @@ def _exchange_fake(x: Tensor, offsets: Tensor, axis: Axis) -> tuple[Tensor, Tens
     local = offsets.shape[0] // axis[1]
     order = None if local == 1 else offsets.new_empty(x.shape[0], dtype=torch.int64)
     route = Route(offsets.new_empty(2, axis[1] + 1, dtype=torch.int64), order, order)
-    return _there(x, route, False, axis), offsets.new_empty(local), route
+    return _move(x, route, False, axis), offsets.new_empty(local), route
 
 
 def _is_fake(x: Tensor) -> bool:
@@ -262,55 +262,38 @@ def _pretends(group: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------------ the movement
 
 
-def _there(x: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
-    if _needs_function(x):
-        return _There.apply(x, *route, dropping, axis)
-    return _move_there(x, route, dropping, axis)
+def _move(rows: Tensor, route: Route, dropping: bool, axis: Axis, *, back: bool = False) -> Tensor:
+    """Rows along their route, to the ranks of their experts or `back`."""
+    if rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        moved: Tensor = _Moved.apply(rows, *route, dropping, axis, back)
+        return moved
+    return (_returned if back else _sent)(rows, route, dropping, axis)
 
 
-def _back(y: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
-    if _needs_function(y):
-        return _Back.apply(y, *route, dropping, axis)
-    return _move_back(y, route, dropping, axis)
+class _Moved(torch.autograd.Function):
+    """`_move`, whose gradient goes the other way. Compiled code reads no numbers in here: it has the gradients of the single steps."""
 
-
-def _needs_function(x: Tensor) -> bool:
-    """Compiled code reads no numbers inside an `autograd.Function`: there the gradients are those torch has for each step."""
-    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-class _There(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, splits: Splits, order: Tensor | None, place: Tensor | None, dropping: bool, axis: Axis) -> Tensor:
-        ctx.how = (dropping, axis)
+    def forward(ctx: Any, rows: Tensor, splits: Splits, order: Tensor | None, place: Tensor | None, *how: Any) -> Tensor:
+        ctx.how = how
         ctx.save_for_backward(splits, order, place)
-        return _move_there(x, Route(splits, order, place), dropping, axis)
+        dropping, axis, back = how
+        return _move(rows, Route(splits, order, place), dropping, axis, back=back)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _back(grad, Route(*ctx.saved_tensors), *ctx.how), None, None, None, None, None
+        dropping, axis, back = ctx.how
+        return _move(grad, Route(*ctx.saved_tensors), dropping, axis, back=not back), *(None,) * 6
 
 
-class _Back(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, splits: Splits, order: Tensor | None, place: Tensor | None, dropping: bool, axis: Axis) -> Tensor:
-        ctx.how = (dropping, axis)
-        ctx.save_for_backward(splits, order, place)
-        return _move_back(y, Route(splits, order, place), dropping, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _there(grad, Route(*ctx.saved_tensors), *ctx.how), None, None, None, None, None
-
-
-def _move_there(x: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
+def _sent(x: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
     sent, received, left = _splits(x, route, axis)
     x = on_rank(_contiguous, axis, x[: x.shape[0] - left] if dropping else x)
     rows = call(functional.all_to_all_single.default, x, received, sent, axis[0])
     return rows if route.order is None else on_rank(_permuted, axis, rows, route.order)
 
 
-def _move_back(y: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
+def _returned(y: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
     sent, received, left = _splits(y, route, axis)
     y = on_rank(_contiguous, axis, y) if route.place is None else on_rank(_permuted, axis, y, route.place)
     rows = call(functional.all_to_all_single.default, y, sent, received, axis[0])

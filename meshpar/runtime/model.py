@@ -215,6 +215,7 @@ class ParallelModel(nn.Module):
             inlined={path: why for tree in self._engine.trees.values() for path, why in inlined(tree).items()},
             averaged=program.averaged,
             dropped=program.captured.dropped,
+            unrecognised=program.captured.unrecognised,
             order=self.schedule,
         )
 

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meshpar.capture import expert_lists
 from meshpar.capture.captured import Captured
+from meshpar.capture.expert_body import NotLifted
+from meshpar.capture.expert_loops import UNFIT
 from meshpar.capture.export import capture
 from tests.capture.models import assert_same, perturbed
 from tests.capture.moe import LIFTED, H, Model, MoE, SwiGLU, tokens
@@ -21,9 +24,9 @@ def names(captured: Captured) -> list[str]:
 def test_every_way_to_loop(style: str) -> None:
     torch.manual_seed(0)
     captured = assert_same(perturbed(Model(MoE(style))), (), tokens(2, 4))
-    found = names(captured)
-    assert found.count("meshpar.dispatch.default") == found.count("meshpar.combine.default") == 1
-    assert found.count("meshpar.grouped_mm.default") == 3
+    targets = names(captured)
+    assert targets.count("meshpar.dispatch.default") == targets.count("meshpar.combine.default") == 1
+    assert targets.count("meshpar.grouped_mm.default") == 3
     stacks = [node for node in captured.graph.nodes if node.meta.get("expert_stack")]
     assert [[part.target for part in node.args[0]] for node in stacks] == [
         [f"layers.0.experts.{e}.{name}" for e in range(4)] for name in ("w1.weight", "w2.weight", "w3.weight", "w3.bias")
@@ -98,22 +101,224 @@ def test_loops_in_the_forward_itself(layer: type[nn.Module]) -> None:
     assert not [name for name in names(captured) if "nonzero" in name]
 
 
-class Detached(MoE):
-    """The same values as a known way, other gradients."""
+class NearMiss(MoE):
+    """Loops that almost are the weighted sum that the index chooses."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__(style)
+        self.other, self.capacity = nn.Linear(H, 4, bias=False), 100
+
+    def detached(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        """The values of the sum, other gradients."""
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            token, slot = torch.where(index == i)
+            out = out.index_add(0, token, expert(x[token]) * weights.detach()[token, slot, None])
+        return out
+
+    def without_the_last(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i in range(len(self.experts) - 1):
+            token, slot = torch.where(index == i)
+            out = out.index_add(0, token, self.experts[i](x[token]) * weights[token, slot, None])
+        return out
+
+    def one_scaled(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            token, slot = torch.where(index == i)
+            y = expert(x[token]) * weights[token, slot, None]
+            out = out.index_add(0, token, y * 1.001 if i == 3 else y)
+        return out
+
+    def light_ones_left_out(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            token, slot = torch.where((index == i) & (weights > 1e-3))
+            out = out.index_add(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+    def full(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        """An expert takes so many tokens that it gets more of them only when nearly all want it."""
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            token, slot = torch.where(index == i)
+            token, slot = token[: self.capacity], slot[: self.capacity]
+            out = out.index_add(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+    def other_neighbour(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i in range(len(self.experts)):
+            token, slot = torch.where(index == i)
+            out = out.index_add(0, token, self.experts[i - 1](x[token]) * weights[token, slot, None])
+        return out
+
+    def counted_once(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        """Two routers may choose one expert; then the larger weight counts, not their sum."""
+        index = torch.stack([self.gate(x).argmax(-1), self.other(x).argmax(-1)], -1)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            weight = torch.where(index == i, weights, 0).amax(-1, keepdim=True)
+            out = out + expert(x) * weight
+        return out
+
+
+def found(layer: nn.Module, *shape: int) -> expert_lists.Lifted | NotLifted:
+    return expert_lists.Lists().lifted(layer, ("experts",), (torch.randn(shape),), {})
+
+
+@pytest.mark.parametrize("style", ["detached", "without_the_last", "one_scaled", "light_ones_left_out", "other_neighbour", "counted_once"])
+def test_near_misses(style: str) -> None:
+    reason = found(NearMiss(style), 2, 4, H)
+    assert isinstance(reason, NotLifted) and str(reason) == UNFIT
+
+
+def test_near_misses_run_as_they_are() -> None:
+    captured = assert_same(perturbed(Model(NearMiss("detached"))), (), tokens(2, 4))
+    assert "meshpar.dispatch.default" not in names(captured)
+    assert captured.unrecognised == {"layers.0": UNFIT}
+
+
+def test_what_happens_rarely_is_tried() -> None:
+    """Of many experts, two routers choose the same one so rarely that random inputs do not show what happens then."""
+    layer = NearMiss("counted_once")
+    layer.gate, layer.other = (nn.Linear(H, 256, bias=False) for _ in range(2))
+    layer.experts, layer.bias = nn.ModuleList(SwiGLU() for _ in range(256)), nn.Buffer(torch.zeros(256))
+    assert isinstance(found(layer, 2, 4, H), NotLifted)
+
+
+@pytest.mark.parametrize("shape", [(120, H), (10, 12, H)])
+def test_as_many_tokens_as_there_are_are_tried(shape: tuple[int, ...]) -> None:
+    assert isinstance(found(NearMiss("full"), *shape), NotLifted)
+    assert isinstance(found(NearMiss("full"), 4, *shape[1:]), expert_lists.Lifted)  # the limit is out of reach
+
+
+class Unsorted(MoE):
+    """The order of choices is not that of their weights."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights, index, penalty = super().route(x)
+        return weights.flip(-1), index.flip(-1), penalty
+
+
+class Unpaired(MoE):
+    """Each choice has the weight of another."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights, index, penalty = super().route(x)
+        return weights.flip(-1), index, penalty
+
+
+class Inherited(MoE):
+    """The loop is in a function that is overridden."""
 
     def mixtral(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-        return super().mixtral(x, weights.detach(), index)
+        return super().mixtral(x, weights.detach(), index) + x
 
 
-def test_gradients_are_compared_too() -> None:
-    captured = assert_same(perturbed(Model(Detached("mixtral"))), (), tokens(2, 4))
-    assert "meshpar.dispatch.default" not in names(captured)
+class Switch(MoE):
+    """One choice, whose weight is applied afterwards."""
+
+    def mixtral(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        out, first = torch.empty_like(x), index[:, 0]
+        for i, expert in enumerate(self.experts):
+            out[first == i] = expert(x[first == i])
+        return out * weights[:, :1]
+
+
+class TwoLists(MoE):
+    """Shared experts in a list of their own."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__(style)
+        self.always = nn.ModuleList(SwiGLU() for _ in range(2))
+
+    def mixtral(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        return super().mixtral(x, weights, index) + sum(member(x) for member in self.always)
+
+
+@pytest.mark.parametrize("kind", [Unsorted, Unpaired, Inherited, Switch, TwoLists])
+def test_routers_and_layers_of_other_kinds(kind: type[MoE]) -> None:
+    torch.manual_seed(0)
+    before = kind.mixtral, MoE.mixtral
+    captured = assert_same(perturbed(Model(kind("mixtral"))), (), tokens(2, 4))
+    assert names(captured).count("meshpar.dispatch.default") == 1 and not captured.unrecognised
+    assert (kind.mixtral, MoE.mixtral) == before
+
+
+class Normed(SwiGLU):
+    """Reductions over the features of a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(F.normalize(x, dim=-1))
+        y = y / (y.var(-1, keepdim=True) + 1e-3) + y.std(-1, keepdim=True) - y.amin(-1, keepdim=True)
+        return y * torch.logsumexp(y, -1, keepdim=True) + y.cumsum(-1)
+
+
+class NormedTogether(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.linalg.vector_norm(x)
+
+
+def test_reductions_in_experts() -> None:
+    layer, together = MoE("mixtral"), MoE("dense")
+    layer.experts = nn.ModuleList(Normed() for _ in range(4))
+    assert names(assert_same(perturbed(Model(layer)), (), tokens(2, 4))).count("meshpar.dispatch.default") == 1
+    together.experts = nn.ModuleList(NormedTogether() for _ in range(4))
+    assert str(found(together, 2, 4, H)) == "aten.linalg_vector_norm.default is not known to treat rows alone"
+
+
+class TwoLoops(MoE):
+    """Two loops over two lists."""
+
+    def __init__(self) -> None:
+        super().__init__("mixtral")
+        self.more = nn.ModuleList(SwiGLU() for _ in range(4))
+
+    def mixtral(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        out = super().mixtral(x, weights, index)
+        for i, expert in enumerate(self.more):
+            out = out + expert(x) * torch.where(index == i, weights, 0).sum(-1, keepdim=True)
+        return out
+
+
+def test_one_loop_in_a_forward_is_replaced() -> None:
+    captured = assert_same(perturbed(Model(TwoLoops())), (), tokens(2, 4))
+    assert names(captured).count("meshpar.dispatch.default") == 1
+    assert captured.unrecognised == {"layers.0.more": "one loop in a forward is replaced, here that over 'experts'"}
+
+
+class Penalised(MoE):
+    """A weight penalty reads the experts' parameters."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        out, penalty = super().forward(hidden)
+        return out, penalty + self.experts[1].w1.weight.square().sum()
+
+
+def test_parameters_of_experts_that_are_read_elsewhere() -> None:
+    captured = assert_same(perturbed(Model(Penalised("masked"))), (), tokens(2, 4))
+    assert captured.unrecognised == {"layers.0": "its forward reads 'w1' of its members, beside calling them"}
+
+
+def test_random_numbers_are_left_as_they_were() -> None:
+    model, batch = Model(MoE("mixtral")), tokens(2, 4)
+    state = torch.get_rng_state()
+    capture(model, (), batch)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Unlike(MoE):
     def __init__(self, style: str) -> None:
         super().__init__(style)
         self.experts[1] = nn.Sequential(nn.Linear(H, 6), nn.ReLU(), nn.Linear(6, H))
+
+
+class OneBias(MoE):
+    def __init__(self, style: str) -> None:
+        super().__init__(style)
+        self.experts[2].w2 = nn.Linear(6, H)
 
 
 class Mixing(SwiGLU):
@@ -126,6 +331,9 @@ class Mixing(SwiGLU):
 def test_experts_that_are_not_alike_or_mix_rows() -> None:
     torch.manual_seed(0)
     assert "meshpar.dispatch.default" not in names(assert_same(perturbed(Model(Unlike("mixtral"))), (), tokens(2, 4)))
+    captured = assert_same(perturbed(Model(OneBias("masked"))), (), tokens(2, 4))
+    assert "meshpar.dispatch.default" not in names(captured)
+    assert captured.unrecognised == {"layers.0": "its members are not alike"}
     layer = MoE("dense")
     layer.experts = nn.ModuleList(Mixing() for _ in range(4))
     assert "meshpar.dispatch.default" not in names(assert_same(perturbed(Model(layer)), (), tokens(2, 4)))

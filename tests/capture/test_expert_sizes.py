@@ -6,13 +6,17 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshpar.capture import expert_body, expert_lists, stand_in
+from meshpar.capture import expert_doubles, expert_lists, expert_proofs, expert_record, stand_in
+from meshpar.capture.expert_body import Body
+from meshpar.capture.expert_doubles import Case, Double, Trial
 from meshpar.capture.export import capture
 from meshpar.errors import CaptureError
 from tests.capture.models import assert_same, perturbed
@@ -74,14 +78,30 @@ def test_the_largest_layers_on_meta(layer: Callable[[], nn.Module], width: int, 
 
 @pytest.mark.parametrize("layer", [lambda: MoE("hits", width=WIDE, inner=200), lambda: Stacked(WIDE, 200)])
 def test_wide_experts_are_right(layer: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (expert_body, expert_lists, stand_in):
+    for module in (expert_record, expert_lists, expert_doubles, stand_in):
         monkeypatch.setattr(module, "LARGE", 1000)  # parameters without values, and cheap linear functions in their owner
     seen = []
-    same = expert_body.same_steps
-    monkeypatch.setattr(expert_body, "same_steps", lambda *args: seen.append(same(*args)) or seen[-1])
+    same = expert_proofs.same_steps
+    monkeypatch.setattr(expert_proofs, "same_steps", lambda *args: seen.append(same(*args)) or seen[-1])
     torch.manual_seed(0)
     captured = assert_same(perturbed(Model(layer(), width=WIDE)), (), tokens(2, 4))
     assert captured.experts and seen == [True]
+
+
+def test_many_tokens_are_tried_at_small_sizes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a trial grows with tokens x experts x width."""
+    tried: list[tuple[bool, int]] = []
+    double = Case.double
+
+    def noted(self: Case, width: int, trial: Trial, *rest: Any) -> Double:
+        tried.append((bool(self.sizes), prod(trial.sizes)))
+        return double(self, width, trial, *rest)
+
+    monkeypatch.setattr(Case, "double", noted)
+    layer = MoE("dense", width=WIDE, inner=200)
+    found = expert_lists.Lists().lifted(layer, ("experts",), (torch.randn(8, 32, WIDE),), {})
+    assert isinstance(found, expert_lists.Lifted)
+    assert max(tokens for small, tokens in tried if small) == 256 and max(tokens for small, tokens in tried if not small) == 6
 
 
 class ByWidth(SwiGLU):
@@ -101,8 +121,8 @@ class Shifted(SwiGLU):
 @pytest.mark.parametrize("kind", [ByWidth, Shifted])
 def test_what_depends_on_the_width_is_proven_at_its_own(kind: type[SwiGLU], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    same = expert_body.same_steps
-    monkeypatch.setattr(expert_body, "same_steps", lambda *args: seen.append(same(*args)) or seen[-1])
+    same = expert_proofs.same_steps
+    monkeypatch.setattr(expert_proofs, "same_steps", lambda *args: seen.append(same(*args)) or seen[-1])
     layer = MoE("skipping", width=WIDE)
     layer.experts = nn.ModuleList(kind(WIDE, 200) for _ in range(E))
     captured = assert_same(perturbed(Model(layer, width=WIDE)), (), tokens(2, 4))
@@ -126,13 +146,15 @@ def test_reduced_sizes() -> None:
 
 
 def test_the_same_steps_at_other_sizes() -> None:
-    def record(width: int, inner: int, slope: float = 0.1) -> expert_body.Body:
+    def record(width: int, inner: int, slope: float = 0.1) -> Body:
         w = torch.randn(inner, width)
-        return expert_body.record(lambda x: F.leaky_relu(F.linear(x, w).narrow(1, 0, inner // 2), slope), width, torch.float, each={"w": w})
+        return expert_record.record(
+            lambda x: F.leaky_relu(F.linear(x, w).narrow(1, 0, inner // 2), slope), width, torch.float, each={"w": w}
+        )
 
     sizes = {160: 12, 200: 20}
     large, small = record(160, 200), record(12, 20)
-    assert expert_body.same_steps(large, small, sizes)
-    assert not expert_body.same_steps(large, record(12, 22), sizes)
-    assert not expert_body.same_steps(large, record(12, 20, 0.2), sizes)
-    assert not expert_body.same_steps(large, replace(small, steps=small.steps[:-1]), sizes)
+    assert expert_proofs.same_steps(large, small, sizes)
+    assert not expert_proofs.same_steps(large, record(12, 22), sizes)
+    assert not expert_proofs.same_steps(large, record(12, 20, 0.2), sizes)
+    assert not expert_proofs.same_steps(large, replace(small, steps=small.steps[:-1]), sizes)
