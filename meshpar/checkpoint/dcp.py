@@ -2,7 +2,8 @@
 
 Reading needs `trust_pickle`, since `.metadata` is a pickle. Even then nothing in it runs: the unpickler knows a dozen names, all of
 them stand-ins of ours, and refuses every other one. Tensors lie in `.distcp` files as small zip archives, stored and not compressed, so
-their bytes are read in place, as chunks like any others. Writing uses torch itself for the pickles.
+their bytes are read in place, as chunks like any others, and checked against the checksums of the archives. Writing uses torch itself
+for the pickles.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from meshpar.checkpoint.casts import TORCH_DTYPES
 from meshpar.checkpoint.division import Grid
 from meshpar.checkpoint.execution import How, Progress, Report, execute, uncollected
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
-from meshpar.checkpoint.files import ITEMSIZE, Disk, check_name, check_tensor_name
+from meshpar.checkpoint.files import BLOCK, ITEMSIZE, Disk, check_name, check_tensor_name
 from meshpar.checkpoint.jobs import slabs
 from meshpar.checkpoint.manifest import FileRecord, Manifest
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
@@ -259,7 +260,8 @@ def _collect(root: Path, records: Any, places: list[Any], reader: _Archives, whe
         if any(d != dtype for d, _ in rows):
             raise CorruptError(f"{where}: {name} is {dtype}, but its chunks are {', '.join(sorted({d for d, _ in rows}))}.")
         tensors[name] = Stored(dtype, shape, tuple(c for _, c in rows))
-    manifest = Manifest(Table.of(tensors), reader.records())
+    longest = max((t.nbytes for t in tensors.values()), default=0)  # an archive has one checksum of all the bytes of a chunk
+    manifest = Manifest(Table.of(tensors), reader.records(), block=max(BLOCK, longest))
     manifests.check(manifest, where)
     return Checkpoint(root, manifest, "dcp"), objects, odd
 
@@ -323,7 +325,8 @@ class _Archives:
         if len(head) != 30 or head[:4] != b"PK\x03\x04" or member.file_size < volume(view.shape) * ITEMSIZE[view.dtype]:
             raise CorruptError(f"{self._names[index]}: the bytes of {name} are not where its archive says.")
         begin = start + member.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
-        return view.dtype, Chunk(Box(offset, view.shape), index, begin)
+        is_all = 0 < member.file_size == volume(view.shape) * ITEMSIZE[view.dtype]
+        return view.dtype, Chunk(Box(offset, view.shape), index, begin, (member.CRC,) if is_all else ())
 
 
 def _is_dense(view: _View) -> bool:
@@ -408,6 +411,8 @@ def _write_dcp(opened: Checkpoint, root: Path, files: int, prefix: str, options:
         with Reader(opened, disk) as reader:
             for name, stored in m.tensors.items():
                 fqn = prefix + name if stored.kind == "model" else name
+                if fqn in records:
+                    raise ImpossibleError(f"Two tensors would be called {fqn}; choose another model_prefix.")
                 dtype = getattr(torch, next(t for t, s in TORCH_DTYPES.items() if s == stored.dtype))
                 chunks: list[meta.ChunkStorageMetadata] = []
                 for k, box in _dcp_boxes(stored, options):

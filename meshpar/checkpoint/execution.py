@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import gc
 import json
 import os
@@ -24,7 +25,7 @@ from meshpar.checkpoint.files import BLOCK, ITEMSIZE, BlockCrc, Disk
 from meshpar.checkpoint.manifest import MANIFEST, Asset, Manifest
 from meshpar.checkpoint.mover import Finished, run
 from meshpar.checkpoint.opened import ASSETS, INDEX, Checkpoint, Pool, is_weights, open_checkpoint
-from meshpar.checkpoint.partial import Partial, check_target, partial_path, writing
+from meshpar.checkpoint.partial import Partial, check_target, partial_path, tidy, writing
 from meshpar.checkpoint.sink import Output, check_space
 from meshpar.checkpoint.table import Crcs
 from meshpar.checkpoint.transfer import ZERO, Options, Order, Piece, check_memory
@@ -99,7 +100,8 @@ def execute(work: Work, how: How) -> Report:
         return report
     origin = work.origin(options)
     if how.resume and work.target.exists():
-        _already_done(work, origin, disk)
+        _already_done(work, origin, how)
+        tidy(work.target, disk)
         return replace(report, resumed=sum(map(len, work.transfers)), notes=(*work.notes, "it was complete already"))
     if not (how.resume and partial_path(work.target).exists()):
         check_space(work.target.parent, work.sink.nbytes)
@@ -110,17 +112,61 @@ def execute(work: Work, how: How) -> Report:
     return replace(report, bytes_read=traffic.read, bytes_written=traffic.written, resumed=resumed, seconds=round(seconds, 3))
 
 
-def _already_done(work: Work, origin: str, disk: Disk) -> None:
+def _already_done(work: Work, origin: str, how: How) -> None:
     """Accept an existing target only if it is the result of this very work."""
     try:
-        found = open_checkpoint(work.target, disk)
+        found = open_checkpoint(work.target, how.disk)
     except CorruptError:
         found = None
     if found is not None and work.form == "meshpar" and found.manifest.origin == origin:
         return
-    if found is not None and work.form == "hf" and set(found.manifest.files) == {f.record for f in work.sink.files}:
+    if found is not None and work.form == "hf" and _holds_the_same(work, found, how):
         return
     check_target(work.target)
+
+
+def _holds_the_same(work: Work, found: Checkpoint, how: How) -> bool:
+    """Whether a folder holds what would be written. It has no record of where it is from, so both are read."""
+    if found.manifest.files != tuple(f.record for f in work.sink.files):
+        return False
+    for asset in work.source.manifest.assets:
+        ours, theirs = work.source.asset_path(asset), work.target / asset.name
+        if not theirs.is_file() or not filecmp.cmp(ours, theirs, shallow=False):
+            return False
+    source, target = Pool(work.source, how.disk), Pool(found, how.disk)
+    options = replace(how.options, source_block=work.source.manifest.block, checksums=False)
+    try:
+        run(work.transfers, Order.of(work.transfers), source, target, options, _Comparing(how.disk), lambda finished: None)
+    except _DifferentError:
+        return False
+    finally:
+        source.close()
+        target.close()
+    return True
+
+
+class _DifferentError(Exception):
+    """Other bytes lie there."""
+
+
+class _Comparing(Disk):
+    """A disk that does not write, but compares with what lies there."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk, self._step = disk, 1 << 20
+
+    def read(self, fd: int, views: Sequence[memoryview], offset: int) -> None:
+        self._disk.read(fd, views, offset)
+
+    def write(self, fd: int, views: Sequence[memoryview], offset: int) -> None:
+        for view in views:
+            for start in range(0, len(view), self._step):
+                wanted = view[start : start + self._step]
+                there = memoryview(bytearray(len(wanted)))
+                self._disk.read(fd, [there], offset + start)
+                if there != wanted:
+                    raise _DifferentError
+            offset += len(view)
 
 
 def _fill(work: Work, partial: Partial, origin: str, options: Options, progress: Progress) -> tuple[Traffic, int]:

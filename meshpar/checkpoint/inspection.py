@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from meshpar.errors import ConfigError
 
 Progress = Callable[[int, int], None]
 _DIFF_SLAB = 16 << 20
+_BOX = re.compile(r"#\d+$")  # what follows a tensor's name where a file holds several of its boxes
 _REMOVED = ".removed"
 
 
@@ -180,10 +182,10 @@ def _verify_file(opened: Checkpoint, pool: Pool, disk: Disk, file: int, rows: li
 
 def _verify_header(opened: Checkpoint, disk: Disk, fd: int, rows: list[tuple[str, Chunk]], where: str) -> list[str]:
     """The header must tell the same story as the manifest."""
-    told = {(e.begin, e.dtype, e.shape) for e in read_header(disk, fd, where).entries}
+    told = {(n, e.begin, e.dtype, e.shape) for e in read_header(disk, fd, where).entries for n in (e.name, _BOX.sub("", e.name))}
     tensors = opened.manifest.tensors
-    wanted = {(c.begin, tensors[name].dtype, c.box.size): name for name, c in rows}
-    return [f"{where}: the header does not describe {wanted[key]} as the manifest does." for key in wanted if key not in told]
+    wanted = {(name, c.begin, tensors[name].dtype, c.box.size): None for name, c in rows}
+    return [f"{where}: the header does not describe {key[0]} as the manifest does." for key in wanted if key not in told]
 
 
 def _verify_chunk(

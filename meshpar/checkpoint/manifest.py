@@ -272,7 +272,8 @@ def _check_places(manifest: Manifest, group: Alike, where: str) -> None:
     chunks, nbytes = group.chunks, group.chunks.nbytes(group.dtype)
     sizes = np.array([f.size for f in manifest.files] + [-1], np.int64)  # a file that is not there has no room
     room = sizes[np.minimum(chunks.file, len(manifest.files))]
-    for row, k in np.argwhere(chunks.begin > room - nbytes)[:1].tolist():
+    outside = chunks.begin > room - nbytes
+    for row, k in np.argwhere(outside)[:1].tolist() if outside.any() else ():
         name, end, file = manifest.tensors.names[group.position[row]], chunks.begin[row, k] + nbytes[k], chunks.file[row, k]
         raise CorruptError(f"{where}: {name} {chunks.boxes[k]} should end at byte {end} of file {file}, past its end.")
     for box, count, size in zip(chunks.boxes, chunks.blocks, nbytes.tolist(), strict=True):

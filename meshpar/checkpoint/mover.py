@@ -108,7 +108,7 @@ class _Worker:
         rest: list[tuple[int, int, State]] = []
         for group in sorted(set(order.group.tolist())):
             t, rows = self._transfers[group], order.row[order.group == group]
-            if stacks.is_simple(t, self._channel.options):
+            if len(rows) >= stacks.SOME and stacks.is_simple(t, self._channel.options):
                 simple.append((group, stacks.Stack.of(t, rows)))
             else:
                 rest += [(group, row, State(t.one(row), is_whole=True)) for row in rows.tolist()]

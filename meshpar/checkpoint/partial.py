@@ -63,8 +63,7 @@ class Partial:
             raise StorageError(f"{self.target} appeared while it was being written. A checkpoint is never written over another one.")
         self.disk.rename(self.path, self.target)
         self.disk.sync_directory(self.target.parent)
-        for name in _SCRATCH:
-            self.disk.unlink(self.target / name)
+        tidy(self.target, self.disk)
 
     def start(self, origin: str) -> None:
         """Begin a new journal for work with this fingerprint."""
@@ -77,6 +76,7 @@ class Partial:
         path = self.path / JOURNAL
         lines = list(_read_journal(self.disk, path))
         if not lines:
+            _empty(self)  # whose work it is, is not known
             self.start(origin)
             return
         if lines[0][0].get("origin") != origin:
@@ -94,6 +94,12 @@ class Partial:
             if fd >= 0:
                 os.close(fd)
         self._journal = self._lock = -1
+
+
+def tidy(target: Path, disk: Disk) -> None:
+    """Remove from a committed directory what only its writer needed; one that was killed after the rename leaves it there."""
+    for name in _SCRATCH:
+        disk.unlink(target / name)
 
 
 @contextmanager

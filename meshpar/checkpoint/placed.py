@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -41,10 +42,7 @@ class Held:
     @property
     def dtype(self) -> str:
         """The safetensors name of its dtype."""
-        name = str(self.local.dtype).removeprefix("torch.")
-        if name not in TORCH_DTYPES:
-            raise CheckpointError(f"Tensors of dtype {name} cannot be stored; {', '.join(TORCH_DTYPES)} can.")
-        return TORCH_DTYPES[name]
+        return _stored_dtype(self.local.dtype)
 
     def words(self, *, copy: bool = False) -> Array:
         """The local part as unsigned words in host memory; the tensor's own memory where that is possible and `copy` does not forbid it."""
@@ -55,6 +53,14 @@ class Held:
     def slices(self, box: Box) -> tuple[slice, ...]:
         """Where a box lies in the local part, whose dims are the runs put side by side."""
         return tuple(slice(at, at + size) for at, size in zip(map(_place, box.offset, self.runs), box.size, strict=True))
+
+
+@lru_cache
+def _stored_dtype(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in TORCH_DTYPES:
+        raise CheckpointError(f"Tensors of dtype {name} cannot be stored; {', '.join(TORCH_DTYPES)} can.")
+    return TORCH_DTYPES[name]
 
 
 def held(tensor: torch.Tensor | Held, *, like: torch.Tensor | None = None) -> Held:

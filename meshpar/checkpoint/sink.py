@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -191,11 +191,15 @@ class Output:
         self._lock = threading.Lock()
         self._handles = Handles(self._begin)
 
-    def use(self, file: int) -> AbstractContextManager[int]:
+    @contextmanager
+    def use(self, file: int) -> Iterator[int]:
         """A descriptor to write to a file."""
-        with self._lock:
-            self._dirty.add(file)
-        return self._handles.use(file)
+        with self._handles.use(file) as fd:
+            try:
+                yield fd
+            finally:
+                with self._lock:
+                    self._dirty.add(file)  # only now: another thread may have synced meanwhile
 
     def name(self, file: int) -> str:
         return str(self._root / self._files[file].name)

@@ -86,14 +86,16 @@ class Chunks:
     @classmethod
     def beside(cls, parts: Sequence[Chunks]) -> Chunks:
         """The chunks of the same tensors, row for row: the columns of one part after those of the other."""
-        file, begin, crcs = (np.hstack(columns) for columns in zip(*((c.file, c.begin, c.crcs) for c in parts), strict=True))
+        if len(parts) == 1:
+            return parts[0]
+        file, begin, crcs = (np.concatenate(columns, 1) for columns in zip(*((c.file, c.begin, c.crcs) for c in parts), strict=True))
         return cls(sum((c.boxes for c in parts), ()), file, begin, sum((c.blocks for c in parts), ()), crcs)
 
     @classmethod
     def below(cls, parts: Sequence[Chunks]) -> Chunks:
         """The chunks of different tensors that are divided alike: the rows of one part after those of the other."""
         file, begin, crcs = (np.concatenate(rows) for rows in zip(*((c.file, c.begin, c.crcs) for c in parts), strict=True))
-        return replace(parts[0], file=file, begin=begin, crcs=crcs)
+        return cls(parts[0].boxes, file, begin, parts[0].blocks, crcs)
 
     def nbytes(self, dtype: str) -> Ints:
         """The bytes of each box."""
@@ -169,6 +171,9 @@ class Table(Mapping[str, Stored]):
             alike.setdefault((g.dtype, g.shape, g.kind, g.layout, g.chunks.boxes, g.chunks.blocks), []).append(g)
         joined = []
         for parts in alike.values():
+            if len(parts) == 1:
+                joined += parts
+                continue
             position = np.concatenate([g.position for g in parts])
             joined.append(replace(parts[0], position=position, chunks=Chunks.below([g.chunks for g in parts])))
         return cls(names, joined)

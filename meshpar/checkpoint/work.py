@@ -53,19 +53,24 @@ class Work:
 
     def origin(self, options: Options) -> str:
         """A fingerprint of the source and of everything that decides what is written."""
-        m = self.source.manifest
-        stamps = [os.stat(self.source.path(k)).st_mtime_ns for k in range(len(m.files))] if self.source.form != "meshpar" else []
+        m, table = self.source.manifest, self.sink.table
+        unknown = [] if self.source.form == "meshpar" and m.has_checksums else [self.source.path(k) for k in range(len(m.files))]
+        unknown += [self.source.asset_path(asset) for asset in m.assets if not asset.crcs]
         facts = [
             self.form,
             m.files,
-            stamps,
+            m.assets,
+            [os.stat(path).st_mtime_ns for path in unknown],  # nothing else tells that bytes without checksums are the same
             [f.record for f in self.sink.files],  # their headers say where every box goes
+            str(self.division.grid),
+            [(g.dtype, g.shape, g.kind, g.layout, len(g.position)) for g in table.groups],
             self.mapped.rules,
+            [self.values, self.aliases, self.keymap],
             options.checksums,
         ]
         found = hashlib.sha256(repr(facts).encode())
-        for g in m.tensors.groups:
-            found.update(np.ascontiguousarray(g.chunks.crcs).data)
+        for column in [*(g.chunks.crcs for g in m.tensors.groups), *(g.position for g in table.groups)]:
+            found.update(np.ascontiguousarray(column).data)
         return found.hexdigest()
 
     def with_checksums(self, found: Sequence[Crcs]) -> Table:

@@ -221,6 +221,8 @@ def merge(records: Sequence[Record], grid: Grid = ONE_RANK, *, aliases: Mapping[
 
 def _merged(records: Sequence[Record], bases: Sequence[int]) -> Table:
     """The tensors of all ranks, each with the chunks of every rank that has some; a rank's files are counted from its base."""
+    if len(records) == 1:
+        return records[0].tensors
     places: dict[str, list[tuple[int, int, int]]] = {}  # of each tensor: record, group, row
     for k, record in enumerate(records):
         for name, group, row in zip(record.tensors.names, record.tensors.group.tolist(), record.tensors.row.tolist(), strict=True):

@@ -19,7 +19,7 @@ from meshpar.checkpoint.manifest import read as read_manifest
 from meshpar.checkpoint.resharding import reshard
 from meshpar.checkpoint.transfer import Options
 from meshpar.errors import ConfigError
-from tests.checkpoint.making import load, same, sample, save
+from tests.checkpoint.making import flip, load, same, sample, save
 
 
 def state() -> dict[str, Any]:
@@ -100,3 +100,16 @@ def test_a_damaged_directory_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CorruptError, match="is missing"):
         from_dcp(tmp_path / "dcp", tmp_path / "a", "tp=2", trust_pickle=True)
+
+
+@pytest.mark.parametrize("rows", [40, 3 << 20], ids=["small", "larger than a block of ours"])
+def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path, rows: int) -> None:
+    words = torch.arange(rows, dtype=torch.int32).numpy().view("u4")
+    dcp.save({"w": torch.from_numpy(words.view("i4")), "v": torch.ones(3)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    from_dcp(tmp_path / "dcp", tmp_path / "a", "tp=2", trust_pickle=True)
+    assert load(tmp_path / "a")["w"][1].tobytes() == words.tobytes() and verify(tmp_path / "a").ok
+    path = tmp_path / "dcp" / "__0_0.distcp"
+    flip(path, path.read_bytes().index(words[rows // 2 :].tobytes()[:64]) + 5)
+    with pytest.raises(CorruptError, match=r"__0_0.distcp, tensor w .*crc32 is"):
+        from_dcp(tmp_path / "dcp", tmp_path / "b", "tp=2", trust_pickle=True)
+    assert not (tmp_path / "b").exists()
