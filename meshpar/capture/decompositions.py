@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import meshpar.ops.ctc  # noqa: F401  (registers meshpar::ctc_loss)
+import meshpar.ops.ctc
+import meshpar.ops.expect  # noqa: F401  (registers meshpar::expect)
 from meshpar._torch import OpOverload
+from meshpar.capture.blame import here
 from meshpar.errors import CaptureError
 
 
@@ -158,9 +160,23 @@ def _of_some_rows(input: Tensor, *args: Any, **kwargs: Any) -> None:
         torch._check(rows > 0)
 
 
+def _bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor | None:
+    """Counts of `minlength` numbers, and a check that there is no larger one: then there would be more counts."""
+    if minlength == 0 or not isinstance(input.numel(), int):
+        return None
+    torch.ops.meshpar.expect((input < minlength).all(), [1], f"{here()}, whether all are below minlength={minlength}")
+    if weights is None:
+        ones = torch.ones_like(input, dtype=torch.int64)
+    else:
+        ones = weights.detach() if weights.dtype == torch.float32 else weights.detach().double()
+    return ones.new_zeros(minlength).index_add(0, input.long(), ones)
+
+
 _INSTEAD: Mapping[Any, Callable[..., Any]] = {
     F.ctc_loss: _ctc_loss,
     Tensor.data.__get__: _data,  # type: ignore[attr-defined]
+    torch.bincount: _bincount,
+    Tensor.bincount: _bincount,
     F.cross_entropy: _of_some_rows,
     F.nll_loss: _of_some_rows,
 }

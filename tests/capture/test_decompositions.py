@@ -87,3 +87,42 @@ def test_writing_through_as_strided_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="writes through as_strided"):
         capture(Model(), (torch.randn(2, 3),))
+
+
+class Balanced(nn.Module):
+    """A router whose loss counts how often every expert was chosen; counts of integers, or of what the choices weigh."""
+
+    def __init__(self, weighted: bool) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = nn.Embedding(16, 8), nn.Linear(8, 5), nn.Linear(8, 16)
+        self.weighted = weighted
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(ids)
+        scores = self.router(x).softmax(-1)
+        weights, chosen = scores.topk(2, -1)
+        if self.weighted:
+            load = chosen.flatten().bincount(weights.detach().flatten(), minlength=5)
+        else:
+            load = torch.bincount(chosen.flatten(), minlength=5)
+        return nn.functional.cross_entropy(self.head(x).transpose(1, 2), labels) + (load * scores.mean((0, 1))).sum()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_counts_of_a_known_number_of_kinds(weighted: bool) -> None:
+    torch.manual_seed(0)
+    model = Balanced(weighted).double()
+    batch = {"ids": torch.randint(16, (4, 6)), "labels": torch.randint(16, (4, 6))}
+    mp.verify(model, "dp=2,tp=2", batch).raise_if_failed()
+
+
+def test_counts_of_more_kinds_than_were_said() -> None:
+    class Counts(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.bincount(ids.flatten(), minlength=5) * 2
+
+    ids = torch.tensor([[0, 4], [3, 3]])
+    with mp.simulate(2):
+        pm = mp.parallelize(Counts(), mp.make_mesh("dp=2"), example=(ids,))
+        with pytest.raises(mp.BatchError, match="minlength=5"):
+            pm(ids + 1)
