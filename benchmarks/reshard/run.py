@@ -1,7 +1,7 @@
 """Resharding against `cp` and against torch's own tools, interleaved: `python benchmarks/reshard/run.py --sizes 0.2 1 4`.
 
 Every contender turns the same sharded checkpoint into whole tensors (a Hugging Face folder; DCP: its own format), from warm page cache, and
-ends with its output on the disk (fsync). `cp` copies the shards as they are. Times are medians over the rounds, of the wall clock and of
+ends with its output on the disk (fsync); another one begins every round. `cp` copies the shards as they are. Times are medians over the rounds, of the wall clock and of
 the processor (user and system, children too); imports are not counted. On a machine that others use, compare processor times.
 Memory is measured in a process of its own: the peak resident size, less that of the same process after its imports.
 """
@@ -164,12 +164,14 @@ def bench(size: float, rounds: int, workers: int, root: Path, only: list[str], a
         }
         times: dict[str, list[float]] = {name: [] for name in contenders}
         cpu: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(rounds):
-            for name, act in contenders.items():
+        names = list(contenders)
+        for turn in range(rounds):
+            first = turn % len(names)  # whoever comes after another finds the page cache as that one left it
+            for name in names[first:] + names[:first]:
                 target = root / "target"
                 os.sync()
                 began, used = time.perf_counter(), processor()
-                act(source, target)
+                contenders[name](source, target)
                 times[name].append(time.perf_counter() - began)
                 cpu[name].append(processor() - used)
                 shutil.rmtree(target)

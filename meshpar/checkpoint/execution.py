@@ -32,7 +32,7 @@ from meshpar.checkpoint.transfer import ZERO, Options, Order, Piece, check_memor
 from meshpar.checkpoint.work import Work
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-SYNC_BYTES, SYNC_SECONDS = 1 << 30, 20.0
+SYNC_BYTES, SYNC_SECONDS = 16 << 30, 20.0  # what an interrupted run may have to do again; waiting for the disk more often takes time
 
 
 @dataclass(frozen=True)
