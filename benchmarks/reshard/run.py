@@ -1,8 +1,9 @@
 """Resharding against `cp` and against torch's own tools, interleaved: `python benchmarks/reshard/run.py --sizes 0.2 1 4`.
 
 Every contender turns the same sharded checkpoint into whole tensors (a Hugging Face folder; DCP: its own format), from warm page cache, and
-ends with its output on the disk (fsync); another one begins every round. `cp` copies the shards as they are. Times are medians over the rounds, of the wall clock and of
-the processor (user and system, children too); imports are not counted. On a machine that others use, compare processor times.
+ends with its output on the disk (fsync); another one begins every round. `cp` copies the shards as they are. Times are medians over the
+rounds, of the wall clock and of the processor (user and system, children too); imports are not counted. On a machine that others use,
+compare processor times.
 Memory is measured in a process of its own: the peak resident size, less that of the same process after its imports.
 """
 
