@@ -25,7 +25,7 @@ from meshpar.checkpoint.recipes import Recipe, recipe
 from meshpar.checkpoint.table import Chunk, Chunks, Ints
 
 ZERO = -1  # the file of a piece that is all zeros: read from nowhere, checked and dropped when it is a target
-SLAB = 2 << 20  # the best of 256 KiB to 4 MiB in benchmarks/reshard
+SLAB = 512 << 10  # larger writes make the system look for larger pages: at 4 GB that costs more than the calls they save
 MIN_MEMORY = 1 << 20
 
 Piece = Chunk  # a box whose bytes lie row-major in a file, in the space of a transfer instead of that of a tensor
