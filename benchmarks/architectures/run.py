@@ -35,7 +35,7 @@ import transformers  # noqa: E402
 
 import meshpar.runtime.program as program  # noqa: E402
 from benchmarks.architectures import small  # noqa: E402
-from meshpar.comparable import comparable, only  # noqa: E402
+from meshpar.comparable import cast, comparable, only  # noqa: E402
 from meshpar.errors import MeshparError  # noqa: E402
 from meshpar.verify import verify  # noqa: E402
 
@@ -57,7 +57,7 @@ def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
     try:
         with only(torch.float64):
             copy = comparable(model, dtype=torch.float64, perturb=0.02, seed=0)
-            output = copy(**{k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
+            output = copy(**cast(batch, torch.float64))
             assert output["loss"] is not None, "no loss"
             output["loss"].backward()
     except Exception as error:
