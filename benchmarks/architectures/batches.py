@@ -60,7 +60,7 @@ def _masked(config: Any, model: nn.Module) -> Batch:
 def _padded(model: nn.Module) -> Batch:
     """Ids that end in padding in one sample (who classifies a text by its last token looks for it), and what else a layout needs."""
     ids = _ids()
-    ids[:, -1] = 2
+    ids[:, [1, 3, -1]] = 2
     ids[0, 9:] = 0
     ids[0, 8] = 2
     given: Batch = {"input_ids": ids, "attention_mask": _lengths()}
@@ -203,6 +203,12 @@ def _ctc(config: Any, model: nn.Module) -> Batch:
     return {model.main_input_name: sound, **mask, "labels": labels}
 
 
+def _speaker(config: Any, model: nn.Module) -> Batch:
+    sound = _sound(config, model)
+    longer = sound.repeat(1, 6, *(1 for _ in sound.shape[2:]))
+    return {model.main_input_name: longer, "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
+
+
 def _audio(config: Any, model: nn.Module) -> Batch:
     return {model.main_input_name: _sound(config, model), "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
 
@@ -321,7 +327,7 @@ BATCHES: dict[str, Callable[[Any, nn.Module], Batch]] = {
     "detection": _boxes,
     "panoptic": _masks,
     "frames": _frames,
-    "speaker": _audio,
+    "speaker": _speaker,
     "spectrogram": _spectrogram,
     "visual_question": _asked,
     "forecast": _series,

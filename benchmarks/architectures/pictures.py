@@ -97,7 +97,7 @@ def _count(config: Any, model: nn.Module, images: dict[str, Any]) -> int:
         return 0
     takes = inspect.signature(owner.get_image_features).parameters
     with torch.no_grad():
-        found = owner.get_image_features(**{name: value for name, value in images.items() if name in takes})
+        found = owner.get_image_features(**{name: value for name, value in images.items() if name in takes or "kwargs" in takes})
     while not isinstance(found, Tensor) and not (isinstance(found, (list, tuple)) and all(isinstance(f, Tensor) for f in found)):
         found = getattr(found, "pooler_output", None) if getattr(found, "pooler_output", None) is not None else found[0]
     whole = found if isinstance(found, Tensor) else torch.cat([f.reshape(-1, f.shape[-1]) for f in found])

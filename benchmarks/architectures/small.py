@@ -162,8 +162,16 @@ _FIX: dict[str, dict[str, Any]] = {
     }
     | {"hc_lowrank": 16, "hc_count": 2, "ngram_vocab_size_base": 50, "ple_layer_ids": [1], "heads_per_ngram": 2},
     **{kind: {"image_grid_pinpoints": [[32, 32]]} for kind in ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision")},
+    **{
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}}
+        for kind, sections in {
+            **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "glm46v_text", "glmga_text"), (2, 3, 3)),
+            "glm4v_moe_text": (1, 1, 2),
+        }.items()
+    },
+    "mllama_text_model": {"num_hidden_layers": 2, "cross_attention_layers": [1]},
     "vipllava": {"vision_feature_layers": [-1, -2]},
-    "florence2": {"projection_dim": 64},
+    "florence_vision": {"projection_dim": 64},
     "janus": {"vision_config": {"projection_dim": 64}},
     "kosmos-2": {"latent_query_num": 4},
     "qwen2_vl": {"vision_config": {"embed_dim": 64, "hidden_size": 64}},
