@@ -180,6 +180,24 @@ _FIX: dict[str, dict[str, Any]] = {
         for kind in ("chameleon",)
     },
     "emu3": {"vocabulary_map": {f"<|visual token {i:06d}|>": 20 + i for i in range(64)} | {"<image>": 5, "<|extra_200|>": 6}},
+    "blt": {
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+        "encoder_hash_byte_group_vocab": 100,
+    },
+    "flint": {"mlp_only_layers": [0], "layer_types": ["full_attention", "sliding_attention"]},
+    **{kind: {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3], "image_size": 64} for kind in ("beit", "data2vec-vision")},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 32, 32], "fusion_hidden_size": 16},
+    "glpn": {"num_attention_heads": [1, 2, 2, 4], "hidden_sizes": [16, 32, 48, 64], "decoder_hidden_size": 16, "image_size": 64},
+    **{
+        kind: {"tdnn_dim": (32, 32, 32, 32, 48), "xvector_output_dim": 32}
+        for kind in ("wav2vec2", "wavlm", "unispeech-sat", "data2vec-audio")
+    },
+    **{
+        kind: {"prediction_length": 4, "context_length": 16, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
+        for kind in ("autoformer", "informer", "time_series_transformer")
+    },
+    "yolos": {"image_size": (32, 32), "num_detection_tokens": 6},
     "paligemma": {"projection_dim": 64},
     "dots3_note": {
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64, "mlp_layer_types": ["dense", "sparse"]},
@@ -222,7 +240,8 @@ def _settings(config_class: type, kind: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in {**vars(default)}.items():
         if hasattr(value, "to_dict") and hasattr(type(value), "model_type"):
-            found[name] = _settings(type(value), "") | fix.get(name, {})
+            named = {"model_type": type(value).model_type} if type(value).model_type else {}
+            found[name] = named | _settings(type(value), "") | fix.get(name, {})
     aliases = getattr(config_class, "attribute_map", {})
     for name, value in _SMALL.items():
         own = aliases.get(name, name)
@@ -293,7 +312,9 @@ def made(task: str, kind: str, **changes: Any) -> tuple[nn.Module, Batch]:
     config = _quiet(shrunk(CONFIG_MAPPING[kind], kind, **_FOR_TASK.get(task, {}).get(kind, {}) | changes))
     if task == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
-    if task in ("seq2seq", "speech") and getattr(config, "decoder_start_token_id", None) is None:
+    if (task in ("seq2seq", "speech") or getattr(config, "is_encoder_decoder", False)) and getattr(
+        config, "decoder_start_token_id", None
+    ) is None:
         config.decoder_start_token_id, config.pad_token_id = 1, 0
     config.architectures = config.architectures or []
     model = _model(task, kind, config)

@@ -149,6 +149,16 @@ def test_numbers_that_depend_on_parameters_are_refused() -> None:
         capture(Model(), (torch.randn(3),))
 
 
+def test_numbers_for_numpy_are_refused() -> None:
+    class Model(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            order = (x * self.scale).detach().numpy().argsort()
+            return (x[torch.from_numpy(order)] * self.scale).cumsum(0).sum()
+
+    with pytest.raises(CaptureError, match="at test_branches.py.*NumPy, whose results a graph cannot hold.\n.*custom_op"):
+        capture(Model(), (torch.randn(3, dtype=torch.double),))
+
+
 def test_values_that_are_not_there() -> None:
     """Parameters are guessed, whichever way the guess goes; inputs are not."""
     with torch.device("meta"):
