@@ -142,7 +142,7 @@ def _patches(config: Any, model: nn.Module) -> Batch:
     count = (pixels.shape[-1] // patch) ** 2
     if "noise" in takes:
         return {"pixel_values": pixels, "noise": torch.rand(SAMPLES, count)}
-    hidden = torch.rand(SAMPLES, count) < 0.4
+    hidden = torch.rand(SAMPLES, count).argsort(1) < count * 2 // 5
     if "video" in config.model_type:
         frames = torch.randn(SAMPLES, config.num_frames, 3, config.image_size, config.image_size)
         order = torch.rand(SAMPLES, count * config.num_frames // config.tubelet_size).argsort(1)
