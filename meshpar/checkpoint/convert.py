@@ -8,7 +8,7 @@ from pathlib import Path
 from meshpar.checkpoint import keymap as keymaps
 from meshpar.checkpoint import keyrules
 from meshpar.checkpoint.division import Division, Grid
-from meshpar.checkpoint.execution import How, Progress, Report, execute, uncollected
+from meshpar.checkpoint.execution import How, Progress, Report, execute
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.inspection import first_difference
@@ -20,6 +20,7 @@ from meshpar.checkpoint.resharding import divide, new_target, single_targets, wi
 from meshpar.checkpoint.sink import folder_sink, rank_sink
 from meshpar.checkpoint.transfer import Options
 from meshpar.checkpoint.work import build
+from meshpar.collection import uncollected
 from meshpar.errors import ConfigError
 
 SHARD_BYTES = 5 * 10**9

@@ -26,7 +26,7 @@ from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.boxes import Box, volume
 from meshpar.checkpoint.casts import TORCH_DTYPES
 from meshpar.checkpoint.division import Grid
-from meshpar.checkpoint.execution import How, Progress, Report, execute, uncollected
+from meshpar.checkpoint.execution import How, Progress, Report, execute
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import BLOCK, ITEMSIZE, Disk, check_name, check_tensor_name
 from meshpar.checkpoint.jobs import slabs
@@ -39,6 +39,7 @@ from meshpar.checkpoint.sink import rank_sink
 from meshpar.checkpoint.table import Chunk, Stored, Table
 from meshpar.checkpoint.transfer import Options
 from meshpar.checkpoint.work import build
+from meshpar.collection import uncollected
 from meshpar.errors import ConfigError
 
 METADATA = ".metadata"

@@ -14,7 +14,7 @@ from pathlib import Path
 from meshpar.checkpoint import keymap as keymaps
 from meshpar.checkpoint.casts import FLOATS
 from meshpar.checkpoint.division import Division, Grid, Layout, default_division, division_from_plan, recut
-from meshpar.checkpoint.execution import How, Progress, Report, execute, uncollected
+from meshpar.checkpoint.execution import How, Progress, Report, execute
 from meshpar.checkpoint.faults import ImpossibleError
 from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.keymap import Mapped
@@ -24,6 +24,7 @@ from meshpar.checkpoint.partial import check_target
 from meshpar.checkpoint.sink import rank_sink
 from meshpar.checkpoint.transfer import Options
 from meshpar.checkpoint.work import Work, build
+from meshpar.collection import uncollected
 
 
 @uncollected()
