@@ -62,8 +62,10 @@ class Branches(TorchFunctionMode):
             return self.__torch_function__(Tensor.__bool__, types, (_COMPARISONS[func](*args, **kwargs).all(),))
         if func in _INDEXING:
             args = (args[0], self._bounded(args[1]), *args[2:])
-        if func in _SIZED:
+        if func in _MAKING:
             args, kwargs = self._plain(args), self._plain(kwargs)
+        if func in _SHAPING:
+            args, kwargs = (*args[:1], *self._plain(args[1:])), self._plain(kwargs)
         if counts.is_sized_by_values(func, args, kwargs):
             self.sized = True
             found = counts.followed(func, args, kwargs, self._of_batch) if self._follow else None
@@ -303,11 +305,12 @@ def _compares(node: fx.Node) -> bool:
 _BOUNDED = frozenset({"rand", "rand_like"})
 _CONTEXT = (enter_autocast, exit_autocast)
 
-_SIZED = frozenset(
-    {torch.zeros, torch.ones, torch.empty, torch.arange, torch.linspace, torch.narrow, functional.interpolate, functional.pad}
-    | {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.view, Tensor.reshape, Tensor.expand, Tensor.repeat, Tensor.narrow}
+_MAKING = frozenset({torch.zeros, torch.ones, torch.empty, torch.arange, torch.linspace})
+_SHAPING = frozenset(
+    {torch.narrow, Tensor.narrow, Tensor.view, Tensor.reshape, Tensor.expand, Tensor.repeat, functional.interpolate, functional.pad}
+    | {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
 )
-"""Functions whose numbers are sizes, as far as they are integers."""
+"""Functions whose integers are sizes: all, and all but the first argument."""
 _INDEXING = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 _COMPARISONS: Mapping[Any, Callable[..., Tensor]] = {
     Tensor.equal: torch.eq,

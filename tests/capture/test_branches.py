@@ -341,7 +341,8 @@ SIZING: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda x, mask: torch.repeat_interleave(x[:, 0], mask.sum(1), 0),
     lambda x, mask: torch.cat([each[:n] for each, n in zip(x, mask.sum(1), strict=True)]),
     lambda x, mask: F.pad(x[0], (0, 0, 0, mask.sum() - 5)),
-    lambda x, mask: x[0] * torch.zeros(mask.sum() - 2, 6, 8),
+    lambda x, mask: x[0] * torch.ones(mask.sum() - 2, 6, 8),
+    lambda x, mask: x.flatten(0, 1).view(mask.sum() - 2, 3, 8) * mask.sum().expand(3, 8),
 ]
 
 
