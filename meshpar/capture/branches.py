@@ -32,6 +32,16 @@ from meshpar.errors import CaptureError
 aten = torch.ops.aten
 
 
+def _is_row(data: Any) -> bool:
+    """Whether `torch.tensor(data)` makes a row of single tensors, which it would read one by one."""
+    return isinstance(data, list | tuple) and len(data) > 0 and all(isinstance(one, Tensor) and one.dim() == 0 for one in data)
+
+
+def _row(data: Sequence[Tensor], *, dtype: torch.dtype | None = None, device: Any = None, requires_grad: bool = False, **_: Any) -> Tensor:
+    made = torch.stack([one.detach() for one in data]).to(device=device, dtype=dtype)
+    return made.requires_grad_() if requires_grad else made
+
+
 class RanksDiffer(CaptureError):
     """The examples of the data ranks lead to different graphs."""
 
@@ -62,6 +72,8 @@ class Branches(TorchFunctionMode):
             return self.__torch_function__(Tensor.__bool__, types, (_COMPARISONS[func](*args, **kwargs).all(),))
         if func in _INDEXING:
             args = (args[0], self._bounded(args[1]), *args[2:])
+        if func is torch.tensor and args and _is_row(args[0]):
+            return _row(args[0], **kwargs)
         if func in _MAKING:
             args, kwargs = self._plain(args), self._plain(kwargs)
         if func in _SHAPING:

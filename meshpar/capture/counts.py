@@ -3,6 +3,7 @@
     x[mask]                                as many of every sample: gather(x, 1, the first k of argsort(~mask)), and expect(mask.sum(1), k)
                                            else: x[nonzero_static(mask, size=n)], and expect(mask.sum(), n)
     mask.nonzero()                         nonzero_static(mask, size=n), and expect(mask.sum(), n)
+    x.unique_consecutive()                 x[nonzero_static(x != the one before, size=n)], and expect(the number of these, n)
     x.repeat_interleave(lengths)           with output_size=n, and expect(lengths.sum(), n)
 
 A graph that takes any number of rows is better where it can be had (see `selections`), so this is for the forwards where it cannot.
@@ -34,6 +35,8 @@ def followed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], number
         return found.unbind(1) if found is not None and as_tuple else found
     if func in _REPEATS:
         return _repeated(func, args, dict(kwargs), numbers)
+    if func in _DISTINCT and _is_plain(args, kwargs):
+        return _distinct(args[0] if func in (torch.unique_consecutive, Tensor.unique_consecutive) else args[0].sort().values, numbers)
     return None
 
 
@@ -43,6 +46,8 @@ def is_sized_by_values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
         return len(args) == 2 and (func is not Tensor.__getitem__ or mask_of(*args) is not None)
     if func in _POSITIONS:
         return len(args) == 1
+    if func in _DISTINCT:
+        return _is_plain(args, kwargs)
     return func in _REPEATS and any(isinstance(one, Tensor) for one in (*args[1:2], kwargs.get("repeats")))
 
 
@@ -93,6 +98,17 @@ def _positions(mask: Tensor, numbers: Numbers) -> Tensor | None:
     return torch.nonzero_static(mask, size=found[0])
 
 
+def _is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the distinct numbers of a row are asked for, and nothing else."""
+    return len(args) == 1 and args[0].dim() == 1 and args[0].numel() > 1 and not any(v for k, v in kwargs.items() if k != "sorted")
+
+
+def _distinct(row: Tensor, numbers: Numbers) -> Tensor | None:
+    changes = torch.cat([torch.ones_like(row[:1], dtype=torch.bool), row[1:] != row[:-1]])
+    found = _positions(changes, numbers)
+    return None if found is None else row[found[:, 0]]
+
+
 def _repeated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: Numbers) -> Tensor | None:
     repeats = kwargs.get("repeats", args[1] if len(args) > 1 else args[0])
     if not isinstance(repeats, Tensor) or kwargs.get("output_size") is not None or not args:
@@ -111,4 +127,5 @@ def _repeated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], numbers:
 
 _CHOICES = frozenset({Tensor.__getitem__, Tensor.masked_select, torch.masked_select})
 _POSITIONS = frozenset({torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where})
+_DISTINCT = frozenset({torch.unique_consecutive, torch.unique, Tensor.unique_consecutive, Tensor.unique})
 _REPEATS = frozenset({torch.repeat_interleave, Tensor.repeat_interleave})

@@ -338,6 +338,9 @@ SIZING: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda x, mask: x.flatten(0, 1)[torch.nonzero(mask.flatten())[:, 0]],
     lambda x, mask: x[torch.where(mask)],
     lambda x, mask: x.flatten(0, 1).repeat_interleave(mask.flatten().long(), dim=0),
+    lambda x, mask: x[0, mask.sum(0).unique()],
+    lambda x, mask: x[0, torch.unique_consecutive(mask.sum(0))],
+    lambda x, mask: torch.cat([each[:n] for each, n in zip(x, torch.tensor([m.sum() for m in mask]).tolist(), strict=True)]),
     lambda x, mask: torch.repeat_interleave(x[:, 0], mask.sum(1), 0),
     lambda x, mask: torch.cat([each[:n] for each, n in zip(x, mask.sum(1), strict=True)]),
     lambda x, mask: F.pad(x[0], (0, 0, 0, mask.sum() - 5)),
@@ -354,7 +357,7 @@ def test_sizes_of_the_batch_are_those_of_the_example(choose: Callable[[Tensor, T
     model, x = Mixing(choose).double(), torch.randn(2, 6, 8, dtype=torch.double)
     captured = assert_same(model, (x, mask), {}, loss=lambda output: output)
     with pytest.raises(BatchError, match="asks for a value at test_branches.py"):
-        run(captured, dict(model.named_parameters()), {"x": x, "mask": mask.index_fill(1, torch.tensor(1), True)})
+        run(captured, dict(model.named_parameters()), {"x": x, "mask": torch.ones_like(mask)})
 
 
 class Mixing(nn.Module):
