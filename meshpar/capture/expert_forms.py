@@ -54,7 +54,7 @@ class Form:
         return hidden.reshape(-1, hidden.shape[-1])
 
     def routing(self, local: Local, tokens: int, experts: int) -> tuple[Tensor, Tensor | None]:
-        """The chosen experts of every token, and their weights. Where a mask marks fewer, number `experts` stands, with a weight of zero."""
+        """The chosen experts of every token, and their weights. Where a mask marks fewer, `experts` stands, with weight zero."""
         if self.most:
             return self._marked(local, tokens, experts)
         index = self.index.read(local, tokens)
@@ -124,17 +124,22 @@ class Sum:
     def __call__(self, local: Local) -> tuple[Tensor, ...]:
         hidden = self.form.rows(local)
         index, weights = self.form.routing(local, hidden.shape[0], self.experts)
-        if 0 < self.form.most < self.experts:
-            self._check(self.form.mask(local, hidden.shape[0], self.experts))
+        if self.form.most:
+            self._check(local, hidden.shape[0])
         x, offsets, perm = dispatch(hidden, index, self.experts, self.form.most > 0)
         y = self.body(x, offsets)
         total = combine(y, perm, torch.ones_like(index, dtype=y.dtype) if weights is None else weights)
         return tuple(self._result(result, total, local) for result in self.results)
 
-    def _check(self, marks: Tensor) -> None:
-        """No mask marks more experts than the trial runs' did."""
-        told = f" (whether a token has at most {self.form.most} of the experts that a mask marks)"
-        torch.ops.meshpar.expect((marks.sum(-1) <= self.form.most).all(), [1], told)
+    def _check(self, local: Local, tokens: int) -> None:
+        """The mask is one, and marks no more experts than in the trial runs."""
+        most, value = self.form.most, _at(local, self.form.index.path)
+        if value.dtype != torch.bool:
+            whole = ((value == 0) | (value == 1)).all()
+            torch.ops.meshpar.expect(whole, [1], " (whether a mask over the experts holds nothing but 0 and 1)")
+        if most < self.experts:
+            few = (self.form.mask(local, tokens, self.experts).sum(-1) <= most).all()
+            torch.ops.meshpar.expect(few, [1], f" (whether a token has at most {most} of the experts that a mask marks)")
 
     def _result(self, result: Result, total: Tensor, local: Local) -> Tensor:
         if result.like is not None:

@@ -216,7 +216,9 @@ def _beyond(case: _Case) -> tuple[Body | None, int]:
 
 def _recorded(case: _Case, chosen: int, dtype: torch.dtype | None, sizes: Mapping[int, int]) -> Body:
     """What the module computes for rows of one expert. Raises NotLifted; if it reads parameters where `chosen` has none, too."""
-    double = stand_in(case.module, torch.Generator().manual_seed(0), dtype=dtype, without=("forward",), sizes=sizes, hollow=True, dropping=drop)
+    double = stand_in(
+        case.module, torch.Generator().manual_seed(0), dtype=dtype, without=("forward",), sizes=sizes, hollow=True, dropping=drop
+    )
     tensors = {**dict(double.named_parameters()), **dict(double.named_buffers())}
     rows, experts = case.call.leaves[case.call.rows], case.experts
     width = sizes.get(rows.shape[1], rows.shape[1])
@@ -254,7 +256,7 @@ def _call(double: nn.Module, call: Call, changed: Mapping[int, Any]) -> Tensor:
 
 
 def _routed_to(case: _Case, x: Tensor, expert: int, dtype: torch.dtype | None) -> dict[int, Any]:
-    """The arguments of a call that sends every row to one expert, with a weight of one; to others, if there must be, with a weight of zero."""
+    """The arguments of a call that sends every row to one expert, with a weight of one; and to others that there must be, of zero."""
     count, call = x.shape[0], case.call
     index = call.leaves[call.index]
     if call.weights is None:

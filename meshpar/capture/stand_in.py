@@ -41,10 +41,13 @@ def stand_in(
     thin: bool = False,
     dropping: Callable[[nn.Module, float, Tensor], Tensor] | None = None,
 ) -> nn.Module:
-    """A copy of `module` with random tensors and without hooks: floating ones in `dtype` (None: their own). `instead`: id of a submodule -> its replacement.
-    `without`: attributes of instances to leave out. `sizes`: numbers to replace by others, in shapes and attributes. `hollow`: large
-    tensors are zeros in no memory. `thin`: a large nn.Linear computes another linear function, a cheap one. `dropping`: called with every
-    nn.Dropout that would drop, its probability and what it is called with, in place of its forward; by default they drop nothing."""
+    """A copy of `module` with random tensors and without hooks: floating ones in `dtype` (None: their own).
+
+    `instead`: id of a submodule -> its replacement. `without`: attributes of instances to leave out. `sizes`: numbers to replace by others,
+    in shapes and attributes. `hollow`: large tensors are zeros in no memory. `thin`: a large nn.Linear computes another linear function, a
+    cheap one. `dropping`: called with every nn.Dropout that would drop, its probability and what it is called with, in place of its
+    forward; by default they drop nothing.
+    """
     made: dict[int, Any] = {}
     tensors: dict[int, Tensor] = {}
 

@@ -248,7 +248,6 @@ _OF_THE_CALL = ("seed", "exchange")
 """What is said of a call, not of each of its results."""
 
 
-
 def _dropping(dispatch: fx.Node) -> dict[str, Any]:
     """How rows are exchanged: all of them, or only those that some expert is to have."""
     return {"dropping": True} if len(dispatch.args) > 3 and dispatch.args[3] else {}

@@ -90,11 +90,10 @@ def test_masks(layer: nn.Module) -> None:
     assert not [name for name in names(captured) if "nonzero" in name]
 
 
-@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "dp=2,ep=2"])
-@pytest.mark.parametrize("within", ["sample", "batch"])
+@pytest.mark.parametrize(("within", "mesh"), [("sample", "dp=2,ep=2"), ("batch", "dp=2,ep=2"), ("batch", "dp=2,tp=2")])
 def test_room_is_counted_as_on_one_device(within: str, mesh: str) -> None:
     torch.manual_seed(0)
-    report = mp.verify(Model(Capacity(within), Capacity(within)), mesh, tokens(4, 5))
+    report = mp.verify(Model(Capacity(within)), mesh, tokens(4, 5))
     assert report.ok, str(report)
 
 
@@ -153,10 +152,9 @@ def test_experts_without_parameters() -> None:
     assert captured.experts == {"layers.0.inside": "stack"}
 
 
-@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "ep=2,tp=2"])
-def test_experts_without_parameters_on_a_mesh(mesh: str) -> None:
+def test_experts_without_parameters_on_a_mesh() -> None:
     torch.manual_seed(0)
-    report = mp.verify(Model(Routed(Passing()), Routed(Passing())), mesh, tokens(4, 5))
+    report = mp.verify(Model(Routed(Passing())), "ep=2,tp=2", tokens(4, 5))
     assert report.ok, str(report)
 
 
