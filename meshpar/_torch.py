@@ -206,14 +206,29 @@ def lists_of_numbers(record: Callable[[list[Any], torch.Tensor], list[Any]]) -> 
 
 @contextmanager
 def modules_untraced() -> Iterator[None]:
-    """Inside, calls of modules are no part of a trace that is under way, which keeps a stack of them and loses count when one raises
-    (torch 2.13; wait for a public way out of a trace)."""
+    """Inside, modules are no part of a trace that is under way: it keeps a stack of their calls, and loses count when one raises; and in a
+    model with a shared module, it hands out proxies in place of submodules (torch 2.13; wait for a public way out of a trace)."""
     traced = nn.Module.__call__, nn.Module.__getattr__
     nn.Module.__call__, nn.Module.__getattr__ = _symbolic_trace._orig_module_call, _symbolic_trace._orig_module_getattr  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = traced  # type: ignore[method-assign]
+
+
+def as_traced(module: nn.Module) -> nn.Module:
+    """What stands for `module`, whose forward was just called, in a trace: in a model with a shared module, a proxy that knows its path.
+
+    torch 2.13; wait for a public look at a trace.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    tracer: Any = getattr(get_proxy_mode(), "tracer", None)
+    if not getattr(tracer, "enable_attr_proxy", False) or not tracer.module_stack:
+        return module
+    path, kind = next(reversed(tracer.module_stack.values()))
+    made: nn.Module = tracer.proxy_type(module, path) if kind.__name__ == type(module).__name__ else module
+    return made
 
 
 def recorded_as(tensor: torch.Tensor) -> tuple[Node, nn.Module] | None:

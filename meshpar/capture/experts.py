@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from meshpar._torch import lists_of_numbers
+from meshpar._torch import as_traced, lists_of_numbers
 from meshpar.capture import expert_lists, expert_stacks
 from meshpar.capture.expert_body import NotLifted
 from meshpar.errors import CaptureError, ConfigError
@@ -147,7 +147,7 @@ def _chosen(
                 return expert_stacks.run(module, lifted, call)  # type: ignore[arg-type]
             if lifted is not None:
                 found.unrecognised[name] = str(lifted)
-            return type(module).forward(module, *args, **kwargs)
+            return type(module).forward(as_traced(module), *args, **kwargs)
 
         return by_stack
     containers = expert_lists.experts_in(module)
@@ -160,7 +160,7 @@ def _chosen(
                     found.unrecognised[name] = str(lifted)
                 module.__dict__.pop("forward")
                 try:
-                    return type(module).forward(module, *args, **kwargs)
+                    return type(module).forward(as_traced(module), *args, **kwargs)
                 finally:
                     module.__dict__["forward"] = by_list
             found.lifted[name] = "list"

@@ -223,23 +223,36 @@ def test_hooks_do_not_see_trial_runs() -> None:
     assert len(seen) == 1
 
 
+class Conv(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(1, 1, 3, padding=1), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.conv(x))
+        return y
+
+
 class Fixed(nn.Module):
-    """A chain of equal layers that only run on the sizes that they are made for."""
+    """A chain of equal layers that do not run on rows, and share a module: an export then puts proxies in the place of modules."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.chain = nn.ModuleList(nn.Sequential(nn.Unflatten(1, (5, H)), nn.Linear(H, H), nn.Flatten(1)) for _ in range(3))
+        act = nn.ReLU()
+        self.chain = nn.ModuleList(Conv(act) for _ in range(3))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        y = hidden.flatten(1)
+        y = hidden.unsqueeze(1)
         for layer in self.chain:
             y = layer(y)
-        return y.view_as(hidden), y.mean()
+        return y.squeeze(1), y.mean()
 
 
 def test_a_trial_run_that_fails_inside_a_module() -> None:
     torch.manual_seed(0)
-    captured = assert_same(perturbed(Model(Fixed())), (), tokens(3, 5))
-    assert {node.meta["module"] for node in captured.graph.nodes if node.target is torch.ops.aten.linear.default} >= {
-        f"layers.0.chain.{i}.1" for i in range(3)
-    }
+    captured = assert_same(perturbed(Model(Fixed(), Marked("two"))), (), tokens(3, 5))
+    found = {node.meta["module"] for node in captured.graph.nodes if "conv" in str(node.target)}
+    routers = {node.meta["module"] for node in captured.graph.nodes if node.target is torch.ops.aten.softmax.int}
+    assert routers == {"layers.1"}
+    assert captured.experts == {"layers.1": "list"}
+    assert found == {f"layers.0.chain.{i}.conv" for i in range(3)}
