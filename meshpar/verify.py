@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, prod
 from typing import Any
 
@@ -32,7 +33,7 @@ from .api import parallelize
 from .capture.structure import call_loss, find_loss
 from .comparable import cast, comparable, only
 from .config import ParallelConfig, Precision
-from .errors import BatchError, ConfigError, MeshparError
+from .errors import BatchError, CaptureError, ConfigError, MeshparError
 from .mesh import format_mesh, local_batch, make_mesh, mesh_sizes, parse_mesh
 from .runtime.gradients import clip_grad_norm_
 from .runtime.model import ParallelModel
@@ -293,10 +294,9 @@ def _on_rank(task: _Task, reference: _Reference, sizes: Mapping[str, int]) -> _F
 
 def _compare(task: _Task, reference: _Reference, mesh: DeviceMesh) -> _Found:
     """Train in parallel, and measure how far this rank (every simulated rank) is from the reference."""
-    batch = _share(task.batch, mesh)
     losses, norms, gradients = dict[str, float](), dict[str, float](), dict[str, float]()
     with only(task.dtype):
-        pm = parallelize(task.model, mesh, example=batch, config=task.config, rules=task.rules, loss_fn=task.loss_fn)
+        pm, batch = _parallel(task, mesh)
         optimizer: torch.optim.Optimizer | None = None
         for step, (loss, norm) in enumerate(zip(reference.losses, reference.norms, strict=True), 1):
             value = pm.train_step(**batch) if isinstance(batch, Mapping) else pm.train_step(*batch)
@@ -326,12 +326,34 @@ def _locals(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from local_tensors(local_of(tensor) if isinstance(tensor, DTensor) else tensor).values()
 
 
-def _share(batch: Batch, mesh: DeviceMesh) -> Batch:
-    """This data rank's part of every tensor that holds samples: those as long as the first."""
-    samples = next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim), None)
+def _parallel(task: _Task, mesh: DeviceMesh) -> tuple[ParallelModel, Batch]:
+    """The parallel model and this data rank's part of the batch; tensors of several rows per sample are cut where it fits no other way."""
+    make = partial(parallelize, task.model, mesh, config=task.config, rules=task.rules, loss_fn=task.loss_fn)
+    batch = _share(task.batch, mesh, packed=False)
+    try:
+        return make(example=batch), batch
+    except CaptureError as error:
+        packed = _share(task.batch, mesh, packed=True)
+        if _shapes(packed) == _shapes(batch):
+            raise
+        unfit = error
+    try:
+        return make(example=packed), packed
+    except CaptureError:
+        raise unfit from unfit.__cause__
+
+
+def _shapes(batch: Batch) -> list[torch.Size]:
+    return [leaf.shape for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+
+
+def _share(batch: Batch, mesh: DeviceMesh, *, packed: bool) -> Batch:
+    """This data rank's part of every tensor that holds samples: those as long as the first, or (`packed`) a multiple of it."""
+    samples = next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim), 0)
 
     def share(leaf: Any) -> Any:
-        cut = isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == samples
+        rows = leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.ndim else 0
+        cut = rows and (rows == samples or (packed and rows % samples == 0))
         return local_batch({"the batch": leaf}, mesh)["the batch"] if cut else leaf
 
     return pytree.tree_map(share, batch)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from meshpar._torch import local_of
+from meshpar.api import parallelize
 from meshpar.config import ParallelConfig
 from meshpar.errors import BatchError, ConfigError
-from meshpar.mesh import make_mesh
+from meshpar.mesh import local_batch, make_mesh
 from meshpar.ops import collectives
 from meshpar.sharding import rules
-from meshpar.simulate import simulate
+from meshpar.simulate import local_tensors, simulate
 from meshpar.verify import Difference, Report, VerificationError, verify
 from tests.capture.models import GPT
 
@@ -176,3 +178,53 @@ def test_the_table() -> None:
         "  gradients         2     inf   FAILED  a.weight inf, b.weight 1.0e-15",
         "  note: look here",
     ]
+
+
+class Pictured(nn.Module):
+    """Images in texts: the patches of all images one after the other, as many rows as an image has patches for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.vision = nn.Embedding(11, 8), nn.Linear(6, 8)
+        self.layer, self.head = nn.Linear(8, 16), nn.Linear(16, 11)
+
+    def forward(self, ids: Tensor, labels: Tensor, patches: Tensor, count: Tensor) -> Tensor:
+        x, mask = self.embed(ids), ids == 1
+        features = torch.cat([each - each.mean(0) for each in self.vision(patches).split(count.tolist())])
+        if int(mask.sum()) != features.shape[0]:
+            raise ValueError("images and tokens do not match")
+        x = x.masked_scatter(mask.unsqueeze(-1).expand_as(x), features)
+        return nn.functional.cross_entropy(self.head(self.layer(x).relu()).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize(("mesh", "microbatches"), [("dp=2,tp=2", 1), ("dp=2", 2), ("pp=2", 2)])
+def test_several_rows_of_each_sample(mesh: str, microbatches: int) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(2, 11, (4, 7))
+    tokens[:, 1:4] = 1
+    batch = {"ids": tokens, "labels": torch.randint(0, 11, (4, 7)), "patches": torch.randn(12, 6), "count": torch.full((4,), 3)}
+    report = verify(Pictured(), mesh, batch, config=ParallelConfig(microbatches=microbatches))
+    assert report.ok, str(report)
+
+
+def test_several_rows_of_each_sample_of_a_local_batch() -> None:
+    """Every data rank passes its own samples' rows, as `local_batch` cuts them."""
+    torch.manual_seed(0)
+    tokens = torch.randint(2, 11, (4, 7))
+    tokens[:, 1:4] = 1
+    batch = {"ids": tokens, "labels": torch.randint(0, 11, (4, 7)), "patches": torch.randn(12, 6), "count": torch.full((4,), 3)}
+    model = Pictured().double()
+    batch["patches"] = batch["patches"].double()
+    wanted = model(**batch)
+    (gradient,) = torch.autograd.grad(wanted, [model.vision.weight])
+    with simulate(2):
+        mesh = make_mesh("dp=2")
+        local = local_batch(batch, mesh)
+        pm = parallelize(model, mesh, example=local)
+        loss = pm.train_step(**local)
+        found = dict(pm.named_parameters())["vision.weight"].grad
+        assert found is not None
+        for part in (*local_tensors(loss).values(),):
+            torch.testing.assert_close(part.reshape(()), wanted.detach())
+        for part in local_tensors(local_of(found)).values():
+            torch.testing.assert_close(part, gradient)

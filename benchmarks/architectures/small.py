@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-VOCABULARY = 131
-SAMPLES, LENGTH = 4, 12
-TASKS = {
+from .batches import VOCABULARY, Batch, batch
+
+Classes = str | dict[str, str]
+
+TASKS: dict[str, Classes] = {
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "masked": "AutoModelForMaskedLM",
@@ -20,7 +21,38 @@ TASKS = {
     "audio": "AutoModelForAudioClassification",
     "speech": "AutoModelForSpeechSeq2Seq",
     "multimodal": "AutoModelForImageTextToText",
+    "pictured": "AutoModelForImageTextToText",
+    "sequence": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "question": "AutoModelForQuestionAnswering",
+    "choice": "AutoModelForMultipleChoice",
+    "contrastive": {
+        kind: "AutoModel" for kind in "align altclip blip chinese_clip clap clip clipseg groupvit metaclip_2 siglip siglip2 xclip".split()
+    },
+    "patches": {
+        **dict.fromkeys(("deit", "focalnet", "swin", "swinv2", "vit"), "AutoModelForMaskedImageModeling"),
+        **dict.fromkeys(("vit_mae", "videomae", "hiera"), "AutoModelForPreTraining"),
+        "beit": "BeitForMaskedImageModeling",
+    },
+    "video": "AutoModelForVideoClassification",
+    "depth": "AutoModelForDepthEstimation",
+    "detection": "AutoModelForObjectDetection",
+    "panoptic": "AutoModelForUniversalSegmentation",
+    "frames": "AutoModelForAudioFrameClassification",
+    "speaker": "AutoModelForAudioXVector",
+    "spectrogram": "AutoModelForTextToSpectrogram",
+    "visual_question": "AutoModelForVisualQuestionAnswering",
+    "forecast": {
+        "autoformer": "AutoformerForPrediction",
+        "informer": "InformerForPrediction",
+        "patchtsmixer": "PatchTSMixerForPrediction",
+        "patchtst": "PatchTSTForPrediction",
+        "time_series_transformer": "TimeSeriesTransformerForPrediction",
+        "timesfm": "AutoModelForTimeSeriesPrediction",
+        "timesfm2_5": "AutoModelForTimeSeriesPrediction",
+    },
 }
+"""Task -> the auto class whose kinds it takes, or kind -> class."""
 
 _SMALL: dict[str, Any] = {
     # width
@@ -57,14 +89,30 @@ _SMALL: dict[str, Any] = {
     **{"max_source_positions": 16, "max_target_positions": 32},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "use_cache": False},
     # images and sound
+    **{
+        "image_token_id": 5,
+        "image_token_index": 5,
+        "video_token_id": 6,
+        "video_token_index": 6,
+        "audio_token_id": 7,
+        "audio_token_index": 7,
+    },
+    **{"vision_start_token_id": 3, "vision_end_token_id": 4, "image_start_token_id": 3, "image_end_token_id": 4, "boi_token_id": 3},
+    **{
+        "eoi_token_id": 4,
+        "vision_token_id": 5,
+        "boi_token_index": 3,
+        "eoi_token_index": 4,
+        "image_seq_length": 4,
+        "mm_tokens_per_image": 4,
+    },
     **{"image_size": 32, "patch_size": 8, "num_channels": 3, "num_mel_bins": 16},
 }
 _VISION_LISTS = {"hidden_sizes": [16, 32, 48, 64], "embed_dims": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
 
 _ABSENT = set("pad_token_id bos_token_id eos_token_id head_dim num_key_value_heads num_experts_per_tok n_routed_experts vocab_size".split())
-_ABSENT |= set(
-    "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim q_lora_rank_ n_shared_experts".split()
-)
+_ABSENT |= set("linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim n_shared_experts".split())
+_ABSENT |= {"image_token_index", "image_token_id"}
 """Settings that are None by default and yet must have a value."""
 
 _FIX: dict[str, dict[str, Any]] = {
@@ -101,9 +149,79 @@ _FIX: dict[str, dict[str, Any]] = {
     "bit": {"num_groups": 4},
     "mobilevitv2": {"image_size": 64, "patch_size": 2},
     "efficientnet": {"hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 0.1, "image_size": 64},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    }
+    | {"hc_lowrank": 16, "hc_count": 2, "ngram_vocab_size_base": 50, "ple_layer_ids": [1], "heads_per_ngram": 2},
+    **{kind: {"image_grid_pinpoints": [[32, 32]]} for kind in ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision")},
+    **{
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}}
+        for kind, sections in {
+            **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "glm46v_text", "glmga_text"), (2, 3, 3)),
+            "glm4v_moe_text": (1, 1, 2),
+        }.items()
+    },
+    "mllama_text_model": {"num_hidden_layers": 2, "cross_attention_layers": [1]},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "florence_vision": {"projection_dim": 64},
+    "janus": {"vision_config": {"projection_dim": 64}},
+    "kosmos-2": {"latent_query_num": 4},
+    "qwen2_vl": {"vision_config": {"embed_dim": 64, "hidden_size": 64}},
+    **{
+        kind: {"vocabulary_map": {f"IMGIMG{letter}Z": 20 + i for i, letter in enumerate("ABCD")} | {"<image>": 5}}
+        for kind in ("chameleon",)
+    },
+    "emu3": {"vocabulary_map": {f"<|visual token {i:06d}|>": 20 + i for i in range(64)} | {"<image>": 5, "<|extra_200|>": 6}},
+    "blt": {
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+        "encoder_hash_byte_group_vocab": 100,
+    },
+    "flint": {"mlp_only_layers": [0], "layer_types": ["full_attention", "sliding_attention"]},
+    **{kind: {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3], "image_size": 64} for kind in ("beit", "data2vec-vision")},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 32, 32], "fusion_hidden_size": 16},
+    "glpn": {"num_attention_heads": [1, 2, 2, 4], "hidden_sizes": [16, 32, 48, 64], "decoder_hidden_size": 16, "image_size": 64},
+    **{
+        kind: {"tdnn_dim": (32, 32, 32, 32, 48), "xvector_output_dim": 32}
+        for kind in ("wav2vec2", "wavlm", "unispeech-sat", "data2vec-audio")
+    },
+    **{
+        kind: {"prediction_length": 4, "context_length": 16, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
+        for kind in ("autoformer", "informer", "time_series_transformer")
+    },
+    "yolos": {"image_size": (32, 32), "num_detection_tokens": 6},
+    "paligemma": {"projection_dim": 64},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64, "mlp_layer_types": ["dense", "sparse"]},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 16},
+    },
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
 }
 
+
+_FOR_TASK: dict[str, dict[str, dict[str, Any]]] = {
+    "patches": {
+        **{kind: {"patch_size": 8, "encoder_stride": 8} for kind in ("deit", "vit")},
+        **{kind: {"encoder_stride": 32, "embed_dim": 16, "patch_size": 4, "image_size": 64} for kind in ("swin", "swinv2", "focalnet")},
+        "beit": {"use_mask_token": True},
+        "vit_mae": {
+            "decoder_hidden_size": 32,
+            "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 4,
+            "decoder_intermediate_size": 64,
+        },
+        "videomae": {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4, "num_frames": 4},
+    },
+}
+"""Task -> kind -> settings that this task needs beside those."""
 
 _AS_IT_IS = ("levit", "textnet", "hgnet_v2", "pp_lcnet")
 """Small enough, and full of lists that must fit together."""
@@ -122,7 +240,8 @@ def _settings(config_class: type, kind: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in {**vars(default)}.items():
         if hasattr(value, "to_dict") and hasattr(type(value), "model_type"):
-            found[name] = _settings(type(value), "") | fix.get(name, {})
+            named = {"model_type": type(value).model_type} if type(value).model_type else {}
+            found[name] = named | _settings(type(value), "") | fix.get(name, {})
     aliases = getattr(config_class, "attribute_map", {})
     for name, value in _SMALL.items():
         own = aliases.get(name, name)
@@ -167,7 +286,7 @@ def _few(kinds: Any, count: int) -> list[str]:
 
 def _quiet(config: Any) -> Any:
     for name, value in list(vars(config).items()):
-        if isinstance(value, float) and ("drop" in name or "jitter" in name or name.startswith("mask_")):
+        if isinstance(value, float) and ("drop" in name or "jitter" in name or (name.startswith("mask_") and name != "mask_ratio")):
             setattr(config, name, 0.0)
         elif hasattr(value, "to_dict") and hasattr(type(value), "model_type"):
             _quiet(value)
@@ -181,132 +300,44 @@ def kinds(task: str) -> list[str]:
     """The model types transformers has for a task."""
     from transformers.models.auto import modeling_auto
 
-    return list(getattr(modeling_auto, TASKS[task])._model_mapping._model_mapping)
+    classes = TASKS[task]
+    return list(classes) if isinstance(classes, dict) else list(getattr(modeling_auto, classes)._model_mapping._model_mapping)
 
 
-def made(task: str, kind: str, **changes: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def made(task: str, kind: str, **changes: Any) -> tuple[nn.Module, Batch]:
     """The model and a batch of four samples with uneven labels."""
-    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(0)
-    config = _quiet(shrunk(CONFIG_MAPPING[kind], kind, **changes))
+    config = _quiet(shrunk(CONFIG_MAPPING[kind], kind, **_FOR_TASK.get(task, {}).get(kind, {}) | changes))
     if task == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
-    if task in ("seq2seq", "speech") and getattr(config, "decoder_start_token_id", None) is None:
+    if (task in ("seq2seq", "speech") or getattr(config, "is_encoder_decoder", False)) and getattr(
+        config, "decoder_start_token_id", None
+    ) is None:
         config.decoder_start_token_id, config.pad_token_id = 1, 0
     config.architectures = config.architectures or []
-    auto = getattr(transformers, TASKS[task])
-    try:
-        model = auto.from_config(config, experts_implementation="eager")
-    except (TypeError, ValueError):
-        model = auto.from_config(config)
-    except AttributeError:  # the class is that of the decoder alone
-        model = auto._model_mapping[type(config)](config.decoder)
+    model = _model(task, kind, config)
     torch.manual_seed(1)
-    return model, _BATCHES[task](model.config, model)
+    return model, batch(task, model.config, model)
 
 
-def _ids(length: int = LENGTH, low: int = 3, high: int = VOCABULARY) -> Tensor:
-    return torch.randint(low, high, (SAMPLES, length))
+def _model(task: str, kind: str, config: Any) -> nn.Module:
+    import transformers
 
-
-def _labels(ids: Tensor) -> Tensor:
-    labels = ids.clone()
-    labels[0, : ids.shape[1] // 2] = -100
-    labels[1, 3] = -100
-    return labels
-
-
-def _text(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    ids = _ids()
-    return {"input_ids": ids, "labels": _labels(ids)}
-
-
-def _translation(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    if not config.is_encoder_decoder:
-        return _text(config, model)
-    longer = config.model_type in ("fsmt",)  # (shifts the input, not the labels)
-    return {"input_ids": _ids(), "attention_mask": _lengths(), "labels": _labels(_ids(LENGTH if longer else 8))}
-
-
-def _lengths() -> Tensor:
-    mask = torch.ones(SAMPLES, LENGTH, dtype=torch.long)
-    mask[0, 9:] = 0
-    return mask
-
-
-def _masked(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    ids = _ids()
-    return {"input_ids": ids, "attention_mask": _lengths(), "labels": _labels(ids)}
-
-
-def _pixels(config: Any) -> Tensor:
-    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None) or 32
-    size = size if isinstance(size, int) else size[0]
-    channels = getattr(config, "num_channels", None) or getattr(getattr(config, "vision_config", None), "num_channels", None) or 3
-    return torch.randn(SAMPLES, channels, size, size)
-
-
-def _image(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    if model.main_input_name == "input_ids":
-        return {"input_ids": _ids(), "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
-    patches = getattr(getattr(config, "vision_config", None), "num_patches", None)
-    if patches:
-        side = int(patches**0.5)
-        values = torch.randn(SAMPLES, patches, 3 * config.vision_config.patch_size**2)
-        places = {"pixel_attention_mask": torch.ones(SAMPLES, patches).long(), "spatial_shapes": torch.full((SAMPLES, 2), side)}
-        return {"pixel_values": values, **places, "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
-    return {model.main_input_name: _pixels(config), "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
-
-
-def _segments(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    pixels = _pixels(config)
-    return {"pixel_values": pixels, "labels": torch.randint(0, config.num_labels, (SAMPLES, *pixels.shape[-2:]))}
-
-
-def _sound(config: Any, model: nn.Module) -> Tensor:
-    if model.main_input_name == "input_values" and "max_length" not in vars(config):
-        return torch.randn(SAMPLES, 1600)
-    bins = next(
-        (getattr(config, n) for n in ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim") if hasattr(config, n)), 16
-    )
-    if getattr(config, "model_type", "") == "whisper":
-        return torch.randn(SAMPLES, bins, 2 * config.max_source_positions)
-    return torch.randn(SAMPLES, getattr(config, "max_length", 32) if model.main_input_name == "input_values" else 32, bins)
-
-
-def _ctc(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    sound = _sound(config, model)
-    labels = torch.randint(1, 20, (SAMPLES, 3))
-    labels[0, 2] = -100 if sound.dim() == 2 else labels[0, 2]
-    mask = {} if sound.dim() == 2 else {"attention_mask": torch.ones(sound.shape[:2]).long()}
-    return {model.main_input_name: sound, **mask, "labels": labels}
-
-
-def _audio(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    return {model.main_input_name: _sound(config, model), "labels": torch.randint(0, config.num_labels, (SAMPLES,))}
-
-
-def _speech(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    if model.main_input_name == "input_ids":
-        return _text(config, model)
-    return {model.main_input_name: _sound(config, model), "labels": _labels(_ids(8))}
-
-
-def _multimodal(config: Any, model: nn.Module) -> dict[str, Tensor]:
-    ids = _ids()
-    return {"input_ids": ids, "labels": _labels(ids)}
-
-
-_BATCHES: dict[str, Callable[[Any, nn.Module], dict[str, Tensor]]] = {
-    "causal": _text,
-    "seq2seq": _translation,
-    "masked": _masked,
-    "image": _image,
-    "segmentation": _segments,
-    "ctc": _ctc,
-    "audio": _audio,
-    "speech": _speech,
-    "multimodal": _multimodal,
-}
+    classes = TASKS[task]
+    name = classes if isinstance(classes, str) else classes[kind]
+    auto = getattr(transformers, name)
+    if not name.startswith("Auto") or name.startswith("Autoformer"):
+        return auto(config)
+    for more in ({"experts_implementation": "eager"}, {}):
+        try:
+            return auto.from_config(config, **more)
+        except AttributeError:
+            if hasattr(config, "decoder"):  # the class is that of the decoder alone
+                return auto._model_mapping[type(config)](config.decoder)
+            raise
+        except (TypeError, ValueError):
+            if not more:
+                raise
+    raise AssertionError("one of them returned or raised")

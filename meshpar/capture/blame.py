@@ -42,6 +42,11 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
         "Use torch.where, masked_fill or a fixed shape instead, or hand the number in as a plain Python argument",
     ),
     (
+        r"\.numpy\(\) is not supported|Can't call numpy|convert.* to (a )?numpy",
+        "it hands a tensor to NumPy, whose results a graph cannot hold",
+        "Compute the same with torch, or make the function an operator: torch.library.custom_op, register_fake for the result's shape",
+    ),
+    (
         r"mutat|assign",
         "it changes a tensor that is neither a buffer nor made in the same forward",
         "Register it with register_buffer, or compute a new tensor instead of changing the old one",

@@ -50,7 +50,8 @@ def capture(
 
     `args` and `kwargs` are one data rank's local batch. The graph has the shapes of `local // divide * scale` samples: `divide` is the
     number of microbatches, `scale` the number of data ranks. A tensor holds samples along dim 0 when that dim is as long as the first
-    tensor's; `batch_dims` (input name -> dim) says otherwise. `device` is where the model will run; parameters on `meta` are read as if
+    tensor's, or a multiple of it, if the forward does not run otherwise (the patches of all images, one after the other); `batch_dims`
+    (input name -> dim) says otherwise. `device` is where the model will run; parameters on `meta` are read as if
     they were there already. Nothing is allocated and the model is not changed.
 
     `dtype`: what floating parameters and inputs are cast to before the forward runs (mixed precision); None leaves them.
@@ -63,10 +64,63 @@ def capture(
     >>> captured.graph.print_tabular()                                        # doctest: +SKIP
     """
     device = _usable(torch.device(device))
-    batch = _read_batch(model, args, dict(kwargs or {}), batch_dims or {}, scale=scale, divide=divide)
+    given = (args, dict(kwargs or {}))
+
+    def read(dims: Mapping[str, int], scale: int) -> _Batch:
+        return _read_batch(model, *given, dims, scale=scale, divide=divide)
+
+    def captured(batch: _Batch) -> Captured:
+        return _either_way(model, batch, device, loss_fn, dtype)
+
+    asked = dict(batch_dims or {})
+    batch = read(asked, scale)
+    packed = dict.fromkeys(_maybe_packed(batch), 0)
+    if not packed or scale == divide == 1:
+        return captured(batch)
+    try:  # the same rows for all: then they fit any number of samples
+        found = captured(batch if scale != divide else read(asked, 2 * scale))
+        return found if scale != divide else captured(batch)
+    except CaptureError as error:
+        unfit = error
+    try:
+        return captured(read(asked | packed, scale))
+    except CaptureError:
+        raise unfit from unfit.__cause__
+
+
+def _either_way(
+    model: nn.Module,
+    batch: _Batch,
+    device: torch.device,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+    dtype: torch.dtype | None,
+) -> Captured:
+    """A graph that takes any number of chosen rows; where the number matters, that of the example."""
+    answers = branches.Branches(_leaves(model), batch.tensors, device)
+    try:
+        return _recorded(model, batch, device, loss_fn, dtype, answers)
+    except CaptureError as error:
+        if not answers.sized:
+            raise
+        mixed = error
+    try:
+        return _recorded(model, batch, device, loss_fn, dtype, branches.Branches(_leaves(model), batch.tensors, device, follow=True))
+    except branches.RanksDiffer:
+        raise
+    except CaptureError:
+        raise mixed from mixed.__cause__
+
+
+def _recorded(
+    model: nn.Module,
+    batch: _Batch,
+    device: torch.device,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+    dtype: torch.dtype | None,
+    answers: branches.Branches,
+) -> Captured:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [fake.fake_of(leaf, device, mode, shape=shape, dtype=dtype) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
-    answers = branches.Branches(_leaves(model), batch.tensors, device)
     with fake.faked(model, device, mode, dtype) as names, experts.seam(model) as found, torch.inference_mode(False), torch.enable_grad():
         recorder = _Recorder(model, batch, loss_fn)
         program = _export(recorder, inputs, device, found, answers)
@@ -163,6 +217,15 @@ def _batch_dims(tensors: Mapping[str, torch.Tensor], asked: Mapping[str, int]) -
     first = next((tensor.shape[asked.get(name, 0)] for name, tensor in tensors.items() if tensor.dim() > 0), None)
     dims = {name: 0 for name, tensor in tensors.items() if tensor.dim() > 0 and tensor.shape[0] == first}
     return {name: asked.get(name, dims.get(name, -1)) for name in tensors if name in asked or name in dims}
+
+
+def _maybe_packed(batch: _Batch) -> list[str]:
+    """The inputs that may hold several rows of each sample, or rows that are the same for all samples."""
+    samples = next(
+        (tensor.shape[batch.dims.get(name, 0)] for name, tensor in zip(batch.names, batch.tensors, strict=True) if tensor.dim()), 0
+    )
+    rows = {name: tensor.shape[0] for name, tensor in zip(batch.names, batch.tensors, strict=True) if tensor.dim()}
+    return [name for name, count in rows.items() if name not in batch.dims and count > samples > 0 and count % samples == 0]
 
 
 def _scaled(tensors: Mapping[str, torch.Tensor], dims: Mapping[str, int], *, scale: int, divide: int) -> tuple[tuple[int, ...] | None, ...]:

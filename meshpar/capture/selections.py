@@ -311,6 +311,25 @@ def _mean(lift: _Lift, node: fx.Node, symbol: str) -> bool:
     return True
 
 
+def _distance(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    """A mean or sum of distances: those of the rows, and their mean or sum."""
+    args, kwargs = node.args, dict(node.kwargs)
+    x, y = args[:2]
+    reduction = kwargs.pop("reduction", args[2] if len(args) > 2 else 1)
+    if (
+        not isinstance(x, fx.Node)
+        or not isinstance(y, fx.Node)
+        or x not in lift.rows
+        or lift.rows.get(y) != lift.rows[x]
+        or _shape(x) != _shape(y)
+    ):
+        return False
+    each = emit(node, node.target, (x, y, 0, *args[3:]), Info(_shape(x), node.meta["info"].dtype, False), kwargs)
+    lift.rows[each] = lift.rows[x]
+    node.target, node.args, node.kwargs = (aten.mean.default if reduction == 1 else aten.sum.default), (each,), {}
+    return _mean(lift, node, symbol) if reduction == 1 else _sum(lift, node, symbol)
+
+
 def _label_loss(lift: _Lift, node: fx.Node, symbol: str) -> bool:
     """The label of a row that was not chosen is to be ignored."""
     args: Any = node.args
@@ -360,6 +379,7 @@ _SINKS: Mapping[Any, Callable[[_Lift, fx.Node, str], bool]] = {
     aten.mean.dim: _mean,
     **dict.fromkeys((aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default), _label_loss),
     CTC_LOSS: _ctc_loss,
+    **dict.fromkeys((aten.l1_loss.default, aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default), _distance),
 }
 """Operators that take chosen rows and give a tensor of fixed shape."""
 
@@ -410,7 +430,9 @@ _RULES: Mapping[Any, Callable[[_Lift, fx.Node, tuple[str, int]], bool]] = {
     **dict.fromkeys(
         (aten.zeros, aten.ones, aten.full, aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros_like, aten.ones_like), _always
     ),
-    **dict.fromkeys((aten.gelu, aten.silu, aten.relu, aten.sigmoid, aten.tanh, aten.where, aten.masked_fill), _always),
+    **dict.fromkeys(
+        (aten.gelu, aten.silu, aten.relu, aten.sigmoid, aten.tanh, aten.where, aten.masked_fill, aten.broadcast_tensors), _always
+    ),
     **dict.fromkeys((aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.expand, aten.t), _always),
     **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view), _reshape),
     **dict.fromkeys((aten.linear, aten.matmul, aten.mm, aten.addmm), _matrix),

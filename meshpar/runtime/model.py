@@ -39,7 +39,8 @@ class ParallelModel(nn.Module):
     """What `parallelize` returns.
 
     Parameters are DTensors under the original names with global shapes; plain torch optimizers work on them. Every data rank passes its own
-    local batch, ranks that share a data coordinate pass the same one.
+    local batch, ranks that share a data coordinate pass the same one. Tensors as long along dim 0 as the first hold a row per sample;
+    longer ones hold several, where the model runs with nothing else (the patches of all images), or the same for all samples.
 
         loss = pm.train_step(**batch)        forward and backward, gradients summed over the mesh; the loss of the global batch
         loss = pm.eval_step(**batch)         the same loss without gradients

@@ -149,6 +149,16 @@ def test_numbers_that_depend_on_parameters_are_refused() -> None:
         capture(Model(), (torch.randn(3),))
 
 
+def test_numbers_for_numpy_are_refused() -> None:
+    class Model(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            order = (x * self.scale).detach().numpy().argsort()
+            return (x[torch.from_numpy(order)] * self.scale).cumsum(0).sum()
+
+    with pytest.raises(CaptureError, match="at test_branches.py.*NumPy, whose results a graph cannot hold.\n.*custom_op"):
+        capture(Model(), (torch.randn(3, dtype=torch.double),))
+
+
 def test_values_that_are_not_there() -> None:
     """Parameters are guessed, whichever way the guess goes; inputs are not."""
     with torch.device("meta"):
@@ -270,6 +280,105 @@ class Finite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert x.isnan().sum() == 0, "not a number"
         return x
+
+
+class Attending(nn.Module):
+    """Attention among the rows that a mask chooses of each sample."""
+
+    def __init__(self, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.choose = choose
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        chosen = self.choose(self.before(x), mask).reshape(x.shape[0], -1, 8)
+        mixed = F.scaled_dot_product_attention(chosen, chosen, chosen)
+        return self.after(mixed[:, -1]).pow(2).mean() + mixed.cumsum(1).mean()
+
+
+CHOOSING: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, mask: x[mask],
+    lambda x, mask: x[mask, :],
+    lambda x, mask: x[~mask],
+    lambda x, mask: x.masked_select(mask.unsqueeze(-1).expand(*x.shape)),
+    lambda x, mask: x[(mask.sum(1) >= 0)][:, :3],  # all samples
+]
+EVEN = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 1], [0, 1, 1, 1, 0, 0]]).bool()
+
+
+@pytest.mark.parametrize("choose", CHOOSING)
+def test_as_many_rows_of_every_sample(choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Attending(choose).double(), torch.randn(4, 6, 8, dtype=torch.double)
+    captured = assert_same(model, (x, EVEN), {}, loss=lambda output: output)
+    other = EVEN.roll(1, 0)
+    torch.testing.assert_close(run(captured, dict(model.named_parameters()), {"x": x, "mask": other})[0], model(x, other))
+    if choose is not CHOOSING[-1]:
+        uneven = EVEN.clone()
+        uneven[1, 0], uneven[2, 5] = True, False
+        with pytest.raises(BatchError, match="asks for a value at test_branches.py.*(3|24) for the example"):
+            run(captured, dict(model.named_parameters()), {"x": x, "mask": uneven})
+
+
+def _by_index(x: Tensor, mask: Tensor) -> Tensor:
+    return x[mask]
+
+
+@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "pp=2"])
+def test_as_many_rows_of_every_sample_over_a_mesh(mesh: str) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, 6, 8), "mask": EVEN}
+    assert mp.verify(Attending(_by_index), mesh, batch).ok
+
+
+SIZING: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, mask: x[mask],
+    lambda x, mask: x.masked_select(mask.unsqueeze(-1)).view(-1, 8),
+    lambda x, mask: x[mask.nonzero(as_tuple=True)],
+    lambda x, mask: x.flatten(0, 1)[torch.nonzero(mask.flatten())[:, 0]],
+    lambda x, mask: x[torch.where(mask)],
+    lambda x, mask: x.flatten(0, 1).repeat_interleave(mask.flatten().long(), dim=0),
+    lambda x, mask: x[0, mask.sum(0).unique()],
+    lambda x, mask: x[0, torch.unique_consecutive(mask.sum(0))],
+    lambda x, mask: torch.cat([each[:n] for each, n in zip(x, torch.tensor([m.sum() for m in mask]).tolist(), strict=True)]),
+    lambda x, mask: torch.repeat_interleave(x[:, 0], mask.sum(1), 0),
+    lambda x, mask: torch.cat([each[:n] for each, n in zip(x, mask.sum(1), strict=True)]),
+    lambda x, mask: F.pad(x[0], (0, 0, 0, mask.sum() - 5)),
+    lambda x, mask: x[0] * torch.ones(mask.sum() - 2, 6, 8),
+    lambda x, mask: x.flatten(0, 1).view(mask.sum() - 2, 3, 8) * mask.sum().expand(3, 8),
+]
+
+
+@pytest.mark.parametrize("choose", SIZING)
+def test_sizes_of_the_batch_are_those_of_the_example(choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Cumulative sums mix rows, whose number must be known."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0]]).bool()
+    model, x = Mixing(choose).double(), torch.randn(2, 6, 8, dtype=torch.double)
+    captured = assert_same(model, (x, mask), {}, loss=lambda output: output)
+    with pytest.raises(BatchError, match="asks for a value at test_branches.py"):
+        run(captured, dict(model.named_parameters()), {"x": x, "mask": torch.ones_like(mask)})
+
+
+class Mixing(nn.Module):
+    def __init__(self, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.choose = choose
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.choose(self.layer(x), mask).cumsum(0).pow(2).mean()
+
+
+def test_rows_that_are_mixed_and_depend_on_parameters_are_refused() -> None:
+    with pytest.raises(CaptureError, match="turns the values|mixes rows"):
+        capture(Mixing(lambda x, mask: x[x[..., 0] > 0]), (torch.randn(2, 6, 8), EVEN[:2]))
+
+
+def test_data_ranks_that_do_not_choose_as_many_are_refused() -> None:
+    batch = {"x": torch.randn(4, 6, 8), "mask": EVEN & (torch.arange(4) > 0)[:, None]}
+    with pytest.raises(CaptureError, match="not the same for every data rank at test_branches.py.*\n.*one data rank"):
+        mp.verify(Mixing(_by_index), "dp=2", batch)
 
 
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2", "pp=2"])
