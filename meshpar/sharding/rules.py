@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 
 import torch
 
@@ -604,8 +605,16 @@ _POINTWISE_FIRST = {"max", "min", "clone"}
 def _fits(found: Signature, op: Op) -> bool:
     return (
         len(found.inputs) == len(op.infos)
-        and all(len(d) == len(i.shape) for d, i in zip(found.inputs, op.infos, strict=True))
+        and all(_spells(dims, i.shape, found) for dims, i in zip(found.inputs, op.infos, strict=True))
         and len(found.outputs) >= sum(o is not None for o in op.outs)
+        and all(o is None or _spells(dims, o.shape, found) for dims, o in zip(found.outputs, op.outs, strict=False))
+    )
+
+
+def _spells(dims: Dims, shape: Sequence[int], found: Signature) -> bool:
+    """Whether the names of every dim make up its size."""
+    return len(dims) == len(shape) and all(
+        not dim or sum(prod(found.sizes[name] for name in segment) for segment in dim) == n for dim, n in zip(dims, shape, strict=True)
     )
 
 
