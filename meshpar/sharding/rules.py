@@ -384,6 +384,17 @@ def recurrent(op: Op) -> Signature | None:
     return Signature((sequence, *[state] * states, *weights), (sequence, *[state] * states), {"b": size} if size > 1 else {})
 
 
+def cosine_similarity(op: Op) -> Signature:
+    """Along one dim of two values that are broadcast against each other."""
+    shape = torch.broadcast_shapes(*op.shapes)
+    dim = int(op.arguments["dim"]) % len(shape)
+    base = named("d", shape)
+    inputs = [
+        tuple(d if n > 1 else () for d, n in zip(base[len(shape) - len(own) :], own, strict=True)) for own in op.shapes
+    ]
+    return Signature(tuple(inputs), ((*base[:dim], *base[dim + 1 :]),), sizes_of("d", shape), frozenset({f"d{dim}"}))
+
+
 def label_loss(op: Op) -> Signature | None:
     """nll_loss: the classes are needed whole, samples may be cut unless the mean over them is asked for."""
     logits, reduction = op.infos[0].shape, op.arguments["reduction"]
@@ -532,6 +543,9 @@ RULES: dict[str, Rule] = {
     "index_add": index_add,
     "diff": differences,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
+    "lstm_cell": row("b [i], b [h], b [h], [g] [i], [g] [h], [g], [g] -> b [h], b [h]"),
+    **dict.fromkeys(("gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), row("b [i], b [h], [g] [i], [g] [h], [g], [g] -> b [h]")),
+    "cosine_similarity": cosine_similarity,
     # reductions
     **dict.fromkeys(
         (
@@ -566,7 +580,7 @@ RULES: dict[str, Rule] = {
         ("upsample_nearest1d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest3d"), pooling
     ),
     # these carry no pointwise tag, or not in every form
-    **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid"), pointwise),
+    **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid", "hardswish"), pointwise),
     **dict.fromkeys(("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"), pointwise),
     # other names for operators that carry one
     **dict.fromkeys(("multiply", "divide", "true_divide", "subtract", "greater", "greater_equal", "less", "less_equal"), pointwise),
@@ -593,6 +607,8 @@ def rule_for(op: Op, extra: dict[str, Rule] | None = None) -> Signature | None:
         if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags or not op.infos:
             return None
         rule = pointwise
+    elif "dim" in op.arguments and op.infos and not op.infos[0].shape:
+        return None  # along the dim that a number is taken to have: nothing to cut
     elif op.infos and op.name in _POINTWISE_FIRST and torch.Tag.pointwise in getattr(op.node.target, "tags", ()):
         rule = pointwise
     found = rule(op)
