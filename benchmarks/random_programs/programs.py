@@ -8,6 +8,7 @@ grows too large is drawn again. Sizes are tiny and coincide on purpose: a batch 
     mp.verify(program.model(), "dp=2,tp=2", program.batch())
 """
 
+# ruff: noqa: E501  (the vocabulary: many short texts to a line)
 from __future__ import annotations
 
 import linecache
@@ -42,7 +43,9 @@ class Program:
         names = ", ".join(name for name, _ in self.inputs)
         made = [*self.made, "pass"] if not self.made else self.made
         text = ["class Model(nn.Module):", "    def __init__(self):", "        super().__init__()", *(f"        {m}" for m in made), ""]
-        return "\n".join([*text, f"    def forward(self, {names}):", *(f"        {line}" for line in self.lines), "        return loss", ""])
+        return "\n".join(
+            [*text, f"    def forward(self, {names}):", *(f"        {line}" for line in self.lines), "        return loss", ""]
+        )
 
     def model(self) -> nn.Module:
         """A fresh module, in float64, the same at every call."""
@@ -170,7 +173,10 @@ class _Maker:
             ("y", f"torch.randint(0, 5, ({b},))"),
             ("keep", f"torch.rand({b}, {n}) > 0.4"),
             ("z", f"torch.randn({b}, {w}, dtype=torch.double)"),
-            ("image", f"torch.randn({b}, {self.rng.choice([1, 3, 4])}, {self.rng.choice([4, 5, 6])}, {self.rng.choice([4, 6])}, dtype=torch.double)"),
+            (
+                "image",
+                f"torch.randn({b}, {self.rng.choice([1, 3, 4])}, {self.rng.choice([4, 5, 6])}, {self.rng.choice([4, 6])}, dtype=torch.double)",
+            ),
             ("weight", f"torch.rand({b}, dtype=torch.double)"),
         ]
         first = self.rng.choice([0, 0, 0, 1, 4, 5])
@@ -263,13 +269,18 @@ class _Maker:
         if v.rank >= 2 and v.shape[0] == b and v.shape[1] >= 5 and "y" in given:
             flat = name if v.rank == 2 else f"{name}.flatten(2).mean(2)"
             reduction = rng.choice(["mean", "mean", "sum"])
-            extra = rng.choice(["", ", ignore_index=2", ", label_smoothing=0.1", f", weight=torch.linspace(0.5, 2, {v.shape[1]}, dtype=torch.double)"])
+            extra = rng.choice(
+                ["", ", ignore_index=2", ", label_smoothing=0.1", f", weight=torch.linspace(0.5, 2, {v.shape[1]}, dtype=torch.double)"]
+            )
             options += [f"F.cross_entropy({flat}, y, reduction='{reduction}'{extra})"] * 3
             options += [f"(F.cross_entropy({flat}, y, reduction='none'{extra}) * (y != 1)).sum() / (y != 1).sum().clamp(min=1)"]
             options += [f"F.nll_loss(F.log_softmax({flat}, 1), y)"]
         if v.rank == 3 and v.shape[:2] == (b, self.length) and v.shape[2] >= 7 and "ids" in given:
             extra = rng.choice(["", ", ignore_index=2", ", label_smoothing=0.1"])
-            options += [f"F.cross_entropy({name}.flatten(0, 1), ids.flatten(){extra})", f"F.cross_entropy({name}.transpose(1, 2), ids{extra})"] * 2
+            options += [
+                f"F.cross_entropy({name}.flatten(0, 1), ids.flatten(){extra})",
+                f"F.cross_entropy({name}.transpose(1, 2), ids{extra})",
+            ] * 2
             if self.length > 1:
                 options += [f"F.cross_entropy({name}[:, :-1].reshape(-1, {v.shape[2]}), ids[:, 1:].reshape(-1){extra})"] * 2
         if v.rank == 3 and v.shape[:2] == (b, self.length) and "keep" in given:
@@ -323,7 +334,9 @@ WIDTHS = [2, 3, 4, 5, 6, 8, 8, 12]
 @word(8)
 def parameters(g: _Maker) -> bool | None:
     """Layers and bare parameters."""
-    if g.rng.random() < 0.25 and (ids := g.pick(lambda v: v.tensor.dtype == torch.int64 and 0 <= v.tensor.min() and v.tensor.max() < 16, whole=True)):
+    if g.rng.random() < 0.25 and (
+        ids := g.pick(lambda v: v.tensor.dtype == torch.int64 and 0 <= v.tensor.min() and v.tensor.max() < 16, whole=True)
+    ):
         extra = g.rng.choice(["", "", ", padding_idx=1", ", scale_grad_by_freq=True"])
         return g.add(f"{g.module(f'nn.Embedding(16, {g.rng.choice(WIDTHS)}{extra})')}({ids.name})", ids)
     v = g.pick(lambda v: v.rank >= 1)
@@ -341,7 +354,17 @@ def parameters(g: _Maker) -> bool | None:
         return g.add(f"{v.name} + {down}({act}({up}({v.name})))", v)
     if choice == 6:
         p = g.module(f"nn.Parameter(torch.randn({last}, {out}) / 2)")
-        return g.add(g.rng.choice([f"{v.name} @ {p}", f"torch.matmul({v.name}, {p})", f"F.linear({v.name}, {p}.t())", f"torch.einsum('...i,io->...o', {v.name}, {p})"]), v)
+        return g.add(
+            g.rng.choice(
+                [
+                    f"{v.name} @ {p}",
+                    f"torch.matmul({v.name}, {p})",
+                    f"F.linear({v.name}, {p}.t())",
+                    f"torch.einsum('...i,io->...o', {v.name}, {p})",
+                ]
+            ),
+            v,
+        )
     if choice == 7:
         shape = [n if g.rng.random() < 0.6 else 1 for n in v.shape[g.rng.randrange(v.rank) :]]
         p = g.module(f"nn.Parameter(torch.randn({', '.join(map(str, shape))}) / 2)")
@@ -382,13 +405,20 @@ def parameters(g: _Maker) -> bool | None:
         return g.add(f"{g.module(f'nn.GroupNorm({groups}, {v.shape[1]})')}({v.name})", v)
     if choice == 12 and 2 <= v.rank <= 3 and v.shape[0] > 1:
         kind = g.rng.choice(["BatchNorm1d", "BatchNorm1d", "InstanceNorm1d"]) if v.rank == 3 else "BatchNorm1d"
-        extra = ", affine=True, track_running_stats=True" if kind == "InstanceNorm1d" else g.rng.choice(["", ", momentum=0.3", ", affine=False"])
+        extra = (
+            ", affine=True, track_running_stats=True"
+            if kind == "InstanceNorm1d"
+            else g.rng.choice(["", ", momentum=0.3", ", affine=False"])
+        )
         return g.add(f"{g.module(f'nn.{kind}({v.shape[1]}{extra})')}({v.name})", v)
     if choice == 13:
         return g.add(f"{g.module(f'nn.PReLU({v.shape[1] if v.rank > 1 and g.rng.random() < 0.5 else 1})')}({v.name})", v)
     if choice == 14:
         p = g.module(f"nn.Parameter(torch.randn({out}, {last}) / 2)")
-        return g.add(f"torch.{g.rng.choice(['softmax', 'log_softmax', 'cumsum'])}({p}, {g.rng.choice([0, 1, -1])})[{g.rng.randrange(-out, out)}] + {v.name}", v)
+        return g.add(
+            f"torch.{g.rng.choice(['softmax', 'log_softmax', 'cumsum'])}({p}, {g.rng.choice([0, 1, -1])})[{g.rng.randrange(-out, out)}] + {v.name}",
+            v,
+        )
     if choice == 15:
         p = g.module(f"nn.Parameter(torch.randn({out}, 3, {last}) / 2)")
         return g.add(f"torch.einsum('...i,oki->...{g.rng.choice(['ok', 'ko', 'o', 'k'])}', {v.name}, {p})", v)
@@ -442,7 +472,19 @@ def pairs(g: _Maker) -> bool | None:
     a, b = g.pick(), g.pick()
     if a is None or b is None:
         return None
-    op = g.rng.choice(["{} + {}", "{} - {}", "{} * {}", "{} / ({}.abs() + 1)", "torch.maximum({}, {})", "torch.minimum({}, {})", "torch.add({}, {}, alpha=2)", "torch.where({} > {}, 1.0, 0.5)", "torch.hypot({}, {} + 3)"])
+    op = g.rng.choice(
+        [
+            "{} + {}",
+            "{} - {}",
+            "{} * {}",
+            "{} / ({}.abs() + 1)",
+            "torch.maximum({}, {})",
+            "torch.minimum({}, {})",
+            "torch.add({}, {}, alpha=2)",
+            "torch.where({} > {}, 1.0, 0.5)",
+            "torch.hypot({}, {} + 3)",
+        ]
+    )
     left, right = a.name, b.name
     if a.rank and b.rank and a.shape[-1] != b.shape[-1]:
         form = g.rng.randrange(3)
@@ -478,8 +520,25 @@ def views(g: _Maker) -> bool | None:
         order = list(range(v.rank))
         rng.shuffle(order)
         i, j = rng.sample(range(v.rank), 2)
-        forms += [f"{n}.permute({', '.join(map(str, order))})", f"{n}.transpose({i}, {j})", f"{n}.transpose({i}, {j}).flatten(-2)", f"{n}.flatten(0, 1)", f"{n}.flatten(-2)"] * 3
-        forms += [f"{n}[:, 1:]", f"{n}[:, -1]", f"{n}[:, ::2]", f"{n}[:, :, None]", f"{n}.mT", f"F.pad({n}, (0, 0, 1, {rng.choice([0, -1, 1])}))", f"{n}.tril()", f"{n}.triu(1)", f"torch.rot90({n}, 1, [{i}, {j}])", f"{n}.diagonal(0, {i}, {j})"]
+        forms += [
+            f"{n}.permute({', '.join(map(str, order))})",
+            f"{n}.transpose({i}, {j})",
+            f"{n}.transpose({i}, {j}).flatten(-2)",
+            f"{n}.flatten(0, 1)",
+            f"{n}.flatten(-2)",
+        ] * 3
+        forms += [
+            f"{n}[:, 1:]",
+            f"{n}[:, -1]",
+            f"{n}[:, ::2]",
+            f"{n}[:, :, None]",
+            f"{n}.mT",
+            f"F.pad({n}, (0, 0, 1, {rng.choice([0, -1, 1])}))",
+            f"{n}.tril()",
+            f"{n}.triu(1)",
+            f"torch.rot90({n}, 1, [{i}, {j}])",
+            f"{n}.diagonal(0, {i}, {j})",
+        ]
     for at, k in enumerate(shape):
         for factor in (2, 3, 4):
             if k % factor == 0:
@@ -536,7 +595,12 @@ def reductions(g: _Maker) -> bool | None:
         forms += [f"{n}.var({d}{keep})", f"{n}.std({d}{keep})", f"{n}.var({d}, correction=0{keep})", f"torch.var_mean({n}, {d})[0]"]
     if v.rank >= 2:
         a, b = g.rng.sample(range(v.rank), 2)
-        forms += [f"{n}.mean(({a}, {b}){keep})", f"{n}.sum(({a}, {b - v.rank}){keep})", f"{n}.amax(({a}, {b}){keep})", f"{n}.logsumexp(({a}, {b}))"] * 2
+        forms += [
+            f"{n}.mean(({a}, {b}){keep})",
+            f"{n}.sum(({a}, {b - v.rank}){keep})",
+            f"{n}.amax(({a}, {b}){keep})",
+            f"{n}.logsumexp(({a}, {b}))",
+        ] * 2
     return g.add(g.rng.choice(forms), v)
 
 
@@ -547,18 +611,39 @@ def products(g: _Maker) -> bool | None:
         return None
     n = a.name
     b = g.pick(lambda v: v.rank >= 2 and (v.shape[-2] == a.shape[-1]))
-    forms = [f"{n} @ {n}.mT / {a.shape[-1]}", f"torch.softmax({n} @ {n}.mT, -1) @ {n}", f"torch.einsum('...i,...i->...', {n}, {n})", f"torch.einsum('...ij->...ji', {n})", f"torch.cdist({n}, {n}.detach() + 1)"]
+    forms = [
+        f"{n} @ {n}.mT / {a.shape[-1]}",
+        f"torch.softmax({n} @ {n}.mT, -1) @ {n}",
+        f"torch.einsum('...i,...i->...', {n}, {n})",
+        f"torch.einsum('...ij->...ji', {n})",
+        f"torch.cdist({n}, {n}.detach() + 1)",
+    ]
     if b is not None:
         forms += [f"{n} @ {b.name}", f"torch.matmul({n}, {b.name})"] * 3
     if a.rank == 3:
-        forms += [f"torch.bmm({n}, {n}.transpose(1, 2))", f"torch.einsum('bij,bkj->{g.rng.choice(['bik', 'bki', 'ik', 'bi', 'kj'])}', {n}, {n})"]
+        forms += [
+            f"torch.bmm({n}, {n}.transpose(1, 2))",
+            f"torch.einsum('bij,bkj->{g.rng.choice(['bik', 'bki', 'ik', 'bi', 'kj'])}', {n}, {n})",
+        ]
         c = g.pick(lambda v: v.rank == 3 and v.shape[0] == a.shape[0] and v.shape[2] == a.shape[2])
         if c is not None:
             forms += [f"torch.bmm({n}, {c.name}.transpose(1, 2))", f"F.scaled_dot_product_attention({n}, {c.name}, {c.name})"] * 2
     if a.rank == 2:
-        forms += [f"torch.mm({n}, {n}.t())", f"torch.outer({n}[0], {n}[-1])", f"torch.einsum('ij,kj->ik', {n}, {n})", f"torch.addmm({n}.mean(), {n}, {n}.t())"]
+        forms += [
+            f"torch.mm({n}, {n}.t())",
+            f"torch.outer({n}[0], {n}[-1])",
+            f"torch.einsum('ij,kj->ik', {n}, {n})",
+            f"torch.addmm({n}.mean(), {n}, {n}.t())",
+        ]
     if a.rank == 4:
-        mask = g.rng.choice(["", ", is_causal=True", f", attn_mask=torch.ones({a.shape[2]}, {a.shape[2]}, dtype=torch.bool).tril()", f", attn_mask=torch.arange({a.shape[2] ** 2}, dtype=torch.double).sin().view({a.shape[2]}, -1)"])
+        mask = g.rng.choice(
+            [
+                "",
+                ", is_causal=True",
+                f", attn_mask=torch.ones({a.shape[2]}, {a.shape[2]}, dtype=torch.bool).tril()",
+                f", attn_mask=torch.arange({a.shape[2] ** 2}, dtype=torch.double).sin().view({a.shape[2]}, -1)",
+            ]
+        )
         forms += [f"F.scaled_dot_product_attention({n}, {n} * 0.5, {n}{mask})"] * 2
         if a.shape[1] % 2 == 0:
             half = a.shape[1] // 2
@@ -591,13 +676,26 @@ def indexing(g: _Maker) -> bool | None:
     ]  # fmt: skip
     if v.rank >= 2:
         rows, columns = [rng.randrange(v.shape[0]) for _ in range(2)], [rng.randrange(-v.shape[1], v.shape[1]) for _ in range(2)]
-        forms += [f"{n}[torch.tensor({rows}), torch.tensor({columns})]", f"{n}[torch.arange({v.shape[0]}), {n}.flatten(1).argmax(1) % {v.shape[1]}]", f"{n}[torch.arange({v.shape[0]})[:, None], torch.tensor({columns})]"] * 2
-        forms += [f"{n}.index_put((torch.tensor({rows}), torch.tensor({columns})), torch.tensor(0.5, dtype=torch.double))", f"{n}.index_put((torch.tensor({rows}),), {n}[:2] * 2, accumulate=True)" if v.shape[0] > 1 else f"{n}[..., [0]]"]
-    index = g.pick(lambda i: i.tensor.dtype == torch.int64 and i.rank >= 1 and i.tensor.min() >= 0 and i.tensor.max() < v.shape[0], whole=True)
+        forms += [
+            f"{n}[torch.tensor({rows}), torch.tensor({columns})]",
+            f"{n}[torch.arange({v.shape[0]}), {n}.flatten(1).argmax(1) % {v.shape[1]}]",
+            f"{n}[torch.arange({v.shape[0]})[:, None], torch.tensor({columns})]",
+        ] * 2
+        forms += [
+            f"{n}.index_put((torch.tensor({rows}), torch.tensor({columns})), torch.tensor(0.5, dtype=torch.double))",
+            f"{n}.index_put((torch.tensor({rows}),), {n}[:2] * 2, accumulate=True)" if v.shape[0] > 1 else f"{n}[..., [0]]",
+        ]
+    index = g.pick(
+        lambda i: i.tensor.dtype == torch.int64 and i.rank >= 1 and i.tensor.min() >= 0 and i.tensor.max() < v.shape[0], whole=True
+    )
     if index is not None:
         forms += [f"{n}[{index.name}]"] * 3
     if v.rank >= 2 and ("keep" in g.scope) and v.shape[:2] == tuple(g.scope["keep"].shape):
-        forms += [f"{n}.masked_fill(keep{'[..., None]' * (v.rank - 2 and 1)}, 0.0)", f"({n} * keep{'[..., None]' * (v.rank - 2 and 1)}).sum(1) / keep.sum(1){'[:, None]' * (v.rank - 2 and 1)}.clamp(min=1)", f"{n}[keep].mean(0)"] * 3
+        forms += [
+            f"{n}.masked_fill(keep{'[..., None]' * (v.rank - 2 and 1)}, 0.0)",
+            f"({n} * keep{'[..., None]' * (v.rank - 2 and 1)}).sum(1) / keep.sum(1){'[:, None]' * (v.rank - 2 and 1)}.clamp(min=1)",
+            f"{n}[keep].mean(0)",
+        ] * 3
     return g.add(rng.choice(forms), v, index)
 
 
@@ -655,7 +753,11 @@ def cells(g: _Maker) -> bool | None:
     c = f"v{g.count}"
     if form == 0:
         cell = g.module(f"nn.GRUCell({width}, {h})")
-        return g.do(f"s{c} = torch.zeros({b}, {h}, dtype=torch.double)\nl{c} = []\nfor t{c} in {n}.unbind(1): s{c} = {cell}(t{c}, s{c}); l{c}.append(s{c})\n{c} = torch.stack(l{c}, 1)", [c], v)
+        return g.do(
+            f"s{c} = torch.zeros({b}, {h}, dtype=torch.double)\nl{c} = []\nfor t{c} in {n}.unbind(1): s{c} = {cell}(t{c}, s{c}); l{c}.append(s{c})\n{c} = torch.stack(l{c}, 1)",
+            [c],
+            v,
+        )
     if form == 1:
         cell = g.module(f"nn.LSTMCell({width}, {h})")
         return g.do(f"s{c} = None\nfor t{c} in {n}.unbind(1): s{c} = {cell}(t{c}, s{c})\n{c} = torch.cat(s{c}, -1)", [c], v)

@@ -1,7 +1,8 @@
 """Random programs against one device: `python benchmarks/random_programs/run.py --seeds 0:1000`.
 
-Every seed draws a program (`programs.py`), a mesh and a configuration; `mp.verify` compares loss, every gradient, gradient norm, buffers and
-parameters after a step, in float64 on simulated ranks. What is wrong or crashes is shortened line by line and printed.
+Every seed draws a program (`programs.py`), a mesh and a configuration; `mp.verify` compares loss, every gradient, gradient norm, buffers
+and parameters after a step, in float64 on simulated ranks. For half of the seeds the solver's costs are drawn as well, so that it takes typings
+that no tiny model would be given. What is wrong or crashes is shortened line by line and printed.
 
     wrong      numbers that differ
     crash      an error that is not meshpar's own
@@ -19,8 +20,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import meshpar as mp  # noqa: E402
+import meshpar.sharding.solve as solve  # noqa: E402
 from benchmarks.random_programs.programs import Program, draw, shortest  # noqa: E402
 from meshpar.errors import MeshparError  # noqa: E402
 
@@ -45,9 +48,12 @@ class Setting:
     config: Mapping[str, Any]
     forced: bool = False
     """Whether rules for some parameters are drawn as well."""
+    drawn: bool = False
+    """Whether the solver's costs are drawn."""
 
     def __str__(self) -> str:
-        return " ".join([self.mesh, *(f"{k}={v}" for k, v in self.config.items()), *(["rules"] if self.forced else [])])
+        extras = [name for name, on in (("rules", self.forced), ("costs", self.drawn)) if on]
+        return " ".join([self.mesh, *(f"{k}={v}" for k, v in self.config.items()), *extras])
 
 
 def setting(seed: int) -> Setting:
@@ -61,7 +67,7 @@ def setting(seed: int) -> Setting:
     if rng.random() < 0.15:
         config["recompute"] = rng.choice(["full", "selective"])
     mesh = rng.choice(list(MESHES))
-    return Setting(mesh, config, "tp" in mesh and rng.random() < 0.25)
+    return Setting(mesh, config, "tp" in mesh and rng.random() < 0.25, rng.random() < 0.5)
 
 
 def program_of(seed: int, how: Setting) -> Program:
@@ -83,10 +89,28 @@ def rules_for(program: Program, how: Setting) -> dict[str, str] | None:
     return found or None
 
 
+@contextmanager
+def costs(seed: int | None) -> Iterator[None]:
+    """Inside, the solver pays what is drawn for a typing: nothing, its price, or a hundred times that."""
+    inner, rng = solve.choices, random.Random(f"costs {seed}")
+
+    def drawn(*args: Any, **kwargs: Any) -> tuple[solve.Choice, ...]:
+        return tuple(replace(c, cost=c.cost * rng.choice([0, 1, 1, 100]) + 1e-3 * rng.random()) for c in inner(*args, **kwargs))
+
+    if seed is not None:
+        solve.choices = drawn
+    try:
+        yield
+    finally:
+        solve.choices = inner
+
+
 def outcome(program: Program, how: Setting) -> tuple[str, str]:
     """("ok" | "wrong" | "crash" | "refused" | "averaged", what was found)."""
+    config, rules = mp.ParallelConfig(**how.config), rules_for(program, how)
     try:
-        report = mp.verify(program.model(), how.mesh, program.batch(), config=mp.ParallelConfig(**how.config), rules=rules_for(program, how))
+        with costs(program.seed if how.drawn else None):
+            report = mp.verify(program.model(), how.mesh, program.batch(), config=config, rules=rules)
     except MeshparError as error:
         return "refused", f"{type(error).__name__}: {error}"
     except Exception as error:
@@ -114,7 +138,7 @@ def main() -> int:
         if time.monotonic() - start > 60 * args.minutes:
             break
         how = setting(seed)
-        how = Setting(args.mesh, how.config, how.forced) if args.mesh else how
+        how = replace(how, mesh=args.mesh, forced=how.forced and "tp" in args.mesh) if args.mesh else how
         program = program_of(seed, how)
         began = time.monotonic()
         status, text = outcome(program, how)

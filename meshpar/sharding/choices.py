@@ -135,9 +135,7 @@ def _groups(call: Call, inference: Inference, factor: int) -> list[frozenset[str
     return out
 
 
-def _cut(
-    call: Call, inference: Inference, group: frozenset[str], factor: int, size: int, work: float, even: bool
-) -> Choice | None:
+def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, size: int, work: float, even: bool) -> Choice | None:
     signature = call.signature
     assert signature is not None
     typed = [_type(call, inference, labels, group, factor, size, even) for labels in signature.inputs]

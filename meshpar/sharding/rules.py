@@ -389,9 +389,7 @@ def cosine_similarity(op: Op) -> Signature:
     shape = torch.broadcast_shapes(*op.shapes)
     dim = int(op.arguments["dim"]) % len(shape)
     base = named("d", shape)
-    inputs = [
-        tuple(d if n > 1 else () for d, n in zip(base[len(shape) - len(own) :], own, strict=True)) for own in op.shapes
-    ]
+    inputs = [tuple(d if n > 1 else () for d, n in zip(base[len(shape) - len(own) :], own, strict=True)) for own in op.shapes]
     return Signature(tuple(inputs), ((*base[:dim], *base[dim + 1 :]),), sizes_of("d", shape), frozenset({f"d{dim}"}))
 
 
@@ -580,7 +578,9 @@ RULES: dict[str, Rule] = {
         ("upsample_nearest1d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest3d"), pooling
     ),
     # these carry no pointwise tag, or not in every form
-    **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid", "hardswish"), pointwise),
+    **dict.fromkeys(
+        ("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid", "hardswish"), pointwise
+    ),
     **dict.fromkeys(("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"), pointwise),
     # other names for operators that carry one
     **dict.fromkeys(("multiply", "divide", "true_divide", "subtract", "greater", "greater_equal", "less", "less_equal"), pointwise),
