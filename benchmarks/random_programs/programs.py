@@ -335,7 +335,7 @@ WIDTHS = [2, 3, 4, 5, 6, 8, 8, 12]
 def parameters(g: _Maker) -> bool | None:
     """Layers and bare parameters."""
     if g.rng.random() < 0.25 and (
-        ids := g.pick(lambda v: v.tensor.dtype == torch.int64 and 0 <= v.tensor.min() and v.tensor.max() < 16, whole=True)
+        ids := g.pick(lambda v: v.tensor.dtype == torch.int64 and v.tensor.min() >= 0 and v.tensor.max() < 16, whole=True)
     ):
         extra = g.rng.choice(["", "", ", padding_idx=1", ", scale_grad_by_freq=True"])
         return g.add(f"{g.module(f'nn.Embedding(16, {g.rng.choice(WIDTHS)}{extra})')}({ids.name})", ids)
@@ -746,7 +746,7 @@ def cells(g: _Maker) -> bool | None:
     v = g.pick(lambda v: v.rank == 3 and v.shape[1] <= 6)
     if v is None:
         return None
-    b, length, width = v.shape
+    b, _, width = v.shape
     n, h = v.name, g.rng.choice([2, 3, 4, 6])
     form = g.rng.randrange(4)
     g.count += 1

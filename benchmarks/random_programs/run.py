@@ -1,8 +1,8 @@
 """Random programs against one device: `python benchmarks/random_programs/run.py --seeds 0:1000`.
 
 Every seed draws a program (`programs.py`), a mesh and a configuration; `mp.verify` compares loss, every gradient, gradient norm, buffers
-and parameters after a step, in float64 on simulated ranks. For half of the seeds the solver's costs are drawn as well, so that it takes typings
-that no tiny model would be given. What is wrong or crashes is shortened line by line and printed.
+and parameters after a step, in float64 on simulated ranks. For half of the seeds the solver's costs are drawn as well, so that it takes
+typings that no tiny model would be given. What is wrong or crashes is shortened line by line and printed.
 
     wrong      numbers that differ
     crash      an error that is not meshpar's own

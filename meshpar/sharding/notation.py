@@ -4,8 +4,8 @@
 
 Operands left of the arrow, results right of it. A name shared between operands must be sharded together; a name missing from the results is
 contracted, so that sharding it leaves a pending sum; a `[bracketed]` name cannot be sharded; `(a b)` is one dim that is the product of two;
-`...` stands for any leading dims, counted from the last one as in broadcasting. A dim of size 1 where another operand has more is broadcast:
-it carries no name.
+`...` stands for any leading dims, counted from the last one as in broadcasting. A dim of size 1 where another operand has more is
+broadcast: it carries no name.
 """
 
 from __future__ import annotations
