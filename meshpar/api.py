@@ -20,7 +20,6 @@ from .plan import Plan
 from .runtime.build import build
 from .runtime.failures import Together
 from .runtime.model import ParallelModel
-from .runtime.parameters import convert_state_dicts
 from .runtime.program import Programs
 from .runtime.schedules import schedule_of
 
@@ -79,9 +78,7 @@ def _parallelize(
     program = programs.make(args, kwargs, training=model.training, microbatches=config.microbatches)
     agree(program.plan.hash, mesh, "the plan")
     engine = build(model, mesh, config, program, programs.schedule, weights=weights)
-    built = ParallelModel(engine, mesh, config, programs, program, together)
-    convert_state_dicts(built, known=frozenset(programs.skeleton.state_dict()))
-    return built
+    return ParallelModel(engine, mesh, config, programs, program, together)
 
 
 def _check_supported(mesh: DeviceMesh) -> None:

@@ -12,7 +12,7 @@ import meshpar
 
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
-    ("errors", "config", "megatron", "sharding.types", "planner"),
+    ("errors", "collection", "config", "megatron", "sharding.types", "planner"),
     ("_torch", "simulate", "mesh", "plan", "schedule", "timing", "ops"),
     ("capture", "sharding"),
     ("passes",),

@@ -148,9 +148,10 @@ def _learn(case: Case) -> Lifted:
     width = recorded.width if isinstance(recorded, Body) else given
 
     def found_in(case: Case) -> _Found:
-        runs = [case.double(width, trial, seed) for seed, trial in enumerate(_TRIALS)]
-        for double in runs:
-            double.run()
+        runs = []
+        for seed, trial in enumerate(_TRIALS):  # one after another: most owners that are none fail the first, and a double has a size
+            runs.append(case.double(width, trial, seed))
+            runs[-1].run()
         if isinstance(recorded, NotLifted):
             raise recorded
         return _first_proven(case, width, runs)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +30,7 @@ from meshpar.capture import (
     structure,
 )
 from meshpar.capture.captured import Captured, Slot
+from meshpar.collection import uncollected
 from meshpar.errors import BatchError, CaptureError, ConfigError
 
 
@@ -261,7 +260,7 @@ def _leaves(model: nn.Module) -> tuple[torch.Tensor, ...]:
 def _export(
     recorder: _Recorder, inputs: list[torch.Tensor], device: torch.device, found: experts.Seam, answers: branches.Branches
 ) -> ExportedProgram:
-    with warnings.catch_warnings(), _without_collection():
+    with warnings.catch_warnings(), uncollected():
         warnings.simplefilter("ignore")
         try:
             with (
@@ -276,18 +275,6 @@ def _export(
             return program.run_decompositions(dict(decompositions.WRITTEN_OUT))
         except Exception as error:
             raise blame.explain(error, recorder.model, found.advice()) from error
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Tracing makes millions of objects that all stay: looking for garbage among them costs a tenth of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _canonical(program: ExportedProgram, recorder: nn.Module, names: Mapping[int, str]) -> dict[str, str]:

@@ -147,14 +147,22 @@ def filled(tensor: Tensor, generator: torch.Generator, dtype: torch.dtype | None
         made = blank(tensor.shape, (), kind)
     elif tensor.numel() <= _HUGE:
         made = _untouched(tuple(tensor.shape), kind)
-        where = torch.arange(0, tensor.numel(), tensor.numel() // _ELEMENTS | 1)
+        where = _spread(tensor.numel(), tensor.shape[-1])
         made.view(-1)[where] = torch.randn(where.shape, generator=generator).to(kind)
     else:
         made = _repeating(tuple(tensor.shape), generator, scale, kind)
     return nn.Parameter(made, requires_grad=tensor.requires_grad and tensor.numel() <= LARGE) if isinstance(tensor, nn.Parameter) else made
 
 
-_ELEMENTS = 1 << 14
+_RUNS, _RUN = 1 << 11, 8
+"""Random elements of a large tensor: so many runs of so many neighbours. A run takes a page or two."""
+
+
+def _spread(count: int, columns: int) -> Tensor:
+    """Where the random elements of a tensor lie: runs at equal distances of rows, each next to the columns of the one before."""
+    run = torch.arange(_RUNS)
+    starts = run * (count // columns) // _RUNS * columns + run * _RUN % max(columns - _RUN + 1, 1)
+    return (starts.clamp(max=count - _RUN)[:, None] + torch.arange(_RUN)).flatten()
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

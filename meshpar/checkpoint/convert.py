@@ -6,17 +6,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from meshpar.checkpoint import keymap as keymaps
+from meshpar.checkpoint import keyrules
 from meshpar.checkpoint.division import Division, Grid
-from meshpar.checkpoint.execution import How, Progress, Report, execute, uncollected
+from meshpar.checkpoint.execution import How, Progress, Report, execute
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.inspection import first_difference
 from meshpar.checkpoint.keymap import Mapped
+from meshpar.checkpoint.keynames import matches
+from meshpar.checkpoint.keyspaces import Tensors
 from meshpar.checkpoint.opened import Checkpoint, open_checkpoint
 from meshpar.checkpoint.resharding import divide, new_target, single_targets, with_dtype
 from meshpar.checkpoint.sink import folder_sink, rank_sink
 from meshpar.checkpoint.transfer import Options
 from meshpar.checkpoint.work import build
+from meshpar.collection import uncollected
 from meshpar.errors import ConfigError
 
 SHARD_BYTES = 5 * 10**9
@@ -92,12 +96,12 @@ def to_hf(
     return execute(work, how)
 
 
-def _map_in(tensors: keymaps.Tensors, rules: Iterable[str] | None) -> tuple[Mapped, list[str]]:
+def _map_in(tensors: Tensors, rules: Iterable[str] | None) -> tuple[Mapped, list[str]]:
     if rules is not None:
-        parsed = keymaps.parse(rules)
+        parsed = keyrules.parse(rules)
         return (keymaps.apply(parsed, tensors) if parsed else keymaps.identity(tensors)), []
-    stack = keymaps.parse([keymaps.STACK_EXPERTS])
-    if not any(keymaps.matches(stack[0], name) for name in tensors):
+    stack = keyrules.parse([keyrules.STACK_EXPERTS])
+    if not any(matches(stack[0], name) for name in tensors):
         return keymaps.identity(tensors), []
     try:
         return keymaps.apply(stack, tensors), ["experts were stacked; to-hf undoes it"]
@@ -105,13 +109,13 @@ def _map_in(tensors: keymaps.Tensors, rules: Iterable[str] | None) -> tuple[Mapp
         return keymaps.identity(tensors), [f"experts were not stacked: {error}"]
 
 
-def _map_out(tensors: keymaps.Tensors, rules: Iterable[str] | None, recorded: tuple[str, ...], unstack: bool) -> Mapped:
+def _map_out(tensors: Tensors, rules: Iterable[str] | None, recorded: tuple[str, ...], unstack: bool) -> Mapped:
     if rules is not None:
-        parsed = keymaps.parse(rules)
+        parsed = keyrules.parse(rules)
     elif recorded:
-        parsed = keymaps.inverted(keymaps.parse(recorded))
+        parsed = keyrules.inverted(keyrules.parse(recorded))
     elif unstack:
-        parsed = keymaps.inverted(keymaps.parse([keymaps.STACK_EXPERTS]))
+        parsed = keyrules.inverted(keyrules.parse([keyrules.STACK_EXPERTS]))
     else:
         parsed = ()
     return keymaps.apply(parsed, tensors) if parsed else keymaps.identity(tensors)

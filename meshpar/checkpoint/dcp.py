@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from meshpar.checkpoint import keymap as keymaps
+from meshpar.checkpoint import keyrules
 from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.boxes import Box, volume
 from meshpar.checkpoint.casts import TORCH_DTYPES
 from meshpar.checkpoint.division import Grid
-from meshpar.checkpoint.execution import How, Progress, Report, execute, uncollected
+from meshpar.checkpoint.execution import How, Progress, Report, execute
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.files import BLOCK, ITEMSIZE, Disk, check_name, check_tensor_name
 from meshpar.checkpoint.jobs import slabs
@@ -38,6 +39,7 @@ from meshpar.checkpoint.sink import rank_sink
 from meshpar.checkpoint.table import Chunk, Stored, Table
 from meshpar.checkpoint.transfer import Options
 from meshpar.checkpoint.work import build
+from meshpar.collection import uncollected
 from meshpar.errors import ConfigError
 
 METADATA = ".metadata"
@@ -203,7 +205,7 @@ def from_dcp(
         raise ImpossibleError(f"{len(odd)} objects are not plain values: {', '.join(odd[:5])}. Leave them out with --skip-objects.")
     path = new_target(target, resume)
     tensors = opened.manifest.tensors.each(lambda g: (g.dtype, g.shape))
-    rules = keymaps.parse([f"{model_prefix}{{rest*}} -> {{rest*}}"]) if model_prefix else ()
+    rules = keyrules.parse([f"{model_prefix}{{rest*}} -> {{rest*}}"]) if model_prefix else ()
     mapped = keymaps.apply(rules, tensors) if rules else keymaps.identity(tensors)
     kinds = {name: _kind(source, model_prefix) for name, source in mapped.sources.items()}
     mapped = with_dtype(mapped, kinds, dtype)

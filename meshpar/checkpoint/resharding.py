@@ -14,15 +14,17 @@ from pathlib import Path
 from meshpar.checkpoint import keymap as keymaps
 from meshpar.checkpoint.casts import FLOATS
 from meshpar.checkpoint.division import Division, Grid, Layout, default_division, division_from_plan, recut
-from meshpar.checkpoint.execution import How, Progress, Report, execute, uncollected
+from meshpar.checkpoint.execution import How, Progress, Report, execute
 from meshpar.checkpoint.faults import ImpossibleError
 from meshpar.checkpoint.files import Disk
-from meshpar.checkpoint.keymap import Link, Mapped
+from meshpar.checkpoint.keymap import Mapped
+from meshpar.checkpoint.keyspaces import Link, Tensors
 from meshpar.checkpoint.opened import open_checkpoint
 from meshpar.checkpoint.partial import check_target
 from meshpar.checkpoint.sink import rank_sink
 from meshpar.checkpoint.transfer import Options
 from meshpar.checkpoint.work import Work, build
+from meshpar.collection import uncollected
 
 
 @uncollected()
@@ -80,9 +82,7 @@ def new_target(target: Path | str, resume: bool) -> Path:
     return path
 
 
-def divide(
-    tensors: keymaps.Tensors, kinds: Mapping[str, str], grid: Grid | None, plan: Path | str | None, known: Mapping[str, Layout]
-) -> Division:
+def divide(tensors: Tensors, kinds: Mapping[str, str], grid: Grid | None, plan: Path | str | None, known: Mapping[str, Layout]) -> Division:
     """The division asked for: a plan file, else what was recorded, else the default. Values per rank are never cut."""
     if plan is not None:
         division = division_from_plan(Path(plan).read_text(), tensors, grid)
@@ -105,7 +105,7 @@ def _with_dtype(link: Link, dtype: str) -> Link:
     return link if link.target_dtype == dtype else link._replace(target_dtype=dtype, exact=False)
 
 
-def single_targets(tensors: keymaps.Tensors, kinds: Mapping[str, str]) -> keymaps.Tensors:
+def single_targets(tensors: Tensors, kinds: Mapping[str, str]) -> Tensors:
     """The tensors of the model itself: what other tools understand."""
     model = {name: row for name, row in tensors.items() if kinds.get(name, "model") == "model"}
     if not model:

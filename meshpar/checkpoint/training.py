@@ -14,36 +14,32 @@ on the same mesh, and on another one are left alone.
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from meshpar.checkpoint import optimizers
-from meshpar.checkpoint.assets import Assets, assets_of
-from meshpar.checkpoint.division import Grid
+from meshpar.checkpoint.assets import Assets
+from meshpar.checkpoint.contents import EXTRA, MORE, OWN, collecting, generators, mesh_text, named_groups, one_mesh, resolved, tensor_at
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import Disk
-from meshpar.checkpoint.manifest import Manifest
-from meshpar.checkpoint.online import Content, check_modes, fill, grid_of, prepare, read_row, read_whole, shared_open, write_content
+from meshpar.checkpoint.online import check_modes, fill, prepare, read_row, read_whole, shared_open, write_content
 from meshpar.checkpoint.opened import Checkpoint
 from meshpar.checkpoint.optimizers import Restoring
 from meshpar.checkpoint.placed import Held
 from meshpar.checkpoint.ranks import Failure, Group, Ranks, attempt
 from meshpar.checkpoint.reading import Reader
-from meshpar.checkpoint.values import decode, encode
+from meshpar.checkpoint.saving import SAVING, Saving, last_save
+from meshpar.checkpoint.values import decode
 from meshpar.checkpoint.writer import PerRank
-from meshpar.errors import CheckpointError, raise_all
+from meshpar.errors import raise_all
 from meshpar.runtime.model import ParallelModel
-
-EXTRA, MORE, OWN = "extra/", "tensors/", "rank/"
 
 
 @dataclass(frozen=True)
@@ -79,9 +75,9 @@ def save(
 
     >>> save("step-100", pm, optimizer, extra={"step": 100})                                       # doctest: +SKIP
     """
-    _last(module).settle()
+    last_save(module).settle()
     ranks = Ranks.of(group)
-    share = prepare(ranks, _collecting(ranks, module, optimizer, scheduler, extra, tensors, assets))
+    share = prepare(ranks, collecting(ranks, module, optimizer, scheduler, extra, tensors, assets))
     write_content(path, ranks, share, disk)
 
 
@@ -106,72 +102,15 @@ def save_async(
     >>> saving = save_async("step-100", pm, optimizer)                                             # doctest: +SKIP
     >>> train(); saving.wait()                                                                     # doctest: +SKIP
     """
-    last = _last(module)
+    last = last_save(module)
     last.settle()
     ranks = Ranks.of(group)
-    share = prepare(ranks, _collecting(ranks, module, optimizer, scheduler, extra, tensors, assets), copy=True)
+    share = prepare(ranks, collecting(ranks, module, optimizer, scheduler, extra, tensors, assets), copy=True)
     apart = last.ranks if last.ranks is not None and last.group is group else ranks.apart()
     saving = Saving(Path(path), apart, group)
-    module.__dict__[_SAVING] = saving
+    module.__dict__[SAVING] = saving
     saving.start(partial(write_content, path, apart, share, disk))
     return saving
-
-
-@dataclass
-class Saving:
-    """A save on its way."""
-
-    path: Path
-    ranks: Ranks | None = None
-    group: Group = None
-    _thread: threading.Thread | None = None
-    _failure: list[Exception] = field(default_factory=list)
-    _said: bool = False
-
-    def done(self) -> bool:
-        """Whether it has ended on this rank, well or badly."""
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Return when the checkpoint is there. Raises what `save` would have raised, on all ranks."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._failure:
-            self._said = True
-            self.ranks = None  # connections after a failure are not used again
-            raise self._failure[0]
-
-    def settle(self) -> None:
-        """Wait before the next save or load; a failure is raised unless `wait` has done so."""
-        if self._thread is not None:
-            self._thread.join()
-        if not self._said:
-            self.wait()
-
-    def __deepcopy__(self, memo: object) -> Saving:
-        return Saving(self.path)  # a copy of the module has nothing on its way
-
-    def __reduce__(self) -> tuple[type[Saving], tuple[Path]]:
-        return Saving, (self.path,)
-
-    def start(self, write: Callable[[], None]) -> None:
-        def work() -> None:
-            try:
-                write()
-            except Exception as error:
-                self._failure.append(error)
-
-        self._thread = threading.Thread(target=work, name=f"save {self.path}")
-        self._thread.start()
-
-
-_SAVING = "_meshpar_saving"
-
-
-def _last(module: nn.Module) -> Saving:
-    """The last asynchronous save of a module."""
-    found: Saving = module.__dict__.get(_SAVING, Saving(Path()))
-    return found
 
 
 def load(
@@ -206,10 +145,10 @@ def load(
         dtype=(dtype, "error cast"),
         per_rank=(per_rank, "error skip all"),
     )
-    _last(module).settle()
+    last_save(module).settle()
     ranks, disk = Ranks.of(group), disk or Disk()
     opened = shared_open(path, ranks, disk)
-    mesh = _one_mesh(ranks.everyone(_mesh_text(module)))
+    mesh = one_mesh(ranks.everyone(mesh_text(module)))
     same = opened.manifest.values.get("ranks") == ranks.world and opened.manifest.values.get("mesh") == mesh
     plan: list[Restoring] = []
 
@@ -217,10 +156,10 @@ def load(
         _check_whole(opened, {"optimizer": optimizer, "scheduler": scheduler}, unexpected, missing)
         if per_rank == "error" and not same:
             _check_per_rank(opened, mesh, ranks)
-        names, resolve = _resolved(module, opened.manifest)
+        names, resolve = resolved(module, opened.manifest)
         asked: dict[str, torch.Tensor | Held] = dict(names)
         if optimizer is not None and not (missing == "skip" and "optimizer" not in opened.manifest.values):
-            known = {id(_tensor(module, group[0])): group[0] for group in _groups(module)}
+            known = {id(tensor_at(module, group[0])): group[0] for group in named_groups(module)}
             plan.append(optimizers.restoring(optimizer, known, opened.manifest, resolve, partly=missing == "skip"))
             asked |= plan[0].tensors
         return asked | {MORE + name: tensor for name, tensor in (tensors or {}).items()}
@@ -236,183 +175,6 @@ def load(
         _say(str(path), found.unexpected, "were saved and are not asked for")
         _say(str(path), found.cast, "were cast")
     return extra
-
-
-# ---- what a run consists of ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks agree on: the name each tensor is stored under, and who they are."""
-
-    names: Mapping[str, str]
-    mesh: str
-    ranks: int
-
-
-def _collecting(ranks: Ranks, module: nn.Module, *what: Any) -> Callable[[], Content]:
-    """Collective. A function that collects this rank's content, which may fail on some ranks only."""
-    return partial(_content, _agree(module, ranks), ranks.rank == 0, module, *what)
-
-
-def _content(
-    agreed: Agreed,
-    leads: bool,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
-    extra: Mapping[str, Any] | None,
-    tensors: Mapping[str, torch.Tensor] | None,
-    assets: Assets,
-) -> Content:
-    """Everything this rank knows of a run."""
-    out: dict[str, torch.Tensor | Held] = {}
-    names: dict[int, str] = {}
-    for group in _groups(module):
-        out[agreed.names[group[0]]] = _tensor(module, group[0])
-        names[id(_tensor(module, group[0]))] = agreed.names[group[0]]
-    kinds: dict[str, str] = {}
-    own: dict[str, torch.Tensor] = {}
-    values: dict[str, Any] = {"mesh": agreed.mesh, "ranks": agreed.ranks}
-    if isinstance(module, ParallelModel):
-        values["random"] = module.random.state_dict()
-    if optimizer is not None:
-        moments, values["optimizer"] = optimizers.collect(optimizer, names)
-        out |= moments
-        kinds |= dict.fromkeys(moments, "optimizer")
-
-    def keep(path: str, item: Any) -> None:
-        if isinstance(item, PerRank):
-            if isinstance(item.value, torch.Tensor):
-                own[OWN + path] = item.value
-            else:
-                values[path] = PerRank(encode(item.value, path, _no_nesting))
-            return
-        if isinstance(item, DTensor):
-            raise CheckpointError(f"{path} is a DTensor, which extra cannot hold: pass it in tensors={{...}}.")
-        out[path] = item
-        kinds[path] = "extra"
-
-    if scheduler is not None:
-        values["scheduler"] = encode(scheduler.state_dict(), EXTRA + "scheduler", keep)
-    values["extra"] = encode(dict(extra or {}), EXTRA + "extra", keep)
-    for name, tensor in (tensors or {}).items():
-        out[MORE + name] = tensor
-        kinds[MORE + name] = "extra"
-    for name, state in _generators():
-        own[OWN + name] = state
-    aliases = {other: name for other, name in agreed.names.items() if other != name}
-    grid, stage = _place(module, out)
-    files = assets_of(module.original_module if isinstance(module, ParallelModel) else module, _dtype(module), assets) if leads else {}
-    return Content(out, values, kinds, own, aliases, grid, stage, files)
-
-
-def _dtype(module: nn.Module) -> str:
-    """The dtype of the first floating tensor of a module; "" where this rank has none."""
-    return next((str(t.dtype).removeprefix("torch.") for _, t in _named(module) if t.is_floating_point()), "")
-
-
-def _no_nesting(path: str, item: Any) -> None:
-    raise CheckpointError(f"{path}: inside a PerRank value, a {type(item).__name__} cannot be stored; make it PerRank itself.")
-
-
-def _groups(module: nn.Module) -> list[list[str]]:
-    """The names of every parameter and persistent buffer; several of one where it is tied."""
-    fleeting = {f"{path}.{name}" if path else name for path, m in module.named_modules() for name in m._non_persistent_buffers_set}
-    found: dict[int, list[str]] = {}
-    for name, tensor in _named(module):
-        if name not in fleeting:
-            found.setdefault(id(tensor), []).append(name)
-    return list(found.values())
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _tensor(module: nn.Module, fqn: str) -> torch.Tensor:
-    path, _, name = fqn.rpartition(".")
-    found = getattr(module.get_submodule(path), name)
-    assert isinstance(found, torch.Tensor)
-    return found
-
-
-def _agree(module: nn.Module, ranks: Ranks) -> Agreed:
-    """Collective. Tensors tied on one rank are tied on all: a stage may know only one of the names."""
-    groups = attempt(lambda: _groups(module))
-    facts = groups if isinstance(groups, Failure) else ([row for row in groups if len(row) > 1], _mesh_text(module))
-    everyone: list[tuple[list[list[str]], str]] = ranks.everyone(facts)
-    assert not isinstance(groups, Failure)
-    root: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while root.setdefault(name, name) != name:
-            name = root[name]
-        return name
-
-    for rows, _ in everyone:
-        for first, *others in rows:
-            for other in others:
-                if find(first) != find(other):
-                    root[find(other)] = find(first)
-    names = {*root, *(name for row in groups for name in row)}
-    return Agreed({name: find(name) for name in sorted(names)}, _one_mesh([mesh for _, mesh in everyone]), ranks.world)
-
-
-def _one_mesh(meshes: Sequence[str]) -> str:
-    """The meshes of all ranks; stages outside of a ParallelModel may have different ones."""
-    return " | ".join(dict.fromkeys(meshes))
-
-
-def _resolved(module: nn.Module, manifest: Manifest) -> tuple[dict[str, torch.Tensor], Callable[[str], str]]:
-    """The module's tensors by the names they are stored under, and the translation of names."""
-    found: dict[str, str] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for group in _groups(module):
-        name = next((n for n in group if n in manifest.tensors), None)
-        name = name or next((manifest.aliases[n] for n in group if n in manifest.aliases), group[0])
-        found |= dict.fromkeys(group, name)
-        if name in tensors:  # untied here, tied when saved
-            name = group[0]
-        tensors[name] = _tensor(module, group[0])
-    return tensors, found.__getitem__
-
-
-def _place(module: nn.Module, tensors: Mapping[str, Any]) -> tuple[Grid, int]:
-    """The mesh for the record, and this rank's pipeline stage."""
-    mesh = _mesh(module)
-    if mesh is None:
-        return Grid(), 0
-    names = mesh.mesh_dim_names or ()
-    return grid_of(mesh), mesh.get_local_rank("pp") if "pp" in names else 0
-
-
-def _mesh(module: nn.Module) -> Any:
-    if isinstance(module, ParallelModel):
-        return module.mesh
-    meshes = [p.device_mesh for _, p in _named(module) if isinstance(p, DTensor)]
-    return max(meshes, key=lambda m: m.size(), default=None)
-
-
-def _mesh_text(module: nn.Module) -> str:
-    """The mesh in words, axes of any name, outermost first: what per-rank values belong to."""
-    mesh = _mesh(module)
-    if mesh is None:
-        return ""
-    names = mesh.mesh_dim_names or tuple(f"axis{k}" for k in range(mesh.ndim))
-    return ",".join(f"{n}={s}" for n, s in zip(names, mesh.shape, strict=True) if s > 1)
-
-
-def _generators() -> list[tuple[str, torch.Tensor]]:
-    """torch's own generators of this rank."""
-    out = [("generator.cpu", torch.get_rng_state())]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        out.append(("generator.cuda", torch.cuda.get_rng_state()))
-    return out
-
-
-# ---- putting it back -------------------------------------------------------------------------------------------------------------------
 
 
 def _check_whole(opened: Checkpoint, given: Mapping[str, Any], unexpected: str, missing: str) -> None:
@@ -459,7 +221,7 @@ def _restore(
         extra = decode(values.get("extra", {}), fetch)
         schedule = decode(values.get("scheduler"), fetch)
         if rank is not None:
-            for name, _ in _generators():
+            for name, _ in generators():
                 if OWN + name in manifest.tensors:
                     _set_generator(name, read_row(reader, OWN + name, rank))
     for restoring in plan:

@@ -14,7 +14,8 @@ import numpy as np
 
 from meshpar.checkpoint import manifest as manifests
 from meshpar.checkpoint.division import Division
-from meshpar.checkpoint.keymap import Link, Mapped
+from meshpar.checkpoint.keymap import Mapped
+from meshpar.checkpoint.keyspaces import Link
 from meshpar.checkpoint.opened import Checkpoint
 from meshpar.checkpoint.sink import Sink
 from meshpar.checkpoint.table import Chunks, Crcs, Ints, Table

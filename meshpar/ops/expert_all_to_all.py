@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshpar._torch import FakeTensor, functional, resolve_process_group
 from meshpar.errors import ConfigError, raise_all
 from meshpar.ops import experts
-from meshpar.ops.collectives import call, on_rank
+from meshpar.ops.primitives import call, on_rank
 from meshpar.sharding.types import chunk
 from meshpar.simulate import is_simulated, local_tensors
 

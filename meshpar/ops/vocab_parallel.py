@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meshpar._torch import functional
-from meshpar.ops.collectives import Segments, Traffic, call, on_rank, refuse_second_derivative
+from meshpar.ops.collectives import Traffic, refuse_second_derivative
+from meshpar.ops.layouts import Segments
+from meshpar.ops.primitives import call, on_rank
 from meshpar.sharding.types import Shard
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,8 +41,9 @@ def build(
     schedule: Schedule | None,
     *,
     weights: str | PathLike[str] | None = None,
+    filled: bool = True,
 ) -> Engine:
-    """The engine that runs `program` on this rank, with the values of `model`, or those in `weights`.
+    """The engine that runs `program` on this rank, with the values of `model`, or those in `weights`; with none if not `filled`.
 
     Raises ConfigError for a pipeline on simulated ranks: they all run one program.
     """
@@ -51,7 +53,7 @@ def build(
     plans = {n: p for n, p in program.plan.parameters.items() if set(p.stages) & set(own) and _is_here(p, mesh)}
     specs = {name: _spec(name, plan, config, own) for name, plan in plans.items()}
     if is_simulated():
-        tree = _simulated(model, mesh, config, program, specs, weights)
+        tree = _simulated(model, mesh, config, program, specs, weights, filled)
         return Whole(tree, DataParallel(Block(), config.data_parallel, ()), program)
     parameters = {name: place.empty(spec, spmd) for name, spec in specs.items()}
     alone = left_alone(program.plan, mesh, config)
@@ -64,12 +66,30 @@ def build(
             place.allocate(tree, mesh.device_type)
         mark_all(tree, specs)
         parameters.update(tree.named_parameters())
-    if not without_memory:
+    if filled and not without_memory:
         _fill(model, config, trees, parameters, weights)
     if schedule is None:
         return Whole(trees[0], data[0], program)
     ties = _ties(program.plan, mesh, parameters)
     return Pipelined(trees, program, data, ties, schedule, axis(mesh, "pp"), torch.device(mesh.device_type))
+
+
+@torch.no_grad()
+def copy_values(source: Engine, target: Engine) -> dict[int, Any]:
+    """Make the parameters, their gradients and the buffers of one engine those of another, built from the same program.
+
+    Returns the copy of every parameter and buffer by the `id` of its source.
+    """
+    copies: dict[int, Any] = {}
+    for index, tree in source.trees.items():
+        parameters, buffers = dict(target.trees[index].named_parameters()), dict(target.trees[index].named_buffers())
+        for name, parameter in tree.named_parameters():
+            copy = copies[id(parameter)] = parameters[name].requires_grad_(parameter.requires_grad)
+            copy.copy_(parameter)
+            copy.grad = None if parameter.grad is None else parameter.grad.clone()
+        for name, buffer in tree.named_buffers():
+            copies[id(buffer)] = buffers[name].copy_(buffer)
+    return copies
 
 
 def _has_no_peers() -> bool:
@@ -143,6 +163,7 @@ def _simulated(
     program: Program,
     specs: Mapping[str, ParameterSpec],
     weights: str | PathLike[str] | None,
+    filled: bool,
 ) -> Tree:
     """The tree of all simulated ranks, which live in this process: whole values are here, and every rank's part is cut from them."""
     parameters: dict[str, nn.Parameter] = {}
@@ -150,7 +171,12 @@ def _simulated(
     def put(name: str, value: torch.Tensor | Lazy) -> None:
         parameters[name] = place.whole(value, specs[name], mesh)
 
-    buffers = materialise(model, list(specs), put, weights=weights, dtype=config.precision.param_dtype)
+    if filled:
+        buffers = materialise(model, list(specs), put, weights=weights, dtype=config.precision.param_dtype)
+    else:
+        buffers = _buffers(model, mesh.device_type)
+        for name, spec in specs.items():
+            put(name, torch.empty(spec.shape, dtype=spec.dtype))
     (tree,) = _trees(model, config, program, (0,), parameters, {n: b.detach().clone() for n, b in buffers.items()}).values()
     tree.set_compute_dtype(config.precision.compute_dtype)
     return tree

@@ -22,6 +22,7 @@ from ..plan import Comm, Plan
 from ..schedule import Event, Order, schedule_table
 from ..sharding.types import Shard
 from .blocks import inlined, print_code
+from .build import build, copy_values
 from .describe import explain
 from .engine import Engine
 from .failures import Together
@@ -29,6 +30,7 @@ from .gradients import OnMesh
 from .load import expert_load
 from .memory import MemoryReport, memory
 from .names import together as one_module
+from .parameters import convert_state_dicts
 from .pipeline import Pipelined
 from .program import Program, Programs, Signature, flatten, restore
 
@@ -63,6 +65,7 @@ class ParallelModel(nn.Module):
         self._programs[first.signature, config.microbatches] = first
         self._first = first
         self.training = first.signature.training
+        convert_state_dicts(self, known=frozenset(programs.skeleton.state_dict()))
 
     def _take_names(self) -> None:
         """The trees' own tables, not copies: what FSDP2 swaps there is what this module shows."""
@@ -87,6 +90,21 @@ class ParallelModel(nn.Module):
             for name, buffer in tree.named_buffers():
                 if buffer is not own[name]:
                     buffer.copy_(own[name])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModel:
+        """Another parallel model that runs the same programs, with copies of parameters, gradients and buffers: for averages of weights.
+
+        Hooks on this module are not copied. Collective.
+        """
+        engine = build(self._makes.skeleton, self.mesh, self.config, self._first, self._makes.schedule, filled=False)
+        new = type(self)(engine, self.mesh, self.config, self._makes, self._first, self._together)
+        memo |= {id(self): new, **copy_values(self._engine, engine)}
+        for key, program in self._programs.items():
+            if key not in new._programs:
+                new._programs[key] = program
+                engine.add(program)
+        new.random.load_state_dict(self.random.state_dict())
+        return new.train(self.training)
 
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 

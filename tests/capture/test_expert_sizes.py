@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshpar.capture import expert_doubles, expert_lists, expert_proofs, expert_record, stand_in
-from meshpar.capture.expert_body import Body
+from meshpar.capture.expert_body import Body, NotLifted
 from meshpar.capture.expert_doubles import Case, Double, Trial
 from meshpar.capture.export import capture
 from meshpar.errors import CaptureError
@@ -102,6 +103,40 @@ def test_many_tokens_are_tried_at_small_sizes_only(monkeypatch: pytest.MonkeyPat
     found = expert_lists.Lists().lifted(layer, ("experts",), (torch.randn(8, 32, WIDE),), {})
     assert isinstance(found, expert_lists.Lifted)
     assert max(tokens for small, tokens in tried if small) == 256 and max(tokens for small, tokens in tried if not small) == 6
+
+
+def test_a_large_tensor_of_a_double_takes_few_pages() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    made = stand_in.filled(torch.empty(4096, 12288, device="meta"), torch.Generator().manual_seed(0), torch.double)
+    assert resident() - before < 24 << 20, "of 384 MiB"
+    assert bool((made != 0).any(0).all()) and int((made != 0).any(1).sum()) >= 2048, "values in every column, and in many rows"
+
+
+class Wide(nn.Module):
+    """Layers one after another, tables with more rows than a small double has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(300, 160)
+        self.layers = nn.ModuleList(nn.Linear(160, 160) for _ in range(48))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_take_one_double_of_their_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[bool] = []
+    double = Case.double
+    monkeypatch.setattr(Case, "double", lambda self, *rest: sizes.append(bool(self.sizes)) or double(self, *rest))
+    found = expert_lists.Lists().lifted(Wide(), ("layers",), (torch.randint(300, (2, 8)),), {})
+    assert isinstance(found, NotLifted) and not found.like_experts, found
+    assert sizes.count(False) == 1, "the first shows that they run one after another"
 
 
 class ByWidth(SwiGLU):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meshpar.checkpoint import keymap
+from meshpar.checkpoint import keymap, keyrules
 from meshpar.checkpoint.convert import from_hf, to_hf
 from meshpar.checkpoint.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.inspection import diff, inspect
@@ -190,11 +190,11 @@ REFUSED = {
 def test_maps_that_are_not_bijections_are_refused(rule: str) -> None:
     message = REFUSED[rule]
     with pytest.raises((ConfigError, ImpossibleError), match=message):
-        keymap.apply(keymap.parse([rule]), TENSORS)
+        keymap.apply(keyrules.parse([rule]), TENSORS)
 
 
 def test_a_pattern_that_would_take_too_much_on_the_way_back_is_recorded_name_by_name() -> None:
-    mapped = keymap.apply(keymap.parse(["{l}.w -> {l}"]), TENSORS)
+    mapped = keymap.apply(keyrules.parse(["{l}.w -> {l}"]), TENSORS)
     assert sorted(mapped.tensors) == ["a", "b", "x.0", "x.1", "y"]
     assert mapped.rules == ("a.w -> a", "b.w -> b")
 
@@ -202,14 +202,14 @@ def test_a_pattern_that_would_take_too_much_on_the_way_back_is_recorded_name_by_
 def test_an_incomplete_stack_is_refused() -> None:
     tensors = {"x.0": ("F32", (3, 2)), "x.2": ("F32", (3, 2))}
     with pytest.raises(ImpossibleError, match=r"2 of 3 tensors are there, e.g. x.0, x.2"):
-        keymap.apply(keymap.parse(["x.{e} [...] -> x [e ...]"]), tensors)
+        keymap.apply(keyrules.parse(["x.{e} [...] -> x [e ...]"]), tensors)
     tensors = {"x.0": ("F32", (3, 2)), "x.1": ("F32", (3, 3))}
     with pytest.raises(ImpossibleError, match=r"x.1 is \[3, 3\], its siblings are \[3, 2\]"):
-        keymap.apply(keymap.parse(["x.{e} [...] -> x [e ...]"]), tensors)
+        keymap.apply(keyrules.parse(["x.{e} [...] -> x [e ...]"]), tensors)
 
 
 def test_rules_are_recorded_with_their_sizes() -> None:
-    rules = keymap.parse(["{p}.q [q h] + {p}.k [k h] -> {p}.qk [(q|k) h]"])
+    rules = keyrules.parse(["{p}.q [q h] + {p}.k [k h] -> {p}.qk [(q|k) h]"])
     same_sizes = {"a.q": ("F32", (4, 2)), "a.k": ("F32", (1, 2)), "b.q": ("F32", (4, 2)), "b.k": ("F32", (1, 2))}
     assert keymap.apply(rules, same_sizes).rules == ("{p}.q [q h] + {p}.k [k h] -> {p}.qk [(q|k) h] with h=2, k=1, q=4",)
     other = same_sizes | {"b.q": ("F32", (3, 2)), "b.k": ("F32", (2, 2))}
@@ -224,8 +224,8 @@ def test_a_rule_shown_and_read_again_is_the_same_rule() -> None:
         "h == e",
         "s -> s : F16 => F32",
     ):
-        (rule,) = keymap.parse([text])
-        assert keymap.show(rule) == text
+        (rule,) = keyrules.parse([text])
+        assert keyrules.show(rule) == text
         if not rule.tie:
-            (back,) = keymap.parse([keymap.show(rule.inverse())])
-            assert keymap.show(back.inverse()) == text or not back.merging
+            (back,) = keyrules.parse([keyrules.show(rule.inverse())])
+            assert keyrules.show(back.inverse()) == text or not back.merging

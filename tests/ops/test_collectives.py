@@ -15,6 +15,7 @@ from torch import Tensor
 
 from meshpar._torch import FakeStore
 from meshpar.ops import collectives as ops
+from meshpar.ops import primitives
 from meshpar.simulate import local_tensors, per_rank, simulate
 from tests.ops.layouts import LAYOUTS, SHAPE, Layout, only, part
 from tests.pool import Pool
@@ -203,8 +204,8 @@ def test_a_slice_does_not_keep_the_whole_alive() -> None:
 
 def test_many_gradients_are_added_in_one_all_reduce_per_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[torch.dtype] = []
-    real = ops._all_reduce
-    monkeypatch.setattr(ops, "_all_reduce", lambda x, *rest: sums.append(x.dtype) or real(x, *rest))
+    real = ops.all_reduce
+    monkeypatch.setattr(ops, "all_reduce", lambda x, *rest: sums.append(x.dtype) or real(x, *rest))
     with simulate(3):
         q, k, v, unused = (spread([torch.full((n,), 2.0, dtype=dtype)] * 3).requires_grad_() for n, dtype in FOUR)
         index, frozen = torch.arange(3), torch.ones(2)
@@ -380,8 +381,8 @@ def test_traffic_is_that_of_the_ring_algorithms() -> None:
 def test_traffic_counts_the_collectives_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of conjugates and the functions cannot drift apart."""
     ran: list[str] = []
-    real = ops.call
-    monkeypatch.setattr(ops, "call", lambda op, *args: ran.append(op._schema.name.split("::")[1]) or real(op, *args))
+    real = primitives.call
+    monkeypatch.setattr(primitives, "call", lambda op, *args: ran.append(op._schema.name.split("::")[1]) or real(op, *args))
     names = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter", "all_to_all_single": "all_to_all"}
     table = cases(2)
     with simulate(2):

@@ -1,0 +1,179 @@
+"""What conversions are made of: one collective, or none, from a tensor to a tensor, without autograd.
+
+All have one signature, `(x, layout, axis) -> y`: `layout` is () or the fields of one shard or two, `axis` is (group, size, rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshpar._torch import LocalTensor, below_autograd, functional, is_view
+from meshpar.ops.layouts import (
+    join,
+    local_shape,
+    local_shapes,
+    moves_between,
+    numels,
+    pack,
+    pack_moves,
+    padded,
+    piece_numel,
+    pieces_for,
+    ranks_first,
+    ranks_inside,
+    surround,
+    take,
+    unpack,
+    unpack_moves,
+    unpadded,
+)
+from meshpar.simulate import axis_rank, per_rank
+
+Primitive = Callable[[Tensor, Any, Any], Tensor]
+"""`(x, layout, axis) -> y` without autograd: `layout` is () or the fields of one shard or two, `axis` is (group, size, rank)."""
+
+
+def same(x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """The tensor itself."""
+    return x
+
+
+def all_reduce(x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """The sum over the axis."""
+    group, _, rank = axis
+    return call(functional.all_reduce.default, _held_by_all(x, rank), "sum", group)
+
+
+def all_reduce_in_place(x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """The sum in the memory of `x`, where that is one stretch and not, for autograd, a view of something else; then it is `x` itself."""
+    group, _, rank = axis
+    if rank < 0 or torch.compiler.is_compiling() or not x.is_contiguous() or (x.requires_grad and is_view(x)):
+        return all_reduce(x, layout, axis)
+    with below_autograd():
+        functional.wait_tensor.default(functional.all_reduce_.default(x, "sum", group))
+    return x
+
+
+def keep_on_first(x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """The tensor on the axis's first rank, zeros on the others."""
+    return on_rank(lambda rank, x: x if rank == 0 else torch.zeros_like(x), axis, x)
+
+
+def own_slice(x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """This rank's part, as a copy: a view would keep the whole tensor alive."""
+    return on_rank(lambda rank, x: take(x, layout, axis[1], rank).clone(memory_format=torch.contiguous_format), axis, x)
+
+
+def zero_padded(x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """The whole tensor with zeros for the slices of other ranks."""
+    return on_rank(lambda rank, x: surround(x, layout, axis[1], rank), axis, x)
+
+
+def all_gather(x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """The whole tensor from the slices of all ranks, in global order."""
+    group, size, rank = axis
+    dim, repeat, segments = layout
+    if x.dtype in _CARRIERS:
+        return _carried(all_gather, x, layout, axis)
+    if len(segments) == 1 and segments[0][0] % size == 0:
+        gathered = call(functional.all_gather_into_tensor.default, _held_by_all(x, rank).contiguous(), size, group)
+        if dim == 0 and repeat == 1:
+            return gathered
+        return on_rank(lambda rank, y, x: ranks_inside(y, x.shape, dim, repeat, size), axis, gathered, x)
+    flat = on_rank(lambda rank, x: padded(x.reshape(-1), max(numels(x.shape, layout, size))), axis, x)
+    gathered = call(functional.all_gather_into_tensor.default, flat, size, group)
+    return on_rank(lambda rank, y, x: join(unpack(y, local_shapes(x.shape, layout, size)), layout, size), axis, gathered, x)
+
+
+def reduce_scatter(x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """This rank's slice of the sum over the axis."""
+    group, size, rank = axis
+    dim, repeat, segments = layout
+    if len(segments) == 1 and segments[0][0] % size == 0:
+        if dim == 0 and repeat == 1:
+            return call(functional.reduce_scatter_tensor.default, _held_by_all(x, rank).contiguous(), "sum", size, group)
+        parts = on_rank(lambda rank, x: ranks_first(x, dim, repeat, size), axis, x)
+        mine = call(functional.reduce_scatter_tensor.default, parts, "sum", size, group)
+        return on_rank(lambda rank, y, x: y.view(local_shape(x.shape, layout, size, rank)), axis, mine, x)
+    packed = on_rank(lambda rank, x: pack([take(x, layout, size, r) for r in range(size)], max(numels(x.shape, layout, size))), axis, x)
+    mine = call(functional.reduce_scatter_tensor.default, packed, "sum", size, group)
+    return on_rank(lambda rank, y, x: unpadded(y, local_shape(x.shape, layout, size, rank)), axis, mine, x)
+
+
+def all_to_all(x: Tensor, layouts: Any, axis: Any) -> Tensor:
+    """The slice of this rank in a second layout from those of a first one; `layouts` are the fields of both."""
+    here, there = layouts[:3], layouts[3:]
+    if x.dtype in _CARRIERS:
+        return _carried(all_to_all, x, layouts, axis)
+    if x.is_complex():
+        return torch.view_as_complex(all_to_all(torch.view_as_real(x), layouts, axis).contiguous())
+    if here[0] == there[0]:
+        return _cut_anew(x, here, there, axis)
+    group, size, _ = axis
+    if all(len(segments) == 1 and segments[0][0] % size == 0 for segments in (here[2], there[2])):
+        moved = _exchange(on_rank(lambda rank, x: ranks_first(x, there[0], there[1], size), axis, x), size, group)
+        return on_rank(lambda rank, y, x: ranks_inside(y, local_shape(x.shape, there, size, rank), here[0], here[1], size), axis, moved, x)
+    parts = on_rank(lambda rank, x: pack([take(x, there, size, r) for r in range(size)], piece_numel(x.shape, here, there, size)), axis, x)
+    moved = _exchange(parts, size, group)
+    return on_rank(lambda rank, y, x: join(unpack(y, pieces_for(x.shape, here, there, size, rank)), here, size), axis, moved, x)
+
+
+def _cut_anew(x: Tensor, here: Any, there: Any, axis: Any) -> Tensor:
+    """The exchange between two layouts of the same dim."""
+    group, size, _ = axis
+    moves = moves_between(here[1], here[2], there[1], there[2], size)
+    moved = _exchange(on_rank(lambda rank, x: pack_moves(x, here[0], moves, rank), axis, x), size, group)
+    return on_rank(lambda rank, y, x: unpack_moves(y, x.shape, here[0], moves, rank), axis, moved, x)
+
+
+def call(op: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """Run a functional collective and wait for it, past the autograd layer that torch registers for it in Python."""
+    if torch.compiler.is_compiling():
+        return functional.wait_tensor.default(op(x, *args))
+    with below_autograd():
+        return functional.wait_tensor.default(op(x, *args))
+
+
+def _exchange(parts: Tensor, size: int, group: str) -> Tensor:
+    """Piece q of dim 0 (of `size` equal pieces) goes to rank q."""
+    split = [parts.shape[0] // size] * size
+    return call(functional.all_to_all_single.default, parts, split, split, group)
+
+
+def on_rank(fn: Callable[..., Any], axis: tuple[str, int, int], *tensors: Tensor) -> Any:
+    """`fn(rank on the axis, *tensors)`, here or for every simulated rank."""
+    group, _, rank = axis
+    if rank >= 0:
+        return fn(rank, *tensors)
+    return per_rank(lambda world_rank, *local: fn(axis_rank(group, world_rank), *local), *tensors)
+
+
+def _held_by_all(x: Tensor, rank: int) -> Tensor:
+    """Inside `simulate` a tensor made outside of it, once for all ranks, becomes one per rank: the collectives would pass it over."""
+    if rank >= 0 or isinstance(x, LocalTensor):
+        return x
+    return per_rank(lambda _, x: x, x)
+
+
+# What no backend moves as it is, and what it travels as.
+_CARRIERS = {
+    torch.bool: torch.uint8,
+    torch.int16: torch.int32,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+}
+
+
+def _carried(primitive: Primitive, x: Tensor, layout: Any, axis: Any) -> Tensor:
+    """Run a primitive that only moves values on a dtype that the backends know."""
+    carrier = _CARRIERS[x.dtype]
+    if carrier.itemsize == x.dtype.itemsize:
+        return primitive(x.view(carrier), layout, axis).view(x.dtype)
+    return primitive(x.to(carrier), layout, axis).to(x.dtype)

@@ -1,0 +1,100 @@
+"""Copies of a parallel model: they run the same programs on parameters of their own, and average weights as torch's AveragedModel does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import meshpar as mp
+from meshpar.simulate import local_tensors
+from tests.models import plain
+from tests.pool import Pool
+
+
+def averaged(model: nn.Module, step: Callable[[Any], float]) -> tuple[AveragedModel, list[float]]:
+    """Three AdamW steps that an exponential average of the weights follows; the losses."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    optimizer = torch.optim.AdamW([{"params": model.parameters()}], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        losses.append(step(model))
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    return average, losses
+
+
+def average_against_one_device(spec: str, mode: str) -> list[tuple[float, float]]:
+    """Losses while training and of the average at the end, beside those of one device."""
+    model, batch = plain("gpt_kv2")
+    model = model.double()
+    mesh = mp.make_mesh(spec)
+    local = mp.local_batch(batch, mesh)
+    pm = mp.parallelize(model, mesh, example=local, config=mp.ParallelConfig(data_parallel=mode))  # type: ignore[arg-type]
+
+    def alone(model: nn.Module) -> float:
+        loss: torch.Tensor = model(**batch)
+        loss.backward()
+        return float(loss.detach())
+
+    average, ours = averaged(pm, lambda pm: float(pm.train_step(**local)))
+    expected, theirs = averaged(model, alone)
+    with torch.no_grad():
+        last = [(float(average.module.eval_step(**local)), float(expected.module(**batch)))]
+    return [*zip(ours, theirs, strict=True), *last]
+
+
+@pytest.mark.parametrize(
+    ("spec", "mode"), [("dp=2,tp=2", "zero3"), ("dp=2,tp=2", "replicate"), ("dp_replicate=2,dp_shard=2", "zero2"), ("pp=2,tp=2", "zero3")]
+)
+def test_averages_of_weights(gloo: Pool, spec: str, mode: str) -> None:
+    for found in gloo.run(average_against_one_device, spec, mode, world=4):
+        assert all(abs(ours - theirs) < 1e-9 for ours, theirs in found), found
+        assert abs(found[-1][0] - found[-2][0]) > 1e-3, "the average has weights of its own"
+
+
+def copies_apart(spec: str) -> list[float]:
+    """Losses of a model, of its copy, and of both after the copy alone has learned; batch norm's statistics too."""
+    model, batch = plain("batch_norm")
+    model = model.double()
+    mesh = mp.make_mesh(spec)
+    local = {name: value.double() for name, value in mp.local_batch(batch, mesh).items()}
+    pm = mp.parallelize(model, mesh, example=local)
+    pm.train_step(**local)
+    twin = copy.deepcopy({"again": pm, "model": pm})["model"]
+    grads = [(p.grad.full_tensor(), q.grad.full_tensor()) for p, q in zip(pm.parameters(), twin.parameters(), strict=True)]
+    assert all(torch.equal(a, b) for a, b in grads) and list(twin.state_dict()) == list(pm.state_dict())
+    found = [float(pm.eval().eval_step(**local)), float(twin.eval().eval_step(**local))]
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    found += [float(pm.eval_step(**local)), float(twin.eval_step(**local))]
+    twin.train().train_step(**local)
+    return [*found, float(pm.eval_step(**local)), float(twin.eval().eval_step(**local))]
+
+
+def check_apart(found: list[float]) -> None:
+    assert found[0] == found[1] == found[2] == found[4]
+    assert len({found[0], found[3], found[5]}) == 3, "its step, then its statistics"
+
+
+def test_copies_share_nothing(gloo: Pool) -> None:
+    for found in gloo.run(copies_apart, "dp=2,tp=2", world=4):
+        check_apart(found)
+
+
+def test_copies_of_simulated_ranks() -> None:
+    model, batch = plain("gpt_kv2")
+    with mp.simulate(2):
+        pm = mp.parallelize(model.double(), mp.make_mesh("tp=2"), example=batch)
+        twin = copy.deepcopy(pm)
+        losses = [pm.train_step(**batch), twin.train_step(**batch)]
+        torch.optim.SGD(twin.parameters(), lr=0.1).step()
+        losses += [pm.eval_step(**batch), twin.eval_step(**batch)]
+        found = [{part.item() for part in local_tensors(loss).values()} for loss in losses]
+    assert found[0] == found[1] == found[2] and found[3].isdisjoint(found[0])
+    assert all(len(ranks) == 1 for ranks in found)
