@@ -85,6 +85,17 @@ class Selected(nn.Module):
         return self.down(torch.tanh(self.up(x))) * mask[..., None]
 
 
+class Spectral(nn.Module):
+    """A weight over its largest singular value, whose vectors are buffers that forward improves in place, without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 32)), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
 class Squeezed(nn.Module):
     """A dim as long as there are ranks, at which a squeeze that means none of it is aimed."""
 
@@ -127,6 +138,7 @@ class Written(nn.Module):
 MODELS = {
     "selected": lambda: Body(Selected(), Selected()),
     "written": lambda: Body(Written(), Written()),
+    "spectral norm": lambda: Body(Spectral()),
     "squeezed": lambda: Body(Squeezed(), Squeezed()),
     "broadcast": lambda: Body(Broadcast(), Broadcast()),
     "shifted": lambda: Body(Shifted(), Shifted()),
