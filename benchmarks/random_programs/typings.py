@@ -145,8 +145,10 @@ def part(full: Tensor, type_: Type, size: int, rank: int) -> Tensor:
     if full.dtype == torch.bool:  # only ever a mask: all of it on one rank
         return full if rank == 0 else torch.zeros_like(full)
 
+    size_of = full.abs().max() if full.is_floating_point() and full.numel() else 7  # (larger shares would cancel with a larger rounding)
+
     def share(of: int) -> Tensor:
-        return (7 * torch.sin(torch.arange(full.numel(), dtype=torch.double) + of)).reshape(full.shape).to(full.dtype)
+        return (size_of * torch.sin(torch.arange(full.numel(), dtype=torch.double) + of)).reshape(full.shape).to(full.dtype)
 
     return share(rank) if rank < size - 1 else full - sum(share(r) for r in range(size - 1))
 
