@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
 )
-from torch.fx import Node
+from torch.fx import Node, _symbolic_trace
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
 from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
 from torch.utils._python_dispatch import TorchDispatchMode  # torch 2.13; wait for public dispatch modes
@@ -202,6 +202,33 @@ def lists_of_numbers(record: Callable[[list[Any], torch.Tensor], list[Any]]) -> 
     finally:
         for kind, original in originals:
             kind.tolist = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def modules_untraced() -> Iterator[None]:
+    """Inside, modules are no part of a trace that is under way: it keeps a stack of their calls, and loses count when one raises; and in a
+    model with a shared module, it hands out proxies in place of submodules (torch 2.13; wait for a public way out of a trace)."""
+    traced = nn.Module.__call__, nn.Module.__getattr__
+    nn.Module.__call__, nn.Module.__getattr__ = _symbolic_trace._orig_module_call, _symbolic_trace._orig_module_getattr  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__, nn.Module.__getattr__ = traced  # type: ignore[method-assign]
+
+
+def as_traced(module: nn.Module) -> nn.Module:
+    """What stands for `module`, whose forward was just called, in a trace: in a model with a shared module, a proxy that knows its path.
+
+    torch 2.13; wait for a public look at a trace.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    tracer: Any = getattr(get_proxy_mode(), "tracer", None)
+    if not getattr(tracer, "enable_attr_proxy", False) or not tracer.module_stack:
+        return module
+    path, kind = next(reversed(tracer.module_stack.values()))
+    made: nn.Module = tracer.proxy_type(module, path) if kind.__name__ == type(module).__name__ else module
+    return made
 
 
 def recorded_as(tensor: torch.Tensor) -> tuple[Node, nn.Module] | None:

@@ -90,6 +90,12 @@ def _refs(step: Step) -> set[int]:
     return {leaf.index for leaf in pytree.tree_leaves((step.args, dict(step.kwargs))) if isinstance(leaf, Ref)}
 
 
+def read_by(body: Body) -> set[str]:
+    """The operands that the body reads."""
+    places = set().union(*(_refs(step) for step in body.steps)) | {body.result}
+    return {name for name, place in body.operands.items() if place in places}
+
+
 def pruned(body: Body) -> Body:
     """The body without the steps that its result does not need."""
     needed, kept = {body.result}, []
@@ -98,6 +104,15 @@ def pruned(body: Body) -> Body:
             kept.append(step)
             needed |= _refs(step)
     return replace(body, steps=tuple(reversed(kept)))
+
+
+def idle(body: Body) -> Body:
+    """The body that drops nothing."""
+
+    def kept(step: Step) -> Step:
+        return Step(identity, step.args[:1], {}, step.results) if step.run is torch.nn.functional.dropout else step
+
+    return replace(body, steps=tuple(map(kept, body.steps)))
 
 
 # ---- what steps run, where no operator of torch does it --------------------------------------------------------------------------------

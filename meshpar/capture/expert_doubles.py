@@ -31,6 +31,11 @@ class Trial:
     """Whether parameters of the owner that have one shape are equal: two routers then choose the same experts."""
 
 
+def members_of(container: nn.Module) -> list[nn.Module]:
+    """The modules of a list, without those that hold no parameters: dropout, say."""
+    return [child for child in container.children() if next(child.parameters(), None) is not None]
+
+
 @dataclass(frozen=True)
 class Case:
     """The call of an owner of experts that is to be lifted."""
@@ -45,7 +50,7 @@ class Case:
 
     @property
     def members(self) -> list[nn.Module]:
-        return [*self.owner.get_submodule(self.container).children()]
+        return members_of(self.owner.get_submodule(self.container))
 
     @property
     def tokens(self) -> int:
@@ -65,7 +70,7 @@ class Case:
         scale, shift = (n.to(kind).requires_grad_() for n in numbers)
         calls = Calls()
         experts = [_Simple(calls, *own) for own in zip(scale.unbind(), shift.unbind(), members, strict=True)]
-        calls.owner = owner = self._owner(experts, generator, dtype)
+        calls.owner = owner = self._owner(experts, generator, dtype, calls)
         if trial.twins:
             _equalise(owner)
         return Double(owner, scale, shift, *self._inputs(trial, generator, dtype), calls)
@@ -81,9 +86,14 @@ class Case:
             return seen.width
         raise NotLifted("its members are not called on these inputs", like_experts=False)
 
-    def _owner(self, experts: Sequence[nn.Module], generator: torch.Generator, dtype: torch.dtype | None) -> nn.Module:
+    def _owner(
+        self, experts: Sequence[nn.Module], generator: torch.Generator, dtype: torch.dtype | None, calls: Calls | None = None
+    ) -> nn.Module:
         instead = {id(member): expert for member, expert in zip(self.members, experts, strict=True)}
-        return stand_in(self.owner, generator, dtype=dtype, instead=instead, without=("forward",), sizes=self.sizes, thin=True)
+        dropping = None if calls is None else calls.drop
+        return stand_in(
+            self.owner, generator, dtype=dtype, instead=instead, without=("forward",), sizes=self.sizes, thin=True, dropping=dropping
+        )
 
     def _inputs(self, trial: Trial, generator: torch.Generator, dtype: torch.dtype | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the same form with few tokens: equal sizes stay equal, the last dim of a floating tensor is a width."""
@@ -100,7 +110,8 @@ class Case:
         def shrink(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            kept = leaf.dim() - 1 if rows and leaf.dim() > 1 else leaf.dim()
+            square = leaf.dim() > 2 and leaf.shape[-1] == leaf.shape[-2]  # of tokens, not a width
+            kept = leaf.dim() - 1 if rows and leaf.dim() > 1 and leaf.dtype != torch.bool and not square else leaf.dim()
             shape = tuple(fewer.get(int(n), int(n)) if d < kept else self.small(int(n)) for d, n in enumerate(leaf.shape))
             if not leaf.is_floating_point():
                 return _whole(shape, leaf.dtype, experts, trial, generator)
@@ -127,7 +138,7 @@ def type_of(member: nn.Module) -> torch.dtype:
 def _whole(shape: tuple[int, ...], dtype: torch.dtype, experts: int, trial: Trial, generator: torch.Generator) -> Tensor:
     """Random numbers that may be an index of experts: those of a row differ, where there are enough."""
     if dtype == torch.bool:
-        return torch.ones(shape, dtype=dtype)
+        return torch.rand(shape, generator=generator) < (0.7 if trial.scale == 1.0 else 1.0)
     if not shape or shape[-1] > experts:
         return torch.randint(experts, shape, generator=generator).to(dtype)
     order = torch.rand(*shape[:-1], experts, generator=generator).argsort(-1)[..., : shape[-1]].to(dtype)
@@ -200,6 +211,12 @@ class Calls:
     """Of the calls in a run."""
     first: Tensor | None = None
     """The result of the first one, until the second one has been made."""
+    drops: int = 0
+    """How often the owner has dropped elements at random, were it not a double."""
+
+    def drop(self, module: nn.Module, p: float, x: Tensor) -> Tensor:
+        self.drops += 1
+        return x
 
 
 class _Simple(nn.Module):

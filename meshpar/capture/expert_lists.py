@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from meshpar._torch import pytree
-from meshpar.capture.expert_body import Body, NotLifted
-from meshpar.capture.expert_doubles import Case, Double, Trial, type_of
+from meshpar.capture.expert_body import Body, NotLifted, idle
+from meshpar.capture.expert_doubles import Case, Double, Trial, members_of, type_of
 from meshpar.capture.expert_forms import Form, Probe, Result, Sum, forms
 from meshpar.capture.expert_loops import UNFIT, Loop, calling, loops, replaced
 from meshpar.capture.expert_proofs import attempt, proven, reasoned
-from meshpar.capture.expert_record import record
-from meshpar.capture.stand_in import LARGE, alike, close, derivatives, reduced, stand_in
+from meshpar.capture.expert_record import drop, record
+from meshpar.capture.stand_in import LARGE, alike, close, derivatives, hooked, reduced, stand_in
 
 
 def experts_in(owner: nn.Module) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def experts_in(owner: nn.Module) -> tuple[str, ...]:
         return ()
     children = [("", owner), *owner.named_children()]
     return tuple(
-        name for name, child in children if isinstance(child, nn.ModuleList | nn.ModuleDict) and _may_be_experts([*child.children()])
+        name for name, child in children if isinstance(child, nn.ModuleList | nn.ModuleDict) and _may_be_experts(members_of(child))
     )
 
 
@@ -94,7 +94,7 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def run(owner: nn.Module, lifted: Lifted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The owner's forward, with the lifted form in place of its loop."""
-    members = [*owner.get_submodule(lifted.container).children()]
+    members = members_of(owner.get_submodule(lifted.container))
 
     def body(x: Tensor, offsets: Tensor) -> Tensor:
         tensors = [_tensors(member) for member in members]
@@ -157,7 +157,7 @@ def _learn(case: Case) -> Lifted:
         return _first_proven(case, width, runs)
 
     found: _Found | None = None
-    small = replace(case, sizes=reduced([*case.owner.parameters(), *case.owner.buffers()], given, kept=len(case.members)))
+    small = replace(case, sizes=reduced([*case.owner.parameters(), *case.owner.buffers()], given, kept=(len(case.members),)))
     if small.sizes:
         tried = reasoned(lambda: found_in(small), "it does not run at other sizes")
         if isinstance(tried, _Found) and _proven(case, width, tried, _WIDE_PROOFS):
@@ -178,8 +178,10 @@ def _check_members(case: Case) -> None:
     if not all(alike(members[0], member) for member in members[1:]):
         side_by_side = reasoned(lambda: case.double(case.rows_given(), _TRIALS[0], 0).run(), "it does not run with others")
         raise NotLifted("its members are not alike", like_experts=not isinstance(side_by_side, NotLifted))
-    if any(member._forward_hooks or member._forward_pre_hooks for member in members):
-        raise NotLifted("its members have forward hooks")
+    if any(hooked(module) for member in members for module in member.modules()):
+        raise NotLifted("its members have hooks")
+    if case.container and hooked(case.owner.get_submodule(case.container)):
+        raise NotLifted("its list of experts has hooks", like_experts=False)
 
 
 def _first_proven(case: Case, width: int, runs: Sequence[Double]) -> _Found:
@@ -240,7 +242,7 @@ def _body(member: nn.Module, width: int, recorded: Body, dims: Sequence[int]) ->
     """The forward of one expert, lifted; proven against it on rows with as many dims as the loop gives it."""
 
     def prove(sizes: Mapping[int, int]) -> None:
-        exact = _recorded(member, width, torch.double, sizes)
+        exact = idle(_recorded(member, width, torch.double, sizes))
         for rank in dims:
             _prove(member, exact, rank, sizes.get(width, width), sizes)
 
@@ -249,7 +251,7 @@ def _body(member: nn.Module, width: int, recorded: Body, dims: Sequence[int]) ->
 
 
 def _recorded(member: nn.Module, width: int, dtype: torch.dtype | None, sizes: Mapping[int, int]) -> Body:
-    double = stand_in(member, torch.Generator().manual_seed(0), dtype=dtype, sizes=sizes, without=("forward",), hollow=True)
+    double = stand_in(member, torch.Generator().manual_seed(0), dtype=dtype, sizes=sizes, without=("forward",), hollow=True, dropping=drop)
     each = {**dict(double.named_parameters()), **dict(double.named_buffers())}
     return record(lambda x: double(x), sizes.get(width, width), dtype or type_of(member), each=each)
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 
+from meshpar._torch import as_traced
 from meshpar.capture.expert_body import NotLifted
 
 Local = Mapping[str, Any]
@@ -93,14 +94,14 @@ def replaced(loop: Loop, names: Sequence[str], compute: Callable[[Local], Sequen
 
 def calling(owner: nn.Module, loop: Loop, instead: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the owner's forward while the method of the loop is another: for the owner only, in the class, where `super()` finds it too."""
-    written = _function(loop)
+    written, seen = _function(loop), as_traced(owner)
 
     def either(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (instead if self is owner else written)(self, *args, **kwargs)
+        return (instead if self is owner or self is seen else written)(self, *args, **kwargs)
 
     setattr(loop.kind, loop.function, either)
     try:
-        return type(owner).forward(owner, *args, **kwargs)
+        return type(owner).forward(seen, *args, **kwargs)
     finally:
         setattr(loop.kind, loop.function, written)
 

@@ -51,6 +51,11 @@ def record(
     return pruned(replace(first, steps=steps))
 
 
+def drop(module: torch.nn.Module, p: float, x: Tensor) -> Tensor:
+    """Dropout as a record knows it; for `stand_in`."""
+    return torch.native_dropout(x, p, True)[0]
+
+
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 

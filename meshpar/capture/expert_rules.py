@@ -129,6 +129,10 @@ def _put(recorder: Recorder, result: Tensor, target: Tensor, index: Any, source:
             recorder.alias(result, target)
         return True
     value = recorder.known(source)
+    if value is None and add and recorder.constant(source) == 0:
+        if recorder.known(target) is not None:
+            recorder.alias(result, target)
+        return True
     if value is None or value.kind != "rows" or not (recorder.all_rows(index) or _all(index)) or source.shape != target.shape:
         return False
     if not add or recorder.constant(target) == 0:

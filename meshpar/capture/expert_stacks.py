@@ -6,23 +6,25 @@ Two calls are known, by shapes and types alone:
     project(rows [n, i] sorted by expert, sizes: E numbers)            ->  the lifted body
 
 What is lifted is what the module computes when every row goes to one expert. Before it is used, it is compared with the module's forward
-under random routings, values and gradients.
+under random routings, values and gradients. Numbers beyond the experts that have parameters may stand for experts without any (which pass
+rows on, say): what those compute is added once per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from meshpar._torch import pytree
-from meshpar.capture.expert_body import Body, NotLifted
-from meshpar.capture.expert_proofs import attempt, proven
-from meshpar.capture.expert_record import record
-from meshpar.capture.stand_in import LARGE, alike, close, derivatives, filled, reduced, stand_in
+from meshpar.capture.expert_body import Body, NotLifted, Ref, Step, idle, read_by
+from meshpar.capture.expert_proofs import attempt, proven, reasoned
+from meshpar.capture.expert_record import drop, record
+from meshpar.capture.stand_in import LARGE, alike, close, derivatives, filled, hooked, reduced, stand_in
 from meshpar.ops.experts import combine, dispatch
 
 
@@ -39,12 +41,20 @@ class Sizes(list[Any]):
         return Sizes(numbers, tensor) if whole else numbers
 
 
-def experts_of(module: nn.Module) -> int | None:
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """How many experts there are."""
+
+    own: int
+    """Those with parameters of their own."""
+    total: int
+    """With those that have none, as far as the sizes of parameters tell: a stack may have rows for these that nothing reads."""
+
+
+def experts_of(module: nn.Module) -> Experts | None:
     """The number of experts, if the module's own parameters may be stacked ones."""
-    own = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
-    wide = [p for p in own if p.dim() >= 3]
-    counts = {p.shape[0] for p in wide}
-    return counts.pop() if len(counts) == 1 and min(counts) > 1 else None
+    counts = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() >= 3}
+    return Experts(min(counts), max(counts)) if len(counts) in (1, 2) and min(counts) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,15 @@ def _is_sizes(leaf: Any) -> bool:
     return isinstance(leaf, Sizes)
 
 
-def read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | NotLifted | None:
+def read(module: nn.Module, experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | NotLifted | None:
     """The call, if it is one of the known two; None if nothing in it chooses experts."""
+    if experts.own == experts.total:
+        return _read(module, experts.own, args, kwargs)
+    call = _read(module, experts.total, args, kwargs)
+    return call if isinstance(call, Call) and call.weights is not None else None  # stacks of two lengths need not be of experts
+
+
+def _read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | NotLifted | None:
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_sizes)
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     whole = [i for i, t in tensors.items() if not t.is_floating_point() and t.dtype != torch.bool]
@@ -90,14 +107,24 @@ def read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[st
     return unknown
 
 
+@dataclass(frozen=True)
+class Lifted:
+    """What the forward of an experts module is in terms of dispatched rows."""
+
+    body: Body
+    own: int
+    beyond: Body | None = None
+    """What experts without parameters compute, whose numbers come after the others."""
+
+
 @dataclass
 class Stacks:
     """What was learnt about experts modules during one capture."""
 
-    learnt: list[tuple[nn.Module, Call, Body | NotLifted]] = field(default_factory=list)
+    learnt: list[tuple[nn.Module, Call, Lifted | NotLifted]] = field(default_factory=list)
 
-    def body(self, module: nn.Module, experts: int, call: Call) -> Body | NotLifted:
-        """The lifted forward of `module`, proven; or why there is none."""
+    def lifted(self, module: nn.Module, experts: Experts, call: Call) -> Lifted | NotLifted:
+        """The forward of `module`, lifted and proven; or why it is not."""
         for other, as_called, known in self.learnt:
             if _signature(as_called) == _signature(call) and (other is module or alike(other, module)):
                 return known
@@ -112,8 +139,9 @@ def _signature(call: Call) -> tuple[Any, ...]:
     return (call.spec, *shapes, call.rows, call.index, call.weights)
 
 
-def run(module: nn.Module, body: Body, experts: int, call: Call) -> Tensor:
-    """The module's result, by the lifted body."""
+def run(module: nn.Module, lifted: Lifted, call: Call) -> Tensor:
+    """The module's result, by the lifted forward."""
+    body, own = lifted.body, lifted.own
     values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     rows, index = call.leaves[call.rows], call.leaves[call.index]
     if call.weights is None:
@@ -122,40 +150,104 @@ def run(module: nn.Module, body: Body, experts: int, call: Call) -> Tensor:
     weights = call.leaves[call.weights]
     if weights.shape[1] != index.shape[1]:
         weights = weights.gather(1, index)
-    x, offsets, perm = dispatch(rows, index, experts)
-    return combine(body(x, offsets, values), perm, weights)
+    if lifted.beyond is None:
+        x, offsets, perm = dispatch(rows, index, own)
+        return combine(body(x, offsets, values), perm, weights)
+    passed = index >= own
+    x, offsets, perm = dispatch(rows, index.masked_fill(passed, own), own, True)
+    y = combine(body(x, offsets, values), perm, weights.masked_fill(passed, 0.0))
+    share = weights.masked_fill(~passed, 0.0).sum(1, keepdim=True)
+    return y + (lifted.beyond(rows, offsets, values) * share).to(y.dtype)
 
 
-def _learn(module: nn.Module, experts: int, call: Call) -> Body:
+@dataclass(frozen=True)
+class _Case:
+    """What is to be lifted."""
+
+    module: nn.Module
+    experts: Experts
+    call: Call
+    alone: bool = True
+    """Whether the module takes fewer choices per token than it is called with."""
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.call.weights is None else self.call.leaves[self.call.index].shape[1]
+
+
+def _learn(module: nn.Module, experts: Experts, call: Call) -> Lifted:
+    if any(hooked(child) for child in module.modules() if child is not module):
+        raise NotLifted("modules in it have hooks")
+    case = _Case(module, experts, call)
+    first = reasoned(lambda: _recorded(case, experts.own - 1, None, {}), "it does not run on a few random rows")
+    if isinstance(first, NotLifted) and case.choices > 1:
+        case = replace(case, alone=False)
+    beyond, last = _beyond(case)
+
     def prove(sizes: Mapping[int, int]) -> None:
-        exact = _recorded(module, experts, call, torch.double, sizes)
-        for seed, (tokens, used) in enumerate(((6, max(2, experts - 1)), (5, experts), (1, experts), (40, 1))):
-            _prove(module, experts, call, exact, tokens, used, seed, sizes)
+        body = _recorded(case, experts.own - 1, torch.double, sizes)
+        exact = Lifted(idle(body), experts.own, beyond and idle(_recorded(case, experts.own, torch.double, sizes)))
+        own = range(experts.own)
+        pools = [(6, own[: max(2, len(own) - 1)]), (5, own), (1, own), (40, own[:1])]
+        if beyond is not None:
+            pools += [(7, range(last + 1)), (3, range(experts.own, last + 1))]
+        for seed, (tokens, pool) in enumerate(pools):
+            _prove(case, exact, tokens, pool, seed, sizes)
 
     tensors = [*module.parameters(), *module.buffers()]
-    sizes = reduced(tensors, call.leaves[call.rows].shape[1], kept=experts)
-    return proven(lambda sizes: _recorded(module, experts, call, None, sizes), prove, sizes)
+    sizes = reduced(tensors, call.leaves[call.rows].shape[1], kept=(experts.own, experts.total))
+    body = proven(lambda sizes: _recorded(case, experts.own - 1, None, sizes), prove, sizes)
+    return Lifted(body, experts.own, beyond)
 
 
-def _recorded(module: nn.Module, experts: int, call: Call, dtype: torch.dtype | None, sizes: Mapping[int, int]) -> Body:
-    double = stand_in(module, torch.Generator().manual_seed(0), dtype=dtype, without=("forward",), sizes=sizes, hollow=True)
+def _beyond(case: _Case) -> tuple[Body | None, int]:
+    """What experts without parameters compute, if there are such, and the last one that is known."""
+    own, total = case.experts.own, case.experts.total
+    if case.call.weights is None:
+        return None, own - 1
+    last = total - 1 if total > own else own + 1
+    found = [reasoned(lambda e=e: _recorded(case, e, None, {}), "") for e in (own, last)]  # type: ignore[misc]
+    if isinstance(found[0], Body):
+        return found[0], last if isinstance(found[1], Body) else own
+    if total > own:
+        raise NotLifted("its stacks differ in length, and what it computes for an expert that is in only some of them is not known")
+    return None, own - 1
+
+
+def _recorded(case: _Case, chosen: int, dtype: torch.dtype | None, sizes: Mapping[int, int]) -> Body:
+    """What the module computes for rows of one expert. Raises NotLifted; if it reads parameters where `chosen` has none, too."""
+    double = stand_in(
+        case.module, torch.Generator().manual_seed(0), dtype=dtype, without=("forward",), sizes=sizes, hollow=True, dropping=drop
+    )
     tensors = {**dict(double.named_parameters()), **dict(double.named_buffers())}
-    rows = call.leaves[call.rows]
+    rows, experts = case.call.leaves[case.call.rows], case.experts
     width = sizes.get(rows.shape[1], rows.shape[1])
-    chosen = experts - 1
 
     def one(x: Tensor) -> Tensor:
-        return _call(double, call, _routed_to(call, x, chosen, experts, dtype))
+        return _call(double, case.call, _routed_to(case, x, chosen, dtype))
 
     reason = NotLifted("it has no stacked parameters")
     for least in (1, 2):
-        stacks = {name: t for name, t in tensors.items() if t.dim() >= least and t.shape[0] == experts}
+        stacks = {name: t for name, t in tensors.items() if t.dim() >= least and t.shape[0] in (experts.own, experts.total)}
         shared = {name: t for name, t in tensors.items() if name not in stacks}
         try:
-            return record(one, width, dtype or rows.dtype, stacks=stacks, shared=shared, expert=chosen)
+            body = record(one, width, dtype or rows.dtype, stacks=stacks, shared=shared, expert=chosen)
         except NotLifted as error:
             reason = error
+            continue
+        read = read_by(body)
+        if chosen < experts.own:
+            return _narrowed(body, [name for name in stacks if name in read and len(stacks[name]) > experts.own], experts.own)
+        if not read & stacks.keys():
+            return body
+        reason = NotLifted("it has more experts than one of its stacks")
     raise reason
+
+
+def _narrowed(body: Body, names: Sequence[str], own: int) -> Body:
+    """The body that reads only the first parts of stacks that are too long."""
+    operands = [body.operands[name] for name in names]
+    return replace(body, steps=(*(Step(torch.narrow, (Ref(i), 0, 0, own), {}, (i,)) for i in operands), *body.steps))
 
 
 def _call(double: nn.Module, call: Call, changed: Mapping[int, Any]) -> Tensor:
@@ -163,38 +255,59 @@ def _call(double: nn.Module, call: Call, changed: Mapping[int, Any]) -> Tensor:
     return double(*args, **kwargs)
 
 
-def _routed_to(call: Call, x: Tensor, expert: int, experts: int, dtype: torch.dtype | None) -> dict[int, Any]:
-    """The arguments of a call that sends every row to one expert, with a weight of one."""
-    count, index = x.shape[0], call.leaves[call.index]
+def _routed_to(case: _Case, x: Tensor, expert: int, dtype: torch.dtype | None) -> dict[int, Any]:
+    """The arguments of a call that sends every row to one expert, with a weight of one; and to others that there must be, of zero."""
+    count, call = x.shape[0], case.call
+    index = call.leaves[call.index]
     if call.weights is None:
-        sizes = torch.tensor([count if e == expert else 0 for e in range(experts)])
+        sizes = torch.tensor([count if e == expert else 0 for e in range(case.experts.own)])
         return {call.rows: x, call.index: sizes.tolist() if isinstance(index, Sizes) else sizes.to(index.dtype)}
+    others = [] if case.alone else [e for e in range(case.experts.own) if e != expert][: case.choices - 1]
+    chosen = torch.tensor([expert, *others]).expand(count, -1).to(index.dtype)
     weights = call.leaves[call.weights]
     dense = weights.shape[1] != index.shape[1]
-    ones = torch.zeros(count, experts if dense else 1, dtype=dtype or weights.dtype)
+    ones = torch.zeros(count, weights.shape[1] if dense else chosen.shape[1], dtype=dtype or weights.dtype)
     ones[:, expert if dense else 0] = 1
-    return {call.rows: x, call.index: torch.full((count, 1), expert, dtype=index.dtype), call.weights: ones}
+    return {call.rows: x, call.index: chosen.clone(), call.weights: ones}
 
 
-def _prove(module: nn.Module, experts: int, call: Call, body: Body, tokens: int, used: int, seed: int, sizes: Mapping[int, int]) -> None:
-    """Raise NotLifted unless the lifted body gives the module's values and gradients, on `tokens` routed to the first `used` experts."""
-    generator = torch.Generator().manual_seed(seed)
-    double = stand_in(module, generator, dtype=torch.double, without=("forward",), sizes=sizes)
+def _chosen(case: _Case, tokens: int, pool: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random experts of `pool` for every token, each at most once; where there are too few, others fill up if they must."""
+    given = torch.tensor(pool)
+    others = torch.tensor([e for e in range(case.experts.own) if e not in pool], dtype=torch.int64)
+    choices = min(case.choices, len(pool)) if case.alone else case.choices
+
+    def row() -> Tensor:
+        mixed = [some[torch.randperm(len(some), generator=generator)] for some in (given, others)]
+        return torch.cat(mixed)[:choices]
+
+    return torch.stack([row() for _ in range(tokens)])
+
+
+def _prove(case: _Case, exact: Lifted, tokens: int, pool: Sequence[int], seed: int, sizes: Mapping[int, int]) -> None:
+    """Raise NotLifted unless the lifted forward gives the module's values and gradients, on `tokens` routed to the experts in `pool`."""
+    generator, call = torch.Generator().manual_seed(seed), case.call
+    dropped: Counter[nn.Module] = Counter()
+
+    def noted(module: nn.Module, p: float, x: Tensor) -> Tensor:
+        dropped[module] += x.numel() // x.shape[-1]
+        return x
+
+    double = stand_in(case.module, generator, dtype=torch.double, without=("forward",), sizes=sizes, dropping=noted)
     rows, index = call.leaves[call.rows], call.leaves[call.index]
     x = filled(torch.empty(tokens, sizes.get(rows.shape[1], rows.shape[1])), generator, torch.double).requires_grad_()
     wanted = [x, *(p for p in double.parameters() if p.requires_grad and p.numel() <= LARGE)]
     if call.weights is None:
-        counts = torch.bincount(torch.randint(used, (tokens,), generator=generator), minlength=experts)
+        counts = torch.bincount(torch.randint(len(pool), (tokens,), generator=generator), minlength=case.experts.own)
         changed = {call.rows: x, call.index: counts.tolist() if isinstance(index, Sizes) else counts.to(index.dtype)}
         ours = Call(
             call.spec, tuple({**dict(enumerate(call.leaves)), call.rows: x, call.index: counts}.values()), call.rows, call.index, None
         )
     else:
-        choices = min(index.shape[1], used)
-        chosen = torch.stack([torch.randperm(used, generator=generator)[:choices] for _ in range(tokens)])
-        weights = torch.rand(tokens, choices, generator=generator, dtype=torch.double) ** 8  # some close to zero
+        chosen = _chosen(case, tokens, pool, generator)
+        weights = torch.rand(chosen.shape, generator=generator, dtype=torch.double) ** 8  # some close to zero
         if call.leaves[call.weights].shape[1] != index.shape[1]:
-            weights = torch.zeros(tokens, experts, dtype=torch.double).scatter(1, chosen, weights)
+            weights = torch.zeros(tokens, call.leaves[call.weights].shape[1], dtype=torch.double).scatter(1, chosen, weights)
         weights.requires_grad_()
         wanted.append(weights)
         changed = {call.rows: x, call.index: chosen.to(index.dtype), call.weights: weights}
@@ -203,11 +316,14 @@ def _prove(module: nn.Module, experts: int, call: Call, body: Body, tokens: int,
     before = {name: b.clone() for name, b in double.named_buffers()}
     theirs = _call(double, call, changed)
     changed_buffers = any(not torch.equal(b, before[name]) for name, b in double.named_buffers())
-    lifted = run(double, body, experts, ours)
-    tolerance = 1e-4 if body.narrows else 1e-9
+    found = run(double, exact, ours)
+    tolerance = 1e-4 if exact.body.narrows else 1e-9
     if changed_buffers:
         raise NotLifted("it changes its buffers")
-    if not isinstance(theirs, Tensor) or not close([lifted], [theirs], tolerance):
+    of_rows = tokens if call.weights is None else ours.leaves[call.index].numel()
+    if dropped and (exact.beyond is not None or any(n != of_rows for n in dropped.values())):
+        raise NotLifted("it drops elements at random, of others than the rows that its experts are given")
+    if not isinstance(theirs, Tensor) or not close([found], [theirs], tolerance):
         raise NotLifted("lifted from one expert, it gave other values than its forward on random routings")
-    if not close(derivatives([lifted], wanted), derivatives([theirs], wanted), tolerance):
+    if not close(derivatives([found], wanted), derivatives([theirs], wanted), tolerance):
         raise NotLifted("lifted from one expert, it gave other gradients than its forward on random routings")

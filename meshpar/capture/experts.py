@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from meshpar._torch import lists_of_numbers
-from meshpar.capture import expert_body, expert_lists, expert_stacks
+from meshpar._torch import as_traced, lists_of_numbers
+from meshpar.capture import expert_lists, expert_stacks
 from meshpar.capture.expert_body import NotLifted
 from meshpar.errors import CaptureError, ConfigError
 from meshpar.ops.experts import combine, dispatch, grouped_mm, row_expert
@@ -141,13 +141,13 @@ def _chosen(
 
         def by_stack(*args: Any, **kwargs: Any) -> Any:
             call = expert_stacks.read(module, experts, args, kwargs)
-            body = stacks.body(module, experts, call) if isinstance(call, expert_stacks.Call) else call
-            if isinstance(body, expert_body.Body):
+            lifted = stacks.lifted(module, experts, call) if isinstance(call, expert_stacks.Call) else call
+            if isinstance(lifted, expert_stacks.Lifted):
                 found.lifted[name] = "stack"
-                return expert_stacks.run(module, body, experts, call)  # type: ignore[arg-type]
-            if body is not None:
-                found.unrecognised[name] = str(body)
-            return type(module).forward(module, *args, **kwargs)
+                return expert_stacks.run(module, lifted, call)  # type: ignore[arg-type]
+            if lifted is not None:
+                found.unrecognised[name] = str(lifted)
+            return type(module).forward(as_traced(module), *args, **kwargs)
 
         return by_stack
     containers = expert_lists.experts_in(module)
@@ -160,7 +160,7 @@ def _chosen(
                     found.unrecognised[name] = str(lifted)
                 module.__dict__.pop("forward")
                 try:
-                    return type(module).forward(module, *args, **kwargs)
+                    return type(module).forward(as_traced(module), *args, **kwargs)
                 finally:
                     module.__dict__["forward"] = by_list
             found.lifted[name] = "list"

@@ -76,6 +76,15 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 
 def _as_operator(model: nn.Module, cls: Any, args: tuple[Any, ...]) -> Any:
+    modules = [arg for arg in args if isinstance(arg, nn.Module)]
+    if modules:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured{here()}: {cls.__qualname__} ({cls.__module__}) is an autograd.Function that is "
+            f"handed a {type(modules[0]).__name__}. What its backward does with the parameters in there is seen neither in a graph nor "
+            "in an operator, whose gradients are those of the tensors that it is given.\n"
+            "  Call the modules in forward itself and leave the Function out. If it is there to save memory (reversible layers), "
+            'ParallelConfig(recompute="full") does that.'
+        )
     try:
         call = aside(lambda: operator_of(cls, args))
     except Exception as error:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import mmap
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from meshpar._torch import modules_untraced
 
 T = TypeVar("T")
 
@@ -21,7 +25,7 @@ _HUGE = 1 << 27
 
 def aside(function: Callable[[], T]) -> T:
     """`function()` in a thread of its own: what runs there knows nothing of an export that is under way."""
-    with ThreadPoolExecutor(1) as pool:
+    with modules_untraced(), ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
 
@@ -35,10 +39,15 @@ def stand_in(
     sizes: Mapping[int, int] | None = None,
     hollow: bool = False,
     thin: bool = False,
+    dropping: Callable[[nn.Module, float, Tensor], Tensor] | None = None,
 ) -> nn.Module:
-    """A copy of `module` with random tensors: floating ones in `dtype` (None: their own). `instead`: id of a submodule -> its replacement.
-    `without`: attributes of instances to leave out. `sizes`: numbers to replace by others, in shapes and attributes. `hollow`: large
-    tensors are zeros in no memory. `thin`: a large nn.Linear computes another linear function, a cheap one."""
+    """A copy of `module` with random tensors and without hooks: floating ones in `dtype` (None: their own).
+
+    `instead`: id of a submodule -> its replacement. `without`: attributes of instances to leave out. `sizes`: numbers to replace by others,
+    in shapes and attributes. `hollow`: large tensors are zeros in no memory. `thin`: a large nn.Linear computes another linear function, a
+    cheap one. `dropping`: called with every nn.Dropout that would drop, its probability and what it is called with, in place of its
+    forward; by default they drop nothing.
+    """
     made: dict[int, Any] = {}
     tensors: dict[int, Tensor] = {}
 
@@ -60,6 +69,7 @@ def stand_in(
             return made[id(module)]
         new = made[id(module)] = module.__class__.__new__(module.__class__)
         new.__dict__.update({key: value for key, value in module.__dict__.items() if key not in without})
+        new.__dict__.update({key: OrderedDict() for key in _HOOKS})
         for key, value in new.__dict__.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 new.__dict__[key] = tensor_like(value, key)
@@ -71,6 +81,8 @@ def stand_in(
         new.__dict__["_buffers"] = {k: None if b is None else tensor_like(b, k) for k, b in module._buffers.items()}
         new.__dict__["_modules"] = {k: None if m is None else copy(m) for k, m in module._modules.items()}
         if isinstance(new, nn.Dropout):
+            if dropping is not None and new.training and new.p > 0:
+                new.__dict__["forward"] = partial(dropping, new, new.p)
             new.__dict__["p"] = 0.0
         if isinstance(new, nn.Linear) and large is not None:
             thinned(new, large)
@@ -80,6 +92,13 @@ def stand_in(
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""What others attached to a module, to see what it does: they are not to see its copy."""
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody attached to a module what may change its results."""
+    return any(getattr(module, key) for key in _HOOKS)
 
 
 class _Thin:
@@ -93,11 +112,11 @@ class _Thin:
         return input[..., self.pick] * self.scale.to(input.dtype) + self.shift.to(input.dtype)
 
 
-def reduced(tensors: Iterable[Tensor], width: int, *, kept: int = 0) -> dict[int, int]:
-    """Small sizes in place of the large ones of tensors and of `width`: multiples stay multiples; `kept` stays."""
+def reduced(tensors: Iterable[Tensor], width: int, *, kept: Sequence[int] = ()) -> dict[int, int]:
+    """Small sizes in place of the large ones of tensors and of `width`: multiples stay multiples; those `kept` stay."""
     small: dict[int, int] = {}
     fresh = iter(_SMALL)
-    for n in sorted({width, *(n for tensor in tensors for n in tensor.shape)} - {kept}):
+    for n in sorted({width, *(n for tensor in tensors for n in tensor.shape)} - {*kept}):
         if n <= _WIDE:
             continue
         divisor = next((m for m in sorted(small, reverse=True) if n % m == 0 and n // m <= 8), None)

@@ -169,17 +169,21 @@ def exchange_back(y: Tensor, route: Route, *, dropping: bool = False, group: str
     return _move(y, route, dropping, (group, size, rank), back=True)
 
 
-def send_rows(x: Tensor, offsets: Tensor, *, group: str, size: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def send_rows(
+    x: Tensor, offsets: Tensor, *, dropping: bool = False, group: str, size: int, rank: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`exchange` with tensors only, as a graph wants them: rows, offsets, and the splits, order and place of the route."""
-    rows, ends, route = exchange(x, offsets, group=group, size=size, rank=rank)
+    rows, ends, route = exchange(x, offsets, dropping=dropping, group=group, size=size, rank=rank)
     assert isinstance(route.splits, Tensor)
     none = ends[:0]  # int32 says that there is none
     return rows, ends, route.splits, none if route.order is None else route.order, none if route.place is None else route.place
 
 
-def return_rows(y: Tensor, splits: Tensor, order: Tensor, place: Tensor, *, group: str, size: int, rank: int) -> Tensor:
+def return_rows(
+    y: Tensor, splits: Tensor, order: Tensor, place: Tensor, *, dropping: bool = False, group: str, size: int, rank: int
+) -> Tensor:
     """`exchange_back` along what `send_rows` returned."""
-    return exchange_back(y, _route_of(splits, order, place), group=group, size=size, rank=rank)
+    return exchange_back(y, _route_of(splits, order, place), dropping=dropping, group=group, size=size, rank=rank)
 
 
 def _route_of(splits: Tensor, order: Tensor, place: Tensor) -> Route:

@@ -18,11 +18,14 @@ from torch import Tensor
 
 
 @torch.library.custom_op("meshpar::dispatch", mutates_args=())
-def dispatch(h: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch(h: Tensor, index: Tensor, num_experts: int, dropping: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Sort token rows by expert: `h` [T, h] and `index` [T, k] (expert of each choice) -> `x`, `offsets`, `perm`.
 
     `x` [T*k, h] holds the row of every choice, expert by expert, in token order within an expert (a stable sort). `offsets` [E] (int32) is
     the end of each expert's rows. `perm` [T*k] is the flat choice (token * k + slot) that each row came from.
+
+    With `dropping`, `index` may hold `num_experts` for "no expert": such rows come last, after the last offset, and are sent nowhere.
+    Give them a weight of zero.
     """
     flat = index.reshape(-1)
     perm = torch.argsort(flat, stable=True)
@@ -32,7 +35,7 @@ def dispatch(h: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 
 @dispatch.register_fake
-def _(h: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(h: Tensor, index: Tensor, num_experts: int, dropping: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     rows = index.shape[0] * index.shape[1]
     offsets = index.new_empty((num_experts,), dtype=torch.int32)
     return h.new_empty((rows, h.shape[1])), offsets, index.new_empty((rows,), dtype=torch.int64)
@@ -172,8 +175,8 @@ def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _dispatch_backward(ctx: Any, x: Tensor, offsets: Tensor, perm: Tensor) -> tuple[Tensor, None, None]:
-    return undispatch(x, *ctx.saved_tensors, ctx.choices), None, None
+def _dispatch_backward(ctx: Any, x: Tensor, offsets: Tensor, perm: Tensor) -> tuple[Tensor, None, None, None]:
+    return undispatch(x, *ctx.saved_tensors, ctx.choices), None, None, None
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

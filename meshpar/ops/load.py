@@ -34,9 +34,9 @@ def slot(tally: Tally, name: str) -> Slot:
     return Slot(tally, name)
 
 
-def dispatch(h: Tensor, index: Tensor, num_experts: int, at: Slot) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch(h: Tensor, index: Tensor, num_experts: int, at: Slot, dropping: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """`meshpar.ops.experts.dispatch`, noting the load of every expert."""
-    x, ends, perm = experts.dispatch(h, index, num_experts)
+    x, ends, perm = experts.dispatch(h, index, num_experts, dropping)
     at.tally.ends[at.name] = ends
     return x, ends, perm
 

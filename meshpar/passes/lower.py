@@ -202,13 +202,13 @@ class _Lowering:
 
         x, ends, perm = dispatch(h, index, E)      x', ends', *route = send_rows(x, ends, group=..., size=2, rank=0)
         """
-        args = (*(self._as(a, t) for a, t in zip(operands(node), plan.uses, strict=True)), node.args[2])
+        args = (*(self._as(a, t) for a, t in zip(operands(node), plan.uses, strict=True)), *node.args[2:])
         x, ends, perm = node.meta["info"]
         sorted_, cut = self.new.call_function(DISPATCH, args), plan.outs[2]
         here = (replace(x, shape=(self._local(perm, cut).shape[0], *x.shape[1:])), ends, self._local(perm, cut))
         sorted_.meta = {**node.meta, "info": here, "cut": (*node.meta.get("cut", ()), self.axis.name)}
         at_home = [self._item(sorted_, k, info) for k, info in enumerate(here)]
-        sent = self.new.call_function(expert_all_to_all.send_rows, tuple(at_home[:2]), self._where())
+        sent = self.new.call_function(expert_all_to_all.send_rows, tuple(at_home[:2]), self._where() | _dropping(node))
         number = replace(perm, rows=False, dtype=torch.int64)
         route = (replace(number, shape=(2, self.axis.size + 1)), *[replace(number, shape=here[2].shape)] * 2)
         infos = (self._local(x, Ragged()), self._local(ends, Ragged()), *route)
@@ -230,7 +230,7 @@ class _Lowering:
     def _returned(self, node: fx.Node, rows: fx.Node) -> fx.Node:
         """The rows of this rank's tokens, back from the ranks of their experts."""
         perm = value_of(operands(node)[1])
-        back = self.new.call_function(expert_all_to_all.return_rows, (rows, *self.routes[perm]), self._where())
+        back = self.new.call_function(expert_all_to_all.return_rows, (rows, *self.routes[perm]), self._where() | _dropping(perm[0]))
         here = self.held[perm].meta["info"].shape[0]
         back.meta = {k: v for k, v in node.meta.items() if k in ("region", "module", "source", "stage")}
         info = rows.meta["info"]
@@ -246,6 +246,12 @@ class _Lowering:
 
 _OF_THE_CALL = ("seed", "exchange")
 """What is said of a call, not of each of its results."""
+
+
+def _dropping(dispatch: fx.Node) -> dict[str, Any]:
+    """How rows are exchanged: all of them, or only those that some expert is to have."""
+    return {"dropping": True} if len(dispatch.args) > 3 and dispatch.args[3] else {}
+
 
 Unit = tuple[str | None, int | None]
 """A block, on a stage of the pipeline: what shares the conversions it asks for."""

@@ -36,5 +36,5 @@ class TallyExperts:
             with graph.inserting_after(tally):
                 at = graph.call_function(load.slot, (tally, name if taken[name] == 1 else f"{name}#{taken[name]}"))
             at.meta = {"module": "", "region": None}
-            node.target, node.args = load.dispatch, (*node.args, at)
+            node.target, node.args = load.dispatch, (*node.args[:3], at, *node.args[3:])
         return graph

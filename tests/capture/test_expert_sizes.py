@@ -175,8 +175,8 @@ def test_a_wide_form_that_only_looks_like_it_is_not_lifted() -> None:
 
 
 def test_reduced_sizes() -> None:
-    assert stand_in.reduced([torch.empty(8, 4096, 28672), torch.empty(8, 14336, 4096)], 4096, kept=8) == {4096: 12, 14336: 20, 28672: 40}
-    assert stand_in.reduced([torch.empty(256, 512)], 512, kept=256) == {512: 12}
+    assert stand_in.reduced([torch.empty(8, 4096, 28672), torch.empty(8, 14336, 4096)], 4096, kept=(8,)) == {4096: 12, 14336: 20, 28672: 40}
+    assert stand_in.reduced([torch.empty(256, 512)], 512, kept=(256,)) == {512: 12}
     assert stand_in.reduced([torch.empty(8, 6)], 8) == {}
 
 
