@@ -132,10 +132,17 @@ def _local(tensor: torch.Tensor, rank: int) -> torch.Tensor:
     return tensor._local_tensors[rank] if isinstance(tensor, LocalTensor) else tensor.detach()
 
 
+def _laid_out_alike(parts: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The same without differences of layout: strides are asked of one rank for all (a slice here, new zeros there)."""
+    if len({part.stride() for part in parts.values()}) == 1:
+        return parts
+    return {rank: part.contiguous() for rank, part in parts.items()}
+
+
 def _combine(results: dict[int, Any]) -> Any:
     first = next(iter(results.values()))
     if isinstance(first, torch.Tensor):
-        return LocalTensor({rank: result.detach() for rank, result in results.items()})
+        return LocalTensor(_laid_out_alike({rank: result.detach() for rank, result in results.items()}))
     if isinstance(first, tuple):
         return tuple(_combine({rank: result[i] for rank, result in results.items()}) for i in range(len(first)))
     if any(result != first for result in results.values()):

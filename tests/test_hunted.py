@@ -85,6 +85,42 @@ class Selected(nn.Module):
         return self.down(torch.tanh(self.up(x))) * mask[..., None]
 
 
+class Spectral(nn.Module):
+    """A weight over its largest singular value, whose vectors are buffers that forward improves in place, without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 32)), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+class Squeezed(nn.Module):
+    """A dim as long as there are ranks, at which a squeeze that means none of it is aimed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.up(x).unflatten(-1, (2, 8)).transpose(1, 2).squeeze(1)
+        return self.down(torch.tanh(heads).transpose(1, 2).flatten(-2))
+
+
+class Broadcast(nn.Module):
+    """Matrices with fewer dims than what they multiply: the batch (4) meets four of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.up(x))  # 4 6 16
+        mixed = y @ y.mT.unsqueeze(1) / 16  # 4 6 16 @ 4 1 16 6 -> 4 4 6 6
+        return self.down(mixed.mean(1) @ y)
+
+
 class Written(nn.Module):
     """Halves of its features are written to in place."""
 
@@ -102,6 +138,9 @@ class Written(nn.Module):
 MODELS = {
     "selected": lambda: Body(Selected(), Selected()),
     "written": lambda: Body(Written(), Written()),
+    "spectral norm": lambda: Body(Spectral()),
+    "squeezed": lambda: Body(Squeezed(), Squeezed()),
+    "broadcast": lambda: Body(Broadcast(), Broadcast()),
     "shifted": lambda: Body(Shifted(), Shifted()),
     "instance norm": lambda: Body(Normed(), Normed()),
     "glu": lambda: Body(Gated(), Gated()),
@@ -139,6 +178,22 @@ def test_against_the_model(name: str, spec: str) -> None:
         for buffer, wanted in zip(parallel.buffers(), original.buffers(), strict=True):
             for value in local_tensors(buffer).values():
                 torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+
+
+class Paired(nn.Module):
+    """The halves of the batch are two views of the same samples: an odd number of pairs on two data ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 256), nn.Linear(256, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).chunk(2)
+        return (self.down(torch.tanh(self.up(a))).flatten(0, 1) - b.flatten(0, 1)).pow(2).mean()
+
+
+def test_pairs_that_do_not_divide_by_the_data_ranks() -> None:
+    mp.verify(Paired(), "dp=2,tp=2", (torch.randn(6, 32, 16),)).raise_if_failed()
 
 
 LOSSES = {

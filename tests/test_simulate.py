@@ -54,6 +54,15 @@ def test_per_rank_maps_tensors_of_any_dtype() -> None:
             per_rank(lambda rank: rank)
 
 
+def test_ranks_that_lay_out_a_tensor_otherwise() -> None:
+    """An expanded value on one rank, new zeros on another: operators ask the strides of one rank for all."""
+    with simulate(2):
+        x = per_rank(lambda rank: torch.ones(2, 1).expand(2, 3) if rank == 0 else torch.arange(6.0).view(2, 3))
+        assert [t.tolist() for t in local_tensors(x.reshape(6)).values()] == [[1.0] * 6, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]]
+        uneven = per_rank(lambda rank: torch.arange(6.0 + 3 * rank).view(3, -1).t())
+        assert [t.tolist()[1] for t in local_tensors(uneven.reshape(-1, 3)).values()] == [[1.0, 3.0, 5.0], [1.0, 4.0, 7.0]]
+
+
 def test_per_rank_without_simulation_runs_once() -> None:
     x = torch.ones(2)
     assert per_rank(lambda rank, t: (rank, t), x) == (0, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -135,17 +135,33 @@ def _refuse_overwriting(body: fx.GraphModule, operands: list[Any]) -> None:
     """A value overwritten without gradients keeps its old gradient in eager mode; no functional graph says that."""
     outer = dict(zip((node for node in body.graph.nodes if node.op == "placeholder"), operands, strict=True))
     for node in body.graph.nodes:
-        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-            continue
-        base = node.args[0] if node.args else None
-        while isinstance(base, fx.Node) and base.op == "call_function" and base.args:
-            base = base.args[0]
-        if isinstance(base, fx.Node) and isinstance(outer.get(base), fx.Node) and _has_parameter(outer[base]):
+        if any(isinstance(outer.get(base), fx.Node) and _has_parameter(outer[base]) for base in _overwritten(node)):
             line = source_of(node.meta.get("stack_trace")) or "a line unknown"
             raise CaptureError(
                 f"{node.target} at {line} overwrites, inside torch.no_grad(), a value that gradients flow through.\n"
                 "  Compute a new tensor instead, for instance with torch.where, outside of no_grad."
             )
+
+
+def _overwritten(node: fx.Node) -> Iterator[fx.Node]:
+    """What a call writes to: for a view, what it is a view of."""
+    if not isinstance(node.target, OpOverload):
+        return
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            base = node.kwargs.get(argument.name, node.args[place] if place < len(node.args) else None)
+            while isinstance(base, fx.Node) and base.op == "call_function" and base.args and _may_alias(base):
+                base = base.args[0]
+            if isinstance(base, fx.Node):
+                yield base
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether the result of a call may be its first operand, or a view of it."""
+    if not isinstance(node.target, OpOverload):
+        return True
+    schema = node.target._schema
+    return schema.name in _MAY_RETURN_ITSELF or any(result.alias_info is not None for result in schema.returns)
 
 
 def _has_parameter(node: fx.Node) -> bool:

@@ -44,7 +44,11 @@ class _EachRank(torch.autograd.Function):
             ctx.ran[world_rank] = (mine, out if isinstance(out, tuple) else (out,))
             return out
 
-        return per_rank(run, *tensors)
+        found = per_rank(run, *tensors)
+        made = next(iter(ctx.ran.values()))[1]
+        results = found if isinstance(found, tuple) else (found,)
+        ctx.mark_non_differentiable(*(x for x, own in zip(results, made, strict=True) if not own.requires_grad))
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

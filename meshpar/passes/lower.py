@@ -339,6 +339,12 @@ def _reshape(call: LocalCall) -> None:
     call.target, call.args, call.kwargs = aten.reshape.default, [call.args[0], call.sizes()], {}
 
 
+def _squeeze(call: LocalCall) -> None:
+    """Only the dims of the whole value that go: a rank may hold a single element of others."""
+    shape, chosen = call.op.infos[0].shape, call.op.dims()
+    call.target, call.args, call.kwargs = aten.squeeze.dims, [call.args[0], [d for d in chosen if shape[d] == 1]], {}
+
+
 def _expand(call: LocalCall) -> None:
     out, before = call.out_shape(), call.in_shape()
     shift = len(out) - len(before)
@@ -428,6 +434,7 @@ def _convolution(call: LocalCall) -> None:
 
 LOCAL: dict[str, Callable[[LocalCall], None]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape),
+    "squeeze": _squeeze,
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
     **dict.fromkeys(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn"), _created),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),

@@ -43,10 +43,11 @@ def choices(
     work: float,
     *,
     experts: frozenset[int] = frozenset(),
+    even: bool = False,
 ) -> tuple[Choice, ...]:
     """All typings of a call when any of `factors` may be cut over `size` ranks. `work`: seconds of the whole operator.
 
-    `experts`: factors that are the experts of the model, where the axis splits those.
+    `experts`: factors that are the experts of the model, where the axis splits those. `even`: whether all ranks must hold equal parts.
     """
     found = [_whole(call, work)]
     differentiable = any(o is not None and o.requires_grad for o in call.op.outs)
@@ -59,7 +60,7 @@ def choices(
         seen: set[tuple[tuple[Type, ...], tuple[Type, ...]]] = {(c.uses, c.outs) for c in found}
         for factor in factors:
             for group in _groups(call, inference, factor):
-                one = _cut(call, inference, group, factor, size, work)
+                one = _cut(call, inference, group, factor, size, work, even)
                 if one is not None and (one.uses, one.outs) not in seen:
                     seen.add((one.uses, one.outs))
                     found.append(one)
@@ -134,10 +135,10 @@ def _groups(call: Call, inference: Inference, factor: int) -> list[frozenset[str
     return out
 
 
-def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, size: int, work: float) -> Choice | None:
+def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, size: int, work: float, even: bool) -> Choice | None:
     signature = call.signature
     assert signature is not None
-    typed = [_type(call, inference, labels, group, factor, size) for labels in signature.inputs]
+    typed = [_type(call, inference, labels, group, factor, size, even) for labels in signature.inputs]
     uses = [at_rest(info, t) for info, t in zip(call.op.infos, typed, strict=True) if t is not None]
     if len(uses) < len(typed):
         return None
@@ -148,7 +149,7 @@ def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, s
         if out is None:
             outs.append(I)
             continue
-        type_ = _type(call, inference, signature.outputs[index], group, factor, size)
+        type_ = _type(call, inference, signature.outputs[index], group, factor, size, even)
         if type_ is None:
             return None
         if 0 in out.shape and not isinstance(type_, Shard):
@@ -174,14 +175,14 @@ def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, s
     return Choice(tuple(uses), tuple(outs), work / size, " ".join(sorted(group)))
 
 
-def _type(call: Call, inference: Inference, labels: Dims, group: frozenset[str], factor: int, size: int) -> Type | None:
+def _type(call: Call, inference: Inference, labels: Dims, group: frozenset[str], factor: int, size: int, even: bool) -> Type | None:
     """The shard of one tensor when `group` is cut; R when it holds none of its names; None when that cannot be."""
     found: Type = R
     for d, dim in enumerate(labels):
         if not any(n in group for segment in dim for n in segment):
             continue
         pattern = pattern_in(call, inference.extents, dim, group, factor)
-        cut = shard(d, pattern, size) if pattern is not None else None
+        cut = shard(d, pattern, size, even=even) if pattern is not None else None
         if cut is None or isinstance(found, Shard):
             return None
         found = cut

@@ -4,7 +4,8 @@
 
 Operands left of the arrow, results right of it. A name shared between operands must be sharded together; a name missing from the results is
 contracted, so that sharding it leaves a pending sum; a `[bracketed]` name cannot be sharded; `(a b)` is one dim that is the product of two;
-`...` stands for any leading dims. A dim of size 1 where another operand has more is broadcast: it carries no name.
+`...` stands for any leading dims, counted from the last one as in broadcasting. A dim of size 1 where another operand has more is
+broadcast: it carries no name.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def bind(
     Raises ValueError when the shapes do not fit the rule.
 
     >>> bind("... i, o i -> ... o", [(2, 3, 8), (16, 8)], [(2, 3, 16)]).outputs
-    (((('.0',),), (('.1',),), (('o',),)),)
+    (((('.1',),), (('.0',),), (('o',),)),)
     """
     left, right = _parse(text)
     if len(shapes) > len(left):
@@ -140,7 +141,7 @@ def bind(
 
 
 def _spell(term: _Term, rank: int) -> _Term:
-    """The term for a tensor of `rank` dims: `...` written out as .0, .1, and so on."""
+    """The term for a tensor of `rank` dims: `...` written out as (.1, .0), the last of them .0 whatever the rank."""
     if ("...",) not in term:
         if len(term) != rank:
             raise ValueError(f"{term} does not fit a tensor of {rank} dims")
@@ -148,7 +149,7 @@ def _spell(term: _Term, rank: int) -> _Term:
     at, more = term.index(("...",)), rank - len(term) + 1
     if more < 0:
         raise ValueError(f"{term} does not fit a tensor of {rank} dims")
-    return term[:at] + tuple((f".{i}",) for i in range(more)) + term[at + 1 :]
+    return term[:at] + tuple((f".{i}",) for i in reversed(range(more))) + term[at + 1 :]
 
 
 def _strip(name: str, fixed: set[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 
 import torch
 
@@ -383,6 +384,15 @@ def recurrent(op: Op) -> Signature | None:
     return Signature((sequence, *[state] * states, *weights), (sequence, *[state] * states), {"b": size} if size > 1 else {})
 
 
+def cosine_similarity(op: Op) -> Signature:
+    """Along one dim of two values that are broadcast against each other."""
+    shape = torch.broadcast_shapes(*op.shapes)
+    dim = int(op.arguments["dim"]) % len(shape)
+    base = named("d", shape)
+    inputs = [tuple(d if n > 1 else () for d, n in zip(base[len(shape) - len(own) :], own, strict=True)) for own in op.shapes]
+    return Signature(tuple(inputs), ((*base[:dim], *base[dim + 1 :]),), sizes_of("d", shape), frozenset({f"d{dim}"}))
+
+
 def label_loss(op: Op) -> Signature | None:
     """nll_loss: the classes are needed whole, samples may be cut unless the mean over them is asked for."""
     logits, reduction = op.infos[0].shape, op.arguments["reduction"]
@@ -531,6 +541,9 @@ RULES: dict[str, Rule] = {
     "index_add": index_add,
     "diff": differences,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
+    "lstm_cell": row("b [i], b [h], b [h], [g] [i], [g] [h], [g], [g] -> b [h], b [h]"),
+    **dict.fromkeys(("gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), row("b [i], b [h], [g] [i], [g] [h], [g], [g] -> b [h]")),
+    "cosine_similarity": cosine_similarity,
     # reductions
     **dict.fromkeys(
         (
@@ -565,7 +578,9 @@ RULES: dict[str, Rule] = {
         ("upsample_nearest1d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest3d"), pooling
     ),
     # these carry no pointwise tag, or not in every form
-    **dict.fromkeys(("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid"), pointwise),
+    **dict.fromkeys(
+        ("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid", "hardswish"), pointwise
+    ),
     **dict.fromkeys(("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"), pointwise),
     # other names for operators that carry one
     **dict.fromkeys(("multiply", "divide", "true_divide", "subtract", "greater", "greater_equal", "less", "less_equal"), pointwise),
@@ -592,6 +607,8 @@ def rule_for(op: Op, extra: dict[str, Rule] | None = None) -> Signature | None:
         if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags or not op.infos:
             return None
         rule = pointwise
+    elif "dim" in op.arguments and op.infos and not op.infos[0].shape:
+        return None  # along the dim that a number is taken to have: nothing to cut
     elif op.infos and op.name in _POINTWISE_FIRST and torch.Tag.pointwise in getattr(op.node.target, "tags", ()):
         rule = pointwise
     found = rule(op)
@@ -604,8 +621,16 @@ _POINTWISE_FIRST = {"max", "min", "clone"}
 def _fits(found: Signature, op: Op) -> bool:
     return (
         len(found.inputs) == len(op.infos)
-        and all(len(d) == len(i.shape) for d, i in zip(found.inputs, op.infos, strict=True))
+        and all(_spells(dims, i.shape, found) for dims, i in zip(found.inputs, op.infos, strict=True))
         and len(found.outputs) >= sum(o is not None for o in op.outs)
+        and all(o is None or _spells(dims, o.shape, found) for dims, o in zip(found.outputs, op.outs, strict=False))
+    )
+
+
+def _spells(dims: Dims, shape: Sequence[int], found: Signature) -> bool:
+    """Whether the names of every dim make up its size."""
+    return len(dims) == len(shape) and all(
+        not dim or sum(prod(found.sizes[name] for name in segment) for segment in dim) == n for dim, n in zip(dims, shape, strict=True)
     )
 
 

@@ -83,6 +83,8 @@ class _Solver:
     def __init__(self, graph: fx.Graph, request: Request, inference: Inference) -> None:
         self.graph, self.request, self.inference = graph, request, inference
         self.size, self.price = request.size, request.price.at_scale(_largest(graph))
+        self.even = not request.shard_parameters
+        """Data ranks hold equal parts: what is decided for the next axis, on the shapes of one of them, holds for all."""
         self.units = _units(graph, request.parameters)
         self.crossing = self._crossing()
         self.batch = self._batch_factors()
@@ -182,7 +184,7 @@ class _Solver:
 
     def _shard(self, dim: int, one: int | None, factor: int) -> Shard | None:
         pattern = None if one is None else self.inference.extents.pattern(one, factor)
-        return None if pattern is None else shard(dim, pattern, self.size)
+        return None if pattern is None else shard(dim, pattern, self.size, even=self.even)
 
     def _seeds(self) -> dict[str | None, tuple[int, ...]]:
         """Per unit, the factors that may be cut: those of its matrices that are not the residual's, and the residual's sequence."""
@@ -360,7 +362,9 @@ class _Solver:
         patterns = tuple(tuple(self.inference.extents.pattern(one, factor) for one in call.names.values()) for factor in factors)
         key = call.kind, tuple(p for p in patterns if any(p))
         if key not in self.made:
-            self.made[key] = choices(call, self.inference, factors, self.size, self.price, self._work(call), experts=self.experts)
+            self.made[key] = choices(
+                call, self.inference, factors, self.size, self.price, self._work(call), experts=self.experts, even=self.even
+            )
         return self.made[key]
 
     def _work(self, call: Call) -> float:

@@ -29,6 +29,17 @@ def test_results_and_gradients_are_those_of_every_rank() -> None:
             torch.testing.assert_close(grad, 2 * part.sum(1, keepdim=True))
 
 
+def test_results_that_need_no_gradient_get_none() -> None:
+    """Zeros like a value that needs one, beside that value: autograd hands them a gradient unless it is told."""
+    with simulate(2):
+        group = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)).get_group("tp").group_name
+        x = per_rank(lambda rank: torch.ones(3 + rank)).requires_grad_()
+        zeros = each_rank(aten.zeros_like.default, *[((x,), {})] * 2, group=group)
+        assert not zeros.requires_grad
+        (zeros + 2 * x).sum().backward()
+        assert [g.sum().item() for g in local_tensors(x.grad).values()] == [6.0, 8.0]  # type: ignore[arg-type]
+
+
 def test_a_result_nobody_uses_has_no_gradient() -> None:
     with simulate(2):
         group = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)).get_group("tp").group_name

@@ -65,6 +65,8 @@ def test_heads_that_the_ranks_do_not_divide_are_not_cut() -> None:
 
 def test_single_elements_may_be_cut_unevenly() -> None:
     assert shard(0, (1, ((131, 1),)), 2) == Shard(0, 1, ((131, 1),))
+    assert shard(0, (1, ((131, 1),)), 2, even=True) is None
+    assert shard(0, (1, ((132, 1),)), 2, even=True) == Shard(0, 1, ((132, 1),))
     assert shard(0, (1, ((5, 1),)), 4) is None, "the last rank would hold nothing"
 
 

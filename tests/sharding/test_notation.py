@@ -17,7 +17,7 @@ def test_shared_names() -> None:
 def test_an_ellipsis_stands_for_any_leading_dims() -> None:
     for lead in ((), (2,), (2, 5)):
         found = bind("... i, o i -> ... o", [(*lead, 3), (4, 3)], [(*lead, 4)])
-        assert found.outputs[0] == tuple(((f".{i}",),) for i in range(len(lead))) + ((("o",),),)
+        assert found.outputs[0] == tuple(((f".{i}",),) for i in reversed(range(len(lead)))) + ((("o",),),)
 
 
 def test_a_composite_dim_is_read_as_a_product() -> None:

@@ -27,7 +27,7 @@ SIZE = 2
 
 
 def x(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def ids(high: int, *shape: int) -> Tensor:
@@ -196,6 +196,17 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
     (aten.__and__.Tensor, (ids(2, 4, 1, 8).bool(), ids(2, 6, 8).bool()), 3),
     (ours.ctc_loss.default, (x(7, 4, 6).log_softmax(-1), ids(5, 4, 3) + 1, torch.full((4,), 7), torch.tensor([3, 1, 0, 2]), 0, True), 1),
     (ours.ctc_loss.default, (x(7, 4, 6).log_softmax(-1), ids(5, 6) + 1, torch.full((4,), 7), torch.tensor([3, 1, 0, 2]), 0, True), 0),
+    (aten.matmul.default, (x(2, 6, 8), x(2, 1, 8, 4)), 5),
+    (aten.matmul.default, (x(2, 1, 6, 8), x(2, 8, 4)), 5),
+    (aten.cdist.default, (x(4, 6, 8), x(4, 1, 2, 8)), 4),
+    (aten.squeeze.dim, (x(2, 1, 6), 0), 2),
+    (aten.squeeze.default, (x(2, 1, 6),), 2),
+    (aten.squeeze.dims, (x(2, 1, 2, 4), [0, 1, 2]), 3),
+    (aten.lstm_cell.default, (x(4, 6), [x(4, 2), x(4, 2)], x(8, 6), x(8, 2), x(8), x(8)), 1),
+    (aten.gru_cell.default, (x(4, 6), x(4, 2), x(6, 6), x(6, 2)), 1),
+    (aten.cosine_similarity.default, (x(4, 6, 8), x(6, 8)), 2),
+    (aten.cosine_similarity.default, (x(4, 1, 8), x(4, 6, 8), 0), 2),
+    (aten.hardswish.default, (x(4, 6),), 2),
     (ours.expect.default, (torch.tensor([[3, 1], [0, 2]]), [3, 1, 0, 2], ""), 0),
 ]  # fmt: skip
 
@@ -310,6 +321,11 @@ def _compare(have: Sequence[Tensor], want: Tensor, type_: Type, choice: Choice) 
         (aten.view.dtype, (x(4, 6), torch.int64)),
         (aten.take_along_dim.default, (x(4, 6), ids(6, 5))),
         (aten.embedding.default, (x(12, 8), ids(12, 4), -1, True)),
+        (aten.scatter.src, (x(4, 6), 1, ids(6, 4, 2), x(6, 2))),
+        (aten.fft_fftn.default, (x(4, 6), [8], [1])),
+        (aten.sort.default, (x(),)),
+        (aten.scatter.value, (x(), 0, ids(1), 1.0)),
+        (aten.index_select.default, (x(), 0, ids(1))),
     ],
 )
 def test_operators_without_a_rule_run_whole(target: Any, args: tuple[Any, ...]) -> None:
@@ -318,5 +334,5 @@ def test_operators_without_a_rule_run_whole(target: Any, args: tuple[Any, ...]) 
     call = next(iter(inference.calls.values()))
     assert call.signature is None
     found = choices(call, inference, range(4), SIZE, Price(), 1.0)
-    assert set(found[0].uses) == {I} and found[0].outs == (I,)
+    assert set((*found[0].uses, *found[0].outs)) == {I}
     assert not any(isinstance(t, Shard) for c in found for t in (*c.uses, *c.outs))
