@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .capture.structure import order_of
 from .config import ParallelConfig
 from .errors import ConfigError
 from .mesh import agree, check_batch, check_mesh, mesh_sizes
@@ -98,7 +99,7 @@ def _example(model: nn.Module, example: Example | None) -> tuple[tuple[Any, ...]
                 f"positional ones (a tuple) of one data rank's local batch."
             )
     if isinstance(example, Mapping):
-        return (), dict(example)
+        return (), order_of(model)(example)
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     raise ConfigError(f"example= must be a dict of keyword arguments or a tuple of positional ones, not {type(example).__name__}.")

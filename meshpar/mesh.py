@@ -221,6 +221,24 @@ def check_batch(batch: Any, mesh: DeviceMesh) -> None:
     )
 
 
+def check_whole(tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> None:
+    """Raise `BatchError` on every rank unless these inputs, which hold nothing of single samples, are the same on all ranks.
+
+    Collective over the mesh: one exchange of 32 bytes per rank and tensor.
+    """
+    if not tensors or not _is_real(mesh):
+        return
+    table = _gather_digests(b"".join(map(_content_digest, tensors.values())), mesh)
+    width = len(_digest(b""))
+    rows = {name: {rank: row[i * width :][:width] for rank, row in table.items()} for i, name in enumerate(tensors)}
+    complaints = [f"{name}: {_listed(list(odd))} from the rest." for name, digests in rows.items() if (odd := _odd_ones(digests))]
+    raise_all(
+        BatchError,
+        "inputs whose first dim is not that of the samples are one value for the whole batch, the same on every rank, but these differ:",
+        complaints,
+    )
+
+
 # ---- helpers ---------------------------------------------------------------------------------------------------------------------------
 
 

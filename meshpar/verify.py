@@ -30,7 +30,7 @@ from meshpar._torch import pytree
 from . import launch
 from ._torch import local_of, maybe_disable_local_tensor_mode, without_modes
 from .api import parallelize
-from .capture.structure import call_loss, find_loss
+from .capture.structure import call_loss, find_loss, order_of
 from .comparable import cast, comparable, only
 from .config import ParallelConfig, Precision
 from .errors import BatchError, CaptureError, ConfigError, MeshparError
@@ -210,7 +210,7 @@ def _task(
         raise ConfigError(f"batch is a {type(batch).__name__}, not a dict of keyword arguments or a tuple of positional ones.")
     return _Task(
         comparable(model, dtype=dtype, perturb=perturb, seed=seed),
-        cast(dict(batch) if isinstance(batch, Mapping) else tuple(batch), dtype),
+        cast(order_of(model)(batch) if isinstance(batch, Mapping) else tuple(batch), dtype),
         replace(config or ParallelConfig(), precision=Precision()),
         rules,
         loss_fn,

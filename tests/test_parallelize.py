@@ -354,3 +354,33 @@ def test_dtype_and_device_are_fixed() -> None:
         with pytest.raises(mp.ConfigError, match="stays on the devices of its mesh"):
             pm.to("meta")
         pm.to("cpu").train_step(**batch)
+
+
+class Scaled(nn.Module):
+    """Takes a table that is the same for all samples, of a name before theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return (self.inside(x) * table).square().mean()
+
+
+def table_of_all_samples(differs: bool) -> tuple[float, str]:
+    torch.manual_seed(0)
+    model, x, table = Scaled().double(), torch.randn(8, 6).double(), torch.rand(6).double()
+    mesh = mp.make_mesh("dp=2")
+    local = {"x": mp.local_batch({"x": x}, mesh)["x"], "table": table + (differs and mp.data_rank(mesh)[0])}
+    pm = mp.parallelize(model, mesh, example=local)
+    try:
+        return abs(float(pm.train_step(**local)) - float(model(x, table).detach())), ""
+    except mp.BatchError as error:
+        return 0.0, str(error)
+
+
+def test_inputs_that_hold_no_samples_are_the_same_on_all_data_ranks(gloo: Pool) -> None:
+    for difference, error in gloo.run(table_of_all_samples, False, world=2):
+        assert difference < 1e-14 and not error
+    for _, error in gloo.run(table_of_all_samples, True, world=2):
+        assert "the same on every rank, but these differ" in error and "table: rank 1 from the rest" in error

@@ -49,10 +49,10 @@ def capture(
     """The forward of `model` (in its present mode, training or evaluation) as a flat functional graph.
 
     `args` and `kwargs` are one data rank's local batch. The graph has the shapes of `local // divide * scale` samples: `divide` is the
-    number of microbatches, `scale` the number of data ranks. A tensor holds samples along dim 0 when that dim is as long as the first
-    tensor's, or a multiple of it, if the forward does not run otherwise (the patches of all images, one after the other); `batch_dims`
-    (input name -> dim) says otherwise. `device` is where the model will run; parameters on `meta` are read as if
-    they were there already. Nothing is allocated and the model is not changed.
+    number of microbatches, `scale` the number of data ranks. A tensor holds samples along dim 0 when that dim is as long as that of the
+    first tensor (of positional arguments, then of keywords in the order of the forward's parameters), or a multiple of it, if the forward
+    does not run otherwise (the patches of all images, one after the other); `batch_dims` (input name -> dim) says otherwise. `device` is
+    where the model will run; parameters on `meta` are read as if they were there already. Nothing is allocated and the model is not changed.
 
     `dtype`: what floating parameters and inputs are cast to before the forward runs (mixed precision); None leaves them.
 
@@ -64,7 +64,7 @@ def capture(
     >>> captured.graph.print_tabular()                                        # doctest: +SKIP
     """
     device = _usable(torch.device(device))
-    given = (args, dict(kwargs or {}))
+    given = (args, structure.order_of(model)(kwargs or {}))
 
     def read(dims: Mapping[str, int], scale: int) -> _Batch:
         return _read_batch(model, *given, dims, scale=scale, divide=divide)

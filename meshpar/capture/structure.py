@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from meshpar._torch import pytree
+
+
+def order_of(model: nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """How to put keyword arguments in order, whatever order they are passed in: that of the forward's parameters, then by name.
+
+    >>> order_of(nn.Linear(2, 2))({"b": 1, "input": 2, "a": 3})
+    {'input': 2, 'a': 3, 'b': 1}
+    """
+    places = {name: place for place, name in enumerate(inspect.signature(model.forward).parameters)}
+
+    def ordered(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: kwargs[name] for name in sorted(kwargs, key=lambda name: (places.get(name, len(places)), name))}
+
+    return ordered
 
 
 class Record:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from ..config import ParallelConfig
 from ..errors import BatchError, ConfigError
-from ..mesh import check_batch
+from ..mesh import check_batch, check_whole
 from ..ops.load import Tally
 from ..ops.random import RandomState
 from ..passes.randomness import KEY
@@ -39,8 +39,9 @@ class ParallelModel(nn.Module):
     """What `parallelize` returns.
 
     Parameters are DTensors under the original names with global shapes; plain torch optimizers work on them. Every data rank passes its own
-    local batch, ranks that share a data coordinate pass the same one. Tensors as long along dim 0 as the first hold a row per sample;
-    longer ones hold several, where the model runs with nothing else (the patches of all images), or the same for all samples.
+    local batch, ranks that share a data coordinate pass the same one. Tensors as long along dim 0 as the first, in the
+    order of the forward's parameters, hold a row per sample; longer ones hold several, where the model runs with nothing else (the patches
+    of all images). Others are the same for all samples, and on all ranks.
 
         loss = pm.train_step(**batch)        forward and backward, gradients summed over the mesh; the loss of the global batch
         loss = pm.eval_step(**batch)         the same loss without gradients
@@ -173,15 +174,19 @@ class ParallelModel(nn.Module):
         return [list(part) for part in zip(*cut, strict=True)]
 
     def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Program]:
+        kwargs = self._makes.ordered(kwargs)
         tensors, signature = flatten(args, kwargs, self.training)
         key = (signature, microbatches)
+        if key not in self._checked:
+            check_batch((args, kwargs), self.mesh)
         if key not in self._programs:
-            check_batch((args, dict(kwargs)), self.mesh)
             program = self._makes.make(args, kwargs, training=self.training, microbatches=microbatches)
             self._programs[key] = program
             self._engine.add(program)
-        elif key not in self._checked:
-            check_batch((args, dict(kwargs)), self.mesh)
+        if key not in self._checked:
+            captured = self._programs[key].captured
+            named = zip(captured.inputs, tensors, strict=False)
+            check_whole({name: tensor for name, tensor in named if name not in captured.batch_dims}, self.mesh)
         self._checked.add(key)
         dtype = self.config.precision.compute_dtype
         if dtype is not None:

@@ -18,6 +18,7 @@ from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
 from ..capture.experts import advise
 from ..capture.export import capture
+from ..capture.structure import order_of
 from ..config import ParallelConfig
 from ..errors import BatchError, ConfigError, PlanError
 from ..mesh import DATA_AXES, Axis, agree, axis, data_axis, data_mesh, mesh_sizes
@@ -95,9 +96,9 @@ class Program:
         return self.signature.key
 
 
-def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> tuple[list[torch.Tensor], Signature]:
-    """The tensors of a batch, and its signature; keyword arguments in the order of their names."""
-    leaves, spec = pytree.tree_flatten((args, {k: kwargs[k] for k in sorted(kwargs)}))
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[list[torch.Tensor], Signature]:
+    """The tensors of a batch, and its signature; keyword arguments are in the model's order."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     described = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves)
     return tensors, Signature(spec, described, training)
@@ -117,6 +118,7 @@ class Programs:
         plan: Plan | None = None,
     ) -> None:
         self.skeleton = _skeleton(model)
+        self.ordered = order_of(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
         self.others = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
         self.schedule = schedule_of(mesh, config)
@@ -124,7 +126,7 @@ class Programs:
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, microbatches: int = 1) -> Program:
         """The program for a batch like this one. Collective over the mesh the first time."""
-        _, signature = flatten(args, kwargs, training)
+        _, signature = flatten(args, self.ordered(kwargs), training)
         self.skeleton.train(training)
         captured = self._capture(args, kwargs, microbatches)
         if microbatches == 1:
@@ -141,14 +143,13 @@ class Programs:
         return replace(program, counts=counts, averaged=split.averaged)
 
     def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> Captured:
-        ordered = {k: kwargs[k] for k in sorted(kwargs)}
         device = torch.device(self.mesh.device_type)
         scale = data_axis(self.mesh).size
         with without_modes():
             captured = capture(
                 self.skeleton,
                 args,
-                ordered,
+                kwargs,
                 device=device,
                 scale=scale,
                 divide=microbatches,
