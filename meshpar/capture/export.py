@@ -52,7 +52,7 @@ def capture(
     number of microbatches, `scale` the number of data ranks. A tensor holds samples along dim 0 when that dim is as long as that of the
     first tensor (of positional arguments, then of keywords in the order of the forward's parameters), or a multiple of it, if the forward
     does not run otherwise (the patches of all images, one after the other); `batch_dims` (input name -> dim) says otherwise. `device` is
-    where the model will run; parameters on `meta` are read as if they were there already. Nothing is allocated and the model is not changed.
+    where the model will run; parameters on `meta` are read as if they were there already. Nothing is allocated, the model is not changed.
 
     `dtype`: what floating parameters and inputs are cast to before the forward runs (mixed precision); None leaves them.
 
