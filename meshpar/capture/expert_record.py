@@ -1,13 +1,14 @@
 """Recording: one expert's forward runs on a few rows, every operator is noted, and the notes are a `Body` for the rows of all experts.
 
 Every value of the record is one of: `rows` (depends on the rows), `each` (a value every expert has its own of), `stack` (those of all
-experts, along dim 0), `shared` (a parameter that all experts read), `other` (belongs to an expert that got no rows), or a constant, whose
-value is known. The sizes that stand for the number of rows are found by recording twice. What operators mean for these kinds of values is
-in the tables of `expert_rules`.
+experts, along dim 0), `joined` (the same, of experts one after the other in dim 0), `shared` (a parameter that all experts read), `other`
+(belongs to an expert that got no rows), or a constant, whose value is known. The sizes that stand for the number of rows are found by
+recording twice. What operators mean for these kinds of values is in the tables of `expert_rules`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from meshpar._torch import OpOverload, TorchDispatchMode, pytree, written_arguments
 from meshpar.capture.expert_body import EXPERT, Body, ForEach, NotLifted, Ref, Rows, Step, gather, pruned
-from meshpar.capture.expert_rules import POINTWISE, READABLE, ROW_BY_ROW, RULES, TELLING, Call
+from meshpar.capture.expert_rules import POINTWISE, READABLE, ROW_BY_ROW, RULES, TELLING, Call, cut_apart
 from meshpar.capture.stand_in import LARGE, blank
 
 aten = torch.ops.aten
@@ -30,21 +31,24 @@ def record(
     *,
     each: Mapping[str, Tensor] | None = None,
     stacks: Mapping[str, Tensor] | None = None,
+    joined: Mapping[str, Tensor] | None = None,
     shared: Mapping[str, Tensor] | None = None,
     expert: int = 0,
+    experts: int = 1,
 ) -> Body:
-    """Record `run` on rows [n, width]. `each`: the tensors of the expert that runs; or `stacks`: those of all experts, of which `expert`
-    gets the rows. `run` computes on the very tensors given here. Raises NotLifted."""
+    """Record `run` on rows [n, width]. `each`: the tensors of the expert that runs; or `stacks` [E, ...] and `joined` [E * n, ...]: those
+    of all `experts`, of which `expert` gets the rows. `run` computes on the very tensors given here. Raises NotLifted."""
     given = {
         **{name: (tensor, "each") for name, tensor in (each or {}).items()},
         **{name: (tensor, "stack") for name, tensor in (stacks or {}).items()},
+        **{name: (tensor, "joined") for name, tensor in (joined or {}).items()},
         **{name: (tensor, "shared") for name, tensor in (shared or {}).items()},
     }
     sizes = {width, *(n for tensor, _ in given.values() for n in tensor.shape)}
     counts = [n for n in _PRIMES if all(size % n for size in sizes)][:2]
     if len(counts) < 2:
         raise NotLifted("its sizes are multiples of many primes")
-    first, second = (_record(run, n, width, dtype, given, expert) for n in counts)
+    first, second = (_record(run, n, width, dtype, given, (expert, experts)) for n in counts)
     if len(first.steps) != len(second.steps) or first.result != second.result:
         raise NotLifted("what it computes depends on the number of rows")
     steps = tuple(_generalised(a, b, *counts) for a, b in zip(first.steps, second.steps, strict=True))
@@ -65,11 +69,11 @@ def _record(
     width: int,
     dtype: torch.dtype,
     given: Mapping[str, tuple[Tensor, str]],
-    expert: int,
+    place: tuple[int, int],
 ) -> Body:
     generator = torch.Generator().manual_seed(count)
     x = torch.randn(count, width, generator=generator).to(dtype)
-    recorder = Recorder(count, expert)
+    recorder = Recorder(count, *place)
     operands = {name: recorder.add(tensor, kind) for name, (tensor, kind) in given.items()}
     rows = recorder.add(x, "rows")
     with recorder:
@@ -111,14 +115,17 @@ class Value:
 class Recorder(TorchDispatchMode):
     """Runs every operator and notes what those do that the rows or the experts' tensors take part in."""
 
-    def __init__(self, count: int, expert: int) -> None:
+    def __init__(self, count: int, expert: int, experts: int) -> None:
         super().__init__()
-        self.count, self.expert = count, expert
+        self.count, self.expert, self.experts = count, expert, experts
         self.steps: list[Step] = []
         self.narrows = False
         self._values: dict[int, Value] = {}
         self.kept: list[Any] = []
-        self._written: set[int] = set()
+        self._writes: Counter[int] = Counter()
+        """How often a storage has been overwritten."""
+        self._reshaped: dict[int, tuple[Tensor, int]] = {}
+        """Rows in another shape -> what they were before, and how often that had been overwritten."""
         self._before: dict[int, Any] = {}
         self._next = 0
 
@@ -149,7 +156,7 @@ class Recorder(TorchDispatchMode):
         self._before = {id(tensor): self.constant(tensor) for tensor in written if self.known(tensor) is None}
         out = self._cheaply(func, args, kwargs, inputs) if not written else func(*args, **kwargs)
         self.kept.append((out, inputs))  # an id stays one tensor's
-        if any(tensor.untyped_storage()._cdata in self._written and self.known(tensor) is None for tensor in inputs):
+        if any(self._writes[tensor.untyped_storage()._cdata] and self.known(tensor) is None for tensor in inputs):
             raise NotLifted("it reads through a view what it overwrote")
         if all(self.known(tensor) is None for tensor in inputs):
             return out
@@ -162,7 +169,7 @@ class Recorder(TorchDispatchMode):
             return out
         self._note(func, args, kwargs, results, inputs)
         for tensor in written:
-            self._written.add(tensor.untyped_storage()._cdata)
+            self._writes[tensor.untyped_storage()._cdata] += 1
         return out
 
     def _cheaply(self, func: OpOverload, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
@@ -183,6 +190,9 @@ class Recorder(TorchDispatchMode):
         if plain is None:
             raise NotLifted(f"{func} overwrites a tensor")
         self.narrows |= any(r.is_floating_point() and r.dtype.itemsize < 8 for r in results)
+        if "joined" in kinds:
+            cut_apart(self, Call(plain, args, kwargs, results, kinds))
+            return
         rule = RULES.get(plain.overloadpacket)
         if rule is not None and rule(self, Call(plain, args, kwargs, results, kinds)):
             return
@@ -248,7 +258,21 @@ class Recorder(TorchDispatchMode):
             raise NotLifted(f"{func} is not known to treat rows alone")
         for result in results:
             self.row_dim(result)
-        self.step(func, args, kwargs, results, "rows")
+        if not self._there_and_back(func, args, results):
+            self.step(func, args, kwargs, results, "rows")
+
+    def _there_and_back(self, func: OpOverload, args: Any, results: Sequence[Tensor]) -> bool:
+        """Whether rows that were given another shape have their first one again: then that is what they are."""
+        if func.overloadpacket not in (aten.view, aten._unsafe_view, aten.reshape, aten.unsqueeze, aten.squeeze):
+            return False
+        (result,) = results
+        written = self._writes[result.untyped_storage()._cdata]
+        first, before = self._reshaped.get(id(args[0]), (args[0], written))
+        if result.shape != first.shape or written != before:
+            self._reshaped[id(result)] = (first, before)
+            return False
+        self.alias(result, first)
+        return True
 
     def _alone(self, func: OpOverload, args: Any) -> bool:
         check = ROW_BY_ROW.get(func.overloadpacket)

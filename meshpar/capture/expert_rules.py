@@ -39,6 +39,30 @@ class Call:
 Rule = Callable[["Recorder", Call], bool]
 
 
+def cut_apart(recorder: Recorder, call: Call) -> None:
+    """What to do with the parameters of all experts, joined along dim 0. Raises NotLifted for anything else than to tell them apart."""
+    source, each = call.args[0], call.args[0].shape[0] // recorder.experts
+    packet, whole = call.func.overloadpacket, [recorder.experts, each, *source.shape[1:]]
+    if packet in (aten.view, aten._unsafe_view, aten.reshape) and call.results[0].shape[:1] == (recorder.experts,):
+        recorder.step(Tensor.reshape, (source, [*call.results[0].shape]), {}, call.results, "stack")
+        return
+    if all(result.shape == source.shape for result in call.results) and call.kinds == {"joined"} and len(call.results) == 1:
+        recorder.step(call.func, call.args, call.kwargs, call.results, "joined")
+        return
+    starts: list[int] = []
+    if packet is aten.slice and (len(call.args) < 2 or call.args[1] == 0) and len(call.args) < 5:
+        starts = [(call.args[2] or 0) if len(call.args) > 2 else 0]
+    elif packet in (aten.split, aten.chunk) and (len(call.args) < 3 or call.args[2] == 0):
+        starts = [place * each for place in range(len(call.results))]
+    if not starts or any(result.shape[0] != each or start % each for result, start in zip(call.results, starts, strict=True)):
+        raise NotLifted(f"{call.func} mixes the experts' parameters")
+    for result, start in zip(call.results, starts, strict=True):
+        if start // each == recorder.expert:
+            recorder.step(Tensor.reshape, (source, whole), {}, [result], "each")
+        else:
+            recorder.mark([result], "other")
+
+
 def _select(recorder: Recorder, call: Call) -> bool:
     """stack[e]"""
     if call.kinds != {"stack"} or call.args[1] != 0:

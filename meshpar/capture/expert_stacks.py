@@ -2,7 +2,7 @@
 
 Two calls are known, by shapes and types alone:
 
-    experts(hidden [T, h], index [T, k], weights [T, k] or [T, E])     ->  dispatch, the lifted body, combine
+    experts(hidden [..., h], index [T, k], weights [T, k] or [T, E])   ->  dispatch, the lifted body, combine
     project(rows [n, i] sorted by expert, sizes: E numbers)            ->  the lifted body
 
 What is lifted is what the module computes when every row goes to one expert. Before it is used, it is compared with the module's forward
@@ -12,6 +12,7 @@ rows on, say): what those compute is added once per token.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,12 +50,27 @@ class Experts:
     """Those with parameters of their own."""
     total: int
     """With those that have none, as far as the sizes of parameters tell: a stack may have rows for these that nothing reads."""
+    joined: bool = False
+    """Whether the parameters of all experts are joined along their first dim, [E * n, ...], instead of stacked along one of its own."""
+
+    def stacks(self, tensors: Mapping[str, Tensor], least: int) -> dict[str, Tensor]:
+        """Those that may be of all experts; where they are stacked, of `least` dims or more."""
+        if self.joined:
+            return {name: t for name, t in tensors.items() if t.dim() and t.shape[0] > self.own and t.shape[0] % self.own == 0}
+        return {name: t for name, t in tensors.items() if t.dim() >= least and t.shape[0] in (self.own, self.total)}
 
 
-def experts_of(module: nn.Module) -> Experts | None:
-    """The number of experts, if the module's own parameters may be stacked ones."""
+def experts_of(module: nn.Module) -> tuple[Experts, ...]:
+    """How many experts there may be, if the module's own parameters may be stacked ones, or those of the only module in it joined ones."""
     counts = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() >= 3}
-    return Experts(min(counts), max(counts)) if len(counts) in (1, 2) and min(counts) > 1 else None
+    if counts:
+        return (Experts(min(counts), max(counts)),) if len(counts) <= 2 and min(counts) > 1 else ()
+    holders = [child for child in module.modules() if next(child.parameters(recurse=False), None) is not None]
+    if len(holders) != 1 or len(inspect.signature(type(module).forward).parameters) < 4 or not 1 < len([*module.parameters()]) < 8:
+        return ()
+    lengths = [p.shape[0] for p in module.parameters() if p.dim()]
+    named = {n for n in vars(module).values() if type(n) is int and n > 1 and all(length % n == 0 and length > n for length in lengths)}
+    return tuple(Experts(n, n, joined=True) for n in sorted(named))
 
 
 @dataclass(frozen=True)
@@ -89,11 +105,12 @@ def _read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[s
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_sizes)
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     whole = [i for i, t in tensors.items() if not t.is_floating_point() and t.dtype != torch.bool]
-    floating = [i for i, t in tensors.items() if t.is_floating_point() and t.dim() == 2]
+    floating = [i for i, t in tensors.items() if t.is_floating_point() and t.dim() >= 2]
     sizes = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Sizes) and len(leaf) == experts]
-    if len(tensors) == 1 and len(floating) == 1 and len(sizes) == 1:
+    flat = len(floating) == 1 and tensors[floating[0]].dim() == 2
+    if len(tensors) == 1 and flat and len(sizes) == 1:
         return Call(spec, tuple(leaves), floating[0], sizes[0], None)
-    if len(tensors) == 2 and len(floating) == 1 and len(whole) == 1 and tensors[whole[0]].shape == (experts,):
+    if len(tensors) == 2 and flat and len(whole) == 1 and tensors[whole[0]].shape == (experts,):
         return Call(spec, tuple(leaves), floating[0], whole[0], None)
     unknown = NotLifted("it is not called with hidden [T, h], index [T, k] and weights [T, k]") if whole or sizes else None
     if len(tensors) != 3 or len(floating) != 2 or len(whole) != 1 or tensors[whole[0]].dim() != 2:
@@ -102,7 +119,7 @@ def _read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[s
     widths = {n for p in module.parameters() for n in p.shape[1:]}
     for rows, weights in (floating, floating[::-1]):
         h, w = tensors[rows].shape, tensors[weights].shape
-        if h[0] == w[0] == tokens and w[1] in (choices, experts) and (h[1] in widths):
+        if len(w) == 2 and h[:-1].numel() == w[0] == tokens and w[1] in (choices, experts) and h[-1] in widths:
             return Call(spec, tuple(leaves), rows, whole[0], weights)
     return unknown
 
@@ -117,19 +134,46 @@ class Lifted:
     """What experts without parameters compute, whose numbers come after the others."""
 
 
+@dataclass(frozen=True)
+class Called:
+    """A lifted forward, and the call it is for."""
+
+    lifted: Lifted
+    call: Call
+
+
+_NO_RUN = "it does not run on a few random rows"
+
+
 @dataclass
 class Stacks:
     """What was learnt about experts modules during one capture."""
 
-    learnt: list[tuple[nn.Module, Call, Lifted | NotLifted]] = field(default_factory=list)
+    learnt: list[tuple[nn.Module, Experts, Call, Lifted | NotLifted]] = field(default_factory=list)
+
+    def first(
+        self, module: nn.Module, counts: Sequence[Experts], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Called | NotLifted | None:
+        """The call, lifted for the first of `counts` for which that can be done; or why for none; or None if it chooses no experts."""
+        reasons: list[NotLifted] = []
+        for experts in counts:
+            call = read(module, experts, args, kwargs)
+            found = self.lifted(module, experts, call) if isinstance(call, Call) else call
+            if isinstance(found, Lifted):
+                assert isinstance(call, Call)
+                return Called(found, call)
+            if found is not None:
+                reasons.append(found)
+        told = [reason for reason in reasons if not str(reason).startswith(_NO_RUN)]  # that many experts there may be
+        return next(iter(told or reasons), None)
 
     def lifted(self, module: nn.Module, experts: Experts, call: Call) -> Lifted | NotLifted:
         """The forward of `module`, lifted and proven; or why it is not."""
-        for other, as_called, known in self.learnt:
-            if _signature(as_called) == _signature(call) and (other is module or alike(other, module)):
+        for other, of, as_called, known in self.learnt:
+            if (_signature(as_called), of) == (_signature(call), experts) and (other is module or alike(other, module)):
                 return known
-        found = attempt(lambda: _learn(module, experts, call), "it does not run on a few random rows")
-        self.learnt.append((module, call, found))
+        found = attempt(lambda: _learn(module, experts, call), _NO_RUN)
+        self.learnt.append((module, experts, call, found))
         return found
 
 
@@ -147,6 +191,9 @@ def run(module: nn.Module, lifted: Lifted, call: Call) -> Tensor:
     if call.weights is None:
         sizes = index.tensor if isinstance(index, Sizes) else index
         return body(rows, sizes.cumsum(0).to(torch.int32), values)
+    if rows.dim() > 2:
+        flat = run(module, lifted, replace(call, leaves=tuple({**dict(enumerate(call.leaves)), call.rows: rows.flatten(0, -2)}.values())))
+        return flat.unflatten(0, rows.shape[:-1])
     weights = call.leaves[call.weights]
     if weights.shape[1] != index.shape[1]:
         weights = weights.gather(1, index)
@@ -179,7 +226,7 @@ def _learn(module: nn.Module, experts: Experts, call: Call) -> Lifted:
     if any(hooked(child) for child in module.modules() if child is not module):
         raise NotLifted("modules in it have hooks")
     case = _Case(module, experts, call)
-    first = reasoned(lambda: _recorded(case, experts.own - 1, None, {}), "it does not run on a few random rows")
+    first = reasoned(lambda: _recorded(case, experts.own - 1, None, {}), _NO_RUN)
     if isinstance(first, NotLifted) and case.choices > 1:
         case = replace(case, alone=False)
     beyond, last = _beyond(case)
@@ -194,10 +241,21 @@ def _learn(module: nn.Module, experts: Experts, call: Call) -> Lifted:
         for seed, (tokens, pool) in enumerate(pools):
             _prove(case, exact, tokens, pool, seed, sizes)
 
-    tensors = [*module.parameters(), *module.buffers()]
-    sizes = reduced(tensors, call.leaves[call.rows].shape[1], kept=(experts.own, experts.total))
-    body = proven(lambda sizes: _recorded(case, experts.own - 1, None, sizes), prove, sizes)
+    body = proven(lambda sizes: _recorded(case, experts.own - 1, None, sizes), prove, _small(case))
     return Lifted(body, experts.own, beyond)
+
+
+def _small(case: _Case) -> dict[int, int]:
+    """Small sizes in place of the large ones of the module's parameters."""
+    experts, width = case.experts, case.call.leaves[case.call.rows].shape[-1]
+    tensors = [*case.module.parameters(), *case.module.buffers()]
+    if not experts.joined:
+        return reduced(tensors, width, kept=(experts.own, experts.total))
+    apart = [torch.empty(experts.own, t.shape[0] // experts.own, *t.shape[1:], device="meta") for t in tensors if t.dim()]
+    sizes = reduced(apart, width, kept=(experts.own, experts.total))
+    whole = {t.shape[0]: experts.own * sizes.get(t.shape[0] // experts.own, 0) for t in tensors if t.dim()}
+    fits = all(whole.values()) and not (whole.keys() & sizes.keys() or {*whole.values()} & {*sizes.values()})
+    return sizes | whole if fits else {}
 
 
 def _beyond(case: _Case) -> tuple[Body | None, int]:
@@ -221,23 +279,25 @@ def _recorded(case: _Case, chosen: int, dtype: torch.dtype | None, sizes: Mappin
     )
     tensors = {**dict(double.named_parameters()), **dict(double.named_buffers())}
     rows, experts = case.call.leaves[case.call.rows], case.experts
-    width = sizes.get(rows.shape[1], rows.shape[1])
+    width = sizes.get(rows.shape[-1], rows.shape[-1])
 
     def one(x: Tensor) -> Tensor:
         return _call(double, case.call, _routed_to(case, x, chosen, dtype))
 
     reason = NotLifted("it has no stacked parameters")
     for least in (1, 2):
-        stacks = {name: t for name, t in tensors.items() if t.dim() >= least and t.shape[0] in (experts.own, experts.total)}
+        stacks = experts.stacks(tensors, least)
         shared = {name: t for name, t in tensors.items() if name not in stacks}
+        given = {"joined" if experts.joined else "stacks": stacks, "shared": shared}
         try:
-            body = record(one, width, dtype or rows.dtype, stacks=stacks, shared=shared, expert=chosen)
+            body = record(one, width, dtype or rows.dtype, **given, expert=chosen, experts=experts.own)
         except NotLifted as error:
             reason = error
             continue
         read = read_by(body)
         if chosen < experts.own:
-            return _narrowed(body, [name for name in stacks if name in read and len(stacks[name]) > experts.own], experts.own)
+            longer = [name for name in stacks if name in read and len(stacks[name]) > experts.own and not experts.joined]
+            return _narrowed(body, longer, experts.own)
         if not read & stacks.keys():
             return body
         reason = NotLifted("it has more experts than one of its stacks")
@@ -251,8 +311,14 @@ def _narrowed(body: Body, names: Sequence[str], own: int) -> Body:
 
 
 def _call(double: nn.Module, call: Call, changed: Mapping[int, Any]) -> Tensor:
-    args, kwargs = call.with_leaves(changed)
-    return double(*args, **kwargs)
+    """The result for rows [n, width], [n, ...]; the module may take and give them with more dims before."""
+    more = call.leaves[call.rows].dim() - 2
+    rows = changed[call.rows]
+    args, kwargs = call.with_leaves({**changed, call.rows: rows.reshape(*(1,) * more, *rows.shape)} if more else changed)
+    result: Any = double(*args, **kwargs)
+    if more and (not isinstance(result, Tensor) or result.shape[:-1] != (*(1,) * more, rows.shape[0])):
+        raise NotLifted("its result is not of the shape of the hidden states it is given")
+    return result.reshape(rows.shape[0], -1) if more else result
 
 
 def _routed_to(case: _Case, x: Tensor, expert: int, dtype: torch.dtype | None) -> dict[int, Any]:
@@ -295,7 +361,7 @@ def _prove(case: _Case, exact: Lifted, tokens: int, pool: Sequence[int], seed: i
 
     double = stand_in(case.module, generator, dtype=torch.double, without=("forward",), sizes=sizes, dropping=noted)
     rows, index = call.leaves[call.rows], call.leaves[call.index]
-    x = filled(torch.empty(tokens, sizes.get(rows.shape[1], rows.shape[1])), generator, torch.double).requires_grad_()
+    x = filled(torch.empty(tokens, sizes.get(rows.shape[-1], rows.shape[-1])), generator, torch.double).requires_grad_()
     wanted = [x, *(p for p in double.parameters() if p.requires_grad and p.numel() <= LARGE)]
     if call.weights is None:
         counts = torch.bincount(torch.randint(len(pool), (tokens,), generator=generator), minlength=case.experts.own)

@@ -136,15 +136,14 @@ def _chosen(
             return function(module, *args, **kwargs)
 
         return by_function
-    experts = expert_stacks.experts_of(module)
-    if experts is not None:
+    counts = expert_stacks.experts_of(module)
+    if counts:
 
         def by_stack(*args: Any, **kwargs: Any) -> Any:
-            call = expert_stacks.read(module, experts, args, kwargs)
-            lifted = stacks.lifted(module, experts, call) if isinstance(call, expert_stacks.Call) else call
-            if isinstance(lifted, expert_stacks.Lifted):
+            lifted = stacks.first(module, counts, args, kwargs)
+            if isinstance(lifted, expert_stacks.Called):
                 found.lifted[name] = "stack"
-                return expert_stacks.run(module, lifted, call)  # type: ignore[arg-type]
+                return expert_stacks.run(module, lifted.lifted, lifted.call)
             if lifted is not None:
                 found.unrecognised[name] = str(lifted)
             return type(module).forward(as_traced(module), *args, **kwargs)

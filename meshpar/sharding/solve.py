@@ -421,6 +421,8 @@ class _Solver:
                         f"Valid {self.request.axis}: {divisors}."
                     )
                 return Choice((), (plain(d, shape[d]),), 0.0, "experts")
+            for cut in filter(None, (self._shard(d, one, factor) for factor in self.experts)):  # joined with another dim
+                return Choice((), (cut,), 0.0, "experts")
         return None
 
     def _ruled(self, node: fx.Node, found: Iterable[Choice]) -> tuple[Choice, ...]:
