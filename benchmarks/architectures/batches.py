@@ -53,7 +53,10 @@ def _translation(config: Any, model: nn.Module) -> Batch:
 
 
 def _masked(config: Any, model: nn.Module) -> Batch:
-    ids = _ids(2 * LENGTH // 2)
+    if config.model_type == "perceiver":  # predicts every position there is
+        ids = _ids(config.max_position_embeddings)
+        return {"inputs": ids, "labels": _labels(ids)}
+    ids = _ids()
     return {"input_ids": ids, "attention_mask": _lengths(), "labels": _labels(ids)}
 
 

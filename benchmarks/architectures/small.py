@@ -139,6 +139,13 @@ _FIX: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 16,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "perceiver": {
+        "num_latents": 16,
+        "d_latents": 64,
+        "num_self_attends_per_block": 2,
+        "num_cross_attention_heads": 2,
+        "num_self_attention_heads": 4,
+    },
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 3},
     "esmc": {"num_key_value_heads": 4},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
