@@ -441,6 +441,8 @@ def _notes(pm: ParallelModel, reference: _Reference) -> tuple[str, ...]:
         notes.append(f"the model still draws random numbers ({where}), which differ between the two programs: switch them off to compare.")
     if pm._first.averaged:
         notes.append(f"terms of the loss that are averaged over microbatches, not over the whole batch: {', '.join(pm._first.averaged)}.")
+    if pm._first.within:
+        notes.append(f"statistics that are those of a microbatch, not of the whole batch: {', '.join(pm._first.within)}.")
     return tuple(notes)
 
 

@@ -228,3 +228,22 @@ def test_several_rows_of_each_sample_of_a_local_batch() -> None:
             torch.testing.assert_close(part.reshape(()), wanted.detach())
         for part in local_tensors(local_of(found)).values():
             torch.testing.assert_close(part, gradient)
+
+
+class Statistics(nn.Module):
+    """Normalised over samples, and a table whose gradients are divided by how often its rows are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(5, 6, scale_grad_by_freq=True), nn.BatchNorm1d(6)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.table(ids)).square().mean(-1).mean()
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2"])
+def test_statistics_of_microbatches_are_named(mesh: str) -> None:
+    batch = {"ids": torch.arange(8) % 5}
+    report = verify(Statistics(), mesh, batch, config=ParallelConfig(microbatches=2))
+    assert any("those of a microbatch, not of the whole batch: table, norm." in note for note in report.notes), report
+    assert verify(Statistics(), mesh, batch).ok

@@ -115,7 +115,7 @@ def outcome(program: Program, how: Setting) -> tuple[str, str]:
         return "refused", f"{type(error).__name__}: {error}"
     except Exception as error:
         return "crash", f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"
-    if any("averaged over microbatches" in note for note in report.notes):
+    if any("averaged over microbatches" in note or "those of a microbatch" in note for note in report.notes):
         return "averaged", str(report)
     return ("ok" if report.ok else "wrong"), str(report)
 

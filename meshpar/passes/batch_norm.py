@@ -25,15 +25,29 @@ _WITH_STATS = "_native_batch_norm_legit_functional"
 _WITHOUT = "_native_batch_norm_legit"
 
 
+STATISTICS = "batch_statistics"
+"""The key of `node.meta` that marks the mean of a batch norm that was written out."""
+
+
 def expand_batch_norm(graph: fx.Graph) -> int:
     """Write out every batch norm that takes its statistics from the batch, in place; returns how many there were."""
-    found = [
-        n for n in graph.nodes if n.op == "call_function" and op_name(n.target) in (_WITH_STATS, _WITHOUT) and read(n).arguments["training"]
-    ]
+    found = [n for n in graph.nodes if _is_batch_norm(n)]
     for node in found:
         with graph.inserting_before(node):
             _Expansion(graph, node).run()
     return len(found)
+
+
+def takes_statistics(node: fx.Node) -> bool:
+    """Whether a node computes something about all samples it sees that a part of them would not give: a batch norm, written out or not,
+    or how often a row of a table is looked up."""
+    if STATISTICS in node.meta or _is_batch_norm(node):
+        return True
+    return node.op == "call_function" and op_name(node.target) == "embedding" and bool(read(node).arguments["scale_grad_by_freq"])
+
+
+def _is_batch_norm(node: fx.Node) -> bool:
+    return node.op == "call_function" and op_name(node.target) in (_WITH_STATS, _WITHOUT) and bool(read(node).arguments["training"])
 
 
 class _Expansion:
@@ -51,6 +65,7 @@ class _Expansion:
             count *= shape[d]
         x = self._cast(self.x, self.wide)
         mean = self._emit(aten.mean.dim, (x, dims), shape[1:2])
+        mean.meta[STATISTICS] = True
         centred = self._emit(aten.sub.Tensor, (x, self._along(mean)), shape)
         square = self._emit(aten.mul.Tensor, (centred, centred), shape)
         var = self._emit(aten.mean.dim, (square, dims), shape[1:2])

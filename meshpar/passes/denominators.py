@@ -22,6 +22,7 @@ from torch import fx
 from ..capture.captured import Captured
 from ..ops.expect import EXPECT
 from ..sharding.op import op_name, operands
+from .batch_norm import takes_statistics
 
 aten = torch.ops.aten
 
@@ -38,6 +39,8 @@ class Split:
     """Returns the denominators of one microbatch, in the order of the placeholders `denominator_0`, ... ; None when there are none."""
     averaged: tuple[str, ...]
     """Terms of the loss that are averaged over microbatches, by the name of the submodule that computes them."""
+    within: tuple[str, ...] = ()
+    """Submodules that take statistics of the samples they see: those of a microbatch."""
 
 
 def split_denominators(captured: Captured, microbatches: int) -> Split:
@@ -66,7 +69,8 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     graph.eliminate_dead_code(lambda node: _is_kept(node) or node.target is EXPECT)
     graph.lint()
     names = (*captured.inputs, *(f"denominator_{i}" for i in range(len(terms.denominators))))
-    return Split(replace(captured, graph=graph, inputs=names), counts, tuple(terms.averaged))
+    within = dict.fromkeys(str(node.meta.get("module") or node.name) for node in graph.nodes if takes_statistics(node))
+    return Split(replace(captured, graph=graph, inputs=names), counts, tuple(terms.averaged), tuple(within))
 
 
 class _Terms:

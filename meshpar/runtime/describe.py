@@ -39,6 +39,7 @@ def explain(
     *,
     inlined: Mapping[str, str] | None = None,
     averaged: Sequence[str] = (),
+    within: Sequence[str] = (),
     dropped: Sequence[str] = (),
     unrecognised: Mapping[str, str] | None = None,
     order: Order | None = None,
@@ -46,12 +47,12 @@ def explain(
     """What a plan says, for people.
 
     `graph` is the lowered graph of the plan. `inlined`: blocks that run in the root, with the reason; `averaged`: terms of the loss that
-    are means over microbatches; `dropped`: outputs of the model that are left out; `unrecognised`: modules that look like layers of experts
-    and are none, with the reason. `order`: that of a pipeline.
+    are means over microbatches; `within`: modules that take statistics of a microbatch; `dropped`: outputs of the model that are left out;
+    `unrecognised`: modules that look like layers of experts and are none, with the reason. `order`: that of a pipeline.
     """
     sections = [_mesh(plan), [] if order is None else _stages(plan, order), _parameters(plan, graph), _residual(plan, graph)]
     sections += [_communication(plan, order), _repeated(plan, graph)]
-    sections.append(_remarks(inlined or {}, averaged, dropped, unrecognised or {}))
+    sections.append(_remarks(inlined or {}, averaged, within, dropped, unrecognised or {}))
     return Text("\n\n".join("\n".join(lines) for lines in sections if lines))
 
 
@@ -508,9 +509,12 @@ def _percent(found: Counter[bool]) -> str:
     return f"{100 * found[True] / max(1, found[True] + found[False]):.2g}%"
 
 
-def _remarks(inlined: Mapping[str, str], averaged: Sequence[str], dropped: Sequence[str], unrecognised: Mapping[str, str]) -> list[str]:
+def _remarks(
+    inlined: Mapping[str, str], averaged: Sequence[str], within: Sequence[str], dropped: Sequence[str], unrecognised: Mapping[str, str]
+) -> list[str]:
     lines = [f"  {path} runs outside of blocks: {reason}" for path, reason in inlined.items()]
     lines += [f"  a term of the loss in {name or 'the model'} is the mean over microbatches, not over the whole batch" for name in averaged]
+    lines += [f"  {name or 'the model'} takes statistics of the samples it sees: those of a microbatch" for name in within]
     lines += [f"  not returned: {path} (its type is unknown to pytree)" for path in dropped]
     lines += [f"  {path or 'the model'} is not recognised as experts, and runs as written: {why}" for path, why in unrecognised.items()]
     return ["Remarks", *lines] if lines else []

@@ -238,6 +238,7 @@ class ParallelModel(nn.Module):
             program.graph,
             inlined={path: why for tree in self._engine.trees.values() for path, why in inlined(tree).items()},
             averaged=program.averaged,
+            within=program.within,
             dropped=program.captured.dropped,
             unrecognised=program.captured.unrecognised,
             order=self.schedule,

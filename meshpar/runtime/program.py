@@ -70,6 +70,9 @@ class Program:
     counts: Program | None = None
     """Counts the denominators of one microbatch, where the loss has any and the step several microbatches."""
     averaged: tuple[str, ...] = ()
+    """Terms of the loss that are averaged over microbatches."""
+    within: tuple[str, ...] = ()
+    """Modules that take statistics of a microbatch."""
     stages: tuple[StageGraph, ...] = ()
     """Where the mesh has a pipeline: the graph by stages, returning the loss alone."""
     all_stages: tuple[StageGraph, ...] = ()
@@ -140,7 +143,7 @@ class Programs:
         if split.counts is not None:
             counts = self._program(replace(signature, leaves=(*signature.leaves, "counts")), split.counts, remember=False)
         program = self._program(signature, split.captured)
-        return replace(program, counts=counts, averaged=split.averaged)
+        return replace(program, counts=counts, averaged=split.averaged, within=split.within)
 
     def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> Captured:
         device = torch.device(self.mesh.device_type)
