@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from meshpar._torch import pytree
 from meshpar.simulate import axis_rank, local_tensors, per_rank
@@ -38,7 +39,7 @@ class _EachRank(torch.autograd.Function):
         def run(world_rank: int, *local: Tensor) -> Any:
             mine = [x.detach().requires_grad_(needed) for x, needed in zip(local, ctx.needed, strict=True)]
             args, kwargs = _with(calls[axis_rank(group, world_rank)], mine)
-            with torch.enable_grad():
+            with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):  # not those of recompute, which is for all ranks
                 out = op(*args, **kwargs)
             out = tuple(out) if isinstance(out, list) else out
             ctx.ran[world_rank] = (mine, out if isinstance(out, tuple) else (out,))
@@ -71,6 +72,10 @@ class _EachRank(torch.autograd.Function):
         for i, grad in zip(wanted, per_rank(run) if given else (), strict=False):
             found[i] = grad
         return None, None, None, *found
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _with(call: Call, tensors: list[Tensor]) -> Call:

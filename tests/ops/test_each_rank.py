@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
+from meshpar.config import ParallelConfig
 from meshpar.ops.each_rank import each_rank
 from meshpar.simulate import local_tensors, per_rank, simulate
+from meshpar.verify import verify
+from tests.models import plain
 
 aten = torch.ops.aten
 
@@ -48,3 +52,12 @@ def test_a_result_nobody_uses_has_no_gradient() -> None:
         assert values.requires_grad and not places.requires_grad
         values.sum().backward()
         assert [g.sum().item() for g in local_tensors(x.grad).values()] == [1.0, 1.0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_uneven_parts_are_recomputed(recompute: str) -> None:
+    """The derivative on each rank must not ask for all ranks to compute the block again."""
+    model, batch = plain("gpt")
+    config = ParallelConfig(recompute=recompute)  # type: ignore[arg-type]
+    batch = {name: value[:, :11].contiguous() for name, value in batch.items()}  # 4 + 4 + 3
+    verify(model, "tp=3", batch, config=config).raise_if_failed()
