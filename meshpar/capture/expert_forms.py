@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -199,7 +199,7 @@ def forms(loop: Loop, runs: Sequence[Double]) -> Iterator[tuple[Form, tuple[Resu
         return
     read = read_in(loop)
     sources = sorted(_sources(probes[0].before), key=lambda path: path[0] not in read)
-    for form in (*_candidates(sources, probes[0].before, runs[0]), *_by_mask(sources, probes, runs[0])):
+    for form in chain(_candidates(sources, probes[0].before, runs[0]), _by_mask(sources, probes, runs[0])):
         totals = _totals(form, probes, runs)
         results = [] if totals is None else [_result(name, form, probes, totals) for name in names]
         if results and None not in results:
@@ -216,14 +216,8 @@ def _left(loop: Loop, probes: Sequence[Probe]) -> list[str]:
 
 def _candidates(sources: Sequence[Path], local: Local, double: Double) -> Iterator[Form]:
     """The forms that local tensors could stand for, by their shapes and types."""
-    widths = {width for _, width in double.calls.given}
-    for hidden in sources:
-        value = _at(local, hidden)
-        if not value.is_floating_point() or value.dim() < 2 or value.shape[-1] not in widths:
-            continue
-        tokens = value.shape[:-1].numel()
+    for hidden, tokens, floating in _tokens(sources, local, double):
         whole = [p for p in sources if _chooses(_at(local, p), tokens, double.experts)]
-        floating = [p for p in sources if _weighs(_at(local, p), tokens)]
         for index, turned in product(whole, (False, True)):
             yield Form(hidden, Source(index, turned), None)
             weighted = (Form(hidden, Source(index, turned), Source(w, other)) for w, other in product(floating, (False, True)))
@@ -233,19 +227,23 @@ def _candidates(sources: Sequence[Path], local: Local, double: Double) -> Iterat
 def _by_mask(sources: Sequence[Path], probes: Sequence[Probe], double: Double) -> Iterator[Form]:
     """`_candidates` with a mask in place of an index."""
     local, experts = probes[0].before, double.experts
-    widths = {width for _, width in double.calls.given}
-    for hidden in sources:
-        value = _at(local, hidden)
-        if not value.is_floating_point() or value.dim() < 2 or value.shape[-1] not in widths:
-            continue
-        tokens = value.shape[:-1].numel()
-        floating = [p for p in sources if _weighs(_at(local, p), tokens)]
+    for hidden, tokens, floating in _tokens(sources, local, double):
         for mask, turned in product([p for p in sources if _marks(_at(local, p), tokens, experts)], (False, True)):
             most = max(_most(Form(hidden, Source(mask, turned), None), probe.before, experts) for probe in probes)
             if most:
                 plain = Form(hidden, Source(mask, turned), None, most)
                 weighted = (Form(hidden, Source(mask, turned), Source(w, other), most) for w, other in product(floating, (False, True)))
                 yield from (form for form in (plain, *weighted) if form.fits(local, experts))
+
+
+def _tokens(sources: Sequence[Path], local: Local, double: Double) -> Iterator[tuple[Path, int, list[Path]]]:
+    """What may hold a row per token as wide as the experts are given them, the number of tokens, and what may hold their weights."""
+    widths = {width for _, width in double.calls.given}
+    for hidden in sources:
+        value = _at(local, hidden)
+        if value.is_floating_point() and value.dim() >= 2 and value.shape[-1] in widths:
+            tokens = value.shape[:-1].numel()
+            yield hidden, tokens, [p for p in sources if _weighs(_at(local, p), tokens)]
 
 
 def _most(form: Form, local: Local, experts: int) -> int:
