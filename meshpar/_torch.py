@@ -246,6 +246,52 @@ def recorded_as(tensor: torch.Tensor) -> tuple[Node, nn.Module] | None:
     return None if slot is None else (slot.proxy.node, tracer.root)
 
 
+def rerouted(tensor: torch.Tensor, through: torch.Tensor) -> tuple[Node, Node]:
+    """Let all uses of `tensor`, before and after, read `through` in the graph that is being recorded: the nodes of both.
+
+    torch 2.13; wait for a public look at a graph while it is recorded.
+    `through` was just computed from `tensor` by one call, which moves to where `tensor` was made.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+    slot: Any = get_proxy_slot(through, tracer)
+    node: Node = get_proxy_slot(tensor, tracer).proxy.node  # type: ignore[attr-defined]
+    made: Node = slot.proxy.node
+    item = made if made in node.users else made.all_input_nodes[0]  # one of several results of the call
+    call = made if item is made else item
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not call)
+    leaves = [one for one in node.graph.nodes if one.op == "placeholder"]
+    (leaves[-1] if node.op == "placeholder" else node).append(call)
+    if call is not made:
+        call.append(made)
+    if "nn_module_stack" in node.meta:
+        call.meta["nn_module_stack"] = made.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+    del tracer.tensor_tracker[tensor]
+    tracer.tensor_tracker[tensor] = slot
+    return node, call
+
+
+def under_saved_tensors() -> tuple[Any, str]:
+    """Where hooks on what autograd saves are put in force: an object and the name of its function.
+
+    torch 2.13; wait for a public question whether any are.
+    """
+    return _C._autograd, "_push_saved_tensors_default_hooks"
+
+
+def global_hooks() -> tuple[Mapping[int, Callable[..., Any]], ...]:
+    """The hooks registered for all modules at once (torch 2.13; wait for a public look at them)."""
+    from torch.nn.modules import module
+
+    return (
+        module._global_forward_pre_hooks,
+        module._global_forward_hooks,
+        module._global_backward_pre_hooks,
+        module._global_backward_hooks,
+    )
+
+
 def dcp_storage_info(file: str, offset: int, length: int) -> Any:
     """Where an item of a torch.distributed.checkpoint directory lies (torch 2.13; wait for a public record)."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -334,6 +380,7 @@ __all__ = [
     "flatten_mesh",
     "forget_meshes",
     "functional",
+    "global_hooks",
     "is_view",
     "lists_of_numbers",
     "local_of",
@@ -353,4 +400,6 @@ __all__ = [
     "pytree",
     "recorded_as",
     "reduce_gradients",
+    "rerouted",
+    "under_saved_tensors",
 ]

@@ -21,12 +21,13 @@ _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 def source_of(stack_trace: str | None) -> str:
     """ "file.py:line" of the innermost frame that is neither torch's nor ours, or an empty string."""
     for path, line in reversed(_FRAME.findall(stack_trace or "")):
-        if _is_users(path):
+        if is_users(path):
             return f"{os.path.basename(path)}:{line}"
     return ""
 
 
-def _is_users(path: str) -> bool:
+def is_users(path: str) -> bool:
+    """Whether a source file is neither torch's nor ours."""
     return not path.startswith((_TORCH, _OURS, "<"))
 
 
@@ -90,6 +91,6 @@ def _where(error: Exception, text: str) -> str:
 
 def _line_of(frames: traceback.StackSummary) -> str:
     for frame in reversed(frames):
-        if _is_users(frame.filename):
+        if is_users(frame.filename):
             return f" at {os.path.basename(frame.filename)}:{frame.lineno}" + (f" ({frame.line})" if frame.line else "")
     return ""

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import pytree
+from meshpar.ops.hooks import Hook
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class Captured:
     """Every expert layer that became `dispatch`, `grouped_mm` and `combine` -> how: "registered", "transformers", "stack" or "list"."""
     unrecognised: Mapping[str, str] = field(default_factory=dict)
     """Modules that look like expert layers and were captured as written -> why."""
+    hooks: Mapping[str, Hook] = field(default_factory=dict)
+    """The hooks that act in backward, by the names by which the graph calls them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from meshpar.capture import (
     functions,
     grad,
     graph,
+    hooks,
     regions,
     rows,
     selections,
@@ -45,6 +46,7 @@ def capture(
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     batch_dims: Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
+    given: hooks.Given | None = None,
 ) -> Captured:
     """The forward of `model` (in its present mode, training or evaluation) as a flat functional graph.
 
@@ -56,6 +58,8 @@ def capture(
 
     `dtype`: what floating parameters and inputs are cast to before the forward runs (mixed precision); None leaves them.
 
+    `given`: the hooks of the model that `model` is a copy of.
+
     `loss_fn(output, batch)` computes the loss where the model does not; `batch` is the keyword arguments, or the tuple of positional ones.
 
     Raises BatchError when the batch does not divide, CaptureError when the forward cannot become such a graph.
@@ -64,13 +68,13 @@ def capture(
     >>> captured.graph.print_tabular()                                        # doctest: +SKIP
     """
     device = _usable(torch.device(device))
-    given = (args, structure.order_of(model)(kwargs or {}))
+    called = (args, structure.order_of(model)(kwargs or {}))
 
     def read(dims: Mapping[str, int], scale: int) -> _Batch:
-        return _read_batch(model, *given, dims, scale=scale, divide=divide)
+        return _read_batch(model, *called, dims, scale=scale, divide=divide)
 
     def captured(batch: _Batch) -> Captured:
-        return _either_way(model, batch, device, loss_fn, dtype)
+        return _either_way(model, batch, device, loss_fn, dtype, given)
 
     asked = dict(batch_dims or {})
     batch = read(asked, scale)
@@ -94,17 +98,19 @@ def _either_way(
     device: torch.device,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
     dtype: torch.dtype | None,
+    given: hooks.Given | None,
 ) -> Captured:
     """A graph that takes any number of chosen rows; where the number matters, that of the example."""
     answers = branches.Branches(_leaves(model), batch.tensors, device)
     try:
-        return _recorded(model, batch, device, loss_fn, dtype, answers)
+        return _recorded(model, batch, device, loss_fn, dtype, answers, given)
     except CaptureError as error:
         if not answers.sized:
             raise
         mixed = error
     try:
-        return _recorded(model, batch, device, loss_fn, dtype, branches.Branches(_leaves(model), batch.tensors, device, follow=True))
+        sizes = branches.Branches(_leaves(model), batch.tensors, device, follow=True)
+        return _recorded(model, batch, device, loss_fn, dtype, sizes, given)
     except branches.RanksDiffer:
         raise
     except CaptureError:
@@ -118,14 +124,17 @@ def _recorded(
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
     dtype: torch.dtype | None,
     answers: branches.Branches,
+    given: hooks.Given | None,
 ) -> Captured:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [fake.fake_of(leaf, device, mode, shape=shape, dtype=dtype) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
     with fake.faked(model, device, mode, dtype) as names, experts.seam(model) as found, torch.inference_mode(False), torch.enable_grad():
         recorder = _Recorder(model, batch, loss_fn)
-        program = _export(recorder, inputs, device, found, answers)
+        with hooks.kept(model, given) as hooked:
+            program = _export(recorder, inputs, device, found, answers)
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
+    hooked.settle(built.graph)
     simplify.prune(built.graph)
     with found.advising():
         selections.lift(built.graph)
@@ -137,7 +146,7 @@ def _recorded(
     rows.mark(built.graph)
     experts.mark_stacks(built.graph)
     check.number_seeds(built.graph)
-    return _captured(model, built, batch, recorder.outcome, found)
+    return replace(_captured(model, built, batch, recorder.outcome, found), hooks=hooked.hooks)
 
 
 _PREFIX = "model."

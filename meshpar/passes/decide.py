@@ -13,6 +13,7 @@ from torch import fx
 from ..capture.captured import Captured, Info
 from ..errors import PlanError, near, raise_all
 from ..mesh import Axis
+from ..ops.hooks import stable
 from ..plan import AxisPlan, ParameterPlan, Plan, StagePlan
 from ..sharding.infer import Inference, infer
 from ..sharding.op import op_name
@@ -153,7 +154,8 @@ def fingerprint(graph: fx.Graph) -> str:
     """A hash of the operators, arguments and shapes of a graph."""
     digest = hashlib.sha256()
     for node in graph.nodes:
-        digest.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs} {node.meta.get('info')}\n".encode())
+        text = f"{node.op} {node.name} {node.target} {node.args} {node.kwargs} {node.meta.get('info')}\n"
+        digest.update(stable(text).encode())
     return digest.hexdigest()[:16]
 
 

@@ -18,6 +18,7 @@ from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
 from ..capture.experts import advise
 from ..capture.export import capture
+from ..capture.hooks import Given
 from ..capture.structure import order_of
 from ..config import ParallelConfig
 from ..errors import BatchError, ConfigError, PlanError
@@ -120,6 +121,7 @@ class Programs:
         loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
         plan: Plan | None = None,
     ) -> None:
+        self.hooks = Given(model)
         self.skeleton = _skeleton(model)
         self.ordered = order_of(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
@@ -158,6 +160,7 @@ class Programs:
                 divide=microbatches,
                 loss_fn=self.loss_fn,
                 dtype=self.config.precision.compute_dtype,
+                given=self.hooks,
             )
         if scale > 1:
             expand_batch_norm(captured.graph)

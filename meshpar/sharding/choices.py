@@ -17,6 +17,8 @@ from .types import I, P, R, Ragged, Shard, Type, plain
 
 DISPATCH, COMBINE = "meshpar.dispatch", "meshpar.combine"
 E = Ragged()
+SEES_GRADIENT = frozenset({"meshpar.hooked", "meshpar.hooked_parts"})
+"""Operators whose backward is not linear in the gradient: it must not be a pending sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def choices(
     """
     found = [_whole(call, work)]
     differentiable = any(o is not None and o.requires_grad for o in call.op.outs)
-    if differentiable:
+    if differentiable and call.op.name not in SEES_GRADIENT:
         found.append(_replicated(call, work + price.launch / 100))
     signature = call.signature
     if signature is not None:

@@ -584,6 +584,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"), pointwise),
     # other names for operators that carry one
     **dict.fromkeys(("multiply", "divide", "true_divide", "subtract", "greater", "greater_equal", "less", "less_equal"), pointwise),
+    "meshpar.hooked_parts": pointwise,
     "view_as_complex": row("... [c] -> ..."),
     "view_as_real": row("... -> ... [c]"),
     # random
