@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -246,20 +247,23 @@ def recorded_as(tensor: torch.Tensor) -> tuple[Node, nn.Module] | None:
     return None if slot is None else (slot.proxy.node, tracer.root)
 
 
-def rerouted(tensor: torch.Tensor, through: torch.Tensor) -> tuple[Node, Node]:
+def rerouted(tensor: torch.Tensor, through: torch.Tensor, behind: dict[Node, Node]) -> tuple[Node, Node]:
     """Let all uses of `tensor`, before and after, read `through` in the graph that is being recorded: the nodes of both.
 
+    `through` was just computed from `tensor` by one call, which moves to where `tensor` was made. `behind` is kept from one time to the
+    next: a tensor that is rerouted again is so at its source, in front of the earlier calls.
+
     torch 2.13; wait for a public look at a graph while it is recorded.
-    `through` was just computed from `tensor` by one call, which moves to where `tensor` was made.
     """
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
     tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
     slot: Any = get_proxy_slot(through, tracer)
-    node: Node = get_proxy_slot(tensor, tracer).proxy.node  # type: ignore[attr-defined]
     made: Node = slot.proxy.node
-    item = made if made in node.users else made.all_input_nodes[0]  # one of several results of the call
-    call = made if item is made else item
+    seen: Node = get_proxy_slot(tensor, tracer).proxy.node
+    node = behind.get(seen, seen)
+    call = made if made.target is not operator.getitem else made.all_input_nodes[0]  # one of several results of the call
+    call.replace_input_with(seen, node)
     node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not call)
     leaves = [one for one in node.graph.nodes if one.op == "placeholder"]
     (leaves[-1] if node.op == "placeholder" else node).append(call)
@@ -267,8 +271,10 @@ def rerouted(tensor: torch.Tensor, through: torch.Tensor) -> tuple[Node, Node]:
         call.append(made)
     if "nn_module_stack" in node.meta:
         call.meta["nn_module_stack"] = made.meta["nn_module_stack"] = node.meta["nn_module_stack"]
-    del tracer.tensor_tracker[tensor]
-    tracer.tensor_tracker[tensor] = slot
+    if seen is node:
+        behind[made] = node
+        del tracer.tensor_tracker[tensor]
+        tracer.tensor_tracker[tensor] = slot
     return node, call
 
 

@@ -6,7 +6,6 @@ one. So a comparison to many digits needs a copy of the model in which all three
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from meshpar._torch import pytree
 
 from .errors import ConfigError
+from .runtime.hooks import copied
 
 NOISE = ("drop", "jitter")
 """Parts of the names of settings that say how much is drawn at random: dropout, attn_pdrop, drop_path_rate, router_jitter_noise."""
@@ -35,7 +35,7 @@ def comparable(model: nn.Module, *, dtype: torch.dtype, perturb: float, seed: in
             f"{bare[0]} is on the meta device and has no values to compare with. Build the model outside of torch.device('meta') and "
             f"mp.meta(), with fewer layers if it is too big."
         )
-    model = copy.deepcopy(model).train()
+    model = copied(model).train()
     without_noise(model)
     cast(model, dtype)
     generator = torch.Generator().manual_seed(seed)

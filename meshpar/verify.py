@@ -12,7 +12,6 @@ floor they pass, while a mistake in a gradient a million times smaller than the 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +35,7 @@ from .config import ParallelConfig, Precision
 from .errors import BatchError, CaptureError, ConfigError, MeshparError
 from .mesh import format_mesh, local_batch, make_mesh, mesh_sizes, parse_mesh
 from .runtime.gradients import clip_grad_norm_
+from .runtime.hooks import ParameterHooks, attach, copied, of_parameters
 from .runtime.model import ParallelModel
 from .runtime.parameters import full_grad, full_tensor, local_part, spec_of
 from .simulate import is_simulated, local_tensors, simulate
@@ -164,6 +164,8 @@ class _Task:
     steps: int
     dtype: torch.dtype
     tolerance: float
+    hooks: ParameterHooks
+    """Of the parameters: a file loses them."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ def _task(
         steps,
         dtype,
         TOLERANCE[dtype] if tolerance is None else tolerance,
+        of_parameters(model),
     )
 
 
@@ -224,7 +227,7 @@ def _task(
 
 
 def _reference(task: _Task, device: torch.device) -> _Reference:
-    model = copy.deepcopy(task.model).to(device)
+    model = copied(task.model).to(device)
     batch = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, task.batch)
     losses, norms, gradients, without = [], [], dict[str, torch.Tensor | None](), []
     optimizer: torch.optim.Optimizer | None = None
@@ -289,6 +292,7 @@ def _on_given_ranks(task: _Task, mesh: str | Mapping[str, int] | DeviceMesh) -> 
 
 
 def _on_rank(task: _Task, reference: _Reference, sizes: Mapping[str, int]) -> _Found:
+    attach(task.model, task.hooks)
     return _compare(task, reference, make_mesh(sizes, "cpu"))
 
 

@@ -14,6 +14,7 @@ hooks are two such nodes, around its inputs and its outputs.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import BackwardHook
 
-from meshpar._torch import OpOverload, is_view, recorded_as, rerouted, under_saved_tensors
+from meshpar._torch import OpOverload, global_hooks, is_view, recorded_as, rerouted, under_saved_tensors
 from meshpar.capture.blame import here, is_users
 from meshpar.capture.captured import Info
 from meshpar.capture.stand_in import aside
@@ -66,6 +67,8 @@ class Found:
     """By their names in the graph."""
     routed: list[tuple[fx.Node, fx.Node, bool]] = field(default_factory=list)
     """(The node of a tensor, that of its hook, whether the tensor is a view)."""
+    behind: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """What stands for a tensor with hooks -> what the tensor was made as; in between are its hooks."""
     called: set[str] = field(default_factory=set)
     """Modules whose backward hooks are in the graph."""
 
@@ -121,6 +124,8 @@ def kept(model: nn.Module, given: Given | None = None) -> Iterator[Found]:
     with ExitStack() as stack:
         for owner, name, replacement in _replacements(found):
             stack.enter_context(patch.object(owner, name, replacement))
+        for table in global_hooks():  # torch's own, which look at what a user runs
+            stack.enter_context(patch.dict(table, clear=True))
         yield found
 
 
@@ -182,7 +187,7 @@ def _register(found: Found, original: Callable[..., Any]) -> Callable[..., Any]:
         name, made = found.add([hook], told, _on_one(hook))
         found.judge([made], [hook], made.call, [self])
         through = torch.ops.meshpar.hooked_parts(self, name) if made.parts else torch.ops.meshpar.hooked([self], name)[0]
-        found.routed.append((*rerouted(self, through), is_view(self)))
+        found.routed.append((*rerouted(self, through, found.behind), is_view(self)))
         return _Handle(made)
 
     return register_hook
@@ -294,7 +299,8 @@ class _Around:
         self.keys = tuple(self.after), tuple(self.before)
         self.fns = (*self.after.values(), *self.before.values())
         self.told = f"The backward hook {', '.join(map(_name, self.fns))} of {path!r}"
-        self.pending: tuple[Tensor | None, ...] | None = None
+        self.pending: deque[tuple[Tensor | None, ...]] = deque()
+        """Gradients of the results that wait for those of the arguments: one, or one for each simulated rank."""
         self.given = self.made = _Behind((), 0)
         found.called.add(path)
 
@@ -306,8 +312,9 @@ class _Around:
     def outputs(self, result: Any) -> Any:
         """The result of the module, behind its hooks."""
         several, self.made = self._behind(result if isinstance(result, tuple) else (result,), self._before)
-        hooks = [one.hook for one in (self.made, self.given) if one.hook is not None]
         if self.made.hook is not None:
+            self.made.hook.begin = self.pending.clear
+            hooks = [one.hook for one in (self.made, self.given) if one.hook is not None]
             self.found.judge(hooks, self.fns, self._both, (*self.made.tensors, *self.given.tensors))
         return several if isinstance(result, tuple) else several[0]
 
@@ -333,19 +340,19 @@ class _Around:
         for key in self.keys[1]:
             if key in self.before:
                 current = self._checked(current, self.before[key](self.module, current))
-        self.pending = current
+        self.pending.append(current)
         if not self.given.slots:
             self._call_after(self.given.spread(()))
         return self.made.picked(current, grads)
 
     def _after(self, grads: tuple[Tensor, ...]) -> Sequence[Tensor | None] | None:
         """In backward: the gradients of the arguments, as the hooks after backward leave them."""
-        if self.pending is None:  # the gradient did not come through the results of the module
+        if not self.pending:  # the gradient did not come through the results of the module
             return None
         return self.given.picked(self._call_after(self.given.spread(grads)), grads)
 
     def _call_after(self, current: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        made, self.pending = self.pending, None
+        made = self.pending.popleft()
         for key in self.keys[0]:
             if key in self.after:
                 current = self._checked(current, self.after[key](self.module, current, made))

@@ -38,6 +38,8 @@ class Hook:
     linear: bool = False
     """Whether it was seen to be linear in every element, so that it may act on each of several summands."""
     removed: bool = False
+    begin: Callable[[], object] | None = None
+    """Called before the gradients arrive, once for all simulated ranks."""
 
 
 _KNOWN: WeakValueDictionary[str, Hook] = WeakValueDictionary()
@@ -195,6 +197,9 @@ def _hooked_backward(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
         torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
         for grad, (shape, dtype, device) in zip(grads, ctx.like, strict=True)
     ]
+    begin = known(ctx.name).begin
+    if begin is not None:
+        begin()
     return torch.ops.meshpar.hook_grads(full, ctx.name, False), None
 
 

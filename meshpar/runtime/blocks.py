@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from meshpar.runtime.hooks import refusing
 from meshpar.runtime.local import LocalParameters, Store
 from meshpar.runtime.recompute import Mode, wrap
 from meshpar.runtime.regions import Cut, Piece, cut
@@ -51,6 +52,13 @@ def build(
     return tree
 
 
+@refusing(
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_backward_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
 class Block(nn.Module):
     """A place in the tree: the tensors registered there, and its share of every program that has one."""
 

@@ -27,6 +27,7 @@ from .describe import explain
 from .engine import Engine
 from .failures import Together
 from .gradients import OnMesh
+from .hooks import StepHooks, refusing
 from .load import expert_load
 from .memory import MemoryReport, memory
 from .names import together as one_module
@@ -35,6 +36,7 @@ from .pipeline import Pipelined
 from .program import Program, Programs, Signature, flatten, restore
 
 
+@refusing("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
 class ParallelModel(nn.Module):
     """What `parallelize` returns.
 
@@ -54,12 +56,15 @@ class ParallelModel(nn.Module):
     _checked: set[tuple[Signature, int]]
     _together: Together
     _tallies: list[Tally]
+    _hooks: StepHooks
 
     def __init__(
         self, engine: Engine, mesh: DeviceMesh, config: ParallelConfig, programs: Programs, first: Program, together: Together
     ) -> None:
         super().__init__()
-        self.__dict__.update(_engine=engine, _programs={}, _checked=set(), _together=together, _tallies=[])
+        self.__dict__.update(
+            _engine=engine, _programs={}, _checked=set(), _together=together, _tallies=[], _hooks=StepHooks(programs.hooks)
+        )
         self._take_names()
         self.mesh, self.config = mesh, config
         self.random = RandomState(config.seed)
@@ -113,7 +118,10 @@ class ParallelModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output for this rank's local batch. The loss is that of the global batch."""
         with self._together.section("forward"):
-            return self._forward(args, kwargs)
+            self._hooks.outside_steps(self)
+            found = self._forward(args, kwargs)
+            self._hooks.done()
+            return found
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self._makes.schedule is not None and self.training and torch.is_grad_enabled():
@@ -134,13 +142,28 @@ class ParallelModel(nn.Module):
         Raises BatchError when the model has no loss for this batch, or when ranks disagree about it.
         """
         with self._together.section("train_step"):
-            return self._step(args, kwargs, backward=True)
+            return self._train(args, kwargs)
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of the global batch, without gradients. Call `eval()` first to switch dropout off, as with any module."""
         with self._together.section("eval_step"):
+            self._check_own_hooks()
             return self._step(args, kwargs, backward=False)
+
+    def _train(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        self._check_own_hooks()
+        with self._hooks.acting(self):
+            return self._step(args, kwargs, backward=True)
+
+    def _check_own_hooks(self) -> None:
+        """Raise ConfigError where hooks on this module would be lost: a step does not call it."""
+        self._hooks.check(self)
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise ConfigError(
+                "there are forward hooks on the parallel model: pm(**batch) calls them with the model's own output, a step never does.\n"
+                "  Register them on the model, before parallelize: they become part of the program."
+            )
 
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool) -> torch.Tensor:
         count = self.config.microbatches
@@ -275,7 +298,7 @@ class ParallelModel(nn.Module):
         self._order()
         assert isinstance(self._engine, Pipelined)
         with self._together.section("timeline"), self._engine.measuring() as events:
-            self._step(args, kwargs, backward=True)
+            self._train(args, kwargs)
         return tuple(events)
 
     def _order(self) -> Order:

@@ -18,7 +18,6 @@ from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
 from ..capture.experts import advise
 from ..capture.export import capture
-from ..capture.hooks import Given
 from ..capture.structure import order_of
 from ..config import ParallelConfig
 from ..errors import BatchError, ConfigError, PlanError
@@ -28,6 +27,7 @@ from ..passes.batch_norm import expand_batch_norm
 from ..passes.coalesce import Coalesce
 from ..passes.decide import Decision, StageRequest, decide, fingerprint
 from ..passes.denominators import split_denominators
+from ..passes.hooks import check_microbatches, check_stages
 from ..passes.ledger import ledger, staged_ledger
 from ..passes.lower import Lower
 from ..passes.place import place
@@ -40,6 +40,7 @@ from ..passes.weight_gradients import DeferWeightGradients
 from ..plan import ParameterPlan, Plan
 from ..sharding.types import Owned, Shard
 from ..simulate import is_simulated
+from .hooks import ModelHooks
 from .schedules import schedule_of
 
 T = TypeVar("T")
@@ -121,7 +122,7 @@ class Programs:
         loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
         plan: Plan | None = None,
     ) -> None:
-        self.hooks = Given(model)
+        self.hooks = ModelHooks(model)
         self.skeleton = _skeleton(model)
         self.ordered = order_of(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
@@ -140,6 +141,7 @@ class Programs:
             raise BatchError(
                 "a step of several microbatches needs a loss: pass labels if the model computes it from them, or loss_fn= to parallelize."
             )
+        check_microbatches(captured)
         split = split_denominators(captured, microbatches)
         counts = None
         if split.counts is not None:
@@ -160,7 +162,7 @@ class Programs:
                 divide=microbatches,
                 loss_fn=self.loss_fn,
                 dtype=self.config.precision.compute_dtype,
-                given=self.hooks,
+                given=self.hooks.given,
             )
         if scale > 1:
             expand_batch_norm(captured.graph)
@@ -189,6 +191,7 @@ class Programs:
             graph = DeferWeightGradients(parameters)(graph)
         cut = partial(split, graph, len(plan.stages), parameters=parameters, mutations=captured.mutations)
         every = cut()
+        check_stages(every, [stage.rank for stage in plan.stages], captured.hooks)
         loss = every if captured.loss is None else cut(wanted=(captured.loss,))
         for stage in (*every, *loss):
             self._reuse(stage.graph)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import meshpar as mp
 from meshpar.errors import BatchError, ConfigError, PlanError
@@ -375,7 +375,7 @@ def raising(mesh: str, rank: int) -> tuple[str, float]:
             raise ZeroDivisionError("the third one is bad")
 
     if dist.get_rank() == rank:
-        pm._engine.trees[pm._engine.axis.rank].register_forward_hook(broken)
+        nn.Module.register_forward_hook(pm._engine.trees[pm._engine.axis.rank], broken)
     start = time.monotonic()
     try:
         pm.train_step(**local)
