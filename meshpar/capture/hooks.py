@@ -24,6 +24,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import BackwardHook
 
 from meshpar._torch import OpOverload, global_hooks, is_view, recorded_as, rerouted, under_saved_tensors
@@ -144,7 +145,7 @@ def _replacements(found: Found) -> Iterator[tuple[Any, str, Any]]:
     post = torch.Tensor.register_post_accumulate_grad_hook
     yield torch.Tensor, post.__name__, _refusing_on_tensor(post, post.__name__, "p.register_post_accumulate_grad_hook on pm.parameters()")
     yield torch.Tensor, "grad_fn", _watched_grad_fn(torch.Tensor.grad_fn)
-    yield torch.autograd.graph, "GradientEdge", _watched_edge(torch.autograd.graph.GradientEdge)
+    yield torch.autograd.graph, "get_gradient_edge", _watched_edge(torch.autograd.graph.get_gradient_edge)
     owner, push = under_saved_tensors()
     yield owner, push, _saved(getattr(owner, push))
     yield BackwardHook, "setup_input_hook", lambda own, args: _around(found, own).inputs(args)
@@ -216,6 +217,9 @@ def _check_unwritten(hook: Hook, node: fx.Node, made: fx.Node, view: bool) -> No
     while _writes(node):
         node = node.all_input_nodes[0]
         own.add(node)
+    for one in node.graph.nodes:
+        if _writes(one) and one.args[0] in own:
+            own.add(one)
     others = [one for one in node.graph.nodes if one not in own and _memory(one) == memory and one.op == "call_function"]
     written = [one for one in (*others, made, *own) if _writes(one)]
     views = view or any(not _writes(one) for one in others)
@@ -263,8 +267,14 @@ def _watched_grad_fn(original: Any) -> property:
     return property(grad_fn, getattr(original, "__set__", None))
 
 
-def _watched_edge(original: Any) -> Callable[..., Any]:
-    return lambda node, *rest, **named: original(_Node(node), *rest, **named)
+def _watched_edge(original: Callable[[Tensor], GradientEdge]) -> Callable[[Tensor], GradientEdge]:
+    def get_gradient_edge(tensor: Tensor) -> GradientEdge:
+        edge = original(tensor)
+        if recorded_as(tensor) is None or not is_users(sys._getframe(1).f_code.co_filename):
+            return edge
+        return GradientEdge(_Node(edge.node), edge.output_nr)  # type: ignore[arg-type]
+
+    return get_gradient_edge
 
 
 def _saved(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -315,6 +325,8 @@ class _Around:
         if self.made.hook is not None:
             self.made.hook.begin = self.pending.clear
             hooks = [one.hook for one in (self.made, self.given) if one.hook is not None]
+            for hook in hooks:
+                hook.pair = self.made.hook.name
             self.found.judge(hooks, self.fns, self._both, (*self.made.tensors, *self.given.tensors))
         return several if isinstance(result, tuple) else several[0]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from meshpar._torch import FakeTensor, FakeTensorMode, pytree
 from meshpar.capture.captured import Info
 from meshpar.errors import CaptureError
-from meshpar.ops.hooks import Call, Hook, Watch, alone, refuse_reading
+from meshpar.ops.hooks import Call, Hook, Watch, alone, refuse_reading, replaced
 
 _LINEAR = frozenset({"aten::mul", "aten::div", "aten::neg", "aten::clone", "aten::detach", "aten::alias"})
 """Operators that are linear in their first operand, as long as it is the only tensor."""
@@ -71,15 +71,16 @@ class _Trial(Watch):
             grads = tuple(torch.empty(shape, dtype=info.dtype) for shape, info in zip(shapes, infos, strict=True))
         self.memory = {grad.untyped_storage()._cdata for grad in grads}
         try:
-            with self.mode, self:
+            with torch.no_grad(), self.mode, self:
                 returned = self.call(grads)
         except CaptureError:
             raise
         except Exception:  # it asks for values, or wants another shape: it needs the whole
             return False
         results = [one for one in returned or () if one is not None]
-        if not results or any(tuple(one.shape) not in shapes for one in results):
+        if not results:
             return False
+        replaced(self.hook.told, grads, returned)
         watched = [ref(one) for one in (*grads, *results)]
         del grads, returned, results
         return self.alone and not any(one() is not None for one in watched)

@@ -37,6 +37,8 @@ class Hook:
     """Whether it was seen to treat every element by itself."""
     linear: bool = False
     """Whether it was seen to be linear in every element, so that it may act on each of several summands."""
+    pair: str = ""
+    """The same for the two hooks around one call of a module, which hand each other gradients."""
     removed: bool = False
     begin: Callable[[], object] | None = None
     """Called before the gradients arrive, once for all simulated ranks."""
@@ -91,6 +93,10 @@ class Watch(TorchDispatchMode):
                 f"{self.hook.told} overwrites the gradient that it is handed.\n  Return another tensor: g * 0.5, not g.mul_(0.5)."
             )
         if self.parts and not alone(func):
+            with self:  # some operators are made of others
+                inside = func.decompose(*args, **kwargs)
+            if inside is not NotImplemented:
+                return inside
             raise CaptureError(
                 f"{self.hook.told} treated every element by itself when the program was made, and now calls {func}.\n"
                 "  It may have been handed a part of the gradient. Let it do the same in every step."

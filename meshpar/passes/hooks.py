@@ -53,11 +53,12 @@ def _reason(hook: Hook) -> str:
 
 def check_stages(stages: Sequence[StageGraph], ranks: Sequence[int], hooks: Mapping[str, Hook]) -> None:
     """Raise CaptureError for the hooks of a module whose inputs and outputs are on different ranks of the pipeline."""
-    places: dict[str, set[int]] = {}
+    places: dict[tuple[str, str], set[int]] = {}
     for stage in stages:
-        for node in _hooks(stage.graph):
-            places.setdefault(hooks[str(node.args[1])].told, set()).add(ranks[stage.index])
-    complaints = [f"{told} spans stages on several ranks." for told, found in places.items() if len(found) > 1]
+        for hook in (hooks[str(node.args[1])] for node in _hooks(stage.graph)):
+            if hook.pair:
+                places.setdefault((hook.pair, hook.told), set()).add(ranks[stage.index])
+    complaints = [f"{told} spans stages on several ranks." for (_, told), found in places.items() if len(found) > 1]
     raise_all(CaptureError, "Pipeline (put the hook on a smaller module, or choose other stages=):", complaints)
 
 
