@@ -13,6 +13,7 @@ hooks are two such nodes, around its inputs and its outputs.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,7 +214,7 @@ def _refusing_on_tensor(original: Callable[..., Any], name: str, instead: str) -
 def _check_unwritten(hook: Hook, node: fx.Node, made: fx.Node, view: bool) -> None:
     """A hook belongs to the value that a tensor had when it was registered: with writes in place and views, that would take a history."""
     memory = _memory(node)
-    own = {node, made}
+    own = {node, made, *(user for user in made.users if user.target is operator.getitem)}
     while _writes(node):
         node = node.all_input_nodes[0]
         own.add(node)
@@ -221,7 +222,7 @@ def _check_unwritten(hook: Hook, node: fx.Node, made: fx.Node, view: bool) -> No
         if _writes(one) and one.args[0] in own:
             own.add(one)
     others = [one for one in node.graph.nodes if one not in own and _memory(one) == memory and one.op == "call_function"]
-    written = [one for one in (*others, made, *own) if _writes(one)]
+    written = any(_writes(one) for one in own)
     views = view or any(not _writes(one) for one in others)
     if any(_writes(one) for one in others) or (written and views):
         raise CaptureError(

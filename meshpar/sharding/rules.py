@@ -55,6 +55,13 @@ def pointwise(op: Op) -> Signature:
     return Signature(tuple(inputs), (names,) * len(op.outs), sizes_of("d", out), frozenset(), tuple(frozenset(g) for g in _linear(op)))
 
 
+def uncut(op: Op) -> Signature:
+    """Results like the operands, none of which may be cut: what lies before and after is."""
+    names = tuple(named(f"d{i}_", shape) for i, shape in enumerate(op.shapes))
+    sizes = {name: n for i, shape in enumerate(op.shapes) for name, n in sizes_of(f"d{i}_", shape).items()}
+    return Signature(names, names, sizes, frozenset(sizes))
+
+
 def _linear(op: Op) -> list[set[int]]:
     count = len(op.infos)
     if op.name in _JOINTLY:
@@ -584,6 +591,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"), pointwise),
     # other names for operators that carry one
     **dict.fromkeys(("multiply", "divide", "true_divide", "subtract", "greater", "greater_equal", "less", "less_equal"), pointwise),
+    "meshpar.hooked": uncut,
     "meshpar.hooked_parts": pointwise,
     "view_as_complex": row("... [c] -> ..."),
     "view_as_real": row("... -> ... [c]"),
