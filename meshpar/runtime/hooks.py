@@ -30,6 +30,7 @@ from .parameters import from_true, gathered, spec_of
 Table = Mapping[int, Callable[..., Any]]
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _MODULE = (*_FORWARD, "_backward_hooks", "_backward_pre_hooks")
+_STATE = ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
 def refuse_global() -> None:
@@ -56,6 +57,7 @@ class ModelHooks:
         self._modules = {path: ref(module) for path, module in model.named_modules()}
         self._before = {path: _keys(_tables(module)) for path, module in model.named_modules()}
         forward = ((path, _tables(module, _FORWARD)) for path, module in model.named_modules())
+        self._state = [path for path, module in model.named_modules() if not all(map(_of_library, _state_hooks(module)))]
         self._forward = [(path, _keys(tables), tables) for path, tables in forward if any(tables)]
         self.look()
 
@@ -84,6 +86,16 @@ class ModelHooks:
                     "with it.\n  Call parallelize again."
                 )
 
+    def refuse_state(self) -> None:
+        """Raise ConfigError if hooks of the model change its state dicts: they would be lost."""
+        if self._state:
+            raise ConfigError(
+                f"{', '.join(repr(path) if path else 'the model' for path in self._state)}: there are hooks on state_dict() or "
+                "load_state_dict() of the given model, which a parallel model does not run: its names and values are those of parameters "
+                "and buffers.\n  Use mp.checkpoint.save and load, or do with the state dict yourself what the hooks do, after removing "
+                "them."
+            )
+
     def of(self, name: str) -> Table:
         """The hooks on a parameter."""
         return self._tables.get(name, {})
@@ -96,6 +108,11 @@ class ModelHooks:
 
 def _tables(module: nn.Module, names: Sequence[str] = _MODULE) -> tuple[Table, ...]:
     return tuple(getattr(module, name) for name in names)
+
+
+def _state_hooks(module: nn.Module) -> list[Any]:
+    found = (hook for table in _tables(module, _STATE) for hook in table.values())
+    return [getattr(hook, "hook", hook) for hook in found]  # (torch wraps those of loading)
 
 
 def _keys(tables: Sequence[Table]) -> tuple[frozenset[int], ...]:

@@ -89,6 +89,19 @@ class ParallelModel(nn.Module):
         """Those of this rank's stages; a rank may have none (then optimizers take `[{"params": pm.parameters()}]`)."""
         return OnMesh(super().parameters(recurse), self.mesh)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Parameters and buffers under their original names; DTensors that tell the order of their elements. Collective.
+
+        Raises ConfigError where hooks of the model would have changed it.
+        """
+        self._makes.hooks.refuse_state()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a state dict of this model, or of the model as it was. Raises ConfigError where hooks of the model would have changed it."""
+        self._makes.hooks.refuse_state()
+        return super().load_state_dict(*args, **kwargs)
+
     @torch.no_grad()
     def spread_buffers(self) -> None:
         """Give every stage of this rank that has a copy of a buffer the values it has under this module's names, as after loading."""

@@ -65,6 +65,21 @@ def test_the_hooks_of_these_tests_matter(where: str) -> None:
     assert not torch.allclose(*gradients)
 
 
+@pytest.mark.parametrize("where", ["output", "parameter", "module"])
+def test_verify_sees_a_lost_hook(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = chain(where, "unit")
+    monkeypatch.setattr("meshpar.ops.hooks.act", lambda hook, grads, *, parts: list(grads))
+    monkeypatch.setattr("meshpar.runtime.hooks.ModelHooks.of", lambda self, name: {})
+    assert not mp.verify(model, "tp=2", batch).ok
+
+
+def test_a_hook_on_an_input_of_the_model() -> None:
+    model, batch = chain("input", "unit")
+    batch["x"].requires_grad_()
+    report = mp.verify(model, "tp=2", batch)
+    assert report.ok, str(report)
+
+
 def verified(cases: list[Case]) -> list[str]:
     """On a rank: the report of every case that is not exact."""
     failed = []
@@ -354,3 +369,14 @@ def test_optimizer_hooks_are_the_users_own(on_two: Any) -> None:
     pm.train_step(**local)
     optimizer.step()
     assert seen == ["before", "after"]
+
+
+def test_hooks_on_state_dicts_are_refused_where_they_would_be_lost(on_two: Any) -> None:
+    model, batch = chain("nowhere")
+    model.first.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.pop(prefix + "bias"))
+    model.layers[0].register_load_state_dict_pre_hook(lambda module, state, *rest: None)
+    pm, local = on_two(model, batch)
+    pm.train_step(**local)
+    for call in (pm.state_dict, lambda: pm.load_state_dict({})):
+        with pytest.raises(ConfigError, match=r"'first', 'layers.0': there are hooks on state_dict\(\) or load_state_dict\(\)"):
+            call()
