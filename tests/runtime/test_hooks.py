@@ -373,7 +373,7 @@ def test_optimizer_hooks_are_the_users_own(on_two: Any) -> None:
 
 def test_hooks_on_state_dicts_are_refused_where_they_would_be_lost(on_two: Any) -> None:
     model, batch = chain("nowhere")
-    model.first.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.pop(prefix + "bias"))
+    model.first.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.__delitem__(prefix + "bias"))
     model.layers[0].register_load_state_dict_pre_hook(lambda module, state, *rest: None)
     pm, local = on_two(model, batch)
     pm.train_step(**local)
