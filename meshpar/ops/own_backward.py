@@ -225,8 +225,8 @@ class _Seen(TorchDispatchMode):
 _EACH = frozenset(
     f"aten::{name}"
     for name in (
-        "detach clone alias _to_copy lift_fresh where masked_fill view _unsafe_view expand unsqueeze squeeze zeros ones full empty scalar_tensor zeros_like ones_like full_like "
-        "empty_like new_zeros new_ones new_full new_empty"
+        "detach clone alias _to_copy lift_fresh where masked_fill view _unsafe_view expand unsqueeze squeeze zeros ones full empty "
+        "scalar_tensor zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty"
     ).split()
 ) | {"prim::device"}
 """Operators without torch's tag that treat every element by itself, or make elements of one value. (Whether views keep elements in their

@@ -51,10 +51,10 @@ def share_out(graph: fx.Graph, microbatches: int, split: Mapping[str, int]) -> t
 
 
 def _told(node: fx.Node, what: str, microbatches: int) -> str:
+    where = f"{node.meta.get('module') or 'the model'} ({node.meta.get('source') or 'source unknown'})"
     return (
-        f"the backward of {function_of_operator(node.target)} in {node.meta.get('module') or 'the model'} ({node.meta.get('source') or 'source unknown'}) {what}: over "
-        f"{microbatches} microbatches, whose gradients are summed, it would give something else. Use microbatches=1, or write what it does "
-        "as a term of the loss."
+        f"the backward of {function_of_operator(node.target)} in {where} {what}: over {microbatches} microbatches, whose gradients are "
+        "summed, it would give something else. Use microbatches=1, or write what it does as a term of the loss."
     )
 
 
@@ -95,7 +95,7 @@ class _Call:
     @property
     def adds(self) -> bool:
         """Whether it adds terms that are not those of single samples."""
-        return any(not (self.nature.elementwise and self.dims[i]) for i in self.adding)
+        return any(not (self.dims[i] and self.dims[i] <= set(self.nature.alone)) for i in self.adding)
 
     @property
     def can_be_shared(self) -> bool:
@@ -110,7 +110,7 @@ class _Call:
     @property
     def is_by_sample(self) -> bool:
         """Whether the gradient of every operand is that of single samples."""
-        return self.nature.elementwise and all(self.dims[i] for i in self.others)
+        return all(self.dims[i] and self.dims[i] <= set(self.nature.alone) for i in self.others)
 
     @property
     def counts(self) -> bool:
