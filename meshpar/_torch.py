@@ -175,11 +175,15 @@ def functions_called(instead: Callable[..., Any]) -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return instead(super(base, cls).apply, cls, args, kwargs)
 
+    before = vars(base).get("apply")
     base.apply = classmethod(apply)
     try:
         yield
     finally:
-        del base.apply
+        if before is None:
+            del base.apply
+        else:
+            base.apply = before
 
 
 def function_behind(node: Any) -> type[torch.autograd.Function] | str | None:
