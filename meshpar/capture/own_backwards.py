@@ -19,7 +19,7 @@ from meshpar.capture.captured import Info
 from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
 from meshpar.ops.nature import KEY, UNPROVED, Nature
-from meshpar.ops.own_backward import Example, Unfit, nature_of_operator
+from meshpar.ops.own_backward import Example, Unfit, function_of_operator, is_backward, nature_of_operator
 
 _KNOWN = frozenset("aten prim prims meshpar c10d _c10d_functional higher_order".split())
 """The namespaces whose operators have their derivative for backward."""
@@ -28,7 +28,8 @@ _KNOWN = frozenset("aten prim prims meshpar c10d _c10d_functional higher_order".
 def mark(graph: fx.Graph, in_cpp: Sequence[str] = ()) -> None:
     """Set `node.meta["backward"]` of the calls with a backward of their own. `in_cpp`: Functions in C++ that ran.
 
-    Raises CaptureError for a Function in C++ that belongs to no operator, and for a backward that is another each time.
+    Raises CaptureError for a Function in C++ that belongs to no operator, for a backward that is another each time, and for one that runs
+    in forward, where autograd goes through it once more.
     """
     proved: dict[tuple[Any, ...], Nature] = {}
     foreign = [node for node in graph.nodes if node.op == "call_function" and _is_foreign(node)]
@@ -38,11 +39,21 @@ def mark(graph: fx.Graph, in_cpp: Sequence[str] = ()) -> None:
             "  Register it as one (TORCH_LIBRARY, with an Autograd kernel), or wrap it with torch.library.custom_op and register_autograd."
         )
     for node in foreign:
+        if is_backward(node.target):
+            raise _differentiated_twice(node)
         known = nature_of_operator(node.target)
         if known is None and any(info.requires_grad for info in _infos(node)):
             known = _proved(node, proved)
         if known is not None:
             node.meta[KEY] = known
+
+
+def _differentiated_twice(node: fx.Node) -> CaptureError:
+    where = f"{node.meta.get('module') or 'The model'} ({node.meta.get('source') or 'source unknown'})"
+    return CaptureError(
+        f"{where} differentiates inside forward what {function_of_operator(node.target)} gives, an autograd.Function whose backward is its "
+        "own: the derivative of that backward is not known.\n  Write the gradient that is wanted as tensor operations in forward."
+    )
 
 
 def _is_foreign(node: fx.Node) -> bool:

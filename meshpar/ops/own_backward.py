@@ -63,7 +63,14 @@ def operator_of(cls: type[torch.autograd.Function], args: Sequence[Any], prove: 
 def function_of_operator(target: Any) -> str:
     """The Function that an operator was made of, by name; the operator's own name for any other."""
     name = str(target)
-    return re.sub(r"_[0-9a-f]{8}_*(\.default)?$", "", name.removeprefix(f"{_NAMESPACE}.")) if target in _NATURES else name
+    if not name.startswith(f"{_NAMESPACE}."):
+        return name
+    return re.sub(r"_[0-9a-f]{8}_*(_backward)?(\.default)?$", "", name.removeprefix(f"{_NAMESPACE}."))
+
+
+def is_backward(target: OpOverload) -> bool:
+    """Whether an operator is the backward of one that was made here."""
+    return target.namespace == _NAMESPACE and target not in _NATURES
 
 
 def nature_of_operator(target: Any) -> Nature | None:

@@ -160,6 +160,11 @@ def _raw(x: Tensor) -> Tensor:
     return base.__get__(None, Straight)(x)  # type: ignore[no-any-return]
 
 
+def _penalised(x: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(straight(x * 2).square().sum(), x, create_graph=True)
+    return gradient
+
+
 def _dirty(ctx: Any, x: Tensor) -> Tensor:
     ctx.mark_dirty(x)
     return x.mul_(2)
@@ -174,6 +179,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "python draws": (function(lambda ctx, x: x.round(), lambda ctx, g: g * random.random()).apply, "it gives other values each time"),
     "overwrites the gradient": (function(lambda ctx, x: x.round(), lambda ctx, g: g.mul_(2)).apply, "it overwrites what it is given"),
+    "differentiated twice": (_penalised, "differentiates inside forward what Straight gives"),
     "dirty": (lambda x: function(_dirty, lambda ctx, g: 3 * g).apply(x * 1), "it overwrites its operands"),
     "unseen": (_raw, "Straight .*not called by its apply.*\n  Call Straight.apply"),
 }
