@@ -150,9 +150,39 @@ def _as_operator(model: nn.Module, cls: type[torch.autograd.Function], args: tup
 
 
 def nature_of_function(function: Function) -> Nature:
-    """What is proved of a Function. What it reads from Python may change later: nothing is linear for ever then."""
+    """What is proved of a Function. What it reads from Python may change later: nothing is linear for ever then.
+
+    Raises Unfit where running its methods one by one does not give what its `apply` does.
+    """
     found = nature_of(function)
+    for examples in sizes(function.tensors):
+        verdicts = [_as_applied(function, values) for values in draws(examples)]
+        if False in verdicts:
+            raise Unfit("run outside of autograd, its backward gives other gradients than under it")
+        if True in verdicts:
+            break
     return replace(found, linear=False) if state_of(function.cls) else found
+
+
+def _as_applied(function: Function, values: Sequence[Tensor]) -> bool | None:
+    """Whether the Function gives, as an operator will run it, what it gives under autograd; None where it does not run on these values."""
+    generator = torch.Generator().manual_seed(4)
+    try:
+        args = function.arguments(values)
+        with torch.enable_grad():
+            theirs = _tensors(function.cls.apply(*args))
+        given = [torch.randn(r.shape, dtype=torch.double, generator=generator).to(r.dtype) if r.requires_grad else None for r in theirs]
+        pairs = [(result, grad) for result, grad in zip(theirs, given, strict=True) if grad is not None]
+        wanted = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+        right = torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, materialize_grads=True)
+        _, fills = function.marks(*values)
+        filled = [torch.zeros_like(r) if g is None and fills else g for r, g in zip(theirs, given, strict=True)]
+        found = function.backward(filled, values)
+    except Exception:  # whatever it is, there is nothing to compare
+        return None
+    if not all(bool(torch.isfinite(value).all()) for value in (*theirs, *right)):
+        return None
+    return close(found, right, _NEAR) and close(function.forward(*values), [r.detach() for r in theirs], _NEAR)
 
 
 # -- a backward that is the derivative ----------------------------------------------------------------------------------------------------

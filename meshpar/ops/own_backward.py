@@ -156,7 +156,7 @@ class Function:
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The results, in memory of their own."""
         _, results = self._run(tensors)
-        return _apart(results, tensors)
+        return _apart([result.detach() for result in results], tensors)
 
     def backward(self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The gradients of the operands that need one."""
@@ -165,7 +165,7 @@ class Function:
         slots = [i for i, arg in enumerate(self.like) if isinstance(arg, Example)]
         others = (*tensors, *(grad for grad in grads if grad is not None))
         gradients = [
-            torch.zeros_like(tensor) if found[slot] is None else self._fitting(found[slot], tensor)
+            torch.zeros_like(tensor) if found[slot] is None else self._fitting(found[slot].detach(), tensor)
             for slot, tensor, example in zip(slots, tensors, self.tensors, strict=True)
             if example.needs_grad
         ]
@@ -188,9 +188,13 @@ class Function:
         gradient = gradient.to(tensor.dtype)
         return gradient if gradient.shape == tensor.shape else gradient.sum_to_size(tensor.shape)
 
-    def _run(self, tensors: Sequence[Tensor]) -> tuple[_Context, tuple[Tensor, ...]]:
+    def arguments(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What `apply` takes: each operand by itself, needing a gradient if it did, for that is what forward may ask."""
         given = iter(tensors)
-        args = [next(given).detach() if isinstance(arg, Example) else _plain(arg) for arg in self.like]
+        return [next(given).detach().requires_grad_(arg.needs_grad) if isinstance(arg, Example) else _plain(arg) for arg in self.like]
+
+    def _run(self, tensors: Sequence[Tensor]) -> tuple[_Context, tuple[Tensor, ...]]:
+        args = self.arguments(tensors)
         context: Any = _Context(tuple(isinstance(arg, Example) and arg.needs_grad for arg in self.like))
         with torch.no_grad():
             if self.cls.setup_context is torch.autograd.Function.setup_context:

@@ -60,6 +60,27 @@ def test_an_apply_kept_anywhere(call: Callable[[Tensor], Tensor]) -> None:
     assert "apply" not in vars(Straight.__mro__[2])
 
 
+class Asking(AddsLoss):
+    """Asks its operand whether it needs a gradient, and gives a gradient of another shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.needed = loss.requires_grad
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        return grads[0], torch.ones(1, dtype=grads[0].dtype) if ctx.needed else None
+
+
+class Peeking(Straight):
+    """Does something else under autograd."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * (2 if isinstance(ctx, torch.autograd.function.FunctionCtx) else 3)
+
+
 def _unfilled(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     ctx.set_materialize_grads(False)
     return x.round(), x * 3
@@ -95,6 +116,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
         x, None, [1, 2], {"a": 1}
     ),
     "by need": lambda x: ByNeed.apply(x, torch.ones(16, dtype=x.dtype)),
+    "asking": lambda x: Asking.apply(x, x.square().mean()),
     "without gradient": function(lambda ctx, x: x.clone(), lambda ctx, g: None).apply,
     "a limit seldom reached": function(lambda ctx, x: x.clone(), lambda ctx, g: g.clamp(-1e4, 1e4)).apply,
     "twice": lambda x: clipped.apply(clipped.apply(x) * 2),
@@ -180,6 +202,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "python draws": (function(lambda ctx, x: x.round(), lambda ctx, g: g * random.random()).apply, "it gives other values each time"),
     "overwrites the gradient": (function(lambda ctx, x: x.round(), lambda ctx, g: g.mul_(2)).apply, "it overwrites what it is given"),
     "differentiated twice": (_penalised, "differentiates inside forward what Straight gives"),
+    "peeking": (Peeking.apply, "run outside of autograd, its backward gives other gradients"),
     "dirty": (lambda x: function(_dirty, lambda ctx, g: 3 * g).apply(x * 1), "it overwrites its operands"),
     "unseen": (_raw, "Straight .*not called by its apply.*\n  Call Straight.apply"),
 }
