@@ -31,10 +31,9 @@ def reports(cases: Sequence[Case]) -> list[str]:
 TWO: list[Case] = [
     ("ep=2", {}),
     ("dp=2", {"data_parallel": "zero3", "recompute": "full", "microbatches": 2}),
-    ("pp=2", {"microbatches": 2, "schedule": "zbv"}),
 ]
 FOUR: list[Case] = [
-    ("pp=2,tp=2", {"microbatches": 2}),
+    ("pp=2,tp=2", {"microbatches": 2, "schedule": "zbv"}),
     ("dp=2,tp=2", {"recompute": "selective"}),
     ("ep=2,tp=2", {"microbatches": 2, "recompute": "full"}),
 ]
