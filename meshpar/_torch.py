@@ -164,6 +164,41 @@ def written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str
     return [leaf for name in written for leaf in pytree.tree_leaves(given.get(name)) if isinstance(leaf, torch.Tensor)]
 
 
+@contextmanager
+def functions_called(instead: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `instead(apply, cls, args, kwargs)` answers every call of an `autograd.Function`; `apply(*args, **kwargs)` is the call.
+
+    torch 2.13: `Function.apply` looks up `super().apply` when it is called, so that a name on its base is found from wherever `apply` was
+    kept: a stored bound method, a partial, a class that overrides it. Wait for a public way to watch Functions.
+    """
+    base: Any = torch.autograd.function._SingleLevelFunction
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return instead(super(base, cls).apply, cls, args, kwargs)
+
+    before = vars(base).get("apply")
+    base.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        if before is None:
+            del base.apply
+        else:
+            base.apply = before
+
+
+def function_behind(node: Any) -> type[torch.autograd.Function] | str | None:
+    """The Function that made a node of the autograd graph, in C++ its name alone; None for a derivative of torch's own.
+
+    torch 2.13: the node of one in Python keeps its class, the node of one in C++ has only a name; wait for a public look at nodes.
+    """
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        cls: type[torch.autograd.Function] = node._forward_cls  # type: ignore[attr-defined]
+        return cls
+    name: str = node.name()
+    return name.split("CppNode<")[1].rstrip(">") if "CppNode<" in name else None
+
+
 def takes(func: OpOverload, name: str) -> bool:
     """Whether an operator has an argument called `name` (torch 2.13; wait for public schemas)."""
     return any(argument.name == name for argument in func._schema.arguments)
@@ -385,7 +420,9 @@ __all__ = [
     "exit_autocast",
     "flatten_mesh",
     "forget_meshes",
+    "function_behind",
     "functional",
+    "functions_called",
     "global_hooks",
     "is_view",
     "lists_of_numbers",

@@ -24,6 +24,7 @@ from meshpar.capture import (
     grad,
     graph,
     hooks,
+    own_backwards,
     regions,
     rows,
     selections,
@@ -146,6 +147,7 @@ def _recorded(
     rows.mark(built.graph)
     experts.mark_stacks(built.graph)
     check.number_seeds(built.graph)
+    own_backwards.mark(built.graph, tuple(recorder.functions.in_cpp))
     return replace(_captured(model, built, batch, recorder.outcome, found), hooks=hooked.hooks)
 
 
@@ -272,6 +274,7 @@ class _Recorder(nn.Module):
         super().__init__()
         self.model = model
         self.outcome = _Outcome()
+        self.functions = functions.Calls(model)
         self._batch = batch
         self._loss_fn = loss_fn
 
@@ -295,6 +298,7 @@ class _Recorder(nn.Module):
         if loss is not None and found.loss is None:
             found.loss = len(tensors)
             tensors.append(loss)
+        self.functions.refuse_unseen(tensors)
         return tuple(tensors)
 
 
@@ -340,7 +344,7 @@ def _export(
                 answers,
                 decompositions.Written(),
                 functions.casting_nothing(),
-                functions.kept(recorder.model),
+                functions.kept(recorder.functions),
             ):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)

@@ -23,6 +23,7 @@ from ..capture.captured import Captured
 from ..ops.expect import EXPECT
 from ..sharding.op import op_name, operands
 from .batch_norm import takes_statistics
+from .own_terms import share_out
 
 aten = torch.ops.aten
 
@@ -52,6 +53,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
         new = graph.node_copy(node, lambda n: mapping[n])
         new.meta = dict(node.meta)
         mapping[node] = new
+    added, mixing = share_out(graph, microbatches, captured.batch_dims)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     terms = _Terms(graph, microbatches, captured.batch_dims)
     values = list(output.args[0])
@@ -69,8 +71,9 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     graph.eliminate_dead_code(lambda node: _is_kept(node) or node.target is EXPECT)
     graph.lint()
     names = (*captured.inputs, *(f"denominator_{i}" for i in range(len(terms.denominators))))
-    within = dict.fromkeys(str(node.meta.get("module") or node.name) for node in graph.nodes if takes_statistics(node))
-    return Split(replace(captured, graph=graph, inputs=names), counts, tuple(terms.averaged), tuple(within))
+    within = dict.fromkeys([*(str(node.meta.get("module") or node.name) for node in graph.nodes if takes_statistics(node)), *mixing])
+    averaged = tuple(dict.fromkeys([*terms.averaged, *added]))
+    return Split(replace(captured, graph=graph, inputs=names), counts, averaged, tuple(within))
 
 
 class _Terms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -51,6 +51,34 @@ def choices(
 
     `experts`: factors that are the experts of the model, where the axis splits those. `even`: whether all ranks must hold equal parts.
     """
+    every = _typings(call, inference, factors, size, price, work, experts, even)
+    return tuple(one for choice in every if (one := _obeying(choice, call)) is not None)
+
+
+def _obeying(choice: Choice, call: Call) -> Choice | None:
+    """The typing under which an own backward gets only gradients that it may get; None where there is none.
+
+    What it adds to the loss is the same on every rank, so that its operand is invariant. If the rest is not linear in the gradient, no
+    pending sum may enter it. (A backward that could not be tried does what its rule says; without a rule it gets whole values.)
+    """
+    nature = call.op.nature
+    if nature is None:
+        return choice
+    uses = tuple(I if t == R and i in nature.shared else t for i, t in enumerate(choice.uses))
+    free = nature.linear or (call.signature is not None and not nature.ran)
+    return replace(choice, uses=uses) if free or R not in (*uses, *choice.outs) else None
+
+
+def _typings(
+    call: Call,
+    inference: Inference,
+    factors: Iterable[int],
+    size: int,
+    price: Price,
+    work: float,
+    experts: frozenset[int],
+    even: bool,
+) -> tuple[Choice, ...]:
     found = [_whole(call, work)]
     differentiable = any(o is not None and o.requires_grad for o in call.op.outs)
     if differentiable and call.op.name not in SEES_GRADIENT:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from ..capture.captured import Info
+from ..ops.nature import KEY, Nature
 
 Value = tuple[fx.Node, int]
 """One tensor of the graph: the node that makes it and which of its results it is."""
@@ -32,6 +33,12 @@ class Op:
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the operands."""
         return [i.shape for i in self.infos]
+
+    @property
+    def nature(self) -> Nature | None:
+        """What is known of its backward, where that is its own."""
+        found: Nature | None = self.node.meta.get(KEY)
+        return found
 
     @property
     def out(self) -> Info:

@@ -615,6 +615,8 @@ def rule_for(op: Op, extra: dict[str, Rule] | None = None) -> Signature | None:
         tags: Sequence[object] = getattr(op.node.target, "tags", ())
         if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags or not op.infos:
             return None
+        if op.nature is not None and not op.nature.elementwise:
+            return None  # the tag speaks of the forward
         rule = pointwise
     elif "dim" in op.arguments and op.infos and not op.infos[0].shape:
         return None  # along the dim that a number is taken to have: nothing to cut

@@ -188,14 +188,14 @@ def test_what_would_lose_its_gradient_is_refused() -> None:
                 h[:, :2] = 0
             return h.square().sum()
 
-    before = torch.autograd.Function.__dict__["apply"]
     with pytest.raises(
-        CaptureError, match="Own cannot be captured: Noisy .* whose backward is not the derivative of its forward.*it draws"
+        CaptureError,
+        match=r"Own cannot be captured at test_grad.py:[0-9]+ .*: Noisy .* whose backward is not the derivative of its forward.*it draws",
     ):
         capture(Own(), (torch.randn(3, 4),))
     with pytest.raises(CaptureError, match=r"Held cannot be captured at test_grad.py:[0-9]+ .*Holding .* is handed a Linear"):
         capture(Held(), (torch.randn(3, 4),))
-    assert torch.autograd.Function.__dict__["apply"] is before
+    assert "apply" not in vars(torch.autograd.Function.__base__)
     with pytest.raises(
         CaptureError, match="at test_grad.py:[0-9]+ overwrites, inside torch.no_grad.., a value that gradients flow through"
     ):
