@@ -205,7 +205,7 @@ def _turns(needs: Sequence[set[int]], lines: Sequence[Line]) -> list[tuple[int, 
     return turns
 
 
-_MOST_LOOPS = 4
+_MOST_LOOPS = 12
 """Each costs a look at all items of a call."""
 
 
