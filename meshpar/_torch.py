@@ -84,6 +84,11 @@ def states_from_generators() -> Iterator[None]:
         _local_tensor._get_rng_state, _local_tensor._set_rng_state = before
 
 
+def generator_key(generator: torch.Generator) -> int:
+    """What tells generators apart: operators are handed other Python objects for one and the same (torch 2.13; wait for `==`)."""
+    return generator._cdata  # type: ignore[attr-defined]
+
+
 def default_store() -> Store:
     """The store through which the job's processes found each other (torch 2.13; wait for a public accessor)."""
     return _get_default_store()
@@ -417,6 +422,7 @@ __all__ = [
     "flatten_mesh",
     "forget_meshes",
     "functional",
+    "generator_key",
     "global_hooks",
     "is_view",
     "lists_of_numbers",

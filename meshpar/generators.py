@@ -24,6 +24,7 @@ from meshpar._torch import (
     LocalTensorMode,
     default_states,
     enabled_local_tensor_mode,
+    generator_key,
     put_default_states,
     pytree,
     simulated_generators,
@@ -37,15 +38,17 @@ class Ranks(LocalTensorMode):
     def __init__(self, ranks: int) -> None:
         super().__init__(ranks)
         self._drawn: dict[int, tuple[torch.Generator, dict[int, torch.Tensor]]] = {}
-        """Generators by `id`, and the state of each rank's; the generator itself is in that of the first rank."""
+        """Generators, and the state of each rank's."""
+        self._left: dict[int, torch.Tensor] = {}
+        """The state in which we left the generator itself: that of the first rank."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         generator = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Generator)), None)
         if generator is None or self._disable:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        if generator is torch.default_generator:
-            args, kwargs = pytree.tree_map(lambda one: None if one is generator else one, (args, kwargs))
+        if _is_default(generator):
+            args, kwargs = pytree.tree_map(lambda one: None if isinstance(one, torch.Generator) else one, (args, kwargs))
             return super().__torch_dispatch__(func, types, args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         if not any(isinstance(leaf, LocalTensor) for leaf in leaves) and any(isinstance(leaf, torch.Tensor) for leaf in leaves):
@@ -75,12 +78,17 @@ class Ranks(LocalTensorMode):
         finally:
             states[rank] = generator.get_state()
             generator.set_state(states[first])
+            self._left[generator_key(generator)] = generator.get_state()  # (not always the bytes that were set)
 
     def _states(self, generator: torch.Generator) -> dict[int, torch.Tensor]:
         now = generator.get_state()
-        known = self._drawn.get(id(generator))
-        if known is None or not torch.equal(known[1][min(self.ranks)], now):
-            known = self._drawn[id(generator)] = (generator, dict.fromkeys(sorted(self.ranks), now))  # seeded by hand: alike on all ranks
+        known = self._drawn.get(generator_key(generator))
+        if known is None or not torch.equal(self._left[generator_key(generator)], now):
+            known = self._drawn[generator_key(generator)] = (
+                generator,
+                dict.fromkeys(sorted(self.ranks), now),
+            )  # seeded by hand: alike on all ranks
+            self._left[generator_key(generator)] = now
         return known[1]
 
     @contextmanager
@@ -112,8 +120,13 @@ def generators_in(fn: Callable[..., Any]) -> tuple[torch.Generator, ...]:
     cells = [cell.cell_contents for cell in getattr(fn, "__closure__", None) or () if _is_filled(cell)]
     space = getattr(fn, "__globals__", {})
     known = (*cells, *(getattr(fn, "__defaults__", None) or ()), *(space.get(name) for name in code.co_names))
-    found = {id(one): one for one in known if isinstance(one, torch.Generator) and one is not torch.default_generator}
+    found = {generator_key(one): one for one in known if isinstance(one, torch.Generator) and not _is_default(one)}
     return tuple(found.values())
+
+
+def _is_default(generator: torch.Generator) -> bool:
+    known = (torch.default_generator, *(torch.cuda.default_generators if generator.device.type == "cuda" else ()))
+    return generator_key(generator) in map(generator_key, known)
 
 
 def _is_filled(cell: Any) -> bool:

@@ -193,9 +193,9 @@ def _turns(needs: Sequence[set[int]], lines: Sequence[Line]) -> list[tuple[int, 
     found: dict[Line, list[int]] = {}
     for item, line in enumerate(lines):
         found.setdefault(line, []).append(item)
-    loops = sorted((-len(members), line) for line, members in found.items() if len(members) > 1)
+    loops = sorted((-len(members), _is_one_expression(members, needs), line) for line, members in found.items() if len(members) > 1)
     ends: list[int] = []
-    for _, line in loops[:_MOST_LOOPS]:
+    for _, _, line in loops[:_MOST_LOOPS]:
         both = sorted((*ends, *found[line]))
         ends = both if _is_chain(both, needs) else ends
     last, turn, turns = set(ends), 0, []
@@ -207,6 +207,11 @@ def _turns(needs: Sequence[set[int]], lines: Sequence[Line]) -> list[tuple[int, 
 
 _MOST_LOOPS = 12
 """Each costs a look at all items of a call."""
+
+
+def _is_one_expression(members: Sequence[int], needs: Sequence[set[int]]) -> bool:
+    """Whether each member reads the one before, as `x.exp().sum()` does: perhaps no loop."""
+    return all(a in needs[b] for a, b in pairwise(members))
 
 
 def _is_chain(members: Sequence[int], needs: Sequence[set[int]]) -> bool:

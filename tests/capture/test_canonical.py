@@ -33,7 +33,9 @@ def test_other_computations_are_other_graphs(kind: type[Base]) -> None:
 @pytest.mark.parametrize("kind", [Tables, Outputs])
 def test_values_are_those_of_the_model(kind: type[Base]) -> None:
     torch.manual_seed(0)
-    assert_same(kind(NAMES[::-1]).double(), (torch.randn(4, 8, dtype=torch.float64),), {}, loss=lambda x: x["loss"] if kind is Outputs else x)
+    assert_same(
+        kind(NAMES[::-1]).double(), (torch.randn(4, 8, dtype=torch.float64),), {}, loss=lambda x: x["loss"] if kind is Outputs else x
+    )
 
 
 def test_outputs_keep_their_keys() -> None:
