@@ -65,7 +65,7 @@ def texts(model: Any, batch: Any, mesh: str) -> dict[str, Any]:
     except MeshparError as error:
         return {"status": "refused", "why": str(error)[:300]}
     captured = program.captured
-    blocks = cut(program.graph, captured.parameters, captured.buffers, captured.aliases, mutated=captured.mutations)
+    blocks = cut(program.graph, captured.parameters, captured.buffers, aliases=captured.aliases, mutated=captured.mutations)
     pieces = [("", blocks.root), *blocks.blocks.items()]
     plan = program.plan.to_json().replace("],", "],\n").splitlines()
     code = [f"{path}: {line}" for path, piece in pieces for line in str(piece.graph).splitlines()]
