@@ -41,7 +41,7 @@ def agree_on_values(model: nn.Module, mesh: DeviceMesh, *, filled: bool) -> None
     tensors = dict(model.named_buffers()) if filled else {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()[:8]
     held = [f"{name}: {_value(tensor, f'{state} {place}')}" for place, (name, tensor) in enumerate(tensors.items())]
-    agree_on_lines(sorted(held), lambda: sorted(held), mesh, "the model's initial values", _VALUES)
+    agree_on_lines(sorted(held), lambda: sorted(held), mesh, "the initial state of the model", _VALUES)
 
 
 def _value(tensor: torch.Tensor, when: str) -> str:
