@@ -92,7 +92,7 @@ def initialised(same_seed: bool, under_meta: bool) -> str:
 @pytest.mark.parametrize("under_meta", [False, True])
 @pytest.mark.parametrize("same_seed", [False, True])
 def test_other_initial_values_are_refused(gloo: Pool, same_seed: bool, under_meta: bool) -> None:
-    for message in gloo.run(initialised, same_seed, under_meta, world=2):
+    for message in gloo.run(initialised, same_seed, under_meta, world=2, timeout=180):
         assert "the initial state of the model differs between ranks" in message and "chunk.weight: " in message, message
         assert "torch.manual_seed with the same number" in message
 
@@ -107,7 +107,7 @@ def orders_of_parameters() -> tuple[list[str], torch.Tensor]:
 
 def test_parameters_are_in_the_order_of_the_first_rank(gloo: Pool) -> None:
     """What data parallelism gathers lies in that order on every rank."""
-    (first, value), (second, other) = gloo.run(orders_of_parameters, world=2)
+    (first, value), (second, other) = gloo.run(orders_of_parameters, world=2, timeout=180)
     assert first == second == [name for name, _ in Registered(NAMES).named_parameters()]
     torch.manual_seed(0)
     assert torch.equal(value, other) and torch.equal(value, Registered(NAMES).state_dict()["kinds.near.weight"])
