@@ -17,6 +17,7 @@ from torch._ops import OpOverload  # torch 2.13; the type of an ATen operator in
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch 2.13; wait for a public way to make tensors without memory
 from torch.amp import _enter_autocast as enter_autocast  # torch 2.13; what export writes for torch.autocast, wait for a public one
 from torch.amp import _exit_autocast as exit_autocast
+from torch.distributed import _local_tensor  # torch 2.13; the states of generators, wait for a public simulation of ranks in one process
 from torch.distributed._local_tensor import (  # torch 2.13; wait for a public simulation of ranks in one process
     LocalTensor,
     LocalTensorMode,
@@ -52,6 +53,40 @@ def resolve_process_group(name: str) -> ProcessGroup:
 def simulated_generators(mode: LocalTensorMode) -> dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]]:
     """Rank -> the states of its CPU and device generators, to read and write (torch 2.13; wait for a public simulation of ranks)."""
     return mode._per_rank_rng_states
+
+
+def default_states() -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """The states of the default generators, as simulated ranks keep them (torch 2.13; as above)."""
+    return _local_tensor._get_rng_state()
+
+
+def put_default_states(states: tuple[torch.Tensor, dict[int, torch.Tensor]]) -> None:
+    """Put the default generators into these states (torch 2.13; as above)."""
+    _local_tensor._set_rng_state(*states)
+
+
+@contextmanager
+def states_from_generators() -> Iterator[None]:
+    """Inside, simulated ranks ask the default generators for their states, not `torch.get_rng_state`, which may be ours (torch 2.13)."""
+    before = _local_tensor._get_rng_state, _local_tensor._set_rng_state
+
+    def get() -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        return torch.default_generator.get_state(), _local_tensor._collect_accelerator_rng_states()
+
+    def put(cpu_state: torch.Tensor, accelerator_states: dict[int, torch.Tensor]) -> None:
+        torch.default_generator.set_state(cpu_state)
+        _local_tensor._set_accelerator_rng_states(accelerator_states)
+
+    _local_tensor._get_rng_state, _local_tensor._set_rng_state = get, put
+    try:
+        yield
+    finally:
+        _local_tensor._get_rng_state, _local_tensor._set_rng_state = before
+
+
+def generator_key(generator: torch.Generator) -> int:
+    """What tells generators apart: operators are handed other Python objects for one and the same (torch 2.13; wait for `==`)."""
+    return generator._cdata  # type: ignore[attr-defined]
 
 
 def default_store() -> Store:
@@ -414,6 +449,7 @@ __all__ = [
     "clone_store",
     "default_store",
     "dcp_storage_info",
+    "default_states",
     "dtensor_like",
     "enabled_local_tensor_mode",
     "enter_autocast",
@@ -423,6 +459,7 @@ __all__ = [
     "function_behind",
     "functional",
     "functions_called",
+    "generator_key",
     "global_hooks",
     "is_view",
     "lists_of_numbers",
@@ -432,10 +469,12 @@ __all__ = [
     "opaque_initialisers",
     "pipeline_compute",
     "pipeline_transfers",
+    "put_default_states",
     "resolve_process_group",
     "root_mesh",
     "simulated_generators",
     "set_grad_enabled",
+    "states_from_generators",
     "takes",
     "without_modes",
     "written_arguments",

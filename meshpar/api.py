@@ -18,6 +18,7 @@ from .config import ParallelConfig
 from .errors import ConfigError
 from .mesh import agree, check_batch, check_mesh, mesh_sizes
 from .plan import Plan
+from .runtime.agreement import agree_on_values
 from .runtime.build import build
 from .runtime.failures import Together
 from .runtime.model import ParallelModel
@@ -78,6 +79,7 @@ def _parallelize(
     programs = Programs(model, mesh, config, rules=rules, loss_fn=loss_fn, plan=plan)
     program = programs.make(args, kwargs, training=model.training, microbatches=config.microbatches)
     agree(program.plan.hash, mesh, "the plan")
+    agree_on_values(model, mesh, filled=weights is not None)
     engine = build(model, mesh, config, program, programs.schedule, weights=weights)
     return ParallelModel(engine, mesh, config, programs, program, together)
 

@@ -193,6 +193,44 @@ def agree(value: str, mesh: DeviceMesh, what: str, *, error: type[MeshparError] 
         )
 
 
+def agree_on_lines(value: Sequence[str], shown: Callable[[], Sequence[str]], mesh: DeviceMesh, what: str, advice: str) -> None:
+    """Raise `PlanError` on every rank of the mesh unless all pass the same lines; the message shows the first lines that differ.
+
+    `shown`: for each line, how to show it. `advice` ends the message. Collective over the mesh; free when ranks are simulated or fake.
+    """
+    table = _gather_digests(_digest("\n".join(value).encode()), mesh)
+    odd = _odd_ones(table)
+    if not odd:
+        return
+    pair = (next(rank for rank in table if rank not in odd), odd[0])
+    texts = [_sent_by(rank, mesh, lambda: (list(value), list(shown()))) for rank in pair]
+    raise PlanError(
+        f"{what} differs between ranks: {_listed(list(odd))} of {len(table)} differ from the rest.\n{_difference(pair, texts)}\n  {advice}"
+    )
+
+
+def _sent_by(rank: int, mesh: DeviceMesh, make: Callable[[], tuple[list[str], list[str]]]) -> tuple[list[str], list[str]]:
+    """What one rank of the mesh makes, on all of them: handed on along one axis after the other."""
+    sent: list[Any] = [make() if dist.get_rank() == rank else None]
+    for dim, place in enumerate((mesh.mesh == rank).nonzero()[0].tolist()):
+        if mesh.size(dim) > 1:
+            dist.broadcast_object_list(sent, group_src=place, group=mesh.get_group(dim))
+    found: tuple[list[str], list[str]] = sent[0]
+    return found
+
+
+def _difference(ranks: tuple[int, int], texts: Sequence[tuple[list[str], list[str]]], *, most: int = 3) -> str:
+    """The first lines of two texts that differ, as they are shown."""
+    (a, _), (b, _) = texts
+    first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    parts = [
+        f"    rank {rank}: {line}"
+        for rank, (_, said) in zip(ranks, texts, strict=True)
+        for line in said[first : first + most] or ["(ends)"]
+    ]
+    return "\n".join(["  The first lines that differ:", *parts])
+
+
 def check_batch(batch: Any, mesh: DeviceMesh) -> None:
     """Raise `BatchError` on every rank unless batches have one structure everywhere and one content outside the data axes.
 

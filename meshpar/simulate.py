@@ -5,13 +5,14 @@
         x = per_rank(lambda rank: torch.full((2,), float(rank)))     # rank r holds [r, r]
         p_to_i(x, group=mesh.get_group("tp").group_name, size=4, rank=-1)  # every rank holds [6, 6]
 
-Ordinary tensor code runs once per rank, autograd included. Code that depends on the rank goes through `per_rank`.
+Ordinary tensor code runs once per rank, autograd included. Code that depends on the rank goes through `per_rank`. Random numbers are
+those that processes would draw: every rank has generators of its own (see `generators`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from meshpar._torch import FakeStore, LocalTensor, LocalTensorMode, enabled_local_tensor_mode, resolve_process_group
+from meshpar._torch import FakeStore, LocalTensor, enabled_local_tensor_mode, resolve_process_group
 from meshpar.errors import ConfigError
+from meshpar.generators import Ranks, generators_in, states_of_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def simulate(world_size: int) -> Iterator[World]:
     """
     started = _start_fake_group(world_size)
     try:
-        with LocalTensorMode(world_size):
+        with states_of_ranks(), Ranks(world_size):
             yield World(world_size)
     finally:
         if started:
@@ -77,7 +79,11 @@ def per_rank(fn: Callable[..., Any], *tensors: torch.Tensor) -> Any:
     if mode is None:
         return fn(ranks()[0], *tensors)
     with mode.disable(), torch.no_grad():
-        results = {rank: fn(rank, *(_local(tensor, rank) for tensor in tensors)) for rank in sorted(mode.ranks)}
+        results = {}
+        generators = generators_in(fn)
+        for rank in sorted(mode.ranks):
+            with mode.rank_alone(rank, generators) if isinstance(mode, Ranks) else nullcontext():
+                results[rank] = fn(rank, *(_local(tensor, rank) for tensor in tensors))
         return _combine(results)
 
 

@@ -13,7 +13,7 @@ import meshpar
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
     ("errors", "collection", "config", "megatron", "sharding.types", "planner"),
-    ("_torch", "simulate", "mesh", "plan", "schedule", "timing", "ops"),
+    ("_torch", "generators", "simulate", "mesh", "plan", "schedule", "timing", "ops"),
     ("capture", "sharding"),
     ("passes",),
     ("runtime",),

@@ -136,7 +136,6 @@ def _recorded(
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
     hooked.settle(built.graph)
-    simplify.prune(built.graph)
     with found.advising():
         selections.lift(built.graph)
         simplify.prune(built.graph)
@@ -291,9 +290,10 @@ class _Recorder(nn.Module):
     def _record(self, output: Any, loss: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         found = self.outcome
         leaves, found.spec, found.dropped = structure.flatten(output)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        slots = iter(range(len(tensors)))
-        found.leaves = tuple(Slot(next(slots)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        places = [place for place in structure.by_key(found.spec) if isinstance(leaves[place], torch.Tensor)]
+        tensors = [leaves[place] for place in places]
+        slots = {place: Slot(index) for index, place in enumerate(places)}
+        found.leaves = tuple(slots.get(place, leaf) for place, leaf in enumerate(leaves))
         found.loss = next((i for i, tensor in enumerate(tensors) if tensor is loss), None)
         if loss is not None and found.loss is None:
             found.loss = len(tensors)

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import map_arg
 
+from meshpar.capture import canonical
 from meshpar.capture.blame import source_of
 from meshpar.capture.captured import Info
 from meshpar.capture.selections import Ragged
@@ -32,35 +33,60 @@ class Built:
 
 
 def build(program: ExportedProgram, renamed: Mapping[str, str], inputs: Sequence[str], *, prefix: str) -> Built:
-    """Copy the nodes of `program` into a new graph with `get_attr` nodes for everything but the inputs.
+    """Copy the nodes of `program` that are needed, in canonical order, into a new graph with `get_attr` nodes for all but the inputs.
 
     `renamed` maps an exported name to the model's own; `prefix` is what the export put before the paths of modules.
     """
     graph = fx.Graph()
-    constants = _constants(program, renamed)
-    copies = _leaves(graph, program, {**renamed, **{name: new for name, (new, _) in constants.items()}}, inputs)
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            copies[node] = _call(graph, node, copies, prefix)
-        elif node.op == "get_attr":
-            raise CaptureError(
-                f"The forward runs a sub-graph ({node.target}) that cannot be made flat. Replace torch.cond or scan by torch.where."
-            )
+    calls = canonical.arrange(_calls(program), _roots(program, renamed))
+    leaves = _order_of_use(program, calls)
+    constants = _constants(program, leaves, renamed)
+    copies = _leaves(graph, program, leaves, {**renamed, **{name: new for name, (new, _) in constants.items()}}, inputs)
+    for node in calls:
+        copies[node] = _call(graph, node, copies, prefix)
     values, mutations = _results(program, copies, renamed)
     graph.output(values)
     return Built(graph, dict(constants.values()), mutations)
 
 
-def _constants(program: ExportedProgram, renamed: Mapping[str, str]) -> dict[str, tuple[str, torch.Tensor]]:
+def _calls(program: ExportedProgram) -> list[fx.Node]:
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            raise CaptureError(
+                f"The forward runs a sub-graph ({node.target}) that cannot be made flat. Replace torch.cond or scan by torch.where."
+            )
+    return [node for node in program.graph.nodes if node.op == "call_function"]
+
+
+def _roots(program: ExportedProgram, renamed: Mapping[str, str]) -> list[fx.Node]:
+    """What the forward returns, in order, and the new values of what it changes, by name."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    specs = [spec for spec in program.graph_signature.output_specs if spec.kind != OutputKind.USER_INPUT_MUTATION]
+    returned = [spec for spec in specs if spec.kind == OutputKind.USER_OUTPUT]
+    changed = sorted((s for s in specs if s.kind != OutputKind.USER_OUTPUT), key=lambda s: renamed.get(str(s.target), str(s.target)))
+    return [nodes[spec.arg.name] for spec in (*returned, *changed)]
+
+
+def _order_of_use(program: ExportedProgram, calls: Sequence[fx.Node]) -> dict[str, None]:
+    """The names of the placeholders, in the order in which they are used."""
+    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    used = (source.name for node in (*calls, output) for source in node.all_input_nodes if source.op == "placeholder")
+    return dict.fromkeys(used)
+
+
+def _constants(program: ExportedProgram, leaves: Mapping[str, None], renamed: Mapping[str, str]) -> dict[str, tuple[str, torch.Tensor]]:
     """Exported name -> (name in our graph, value) of every tensor that is neither a parameter nor a buffer of the model."""
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     found: dict[str, tuple[str, torch.Tensor]] = {}
-    for spec in program.graph_signature.input_specs:
+    for spec in (specs[name] for name in leaves):
         if spec.kind != InputKind.USER_INPUT and spec.target is not None and spec.target not in renamed:
-            found[spec.target] = (f"_constant_{len(found)}", program.constants[spec.target])
+            found.setdefault(spec.target, (f"_constant_{len(found)}", program.constants[spec.target]))
     return found
 
 
-def _leaves(graph: fx.Graph, program: ExportedProgram, renamed: Mapping[str, str], inputs: Sequence[str]) -> dict[fx.Node, fx.Node]:
+def _leaves(
+    graph: fx.Graph, program: ExportedProgram, leaves: Mapping[str, None], renamed: Mapping[str, str], inputs: Sequence[str]
+) -> dict[fx.Node, fx.Node]:
     """Placeholders for the batch first, then one `get_attr` per parameter, buffer and constant that is used."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     copies: dict[fx.Node, fx.Node] = {}
@@ -71,7 +97,8 @@ def _leaves(graph: fx.Graph, program: ExportedProgram, renamed: Mapping[str, str
             node = nodes[spec.arg.name]
             copies[node] = graph.placeholder(next(names))
             _describe(copies[node], node, module="")
-    for spec in program.graph_signature.input_specs:
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    for spec in (specs[name] for name in leaves):
         if spec.kind != InputKind.USER_INPUT:
             node, name = nodes[spec.arg.name], renamed[str(spec.target)]
             if name not in attributes:
@@ -84,7 +111,7 @@ def _leaves(graph: fx.Graph, program: ExportedProgram, renamed: Mapping[str, str
 def _call(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node], prefix: str) -> fx.Node:
     args = map_arg(node.args, copies.__getitem__)
     kwargs = map_arg(node.kwargs, copies.__getitem__)
-    copy = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+    copy = graph.create_node("call_function", node.target, args, kwargs, name=canonical.name_of(node))
     stack = [_CALL_NUMBER.sub("", path).removeprefix(prefix) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     stack = ["" if path == prefix.rstrip(".") else path for path in stack]
     _describe(copy, node, module=stack[-1] if stack else "")
@@ -160,7 +187,7 @@ def _results(
     program: ExportedProgram, copies: Mapping[fx.Node, fx.Node], renamed: Mapping[str, str]
 ) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """The values of the output node: what the forward returns, then the new values of the buffers it updates."""
-    by_name = {node.name: copies[node] for node in copies}
+    by_name = {node.name: copy for node, copy in copies.items()}
     returned: list[fx.Node] = []
     updated: dict[str, fx.Node] = {}
     for spec in program.graph_signature.output_specs:
@@ -175,4 +202,5 @@ def _results(
                 f"The forward changes {renamed.get(str(spec.target), spec.target)} in place, a parameter or a plain tensor of the model.\n"
                 "  Only buffers may change in a forward: make it one with register_buffer, or change it outside."
             )
-    return (*returned, *updated.values()), tuple(updated)
+    changed = sorted(updated)
+    return (*returned, *(updated[name] for name in changed)), tuple(changed)

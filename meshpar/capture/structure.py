@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +80,37 @@ def _known(value: Any, path: str, dropped: list[str]) -> Any:
 
 def _is_registered(value: Any) -> bool:
     return type(value) in pytree.SUPPORTED_NODES or pytree.is_namedtuple_instance(value)
+
+
+def by_key(spec: pytree.TreeSpec) -> list[int]:
+    """The leaves of a structure in an order that is the same for equal structures: those of a dict by key, whatever was put in first.
+
+    >>> by_key(flatten({"b": 1, "a": [2, 3]})[1])
+    [1, 2, 0]
+    """
+    return _by_key(spec, 0)
+
+
+def _by_key(spec: pytree.TreeSpec, first: int) -> list[int]:
+    if spec.is_leaf():
+        return [first]
+    parts = []
+    for child in spec.children():
+        parts.append(_by_key(child, first))
+        first += child.num_leaves
+    return [place for _, part in sorted(zip(_names_of(spec, len(parts)), parts, strict=True), key=lambda pair: pair[0]) for place in part]
+
+
+def _names_of(spec: pytree.TreeSpec, count: int) -> Sequence[Any]:
+    """What the parts of a structure are sorted by: the keys of a mapping, else their places."""
+    kind, context = spec.type, spec.context
+    if kind is Record:
+        kind, context = context
+    if kind is defaultdict:
+        context = context[1]
+    if isinstance(kind, type) and issubclass(kind, Mapping) and isinstance(context, list | tuple) and len(context) == count:
+        return [(type(key).__name__, str(key)) for key in context]
+    return range(count)
 
 
 def _keys(value: Any, count: int) -> list[str]:

@@ -262,7 +262,7 @@ def _operator(cls: type[torch.autograd.Function], like: tuple[Any, ...], prove: 
     facts = _tried(function)
     nature = prove(function)
     nature = replace(nature, elementwise=nature.elementwise and facts.each)
-    text = f"{cls.__module__}.{cls.__qualname__} {like}"
+    text = f"{cls.__module__}.{cls.__qualname__} {like} {_content(cls)}"
     name = f"{_NAMESPACE}::{cls.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     again = 0
     while hasattr(getattr(torch.ops, _NAMESPACE), (name + "_" * again).partition("::")[2]):
@@ -324,6 +324,20 @@ def _defined(name: str, function: Function, facts: _Facts, nature: Nature) -> An
 
 SHARE = "share"
 """The argument that multiplies the gradients of shared operands."""
+
+
+def _content(cls: type[torch.autograd.Function]) -> list[Any]:
+    """What tells classes of one name apart, the same in every process: their code, and the plain values that it closes over."""
+    found: list[Any] = []
+    for name in ("forward", "backward", "vjp", "setup_context"):
+        code = getattr(getattr(cls, name), "__code__", None)
+        if code is not None:
+            cells = [cell.cell_contents for cell in getattr(cls, name).__closure__ or ()]
+            found += [code.co_code.hex(), code.co_names, [c for c in (*code.co_consts, *cells) if isinstance(c, _PLAIN)]]
+    return found
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, type(None))
 
 
 def _tried(function: Function) -> _Facts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -11,9 +10,9 @@ from typing import Any
 from torch import fx
 
 from ..capture.captured import Captured, Info
+from ..capture.text import fingerprint
 from ..errors import PlanError, near, raise_all
 from ..mesh import Axis
-from ..ops.hooks import stable
 from ..plan import AxisPlan, ParameterPlan, Plan, StagePlan
 from ..sharding.infer import Inference, infer
 from ..sharding.op import op_name
@@ -89,7 +88,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
     stages, held = _stages(captured, request)
     return Plan(
         request.mesh,
-        fingerprint(captured.graph),
+        fingerprint(captured),
         tuple(axes),
         _parameters(captured, axes, request, held),
         stages,
@@ -148,15 +147,6 @@ def _pinned_outputs(captured: Captured) -> list[Type | None]:
     for index in range(count - len(captured.mutations), count):
         found[index] = I
     return found
-
-
-def fingerprint(graph: fx.Graph) -> str:
-    """A hash of the operators, arguments and shapes of a graph."""
-    digest = hashlib.sha256()
-    for node in graph.nodes:
-        text = f"{node.op} {node.name} {node.target} {node.args} {node.kwargs} {node.meta.get('info')}\n"
-        digest.update(stable(text).encode())
-    return digest.hexdigest()[:16]
 
 
 def _rules(rules: Mapping[str, str], captured: Captured, request: Decision) -> dict[str, int | None]:

@@ -15,6 +15,7 @@ import linecache
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import fx, nn
@@ -251,7 +252,7 @@ def print_code(tree: Tree, key: str) -> str:
 
 
 def _exec(source: str, namespace: dict[str, Any], name: str) -> Code:
-    filename = f"<meshpar {name} {hash(source) & 0xFFFFFFFF:08x}>"
+    filename = f"<meshpar {name} {crc32(source.encode()):08x}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # tracebacks show the line
     namespace = dict(namespace)
     exec(compile(source, filename, "exec"), namespace)

@@ -19,13 +19,14 @@ from ..capture.captured import Captured, Slot
 from ..capture.experts import advise
 from ..capture.export import capture
 from ..capture.structure import order_of
+from ..capture.text import fingerprint
 from ..config import ParallelConfig
 from ..errors import BatchError, ConfigError, PlanError
 from ..mesh import DATA_AXES, Axis, agree, axis, data_axis, data_mesh, mesh_sizes
 from ..passes.attention import SimplifyAttention
 from ..passes.batch_norm import expand_batch_norm
 from ..passes.coalesce import Coalesce
-from ..passes.decide import Decision, StageRequest, decide, fingerprint
+from ..passes.decide import Decision, StageRequest, decide
 from ..passes.denominators import split_denominators
 from ..passes.hooks import check_microbatches, check_stages
 from ..passes.ledger import ledger, staged_ledger
@@ -40,6 +41,7 @@ from ..passes.weight_gradients import DeferWeightGradients
 from ..plan import ParameterPlan, Plan
 from ..sharding.types import Owned, Shard
 from ..simulate import is_simulated
+from .agreement import agree_on_graph
 from .hooks import ModelHooks
 from .schedules import schedule_of
 
@@ -210,7 +212,7 @@ class Programs:
 
     def _plan(self, captured: Captured, *, staged: bool) -> Plan:
         """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph."""
-        if self.given is not None and self.given.graph == fingerprint(captured.graph):
+        if self.given is not None and self.given.graph == fingerprint(captured):
             _check_given(self.given, self.mesh)
             return self.given
         axes = axes_of(self.mesh)
@@ -227,7 +229,7 @@ class Programs:
         )
         if self._decides_alone():
             return decide(captured, request)
-        agree(fingerprint(captured.graph), self.mesh, "the model's captured graph")
+        agree_on_graph(captured, self.others, self.mesh)
         agree(f"{self.config} {sorted(self.rules.items())}", self.mesh, "the configuration or the rules")
         return Plan.from_json(_from_first_rank(self.mesh, lambda: decide(captured, request).to_json()))
 
