@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,6 +116,11 @@ def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     return DTensor.__new__(DTensor, local, like._spec, requires_grad=False)
 
 
+def amp_unscale(grads: list[torch.Tensor], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
+    """Multiply gradients of one dtype by `inv_scale`, noting in `found_inf` if one is not finite (torch 2.13; what GradScaler calls)."""
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
+
+
 def mesh_info(mesh: DeviceMesh, dims: Any) -> Any:
     """What FSDP2 knows of the axes over which it shares parameters out (torch 2.13; wait for a public way to give some others)."""
     from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info_from_named_dims
@@ -157,11 +162,23 @@ def _unit_groups(root: nn.Module) -> list[Any]:
 
 def written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The tensors among its arguments that an operator writes to (torch 2.13; wait for public schemas)."""
-    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    written = written_names(func)
     if not written:
         return []
     given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
     return [leaf for name in written for leaf in pytree.tree_leaves(given.get(name)) if isinstance(leaf, torch.Tensor)]
+
+
+@cache
+def written_names(func: OpOverload) -> tuple[str, ...]:
+    """The names of the arguments that an operator writes to (torch 2.13; wait for public schemas)."""
+    return tuple(a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+@cache
+def is_view_operator(func: OpOverload) -> bool:
+    """Whether an operator's results look at the memory of its arguments (torch 2.13; wait for public schemas)."""
+    return any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
 
 
 def takes(func: OpOverload, name: str) -> bool:
@@ -373,6 +390,7 @@ __all__ = [
     "OpOverload",
     "StridedShard",
     "accumulate_gradients",
+    "amp_unscale",
     "alone",
     "as_parameter",
     "below_autograd",
@@ -388,6 +406,7 @@ __all__ = [
     "functional",
     "global_hooks",
     "is_view",
+    "is_view_operator",
     "lists_of_numbers",
     "local_of",
     "local_tensor_mode",
@@ -402,6 +421,7 @@ __all__ = [
     "takes",
     "without_modes",
     "written_arguments",
+    "written_names",
     "TorchDispatchMode",
     "pytree",
     "recorded_as",
