@@ -18,7 +18,6 @@ from meshpar._torch import LocalTensor, amp_unscale, local_of, maybe_disable_loc
 from meshpar.errors import ConfigError
 from meshpar.runtime.gradients import group_of
 from meshpar.runtime.model import ParallelModel
-from meshpar.simulate import is_simulated
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -60,15 +59,13 @@ class GradScaler(torch.amp.GradScaler):
         """Divide this rank's parts, and ask all ranks whether anything was infinite or not a number."""
         self._check_scaled()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [part for p in parameters if p.grad is not None for part in _parts(p.grad)]
+        grads = [local_of(g) if isinstance(g, DTensor) else g for p in parameters if (g := p.grad) is not None]
         if not allow_fp16 and any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients.")  # torch's words
-        with maybe_disable_local_tensor_mode(), torch.no_grad():
+        with torch.no_grad():
             for dtype in dict.fromkeys(grad.dtype for grad in grads):
                 amp_unscale([grad for grad in grads if grad.dtype == dtype], found_inf, inv_scale)
-        mesh = self._mesh(parameters)
-        if mesh is not None and mesh.size() > 1 and not is_simulated():
-            dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=group_of(mesh))
+        _agree(found_inf, self._mesh(parameters))
         return {found_inf.device: found_inf}
 
     def _check_scaled(self) -> None:
@@ -102,8 +99,12 @@ class ScaledModel:
         return self._model.scaled_step(self._scaler, self._scale, args, kwargs)
 
 
-def _parts(grad: torch.Tensor) -> list[torch.Tensor]:
-    """What this process holds of a gradient: of simulated ranks, each one's part, those that are one tensor once."""
-    local = local_of(grad) if isinstance(grad, DTensor) else grad
-    held = local._local_tensors.values() if isinstance(local, LocalTensor) else (local,)
-    return list({part.data_ptr(): part for part in held}.values())
+def _agree(found_inf: torch.Tensor, mesh: DeviceMesh | None) -> None:
+    """What one rank found, all have found."""
+    if isinstance(found_inf, LocalTensor):
+        with maybe_disable_local_tensor_mode():
+            found = torch.stack(list(found_inf._local_tensors.values())).max()
+            for each in found_inf._local_tensors.values():
+                each.copy_(found)
+    elif mesh is not None and mesh.size() > 1:
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=group_of(mesh))

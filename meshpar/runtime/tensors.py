@@ -132,6 +132,11 @@ def of_parameter(tensor: DTensor, parameter: torch.Tensor) -> DTensor:
     return tensor
 
 
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor came from an operator on whole values: every rank holds all of it, in the original order."""
+    return isinstance(tensor, ModelTensor) and tensor._whole
+
+
 # ---- answering operators ---------------------------------------------------------------------------------------------------------------
 
 
@@ -174,14 +179,13 @@ def _kind(func: OpOverload) -> tuple[str, str]:
 
 def _check(name: str, kind: str, found: Sequence[DTensor], origin: Origin, result: Any) -> None:
     """Refuse a number that is not that of one parameter, and outside of an optimizer's step any number."""
-    numbers = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.ndim == 0]
-    answers = name in _ANSWERS
-    if not (numbers or answers or name == "_local_scalar_dense"):
-        return
-    if len(origin.names) > 1:
+    answers, made = name in _ANSWERS, [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+    numbers = answers or name == "_local_scalar_dense" or any(t.ndim == 0 for t in made)
+    if numbers and len(origin.names) > 1 and name not in _ELEMENTS and name != "copy_":
         refuse_number(name, origin)
-    reduces = answers or kind == "sums" or any(t.ndim for t in found)
-    if reduces and name not in _ELEMENTS and kind != "new" and not inside_step():
+    several = any(t.numel() > 1 for t in found) and any(t.numel() == 1 for t in made)
+    reduces = (answers or kind == "sums" or several) and name not in _ELEMENTS and kind != "new"
+    if reduces and (answers or any(t.numel() == 1 for t in made)) and not inside_step():
         refuse_number(name, origin)
 
 

@@ -176,25 +176,6 @@ def test_mixed_precision_keeps_masters_and_sums_in_float32(gloo: Pool) -> None:
             assert loss < 0.03 and 1e-6 < error < 0.2
 
 
-def test_scalar_parameters_are_refused(gloo: Pool) -> None:
-    assert all("without dims: temperature" in message for message in gloo.run(scalar, world=1))
-
-
-def scalar() -> str:
-    from torch import fx, nn
-
-    from meshpar.errors import ConfigError
-    from meshpar.runtime.blocks import build
-
-    graph = fx.Graph()
-    graph.output((graph.placeholder("x"),))
-    try:
-        data_parallel.apply(build(graph, {"temperature": nn.Parameter(torch.ones(()))}), world_mesh("dp=1"), ParallelConfig())
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
 def tied_layers(mode: str, recompute: str) -> dict[str, torch.Tensor | None]:
     """The first and the last layer share a weight, so that they are one unit with another in between."""
     mesh = world_mesh("dp=2")
