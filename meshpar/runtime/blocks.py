@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.distributed.fsdp import FSDPModule
 
 from meshpar.runtime.hooks import refusing
 from meshpar.runtime.local import LocalParameters, Store
@@ -276,4 +277,4 @@ def _module_at(root: nn.Module, path: str) -> Block:
 
 def _is_wrapped(module: nn.Module) -> bool:
     """Whether FSDP2 manages the module: it gives it a class of its own."""
-    return type(module) not in (Block, Tree)
+    return isinstance(module, FSDPModule)

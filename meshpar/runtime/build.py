@@ -29,6 +29,7 @@ from .parameters import ParameterSpec, mark_all
 from .pipeline import Pipelined
 from .program import Program, left_alone
 from .schedules import Schedule
+from .statistics import mark_batch_norms
 from .tensors import adopt
 from .ties import Ties
 from .weights import Lazy
@@ -154,6 +155,7 @@ def _trees(
         changed = program.all_stages[stage].mutations if program.all_stages else program.captured.mutations
         kept = {name: b for name, b in buffers.items() if name not in program.captured.mutations or name in changed}
         trees[stage] = Tree(held, kept, aliases=program.captured.aliases, non_persistent=_non_persistent(model), recompute=config.recompute)
+        mark_batch_norms(trees[stage], model)
     teach(trees, program)
     return trees
 

@@ -144,6 +144,8 @@ def _run(func: OpOverload, args: Any, kwargs: Any) -> Any:
     name, kind = _kind(func)
     if kind == "lists":
         return _lists(func, name, args, kwargs)
+    if kind == "parts" and (quick := _on_parts_of_one(func, args, kwargs)) is not None:
+        return quick
     found = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, DTensor)]
     origin = joined([t._origin for t in found if isinstance(t, ModelTensor)])
     if kind == "scaler":
@@ -226,6 +228,35 @@ def _laid_like(tensor: DTensor, like: ModelTensor) -> bool | None:
     if tensor.shape == like.shape and tensor.placements == like.placements:
         return True
     return False if all(p.is_replicate() for p in tensor.placements) else None
+
+
+def _on_parts_of_one(func: OpOverload, args: Any, kwargs: Any) -> ModelTensor | None:
+    """The common case, at little cost: an elementwise operator on parts of one parameter, its gradient and its state."""
+    like: ModelTensor | None = None
+    given = []
+    for arg in args:
+        if type(arg) is ModelTensor:
+            like = arg if like is None else like
+            alike = arg._origin is like._origin and (arg._spec is like._spec or _same_cut(arg._spec, like._spec))
+            if arg._whole or not alike:
+                return None
+            arg = local_of(arg)
+        elif isinstance(arg, (list, tuple)) or (isinstance(arg, torch.Tensor) and (isinstance(arg, DTensor) or arg.numel() != 1)):
+            return None
+        given.append(arg)
+    writes = written_names(func)
+    if like is None or len(func._schema.returns) != 1 or writes not in ((), ("self",)) or (writes and type(args[0]) is not ModelTensor):
+        return None
+    if any(isinstance(value, torch.Tensor) for value in kwargs.values()):
+        return None
+    result = func(*given, **kwargs)
+    if writes:
+        return args[0]
+    return _wrapped_part(result, like, like._origin)
+
+
+def _same_cut(one: Any, other: Any) -> bool:
+    return one.placements == other.placements and one.shape == other.shape and one.mesh is other.mesh
 
 
 def _on_parts(func: OpOverload, args: Any, kwargs: Any, like: ModelTensor, origin: Origin) -> Any:
