@@ -10,6 +10,7 @@ import torch
 from torch import optim
 
 import meshpar as mp
+from meshpar._torch import without_modes
 
 Make = Callable[[list[torch.Tensor]], optim.Optimizer]
 
@@ -209,8 +210,9 @@ def compared(
     for name in names:
         make = {**PER_PARAMETER, **ACROSS}[name]
         pm.load_state_dict(start)
-        alone = copy.deepcopy(model)
-        train(alone, make, lambda alone=alone: theirs(alone))  # type: ignore[misc]
+        with without_modes():  # one device: no simulated ranks
+            alone = copy.deepcopy(model)
+            train(alone, make, lambda alone=alone: theirs(alone))  # type: ignore[misc]
         assert any(not torch.equal(a, b) for a, b in zip(alone.parameters(), model.parameters(), strict=True)), f"{name} does nothing"
         try:
             train(pm, make, ours)

@@ -104,7 +104,8 @@ class ModelTensor(DTensor):
             raise ConfigError(
                 f"the layout of {self._origin} is none that torch can move to another: take mp.full_tensor(p) or mp.full_grad(p)."
             )
-        return super().redistribute(*args, **kwargs)
+        moved = super().redistribute(*args, **kwargs)
+        return become(moved, self._origin, whole=True) if all(p.is_replicate() for p in moved.placements) else moved
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dtensor_like(local_of(self), self).__reduce_ex__(protocol)
@@ -193,13 +194,14 @@ def _check(name: str, kind: str, found: Sequence[DTensor], origin: Origin, resul
 
 def _fit(func: OpOverload, found: Sequence[DTensor], like: ModelTensor, args: Any, kwargs: Any) -> bool:
     """Whether an elementwise operator gives something laid out as `like`, and every other operand can be brought to that."""
-    plain = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and not isinstance(t, DTensor) and t.numel() != 1]
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    plain = [t for t in tensors if not isinstance(t, DTensor) and t.numel() != 1]
     if plain:
         raise ConfigError(
             f"{func.overloadpacket.__name__} of {like._origin}, a DTensor of shape {tuple(like.shape)}, with a plain tensor of shape "
             f"{tuple(plain[0].shape)}: make it from the parameter (torch.zeros_like(p), torch.randn_like(p), p.new_tensor)."
         )
-    if torch.broadcast_shapes(*(t.shape for t in found)) != like.shape:
+    if torch.broadcast_shapes(*(t.shape for t in tensors)) != like.shape:
         return False
     written = _written(func, args, kwargs)
     return all(_alike(t, like) or _is_replicated(t) for t in found) and all(_alike(t, like) for t in written)
@@ -252,7 +254,7 @@ def _on_parts_of_one(func: OpOverload, args: Any, kwargs: Any) -> ModelTensor | 
     result = func(*given, **kwargs)
     if writes:
         return args[0]
-    return _wrapped_part(result, like, like._origin)
+    return _wrapped_part(result, like, like._origin) if result.shape == local_of(like).shape else None
 
 
 def _same_cut(one: Any, other: Any) -> bool:

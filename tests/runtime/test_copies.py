@@ -139,7 +139,7 @@ def averages_with_buffers(spec: str, mode: str = "zero3") -> float:
         for name, how in AVERAGES.items()
         for use in ((False, True) if name in WITH_BUFFERS else (False,))
     ]
-    steps = [(one, torch.optim.AdamW([{"params": one.parameters()}], lr=0.05)) for one in (pm, model)]
+    steps = [(one, torch.optim.SGD([{"params": one.parameters()}], lr=0.1)) for one in (pm, model)]
     for _ in range(3):
         pm.train_step(**local)
         model(**batch).backward()

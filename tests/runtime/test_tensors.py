@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import meshpar as mp
+from meshpar._torch import without_modes
 from meshpar.runtime.tensors import ModelTensor
 from tests.optimizers import ACROSS, PER_PARAMETER, compared
 from tests.pool import Pool
@@ -38,6 +39,7 @@ class Net(nn.Module):
         return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
 
 
+@without_modes()
 def make() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     torch.manual_seed(3)
     model = Net().double()
