@@ -26,7 +26,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
-        self.qkv, self.out = nn.Linear(8, 16), nn.Linear(8, 8)  # 4 heads of queries, 2 of keys and values
+        self.qkv, self.out = nn.Linear(8, 16, bias=False), nn.Linear(8, 8)  # 4 heads of queries, 2 of keys and values
         self.odd = nn.Parameter(torch.randn(3, 5))
         self.scale = nn.Parameter(torch.tensor(0.7))
         self.head = nn.Linear(8, 11)
@@ -76,9 +76,10 @@ ALL = [*PER_PARAMETER, *ACROSS]
 
 
 def test_tensor_parallel(simulated: Any) -> None:
+    names = ["adamw", "sgd fused", "adam foreach", "rprop", "adafactor", "muon", "lamb", "lars", "shampoo", "orthogonal", "masked", "lbfgs"]
     with simulated(2):
-        found = all_optimizers("tp=2", "zero3", ALL)
-    check(found, ALL)
+        found = all_optimizers("tp=2", "zero3", names)
+    check(found, names)
 
 
 @pytest.mark.parametrize(
@@ -90,15 +91,16 @@ def test_data_parallel(gloo: Pool, spec: str, mode: str, names: list[str]) -> No
 
 
 def test_tensor_and_data_parallel(gloo: Pool) -> None:
-    names = ["adamw", "sgd fused", "rprop", "adafactor", "muon", "lamb", "shampoo", "masked", "lbfgs", "global", "clipping"]
+    names = ["adamw", "sgd fused", "rprop", "adafactor", "lamb", "shampoo", "masked", "lbfgs", "clipping"]
     for found in gloo.run(all_optimizers, "dp=2,tp=2", "zero3", names, world=4, timeout=180.0):
         check(found, names)
 
 
 def test_stages(gloo: Pool) -> None:
     """Every rank steps its own parameters; a number of several of them is refused."""
-    for found in gloo.run(all_optimizers, "pp=2", "zero3", ALL, 2, timeout=180.0):
-        check({name: found[name] for name in PER_PARAMETER}, list(PER_PARAMETER))
+    names = ["adamw", "sgd fused", "adam foreach", "rprop", "adafactor", "muon", "lamb", "lars", "shampoo", "orthogonal", "masked"]
+    for found in gloo.run(all_optimizers, "pp=2", "zero3", [*names, *ACROSS], 2, timeout=180.0):
+        check({name: found[name] for name in names}, names)
         assert all("this rank holds the parameters and gradients of its own stages" in found[name] for name in ACROSS), found
 
 
