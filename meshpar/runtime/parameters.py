@@ -159,6 +159,8 @@ def gathered(tensor: torch.Tensor, spec: ParameterSpec | None) -> torch.Tensor:
     if spec is None:
         return tensor.full_tensor()
     local, mesh = local_of(tensor), tensor.device_mesh
+    if spec.shards() and all(p.is_replicate() for p in tensor.placements):  # whole on every rank, unlike its parameter
+        return (next(iter(local._local_tensors.values())) if isinstance(local, LocalTensor) else local).clone()
     if isinstance(local, LocalTensor):
         return _assemble(local._local_tensors, spec, mesh)
     axes = _coordinates(mesh)
