@@ -31,6 +31,7 @@ from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
 )
 from torch.fx import Node, _symbolic_trace
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # torch 2.13; what update_bn looks for, wait for a public name
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
 from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
 from torch.utils._python_dispatch import TorchDispatchMode  # torch 2.13; wait for public dispatch modes
@@ -382,6 +383,7 @@ def pipeline_transfers(
 
 
 __all__ = [
+    "BatchNorm",
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import NoReturn
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from meshpar._torch import BatchNorm
 from meshpar.errors import ConfigError
 from meshpar.runtime.blocks import Block, Tree
 
 
-class BatchNormBlock(Block, nn.modules.batchnorm._BatchNorm):  # type: ignore[misc]
+class BatchNormBlock(Block, BatchNorm):  # type: ignore[misc]
     """The place of a batch norm in the tree. Its momentum is a number of the captured program."""
 
     _load_from_state_dict = nn.Module._load_from_state_dict
@@ -30,6 +30,6 @@ def mark_batch_norms(tree: Tree, model: nn.Module) -> None:
     """Let the blocks at the paths of batch norms be known as such."""
     blocks = dict(tree.named_modules())
     for path, module in model.named_modules():
-        if isinstance(module, _NormBase) and module.track_running_stats and type(blocks.get(path)) is Block:
+        if isinstance(module, BatchNorm) and module.track_running_stats and type(blocks.get(path)) is Block:
             blocks[path].__class__ = BatchNormBlock
             blocks[path].momentum = module.momentum  # what update_bn notes first
