@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
     from .mesh import data_rank, local_batch, make_mesh, rank_grid
     from .plan import Plan
-    from .runtime.gradients import clip_grad_norm_
+    from .runtime.gradients import clip_grad_norm_, grad_norm
     from .runtime.init import meta
     from .runtime.model import ParallelModel
     from .runtime.parameters import full_grad, full_tensor
+    from .runtime.scaler import GradScaler
     from .sharding.rules import add_rule
     from .simulate import simulate
     from .verify import Report, VerificationError, verify
@@ -36,7 +37,8 @@ _HOME = {
     ),
     **dict.fromkeys(("data_rank", "local_batch", "make_mesh", "rank_grid"), "mesh"),
     "Plan": "plan",
-    "clip_grad_norm_": "runtime.gradients",
+    **dict.fromkeys(("clip_grad_norm_", "grad_norm"), "runtime.gradients"),
+    "GradScaler": "runtime.scaler",
     "meta": "runtime.init",
     "ParallelModel": "runtime.model",
     **dict.fromkeys(("full_grad", "full_tensor"), "runtime.parameters"),
@@ -53,6 +55,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "GradScaler",
     "MeshparError",
     "ParallelConfig",
     "ParallelModel",
@@ -69,6 +72,7 @@ __all__ = [
     "data_rank",
     "full_grad",
     "full_tensor",
+    "grad_norm",
     "local_batch",
     "make_mesh",
     "meta",

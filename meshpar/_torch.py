@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
 )
 from torch.fx import Node, _symbolic_trace
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # torch 2.13; what update_bn looks for, wait for a public name
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
 from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
 from torch.utils._python_dispatch import TorchDispatchMode  # torch 2.13; wait for public dispatch modes
@@ -151,6 +152,11 @@ def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     return DTensor.__new__(DTensor, local, like._spec, requires_grad=False)
 
 
+def amp_unscale(grads: list[torch.Tensor], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
+    """Multiply gradients of one dtype by `inv_scale`, noting in `found_inf` if one is not finite (torch 2.13; what GradScaler calls)."""
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
+
+
 def mesh_info(mesh: DeviceMesh, dims: Any) -> Any:
     """What FSDP2 knows of the axes over which it shares parameters out (torch 2.13; wait for a public way to give some others)."""
     from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info_from_named_dims
@@ -192,7 +198,7 @@ def _unit_groups(root: nn.Module) -> list[Any]:
 
 def written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The tensors among its arguments that an operator writes to (torch 2.13; wait for public schemas)."""
-    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    written = written_names(func)
     if not written:
         return []
     given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
@@ -232,6 +238,18 @@ def function_behind(node: Any) -> type[torch.autograd.Function] | str | None:
         return cls
     name: str = node.name()
     return name.split("CppNode<")[1].rstrip(">") if "CppNode<" in name else None
+
+
+@cache
+def written_names(func: OpOverload) -> tuple[str, ...]:
+    """The names of the arguments that an operator writes to (torch 2.13; wait for public schemas)."""
+    return tuple(a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+@cache
+def is_view_operator(func: OpOverload) -> bool:
+    """Whether an operator's results look at the memory of its arguments (torch 2.13; wait for public schemas)."""
+    return any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
 
 
 def takes(func: OpOverload, name: str) -> bool:
@@ -435,6 +453,7 @@ def pipeline_transfers(
 
 
 __all__ = [
+    "BatchNorm",
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",
@@ -443,6 +462,7 @@ __all__ = [
     "OpOverload",
     "StridedShard",
     "accumulate_gradients",
+    "amp_unscale",
     "alone",
     "as_parameter",
     "below_autograd",
@@ -462,6 +482,7 @@ __all__ = [
     "generator_key",
     "global_hooks",
     "is_view",
+    "is_view_operator",
     "lists_of_numbers",
     "local_of",
     "local_tensor_mode",
@@ -478,6 +499,7 @@ __all__ = [
     "takes",
     "without_modes",
     "written_arguments",
+    "written_names",
     "TorchDispatchMode",
     "pytree",
     "recorded_as",

@@ -70,7 +70,10 @@ class Precision:
 
     @classmethod
     def named(cls, name: str) -> Precision:
-        """ "bf16" and "fp16": compute in it, keep parameters and sum gradients in fp32; "fp32", "fp64": everything in it."""
+        """ "bf16" and "fp16": compute in it, keep parameters and sum gradients in fp32; "fp32", "fp64": everything in it.
+
+        Gradients in fp16 underflow without a loss scale: `mp.GradScaler` keeps one that all ranks agree on.
+        """
         dtype = _dtype(name)
         if dtype in (torch.bfloat16, torch.float16):
             return cls(torch.float32, dtype, torch.float32)

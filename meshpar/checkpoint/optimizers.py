@@ -27,6 +27,7 @@ from meshpar.checkpoint.table import Stored
 from meshpar.checkpoint.values import decode, encode
 from meshpar.checkpoint.writer import PerRank
 from meshpar.errors import CheckpointError, ConfigError
+from meshpar.runtime.tensors import of_parameter
 
 PREFIX = "optimizer/"
 _HOW = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
@@ -177,9 +178,10 @@ def allocate(parameter: torch.Tensor, stored: Stored, key: str, group: Mapping[s
     mesh, local = parameter.device_mesh, local_of(parameter)
     if shape == parameter.shape:
         own = torch.zeros_like(local, dtype=dtype)
-        return DTensor.from_local(own, mesh, parameter.placements, run_check=False, shape=shape, stride=parameter.stride())
+        like = DTensor.from_local(own, mesh, parameter.placements, run_check=False, shape=shape, stride=parameter.stride())
+        return of_parameter(like, parameter)
     whole = torch.zeros(shape, dtype=dtype, device=local.device)
-    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return of_parameter(DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False), parameter)
 
 
 def _device(parameter: torch.Tensor) -> torch.device:

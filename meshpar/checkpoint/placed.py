@@ -23,6 +23,7 @@ from meshpar.checkpoint.division import AXES
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.errors import CheckpointError, ConfigError
 from meshpar.runtime.parameters import ParameterSpec, is_exact, spec_of
+from meshpar.runtime.tensors import is_whole
 from meshpar.sharding.types import Shard, plain
 
 Step = tuple[str, Shard, int, int]
@@ -75,7 +76,7 @@ def held(tensor: torch.Tensor | Held, *, like: torch.Tensor | None = None) -> He
         _check_real(tensor)
         return Held(tensor.detach(), shape, tuple(runs_of(n, []) for n in shape), is_plain=True)
     _check_real(local_of(tensor))
-    spec = spec_of(tensor if like is None else like)
+    spec = None if is_whole(tensor) else spec_of(tensor if like is None else like)
     if spec is not None and shape != spec.shape:
         runs, steps = _factored(tensor, spec), []
     else:

@@ -19,6 +19,7 @@ from zlib import crc32
 
 import torch
 from torch import fx, nn
+from torch.distributed.fsdp import FSDPModule
 
 from meshpar.runtime.hooks import refusing
 from meshpar.runtime.local import LocalParameters, Store
@@ -277,4 +278,4 @@ def _module_at(root: nn.Module, path: str) -> Block:
 
 def _is_wrapped(module: nn.Module) -> bool:
     """Whether FSDP2 manages the module: it gives it a class of its own."""
-    return type(module) not in (Block, Tree)
+    return isinstance(module, FSDPModule)

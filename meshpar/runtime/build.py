@@ -29,6 +29,8 @@ from .parameters import ParameterSpec, mark_all
 from .pipeline import Pipelined
 from .program import Program, left_alone
 from .schedules import Schedule
+from .statistics import mark_batch_norms
+from .tensors import adopt
 from .ties import Ties
 from .weights import Lazy
 
@@ -65,6 +67,7 @@ def build(
         if not without_memory:
             place.allocate(tree, mesh.device_type)
         mark_all(tree, specs)
+        adopt(tree, specs, apart=are_apart(program.plan, mesh))
         parameters.update(tree.named_parameters())
     if filled and not without_memory:
         _fill(model, config, trees, parameters, weights)
@@ -152,6 +155,7 @@ def _trees(
         changed = program.all_stages[stage].mutations if program.all_stages else program.captured.mutations
         kept = {name: b for name, b in buffers.items() if name not in program.captured.mutations or name in changed}
         trees[stage] = Tree(held, kept, aliases=program.captured.aliases, non_persistent=_non_persistent(model), recompute=config.recompute)
+        mark_batch_norms(trees[stage], model)
     teach(trees, program)
     return trees
 
@@ -179,6 +183,7 @@ def _simulated(
             put(name, torch.empty(spec.shape, dtype=spec.dtype))
     (tree,) = _trees(model, config, program, (0,), parameters, {n: b.detach().clone() for n, b in buffers.items()}).values()
     tree.set_compute_dtype(config.precision.compute_dtype)
+    adopt(tree, specs, apart=False)
     return tree
 
 
@@ -193,6 +198,12 @@ def _spec(name: str, plan: ParameterPlan, config: ParallelConfig, own: Sequence[
 def _is_here(plan: ParameterPlan, mesh: DeviceMesh) -> bool:
     """Whether this rank has any part of a parameter."""
     return all(axis(mesh, name).rank == type_.rank for name, type_ in plan.placements.items() if isinstance(type_, Owned))
+
+
+def are_apart(plan: Plan, mesh: DeviceMesh) -> bool:
+    """Whether some ranks hold parameters that others have not: stages, or experts that are on one rank each."""
+    owned = any(isinstance(type_, Owned) for p in plan.parameters.values() for type_ in p.placements.values())
+    return owned or axis(mesh, "pp").size > 1
 
 
 def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter]) -> Ties:

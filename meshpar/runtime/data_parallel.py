@@ -30,7 +30,6 @@ from torch.distributed.tensor.placement_types import Placement
 from meshpar._torch import accumulate_gradients, as_parameter, local_of, mesh_info, reduce_gradients, shard_over
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
-from meshpar.errors import ConfigError
 from meshpar.mesh import DATA_AXES
 from meshpar.runtime.blocks import Tree, shared_blocks
 from meshpar.runtime.parameters import mark, spec_of
@@ -95,9 +94,8 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     and before any optimizer is made.
 
     `keeps`: parameters stay gathered from a step's first use to its end, also with "zero3": weight gradients that are put off arrive late.
-    `alone`: names of parameters that are left as they are. Parameters divided among the ranks of `ep` are shared out over the other axes.
-
-    Raises ConfigError for a scalar parameter, which FSDP2 cannot share out.
+    `alone`: names of parameters that are left as they are (those without dims FSDP2 cannot share out). Parameters divided among the ranks
+    of `ep` are shared out over the other axes.
     """
     precision = config.precision
     names = tuple(n for n in mesh.mesh_dim_names or () if n != "pp")
@@ -106,7 +104,6 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
         tree.set_compute_dtype(precision.compute_dtype)
         return DataParallel(tree, config.data_parallel, ())
     spmd = mesh if names == mesh.mesh_dim_names else mesh[names]
-    _check(tree)
     left = {p for name, p in tree.named_parameters() if name in alone}
     if left:
         tree.set_compute_dtype(precision.compute_dtype)
@@ -160,15 +157,6 @@ def _experts_apart(mesh: DeviceMesh, data: Sequence[str], mode: Mode) -> Callabl
         return shard_over(info, 1 if inside else 0)
 
     return place
-
-
-def _check(tree: Tree) -> None:
-    scalars = [name for name, parameter in tree.named_parameters() if parameter.ndim == 0]
-    if scalars:
-        raise ConfigError(
-            f"data parallelism cannot share out parameters without dims: {', '.join(scalars)}. "
-            f"Give them one dim (torch.zeros(1) instead of torch.tensor(0.)), or train without a data axis."
-        )
 
 
 def _spread(tree: Tree, mesh: DeviceMesh) -> None:

@@ -48,8 +48,11 @@ class Engine(ABC):
         """All outputs of a program for one batch."""
 
     @abstractmethod
-    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool) -> torch.Tensor:
-        """The sum of the losses of all microbatches, the same on every rank; with `backward`, gradients are complete at the end."""
+    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of the losses of all microbatches, the same on every rank; with `backward`, gradients are complete at the end.
+
+        Gradients are those of the loss times `scale`.
+        """
 
 
 def teach(trees: Mapping[int, Tree], program: Program) -> None:
@@ -73,6 +76,11 @@ def arguments(program: Program, inputs: Inputs) -> list[Any]:
     return [inputs[name] for name in program.inputs]
 
 
+def times(scale: torch.Tensor | None, loss: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of a loss times `scale` with respect to the loss, in its dtype; what backward starts from."""
+    return None if scale is None else torch.ones_like(loss) * scale.to(loss.device, loss.dtype)
+
+
 class Whole(Engine):
     """Every rank runs the whole model: microbatches one after the other."""
 
@@ -85,7 +93,7 @@ class Whole(Engine):
         self._data.microbatch(0, 1)
         return self._tree.run(program.key, *arguments(program, inputs))
 
-    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool) -> torch.Tensor:
+    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of the losses of all microbatches."""
         assert program.captured.loss is not None
         total: torch.Tensor | None = None
@@ -93,7 +101,7 @@ class Whole(Engine):
             self._data.microbatch(index, len(parts))
             loss = self._tree.run(program.key, *arguments(program, part))[program.captured.loss]
             if backward:
-                loss.backward()
+                loss.backward(times(scale, loss))
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total

@@ -53,14 +53,7 @@ def clip_grad_norm_(
     >>> clip_grad_norm_([weight], max_norm=1.0)
     tensor(5.)
     """
-    if isinstance(parameters, OnMesh):
-        mesh = mesh or parameters.mesh
-    found = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    if not found and mesh is None and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ConfigError(
-            "clip_grad_norm_: no parameters on this rank, so the mesh over which the norm is taken is not known, and the other ranks would "
-            "wait for this one. Pass mesh=pm.mesh, or pm.parameters() as it is."
-        )
+    found, mesh = _on_mesh(parameters, mesh, "clip_grad_norm_")
     total = grad_norm(found, norm_type, foreach=foreach, mesh=mesh)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
@@ -80,13 +73,27 @@ def clip_grad_norm_(
 
 @torch.no_grad()
 def grad_norm(
-    parameters: Sequence[torch.Tensor], norm_type: float = 2.0, *, foreach: bool | None = None, mesh: DeviceMesh | None = None
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    norm_type: float = 2.0,
+    *,
+    foreach: bool | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> torch.Tensor:
-    """The norm of all gradients as one vector: a plain scalar, the same on every rank. Collective like `clip_grad_norm_`."""
+    """The norm of all gradients as one vector: a plain scalar, the same on every rank; nothing is clipped.
+
+    With `norm_type=math.inf` the largest magnitude, which is finite if and only if all gradients are. Parameters, mesh and errors are those
+    of `clip_grad_norm_`; collective like it.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> grad_norm([weight])
+    tensor(5.)
+    """
     if not norm_type > 0:
         raise ConfigError(f"norm_type={norm_type}: the order of a norm is a positive number or inf.")
-    grads = _local_grads(p for p in parameters if not _is_copy(p))
-    mesh = mesh or _common_mesh([p.device_mesh for p in parameters if isinstance(p, DTensor)])
+    found, mesh = _on_mesh(parameters, mesh, "grad_norm")
+    grads = _local_grads(p for p in found if not _is_copy(p))
+    mesh = mesh or _common_mesh([p.device_mesh for p in found if isinstance(p, DTensor)])
     dtype = _result_dtype([local for local, _ in grads])
     if mesh is None:
         return _power([local for local, _ in grads], norm_type, foreach).pow(_root(norm_type)).to(dtype)
@@ -97,8 +104,23 @@ def grad_norm(
     power = _power(counted, norm_type, foreach)
     sent = torch.stack([power, power.new_tensor(dtype is torch.float64)]).to(device)  # a rank without gradients learns their dtype
     if mesh.size() > 1:
-        dist.all_reduce(sent, dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM, group=_group(mesh))
+        dist.all_reduce(sent, dist.ReduceOp.MAX if norm_type == inf else dist.ReduceOp.SUM, group=group_of(mesh))
     return sent[0].pow(_root(norm_type)).to(torch.float64 if sent[1] > 0 else dtype)
+
+
+def _on_mesh(
+    parameters: torch.Tensor | Iterable[torch.Tensor], mesh: DeviceMesh | None, caller: str
+) -> tuple[list[torch.Tensor], DeviceMesh | None]:
+    """The parameters, and the mesh they are on as far as it is told."""
+    if isinstance(parameters, OnMesh):
+        mesh = mesh or parameters.mesh
+    found = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if not found and mesh is None and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConfigError(
+            f"{caller}: no parameters on this rank, so the mesh over which the norm is taken is not known, and the other ranks would "
+            f"wait for this one. Pass mesh=pm.mesh, or pm.parameters() as it is."
+        )
+    return found, mesh
 
 
 def _owned_on(parameter: torch.Tensor) -> tuple[str, ...]:
@@ -142,7 +164,8 @@ def _common_mesh(meshes: Sequence[DeviceMesh]) -> DeviceMesh | None:
         return max((root_mesh(mesh) for mesh in meshes), key=lambda mesh: mesh.size(), default=None)
 
 
-def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+def group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The process group of all ranks of a mesh."""
     if mesh.size() == dist.get_world_size():
         return None  # the default group: all ranks
     return mesh.get_group() if mesh.ndim == 1 else flatten_mesh(mesh, "_".join(mesh.mesh_dim_names or ())).get_group()

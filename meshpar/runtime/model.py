@@ -57,14 +57,15 @@ class ParallelModel(nn.Module):
     _together: Together
     _tallies: list[Tally]
     _hooks: StepHooks
+    scaled_by: object | None
+    """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
 
     def __init__(
         self, engine: Engine, mesh: DeviceMesh, config: ParallelConfig, programs: Programs, first: Program, together: Together
     ) -> None:
         super().__init__()
-        self.__dict__.update(
-            _engine=engine, _programs={}, _checked=set(), _together=together, _tallies=[], _hooks=StepHooks(programs.hooks)
-        )
+        self.__dict__.update(_engine=engine, _programs={}, _checked=set(), _together=together, _tallies=[])
+        self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None)
         self._take_names()
         self.mesh, self.config = mesh, config
         self.random = RandomState(config.seed)
@@ -155,7 +156,14 @@ class ParallelModel(nn.Module):
         Raises BatchError when the model has no loss for this batch, or when ranks disagree about it.
         """
         with self._together.section("train_step"):
+            self.__dict__["scaled_by"] = None
             return self._train(args, kwargs)
+
+    def scaled_step(self, scaler: object, scale: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """A `train_step` whose gradients are multiplied by `scale`; the loss it returns is not. For `GradScaler.scale`."""
+        with self._together.section("train_step"):
+            self.__dict__["scaled_by"] = scaler
+            return self._train(args, kwargs, scale)
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -164,10 +172,10 @@ class ParallelModel(nn.Module):
             self._check_own_hooks()
             return self._step(args, kwargs, backward=False)
 
-    def _train(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    def _train(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], scale: torch.Tensor | None = None) -> torch.Tensor:
         self._check_own_hooks()
         with self._hooks.acting(self):
-            return self._step(args, kwargs, backward=True)
+            return self._step(args, kwargs, backward=True, scale=scale)
 
     def _check_own_hooks(self) -> None:
         """Raise ConfigError where hooks on this module would be lost: a step does not call it."""
@@ -178,7 +186,7 @@ class ParallelModel(nn.Module):
                 "  Register them on the model, before parallelize: they become part of the program."
             )
 
-    def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool) -> torch.Tensor:
+    def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
         count = self.config.microbatches
         tensors, program = self._program(args, kwargs, count)
         loss_at = program.captured.loss
@@ -189,7 +197,7 @@ class ParallelModel(nn.Module):
             )
         parts = [self._inputs(program, part, i) for i, part in enumerate(self._microbatches(program, tensors, count))]
         counted = {f"denominator_{i}": value for i, value in enumerate(self._engine.count(program, parts))}
-        total = self._engine.step(program, [{**part, **counted} for part in parts], backward=backward)
+        total = self._engine.step(program, [{**part, **counted} for part in parts], backward=backward, scale=scale)
         self.random.advance()
         return total
 

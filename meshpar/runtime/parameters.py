@@ -159,6 +159,8 @@ def gathered(tensor: torch.Tensor, spec: ParameterSpec | None) -> torch.Tensor:
     if spec is None:
         return tensor.full_tensor()
     local, mesh = local_of(tensor), tensor.device_mesh
+    if spec.shards() and all(p.is_replicate() for p in tensor.placements):  # whole on every rank, unlike its parameter
+        return (next(iter(local._local_tensors.values())) if isinstance(local, LocalTensor) else local).clone()
     if isinstance(local, LocalTensor):
         return _assemble(local._local_tensors, spec, mesh)
     axes = _coordinates(mesh)
@@ -177,7 +179,7 @@ def true_dtensor(tensor: DTensor, spec: ParameterSpec) -> DTensor:
 
     The result has plain `Shard`s on the dims that were cut before, nested in mesh order, so any torch code reads it right.
     """
-    if _tells_order(tensor, spec):
+    if tells_order(tensor, spec):
         return tensor
     full, mesh = gathered(tensor, spec), tensor.device_mesh
     placements = [ShardPlacement(p.dim) if _cuts(p) else p for p in tensor.placements]  # type: ignore[attr-defined]
@@ -211,7 +213,7 @@ def convert_state_dicts(module: nn.Module, known: Collection[str] = ()) -> None:
 
     def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         for name, parameter, spec in _laid_out(module):
-            if prefix + name in state and not _tells_order(parameter, spec):
+            if prefix + name in state and not tells_order(parameter, spec):
                 state[prefix + name] = true_dtensor(parameter.detach(), spec)  # type: ignore[arg-type]
 
     def load(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
@@ -221,7 +223,7 @@ def convert_state_dicts(module: nn.Module, known: Collection[str] = ()) -> None:
         for name, parameter, spec in _laid_out(module):
             value = state.get(prefix + name)
             whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.shape == parameter.shape
-            if value is not None and (whole or not _tells_order(parameter, spec)):
+            if value is not None and (whole or not tells_order(parameter, spec)):
                 state[prefix + name] = from_true(value, spec, parameter)
 
     module.register_state_dict_post_hook(save)
@@ -246,7 +248,7 @@ def _is_equal(type_: Shard) -> bool:
     return len({units * unit for units, unit in type_.segments}) == 1
 
 
-def _tells_order(tensor: DTensor, spec: ParameterSpec) -> bool:
+def tells_order(tensor: DTensor, spec: ParameterSpec) -> bool:
     """Whether the placements of a parameter, FSDP2's included, are true to its layout."""
     cut_dims = []
     for name, size, p in zip(tensor.device_mesh.mesh_dim_names or (), tensor.device_mesh.shape, tensor.placements, strict=True):

@@ -34,7 +34,7 @@ from ..passes.weight_gradients import QUEUE
 from ..schedule import COMPUTE, Action, Event, Order
 from .blocks import Tree
 from .data_parallel import DataParallel
-from .engine import Engine, Inputs, every_output
+from .engine import Engine, Inputs, every_output, times
 from .failures import looks_lost
 from .program import Program
 from .schedules import Schedule
@@ -67,11 +67,11 @@ class Pipelined(Engine):
             run = self._run(program.all_stages, every_output(program), [inputs], self.schedule.order(1, backward=False), backward=False)
         return self._from_last_stage(run.outputs, program.all_stages[-1])
 
-    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool) -> torch.Tensor:
+    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of the losses of all microbatches, on every rank; with `backward`, gradients are complete at the end."""
         actions = self.schedule.order(len(parts), backward=backward)
         with torch.set_grad_enabled(backward), self.ties.summing() if backward else nullcontext():
-            run = self._run(program.stages, program.key, parts, actions, backward=backward)
+            run = self._run(program.stages, program.key, parts, actions, backward=backward, scale=scale)
         (total,) = self._from_last_stage([] if run.total is None else [run.total], program.stages[-1])
         return total
 
@@ -91,8 +91,18 @@ class Pipelined(Engine):
         dist.all_gather_object(everyone, own, group=group)
         gathered += sorted((event for events in everyone for event in events), key=lambda event: (event.start, event.rank))
 
-    def _run(self, cuts: Sequence[StageGraph], key: str, parts: Sequence[Inputs], actions: Order, *, backward: bool) -> _Run:
-        run = _Run(self, cuts, key, parts, actions.place, backward, any(a.kind == "W" for rank in actions.actions for a in rank))
+    def _run(
+        self,
+        cuts: Sequence[StageGraph],
+        key: str,
+        parts: Sequence[Inputs],
+        actions: Order,
+        *,
+        backward: bool,
+        scale: torch.Tensor | None = None,
+    ) -> _Run:
+        defers = any(a.kind == "W" for rank in actions.actions for a in rank)
+        run = _Run(self, cuts, key, parts, actions.place, backward, defers, scale)
         try:
             run.perform(actions.actions[self.axis.rank])
         except Exception:
@@ -159,7 +169,9 @@ class _Run:
         place: Sequence[int],
         backward: bool,
         defers: bool,
+        scale: torch.Tensor | None,
     ) -> None:
+        self.scale = scale
         self.engine, self.cuts, self.key, self.parts, self.place = engine, cuts, key, parts, place
         self.backward, self.defers = backward, defers
         self.outputs: list[torch.Tensor] = []
@@ -237,7 +249,7 @@ class _Run:
         self.engine.data[stage].backward(last=not self.defers and self.done[stage] == len(self.parts))
         if last:
             assert flight.loss is not None
-            flight.loss.backward()
+            flight.loss.backward(times(self.scale, flight.loss))
             flight.loss = None
         else:
             pairs = [(e, g) for e, g in zip(flight.edges, self.grads.pop(at), strict=True) if e is not None and g is not None]

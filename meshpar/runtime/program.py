@@ -280,8 +280,8 @@ def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], summed: Mapp
 def unmanaged(plan: Plan, axis: str, mesh: DeviceMesh, config: ParallelConfig) -> frozenset[str]:
     """The parameters whose gradients FSDP2 does not sum over a data axis, and that no rank has to itself.
 
-    All of them where ranks are simulated; else those that two stages of one rank use (it manages every stage by itself), and experts that
-    it would have to replicate while it shares out others.
+    All of them where ranks are simulated; else those that two stages of one rank use (it manages every stage by itself), those without
+    dims, and experts that it would have to replicate while it shares out others.
     """
     names = (n for n, p in plan.parameters.items() if not isinstance(p.placements.get(axis), (Shard, Owned)))
     if is_simulated():
@@ -296,6 +296,7 @@ def left_alone(plan: Plan, mesh: DeviceMesh, config: ParallelConfig) -> frozense
         return frozenset()
     ranks = {name: [plan.stages[s].rank for s in p.stages] for name, p in plan.parameters.items() if len(p.stages) > 1}
     found = {name for name, held in ranks.items() if len(set(held)) < len(held)}
+    found |= {name for name, p in plan.parameters.items() if not p.shape}  # without dims: nothing to share out
     if config.data_parallel == "replicate" or set(data) <= {"ep", "dp_replicate"}:
         found |= {name for name, p in plan.parameters.items() if isinstance(p.placements.get("ep"), (Shard, Owned))}
     return frozenset(found)

@@ -9,12 +9,25 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    get_swa_avg_fn,
+    get_swa_multi_avg_fn,
+    update_bn,
+)
 
 import meshpar as mp
 from meshpar.simulate import local_tensors
 from tests.models import plain
 from tests.pool import Pool
+
+
+def _own(averages: list[torch.Tensor], current: list[torch.Tensor], count: object) -> None:
+    """An average that users write over lists."""
+    torch._foreach_mul_(averages, 0.9)
+    torch._foreach_add_(averages, current, alpha=0.1)
 
 
 def averaged(model: nn.Module, step: Callable[[Any], float]) -> tuple[AveragedModel, list[float]]:
@@ -98,3 +111,72 @@ def test_copies_of_simulated_ranks() -> None:
         found = [{part.item() for part in local_tensors(loss).values()} for loss in losses]
     assert found[0] == found[1] == found[2] and found[3].isdisjoint(found[0])
     assert all(len(ranks) == 1 for ranks in found)
+
+
+AVERAGES: dict[str, dict[str, Any]] = {
+    "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+    "swa": {"multi_avg_fn": get_swa_multi_avg_fn()},
+    "ema one by one": {"avg_fn": get_ema_avg_fn(0.9)},
+    "swa one by one": {"avg_fn": get_swa_avg_fn()},
+    "own": {"multi_avg_fn": _own},
+    "own one by one": {"avg_fn": lambda average, current, count: 0.7 * average + 0.3 * current},
+    "default": {},
+}
+
+WITH_BUFFERS = ("ema", "ema one by one", "swa one by one", "own one by one")
+"""The others do not work on counts of batches, which are integers, on one device either."""
+
+
+def averages_with_buffers(spec: str, mode: str = "zero3") -> float:
+    """The largest difference of any averaged parameter, buffer or loss, over all ways to average, with and without buffers."""
+    model, batch = plain("batch_norm")
+    model, batch = model.double(), {name: value.double() for name, value in batch.items()}
+    mesh = mp.make_mesh(spec, "cpu")
+    local = mp.local_batch(batch, mesh)
+    pm = mp.parallelize(model, mesh, example=local, config=mp.ParallelConfig(data_parallel=mode))  # type: ignore[arg-type]
+    pairs = [
+        (AveragedModel(pm, use_buffers=use, **how), AveragedModel(model, use_buffers=use, **how))
+        for name, how in AVERAGES.items()
+        for use in ((False, True) if name in WITH_BUFFERS else (False,))
+    ]
+    steps = [(one, torch.optim.SGD([{"params": one.parameters()}], lr=0.1)) for one in (pm, model)]
+    for _ in range(3):
+        pm.train_step(**local)
+        model(**batch).backward()
+        for one, optimizer in steps:
+            optimizer.step()
+            optimizer.zero_grad()
+            for pair in pairs:
+                pair[one is model].update_parameters(one)
+    worst = 0.0
+    for ours, theirs in pairs:
+        expected = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+        held = dict(ours.named_parameters()) | dict(ours.named_buffers())
+        for name, value in held.items():
+            part = next(iter(local_tensors(mp.full_tensor(value)).values()))
+            worst = max(worst, float((part.double() - expected[name].detach().double()).abs().max()))
+        found = next(iter(local_tensors(ours.module.eval().eval_step(**local)).values()))
+        with torch.no_grad():
+            worst = max(worst, abs(float(found) - float(theirs.module.eval()(**batch))))
+    return worst
+
+
+@pytest.mark.parametrize(("spec", "mode"), [("dp=2", "zero3"), ("dp=2", "replicate"), ("tp=2", "zero3"), ("pp=2", "zero3")])
+def test_averages_with_buffers(gloo: Pool, spec: str, mode: str) -> None:
+    assert all(worst < 1e-12 for worst in gloo.run(averages_with_buffers, spec, mode, timeout=120.0))
+
+
+def test_averages_with_buffers_of_simulated_ranks() -> None:
+    with mp.simulate(2):
+        assert averages_with_buffers("tp=2") < 1e-12
+
+
+def test_statistics_are_not_made_anew_in_silence() -> None:
+    model, batch = plain("batch_norm")
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("tp=2", "cpu"), example=batch)
+        for one in (pm, AveragedModel(pm)):
+            with pytest.raises(mp.ConfigError, match=r"Average the statistics with the weights, AveragedModel\(pm, use_buffers=True\)"):
+                update_bn([], one)
+        assert "BatchNormBlock" in repr(pm)
+        pm.load_state_dict(model.state_dict())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import meshpar as mp
 from meshpar.config import ParallelConfig, Precision
 from meshpar.mesh import data_rank, local_batch
 from meshpar.runtime import data_parallel
@@ -176,25 +180,6 @@ def test_mixed_precision_keeps_masters_and_sums_in_float32(gloo: Pool) -> None:
             assert loss < 0.03 and 1e-6 < error < 0.2
 
 
-def test_scalar_parameters_are_refused(gloo: Pool) -> None:
-    assert all("without dims: temperature" in message for message in gloo.run(scalar, world=1))
-
-
-def scalar() -> str:
-    from torch import fx, nn
-
-    from meshpar.errors import ConfigError
-    from meshpar.runtime.blocks import build
-
-    graph = fx.Graph()
-    graph.output((graph.placeholder("x"),))
-    try:
-        data_parallel.apply(build(graph, {"temperature": nn.Parameter(torch.ones(()))}), world_mesh("dp=1"), ParallelConfig())
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
 def tied_layers(mode: str, recompute: str) -> dict[str, torch.Tensor | None]:
     """The first and the last layer share a weight, so that they are one unit with another in between."""
     mesh = world_mesh("dp=2")
@@ -219,3 +204,52 @@ def test_blocks_that_share_a_parameter(gloo: Pool, mode: str, recompute: str) ->
         assert list(found) == [name for name, _ in net.named_parameters()]
         for name, p in net.named_parameters():
             torch.testing.assert_close(found[name], p.grad, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Tempered(nn.Module):
+    """Two parameters without dims, one of them in a block with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        for layer in self.layers:
+            layer.gain = nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) * layer.gain
+        return x.square().mean()
+
+
+def tempered(spec: str, mode: str, path: str, load: bool) -> float:
+    """Three clipped AdamW steps, or two and the third after loading; the largest difference from one device."""
+    torch.manual_seed(0)
+    model, x = Tempered().double(), torch.randn(4, 4, dtype=torch.float64)
+    mesh = world_mesh(spec)
+    (local,) = mp.local_batch((x,), mesh)
+    config = ParallelConfig(data_parallel=mode, microbatches=2)  # type: ignore[arg-type]
+    pm = mp.parallelize(copy.deepcopy(model), mesh, example=(local,), config=config)
+    optimizers = [torch.optim.AdamW([{"params": one.parameters()}], lr=0.1) for one in (pm, model)]
+    for step in range(3):
+        model(x).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if load and step == 2:
+            mp.checkpoint.load(path, pm, optimizers[0])
+        if not load or step == 2:
+            pm.train_step(local)
+            assert abs(float(mp.clip_grad_norm_(pm.parameters(), 0.1)) - float(norm)) < 1e-12
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        if not load and step == 1:
+            mp.checkpoint.save(path, pm, optimizers[0])
+    expected = dict(model.named_parameters())
+    return max(float((mp.full_tensor(p) - expected[n].detach()).abs().max()) for n, p in pm.named_parameters())
+
+
+def test_parameters_without_dims(gloo: Pool, tmp_path: Path) -> None:
+    for mode in ("zero3", "zero1", "replicate"):
+        assert max(gloo.run(tempered, "dp=2", mode, str(tmp_path / mode), False)) < 1e-12
+    for spec in ("pp=2", "tp=2", "dp=2"):
+        assert max(gloo.run(tempered, spec, "zero2", str(tmp_path / "zero3"), True)) < 1e-12
