@@ -386,6 +386,27 @@ def global_hooks() -> tuple[Mapping[int, Callable[..., Any]], ...]:
     )
 
 
+def active_modes() -> tuple[str, ...]:
+    """The names of the modes that see what torch is asked to do, without torch's own and ours (torch 2.13; wait for a public list)."""
+    if not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack():
+        return ()
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
+    return tuple(type(mode).__name__ for mode in modes if type(mode).__module__.partition(".")[0] not in ("torch", "meshpar"))
+
+
+def default_device() -> torch.device | None:
+    """Where tensors are made by default; None for where torch does by itself (torch 2.13: `torch.get_default_device()` takes 12 us)."""
+    return torch.get_default_device() if torch._C._len_torch_function_stack() else None
+
+
+def transforms() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp) is under way (torch 2.13; wait for a public question)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def dcp_storage_info(file: str, offset: int, length: int) -> Any:
     """Where an item of a torch.distributed.checkpoint directory lies (torch 2.13; wait for a public record)."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -462,6 +483,7 @@ __all__ = [
     "OpOverload",
     "StridedShard",
     "accumulate_gradients",
+    "active_modes",
     "amp_unscale",
     "alone",
     "as_parameter",
@@ -470,6 +492,7 @@ __all__ = [
     "default_store",
     "dcp_storage_info",
     "default_states",
+    "default_device",
     "dtensor_like",
     "enabled_local_tensor_mode",
     "enter_autocast",
@@ -497,6 +520,7 @@ __all__ = [
     "set_grad_enabled",
     "states_from_generators",
     "takes",
+    "transforms",
     "without_modes",
     "written_arguments",
     "written_names",

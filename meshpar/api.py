@@ -46,6 +46,11 @@ def parallelize(
     plan for the same graph and mesh, obeyed as it is. `loss_fn(output, batch)`: the loss, where the model returns none. `weights`:
     safetensors to fill a model built on `meta` from; each rank reads only its bytes. The given model is left as it is.
 
+    Attributes that forward reads (also of objects, closures and globals) may change between steps, alike on every rank: set them on the
+    model, on the module returned (`pm.beta = 0.5`, `pm.get_submodule(path)`) or on `pm.original_module`. A number that only enters
+    arithmetic becomes an input of the program; any other change costs a capture. What forward writes is the returned module's own, once a
+    step, and so are modes, requires_grad and buffers. `capture/ambient.py` lists what else may change, and what is done about it.
+
     Raises ConfigError, CaptureError, PlanError or BatchError before anything is allocated.
 
         mesh = mp.make_mesh("dp=2,tp=2")

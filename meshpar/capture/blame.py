@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import traceback
 from functools import lru_cache
+from types import FrameType
 
 import torch
 from torch import nn
@@ -34,6 +36,20 @@ def is_users(path: str) -> bool:
 def here() -> str:
     """ " at file.py:line (code)" of the user's innermost line that is running."""
     return _line_of(traceback.extract_stack())
+
+
+def asked_by_user(depth: int = 2) -> bool:
+    """Whether the function that calls this one was called by the user's code, not by torch's."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None and frame.f_code.co_filename.startswith((_OURS, "<")):
+        frame = frame.f_back
+    return frame is not None and not frame.f_code.co_filename.startswith(_TORCH)
+
+
+def is_own() -> bool:
+    """Whether the user's innermost line that is running is in a file of his own, rather than of an installed package."""
+    frames = [frame.filename for frame in traceback.extract_stack() if is_users(frame.filename)]
+    return bool(frames) and "site-packages" not in frames[-1]
 
 
 _ADVICE: tuple[tuple[str, str, str], ...] = (

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import pytree
+from meshpar.capture.state import State
 from meshpar.ops.hooks import Hook
 
 
@@ -59,7 +60,7 @@ class Captured:
     constants: Mapping[str, torch.Tensor]
     """Tensors the forward created from Python data, by `get_attr` target (`_constant_0`, ...)."""
     inputs: tuple[str, ...]
-    """Placeholder names, one per tensor leaf of `in_spec` (leaves that are not tensors are frozen into the graph)."""
+    """Placeholder names, one per tensor leaf of `in_spec` (leaves that are not tensors are frozen), then those of numbers."""
     in_spec: pytree.TreeSpec
     """Structure of `(args, kwargs)`."""
     in_leaves: tuple[Any, ...]
@@ -81,6 +82,8 @@ class Captured:
     """Modules that look like expert layers and were captured as written -> why."""
     hooks: Mapping[str, Hook] = field(default_factory=dict)
     """The hooks that act in backward, by the names by which the graph calls them."""
+    state: State = field(default_factory=State)
+    """What of Python the graph was captured with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from meshpar._torch import FakeTensorMode, pytree
@@ -29,6 +29,7 @@ from meshpar.capture import (
     rows,
     selections,
     simplify,
+    state,
     structure,
 )
 from meshpar.capture.captured import Captured, Slot
@@ -48,6 +49,7 @@ def capture(
     batch_dims: Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
     given: hooks.Given | None = None,
+    ask: state.Ask | None = None,
 ) -> Captured:
     """The forward of `model` (in its present mode, training or evaluation) as a flat functional graph.
 
@@ -63,6 +65,8 @@ def capture(
 
     `loss_fn(output, batch)` computes the loss where the model does not; `batch` is the keyword arguments, or the tuple of positional ones.
 
+    What of Python the forward read and writes is in `Captured.state`; `ask` says which numbers of it become inputs.
+
     Raises BatchError when the batch does not divide, CaptureError when the forward cannot become such a graph.
 
     >>> captured = capture(nn.Linear(4, 2), (torch.randn(8, 4),))
@@ -75,8 +79,9 @@ def capture(
         return _read_batch(model, *called, dims, scale=scale, divide=divide)
 
     def captured(batch: _Batch) -> Captured:
-        return _either_way(model, batch, device, loss_fn, dtype, given)
+        return _either_way(model, batch, device, loss_fn, dtype, settings, given)
 
+    settings = ask or state.Ask()
     asked = dict(batch_dims or {})
     batch = read(asked, scale)
     packed = dict.fromkeys(_maybe_packed(batch), 0)
@@ -99,19 +104,20 @@ def _either_way(
     device: torch.device,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
     dtype: torch.dtype | None,
+    ask: state.Ask,
     given: hooks.Given | None,
 ) -> Captured:
     """A graph that takes any number of chosen rows; where the number matters, that of the example."""
     answers = branches.Branches(_leaves(model), batch.tensors, device)
     try:
-        return _recorded(model, batch, device, loss_fn, dtype, answers, given)
+        return _recorded(model, batch, device, loss_fn, dtype, ask, answers, given)
     except CaptureError as error:
         if not answers.sized:
             raise
         mixed = error
     try:
         sizes = branches.Branches(_leaves(model), batch.tensors, device, follow=True)
-        return _recorded(model, batch, device, loss_fn, dtype, sizes, given)
+        return _recorded(model, batch, device, loss_fn, dtype, ask, sizes, given)
     except branches.RanksDiffer:
         raise
     except CaptureError:
@@ -124,30 +130,54 @@ def _recorded(
     device: torch.device,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
     dtype: torch.dtype | None,
+    ask: state.Ask,
     answers: branches.Branches,
     given: hooks.Given | None,
 ) -> Captured:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode, recording = FakeTensorMode(allow_non_fake_inputs=True), state.Recording(ask)
     inputs = [fake.fake_of(leaf, device, mode, shape=shape, dtype=dtype) for leaf, shape in zip(batch.tensors, batch.shapes, strict=True)]
-    with fake.faked(model, device, mode, dtype) as names, experts.seam(model) as found, torch.inference_mode(False), torch.enable_grad():
-        recorder = _Recorder(model, batch, loss_fn)
+    inputs += [fake.fake_of(slot, device, mode) for slot in recording.slots()]
+    with (
+        state.without_autocast(),
+        fake.faked(model, device, mode, dtype) as names,
+        experts.seam(model) as found,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        recorder = _Recorder(model, batch, loss_fn, recording)
         with hooks.kept(model, given) as hooked:
             program = _export(recorder, inputs, device, found, answers)
         renamed = _canonical(program, recorder, names)
-    built = graph.build(program, renamed, batch.names, prefix=_PREFIX)
+    built = graph.build(program, renamed, (*batch.names, *recording.slot_names()), prefix=_PREFIX)
+    _keep_used(built.graph, recording)
     hooked.settle(built.graph)
     with found.advising():
         selections.lift(built.graph)
         simplify.prune(built.graph)
         check.refuse(built.graph)
     regions.assign(built.graph)
-    grad.propagate(built.graph, batch.requires_grad | {name: parameter.requires_grad for name, parameter in model.named_parameters()})
+    grad.propagate(built.graph, batch.requires_grad | dict.fromkeys(recording.names, False) | _trainable(model))
     simplify.simplify(built.graph)
     rows.mark(built.graph)
     experts.mark_stacks(built.graph)
     check.number_seeds(built.graph)
     own_backwards.mark(built.graph, tuple(recorder.functions.in_cpp))
-    return replace(_captured(model, built, batch, recorder.outcome, found), hooks=hooked.hooks)
+    assert recording.found is not None
+    return replace(_captured(model, built, batch, recorder.outcome, found, recording), hooks=hooked.hooks)
+
+
+def _keep_used(graph: fx.Graph, recording: state.Recording) -> None:
+    """Drop the spare inputs that no number took, and name the others."""
+    used = recording.placeholders()
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target in recording.slot_names()]:
+        if node.target in used:
+            node.target = node.name = used[str(node.target)]
+        else:
+            graph.erase_node(node)
+
+
+def _trainable(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
 _PREFIX = "model."
@@ -269,22 +299,27 @@ class _Outcome:
 class _Recorder(nn.Module):
     """Calls the model on the tensors of the batch and returns the tensors of its output, the loss last when it is computed outside."""
 
-    def __init__(self, model: nn.Module, batch: _Batch, loss_fn: Callable[[Any, Any], torch.Tensor] | None) -> None:
+    def __init__(
+        self, model: nn.Module, batch: _Batch, loss_fn: Callable[[Any, Any], torch.Tensor] | None, recording: state.Recording
+    ) -> None:
         super().__init__()
         self.model = model
         self.outcome = _Outcome()
         self.functions = functions.Calls(model)
         self._batch = batch
         self._loss_fn = loss_fn
+        self._recording = recording
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        by_name: dict[str | int, torch.Tensor] = dict(zip(self._batch.names, tensors, strict=True))
+        by_name: dict[str | int, torch.Tensor] = dict(zip(self._batch.names, tensors, strict=False))
+        recording, slots = self._recording, tensors[len(self._batch.names) :]
         leaves = [by_name[leaf.key] if isinstance(leaf, Slot) else leaf for leaf in self._batch.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._batch.spec)
         buffers = [(module, name, value) for module in self.model.modules() for name, value in module._buffers.items()]
-        output = self.model(*args, **kwargs)
-        _write_back(buffers)
-        loss = structure.find_loss(output) if self._loss_fn is None else structure.call_loss(self._loss_fn, output, kwargs or args)
+        with recording.around(self.model, self._loss_fn, slots), state.autocast(recording.ask):
+            output = self.model(*args, **kwargs)
+            _write_back(buffers)
+            loss = structure.find_loss(output) if self._loss_fn is None else structure.call_loss(self._loss_fn, output, kwargs or args)
         return self._record(output, loss)
 
     def _record(self, output: Any, loss: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -361,7 +396,9 @@ def _canonical(program: ExportedProgram, recorder: nn.Module, names: Mapping[int
     return renamed
 
 
-def _captured(model: nn.Module, built: graph.Built, batch: _Batch, outcome: _Outcome, found: experts.Seam) -> Captured:
+def _captured(
+    model: nn.Module, built: graph.Built, batch: _Batch, outcome: _Outcome, found: experts.Seam, recording: state.Recording
+) -> Captured:
     used = {node.target for node in built.graph.nodes if node.op == "get_attr"}
     parameters = list(model.named_parameters())
     aliases = _aliases(model)
@@ -372,7 +409,7 @@ def _captured(model: nn.Module, built: graph.Built, batch: _Batch, outcome: _Out
         aliases=aliases,
         buffers=tuple(name for name, _ in model.named_buffers() if name in used or name in built.mutations),
         constants={name: value for name, value in built.constants.items() if name in used},
-        inputs=batch.names,
+        inputs=(*batch.names, *recording.names),
         in_spec=batch.spec,
         in_leaves=batch.leaves,
         batch_dims=batch.dims,
@@ -383,6 +420,7 @@ def _captured(model: nn.Module, built: graph.Built, batch: _Batch, outcome: _Out
         dropped=outcome.dropped,
         experts=found.lifted,
         unrecognised=found.unrecognised,
+        state=state.State() if recording.found is None else state.settled(recording.found, model),
     )
 
 

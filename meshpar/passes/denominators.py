@@ -55,7 +55,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
         mapping[node] = new
     added, mixing = share_out(graph, microbatches, captured.batch_dims)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    terms = _Terms(graph, microbatches, captured.batch_dims)
+    terms = _Terms(graph, microbatches, captured.batch_dims, frozenset(captured.state.inputs))
     values = list(output.args[0])
     loss = terms.rewrite(values[captured.loss])
     values[captured.loss] = loss
@@ -77,24 +77,30 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
 
 
 class _Terms:
-    def __init__(self, graph: fx.Graph, microbatches: int, split: Collection[str]) -> None:
+    def __init__(self, graph: fx.Graph, microbatches: int, split: Collection[str], numbers: Collection[str]) -> None:
         self.graph, self.microbatches = graph, microbatches
         self.denominators: dict[fx.Node, list[fx.Node]] = {}
         self.averaged: dict[str, None] = {}
         self.trainable = _depends_on(graph, lambda n: n.op == "get_attr" and n.meta["info"].requires_grad)
         self.batch = _depends_on(graph, lambda n: n.op == "placeholder")
         self.split = _depends_on(graph, lambda n: n.op == "placeholder" and str(n.target) in split)
+        self.numbers = _made_of(graph, numbers)
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """The operands of a node but for numbers of the model's own, which count as constants."""
+        return [a for a in operands(node) if a not in self.numbers]
 
     def rewrite(self, node: fx.Node) -> fx.Node:
         """The node that holds this term of the step's loss."""
         name = op_name(node.target) if node.op == "call_function" else ""
-        inner = [a for a in operands(node) if a.meta["info"].shape == () or name in _THROUGH]
-        if name in ("add", "sub") and len(inner) == len(operands(node)) == 2:
+        given = self._operands(node)
+        inner = [a for a in given if a.meta["info"].shape == () or name in _THROUGH]
+        if name in ("add", "sub") and len(inner) == len(given) == 2:
             return self._again(node, {a: self.rewrite(a) for a in inner})
-        if name in _THROUGH or (name in ("mul", "div") and len(operands(node)) == 1):
-            first = operands(node)[0]
+        if name in _THROUGH or (name in ("mul", "div") and len(given) == 1):
+            first = given[0]
             return self._again(node, {first: self.rewrite(first)})
-        if name == "div" and self._is_count(node.args[1]) and _is_sum(node.args[0]):
+        if name == "div" and self._is_count(node.args[1]) and self._is_sum(node.args[0]):
             found = self._over_the_step(node, node.args[1])  # type: ignore[arg-type]
             if found is not None:
                 return found
@@ -125,6 +131,18 @@ class _Terms:
         self.denominators.setdefault(count, []).append(user)
         return term
 
+    def _is_sum(self, value: Any) -> bool:
+        while isinstance(value, fx.Node) and value.op == "call_function":
+            name, given = op_name(value.target), self._operands(value)
+            if name in _SUMS:
+                return True
+            if name in ("add", "sub"):
+                return all(self._is_sum(v) for v in given)
+            if not (name in _THROUGH or (name in ("mul", "div") and len(given) == 1)):
+                return False
+            value = given[0]
+        return False
+
     def _is_count(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and value in self.batch and value not in self.trainable and value.meta["info"].shape == ()
 
@@ -145,19 +163,6 @@ class _Terms:
         return new
 
 
-def _is_sum(value: Any) -> bool:
-    while isinstance(value, fx.Node) and value.op == "call_function":
-        name = op_name(value.target)
-        if name in _SUMS:
-            return True
-        if name in ("add", "sub"):
-            return all(_is_sum(v) for v in operands(value))
-        if not (name in _THROUGH or (name in ("mul", "div") and len(operands(value)) == 1)):
-            return False
-        value = operands(value)[0]
-    return False
-
-
 def _is_additive(value: fx.Node) -> bool:
     """Whether a count is a sum over samples, so that the counts of microbatches add up."""
     name = op_name(value.target) if value.op == "call_function" else ""
@@ -166,6 +171,16 @@ def _is_additive(value: fx.Node) -> bool:
     if name in _THROUGH or (name in ("mul", "div") and len(operands(value)) == 1):
         return _is_additive(operands(value)[0])
     return name in ("sum", "count_nonzero")
+
+
+def _made_of(graph: fx.Graph, names: Collection[str]) -> set[fx.Node]:
+    """The placeholders of these names, and what is computed of nothing else."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        given = operands(node) if node.op == "call_function" else []
+        if (node.op == "placeholder" and str(node.target) in names) or (given and all(a in found for a in given)):
+            found.add(node)
+    return found
 
 
 def _depends_on(graph: fx.Graph, start: Any) -> set[fx.Node]:

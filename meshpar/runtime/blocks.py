@@ -123,6 +123,17 @@ class Tree(Block):
         self._programs[key] = self._call("", made.root, constants or {}, mutations=mutations)
         self._library.cuts[key] = made
 
+    def remove_program(self, key: str) -> None:
+        """Forget a program, if it is known, and the code that no other runs."""
+        if self._library.cuts.pop(key, None) is None:
+            return
+        for module in self.modules():
+            if isinstance(module, Block):
+                module._programs.pop(key, None)
+        used = {id(call.code) for module in self.modules() if isinstance(module, Block) for call in module._programs.values()}
+        for source in [source for source, (_, code) in self._library.codes.items() if id(code) not in used]:
+            del self._library.codes[source]
+
     def run(self, key: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run program `key`: its outputs, without the new buffer values, which are written back."""
         return self(key, *inputs)

@@ -29,6 +29,14 @@ class Engine(ABC):
         teach(self.trees, program)
         self._learn_to_count(program)
 
+    def forget(self, program: Program) -> None:
+        """Forget a program: it will not run again."""
+        for key in (program.key, every_output(program)):
+            for tree in self.trees.values():
+                tree.remove_program(key)
+        if program.counts is not None:
+            self._counting.remove_program(program.counts.key)
+
     def _learn_to_count(self, program: Program) -> None:
         """The program that counts denominators needs no parameters: it has a tree of its own, so that no rank gathers any for it."""
         if program.counts is not None:

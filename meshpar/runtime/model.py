@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
+from ..capture.places import ABSENT
+from ..capture.state import without_autocast
 from ..config import ParallelConfig
 from ..errors import BatchError, ConfigError
 from ..mesh import check_batch, check_whole
@@ -26,6 +28,7 @@ from .build import build, copy_values
 from .describe import explain
 from .engine import Engine
 from .failures import Together
+from .following import show
 from .gradients import OnMesh
 from .hooks import StepHooks, refusing
 from .load import expert_load
@@ -34,6 +37,10 @@ from .names import together as one_module
 from .parameters import convert_state_dicts
 from .pipeline import Pipelined
 from .program import Program, Programs, Signature, flatten, restore
+from .variants import Variant, Variants
+
+_OWN = frozenset({"mesh", "config", "random", "training"})
+"""Attributes of a parallel model that are its own, and not the model's."""
 
 
 @refusing("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
@@ -52,27 +59,28 @@ class ParallelModel(nn.Module):
 
     # Written past nn.Module's own bookkeeping, which would take them for submodules.
     _engine: Engine
-    _programs: dict[tuple[Signature, int], Program]
     _checked: set[tuple[Signature, int]]
     _together: Together
     _tallies: list[Tally]
     _hooks: StepHooks
     scaled_by: object | None
     """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
+    _variants: Variants
 
     def __init__(
         self, engine: Engine, mesh: DeviceMesh, config: ParallelConfig, programs: Programs, first: Program, together: Together
     ) -> None:
         super().__init__()
-        self.__dict__.update(_engine=engine, _programs={}, _checked=set(), _together=together, _tallies=[])
+        self.__dict__.update(_engine=engine, _checked=set(), _together=together, _tallies=[], _makes=programs)
         self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None)
         self._take_names()
         self.mesh, self.config = mesh, config
         self.random = RandomState(config.seed)
-        self._makes = programs
-        self._programs[first.signature, config.microbatches] = first
         self._first = first
-        self.training = first.signature.training
+        for path, module in programs.skeleton.named_modules():
+            self._at(path).training = module.training
+        self.__dict__["_variants"] = Variants(self, programs, engine, mesh)
+        self._variants.learn(first, config.microbatches)
         convert_state_dicts(self, known=frozenset(programs.skeleton.state_dict()))
 
     def _take_names(self) -> None:
@@ -80,6 +88,63 @@ class ParallelModel(nn.Module):
         names = one_module(list(self._engine.trees.values()))
         self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
+        if "_variants" in self.__dict__:
+            self._variants.rebind()
+
+    def _at(self, path: str) -> nn.Module:
+        """The module at a path, or one that nobody sees where this rank has none."""
+        found: nn.Module = self
+        for name in path.split(".") if path else ():
+            found = found._modules.get(name) or nn.Module()
+        return found
+
+    def train(self, mode: bool = True) -> ParallelModel:
+        """Set the mode of all modules, as ever. That of a part is set on `pm.get_submodule(path)`, or, where a module has no parameters and
+        for modules of other ranks' stages, on `pm.original_module.get_submodule(path)`."""
+        super().train(mode)
+        if "_variants" in self.__dict__:
+            self._makes.skeleton.train(mode)
+            self._variants.modes_are_known()
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An attribute of the model: the next step reads it. Raises ConfigError for modules and parameters."""
+        if name.startswith("_") or name in _OWN or hasattr(type(self), name) or "_variants" not in self.__dict__:
+            super().__setattr__(name, value)
+        elif isinstance(value, (nn.Module, nn.Parameter)) or name in self._modules or name in self._parameters:
+            raise ConfigError(
+                f"{name} of a parallel model cannot be replaced: its programs run over the modules and parameters of parallelize. Change "
+                f"the model, and parallelize it again."
+            )
+        elif name in self._buffers:
+            self._set_buffer(name, value)
+        else:
+            self._makes.skeleton.__dict__[name] = value
+
+    def _set_buffer(self, name: str, value: Any) -> None:
+        buffer = self._buffers[name]
+        if buffer is None or not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
+            raise ConfigError(
+                f"{name} is a buffer: it can be set to a tensor of the same shape and dtype, as programs were captured for it."
+            )
+        with torch.no_grad():
+            buffer.copy_(value)
+        self.spread_buffers()
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the model, as programs see it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_variants" not in self.__dict__ or name.startswith("_"):
+                raise
+            if (where := self._variants.lost(name)) is not None:
+                raise AttributeError(
+                    f"forward puts a tensor into {name}{where}, and a parallel model does not keep it: return it from forward instead."
+                ) from None
+            if (value := show(self._makes.skeleton, name)) is ABSENT:
+                raise
+            return value
 
     @property
     def original_module(self) -> nn.Module:
@@ -117,15 +182,16 @@ class ParallelModel(nn.Module):
 
         Hooks on this module are not copied. Collective.
         """
-        engine = build(self._makes.skeleton, self.mesh, self.config, self._first, self._makes.schedule, filled=False)
-        new = type(self)(engine, self.mesh, self.config, self._makes, self._first, self._together)
+        makes = self._makes.copy()
+        engine = build(makes.skeleton, self.mesh, self.config, self._first, makes.schedule, filled=False)
+        new = type(self)(engine, self.mesh, self.config, makes, self._first, self._together)
         memo |= {id(self): new, **copy_values(self._engine, engine)}
-        for key, program in self._programs.items():
-            if key not in new._programs:
-                new._programs[key] = program
+        for program, microbatches, token in reversed(self._variants.programs()):
+            if program is not self._first:
                 engine.add(program)
+                new._variants.learn(program, microbatches, token)
         new.random.load_state_dict(self.random.state_dict())
-        return new.train(self.training)
+        return new
 
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
@@ -143,9 +209,12 @@ class ParallelModel(nn.Module):
                 "a pipelined model trains by pm.train_step(**batch), which runs forward and backward of all microbatches in the order of "
                 "its schedule and returns the loss. To see outputs: pm.eval(), then with torch.no_grad(): pm(**batch)."
             )
-        tensors, program = self._program(args, kwargs, 1)
-        outputs = self._engine.run(program, self._inputs(program, tensors, 0))
+        tensors, variant = self._program(args, kwargs, 1)
+        program = variant.program
+        with without_autocast():
+            outputs = self._engine.run(program, self._inputs(program, tensors, 0))
         self.random.advance()
+        self._variants.done(variant)
         return restore(program, lambda i: self._as_output(program, outputs[i], i))
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -188,7 +257,8 @@ class ParallelModel(nn.Module):
 
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
         count = self.config.microbatches
-        tensors, program = self._program(args, kwargs, count)
+        tensors, variant = self._program(args, kwargs, count)
+        program = variant.program
         loss_at = program.captured.loss
         if loss_at is None:
             raise BatchError(
@@ -196,9 +266,11 @@ class ParallelModel(nn.Module):
                 "or loss_fn=lambda output, batch: ... to parallelize."
             )
         parts = [self._inputs(program, part, i) for i, part in enumerate(self._microbatches(program, tensors, count))]
-        counted = {f"denominator_{i}": value for i, value in enumerate(self._engine.count(program, parts))}
-        total = self._engine.step(program, [{**part, **counted} for part in parts], backward=backward, scale=scale)
+        with without_autocast():
+            counted = {f"denominator_{i}": value for i, value in enumerate(self._engine.count(program, parts))}
+            total = self._engine.step(program, [{**part, **counted} for part in parts], backward=backward, scale=scale)
         self.random.advance()
+        self._variants.done(variant)
         return total
 
     def _inputs(self, program: Program, tensors: Sequence[torch.Tensor], microbatch: int) -> dict[str, Any]:
@@ -217,25 +289,23 @@ class ParallelModel(nn.Module):
         cut = [x.chunk(count, dims[n]) if n in dims else (x,) * count for n, x in zip(names, tensors, strict=True)]
         return [list(part) for part in zip(*cut, strict=True)]
 
-    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Program]:
-        kwargs = self._makes.ordered(kwargs)
-        tensors, signature = flatten(args, kwargs, self.training)
+    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Variant]:
+        kwargs = ordered = self._makes.ordered(kwargs)
+        tensors, signature = flatten(args, ordered, self.training)
         key = (signature, microbatches)
+        closer = None if key in self._checked else lambda: check_batch((args, kwargs), self.mesh)
+        kept, variant = self._variants.match(signature, microbatches, closer)
+        if variant is None:
+            variant = self._variants.make(kept, args, kwargs)
+        captured = variant.program.captured
         if key not in self._checked:
-            check_batch((args, kwargs), self.mesh)
-        if key not in self._programs:
-            program = self._makes.make(args, kwargs, training=self.training, microbatches=microbatches)
-            self._programs[key] = program
-            self._engine.add(program)
-        if key not in self._checked:
-            captured = self._programs[key].captured
             named = zip(captured.inputs, tensors, strict=False)
             check_whole({name: tensor for name, tensor in named if name not in captured.batch_dims}, self.mesh)
         self._checked.add(key)
         dtype = self.config.precision.compute_dtype
         if dtype is not None:
             tensors = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
-        return tensors, self._programs[key]
+        return [*tensors, *variant.held.inputs()], variant
 
     def _as_output(self, program: Program, value: torch.Tensor, index: int) -> Any:
         """A tensor that is cut comes out as a DTensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -18,6 +18,8 @@ from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
 from ..capture.experts import advise
 from ..capture.export import capture
+from ..capture.places import Place
+from ..capture.state import Ask, say
 from ..capture.structure import order_of
 from ..capture.text import fingerprint
 from ..config import ParallelConfig
@@ -42,7 +44,10 @@ from ..plan import ParameterPlan, Plan
 from ..sharding.types import Owned, Shard
 from ..simulate import is_simulated
 from .agreement import agree_on_graph
+from .following import Following
+from .held import variant
 from .hooks import ModelHooks
+from .leaves import describe
 from .schedules import schedule_of
 
 T = TypeVar("T")
@@ -55,11 +60,13 @@ class Signature:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     training: bool
+    state: str = ""
+    """A fingerprint of what else the program was made for: see `capture.state`; empty for a batch."""
 
     @cached_property
     def key(self) -> str:
         """A name for the program in the module tree."""
-        digest = hashlib.sha256(f"{self.spec} {self.leaves}".encode()).hexdigest()[:8]
+        digest = hashlib.sha256(f"{self.spec} {self.leaves} {self.state}".encode()).hexdigest()[:8]
         return f"{'train' if self.training else 'eval'}_{digest}"
 
 
@@ -107,8 +114,7 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tu
     """The tensors of a batch, and its signature; keyword arguments are in the model's order."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    described = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves)
-    return tensors, Signature(spec, described, training)
+    return tensors, Signature(spec, tuple(map(describe, leaves)), training)
 
 
 class Programs:
@@ -126,17 +132,50 @@ class Programs:
     ) -> None:
         self.hooks = ModelHooks(model)
         self.skeleton = _skeleton(model)
+        self.following = Following(model, self.skeleton)
         self.ordered = order_of(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
         self.others = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
+        self.first = dict(self.others)
+        """The same as parallelize saw it."""
         self.schedule = schedule_of(mesh, config)
         self.pinned: dict[str, ParameterPlan] = {}
 
-    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, microbatches: int = 1) -> Program:
-        """The program for a batch like this one. Collective over the mesh the first time."""
+    def copy(self) -> Programs:
+        """The same for another copy of the model, whose attributes and modes are its own."""
+        new = copy.copy(self)
+        new.skeleton = _skeleton(self.skeleton)
+        new.following = self.following.copy(new.skeleton)
+        new.others, new.pinned = dict(self.others), dict(self.pinned)
+        return new
+
+    def set_trainable(self, flags: Mapping[str, bool]) -> None:
+        """From now on, programs are made for parameters of which these require gradients, or do not."""
+        for name, flag in flags.items():
+            self.skeleton.get_parameter(name).requires_grad_(flag)
+            self.others[name] = (*self.others[name][:2], flag)
+
+    def make(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        training: bool,
+        microbatches: int = 1,
+        numbers: Sequence[Place] = (),
+        roots: Mapping[str, Any] | None = None,
+        trainable: str = "",
+    ) -> Program:
+        """The program for a batch like this one, and for the state of this moment. Collective over the mesh the first time.
+
+        `numbers`: places whose numbers become inputs, `roots`: where those begin that are not in the model. `trainable`: a name for which
+        parameters require gradients.
+        """
         _, signature = flatten(args, self.ordered(kwargs), training)
-        self.skeleton.train(training)
-        captured = self._capture(args, kwargs, microbatches)
+        ask = Ask(self.following.original, tuple(numbers), roots or {}, torch.is_grad_enabled())
+        captured = self._capture(args, kwargs, microbatches, ask)
+        say(captured.state.notes, self.skeleton)
+        signature = replace(signature, state=f"{variant(captured.state)}{trainable}")
         if microbatches == 1:
             return self._program(signature, captured)
         if captured.loss is None:
@@ -151,7 +190,7 @@ class Programs:
         program = self._program(signature, split.captured)
         return replace(program, counts=counts, averaged=split.averaged, within=split.within)
 
-    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> Captured:
+    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, ask: Ask) -> Captured:
         device = torch.device(self.mesh.device_type)
         scale = data_axis(self.mesh).size
         with without_modes():
@@ -165,6 +204,7 @@ class Programs:
                 loss_fn=self.loss_fn,
                 dtype=self.config.precision.compute_dtype,
                 given=self.hooks.given,
+                ask=ask,
             )
         if scale > 1:
             expand_batch_norm(captured.graph)
