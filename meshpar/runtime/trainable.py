@@ -8,8 +8,9 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
 from .program import Programs
+from .tensors import ModelTensor
 
-_OURS = frozenset({DTensor})
+_OURS = frozenset({DTensor, ModelTensor})
 """What the parameters of a parallel model are."""
 
 
