@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from meshpar._torch import pytree
 
+from .capture.copies import Derived, copied
 from .errors import ConfigError
 from .runtime.hooks import copied
 
@@ -92,7 +93,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _is_floating(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not isinstance(value, Derived)
 
 
 @contextmanager

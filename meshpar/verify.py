@@ -29,6 +29,7 @@ from meshpar._torch import pytree
 from . import launch
 from ._torch import local_of, maybe_disable_local_tensor_mode, without_modes
 from .api import parallelize
+from .capture.copies import copied
 from .capture.structure import call_loss, find_loss, order_of
 from .comparable import cast, comparable, only
 from .config import ParallelConfig, Precision

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
+from ..capture.copies import copied
 from ..capture.experts import advise
 from ..capture.export import capture
 from ..capture.structure import order_of
@@ -316,7 +316,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def _options(config: ParallelConfig) -> dict[str, Any]:
