@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch 2.
 from torch.amp import _enter_autocast as enter_autocast  # torch 2.13; what export writes for torch.autocast, wait for a public one
 from torch.amp import _exit_autocast as exit_autocast
 from torch.distributed import _local_tensor  # torch 2.13; the states of generators, wait for a public simulation of ranks in one process
+from torch.autograd import _make_grads
+from torch.autograd.graph import _engine_run_backward
 from torch.distributed._local_tensor import (  # torch 2.13; wait for a public simulation of ranks in one process
     LocalTensor,
     LocalTensorMode,
@@ -452,6 +454,27 @@ def pipeline_transfers(
     ]
 
 
+def run_backward(
+    tensors: torch.Tensor | Sequence[torch.Tensor],
+    grad_tensors: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+) -> None:
+    """`torch.autograd.backward`, without handing itself to a TorchFunctionMode first, which is switched off for as long as it then runs.
+
+    torch 2.13; wait for modes that stay on while a backward calls the forward again (torch.utils.checkpoint).
+    """
+    roots = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    given = grad_tensors if grad_tensors is not None else grad_variables
+    given = (given,) if given is None or isinstance(given, torch.Tensor) else tuple(given)
+    grads = _make_grads(roots, given if len(given) == len(roots) else (None,) * len(roots), is_grads_batched=False)
+    leaves = () if inputs is None else (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    keep = create_graph if retain_graph is None else retain_graph
+    _engine_run_backward(roots, grads, keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True)
+
+
 __all__ = [
     "BatchNorm",
     "FakeStore",
@@ -493,6 +516,7 @@ __all__ = [
     "put_default_states",
     "resolve_process_group",
     "root_mesh",
+    "run_backward",
     "simulated_generators",
     "set_grad_enabled",
     "states_from_generators",

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from meshpar._torch import pytree
 
-from .capture.copies import Derived, copied
+from .capture.copies import Derived
 from .errors import ConfigError
+from .noise import BACKWARDS
 from .runtime.hooks import copied
 
 NOISE = ("drop", "jitter")
@@ -128,6 +129,9 @@ class _Widen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func in BACKWARDS:
+            with self:
+                return BACKWARDS[func](*args, **kwargs)
         if func in _CASTS:
             return args[0].to(self._wide(_CASTS[func]), **kwargs)
         if func in _BITS:
