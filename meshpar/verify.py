@@ -34,6 +34,7 @@ from .capture.structure import order_of
 from .comparable import cast, comparable
 from .config import ParallelConfig, Precision
 from .errors import CaptureError, ConfigError, MeshparError
+from .locate import first_difference
 from .mesh import DATA_AXES, format_mesh, local_batch, make_mesh, mesh_sizes, parse_mesh
 from .reference import FLOOR, LEARNING_RATE, MAX_NORM, TOLERANCE, Batch, Reference, Task, batches_of, optimizer_of, samples_of, wide
 from .reference import reference as reference_of
@@ -157,7 +158,9 @@ def verify(
             where = "simulated ranks"
             with simulate(prod(sizes.values())):
                 found = _compare(task, expected.right, make_mesh(sizes, "cpu"))
-    return _report(task, expected, _complete(found, expected.right), sizes, where)
+    report = _report(task, expected, _complete(found, expected.right), sizes, where)
+    elsewhere = isinstance(mesh, DeviceMesh) or is_simulated() or launch.launched()
+    return report if report.agrees or elsewhere else replace(report, where=_where(task, report, sizes))
 
 
 def _task(
@@ -437,6 +440,28 @@ def _notes(pm: ParallelModel) -> tuple[str, ...]:
     if pm._first.within:
         notes.append(f"statistics that are those of a microbatch, not of the whole batch: {', '.join(pm._first.within)}.")
     return tuple(notes)
+
+
+def _where(task: Task, report: Report, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Where values or gradients part first, on simulated ranks of the same mesh without its pipeline."""
+    flat = {name: n for name, n in sizes.items() if name != "pp"} or {"tp": 1}
+    task = replace(wide(task), config=replace(task.config, schedule="1f1b", stages=None, virtual_stages=None))
+    with simulate(prod(flat.values())), task.conditions():
+        mesh = make_mesh(flat, "cpu")
+        pm, packed = parallel(task, mesh)
+        state = dict(task.model.named_parameters()) | dict(task.model.named_buffers())
+        found = first_difference(pm, state, share(task.batches[0], mesh, packed=packed))
+    if found is not None:
+        return (found,)
+    if "pp" in sizes:
+        return ("within its stages the program is right: what differs comes from cutting it, its schedule, or what stages send and share.",)
+    first = [dict(report[q].worst).get("step 1", 0.0) for q in ("loss", "gradient norm")]
+    if max(first) <= report.tolerance and report["gradients"].largest <= report.tolerance:
+        return (
+            "the first step agrees: what differs comes with the second. Look for what changes from step to step and is no parameter or "
+            "buffer: a count of calls, an attribute that the forward sets, a parameter that no optimizer sees.",
+        )
+    return ("on every rank the program computes what was captured of the model, so it is the capture that differs from the model.",)
 
 
 # ---- reporting -------------------------------------------------------------------------------------------------------------------------
