@@ -45,6 +45,8 @@ from torch.utils._python_dispatch import (
 # torch 2.13; wait for functional collectives whose autograd registration costs nothing when it is not used
 below_autograd = _C._AutoDispatchBelowAutograd
 
+grouped_mm = torch._grouped_mm  # torch 2.13; what F.grouped_mm calls, and what a TorchFunctionMode sees of it
+
 functional = torch.ops._c10d_functional  # torch 2.13; wait for public functional collectives
 
 
@@ -504,6 +506,7 @@ __all__ = [
     "functions_called",
     "generator_key",
     "global_hooks",
+    "grouped_mm",
     "is_view",
     "is_view_operator",
     "lists_of_numbers",

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from meshpar._torch import pytree
 
+from ._torch import grouped_mm
 from .capture.copies import Derived
 from .errors import ConfigError
 from .noise import BACKWARDS
@@ -136,6 +137,8 @@ class _Widen(TorchFunctionMode):
             return args[0].to(self._wide(_CASTS[func]), **kwargs)
         if func in _BITS:
             return func(*args, **kwargs)
+        if func is grouped_mm and args[0].dtype == torch.float64 and args[1].ndim == 3 and kwargs.get("bias") is None:
+            return torch.ops.meshpar.grouped_mm(*args[:2], kwargs["offs"])  # torch has none in float64
         return func(*(self._wide(a) for a in args), **{k: self._wide(v) for k, v in kwargs.items()})
 
     def _wide(self, value: Any) -> Any:
