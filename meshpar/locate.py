@@ -372,7 +372,7 @@ def _did(both: _Both, node: fx.Node) -> str:
         whose = "a value" if place is None else _value(place.node)
         return f"the conversion of {whose} from {change[2]} to {change[3]} on {change[0]} ({getattr(node.target, '__name__', node.target)})"
     rule = "; ".join(_ruled(both, node))
-    return f"{_value(node)}{f', by its rule {rule}' if rule else ''}"
+    return f"{_value(both.captured.get(node.meta.get('origin', ''), node))}{f', by its rule {rule}' if rule else ''}"
 
 
 def _value(node: fx.Node) -> str:
@@ -387,8 +387,17 @@ def _value(node: fx.Node) -> str:
 
 def _ruled(both: _Both, node: fx.Node) -> Iterator[str]:
     """ "tp: S(2), S(1) -> P", for every axis on which anything is cut."""
-    places = [_place(both, n) for n in node.all_input_nodes]
+    places = [_place(both, n) for n in _operands(node)]
     for number, (axis, _, outs) in enumerate(node.meta.get("typed", ())):
         uses = [_one(p.typed[number][2], p.index) for p in places if p is not None and len(p.typed) > number]
         if any(not isinstance(t, Invariant) for t in (*uses, *outs)):
             yield f"{axis}: {', '.join(map(str, uses))} -> {', '.join(map(str, outs))}"
+
+
+def _operands(node: fx.Node) -> Iterator[fx.Node]:
+    """What the captured operator was called with: an operator may have become several calls."""
+    for operand in node.all_input_nodes:
+        if operand.op != "call_function" or "origin" in operand.meta or "conversion" in operand.meta:
+            yield operand
+        else:
+            yield from _operands(operand)

@@ -20,7 +20,8 @@ from meshpar.reference import Task
 from meshpar.sharding import rules
 from meshpar.simulate import simulate
 from meshpar.verify import parallel, share, verify
-from tests.test_verify import Gate, gpt, ids, squares
+from tests.capture.models import GPT
+from tests.test_verify import Gate, ids, squares
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -115,7 +116,7 @@ GPT_FAULTS: dict[str, tuple[Plant, str, ParallelConfig, str]] = {
     ),
     "a vocabulary-parallel embedding": (
         patched(vocab_parallel, "embedding", doubled), "tp=2", TENSOR,
-        r"^values part first in embedding in tokens \(models.py:\d+\), by its rule tp: S\(0\).*, I -> P",
+        r"^values part first in embedding in tokens \(models.py:\d+\), by its rule tp: I, S\(0\) -> P",
     ),
     "a vocabulary-parallel loss": (
         patched(vocab_parallel, "cross_entropy", doubled), "tp=2", TENSOR,
@@ -139,6 +140,11 @@ def test_a_fault_in_a_transformer(fault: str, monkeypatch: pytest.MonkeyPatch) -
     assert where in str(report)
 
 
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(width=16, heads=4, layers=1, vocab=38, length=8)
+
+
 def means(output: Tensor, batch: Any) -> Tensor:
     return output.pow(2).mean()
 
@@ -147,7 +153,7 @@ def means(output: Tensor, batch: Any) -> Tensor:
     ("plant", "mesh", "words"),
     [
         (wrong_softmax, "tp=2", r"^values part first in softmax in the model \(test_verify.py:\d+\), by its rule tp: S\(1\) -> S\(1\)"),
-        (wrong_mean, "dp=2", r"^values part first in mean in the model \(test_locate.py:\d+\), by its rule dp: S\(0\) -> P"),
+        (wrong_mean, "dp=2", r"^values part first in mean in the model.*, by its rule dp: S\(0\) -> P"),
     ],
 )
 def test_a_fault_in_a_rule(plant: Plant, mesh: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
