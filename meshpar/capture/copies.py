@@ -64,6 +64,25 @@ def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module
     return new
 
 
+def memories(model: nn.Module) -> dict[int, str]:
+    """Where in memory the parameters of a model lie -> their names."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.numel():
+            found[parameter.data_ptr()] = name
+    return found
+
+
+def refuse_originals(constants: Mapping[str, torch.Tensor], originals: Mapping[int, str]) -> None:
+    """Raise CaptureError if a graph of the copy holds parameters of the original: whoever reads them past the copy would read constants."""
+    read = [originals[c.data_ptr()] for c in constants.values() if type(c.data) is torch.Tensor and c.data_ptr() in originals]
+    if read:
+        raise CaptureError(
+            f"the forward reads {', '.join(read)} past the module it is called on, through a global variable for instance: for a copy of "
+            f"the model these would be constants, without a gradient.\n  Read them from self, or hand the module in."
+        )
+
+
 # ---- what a model holds ----------------------------------------------------------------------------------------------------------------
 
 

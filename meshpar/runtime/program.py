@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
-from ..capture.copies import copied
+from ..capture.copies import copied, memories, refuse_originals
 from ..capture.experts import advise
 from ..capture.export import capture
 from ..capture.structure import order_of
@@ -126,6 +126,7 @@ class Programs:
     ) -> None:
         self.hooks = ModelHooks(model)
         self.skeleton = _skeleton(model)
+        self.originals = memories(model)
         self.ordered = order_of(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
         self.others = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
@@ -137,6 +138,8 @@ class Programs:
         _, signature = flatten(args, self.ordered(kwargs), training)
         self.skeleton.train(training)
         captured = self._capture(args, kwargs, microbatches)
+        refuse_originals(captured.constants, self.originals)
+        self.originals = {}  # (the model may be gone when the next program is made, and its memory somebody else's)
         if microbatches == 1:
             return self._program(signature, captured)
         if captured.loss is None:

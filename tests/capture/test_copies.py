@@ -103,6 +103,22 @@ def test_a_global_variable() -> None:
         copied(GLOBAL)
 
 
+class Global(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.scale = nn.Linear(8, 8), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(x) * GLOBAL.scale).square().mean()
+
+
+def test_a_forward_that_reads_a_global_variable() -> None:
+    global GLOBAL
+    GLOBAL = Global()
+    with simulate(2), pytest.raises(CaptureError, match="reads scale past the module it is called on"):
+        parallelize(GLOBAL, make_mesh("tp=2"), example={"x": torch.randn(4, 8)})
+
+
 class Last(nn.Module):
     """Keeps a tensor of its forward, the usual way to look at activations."""
 
