@@ -37,6 +37,7 @@ from torch.fx import Node, _symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # torch 2.13; what update_bn looks for, wait for a public name
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
 from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
+from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode  # torch 2.13; wait for public dispatch modes
 from torch.utils._python_dispatch import (
     _disable_current_modes as without_modes,  # torch 2.13; export needs it inside simulated ranks; wait for a public way out of modes
@@ -456,6 +457,25 @@ def pipeline_transfers(
     ]
 
 
+@contextmanager
+def checkpoints_only_call() -> Iterator[None]:
+    """Inside, `torch.utils.checkpoint` without reentry only calls what it wraps.
+
+    torch 2.13: what it keeps for backward, a checkpoint within a checkpoint keeps under `no_grad`, and export takes that for a part of the
+    forward, whose gradient is lost. Wait for an export that sees through checkpoints.
+    """
+
+    def through(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    original = torch_checkpoint._checkpoint_without_reentrant_generator
+    torch_checkpoint._checkpoint_without_reentrant_generator = through
+    try:
+        yield
+    finally:
+        torch_checkpoint._checkpoint_without_reentrant_generator = original
+
+
 def run_backward(
     tensors: torch.Tensor | Sequence[torch.Tensor],
     grad_tensors: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
@@ -491,6 +511,7 @@ __all__ = [
     "alone",
     "as_parameter",
     "below_autograd",
+    "checkpoints_only_call",
     "clone_store",
     "default_store",
     "dcp_storage_info",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -154,7 +154,8 @@ def _eps(model: nn.Module, dtype: torch.dtype) -> float:
     thousand times would be seen.
     """
     floor = FLOOR if dtype == torch.float64 else 10 * FLOOR
-    return floor * max((p.grad.abs().max().item() for p in model.parameters() if p.grad is not None and p.numel()), default=1.0) or 1e-8
+    largest = max((p.grad.abs().max().item() for p in model.parameters() if p.grad is not None and p.numel()), default=1.0)
+    return floor * largest if 0 < largest < inf else 1e-8
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
