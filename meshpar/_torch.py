@@ -17,9 +17,9 @@ from torch._ops import OpOverload  # torch 2.13; the type of an ATen operator in
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch 2.13; wait for a public way to make tensors without memory
 from torch.amp import _enter_autocast as enter_autocast  # torch 2.13; what export writes for torch.autocast, wait for a public one
 from torch.amp import _exit_autocast as exit_autocast
-from torch.distributed import _local_tensor  # torch 2.13; the states of generators, wait for a public simulation of ranks in one process
 from torch.autograd import _make_grads
 from torch.autograd.graph import _engine_run_backward
+from torch.distributed import _local_tensor  # torch 2.13; the states of generators, wait for a public simulation of ranks in one process
 from torch.distributed._local_tensor import (  # torch 2.13; wait for a public simulation of ranks in one process
     LocalTensor,
     LocalTensorMode,

@@ -120,11 +120,11 @@ GPT_FAULTS: dict[str, tuple[Plant, str, ParallelConfig, str]] = {
     ),
     "a vocabulary-parallel loss": (
         patched(vocab_parallel, "cross_entropy", doubled), "tp=2", TENSOR,
-        r"^values part first in cross_entropy in the model \(models.py:\d+\), by its rule tp: S",
+        r"^values part first in cross_entropy_loss in the model \(models.py:\d+\), by its rule tp: S",
     ),
     "the backward of a vocabulary-parallel loss": (
         patched(vocab_parallel, "cross_entropy", doubled_backward), "tp=2", TENSOR,
-        r"^gradients part first behind cross_entropy in the model \(models.py:\d+\)",
+        r"^gradients part first behind cross_entropy_loss in the model \(models.py:\d+\)",
     ),
 }  # fmt: skip
 
