@@ -17,6 +17,8 @@ from torch._ops import OpOverload  # torch 2.13; the type of an ATen operator in
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch 2.13; wait for a public way to make tensors without memory
 from torch.amp import _enter_autocast as enter_autocast  # torch 2.13; what export writes for torch.autocast, wait for a public one
 from torch.amp import _exit_autocast as exit_autocast
+from torch.autograd import _make_grads
+from torch.autograd.graph import _engine_run_backward
 from torch.distributed import _local_tensor  # torch 2.13; the states of generators, wait for a public simulation of ranks in one process
 from torch.distributed._local_tensor import (  # torch 2.13; wait for a public simulation of ranks in one process
     LocalTensor,
@@ -35,6 +37,7 @@ from torch.fx import Node, _symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # torch 2.13; what update_bn looks for, wait for a public name
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
 from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
+from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode  # torch 2.13; wait for public dispatch modes
 from torch.utils._python_dispatch import (
     _disable_current_modes as without_modes,  # torch 2.13; export needs it inside simulated ranks; wait for a public way out of modes
@@ -42,6 +45,8 @@ from torch.utils._python_dispatch import (
 
 # torch 2.13; wait for functional collectives whose autograd registration costs nothing when it is not used
 below_autograd = _C._AutoDispatchBelowAutograd
+
+grouped_mm = torch._grouped_mm  # torch 2.13; what F.grouped_mm calls, and what a TorchFunctionMode sees of it
 
 functional = torch.ops._c10d_functional  # torch 2.13; wait for public functional collectives
 
@@ -473,6 +478,46 @@ def pipeline_transfers(
     ]
 
 
+@contextmanager
+def checkpoints_only_call() -> Iterator[None]:
+    """Inside, `torch.utils.checkpoint` without reentry only calls what it wraps.
+
+    torch 2.13: what it keeps for backward, a checkpoint within a checkpoint keeps under `no_grad`, and export takes that for a part of the
+    forward, whose gradient is lost. Wait for an export that sees through checkpoints.
+    """
+
+    def through(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    original = torch_checkpoint._checkpoint_without_reentrant_generator
+    torch_checkpoint._checkpoint_without_reentrant_generator = through
+    try:
+        yield
+    finally:
+        torch_checkpoint._checkpoint_without_reentrant_generator = original
+
+
+def run_backward(
+    tensors: torch.Tensor | Sequence[torch.Tensor],
+    grad_tensors: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+) -> None:
+    """`torch.autograd.backward`, without handing itself to a TorchFunctionMode first, which is switched off for as long as it then runs.
+
+    torch 2.13; wait for modes that stay on while a backward calls the forward again (torch.utils.checkpoint).
+    """
+    roots = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    given = grad_tensors if grad_tensors is not None else grad_variables
+    given = (given,) if given is None or isinstance(given, torch.Tensor) else tuple(given)
+    grads = _make_grads(roots, given if len(given) == len(roots) else (None,) * len(roots), is_grads_batched=False)
+    leaves = () if inputs is None else (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    keep = create_graph if retain_graph is None else retain_graph
+    _engine_run_backward(roots, grads, keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True)
+
+
 __all__ = [
     "BatchNorm",
     "FakeStore",
@@ -488,6 +533,7 @@ __all__ = [
     "alone",
     "as_parameter",
     "below_autograd",
+    "checkpoints_only_call",
     "clone_store",
     "default_store",
     "dcp_storage_info",
@@ -504,6 +550,7 @@ __all__ = [
     "functions_called",
     "generator_key",
     "global_hooks",
+    "grouped_mm",
     "is_view",
     "is_view_operator",
     "lists_of_numbers",
@@ -516,6 +563,7 @@ __all__ = [
     "put_default_states",
     "resolve_process_group",
     "root_mesh",
+    "run_backward",
     "simulated_generators",
     "set_grad_enabled",
     "states_from_generators",

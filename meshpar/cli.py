@@ -1,6 +1,7 @@
 """`meshpar` on the command line: demo, explain, verify, checkpoint.
 
-Exit status: 0 all is well, 1 the parallel program differs from the original, 2 the command cannot be meant, 3 it failed on the way.
+Exit status: 0 all is well, 1 the parallel program differs from the original (or the comparison proves nothing), 2 the command cannot be
+meant, 3 it failed on the way.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def explain(
 def verify(
     model: Model = "llama",
     mesh: Mesh = "dp=2,tp=2",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2,
     seq: Sequence = 32,
     batch: Samples = 4,
     layers: Layers = 2,
@@ -199,10 +200,15 @@ def verify(
     data_parallel: DataParallel = "zero3",
     sequence_parallel: SequenceParallel = True,
     processes: Annotated[bool, typer.Option("--processes", help="On new gloo processes instead of simulated ranks.")] = False,
-    dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
-    tolerance: Annotated[float | None, typer.Option(help="Largest relative difference that passes; 1e-9 or 1e-5 by dtype.")] = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float64",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest relative difference that passes (1e-9 or 1e-5 by dtype); in bfloat16 units of its rounding (6)."),
+    ] = None,
 ) -> None:
-    """Compare the parallel program with the original: loss, every gradient, gradient norm, optimizer steps. Exit status 1 on a difference.
+    """Compare the parallel program with the original: loss, every gradient, gradient norm, optimizer steps.
+
+    Exit status 1 on a difference, and where the comparison proves nothing (a loss that is no number, gradients that are all zero).
 
     On simulated ranks data parallelism is that of the graph; with --processes, and for a pipeline, it is FSDP2's, as in training.
     """
@@ -211,7 +217,7 @@ def verify(
 
         from .verify import verify as check
 
-        kinds = {"float64": torch.float64, "float32": torch.float32}
+        kinds = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
         if dtype not in kinds:
             raise ConfigError(f"--dtype {dtype}: one of {', '.join(kinds)}.")
         made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=seed)

@@ -16,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from meshpar._torch import pytree
 
+from ._torch import grouped_mm
+from .capture.copies import Derived
 from .errors import ConfigError
+from .noise import BACKWARDS
 from .runtime.hooks import copied
 
 NOISE = ("drop", "jitter")
@@ -92,7 +95,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _is_floating(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not isinstance(value, Derived)
 
 
 @contextmanager
@@ -127,10 +130,15 @@ class _Widen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func in BACKWARDS:
+            with self:
+                return BACKWARDS[func](*args, **kwargs)
         if func in _CASTS:
             return args[0].to(self._wide(_CASTS[func]), **kwargs)
         if func in _BITS:
             return func(*args, **kwargs)
+        if func is grouped_mm and args[0].dtype == torch.float64 and args[1].ndim == 3 and kwargs.get("bias") is None:
+            return torch.ops.meshpar.grouped_mm(*args[:2], kwargs["offs"])  # torch has none in float64
         return func(*(self._wide(a) for a in args), **{k: self._wide(v) for k, v in kwargs.items()})
 
     def _wide(self, value: Any) -> Any:

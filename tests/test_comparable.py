@@ -72,3 +72,10 @@ def test_export_sees_the_same() -> None:
     values = [n.meta.get("val") for n in program.graph.nodes]
     assert {v.dtype for v in values if isinstance(v, torch.Tensor)} == {torch.float64}
     assert torch.equal(program.module()(x), x * x.pow(2).mean().rsqrt())
+
+
+def test_grouped_products_in_float64() -> None:
+    x, w, ends = torch.randn(5, 4).double(), torch.randn(2, 4, 3).double(), torch.tensor([2, 5], dtype=torch.int32)
+    with only(torch.float64):
+        found = torch.nn.functional.grouped_mm(x, w, offs=ends)
+    torch.testing.assert_close(found, torch.cat([x[:2] @ w[0], x[2:] @ w[1]]))

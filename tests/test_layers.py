@@ -19,7 +19,7 @@ LAYERS = (
     ("runtime",),
     ("checkpoint",),
     ("api", "pipeline"),
-    ("comparable", "launch", "verify", "demo", "causal_lm", "explain", "plot", "dry_run", "cli", ""),
+    ("noise", "comparable", "launch", "reference", "locate", "verify", "demo", "causal_lm", "explain", "plot", "dry_run", "cli", ""),
 )
 """Modules and folders, lowest first; the longest name that fits a module decides. "" is the package itself."""
 FILES = sorted(PACKAGE.rglob("*.py"))

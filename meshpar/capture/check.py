@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
@@ -51,20 +50,28 @@ def number_seeds(graph: fx.Graph) -> None:
 
 def draws(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
-    dropout = _DROPOUT.get(node.target)
-    if dropout is not None:
-        position, name = dropout
-        probability = node.args[position] if len(node.args) > position else node.kwargs.get(name, 0.0)
-        return isinstance(probability, fx.Node) or bool(probability != 0)
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    if not isinstance(node.target, OpOverload):
+        return False
+    asked = _ASKED.get(node.target._schema.name.removeprefix("aten::"))
+    if asked is not None:
+        return all(_argument(node, name) for name in asked)
+    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-_DROPOUT: Mapping[Any, tuple[int, str]] = {
-    aten.dropout.default: (1, "p"),
-    aten.native_dropout.default: (1, "p"),
-    aten.feature_dropout.default: (1, "p"),
-    aten.alpha_dropout.default: (1, "p"),
-    aten.feature_alpha_dropout.default: (1, "p"),
-    aten.scaled_dot_product_attention.default: (4, "dropout_p"),
+def _argument(node: fx.Node, name: str) -> bool:
+    """Whether an argument is neither zero nor False, as far as is known."""
+    assert isinstance(node.target, OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(name, argument.default_value)
+            return isinstance(value, fx.Node) or value is None or bool(value)
+    raise KeyError(name)
+
+
+_ASKED: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("dropout", "native_dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), ("p", "train")),
+    "scaled_dot_product_attention": ("dropout_p",),
+    **dict.fromkeys(("rrelu", "rrelu_with_noise"), ("training",)),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("dropout", "train")),
 }
-"""Operators that draw only with a probability above zero -> its position and name."""
+"""Operators that draw only if all of these arguments are neither zero nor False."""

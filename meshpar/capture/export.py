@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from meshpar._torch import FakeTensorMode, pytree
+from meshpar._torch import FakeTensorMode, checkpoints_only_call, pytree
 from meshpar.capture import (
     blame,
     branches,
@@ -379,6 +379,7 @@ def _export(
                 answers,
                 decompositions.Written(),
                 functions.casting_nothing(),
+                checkpoints_only_call(),
                 functions.kept(recorder.functions),
             ):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)

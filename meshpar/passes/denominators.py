@@ -39,7 +39,7 @@ class Split:
     counts: Captured | None
     """Returns the denominators of one microbatch, in the order of the placeholders `denominator_0`, ... ; None when there are none."""
     averaged: tuple[str, ...]
-    """Terms of the loss that are averaged over microbatches, by the name of the submodule that computes them."""
+    """Terms of the loss that are averaged over microbatches, by the submodule, or the source line, that computes them."""
     within: tuple[str, ...] = ()
     """Submodules that take statistics of the samples they see: those of a microbatch."""
 
@@ -71,9 +71,14 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     graph.eliminate_dead_code(lambda node: _is_kept(node) or node.target is EXPECT)
     graph.lint()
     names = (*captured.inputs, *(f"denominator_{i}" for i in range(len(terms.denominators))))
-    within = dict.fromkeys([*(str(node.meta.get("module") or node.name) for node in graph.nodes if takes_statistics(node)), *mixing])
+    within = dict.fromkeys([*(_place(node) for node in graph.nodes if takes_statistics(node)), *mixing])
     averaged = tuple(dict.fromkeys([*terms.averaged, *added]))
     return Split(replace(captured, graph=graph, inputs=names), counts, averaged, tuple(within))
+
+
+def _place(node: fx.Node) -> str:
+    """Where in the user's model: the submodule, or the line where the model itself does it."""
+    return str(node.meta.get("module") or node.meta.get("source") or "the model")
 
 
 class _Terms:
@@ -147,7 +152,7 @@ class _Terms:
         return isinstance(value, fx.Node) and value in self.batch and value not in self.trainable and value.meta["info"].shape == ()
 
     def _average(self, node: fx.Node) -> fx.Node:
-        self.averaged[str(node.meta.get("module") or node.name)] = None
+        self.averaged[_place(node)] = None
         with self.graph.inserting_after(node):
             new = self.graph.call_function(aten.mul.Tensor, (node, 1.0 / self.microbatches))
         new.meta = {k: v for k, v in node.meta.items() if k in ("info", "module", "region", "source")}

@@ -34,7 +34,11 @@ DISPATCH, COMBINE = torch.ops.meshpar.dispatch.default, torch.ops.meshpar.combin
 
 @dataclass(frozen=True)
 class Lower:
-    """Lower a graph on one axis. `axis` says which rank this is; simulated ranks (-1) share the graph of rank 0."""
+    """Lower a graph on one axis. `axis` says which rank this is; simulated ranks (-1) share the graph of rank 0.
+
+    `node.meta` of the result: "origin", the name of the captured node whose value it holds, and "typed", (axis, size, types of its results)
+    for every axis so far ("index" says which result, of a conversion of one of several): what it takes to compare the two.
+    """
 
     plan: AxisPlan
     axis: Axis
@@ -78,6 +82,8 @@ class _Lowering:
         infos = info if isinstance(info, tuple) else (info,)
         local = tuple(None if i is None else self._local(i, t) for i, t in zip(infos, plan.outs, strict=True))
         new.meta = {**node.meta, "info": local if isinstance(info, tuple) else local[0]}
+        new.meta["origin"] = node.meta.get("origin", node.name)
+        new.meta["typed"] = (*node.meta.get("typed", ()), (self.axis.name, self.axis.size, plan.outs))
         new.meta["cut"] = tuple(
             sorted(
                 {*node.meta.get("cut", ()), *([self.axis.name] if any(isinstance(t, (Shard, Partial, Ragged)) for t in plan.outs) else [])}
@@ -144,6 +150,11 @@ class _Lowering:
         node.meta = {k: v for k, v in self.current.meta.items() if k in ("region", "module", "source")}
         node.meta.update(info=self._local(info, after), conversion=(self.axis.name, self.axis.size, before, after, info))
         node.meta["cut"] = start.meta.get("cut", ())
+        if "origin" in start.meta:
+            other = tuple(after if out == before else out for out in start.meta["typed"][-1][2])
+            node.meta["origin"] = start.meta["origin"]
+            node.meta["index"] = start.args[1] if start.target is operator.getitem else start.meta.get("index", 0)
+            node.meta["typed"] = (*start.meta["typed"][:-1], (self.axis.name, self.axis.size, other))
         return node
 
     def _where(self) -> dict[str, Any]:
@@ -171,7 +182,7 @@ class _Lowering:
         call = self._localised(node, plan, self.shape_rank, args, kwargs)
         new = self.new.call_function(*self._each_rank(call, node, args, kwargs))
         if call.scale is not None:
-            new.meta = {**node.meta, "info": self._local(call.op.out, plan.outs[0])}
+            new.meta = _unplaced(node.meta) | {"info": self._local(call.op.out, plan.outs[0])}
             new = self.new.call_function(aten.mul.Tensor, (new, call.scale))
         self._made(node, new, plan)
         if call.target is not node.target:
@@ -206,7 +217,7 @@ class _Lowering:
         x, ends, perm = node.meta["info"]
         sorted_, cut = self.new.call_function(DISPATCH, args), plan.outs[2]
         here = (replace(x, shape=(self._local(perm, cut).shape[0], *x.shape[1:])), ends, self._local(perm, cut))
-        sorted_.meta = {**node.meta, "info": here, "cut": (*node.meta.get("cut", ()), self.axis.name)}
+        sorted_.meta = _unplaced(node.meta) | {"info": here, "cut": (*node.meta.get("cut", ()), self.axis.name)}
         at_home = [self._item(sorted_, k, info) for k, info in enumerate(here)]
         sent = self.new.call_function(expert_all_to_all.send_rows, tuple(at_home[:2]), self._where() | _dropping(node))
         number = replace(perm, rows=False, dtype=torch.int64)
@@ -251,6 +262,11 @@ _OF_THE_CALL = ("seed", "exchange")
 def _dropping(dispatch: fx.Node) -> dict[str, Any]:
     """How rows are exchanged: all of them, or only those that some expert is to have."""
     return {"dropping": True} if len(dispatch.args) > 3 and dispatch.args[3] else {}
+
+
+def _unplaced(meta: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a node, for one that does not hold its value."""
+    return {key: value for key, value in meta.items() if key not in ("origin", "typed", "index")}
 
 
 Unit = tuple[str | None, int | None]

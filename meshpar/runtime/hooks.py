@@ -10,7 +10,6 @@ parameters while a step runs, and called at its end:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from .._torch import global_hooks, local_of, maybe_disable_local_tensor_mode
+from ..capture import copies
 from ..capture.hooks import Given
 from ..errors import ConfigError
 from ..ops.hooks import Hook, Watch, of_torch, replaced
@@ -263,8 +263,8 @@ def _refusing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of a model with the hooks on its parameters, which `copy.deepcopy` leaves behind."""
-    new = copy.deepcopy(model)
+    """A deep copy of a model with the hooks on its parameters, which a copy of it leaves behind."""
+    new = copies.copied(model)
     attach(new, of_parameters(model))
     return new
 

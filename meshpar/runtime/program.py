@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._torch import pytree, without_modes
 from ..capture.captured import Captured, Slot
+from ..capture.copies import copied, memories, refuse_originals
 from ..capture.experts import advise
 from ..capture.export import capture
 from ..capture.places import Place
@@ -133,6 +134,7 @@ class Programs:
         self.hooks = ModelHooks(model)
         self.skeleton = _skeleton(model)
         self.following = Following(model, self.skeleton)
+        self.originals = memories(model)
         self.ordered = order_of(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
         self.others = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
@@ -174,6 +176,8 @@ class Programs:
         _, signature = flatten(args, self.ordered(kwargs), training)
         ask = Ask(self.following.original, tuple(numbers), roots or {}, torch.is_grad_enabled())
         captured = self._capture(args, kwargs, microbatches, ask)
+        refuse_originals(captured.constants, self.originals)
+        self.originals = {}  # (the model may be gone when the next program is made, and its memory somebody else's)
         say(captured.state.notes, self.skeleton)
         signature = replace(signature, state=f"{variant(captured.state)}{trainable}")
         if microbatches == 1:
@@ -356,7 +360,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def _options(config: ParallelConfig) -> dict[str, Any]:
