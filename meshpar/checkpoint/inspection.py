@@ -20,15 +20,15 @@ from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk, read_header
 from meshpar.checkpoint.jobs import slabs
 from meshpar.checkpoint.manifest import MANIFEST, Manifest
 from meshpar.checkpoint.opened import ASSETS, INDEX, Checkpoint, Pool, open_checkpoint
-from meshpar.checkpoint.partial import JOURNAL, LOCK, is_locked
+from meshpar.checkpoint.partial import LOCK, REMOVED, SCRATCH, is_locked, remove_partial, set_aside
 from meshpar.checkpoint.reading import Reader
 from meshpar.checkpoint.table import Chunk
 from meshpar.errors import ConfigError
 
 Progress = Callable[[int, int], None]
 _DIFF_SLAB = 16 << 20
+_PARTIAL = ".partial"
 _BOX = re.compile(r"#\d+$")  # what follows a tensor's name where a file holds several of its boxes
-_REMOVED = ".removed"
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _verify_asset(opened: Checkpoint, name: str, disk: Disk) -> Iterator[str]:
 def _unexpected(opened: Checkpoint) -> Iterator[str]:
     """What lies in the directory and belongs to nothing."""
     if opened.form == "meshpar":
-        known = {f.name for f in opened.manifest.files} | {MANIFEST, LOCK, JOURNAL}
+        known = {f.name for f in opened.manifest.files} | {MANIFEST, *SCRATCH}
         assets = {a.name for a in opened.manifest.assets}
         for path in sorted(opened.root.iterdir()):
             if path.name == ASSETS and path.is_dir() and not path.is_symlink():
@@ -344,30 +344,41 @@ def gc(root: Path | str, *, keep: int | None = None, dry_run: bool = False, disk
         raise ConfigError(f"{base} is not a directory.")
     doomed = [p for p in sorted(base.iterdir()) if _is_partial(p) and not is_locked(p)]
     doomed += [
-        p for p in sorted(base.iterdir()) if p.name.startswith(".") and p.name.endswith(_REMOVED) and p.is_dir() and not p.is_symlink()
+        p for p in sorted(base.iterdir()) if p.name.startswith(".") and p.name.endswith(REMOVED) and p.is_dir() and not p.is_symlink()
     ]
     if keep is not None:
         complete = [base / row["name"] for row in ls(base, disk) if row["state"] == "complete" and row["form"] == "meshpar"]
-        complete.sort(key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
-        doomed += complete[:-keep]
-    if not dry_run:
-        for path in doomed:
-            _remove(path, disk)
-    return [str(p) for p in doomed]
+        written = {p: at for p in complete if (at := _written_at(p)) is not None}
+        doomed += sorted(written, key=written.__getitem__)[:-keep]
+    return [str(p) for p in doomed if dry_run or _remove(p, disk)]
 
 
-def _remove(path: Path, disk: Disk) -> None:
+def _written_at(path: Path) -> int | None:
+    """When a checkpoint was written, in nanoseconds; None if somebody has removed it."""
     try:
-        if not path.name.startswith("."):
-            hidden = path.with_name(f".{path.name}{_REMOVED}")
-            disk.rename(path, hidden)
-            path = hidden
-        disk.remove_tree(path)
+        return (path / MANIFEST).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _remove(path: Path, disk: Disk) -> bool:
+    """Remove one directory; False if a writer has taken it over, or somebody else has removed it meanwhile."""
+    try:
+        if path.name.endswith(_PARTIAL):
+            return remove_partial(path, disk)
+        disk.remove_tree(path if path.name.startswith(".") else set_aside(path, disk))
+    except FileNotFoundError:
+        return False
     except OSError as error:
         raise StorageError(f"{path} could not be removed: {error}") from error
+    return True
 
 
 def _is_partial(path: Path) -> bool:
-    return (
-        path.name.startswith(".") and path.name.endswith(".partial") and path.is_dir() and not path.is_symlink() and (path / LOCK).exists()
-    )
+    """Whether a directory is a writer's; one that was killed before it had the lock leaves an empty one."""
+    if not (path.name.startswith(".") and path.name.endswith(_PARTIAL) and path.is_dir() and not path.is_symlink()):
+        return False
+    try:
+        return (path / LOCK).exists() or not any(path.iterdir())
+    except FileNotFoundError:
+        return False  # it has just been renamed
