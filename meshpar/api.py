@@ -6,7 +6,6 @@ model ── capture ──> graph ── rules + solver ──> Plan ── low
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from os import PathLike
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from .mesh import agree, check_batch, check_mesh, mesh_sizes
 from .plan import Plan
 from .runtime.build import build
 from .runtime.failures import Together
+from .runtime.init import Source
 from .runtime.model import ParallelModel
 from .runtime.program import Programs
 from .runtime.schedules import schedule_of
@@ -36,16 +36,17 @@ def parallelize(
     rules: Mapping[str, str] | None = None,
     plan: Plan | None = None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
-    weights: str | PathLike[str] | None = None,
+    weights: Source | None = None,
 ) -> ParallelModel:
     """A module that trains `model` over all axes of `mesh` and computes the same function, gradients included.
 
     `example`: one data rank's local batch, keyword arguments as a dict or positional ones as a tuple; may be left out when the model
     offers `dummy_inputs`. `rules`: pattern of parameter names -> "tp:DIM" or "replicate", constraints on the solver. `plan`: an earlier
     plan for the same graph and mesh, obeyed as it is. `loss_fn(output, batch)`: the loss, where the model returns none. `weights`:
-    safetensors to fill a model built on `meta` from; each rank reads only its bytes. The given model is left as it is.
+    safetensors to fill a model built on `meta` (or any other) from; each rank reads only its bytes. `mp.Weights(path, ...)` says what is
+    accepted where a file does not fit the model: a new head, old buffers, another dtype. The given model is left as it is.
 
-    Raises ConfigError, CaptureError, PlanError or BatchError before anything is allocated.
+    Raises ConfigError, CaptureError, PlanError or BatchError before anything is allocated, CheckpointError for weights that do not fit.
 
         mesh = mp.make_mesh("dp=2,tp=2")
         pm = mp.parallelize(model, mesh, example=batch)
@@ -71,7 +72,7 @@ def _parallelize(
     rules: Mapping[str, str] | None,
     plan: Plan | None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
-    weights: str | PathLike[str] | None,
+    weights: Source | None,
     together: Together,
 ) -> ParallelModel:
     check_batch((args, kwargs), mesh)

@@ -193,6 +193,22 @@ def agree(value: str, mesh: DeviceMesh, what: str, *, error: type[MeshparError] 
         )
 
 
+def spread(mesh: DeviceMesh) -> Callable[[list[str]], list[str]]:
+    """A function that turns what a rank has to say into what all ranks of the mesh have, in their order. Collective over the mesh."""
+
+    def everyone(mine: list[str]) -> list[str]:
+        if not _is_real(mesh):
+            return mine
+        found = mine
+        for dim in range(mesh.ndim):
+            rows: list[Any] = [None] * mesh.size(dim)
+            dist.all_gather_object(rows, found, group=mesh.get_group(dim))
+            found = [text for row in rows for text in row]
+        return found
+
+    return everyone
+
+
 def check_batch(batch: Any, mesh: DeviceMesh) -> None:
     """Raise `BatchError` on every rank unless batches have one structure everywhere and one content outside the data axes.
 

@@ -33,6 +33,8 @@ from .names import together as one_module
 from .parameters import convert_state_dicts
 from .pipeline import Pipelined
 from .program import Program, Programs, Signature, flatten, restore
+from .states import EXTRA_STATE, check_state
+from .weights import tensor_groups
 
 
 class ParallelModel(nn.Module):
@@ -67,7 +69,8 @@ class ParallelModel(nn.Module):
         self._programs[first.signature, config.microbatches] = first
         self._first = first
         self.training = first.signature.training
-        convert_state_dicts(self, known=frozenset(programs.skeleton.state_dict()))
+        known = frozenset(n for n in programs.skeleton.state_dict() if n.rpartition(".")[2] != EXTRA_STATE)
+        convert_state_dicts(self, known, [group for group, _ in tensor_groups(programs.skeleton) if len(group) > 1])
 
     def _take_names(self) -> None:
         """The trees' own tables, not copies: what FSDP2 swaps there is what this module shows."""
@@ -107,6 +110,15 @@ class ParallelModel(nn.Module):
                 engine.add(program)
         new.random.load_state_dict(self.random.state_dict())
         return new.train(self.training)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict of this model on any rank's share, or of the model as it was (whole tensors): every rank keeps its part.
+
+        As in torch, floating values are cast, and without `strict` missing and unexpected names are returned. Names of one tensor must hold
+        the same values. Raises StateDictError (a CheckpointError and a RuntimeError) with all that does not fit.
+        """
+        check_state(self, self._makes.skeleton, state_dict, strict=strict, assign=assign)
+        return super().load_state_dict(state_dict, strict)
 
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
