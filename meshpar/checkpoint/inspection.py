@@ -244,22 +244,32 @@ def diff(a: Path | str, b: Path | str, *, tolerance: float = 0.0, progress: Prog
     """
     left, right = open_checkpoint(Path(a), disk), open_checkpoint(Path(b), disk)
     ours, theirs = left.manifest.tensors, right.manifest.tensors
-    found = [Difference(n, "missing", f"only in {left.root}") for n in ours if n not in theirs]
-    found += [Difference(n, "unexpected", f"only in {right.root}") for n in theirs if n not in ours]
-    common = [n for n in ours if n in theirs]
-    done = _Counter(sum(ours[n].nbytes for n in common), progress)
+    one_names, two_names = _stored_under(left.manifest), _stored_under(right.manifest)
+    found = [Difference(n, "missing", f"only in {left.root}") for n in one_names if n not in two_names]
+    found += [Difference(n, "unexpected", f"only in {right.root}") for n in two_names if n not in one_names]
+    common = [n for n in one_names if n in two_names and not (n not in ours and n not in theirs and _is_tied_alike(n, left, right))]
+    done = _Counter(sum(ours[one_names[n]].nbytes for n in common), progress)
     with Reader(left, disk) as one, Reader(right, disk) as two:
         for name in common:
-            found += _compare(one, two, name, tolerance, done)
+            found += _compare(one, two, name, (one_names[name], two_names[name]), tolerance, done)
     values_a, values_b = left.manifest.values, right.manifest.values
     if left.form == right.form == "meshpar":
         keys = sorted({*values_a, *values_b})
         found += [Difference(k, "values", "the stored values differ") for k in keys if values_a.get(k) != values_b.get(k)]
-    return Diff(str(left.root), str(right.root), len(common), sum(ours[n].nbytes for n in common), tuple(found))
+    return Diff(str(left.root), str(right.root), len(common), sum(ours[one_names[n]].nbytes for n in common), tuple(found))
 
 
-def _compare(one: Reader, two: Reader, name: str, tolerance: float, done: _Counter) -> list[Difference]:
-    a, b = one.checkpoint.manifest.tensors[name], two.checkpoint.manifest.tensors[name]
+def _stored_under(manifest: Manifest) -> dict[str, str]:
+    """Every name, those of tied tensors too, and the one it is stored under."""
+    return {**{n: n for n in manifest.tensors}, **manifest.aliases}
+
+
+def _is_tied_alike(name: str, left: Checkpoint, right: Checkpoint) -> bool:
+    return left.manifest.aliases[name] == right.manifest.aliases[name]
+
+
+def _compare(one: Reader, two: Reader, name: str, stored: tuple[str, str], tolerance: float, done: _Counter) -> list[Difference]:
+    a, b = one.checkpoint.manifest.tensors[stored[0]], two.checkpoint.manifest.tensors[stored[1]]
     if a.shape != b.shape:
         return [Difference(name, "shape", f"{list(a.shape)} and {list(b.shape)}")]
     out = []
@@ -270,7 +280,7 @@ def _compare(one: Reader, two: Reader, name: str, tolerance: float, done: _Count
         out = []
     count, largest, first = 0, 0.0, None
     for box in slabs(a.shape, max(ITEMSIZE[a.dtype], ITEMSIZE[b.dtype]), _DIFF_SLAB):
-        x, y = one.read(name, box), two.read(name, box)
+        x, y = one.read(stored[0], box), two.read(stored[1], box)
         done.add(x.nbytes, True)
         if a.dtype == b.dtype and np.array_equal(x, y):
             continue

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from meshpar._torch import LocalTensor, local_of
 from meshpar.errors import ConfigError, StateDictError, raise_all
-from meshpar.runtime.fit import Fact, Words, fit, short
+from meshpar.runtime.fit import FLOATS, Fact, Words, fit, short
 from meshpar.runtime.weights import tensor_groups
 
 EXTRA_STATE = "_extra_state"
@@ -68,7 +68,7 @@ def _infinite(state: Mapping[str, Any], facts: Mapping[str, Fact], own: Collecti
     """Values that a cast to a narrower dtype would make infinite; read only where there is such a cast."""
     complaints = []
     for name, value in state.items():
-        if name not in own or not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.is_meta:
+        if name not in own or not isinstance(value, torch.Tensor) or value.is_meta or not {value.dtype, facts[name].dtype} <= set(FLOATS):
             continue
         largest = torch.finfo(facts[name].dtype).max
         part = local_of(value) if isinstance(value, DTensor) else value
