@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
     from .mesh import data_rank, local_batch, make_mesh, rank_grid
     from .plan import Plan
+    from .runtime.fit import Weights
     from .runtime.gradients import clip_grad_norm_, grad_norm
     from .runtime.init import meta
     from .runtime.model import ParallelModel
@@ -39,6 +40,7 @@ _HOME = {
     "Plan": "plan",
     **dict.fromkeys(("clip_grad_norm_", "grad_norm"), "runtime.gradients"),
     "GradScaler": "runtime.scaler",
+    "Weights": "runtime.fit",
     "meta": "runtime.init",
     "ParallelModel": "runtime.model",
     **dict.fromkeys(("full_grad", "full_tensor"), "runtime.parameters"),
@@ -66,6 +68,7 @@ __all__ = [
     "Report",
     "StageError",
     "VerificationError",
+    "Weights",
     "add_rule",
     "checkpoint",
     "clip_grad_norm_",

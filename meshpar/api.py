@@ -6,7 +6,6 @@ model ── capture ──> graph ── rules + solver ──> Plan ── low
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from os import PathLike
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from .plan import Plan
 from .runtime.agreement import agree_on_values
 from .runtime.build import build
 from .runtime.failures import Together
+from .runtime.init import Source
 from .runtime.model import ParallelModel
 from .runtime.program import Programs
 from .runtime.schedules import schedule_of
@@ -37,21 +37,22 @@ def parallelize(
     rules: Mapping[str, str] | None = None,
     plan: Plan | None = None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
-    weights: str | PathLike[str] | None = None,
+    weights: Source | None = None,
 ) -> ParallelModel:
     """A module that trains `model` over all axes of `mesh` and computes the same function, gradients included.
 
     `example`: one data rank's local batch, keyword arguments as a dict or positional ones as a tuple; may be left out when the model
     offers `dummy_inputs`. `rules`: pattern of parameter names -> "tp:DIM" or "replicate", constraints on the solver. `plan`: an earlier
     plan for the same graph and mesh, obeyed as it is. `loss_fn(output, batch)`: the loss, where the model returns none. `weights`:
-    safetensors to fill a model built on `meta` from; each rank reads only its bytes. The given model is left as it is.
+    safetensors to fill a model built on `meta` (or any other) from; each rank reads only its bytes. `mp.Weights(path, ...)` says what is
+    accepted where a file does not fit the model: a new head, old buffers, another dtype. The given model is left as it is.
 
     Attributes that forward reads (also of objects, closures and globals) may change between steps, alike on every rank: set them on the
     model, on the module returned (`pm.beta = 0.5`, `pm.get_submodule(path)`) or on `pm.original_module`. A number that only enters
     arithmetic becomes an input of the program; any other change costs a capture. What forward writes is the returned module's own, once a
     step, and so are modes, requires_grad and buffers. `capture/ambient.py` lists what else may change, and what is done about it.
 
-    Raises ConfigError, CaptureError, PlanError or BatchError before anything is allocated.
+    Raises ConfigError, CaptureError, PlanError or BatchError before anything is allocated, CheckpointError for weights that do not fit.
 
         mesh = mp.make_mesh("dp=2,tp=2")
         pm = mp.parallelize(model, mesh, example=batch)
@@ -77,7 +78,7 @@ def _parallelize(
     rules: Mapping[str, str] | None,
     plan: Plan | None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
-    weights: str | PathLike[str] | None,
+    weights: Source | None,
     together: Together,
 ) -> ParallelModel:
     check_batch((args, kwargs), mesh)

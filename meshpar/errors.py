@@ -38,6 +38,10 @@ class CheckpointError(MeshparError):
     """A checkpoint is corrupt, incomplete, or not what was asked for."""
 
 
+class StateDictError(CheckpointError, RuntimeError):
+    """A state dict that does not fit the model: a RuntimeError too, as from torch."""
+
+
 def near(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """A sentence with the names nearest to `name`, or an empty string.
 

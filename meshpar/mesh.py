@@ -231,6 +231,22 @@ def _difference(ranks: tuple[int, int], texts: Sequence[tuple[list[str], list[st
     return "\n".join(["  The first lines that differ:", *parts])
 
 
+def spread(mesh: DeviceMesh) -> Callable[[list[str]], list[str]]:
+    """A function that turns what a rank has to say into what all ranks of the mesh have, in their order. Collective over the mesh."""
+
+    def everyone(mine: list[str]) -> list[str]:
+        if not _is_real(mesh):
+            return mine
+        found = mine
+        for dim in range(mesh.ndim):
+            rows: list[Any] = [None] * mesh.size(dim)
+            dist.all_gather_object(rows, found, group=mesh.get_group(dim))
+            found = [text for row in rows for text in row]
+        return found
+
+    return everyone
+
+
 def check_batch(batch: Any, mesh: DeviceMesh) -> None:
     """Raise `BatchError` on every rank unless batches have one structure everywhere and one content outside the data axes.
 

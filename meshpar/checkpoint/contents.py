@@ -164,6 +164,14 @@ def resolved(module: nn.Module, manifest: Manifest) -> tuple[dict[str, torch.Ten
     return tensors, found.__getitem__
 
 
+def twins_of(module: nn.Module, manifest: Manifest) -> Iterator[tuple[str, tuple[str, ...], torch.Tensor]]:
+    """The tensors of the module that were stored more than once, under several of their names: the first name, the others, the tensor."""
+    for group in named_groups(module):
+        stored = [name for name in group if name in manifest.tensors]
+        if len(stored) > 1:
+            yield stored[0], tuple(stored[1:]), tensor_at(module, group[0])
+
+
 def _place(module: nn.Module, tensors: Mapping[str, Any]) -> tuple[Grid, int]:
     """The mesh for the record, and this rank's pipeline stage."""
     mesh = _mesh(module)

@@ -85,11 +85,16 @@ class Disk:
             raise CorruptError(f"{path} is not a regular file.")
         return fd
 
-    def create(self, path: Path, size: int) -> int:
-        """Open a file for writing, keep what it holds, and set its size."""
+    def create(self, path: Path, size: int | None, *, inside: int | None = None) -> int:
+        """Open a file for writing, keep what it holds, set its size if given. `inside`: a new file of this name in an opened directory."""
         self.step("create")
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        os.ftruncate(fd, size)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        if inside is None:
+            fd = os.open(path, flags, 0o644)
+        else:
+            fd = os.open(path.name, flags | os.O_EXCL, 0o644, dir_fd=inside)
+        if size is not None:
+            os.ftruncate(fd, size)
         return fd
 
     def read(self, fd: int, views: Sequence[memoryview], offset: int) -> None:

@@ -20,15 +20,15 @@ from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk, read_header
 from meshpar.checkpoint.jobs import slabs
 from meshpar.checkpoint.manifest import MANIFEST, Manifest
 from meshpar.checkpoint.opened import ASSETS, INDEX, Checkpoint, Pool, open_checkpoint
-from meshpar.checkpoint.partial import JOURNAL, LOCK, is_locked
+from meshpar.checkpoint.partial import LOCK, REMOVED, SCRATCH, is_locked, remove_partial, set_aside
 from meshpar.checkpoint.reading import Reader
 from meshpar.checkpoint.table import Chunk
 from meshpar.errors import ConfigError
 
 Progress = Callable[[int, int], None]
 _DIFF_SLAB = 16 << 20
+_PARTIAL = ".partial"
 _BOX = re.compile(r"#\d+$")  # what follows a tensor's name where a file holds several of its boxes
-_REMOVED = ".removed"
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _verify_asset(opened: Checkpoint, name: str, disk: Disk) -> Iterator[str]:
 def _unexpected(opened: Checkpoint) -> Iterator[str]:
     """What lies in the directory and belongs to nothing."""
     if opened.form == "meshpar":
-        known = {f.name for f in opened.manifest.files} | {MANIFEST, LOCK, JOURNAL}
+        known = {f.name for f in opened.manifest.files} | {MANIFEST, *SCRATCH}
         assets = {a.name for a in opened.manifest.assets}
         for path in sorted(opened.root.iterdir()):
             if path.name == ASSETS and path.is_dir() and not path.is_symlink():
@@ -244,22 +244,32 @@ def diff(a: Path | str, b: Path | str, *, tolerance: float = 0.0, progress: Prog
     """
     left, right = open_checkpoint(Path(a), disk), open_checkpoint(Path(b), disk)
     ours, theirs = left.manifest.tensors, right.manifest.tensors
-    found = [Difference(n, "missing", f"only in {left.root}") for n in ours if n not in theirs]
-    found += [Difference(n, "unexpected", f"only in {right.root}") for n in theirs if n not in ours]
-    common = [n for n in ours if n in theirs]
-    done = _Counter(sum(ours[n].nbytes for n in common), progress)
+    one_names, two_names = _stored_under(left.manifest), _stored_under(right.manifest)
+    found = [Difference(n, "missing", f"only in {left.root}") for n in one_names if n not in two_names]
+    found += [Difference(n, "unexpected", f"only in {right.root}") for n in two_names if n not in one_names]
+    common = [n for n in one_names if n in two_names and not (n not in ours and n not in theirs and _is_tied_alike(n, left, right))]
+    done = _Counter(sum(ours[one_names[n]].nbytes for n in common), progress)
     with Reader(left, disk) as one, Reader(right, disk) as two:
         for name in common:
-            found += _compare(one, two, name, tolerance, done)
+            found += _compare(one, two, name, (one_names[name], two_names[name]), tolerance, done)
     values_a, values_b = left.manifest.values, right.manifest.values
     if left.form == right.form == "meshpar":
         keys = sorted({*values_a, *values_b})
         found += [Difference(k, "values", "the stored values differ") for k in keys if values_a.get(k) != values_b.get(k)]
-    return Diff(str(left.root), str(right.root), len(common), sum(ours[n].nbytes for n in common), tuple(found))
+    return Diff(str(left.root), str(right.root), len(common), sum(ours[one_names[n]].nbytes for n in common), tuple(found))
 
 
-def _compare(one: Reader, two: Reader, name: str, tolerance: float, done: _Counter) -> list[Difference]:
-    a, b = one.checkpoint.manifest.tensors[name], two.checkpoint.manifest.tensors[name]
+def _stored_under(manifest: Manifest) -> dict[str, str]:
+    """Every name, those of tied tensors too, and the one it is stored under."""
+    return {**{n: n for n in manifest.tensors}, **manifest.aliases}
+
+
+def _is_tied_alike(name: str, left: Checkpoint, right: Checkpoint) -> bool:
+    return left.manifest.aliases[name] == right.manifest.aliases[name]
+
+
+def _compare(one: Reader, two: Reader, name: str, stored: tuple[str, str], tolerance: float, done: _Counter) -> list[Difference]:
+    a, b = one.checkpoint.manifest.tensors[stored[0]], two.checkpoint.manifest.tensors[stored[1]]
     if a.shape != b.shape:
         return [Difference(name, "shape", f"{list(a.shape)} and {list(b.shape)}")]
     out = []
@@ -270,7 +280,7 @@ def _compare(one: Reader, two: Reader, name: str, tolerance: float, done: _Count
         out = []
     count, largest, first = 0, 0.0, None
     for box in slabs(a.shape, max(ITEMSIZE[a.dtype], ITEMSIZE[b.dtype]), _DIFF_SLAB):
-        x, y = one.read(name, box), two.read(name, box)
+        x, y = one.read(stored[0], box), two.read(stored[1], box)
         done.add(x.nbytes, True)
         if a.dtype == b.dtype and np.array_equal(x, y):
             continue
@@ -344,30 +354,41 @@ def gc(root: Path | str, *, keep: int | None = None, dry_run: bool = False, disk
         raise ConfigError(f"{base} is not a directory.")
     doomed = [p for p in sorted(base.iterdir()) if _is_partial(p) and not is_locked(p)]
     doomed += [
-        p for p in sorted(base.iterdir()) if p.name.startswith(".") and p.name.endswith(_REMOVED) and p.is_dir() and not p.is_symlink()
+        p for p in sorted(base.iterdir()) if p.name.startswith(".") and p.name.endswith(REMOVED) and p.is_dir() and not p.is_symlink()
     ]
     if keep is not None:
         complete = [base / row["name"] for row in ls(base, disk) if row["state"] == "complete" and row["form"] == "meshpar"]
-        complete.sort(key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
-        doomed += complete[:-keep]
-    if not dry_run:
-        for path in doomed:
-            _remove(path, disk)
-    return [str(p) for p in doomed]
+        written = {p: at for p in complete if (at := _written_at(p)) is not None}
+        doomed += sorted(written, key=written.__getitem__)[:-keep]
+    return [str(p) for p in doomed if dry_run or _remove(p, disk)]
 
 
-def _remove(path: Path, disk: Disk) -> None:
+def _written_at(path: Path) -> int | None:
+    """When a checkpoint was written, in nanoseconds; None if somebody has removed it."""
     try:
-        if not path.name.startswith("."):
-            hidden = path.with_name(f".{path.name}{_REMOVED}")
-            disk.rename(path, hidden)
-            path = hidden
-        disk.remove_tree(path)
+        return (path / MANIFEST).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _remove(path: Path, disk: Disk) -> bool:
+    """Remove one directory; False if a writer has taken it over, or somebody else has removed it meanwhile."""
+    try:
+        if path.name.endswith(_PARTIAL):
+            return remove_partial(path, disk)
+        disk.remove_tree(path if path.name.startswith(".") else set_aside(path, disk))
+    except FileNotFoundError:
+        return False
     except OSError as error:
         raise StorageError(f"{path} could not be removed: {error}") from error
+    return True
 
 
 def _is_partial(path: Path) -> bool:
-    return (
-        path.name.startswith(".") and path.name.endswith(".partial") and path.is_dir() and not path.is_symlink() and (path / LOCK).exists()
-    )
+    """Whether a directory is a writer's; one that was killed before it had the lock leaves an empty one."""
+    if not (path.name.startswith(".") and path.name.endswith(_PARTIAL) and path.is_dir() and not path.is_symlink()):
+        return False
+    try:
+        return (path / LOCK).exists() or not any(path.iterdir())
+    except FileNotFoundError:
+        return False  # it has just been renamed

@@ -128,8 +128,8 @@ def write_content(path: Path | str, ranks: Ranks, share: Share, disk: Disk | Non
     """Write the shares of all ranks as one checkpoint. Collective over `ranks`."""
     target, disk = Path(path).absolute(), disk or Disk()
 
-    def write(root: Path) -> Record:
-        return write_rank(root, ranks.rank, share.parts, share.values, disk)
+    def write(root: Path, token: str) -> Record:
+        return write_rank(root, ranks.rank, share.parts, share.values, disk, token=token)
 
     def commit(partial: Partial, records: Sequence[Record]) -> None:
         finish(partial, merge(records, share.grid, aliases=share.aliases), share.assets)
@@ -137,19 +137,19 @@ def write_content(path: Path | str, ranks: Ranks, share: Share, disk: Disk | Non
     if ranks.rank == 0:
         _lead(target, disk, write, commit, ranks)
         return
-    root = Path(ranks.hear())
-    ranks.to_lead(attempt(lambda: write(root)))
+    token, _, root = ranks.hear().partition(" ")
+    ranks.to_lead(attempt(lambda: write(Path(root), token)))
     ranks.hear()
 
 
 def _lead(
-    target: Path, disk: Disk, write: Callable[[Path], Record], commit: Callable[[Partial, Sequence[Record]], None], ranks: Ranks
+    target: Path, disk: Disk, write: Callable[[Path, str], Record], commit: Callable[[Partial, Sequence[Record]], None], ranks: Ranks
 ) -> None:
     """Rank 0: open the directory, write its own part, collect the others' records, commit; tell the others how it went."""
     try:
         with writing(target, "", disk) as partial:
-            ranks.tell(str(partial.path))
-            commit(partial, ranks.to_lead(attempt(lambda: write(partial.path))))
+            ranks.tell(f"{partial.token} {partial.path}")
+            commit(partial, ranks.to_lead(attempt(lambda: write(partial.path, partial.token))))
     except Exception as error:
         ranks.tell(error=error)
         raise

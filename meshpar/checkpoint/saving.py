@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from meshpar.checkpoint.faults import StorageError
 from meshpar.checkpoint.ranks import Group, Ranks
 
 
@@ -55,6 +56,8 @@ class Saving:
                 write()
             except Exception as error:
                 self._failure.append(error)
+            except BaseException as error:  # it ends the thread, and the save with it
+                self._failure.append(StorageError(f"Writing {self.path} was ended by {type(error).__name__}: {error}"))
 
         self._thread = threading.Thread(target=work, name=f"save {self.path}")
         self._thread.start()

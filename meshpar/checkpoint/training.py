@@ -26,16 +26,29 @@ from torch import nn
 
 from meshpar.checkpoint import optimizers
 from meshpar.checkpoint.assets import Assets
-from meshpar.checkpoint.contents import EXTRA, MORE, OWN, collecting, generators, mesh_text, named_groups, one_mesh, resolved, tensor_at
+from meshpar.checkpoint.contents import (
+    EXTRA,
+    MORE,
+    OWN,
+    collecting,
+    generators,
+    mesh_text,
+    named_groups,
+    one_mesh,
+    resolved,
+    tensor_at,
+    twins_of,
+)
 from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import Disk
 from meshpar.checkpoint.online import check_modes, fill, prepare, read_row, read_whole, shared_open, write_content
 from meshpar.checkpoint.opened import Checkpoint
 from meshpar.checkpoint.optimizers import Restoring
-from meshpar.checkpoint.placed import Held
+from meshpar.checkpoint.placed import Held, held
 from meshpar.checkpoint.ranks import Failure, Group, Ranks, attempt
 from meshpar.checkpoint.reading import Reader
 from meshpar.checkpoint.saving import SAVING, Saving, last_save
+from meshpar.checkpoint.twins import check_twins
 from meshpar.checkpoint.values import decode
 from meshpar.checkpoint.writer import PerRank
 from meshpar.errors import raise_all
@@ -134,6 +147,8 @@ def load(
     the model may change dtype. `per_rank` ("error", "skip", "all"): what happens to `PerRank` values when the mesh is another one. What was
     skipped or cast is said in a warning.
 
+    Tensors that were saved under several names and are one in this module must hold the same bits, else CorruptError names them.
+
     On the same mesh everything is restored bit for bit. Names, shapes and dtypes are checked on all ranks before anything is changed, and
     every block that is read against its checksum. Raises CorruptError (or RankError where another rank found it).
 
@@ -151,12 +166,18 @@ def load(
     mesh = one_mesh(ranks.everyone(mesh_text(module)))
     same = opened.manifest.values.get("ranks") == ranks.world and opened.manifest.values.get("mesh") == mesh
     plan: list[Restoring] = []
+    heard = [name for name in opened.manifest.tensors if name.startswith(EXTRA)]
 
     def collect() -> dict[str, torch.Tensor | Held]:
         _check_whole(opened, {"optimizer": optimizer, "scheduler": scheduler}, unexpected, missing)
         if per_rank == "error" and not same:
             _check_per_rank(opened, mesh, ranks)
         names, resolve = resolved(module, opened.manifest)
+        twins = [(name, others, held(tensor)) for name, others, tensor in twins_of(module, opened.manifest)]
+        heard.extend(other for _, others, _ in twins for other in others)
+        if twins:
+            with Reader(opened, disk) as reader:
+                check_twins(reader, twins)
         asked: dict[str, torch.Tensor | Held] = dict(names)
         if optimizer is not None and not (missing == "skip" and "optimizer" not in opened.manifest.values):
             known = {id(tensor_at(module, group[0])): group[0] for group in named_groups(module)}
@@ -164,7 +185,6 @@ def load(
             asked |= plan[0].tensors
         return asked | {MORE + name: tensor for name, tensor in (tensors or {}).items()}
 
-    heard = [name for name in opened.manifest.tensors if name.startswith(EXTRA)]
     kinds = ("model", "optimizer", "extra")
     found = fill(opened, ranks, collect, missing=missing, unexpected=unexpected, dtype=dtype, kinds=kinds, disk=disk, heard=heard)
     extra = attempt(lambda: _restore(opened, ranks.rank if same else None, module, scheduler, plan, per_rank, disk))

@@ -3,7 +3,7 @@
     rank 0                            rank 1 ... n-1
     with writing(target) as partial                                    the directory appears, locked
     write_rank(partial.path, 0, ...)  write_rank(partial.path, r, ...)  every rank: its files, synced, and a record of them
-    finish(partial, records)                                           merge, prove, manifest, rename
+    finish(partial, merge(records))                                    merge, prove, look at the files, manifest, rename
 
 Merging the records refuses whatever two ranks do not agree on: a name with two shapes, a box written twice or never, a value that differs.
 Values that should differ are declared: tensors of kind "rank", and `PerRank` values.
@@ -27,7 +27,7 @@ from meshpar.checkpoint.faults import CorruptError
 from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk
 from meshpar.checkpoint.manifest import MANIFEST, Asset, FileRecord, Manifest
 from meshpar.checkpoint.opened import ASSETS
-from meshpar.checkpoint.partial import Partial
+from meshpar.checkpoint.partial import Partial, shared_directory
 from meshpar.checkpoint.sink import NewFile, Sink, pack, rank_files, rank_suffixes
 from meshpar.checkpoint.table import Alike, Chunks, Table
 from meshpar.errors import ConfigError
@@ -77,15 +77,28 @@ def rank_tensor(name: str, rank: int, world: int, array: Array, dtype: str) -> L
     return Local(name, dtype, (world, *array.shape), tuple((run,) for run in runs), lambda: array[None].view(word(dtype)), "rank")
 
 
-def write_rank(root: Path, rank: int, tensors: Iterable[Local], values: Mapping[str, Any], disk: Disk, *, checksums: bool = True) -> Record:
-    """Write the files of one rank into a partial directory and sync them. Holds one tensor's local bytes at a time, and a buffer."""
+def write_rank(
+    root: Path,
+    rank: int,
+    tensors: Iterable[Local],
+    values: Mapping[str, Any],
+    disk: Disk,
+    *,
+    checksums: bool = True,
+    token: str = "",
+) -> Record:
+    """Write the files of one rank into a partial directory and sync them. Holds one tensor's local bytes at a time, and a buffer.
+
+    `token`: that of the writer whose directory is meant; into one that another writer has begun meanwhile nothing is written.
+    """
     held = list(tensors)
     by_name = {t.name: t for t in held}
     if len(by_name) != len(held):
         twice = sorted({t.name for t in held if sum(o.name == t.name for o in held) > 1})
         raise ConfigError(f"Rank {rank} saves {', '.join(twice[:5])} twice; the parts of one tensor belong into one entry.")
     sink = _sink(rank, held)
-    handles = [_start(disk, root, new) for new in sink.files]
+    with shared_directory(root, token) as inside:
+        handles = [_start(disk, root, new, inside) for new in sink.files]
     out = _Gathered(disk, handles)
     groups = [(g.chunks.boxes, g.chunks.file.tolist(), g.chunks.begin.tolist()) for g in sink.table.groups]
     crcs: list[list[int]] = [[] for _ in groups]  # of each group: its rows come in order
@@ -124,8 +137,8 @@ def _sink(rank: int, held: Sequence[Local]) -> Sink:
     return pack(names, table, [rank_suffixes(len(g.chunks.boxes)) for g in groups], sharded=True)
 
 
-def _start(disk: Disk, root: Path, new: NewFile) -> int:
-    fd = disk.create(root / new.name, new.size)
+def _start(disk: Disk, root: Path, new: NewFile, inside: int) -> int:
+    fd = disk.create(root / new.name, new.size, inside=inside)
     disk.write(fd, [memoryview(new.header)], 0)
     return fd
 
@@ -275,9 +288,25 @@ def _per_rank(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 def finish(partial: Partial, manifest: Manifest, assets: Mapping[str, bytes] | None = None) -> None:
     """Write the manifest of files that all ranks have synced, and make the directory the checkpoint. `assets`: files to put beside them."""
+    _check_files(partial, manifest)
     manifest = replace(manifest, assets=_write_assets(partial, assets or {}))
     partial.disk.write_file(partial.path / MANIFEST, manifests.dump(manifest))
     partial.commit()
+
+
+def _check_files(partial: Partial, manifest: Manifest) -> None:
+    """The files that ranks say they wrote are here, whole: not on a disk of another machine, and nobody removed them."""
+    wrong = []
+    for file in manifest.files:
+        try:
+            size = os.stat(partial.path / file.name, follow_symlinks=False).st_size
+        except FileNotFoundError:
+            size = -1
+        if size != file.size:
+            wrong.append(f"{file.name} {'is not there' if size < 0 else f'has {size} bytes instead of {file.size}'}")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CorruptError(f"{partial.path}: {', '.join(wrong[:5])}{more}. All ranks must see the same directory.")
 
 
 def _write_assets(partial: Partial, assets: Mapping[str, bytes]) -> tuple[Asset, ...]:

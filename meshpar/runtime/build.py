@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .._torch import alone as alone_in
 from .._torch import forget_meshes
 from ..config import ParallelConfig
 from ..errors import ConfigError
-from ..mesh import axis
+from ..mesh import axis, spread
 from ..plan import ParameterPlan, Plan
 from ..sharding.types import Owned, Shard
 from ..simulate import is_simulated
@@ -24,7 +23,7 @@ from .blocks import Block, Tree
 from .data_parallel import DataParallel
 from .data_parallel import apply as apply_data_parallel
 from .engine import Engine, Whole, teach
-from .init import materialise
+from .init import Share, Source, materialise
 from .parameters import ParameterSpec, mark_all
 from .pipeline import Pipelined
 from .program import Program, left_alone
@@ -42,7 +41,7 @@ def build(
     program: Program,
     schedule: Schedule | None,
     *,
-    weights: str | PathLike[str] | None = None,
+    weights: Source | None = None,
     filled: bool = True,
 ) -> Engine:
     """The engine that runs `program` on this rank, with the values of `model`, or those in `weights`; with none if not `filled`.
@@ -70,7 +69,14 @@ def build(
         adopt(tree, specs, apart=are_apart(program.plan, mesh))
         parameters.update(tree.named_parameters())
     if filled and not without_memory:
-        _fill(model, config, trees, parameters, weights)
+        _fill(
+            model,
+            config,
+            trees,
+            parameters,
+            weights,
+            Share(lambda n: place.share_of(parameters[n]), (*program.plan.parameters,), spread(mesh)),
+        )
     if schedule is None:
         return Whole(trees[0], data[0], program)
     ties = _ties(program.plan, mesh, parameters)
@@ -109,11 +115,17 @@ def _fill(
     config: ParallelConfig,
     trees: Mapping[int, Tree],
     parameters: Mapping[str, nn.Parameter],
-    weights: str | PathLike[str] | None,
+    weights: Source | None,
+    share: Share,
 ) -> None:
     """Give parameters and buffers their values."""
     buffers = materialise(
-        model, list(parameters), lambda n, value: place.fill(parameters[n], value), weights=weights, dtype=config.precision.param_dtype
+        model,
+        list(parameters),
+        lambda n, value: place.fill(parameters[n], value),
+        weights=weights,
+        dtype=config.precision.param_dtype,
+        share=share,
     )
     with torch.no_grad():
         for tree in trees.values():
@@ -166,7 +178,7 @@ def _simulated(
     config: ParallelConfig,
     program: Program,
     specs: Mapping[str, ParameterSpec],
-    weights: str | PathLike[str] | None,
+    weights: Source | None,
     filled: bool,
 ) -> Tree:
     """The tree of all simulated ranks, which live in this process: whole values are here, and every rank's part is cut from them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -11,12 +12,27 @@ import torch
 from torch import nn
 
 from meshpar._torch import maybe_disable_local_tensor_mode
-from meshpar.errors import MeshparError, raise_all
+from meshpar.errors import CheckpointError, MeshparError, raise_all
+from meshpar.runtime.fit import Weights
 from meshpar.runtime.record import mark_of, recording, ref_of
+from meshpar.runtime.same import difference
 from meshpar.runtime.tape import Ref, Replay, Tape
-from meshpar.runtime.weights import Lazy, Weights
+from meshpar.runtime.weights import Files, Lazy, Matched, Ranges, say
 
 Place = Callable[[str, torch.Tensor | Lazy], None]
+Source = str | PathLike[str] | Weights
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this rank holds of a model, for what is asked of a file: the part of each of its parameters, and the names on any rank.
+
+    `spread`: complaints of this rank -> those of all ranks, so that all fail together (collective).
+    """
+
+    part: Callable[[str], Ranges] = lambda name: ()
+    names: Sequence[str] | None = None
+    spread: Callable[[list[str]], list[str]] = lambda complaints: complaints
 
 
 @contextmanager
@@ -42,17 +58,19 @@ def materialise(
     place: Place,
     *,
     seed: int | None = None,
-    weights: str | PathLike[str] | None = None,
+    weights: Source | None = None,
     dtype: torch.dtype | None = None,
+    share: Share | None = None,
 ) -> dict[str, torch.Tensor]:
     """Hand the value of every parameter in `names` to `place(name, value)`, one at a time and in any order; returns all buffers, by name.
 
     `names`: canonical names, as in `model.named_parameters()`. `value` is a full tensor on the CPU or, with `weights`, a `Lazy` that reads
     the parts it is asked for; `read(value, ranges)` treats both alike. The model is not changed.
 
-    With `weights` (a safetensors file, its index, or a directory that holds either) values come from there. Without, from the record of
-    `meta()`, or, for a model built under `torch.device("meta")`, from its own `reset_parameters` and `init_weights` or `_init_weights`.
-    Parameters that have memory are handed on as they are.
+    With `weights` (a safetensors file, its index, or a directory that holds either, or `Weights` of one) values come from there; where a
+    file has several names of one tensor, they must hold the same values in the part that any rank reads (`share`). Without, from the
+    record of `meta()`, or, for a model built under `torch.device("meta")`, from its own `reset_parameters` and `init_weights` or
+    `_init_weights`. Parameters that have memory are handed on as they are.
 
     `seed`: as if `torch.manual_seed(seed)` had been called before the model was built; None: the state the generator then had.
     `dtype`: what floating values are cast to; without it the dtypes in the file must be those of the model.
@@ -65,11 +83,15 @@ def materialise(
     if weights is None:
         wanted: dict[str, torch.Tensor] = {name: parameters[name] for name in names}
     else:
-        source = Weights.open(weights)
-        found |= {name: source[name].read().to(buffers[name].dtype) for name in source.check(model, names, dtype=dtype)}
+        asked, share = weights if isinstance(weights, Weights) else Weights(weights), share or Share()
+        matched = Files.open(asked.path).match(model, names if share.names is None else share.names, asked, dtype=dtype)
+        _check_twins(matched, names, share)
+        say(matched.notes)
+        found |= {name: matched.lazy[name].read().to(buffers[name].dtype) for name in matched.buffers}
         for name in names:
-            place(name, source.lazy(name, dtype))
-        wanted = {}
+            if name in matched.lazy:
+                place(name, matched.lazy[name])
+        wanted = {name: parameters[name] for name in names if name not in matched.lazy}
     wanted |= {name: buffer for name, buffer in buffers.items() if name not in found}
 
     for name, value in _once(_initialised(model, wanted, seed)):
@@ -78,6 +100,26 @@ def materialise(
         else:
             found[name] = value
     return {name: found[name] for name in buffers}
+
+
+def _check_twins(matched: Matched, names: Sequence[str], share: Share) -> None:
+    """Names of one tensor must hold the same values: this rank looks where it reads, and all ranks learn what any of them has found."""
+    if not matched.twins:
+        return
+    own, complaints = set(names), list[str]()
+    for name, pairs in matched.twins.items():
+        if name in own or name in matched.buffers:
+            ranges = share.part(name) if name in own else ()
+            for one, other in pairs:
+                where = difference(one, other, ranges)
+                complaints += [f"{one.name} and {other.name}: {where}."] if where else []
+    complaints = list(dict.fromkeys(share.spread(complaints)))
+    raise_all(
+        CheckpointError,
+        "the file holds different values under names that are one tensor in the model. Build the model without the tie, or say which name "
+        "is to be left in the file: weights=mp.Weights(path, unexpected=[NAME]).",
+        complaints,
+    )
 
 
 def _initialised(model: nn.Module, wanted: Mapping[str, torch.Tensor], seed: int | None) -> Iterator[tuple[str, torch.Tensor]]:

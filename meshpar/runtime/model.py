@@ -37,7 +37,9 @@ from .names import together as one_module
 from .parameters import convert_state_dicts
 from .pipeline import Pipelined
 from .program import Program, Programs, Signature, flatten, restore
+from .states import EXTRA_STATE, check_state
 from .variants import Variant, Variants
+from .weights import tensor_groups
 
 _OWN = frozenset({"mesh", "config", "random", "training"})
 """Attributes of a parallel model that are its own, and not the model's."""
@@ -81,7 +83,8 @@ class ParallelModel(nn.Module):
             self._at(path).training = module.training
         self.__dict__["_variants"] = Variants(self, programs, engine, mesh)
         self._variants.learn(first, config.microbatches)
-        convert_state_dicts(self, known=frozenset(programs.skeleton.state_dict()))
+        known = frozenset(n for n in programs.skeleton.state_dict() if n.rpartition(".")[2] != EXTRA_STATE)
+        convert_state_dicts(self, known, [group for group, _ in tensor_groups(programs.skeleton) if len(group) > 1])
 
     def _take_names(self) -> None:
         """The trees' own tables, not copies: what FSDP2 swaps there is what this module shows."""
@@ -163,11 +166,6 @@ class ParallelModel(nn.Module):
         self._makes.hooks.refuse_state()
         return super().state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Take a state dict of this model, or of the model as it was. Raises ConfigError where hooks of the model would have changed it."""
-        self._makes.hooks.refuse_state()
-        return super().load_state_dict(*args, **kwargs)
-
     @torch.no_grad()
     def spread_buffers(self) -> None:
         """Give every stage of this rank that has a copy of a buffer the values it has under this module's names, as after loading."""
@@ -192,6 +190,17 @@ class ParallelModel(nn.Module):
                 new._variants.learn(program, microbatches, token)
         new.random.load_state_dict(self.random.state_dict())
         return new
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict of this model on any rank's share, or of the model as it was (whole tensors): every rank keeps its part.
+
+        As in torch, floating values are cast, and without `strict` missing and unexpected names are returned. Names of one tensor must hold
+        the same values. Raises StateDictError (a CheckpointError and a RuntimeError) with all that does not fit, ConfigError where hooks
+        of the model would have changed it.
+        """
+        self._makes.hooks.refuse_state()
+        check_state(self, self._makes.skeleton, state_dict, strict=strict, assign=assign)
+        return super().load_state_dict(state_dict, strict)
 
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ from meshpar._torch import (
     local_of,
     maybe_disable_local_tensor_mode,
 )
+from meshpar.errors import StateDictError, raise_all
+from meshpar.runtime.same import difference_of_dtensors
 from meshpar.sharding.types import Shard, Type, chunk, local_shape
 from meshpar.simulate import is_simulated, per_rank
 
@@ -204,11 +206,13 @@ def from_true(value: torch.Tensor, spec: ParameterSpec, like: DTensor) -> DTenso
     return dtensor_like(_each_rank(like.device_mesh, part, full), like)
 
 
-def convert_state_dicts(module: nn.Module, known: Collection[str] = ()) -> None:
+def convert_state_dicts(module: nn.Module, known: Collection[str] = (), tied: Sequence[Sequence[str]] = ()) -> None:
     """Make `module.state_dict()` speak true DTensors; collective if torch cannot express some layout.
 
     `load_state_dict()` takes them, and whole tensors in the original order too (a state dict of the unparallel model), of which every rank
-    keeps its part. `known`: names of the unparallel model; those that this rank has not, as others hold them, are passed over.
+    keeps its part. `known`: names of the unparallel model; those that this rank has not, as others hold them, are passed over. `tied`:
+    names of one tensor. If a state dict has several of them, they must hold the same values (else StateDictError, on all ranks: whole
+    tensors are compared whole, DTensors that lie alike part by part, others gathered).
     """
 
     def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
@@ -217,6 +221,7 @@ def convert_state_dicts(module: nn.Module, known: Collection[str] = ()) -> None:
                 state[prefix + name] = true_dtensor(parameter.detach(), spec)  # type: ignore[arg-type]
 
     def load(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+        _check_tied(state, prefix, tied)
         own = {name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))}
         for name in set(known) - own:
             state.pop(prefix + name, None)
@@ -228,6 +233,22 @@ def convert_state_dicts(module: nn.Module, known: Collection[str] = ()) -> None:
 
     module.register_state_dict_post_hook(save)
     module.register_load_state_dict_pre_hook(load)
+
+
+def _check_tied(state: dict[str, Any], prefix: str, tied: Sequence[Sequence[str]]) -> None:
+    """Refuse several values for one tensor. A name that is not there is nothing to compare."""
+    complaints = []
+    for group in tied:
+        present = [name for name in group if isinstance(state.get(prefix + name), torch.Tensor)]
+        for other in present[1:]:
+            where = difference_of_dtensors(state[prefix + present[0]], state[prefix + other])
+            complaints += [f"{prefix}{present[0]} and {prefix}{other}: {where}."] if where else []
+    raise_all(
+        StateDictError,
+        "the state dict holds different values under names that are one tensor in the model. Leave one of them out of it, or build the "
+        "model without the tie.",
+        complaints,
+    )
 
 
 def _laid_out(module: nn.Module) -> Iterator[tuple[str, DTensor, ParameterSpec]]:

@@ -51,6 +51,12 @@ def fill(parameter: nn.Parameter, value: torch.Tensor | Lazy) -> None:
         local.copy_(read(value, part_of(parameter)))
 
 
+def share_of(parameter: torch.Tensor) -> Ranges:
+    """`part_of`, also where that is nothing."""
+    local = local_of(parameter) if isinstance(parameter, DTensor) else parameter
+    return part_of(parameter) if local.numel() or not parameter.dim() else [(0, 0, 0)]
+
+
 def part_of(parameter: torch.Tensor) -> Ranges:
     """Which ranges of the whole tensor this rank holds, as (dim, start, stop).
 

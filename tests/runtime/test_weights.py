@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from meshpar.errors import CheckpointError
+from meshpar.runtime.fit import Weights
 from meshpar.runtime.init import materialise, meta
-from meshpar.runtime.weights import Lazy, Weights, read
+from meshpar.runtime.weights import Files, Lazy, read
 
 
 class Net(nn.Module):
@@ -132,7 +135,9 @@ def test_a_common_prefix_is_recognised(tmp_path: Path, real: Net, carried: bool)
 
 def test_casts_only_when_asked(tmp_path: Path, real: Net) -> None:
     path = saved(tmp_path, {name: value.bfloat16() if value.is_floating_point() else value for name, value in tensors(real).items()})
-    with pytest.raises(CheckpointError, match="first.weight is bfloat16, the model's float32"):
+    with pytest.raises(
+        CheckpointError, match=r"first.bias, first.weight, .* are bfloat16, the model's float32.*Precision\(param_dtype=torch.float32\)"
+    ):
         load(path)
     found, buffers = load(path, dtype=torch.float32)
     assert torch.equal(found["first.weight"], real.first.weight.bfloat16().float())
@@ -152,14 +157,14 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_a_lazy_tensor_reads_ranges(tmp_path: Path) -> None:
     full = torch.arange(48).view(8, 6)
-    lazy = Weights.open(saved(tmp_path, {"w": full, "s": torch.tensor(3.0)}))["w"]
+    lazy = Files.open(saved(tmp_path, {"w": full, "s": torch.tensor(3.0)}))["w"]
     assert isinstance(lazy, Lazy) and lazy.shape == (8, 6) and lazy.dtype == torch.int64
     ranges = [(0, 0, 2), (0, 6, 7), (1, 2, 4)]
     assert torch.equal(lazy.read(ranges), full[[0, 1, 6]][:, 2:4])
     assert torch.equal(read(full, ranges), lazy.read(ranges))
     assert torch.equal(lazy.read(), full)
     assert lazy.read([(0, 3, 3)]).shape == (0, 6)
-    assert Weights.open(tmp_path)["s"].read().item() == 3.0
+    assert Files.open(tmp_path)["s"].read().item() == 3.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5), st.integers(0, 5)), max_size=4))
@@ -176,6 +181,159 @@ def test_ranges_of_a_tensor_in_memory(ranges: list[tuple[int, int, int]]) -> Non
 
 def test_a_wholly_different_file_gets_a_short_answer(tmp_path: Path) -> None:
     path = saved(tmp_path, {f"block.{i}.weight": torch.ones(1) for i in range(300)})
-    with pytest.raises(CheckpointError, match=r"\.\.\. and 280 more: is not in the model") as caught:
+    with pytest.raises(CheckpointError, match=r"block.\*.weight \(300 tensors\) is not in the model") as caught:
         load(path)
     assert len(str(caught.value).splitlines()) < 40
+
+
+# ---- names of one tensor ---------------------------------------------------------------------------------------------------------------
+
+
+class Thrice(nn.Module):
+    """One weight under three names, one table under two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(3, 3, bias=False) for _ in range(3))
+        self.b.weight = self.c.weight = self.a.weight
+        self.a.register_buffer("table", torch.arange(3.0))
+        self.b.register_buffer("table", self.a.table)
+
+
+THRICE = ("a.weight", "b.weight", "c.weight")
+
+
+def loaded(path: Path | Weights, model: nn.Module) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    names = [name for name, _ in model.named_parameters()]
+    buffers = materialise(model, names, lambda name, value: found.update({name: read(value).clone()}), weights=path)
+    return found | buffers
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+@pytest.mark.parametrize("held", [("c.weight",), ("b.weight", "a.weight"), THRICE])
+def test_one_tensor_of_three_names(tmp_path: Path, held: tuple[str, ...], on_meta: bool) -> None:
+    with meta() if on_meta else nullcontext():
+        model = Thrice()
+    values = {name: torch.full((3, 3), 2.0) for name in held} | {"b.table": torch.ones(3)}
+    found = loaded(saved(tmp_path, values), model)
+    assert found["a.weight"].eq(2).all()
+    assert found["a.table"].eq(1).all() and found["b.table"].eq(1).all(), "a buffer under its other name"
+    if len(held) > 1:
+        first, last = min(held), max(held)
+        values[last][2, 1] = 5.0
+        with pytest.raises(CheckpointError, match=rf"{first} and {last}: 2.0 and 5.0 at \[2, 1\]"):
+            loaded(saved(tmp_path, values), model)
+        with pytest.warns(UserWarning, match="were left in the file"):
+            found = loaded(Weights(tmp_path, unexpected=[n for n in held if n != last]), model)
+        assert found["a.weight"][2, 1] == 5
+
+
+def test_buffers_of_two_names_and_of_no_name(tmp_path: Path) -> None:
+    values = {"a.weight": torch.ones(3, 3), "a.table": torch.ones(3), "b.table": torch.zeros(3)}
+    with pytest.raises(CheckpointError, match=r"a.table and b.table: 1.0 and 0.0 at \[0\]"):
+        loaded(saved(tmp_path, values), Thrice())
+    values = tensors(Net()) | {"table": torch.zeros(3)}
+    with pytest.raises(CheckpointError, match="table is not in the model"):  # not persistent: the model computes it itself
+        loaded(saved(tmp_path, values), Net())
+    with pytest.warns(UserWarning, match="these were left in the file: table"):
+        assert loaded(Weights(saved(tmp_path, values), unexpected=["table"]), Net())["table"].tolist() == [0, 1, 2]
+
+
+def test_shared_modules_parametrizations_and_files_in_pieces(tmp_path: Path) -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.ModuleList([layer, layer, parametrizations.weight_norm(nn.Linear(3, 3)), parametrizations.weight_norm(nn.Linear(3, 3))])
+    one, other = model[2], model[3]
+    other.parametrizations.weight.original1 = one.parametrizations.weight.original1  # type: ignore[union-attr]
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    names = sorted(values)
+    for wrong in (None, "1.bias", "3.parametrizations.weight.original1"):
+        given = {name: value + 1 if name == wrong else value for name, value in values.items()}
+        halves = {"m-1.safetensors": names[::2], "m-2.safetensors": names[1::2]}
+        for file, part in halves.items():
+            saved(tmp_path, {name: given[name] for name in part}, file)
+        index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+        (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+        if wrong is None:
+            assert torch.equal(loaded(tmp_path, model)["0.bias"], layer.bias)
+        else:
+            with pytest.raises(CheckpointError, match=wrong):
+                loaded(tmp_path, model)
+
+
+def test_dtypes_of_two_names(tmp_path: Path) -> None:
+    values = {"a.weight": torch.full((3, 3), 0.5), "b.weight": torch.full((3, 3), 0.5).bfloat16(), "a.table": torch.ones(3)}
+    with pytest.raises(CheckpointError, match="b.weight is bfloat16, the model's float32"):
+        loaded(saved(tmp_path, values), Thrice())
+    assert loaded(Weights(saved(tmp_path, values), dtype="cast"), Thrice())["a.weight"].eq(0.5).all()
+    values["a.weight"][0, 0] = 0.1
+    values["b.weight"][0, 0] = 0.1  # equal after rounding only
+    with pytest.raises(CheckpointError, match="a.weight and b.weight: 0.1"):
+        loaded(Weights(saved(tmp_path, values), dtype="cast"), Thrice().bfloat16())
+    values["b.weight"] = torch.ones(3)
+    with pytest.raises(CheckpointError, match=r"b.weight has shape \[3\], the model's \[3, 3\]"):
+        loaded(saved(tmp_path, values), Thrice())
+
+
+# ---- what a file lacks, and what else it has -------------------------------------------------------------------------------------------
+
+
+def test_a_new_head_keeps_the_initialisation_of_the_model(tmp_path: Path) -> None:
+    def model() -> nn.ModuleDict:
+        torch.manual_seed(5)
+        return nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 2)})
+
+    expected = model()
+    values = {"body.weight": torch.ones(3, 3), "body.bias": torch.ones(3), "body.masked_bias": torch.tensor(-1e4)}
+    path = saved(tmp_path, values)
+    with meta():
+        torch.manual_seed(5)
+        bare = model()
+    with pytest.raises(CheckpointError, match=r"head.weight is missing(.|\n)*body.masked_bias is not in the model"):
+        loaded(path, bare)
+    with pytest.warns(UserWarning) as said:
+        found = loaded(Weights(path, missing=["head.*"], unexpected=["*.masked_bias"]), bare)
+    assert [str(w.message).partition(": ")[2] for w in said] == [
+        "the file lacks these; they have the values of the model's own initialisation: head.weight, head.bias.",
+        "these were left in the file: body.masked_bias.",
+    ]
+    assert torch.equal(found["head.weight"], expected["head"].weight) and found["body.weight"].eq(1).all()
+    with pytest.warns(UserWarning):
+        found = loaded(Weights(path, missing="skip", unexpected="skip"), expected)
+    assert torch.equal(found["head.bias"], expected["head"].bias)
+    with pytest.raises(CheckpointError, match=r"missing=\['haed.\*'\] matches no name. Did you mean head"):
+        loaded(Weights(path, missing=["haed.*"], unexpected="skip"), bare)
+
+
+def test_what_a_model_says_it_can_do_without(tmp_path: Path, real: Net) -> None:
+    path = saved(tmp_path, tensors(real) | {"h.0.attn.masked_bias": torch.ones(1)})
+    real._keys_to_ignore_on_load_unexpected = [r"h\.\d+\.attn\.masked_bias"]  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="left in the file: h.0.attn.masked_bias"):
+        loaded(path, real)
+
+
+def test_casts_never_make_infinities_and_never_of_8_bits(tmp_path: Path) -> None:
+    values = {"a.weight": torch.full((3, 3), 1e5), "a.table": torch.ones(3)}
+    with pytest.raises(CheckpointError, match="a.weight: 9 values up to 100000 do not fit float16"):
+        loaded(Weights(saved(tmp_path, values), dtype="cast"), Thrice().half())
+    values["a.weight"] = torch.ones(3, 3).to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match="8-bit floats have scales of their own"):
+        loaded(Weights(saved(tmp_path, values), dtype="cast"), Thrice())
+
+
+def test_an_index_that_does_not_tell_the_truth(tmp_path: Path) -> None:
+    saved(tmp_path, {"a": torch.ones(1), "b": torch.ones(1)}, "m-1.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors"}}))
+    with pytest.raises(CheckpointError, match="m-1.safetensors holds these, which the index does not place there .*: b"):
+        Files.open(index)
+    index.write_text('{"weight_map": {"a": "m-1.safetensors", "b": "m-1.safetensors", "a": "m-2.safetensors"}}')
+    with pytest.raises(CheckpointError, match="the index names a twice, in m-1.safetensors and in m-2.safetensors"):
+        Files.open(index)
+
+
+def test_parts_of_a_checkpoint_are_not_weights(tmp_path: Path) -> None:
+    saved(tmp_path, {"a": torch.ones(1)}, "rank-00000.safetensors")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"looks like a checkpoint of meshpar.*to-hf"):
+        Files.open(tmp_path)
