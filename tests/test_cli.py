@@ -72,7 +72,7 @@ def test_verify_fails_by_exit_status() -> None:
         (("verify", "--model", "tests.test_cli:call"), "must return (model, batch)"),
         (("verify", *SMALL, "--rule", "q_proj"), "write PATTERN=WHERE"),
         (("verify", *SMALL, "--rule", "*.q_pro.weight=tp:0"), "matches no parameter"),
-        (("verify", *SMALL, "--dtype", "bfloat16"), "one of float64, float32"),
+        (("verify", *SMALL, "--dtype", "float16"), "one of float64, float32"),
         (("demo", "--batch", "6", "--mesh", "dp=4"), "Write --batch 8"),
         (("demo", "--data", "/nowhere/text"), "No such file"),
         (("demo", "--recompute", "some"), "none, selective, full"),
