@@ -177,7 +177,8 @@ def _kind(func: OpOverload) -> tuple[str, str]:
         return name, "new"
     if name in ("linalg_vector_norm", "sum"):
         return name, "sums"
-    return name, "parts" if name in _PARTS or torch.Tag.pointwise in func.tags else "whole"
+    elementwise = name in _PARTS or (torch.Tag.pointwise in func.tags and name not in _ANSWERS)  # (torch tags `equal` so)
+    return name, "parts" if elementwise else "whole"
 
 
 def _check(name: str, kind: str, found: Sequence[DTensor], origin: Origin, result: Any) -> None:
