@@ -50,6 +50,10 @@ class Weights:
 
     def __post_init__(self) -> None:
         complaints = [text for name in ("missing", "unexpected") for text in _choice(name, getattr(self, name))]
+        if not isinstance(self.path, (str, PathLike)):
+            complaints.append(
+                f"{self.path!r} is no path: give that of a safetensors file, of an index, or of a directory that holds either."
+            )
         if self.dtype not in ("error", "cast"):
             complaints.append(f"dtype={self.dtype!r}: expected 'error' or 'cast'.")
         raise_all(ConfigError, "Weights:", complaints)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -291,8 +292,8 @@ def _fleeting(module: nn.Module) -> set[str]:
 
 
 def say(notes: Iterable[str]) -> None:
-    """Warn of what was accepted."""
-    for note in notes:
+    """Warn of what was accepted, once for all ranks."""
+    for note in notes if not dist.is_initialized() or dist.get_rank() == 0 else ():
         warnings.warn(note, stacklevel=2)
 
 

@@ -78,3 +78,5 @@ def test_the_request_is_checked() -> None:
     with pytest.raises(mp.ConfigError, match=r"unexpected=3") as caught:
         Weights("p", unexpected=3, dtype="bf16")  # type: ignore[arg-type]
     assert "dtype='bf16': expected 'error' or 'cast'." in str(caught.value)
+    with pytest.raises(mp.ConfigError, match="3 is no path"):
+        Weights(3)  # type: ignore[arg-type]
