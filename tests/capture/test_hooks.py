@@ -327,7 +327,7 @@ def test_torchs_own_hooks_on_what_is_saved_hand_back_the_same_values(act: Act) -
 
 def test_names_are_the_same_on_ranks_with_another_history() -> None:
     """A rank that has captured the same model before agrees with one that has not."""
-    from meshpar.passes.decide import fingerprint
+    from meshpar.capture.text import fingerprint
 
     act: Act = lambda model, h: h.register_hook(half) and None  # noqa: E731
     first, second = captured_of(act)[2], captured_of(act)[2]
