@@ -1,0 +1,1 @@
+"""See a plan before paying for it."""
