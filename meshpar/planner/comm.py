@@ -30,7 +30,7 @@ class Fabric:
     latency: float
     """Of starting a collective."""
     hop: float
-    """Of one more domain in a ring."""
+    """Of one more rank in a ring that leaves its domain."""
     one_adapter: bool = False
     """Rings leave a domain through one adapter, however many of their ranks are in it."""
 
@@ -44,12 +44,13 @@ class Fabric:
         if n == 1 or size == 0:
             return 0.0
         moved = size * (n - 1) / n
+        hops = self.hop * (n - 1) if group.domains > 1 else 0.0
         if kind == "all_to_all":
-            return self.latency + self.hop * (group.domains - 1) + self._exchange(group, size, copies)
+            return self.latency + hops / group.inside + self._exchange(group, size, copies)
         if kind == "ring":
-            return self.latency * (n - 1) + self.hop * (group.domains - 1) + moved / self.slowest(group, per_rank=True)
-        rounds = 2 if kind == "all_reduce" else 1
-        return rounds * (self.latency + self.hop * (group.domains - 1) + moved / self.slowest(group))
+            return self.latency * (n - 1) + hops + moved / self.slowest(group, per_rank=True)
+        rounds = 2 if kind == "all_reduce" else 1  # a sum comes by trees: twice the bytes, not twice the hops
+        return self.latency + hops + rounds * moved / self.slowest(group)
 
     def slowest(self, group: Group, *, per_rank: bool = False) -> float:
         """Bytes/s of the narrowest level: links inside a domain, else the adapters of all ranks the group has there.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from math import log2
 
 from meshpar.planner.comm import Fabric, Group, place
@@ -87,38 +87,51 @@ def rates(part: Hardware, stack: Stack, constants: Constants) -> Rates:
     )
 
 
+@dataclass(frozen=True)
+class Memo:
+    """Times already found, by identity: of layers and stages that many mappings of one job on one cluster share. It keeps them alive."""
+
+    layers: dict[int, tuple[Layer, LayerTimes]] = field(default_factory=dict)
+    stages: dict[int, tuple[Stage, LayerTimes]] = field(default_factory=dict)
+
+
 def step_time(work: Workload, part: Hardware, stack: Stack, constants: Constants) -> StepTime:
     """Seconds of a step. The pipeline's order is simulated with the times of every stage, and transfers between ranks."""
-    return _step_time(work, rates(part, stack, constants), {})
+    return timed(work, rates(part, stack, constants), Memo())
 
 
-def _step_time(work: Workload, speed: Rates, known: dict[int, LayerTimes]) -> StepTime:
+def timed(work: Workload, speed: Rates, memo: Memo, *, simulate: bool = True) -> StepTime:
+    """As `step_time`. Without `simulate` the pipeline takes its closed form: microbatches on the busiest rank, and (p-1)/v of a mean one."""
     groups = {name: place(axis, speed.hardware.domain) for name, axis in work.axes.items()}
-    tables = [_stage_times(one, speed, groups, known) for one in work.stages]
+    different = {id(one): _stage_times(one, speed, groups, memo) for one in set(work.stages)}
+    tables = [different[id(one)] for one in work.stages]
     send, blocking = _transfer(work, speed)
     times = Times(
-        tuple(sum(t.forward) + blocking for t in tables),
-        tuple(sum(t.backward) + blocking for t in tables),
-        tuple(sum(t.weight) for t in tables),
+        tuple(t.sums[0] + blocking for t in tables),
+        tuple(t.sums[1] + blocking for t in tables),
+        tuple(t.sums[2] for t in tables),
         send,
     )
-    pipeline = length(work.schedule, work.ranks, work.microbatches, times)
-    busiest = max(range(work.ranks), key=lambda r: sum(sum(t.all) for t in tables[r :: work.ranks]))
+    by_rank = [sum(t.sums[3] for t in tables[r :: work.ranks]) for r in range(work.ranks)]
+    busiest = by_rank.index(max(by_rank))
+    if simulate:
+        pipeline = length(work.schedule, work.ranks, work.microbatches, times)
+    else:
+        idle = (work.ranks - 1) / work.virtual * sum(by_rank) / work.ranks
+        pipeline = times.busy(work.ranks) * work.microbatches + idle * (1 / 3 if work.schedule == "zero-bubble" else 1)
     mine = [sum(column) * work.microbatches for column in zip(*(t.all for t in tables[busiest :: work.ranks]))]
-    data = max(_data_parallel(work, rank, times, speed, groups) for rank in range(work.ranks))
-    updates = max(_update(work, rank, speed) for rank in range(work.ranks))
     parts = dict(zip(PARTS, mine))
     parts["pp"] = 2 * blocking * work.microbatches * work.virtual
     parts["bubble"] = pipeline - sum(mine) - parts["pp"]
-    parts["dp"] += data
-    parts["optimizer"] = updates
+    parts["dp"] += _data_parallel(work, times, speed, groups)
+    parts["optimizer"] = _update(work, speed)
     parts["step"] = speed.constants["step"]
     before = sum(parts.values())
     parts["scale"] = before * speed.constants["doubling"] * log2(work.gpus)
     return StepTime(before + parts["scale"], parts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerTimes:
     """Seconds per part and phase, of a layer or a stage. The gradient of the input includes what is computed again."""
 
@@ -126,18 +139,26 @@ class LayerTimes:
     backward: tuple[float, ...]
     weight: tuple[float, ...]
 
-    @property
+    @cached_property
     def all(self) -> tuple[float, ...]:
         return tuple(map(sum, zip(self.forward, self.backward, self.weight)))
 
+    @cached_property
+    def sums(self) -> tuple[float, float, float, float]:
+        """Seconds of forward, backward, weight, and all three."""
+        return sum(self.forward), sum(self.backward), sum(self.weight), sum(self.all)
 
-def _stage_times(one: Stage, speed: Rates, groups: Mapping[str, Group], known: dict[int, LayerTimes]) -> LayerTimes:
-    rows = []
-    for layer, times in one.layers:
-        if id(layer) not in known:
-            known[id(layer)] = layer_times(layer, speed, groups)
-        rows.append((known[id(layer)], times))
-    return LayerTimes(*(tuple(sum(getattr(t, name)[i] * n for t, n in rows) for i in range(len(PARTS))) for name in LayerTimes.__slots__))
+
+def _stage_times(one: Stage, speed: Rates, groups: Mapping[str, Group], memo: Memo) -> LayerTimes:
+    if id(one) not in memo.stages:
+        rows = []
+        for layer, times in one.layers:
+            if id(layer) not in memo.layers:
+                memo.layers[id(layer)] = layer, layer_times(layer, speed, groups)
+            rows.append((memo.layers[id(layer)][1], times))
+        columns = (tuple(sum(getattr(t, name)[i] * n for t, n in rows) for i in range(len(PARTS))) for name in ("forward", "backward", "weight"))
+        memo.stages[id(one)] = one, LayerTimes(*columns)
+    return memo.stages[id(one)][1]
 
 
 def layer_times(layer: Layer, speed: Rates, groups: Mapping[str, Group]) -> LayerTimes:
@@ -215,29 +236,38 @@ def _transfer(work: Workload, speed: Rates) -> tuple[float, float]:
     return took, 0.0 if speed.stack.hides_p2p else took
 
 
-def _data_parallel(work: Workload, rank: int, times: Times, speed: Rates, groups: Mapping[str, Group]) -> float:
-    """Visible time of summing gradients and gathering parameters, beyond the slack of a rank whose backward ends before the first one's."""
-    took = {"forward": 0.0, "backward": 0.0}
-    for one in work.of_rank(rank):
-        for c in one.collectives:
-            side = "forward" if c.kind == "all_gather" else "backward"
-            took[side] += c.count * speed.fabric.seconds(c.kind, groups[c.axis], c.bytes)
-    forward = sum(times.forward[rank :: work.ranks])
-    backward = sum(times.input[rank :: work.ranks]) + sum(times.weight[rank :: work.ranks])
-    slack = sum(times.input[q] + times.weight[q] for q in range(rank))
-    if not speed.stack.hides_dp:
-        return max(0.0, sum(took.values()) - slack)
-    shown = _visible("compute", 7, took["forward"], forward, speed) + _visible("compute", 7, took["backward"], backward, speed)
-    return max(0.0, shown - slack)
+def _data_parallel(work: Workload, times: Times, speed: Rates, groups: Mapping[str, Group]) -> float:
+    """Visible time of summing gradients and gathering parameters on the worst rank; later ranks have slack: their backward ends first."""
+    gathers, sums = {}, {}
+    for one in set(work.stages):
+        seconds = [(c.kind == "all_gather", c.count * speed.fabric.seconds(c.kind, groups[c.axis], c.bytes)) for c in one.collectives]
+        gathers[id(one)] = sum(t for gather, t in seconds if gather)
+        sums[id(one)] = sum(t for gather, t in seconds if not gather)
+    worst = slack = 0.0
+    for rank in range(work.ranks):
+        gather = sum(gathers[id(one)] for one in work.of_rank(rank))
+        total = sum(sums[id(one)] for one in work.of_rank(rank))
+        if speed.stack.hides_dp:
+            forward = sum(times.forward[rank :: work.ranks])
+            backward = sum(times.input[rank :: work.ranks]) + sum(times.weight[rank :: work.ranks])
+            shown = _visible("compute", 7, gather, forward, speed) + _visible("compute", 7, total, backward, speed)
+        else:
+            shown = gather + total
+        worst = max(worst, shown - slack)
+        slack += times.input[rank] + times.weight[rank]
+    return worst
 
 
-def _update(work: Workload, rank: int, speed: Rates) -> float:
-    """Seconds of the optimizer, and of clearing and measuring gradients."""
-    total = 0.0
-    shared = work.data_parallel != "replicate"
-    for one in work.of_rank(rank):
-        for axis, size in (("dp", one.parameters), ("edp", one.expert_parameters)):
-            parts = work.axes[axis].size if shared else 1
-            whole = parts if work.data_parallel == "zero3" else 1
-            total += size * (OPTIMIZER_BYTES / parts + 2 * speed.stack.gradient / whole)
-    return total / speed.memory
+def _update(work: Workload, speed: Rates) -> float:
+    """Seconds of the optimizer, and of clearing and measuring gradients, on the rank with most parameters."""
+    most = 0.0
+    for rank in range(work.ranks):
+        total = 0.0
+        for axis, size in (
+            ("dp", sum(one.parameters for one in work.of_rank(rank))),
+            ("edp", sum(one.expert_parameters for one in work.of_rank(rank))),
+        ):
+            parts = work.axes[axis].size if work.data_parallel != "replicate" else 1
+            total += size * (OPTIMIZER_BYTES / parts + 2 * speed.stack.gradient / (parts if work.data_parallel == "zero3" else 1))
+        most = max(most, total)
+    return most / speed.memory

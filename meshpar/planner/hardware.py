@@ -41,7 +41,7 @@ class Hardware:
     family_power: float
     """Watts of the part that the family's efficiencies were measured on."""
     hop: float
-    """Seconds that one more server adds to a collective out of the domain."""
+    """Seconds that one more rank adds to a ring that leaves the domain."""
     source: str
     softmax: float = 1.0
     """Speed of a fused attention relative to the family's."""
@@ -111,8 +111,8 @@ def _peaks(**tera: float) -> Mapping[str, float]:
 
 
 _HOPPER = _peaks(bf16=989, fp16=989, fp8=1979)
-_IB = 8e-6
-"""A hop over InfiniBand with its share of a ring step: nccl-tests of 8-GPU H100 nodes, small messages."""
+_IB = 4e-6
+"""A rank more in a ring over InfiniBand: nccl-tests of 8-GPU nodes, small messages, about 0.3 ms for 64 GPUs."""
 
 HARDWARE: Mapping[str, Hardware] = MappingProxyType(
     {
@@ -132,7 +132,7 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
             ),
             Hardware(
                 *("h100-efa", "hopper", _HOPPER, 80 * GB, 0.94, 3350 * GB, 450 * GB, 50 * GB, 8, 8, 700, 700, 35e-6),
-                "as h100; AWS p5.48xlarge (EFA 3200 Gb/s for 8 GPUs); 35 us per ring step from the trial on the heatmap runs",
+                "as h100; AWS p5.48xlarge (EFA 3200 Gb/s for 8 GPUs); 35 us per rank: all-gather of 256 MB from 16 to 512 GPUs (nanotron playbook)",
             ),
             Hardware(
                 *("h100-500w", "hopper", _HOPPER, 96 * GB, 0.94, 2400 * GB, 450 * GB, 50 * GB, 8, 8, 500, 700, _IB),

@@ -6,7 +6,8 @@ Sizes are those of one rank and one microbatch. Sources: products and kept activ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
 
@@ -43,6 +44,13 @@ class Share:
     recompute: str
     zero3: bool
     data: int
+    """Data ranks; 0 where layers do not depend on them."""
+
+    def __hash__(self) -> int:
+        """Found once: shares are looked up often."""
+        if "hash" not in self.__dict__:
+            self.__dict__["hash"] = hash(tuple(getattr(self, f.name) for f in fields(self)))
+        return int(self.__dict__["hash"])
 
     @property
     def tokens(self) -> float:
@@ -91,9 +99,9 @@ def assemble(job: Job, mapping: Mapping) -> Workload:
     }
     share = Share(
         *(job.model, job.software, job.dtype, job.half, job.seq, mapping.microbatch, mapping.tp, mapping.cp, mapping.ep, etp),
-        *(mapping.sequence_parallel and mapping.tp > 1, mapping.recompute, mapping.data_parallel == "zero3", replicas),
+        *(mapping.sequence_parallel and mapping.tp > 1, mapping.recompute, mapping.data_parallel == "zero3", replicas if mapping.data_parallel == "zero3" else 0),
     )
-    stages = tuple(_stage(layers, mapping.data_parallel, job.software) for layers in _cut(share, mapping.pp * mapping.virtual, mapping.pp > 1))
+    stages = tuple(_stage(layers, mapping.data_parallel, share.stack) for layers in _cut(share, mapping.pp * mapping.virtual, mapping.pp > 1))
     return Workload(
         *(stages, mapping.pp, mapping.order, mapping.microbatches(job), axes),
         send=2 * share.tokens * job.model.hidden / mapping.tp,  # scattered over tp, gathered on the other side (2104.04473, 4.1)
@@ -129,7 +137,8 @@ def _stage(layers: tuple[tuple[Layer, int], ...], data_parallel: str, stack: Sta
 def _cut(share: Share, stages: int, copies: bool) -> tuple[tuple[tuple[Layer, int], ...], ...]:
     """Layers in `stages` runs: evenly where they divide, else so that the longest run is shortest, embedding and head counted."""
     model = share.model
-    blocks = [block(share, *kind) for kind in _kinds(model)]
+    made = {kind: block(share, *kind) for kind in set(_kinds(model))}
+    blocks = [made[kind] for kind in _kinds(model)]
     ends = (embedding(share), head(share, copies))
     if model.layers % stages == 0 and not model.predicts:
         size = model.layers // stages
@@ -141,6 +150,7 @@ def _cut(share: Share, stages: int, copies: bool) -> tuple[tuple[tuple[Layer, in
     return tuple(group(run) for run in runs)
 
 
+@lru_cache(maxsize=256)
 def _kinds(model: Transformer) -> list[tuple[bool, bool]]:
     """For every layer: has it experts, does it attend to a window."""
     return [(bool(model.experts) and i >= model.dense_layers, model.window is not None and i % 2 == 1) for i in range(model.layers)]
@@ -148,13 +158,15 @@ def _kinds(model: Transformer) -> list[tuple[bool, bool]]:
 
 def _balanced(layers: list[Layer], stages: int) -> list[list[Layer]]:
     """Runs cut where the cost so far is nearest to equal shares; every run gets a layer."""
-    costs = [sum(o.flops * SLOWNESS.get(o.dtype, 1) for o in layer.operators) for layer in layers]
+    cost = {id(layer): sum(o.flops * SLOWNESS.get(o.dtype, 1) for o in layer.operators) for layer in set(layers)}
+    costs = [cost[id(layer)] for layer in layers]
     sums = [0.0, *accumulate(costs)]
     cuts = [0]
     for stage in range(1, stages):
         share = sums[-1] * stage / stages
         low, high = cuts[-1] + 1, len(layers) - (stages - stage)
-        cuts.append(min(range(low, high + 1), key=lambda i: abs(sums[i] - share)))
+        after = min(max(bisect(sums, share), low), high)
+        cuts.append(after - 1 if after > low and share - sums[after - 1] < sums[after] - share else after)
     return [layers[a:b] for a, b in zip(cuts, [*cuts[1:], len(layers)])]
 
 
@@ -313,7 +325,7 @@ def _experts(share: Share) -> list[Operator]:
     """Router, permutations to the experts and back, grouped products over this rank's experts."""
     model, h = share.model, share.model.hidden
     own = share.tokens / share.narrow
-    routed = own * model.top_k * share.etp
+    routed = own * model.top_k * model.routed * share.etp
     local, width = model.experts / share.ep, model.expert_ffn / share.etp
     gates = 2 if model.gated else 1
     found = [*_product("router", share, own, h, model.experts, dtype=share.half)]
@@ -357,7 +369,7 @@ def _context(share: Share, windowed: bool) -> list[Collective]:
 def _exchange(share: Share) -> list[Collective]:
     """Tokens to their experts and back; with tp inside experts, gathers and scatters over it too."""
     model = share.model
-    size = 2 * share.tokens / share.narrow * model.top_k * model.hidden
+    size = 2 * share.tokens / share.narrow * model.top_k * model.routed * model.hidden
     copies = model.top_k if share.stack.dedups else 1
     found: list[Collective] = []
     phases: tuple[Phase, Phase] = ("forward", "input")

@@ -56,8 +56,23 @@ def state_bytes(stack: Stack, data_parallel: str, data: float) -> float:
 
 def memory(work: Workload, stack: Stack, constants: Constants) -> tuple[Memory, ...]:
     """What every pipeline rank holds at its fullest."""
-    held = kept(work.schedule, work.ranks, work.microbatches, [sum(x.kept * n for x, n in one.layers) for one in work.stages])
+    held = kept(work.schedule, work.ranks, work.microbatches, [one.kept for one in work.stages])
     return tuple(_of_rank(work, rank, held[rank], stack, constants) for rank in range(work.ranks))
+
+
+def roughly(work: Workload, stack: Stack, constants: Constants) -> Memory:
+    """As `fullest`, the microbatches in flight by closed form: min(p, m) on the first rank, 1 + (p-1)/(p v) times that with virtual stages."""
+    p, v, m = work.ranks, work.virtual, work.microbatches
+    mean = [one.kept for one in work.stages]
+    found = []
+    for rank in range(p) if p < 3 else (0, 1, p - 1):
+        ahead = m if work.schedule in ("gpipe", "looped-bfs") else min(p if work.schedule == "zero-bubble" else p - rank, m)
+        if v > 1 and work.schedule == "interleaved-1f1b":
+            ahead_of_all = min(2 * (p - rank - 1) + (v - 1) * min(p, m) + 1, m * v)
+            found.append(_of_rank(work, rank, ahead_of_all * max(mean[rank::p]), stack, constants))
+        else:
+            found.append(_of_rank(work, rank, ahead * sum(mean[rank::p]), stack, constants))
+    return max(found, key=lambda one: one.total)
 
 
 def fullest(work: Workload, stack: Stack, constants: Constants) -> Memory:

@@ -52,6 +52,8 @@ class Transformer:
     """Width of the feed-forward part that every token passes beside its experts."""
     dense_layers: int = 0
     """The first layers of a model with experts that have none."""
+    routed: float = 1.0
+    """Share of the routed tokens that experts take: less than 1 with a capacity and token drop."""
     latent: Latent | None = None
     window: int | None = None
     """Every second layer attends to so many tokens only."""
@@ -77,6 +79,8 @@ class Transformer:
             yield f"expert_ffn={self.expert_ffn}; give the width of an expert."
         if not self.experts and (self.top_k or self.expert_ffn or self.shared_ffn or self.dense_layers):
             yield "top_k, expert_ffn, shared_ffn and dense_layers mean something with experts only; give experts."
+        if not 0 < self.routed <= 1:
+            yield f"routed={self.routed}; a share above 0, at most 1."
         if not 0 <= self.dense_layers <= self.layers:
             yield f"dense_layers={self.dense_layers} of {self.layers} layers."
 

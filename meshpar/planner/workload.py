@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import Literal
 
 from meshpar.errors import ConfigError, raise_all
@@ -82,20 +84,25 @@ class Axis:
     stride: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """A stage's layers with how often each comes, and the collectives of its step."""
 
     layers: tuple[tuple[Layer, int], ...]
     collectives: tuple[Collective, ...] = ()
 
-    @property
+    @cached_property
     def parameters(self) -> float:
         return sum(layer.parameters * times for layer, times in self.layers)
 
-    @property
+    @cached_property
     def expert_parameters(self) -> float:
         return sum(layer.expert_parameters * times for layer, times in self.layers)
+
+    @cached_property
+    def kept(self) -> float:
+        """Bytes kept per microbatch."""
+        return sum(layer.kept * times for layer, times in self.layers)
 
 
 @dataclass(frozen=True)
@@ -139,11 +146,8 @@ class Workload:
 
 
 def group(layers: Sequence[Layer]) -> tuple[tuple[Layer, int], ...]:
-    """Layers in a row with how often each comes."""
-    counts: dict[int, tuple[Layer, int]] = {}
-    for layer in layers:
-        counts[id(layer)] = (layer, counts.get(id(layer), (layer, 0))[1] + 1)
-    return tuple(counts.values())
+    """Layers in a row with how often each comes; one that comes again after others is listed again."""
+    return tuple((layer, len(list(same))) for layer, same in groupby(layers))
 
 
 def _complaints(work: Workload) -> Iterator[str]:
