@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping as Map
+from collections.abc import Iterator
+from collections.abc import Mapping as Map
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from meshpar.planner.constants import Constants
 from meshpar.planner.cost import StepTime, step_time
 from meshpar.planner.flops import flops_per_token
-from meshpar.planner.hardware import GiB, Cluster
+from meshpar.planner.hardware import Cluster, GiB
 from meshpar.planner.layers import assemble
 from meshpar.planner.mapping import RECOMPUTE, Job, Mapping, complaints
 from meshpar.planner.memory import fullest, memory
@@ -31,7 +32,9 @@ def _llama(layers: int, hidden: int, heads: int, kv: int, ffn: int, vocab: int, 
     return Transformer(layers, hidden, heads, ffn, vocab, kv_heads=kv, tied=tied)
 
 
-def _moe(layers: int, hidden: int, heads: int, kv: int, head: int, vocab: int, experts: int, top: int, width: int, window: int | None = None) -> Transformer:
+def _moe(
+    layers: int, hidden: int, heads: int, kv: int, head: int, vocab: int, experts: int, top: int, width: int, window: int | None = None
+) -> Transformer:
     return Transformer(
         *(layers, hidden, heads, width * top, vocab),
         kv_heads=kv,
@@ -103,13 +106,18 @@ SOURCES: Map[str, tuple[str, str]] = {
 """Start of the source -> software stack, convention of its FLOPs."""
 BASELINES = {*range(79, 82), *range(84, 87), *range(97, 105), *range(113, 121)}
 """Rows of 2504.14960 that are baselines with unknown batch and recompute."""
-MAPPED = {("Mixtral-8x22B", False): (2, 8, 4), ("Mixtral-8x22B", True): (2, 8, 8), ("Mixtral-8x22B-G8T8", False): (2, 8, 8), ("Mixtral-8x22B-G8T8", True): (4, 8, 8)}
+MAPPED = {
+    ("Mixtral-8x22B", False): (2, 8, 4),
+    ("Mixtral-8x22B", True): (2, 8, 8),
+    ("Mixtral-8x22B-G8T8", False): (2, 8, 8),
+    ("Mixtral-8x22B-G8T8", True): (4, 8, 8),
+}
 """Model and folding -> tp, pp, ep of table 3 of 2504.14960, which table 4 refers to."""
 ASSUMED_BATCH = 128
 """Samples of a step in the NeMo 24.03 long-sequence runs, which do not state it: that of the same model in NeMo 24.07."""
 
 ASSUMED_ROUTED = 0.9
-"""Share of tokens that experts take with capacity factor 1 and token drop (2504.14960), which does not say; loads that vary by a quarter."""
+"""Share of tokens that experts take with capacity factor 1 and token drop (2504.14960), which does not say."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,16 @@ class Run:
     @property
     def key(self) -> tuple[object, ...]:
         """The configuration apart from how many GPUs repeat it."""
-        return (self.source, self.name, self.job.cluster.hardware.name, self.job.dtype, self.job.seq, self.mapping, self.mapping.microbatches(self.job), self.job.stack)
+        return (
+            self.source,
+            self.name,
+            self.job.cluster.hardware.name,
+            self.job.dtype,
+            self.job.seq,
+            self.mapping,
+            self.mapping.microbatches(self.job),
+            self.job.stack,
+        )
 
     def needs(self, constants: Constants, work: Workload | None = None) -> float:
         """Bytes estimated for the rank whose memory was published: the fullest, in the heatmap (see README) the first stage's."""
@@ -168,10 +185,22 @@ class LeftOut(Exception):
 def _runs(number: int, row: dict[str, str]) -> Iterator[Run]:
     if number in BASELINES:
         raise LeftOut("baseline with unknown batch and recompute")
-    first = _one(number, {k: re.sub(r"\s*\(.*\)", "", v) if k not in ("source", "hardware", "notes", "model") else v for k, v in row.items()})
+    first = _one(
+        number, {k: re.sub(r"\s*\(.*\)", "", v) if k not in ("source", "hardware", "notes", "model") else v for k, v in row.items()}
+    )
     yield first
     if "Bridge perf summary 25.09" in row["source"] and "(" in row["tok_s_gpu"]:
-        yield _one(number, {k: re.sub(r".*\((.*)\)", r"\1", v) if k not in ("source", "hardware", "notes", "model", "precision") else re.sub(r" \(25.09\)", "", v) if k == "precision" else v for k, v in row.items()})
+        yield _one(
+            number,
+            {
+                k: re.sub(r".*\((.*)\)", r"\1", v)
+                if k not in ("source", "hardware", "notes", "model", "precision")
+                else re.sub(r" \(25.09\)", "", v)
+                if k == "precision"
+                else v
+                for k, v in row.items()
+            },
+        )
 
 
 def _one(number: int, row: dict[str, str]) -> Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from meshpar.planner.workload import Axis
 
@@ -85,7 +85,7 @@ def _distinct(places: int, copies: int) -> float:
     return places * (1 - (1 - 1 / places) ** copies)
 
 
-@lru_cache(maxsize=None)
+@cache
 def place(axis: Axis, domain: int) -> Group:
     """The group of an axis on domains of so many ranks: neighbours are `stride` apart, so that a domain holds domain / stride of them.
 

@@ -48,7 +48,9 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         "layer": Prior(20e-6, 1.5, "seconds of a layer and pass that no operator shows", _TRIAL),
         "collective start": Prior(9.7e-6, 1.5, "seconds of starting a collective", _TRIAL),
         "moe 2025": Prior(0.35e-3, 2.0, "seconds of an expert layer and pass on the host, 2024-2025 dispatchers", _TRIAL),
-        "moe 2026": Prior(0.10e-3, 2.0, "the same with CUDA graphs and a fused dispatcher", "Megatron-Bridge 26.08 recipes: moe_router graphs"),
+        "moe 2026": Prior(
+            0.10e-3, 2.0, "the same with CUDA graphs and a fused dispatcher", "Megatron-Bridge 26.08 recipes: moe_router graphs"
+        ),
         "overlap window": Prior(0.77, 1.15, "share of computation that communication can hide behind", _TRIAL),
         "overlap slowdown": Prior(0.115, 1.4, "how much computation slows while it hides communication", _TRIAL),
         "step": Prior(25e-3, 1.5, "seconds of a step that belong to no part", _TRIAL),

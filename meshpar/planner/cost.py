@@ -83,7 +83,9 @@ def rates(part: Hardware, stack: Stack, constants: Constants) -> Rates:
     return Rates(
         *(part, stack, constants, power, peak16 * share * power, part.bandwidth * constants["memory"]),
         elementwise=constants["elementwise"] * eager,
-        fabric=Fabric(part.link * constants["link"], part.nic * constants["nic"], constants["collective start"], part.hop, stack.adapters == "one"),
+        fabric=Fabric(
+            part.link * constants["link"], part.nic * constants["nic"], constants["collective start"], part.hop, stack.adapters == "one"
+        ),
     )
 
 
@@ -101,7 +103,7 @@ def step_time(work: Workload, part: Hardware, stack: Stack, constants: Constants
 
 
 def timed(work: Workload, speed: Rates, memo: Memo, *, simulate: bool = True) -> StepTime:
-    """As `step_time`. Without `simulate` the pipeline takes its closed form: microbatches on the busiest rank, and (p-1)/v of a mean one."""
+    """As `step_time`. Without `simulate` a pipeline takes its microbatches on the busiest rank, and (p-1)/v of a mean one."""
     groups = {name: place(axis, speed.hardware.domain) for name, axis in work.axes.items()}
     different = {id(one): _stage_times(one, speed, groups, memo) for one in set(work.stages)}
     tables = [different[id(one)] for one in work.stages]
@@ -156,7 +158,9 @@ def _stage_times(one: Stage, speed: Rates, groups: Mapping[str, Group], memo: Me
             if id(layer) not in memo.layers:
                 memo.layers[id(layer)] = layer, layer_times(layer, speed, groups)
             rows.append((memo.layers[id(layer)][1], times))
-        columns = (tuple(sum(getattr(t, name)[i] * n for t, n in rows) for i in range(len(PARTS))) for name in ("forward", "backward", "weight"))
+        columns = (
+            tuple(sum(getattr(t, name)[i] * n for t, n in rows) for i in range(len(PARTS))) for name in ("forward", "backward", "weight")
+        )
         memo.stages[id(one)] = one, LayerTimes(*columns)
     return memo.stages[id(one)][1]
 

@@ -108,7 +108,7 @@ def _slopes(measurements: Sequence[Measurement], free: tuple[str, ...], start: C
 
 
 def _settle(here: Fit, keep: np.ndarray) -> np.ndarray:
-    """The least of the Cauchy loss of linearised errors plus the square of the distance from the priors, by reweighting. At most 1.5 away."""
+    """Least Cauchy loss of linearised errors plus squares of the distance from the priors, by reweighting; at most 1.5 away."""
     weights = np.array([m.weight for m in here.measurements]) * keep
     move = np.zeros(len(here.free))
     for _ in range(30):

@@ -102,7 +102,9 @@ def hardware(name: str) -> Hardware:
     80.0
     """
     if name not in HARDWARE:
-        raise ConfigError(f"no accelerator {name!r}.{near(str(name), HARDWARE)} Known: {', '.join(HARDWARE)}. Or give a Hardware of your own.")
+        raise ConfigError(
+            f"no accelerator {name!r}.{near(str(name), HARDWARE)} Known: {', '.join(HARDWARE)}. Or give a Hardware of your own."
+        )
     return HARDWARE[name]
 
 
@@ -110,55 +112,46 @@ def _peaks(**tera: float) -> Mapping[str, float]:
     return MappingProxyType({name: value * TERA for name, value in tera.items()})
 
 
-_HOPPER = _peaks(bf16=989, fp16=989, fp8=1979)
 _IB = 4e-6
 """A rank more in a ring over InfiniBand: nccl-tests of 8-GPU nodes, small messages, about 0.3 ms for 64 GPUs."""
 
-HARDWARE: Mapping[str, Hardware] = MappingProxyType(
-    {
-        part.name: part
-        for part in (
-            Hardware(
-                *("v100", "volta", _peaks(fp16=125), 32 * GB, 0.94, 900 * GB, 150 * GB, 6.25 * GB, 16, 16, 450, 450, _IB),
-                "NVIDIA V100 data sheet; DGX-2 (16 x V100 SXM3 450 W, NVSwitch 300 GB/s, 8 x EDR 100 Gb/s for 16 GPUs)",
-            ),
-            Hardware(
-                *("a100", "ampere", _peaks(bf16=312, fp16=312), 80 * GB, 0.94, 2039 * GB, 300 * GB, 25 * GB, 8, 8, 400, 400, _IB),
-                "NVIDIA A100 80GB SXM data sheet; DGX A100 SuperPOD (8 x HDR 200 Gb/s)",
-            ),
-            Hardware(
-                *("h100", "hopper", _HOPPER, 80 * GB, 0.94, 3350 * GB, 450 * GB, 50 * GB, 8, 8, 700, 700, _IB),
-                "NVIDIA H100 SXM data sheet; DGX H100 SuperPOD (8 x NDR 400 Gb/s)",
-            ),
-            Hardware(
-                *("h100-efa", "hopper", _HOPPER, 80 * GB, 0.94, 3350 * GB, 450 * GB, 50 * GB, 8, 8, 700, 700, 35e-6),
-                "as h100; AWS p5.48xlarge (EFA 3200 Gb/s for 8 GPUs); 35 us per rank: all-gather of 256 MB from 16 to 512 GPUs (nanotron playbook)",
-            ),
-            Hardware(
-                *("h100-500w", "hopper", _HOPPER, 96 * GB, 0.94, 2400 * GB, 450 * GB, 50 * GB, 8, 8, 500, 700, _IB),
-                "torchtitan benchmarks 2024-12: H100 96GB, HBM2e, limited to 500 W, RDMA 400 Gb/s",
-            ),
-            Hardware(
-                *("h200", "hopper", _HOPPER, 141 * GB, 0.94, 4800 * GB, 450 * GB, 50 * GB, 8, 8, 700, 700, _IB),
-                "NVIDIA H200 SXM data sheet; DGX H200 (8 x NDR 400 Gb/s)",
-            ),
-            Hardware(
-                *("b200", "blackwell", _peaks(bf16=2250, fp16=2250, fp8=4500, nvfp4=9000), 180 * GB, 0.94, 7700 * GB),
-                *(900 * GB, 50 * GB, 8, 8, 1000, 1000, _IB),
-                "NVIDIA DGX B200 data sheet (72 PFLOP/s fp8 sparse, 1.44 TB, 62 TB/s for 8; 8 x 400 Gb/s)",
-            ),
-            Hardware(
-                *("gb200", "blackwell", _peaks(bf16=2500, fp16=2500, fp8=5000, nvfp4=10000), 186 * GB, 0.94, 8000 * GB),
-                *(900 * GB, 50 * GB, 4, 72, 1200, 1000, _IB),
-                "NVIDIA GB200 NVL72 data sheet (dense 180 PFLOP/s bf16, 360 fp8 for 72; 13.4 TB, 576 TB/s; 1.8 TB/s NVLink)",
-            ),
-            Hardware(
-                *("gb300", "blackwell", _peaks(bf16=2500, fp16=2500, fp8=5000, nvfp4=15000), 288 * GB, 0.94, 8000 * GB),
-                *(900 * GB, 100 * GB, 4, 72, 1400, 1000, _IB),
-                "NVIDIA GB300 NVL72 data sheet (dense 360 PFLOP/s fp8, 1080 fp4 for 72; 800 Gb/s ConnectX-8)",
-                softmax=1.33,  # exponentials twice as fast, about half of the kernel's time
-            ),
-        )
-    }
+
+def _part(
+    name: str, family: str, peaks: Mapping[str, float], numbers: str, source: str, *, hop: float = _IB, softmax: float = 1.0
+) -> Hardware:
+    """A row of the table; `numbers` in the order of its heading."""
+    memory, bandwidth, link, nic, node, domain, power, rated = map(float, numbers.split())
+    rates = (memory * GB, 0.94, bandwidth * GB, link * GB, nic * GB)
+    return Hardware(name, family, peaks, *rates, int(node), int(domain), power, rated, hop, source, softmax)
+
+
+_V100, _A100, _HOPPER = _peaks(fp16=125), _peaks(bf16=312, fp16=312), _peaks(bf16=989, fp16=989, fp8=1979)
+_B200 = _peaks(bf16=2250, fp16=2250, fp8=4500, nvfp4=9000)
+_GB200 = _peaks(bf16=2500, fp16=2500, fp8=5000, nvfp4=10000)
+_GB300 = _peaks(bf16=2500, fp16=2500, fp8=5000, nvfp4=15000)
+_SHEETS = {
+    "v100": "NVIDIA V100 data sheet; DGX-2: 16 x SXM3 450 W, NVSwitch 300 GB/s both ways, 8 x EDR 100 Gb/s for 16 GPUs",
+    "a100": "NVIDIA A100 80GB SXM data sheet; DGX A100 SuperPOD: 8 x HDR 200 Gb/s",
+    "h100": "NVIDIA H100 SXM data sheet; DGX H100 SuperPOD: 8 x NDR 400 Gb/s",
+    "h100-efa": "as h100 on AWS p5.48xlarge, EFA 3200 Gb/s; 35 us per rank: all-gather of 256 MB from 16 to 512 GPUs (nanotron playbook)",
+    "h100-500w": "torchtitan benchmarks 2024-12: H100 96GB with HBM2e, limited to 500 W, RDMA 400 Gb/s",
+    "h200": "NVIDIA H200 SXM data sheet; DGX H200: 8 x NDR 400 Gb/s",
+    "b200": "NVIDIA DGX B200 data sheet: for 8, 72 PFLOP/s fp8 sparse, 1.44 TB, 62 TB/s, 8 x 400 Gb/s",
+    "gb200": "NVIDIA GB200 NVL72 data sheet: for 72, dense 180 PFLOP/s bf16, 360 fp8, 13.4 TB, 576 TB/s; NVLink 1.8 TB/s both ways",
+    "gb300": "NVIDIA GB300 NVL72 data sheet: for 72, dense 360 PFLOP/s fp8, 1080 fp4; 800 Gb/s; exponentials twice as fast: softmax",
+}
+_PARTS = (
+    #                           memory  HBM   link  nic  node domain power, that of the family
+    #                           GB      GB/s  GB/s  GB/s            W      W
+    _part("v100", "volta", _V100, "32     900   150   6.25 16  16     450    450", _SHEETS["v100"]),
+    _part("a100", "ampere", _A100, "80    2039  300   25   8   8      400    400", _SHEETS["a100"]),
+    _part("h100", "hopper", _HOPPER, "80  3350  450   50   8   8      700    700", _SHEETS["h100"]),
+    _part("h100-efa", "hopper", _HOPPER, "80 3350 450 50   8   8      700    700", _SHEETS["h100-efa"], hop=35e-6),
+    _part("h100-500w", "hopper", _HOPPER, "96 2400 450 50  8   8      500    700", _SHEETS["h100-500w"]),
+    _part("h200", "hopper", _HOPPER, "141 4800  450   50   8   8      700    700", _SHEETS["h200"]),
+    _part("b200", "blackwell", _B200, "180 7700 900   50   8   8      1000   1000", _SHEETS["b200"]),
+    _part("gb200", "blackwell", _GB200, "186 8000 900 50   4   72     1200   1000", _SHEETS["gb200"]),
+    _part("gb300", "blackwell", _GB300, "288 8000 900 100  4   72     1400   1000", _SHEETS["gb300"], softmax=1.33),
 )
+HARDWARE: Mapping[str, Hardware] = MappingProxyType({part.name: part for part in _PARTS})
 """Name -> accelerator. Every rate of the tensor cores is without sparsity."""

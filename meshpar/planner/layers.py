@@ -76,7 +76,7 @@ def build(job: Job, mapping: Mapping) -> Workload:
     >>> job = Job(gpt, Cluster("a100", 512), seq=2048, batch=1536, stack="megatron-2021")
     >>> work = build(job, Mapping(tp=8, pp=8, virtual=2, recompute="selective"))
     >>> len(work.stages), work.microbatches, round(work.stages[0].parameters / 1e9, 2)
-    (16, 192, 1.44)
+    (16, 192, 1.46)
     """
     check(job, mapping)
     return assemble(job, mapping)
@@ -99,9 +99,16 @@ def assemble(job: Job, mapping: Mapping) -> Workload:
     }
     share = Share(
         *(job.model, job.software, job.dtype, job.half, job.seq, mapping.microbatch, mapping.tp, mapping.cp, mapping.ep, etp),
-        *(mapping.sequence_parallel and mapping.tp > 1, mapping.recompute, mapping.data_parallel == "zero3", replicas if mapping.data_parallel == "zero3" else 0),
+        *(
+            mapping.sequence_parallel and mapping.tp > 1,
+            mapping.recompute,
+            mapping.data_parallel == "zero3",
+            replicas if mapping.data_parallel == "zero3" else 0,
+        ),
     )
-    stages = tuple(_stage(layers, mapping.data_parallel, share.stack) for layers in _cut(share, mapping.pp * mapping.virtual, mapping.pp > 1))
+    stages = tuple(
+        _stage(layers, mapping.data_parallel, share.stack) for layers in _cut(share, mapping.pp * mapping.virtual, mapping.pp > 1)
+    )
     return Workload(
         *(stages, mapping.pp, mapping.order, mapping.microbatches(job), axes),
         send=2 * share.tokens * job.model.hidden / mapping.tp,  # scattered over tp, gathered on the other side (2104.04473, 4.1)
@@ -328,12 +335,13 @@ def _experts(share: Share) -> list[Operator]:
     routed = own * model.top_k * model.routed * share.etp
     local, width = model.experts / share.ep, model.expert_ffn / share.etp
     gates = 2 if model.gated else 1
+    moved = 2 * 2 * share.stack.permutations * routed * h
     found = [*_product("router", share, own, h, model.experts, dtype=share.half)]
-    found += _both("permutations", *[2 * 2 * share.stack.permutations * routed * h] * 2, 6)
+    found += _both("permutations", moved, moved, 6)
     found += _both("activation", 2 * (gates + 1) * routed * width, 2 * (2 * gates + 1) * routed * width)
     for name, ins, outs in (("expert up", h, gates * width), ("expert down", width, h)):
         found += [_grouped(o, local) for o in _product(name, share, routed / local, ins, outs, count=local)]
-    return [*found, *(Operator("dispatcher", "host", phase, calls=1) for phase in ("forward", "input"))]  # type: ignore[arg-type]
+    return [*found, *(Operator("dispatcher", "host", phase, calls=1) for phase in ("forward", "input"))]
 
 
 def _grouped(operator: Operator, local: float) -> Operator:
@@ -347,8 +355,16 @@ def _around(share: Share, name: str) -> list[Collective]:
     if share.tp == 1:
         return []
     if not share.sequence_parallel:
-        return [Collective(name, "all_reduce", "tp", "forward", size, behind="matrix"), Collective(name, "all_reduce", "tp", "input", size, behind="matrix")]
-    pairs: list[tuple[str, Phase]] = [("all_gather", "forward"), ("reduce_scatter", "forward"), ("all_gather", "input"), ("reduce_scatter", "input")]
+        return [
+            Collective(name, "all_reduce", "tp", "forward", size, behind="matrix"),
+            Collective(name, "all_reduce", "tp", "input", size, behind="matrix"),
+        ]
+    pairs: list[tuple[str, Phase]] = [
+        ("all_gather", "forward"),
+        ("reduce_scatter", "forward"),
+        ("all_gather", "input"),
+        ("reduce_scatter", "input"),
+    ]
     again = Collective(f"{name} again", "all_gather", "tp", "weight", size, behind="compute")
     return [*(Collective(name, kind, "tp", phase, size, behind="matrix") for kind, phase in pairs), again]
 

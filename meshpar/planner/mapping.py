@@ -1,4 +1,4 @@
-"""A job (model, cluster, batch, precision, stack) and a mapping of it onto ranks, and everything that can be wrong with the two together."""
+"""A job (model, cluster, batch, precision, stack) and a mapping of it onto ranks, and all that can be wrong with the two together."""
 
 from __future__ import annotations
 
@@ -122,7 +122,11 @@ class Mapping:
 def complaints(job: Job, mapping: Mapping) -> Iterator[str]:
     """Everything that keeps a mapping from being run, with the values that would do."""
     sizes = ("tp", "pp", "virtual", "cp", "ep", "microbatch")
-    bad = [name for name in sizes if isinstance(getattr(mapping, name), bool) or not isinstance(getattr(mapping, name), int) or getattr(mapping, name) < 1]
+    bad = [
+        name
+        for name in sizes
+        if isinstance(getattr(mapping, name), bool) or not isinstance(getattr(mapping, name), int) or getattr(mapping, name) < 1
+    ]
     yield from (f"{name}={getattr(mapping, name)!r}; a whole number of at least 1." for name in bad)
     for name, known in (("data_parallel", DATA_PARALLEL), ("recompute", RECOMPUTE)):
         if getattr(mapping, name) not in known:
@@ -149,7 +153,7 @@ def _of_heads(model: Transformer, mapping: Mapping) -> Iterator[str]:
     if model.heads % mapping.tp:
         yield f"tp={mapping.tp} does not divide {model.heads} heads. Valid tp: {_divisors(model.heads)}."
     elif max(model.keys, mapping.tp) % min(model.keys, mapping.tp):
-        yield f"tp={mapping.tp} and {model.keys} key/value heads: neither divides the other. Valid tp: divisors of {model.keys}, or multiples."
+        yield f"tp={mapping.tp} and {model.keys} key/value heads: neither divides the other. Valid tp: their divisors or multiples."
     if model.ffn % mapping.tp:
         yield f"tp={mapping.tp} does not divide ffn={model.ffn}."
 

@@ -61,7 +61,7 @@ def memory(work: Workload, stack: Stack, constants: Constants) -> tuple[Memory, 
 
 
 def roughly(work: Workload, stack: Stack, constants: Constants) -> Memory:
-    """As `fullest`, the microbatches in flight by closed form: min(p, m) on the first rank, 1 + (p-1)/(p v) times that with virtual stages."""
+    """As `fullest`, the microbatches in flight by closed form: min(p, m) on the first rank, more with virtual stages."""
     p, v, m = work.ranks, work.virtual, work.microbatches
     mean = [one.kept for one in work.stages]
     found = []

@@ -120,7 +120,11 @@ def program(schedule: str, ranks: int, stages: int, microbatches: int) -> Progra
             while turns[rank] < len(row):
                 kind, stage, microbatch = row[turns[rank]]
                 source = _source(kind, stage, stages)
-                needs = -1 if source is None else next((number[k, source[1], microbatch] for k in source[0] if (k, source[1], microbatch) in number), -2)
+                needs = (
+                    -1
+                    if source is None
+                    else next((number[k, source[1], microbatch] for k in source[0] if (k, source[1], microbatch) in number), -2)
+                )
                 if needs == -2:
                     break
                 crosses = source is not None and source[1] % ranks != rank

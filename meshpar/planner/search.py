@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping as Map
+from collections.abc import Iterable, Iterator
+from collections.abc import Mapping as Map
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -122,11 +123,13 @@ def search(job: Job, space: Space | None = None, constants: Constants | None = N
             if name not in small or need.total < small[name][1].total:
                 small[name] = mapping, need
     if not tried:
-        raise ConfigError(f"search: no mapping of this space can be run on {job.cluster.gpus} GPUs with batch={job.batch}. Widen the space.")
+        raise ConfigError(
+            f"search: no mapping of this space can be run on {job.cluster.gpus} GPUs with batch={job.batch}. Widen the space."
+        )
     if not fitting:
         least, need = min(small.values(), key=lambda pair: pair[1].total)
         raise ConfigError(
-            f"search: nothing fits. The least is {need.total / GiB:.0f} GiB of {room / GiB:.0f}: {least}. Take more GPUs, or GPUs with more memory."
+            f"search: nothing fits. The least is {need.total / GiB:.0f} GiB of {room / GiB:.0f}: {least}. Take more GPUs, or larger ones."
         )
     fitting.sort(key=lambda c: c.seconds)
     ranked = _simulated(job, fitting, constants, memo, top)
@@ -186,7 +189,9 @@ def virtual_stages(layers: int, pp: int) -> tuple[int, ...]:
     """
     if pp == 1:
         return (1,)
-    return tuple(v for v in range(1, (layers + 2) // pp + 1) if v == 1 or layers % (pp * v) == 0 or (layers % pp and (layers + 2) % (pp * v) == 0))
+    return tuple(
+        v for v in range(1, (layers + 2) // pp + 1) if v == 1 or layers % (pp * v) == 0 or (layers % pp and (layers + 2) % (pp * v) == 0)
+    )
 
 
 def _expert_tps(tp: int, ep: int, experts: int, fold: bool) -> tuple[int | None, ...]:
@@ -201,7 +206,7 @@ def _divisors(n: int) -> tuple[int, ...]:
 
 
 def _simulated(job: Job, fitting: list[Candidate], constants: Constants, memo: Memo, top: int) -> list[Candidate]:
-    """The promising ones once more with the pipeline simulated and memory by the order, fastest first; those that no longer fit left out."""
+    """The promising ones once more with the pipeline simulated and memory by the order, fastest first; without those that do not fit."""
     chosen = fitting[: max(SIMULATED, 2 * top)]
     seen = {c.family for c in chosen}
     for one in fitting:

@@ -26,7 +26,7 @@ class Latent:
 class Transformer:
     """Dimensions of a decoder. Blocks are attention and a feed-forward part, dense or of experts.
 
-    >>> round(Transformer(layers=96, hidden=12288, heads=96, ffn=49152, vocab=51200, gated=False, tied=True, positions=2048).parameters / 1e9)
+    >>> round(Transformer(layers=96, hidden=12288, heads=96, ffn=49152, vocab=51200, gated=False, tied=True).parameters / 1e9)
     175
     """
 

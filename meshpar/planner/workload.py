@@ -43,7 +43,7 @@ class Collective:
 
     name: str
     kind: str
-    """"all_gather", "reduce_scatter", "all_reduce": `bytes` is the whole tensor; "all_to_all": what a rank gives away, its own part included;
+    """"all_gather", "reduce_scatter", "all_reduce": `bytes` is the whole tensor; "all_to_all": what a rank gives away, with its own part;
     "ring": what passes a rank in all hops, its own part included."""
     axis: str
     phase: Phase
@@ -166,7 +166,10 @@ def _complaints(work: Workload) -> Iterator[str]:
 def _of_layer(layer: Layer, axes: Mapping[str, Axis]) -> Iterator[str]:
     for operator in layer.operators:
         if operator.kind not in KINDS or operator.phase not in PHASES:
-            yield f"{layer.name}.{operator.name} is {operator.kind!r} in {operator.phase!r}. Kinds: {', '.join(KINDS)}; phases: {', '.join(PHASES)}."
+            yield (
+                f"{layer.name}.{operator.name} is {operator.kind!r} in {operator.phase!r}. "
+                f"Kinds: {', '.join(KINDS)}; phases: {', '.join(PHASES)}."
+            )
     for c in layer.collectives:
         if c.kind not in COLLECTIVES or c.axis not in axes:
             yield f"{layer.name}.{c.name} is {c.kind!r} over {c.axis!r}. Kinds: {', '.join(COLLECTIVES)}; axes: {', '.join(axes)}."
