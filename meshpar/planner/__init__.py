@@ -7,8 +7,9 @@
     >>> 12 < found.seconds < 18 and found.memory.total < 80e9
     True
 
-`search(job)` ranks every mapping that fits, `explain(found)` says why. `fit(measurements)` adjusts constants to a machine; `scaled` does with
-one measured step. `build(job, mapping)` is the `Workload` behind an estimate; one made elsewhere goes into `step_time` and `memory` as well.
+`search(job)` ranks every mapping that fits, `explain(found)` says why. `fit(measurements)` adjusts constants to a machine; `scaled` does
+with one measured step. `build(job, mapping)` is the `Workload` behind an estimate; one made elsewhere goes into `step_time` and `memory`
+just as well.
 How far to trust it all: `benchmarks/planner_accuracy/README.md`.
 """
 

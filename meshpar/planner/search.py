@@ -19,7 +19,7 @@ from meshpar.planner.mapping import RECOMPUTE, Job, Mapping, complaints
 from meshpar.planner.memory import Memory, fullest, roughly
 
 SIMULATED = 48
-"""So many of the fastest by closed form are simulated, beside the best of every family."""
+"""So many of the fastest by closed form are simulated, and of so many shapes the best, and of every family the best."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Candidate:
     @property
     def family(self) -> str:
         return family(self.mapping)
+
+
+def shape(mapping: Mapping) -> tuple[object, ...]:
+    """The degrees, and how parameters are shared out: what is left of a mapping without microbatch, virtual stages and recompute."""
+    return mapping.tp, mapping.pp, mapping.cp, mapping.ep, mapping.data_parallel
 
 
 @dataclass(frozen=True)
@@ -207,11 +212,12 @@ def _divisors(n: int) -> tuple[int, ...]:
 
 def _simulated(job: Job, fitting: list[Candidate], constants: Constants, memo: Memo, top: int) -> list[Candidate]:
     """The promising ones once more with the pipeline simulated and memory by the order, fastest first; without those that do not fit."""
-    chosen = fitting[: max(SIMULATED, 2 * top)]
-    seen = {c.family for c in chosen}
-    for one in fitting:
-        if one.family not in seen:
-            seen.add(one.family)
+    chosen = fitting[: min(SIMULATED, 2 * top)]
+    shapes, families = {shape(c.mapping) for c in chosen}, {c.family for c in chosen}
+    for one in fitting[len(chosen) :]:
+        if one.family not in families or (shape(one.mapping) not in shapes and len(shapes) < SIMULATED):
+            shapes.add(shape(one.mapping))
+            families.add(one.family)
             chosen.append(one)
     speed, found = rates(job.cluster.hardware, job.software, constants), []
     for one in chosen:

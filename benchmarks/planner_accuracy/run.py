@@ -1,0 +1,158 @@
+"""The planner against published runs: `python benchmarks/planner_accuracy/run.py --write` fits, scores and writes the README's tables.
+
+`--search` also searches the cluster of every published run for the place of its mapping, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import numpy as np  # noqa: E402
+
+from benchmarks.planner_accuracy import places, scaling  # noqa: E402
+from benchmarks.planner_accuracy.runs import load  # noqa: E402
+from benchmarks.planner_accuracy.scores import (  # noqa: E402
+    WAYS,
+    Scored,
+    constants_table,
+    memory_errors,
+    pairs,
+    per_configuration,
+    quantiles,
+    scored,
+    source_of,
+    spread,
+)
+from meshpar.planner.fit import FREE  # noqa: E402
+
+README = HERE / "README.md"
+TARGETS = {False: "6 / 18", True: "12 / 35"}
+NOISE = {False: "3 / 8", True: "4 / 53"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the tables into the README")
+    parser.add_argument("--search", action="store_true", help="search the cluster of every run")
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    runs, left = load()
+    result = scored(runs)
+    fitted = time.perf_counter() - begun
+    sections = {
+        "accuracy": accuracy(result)
+        + f"\nFit and leave-one-out: {fitted:.0f} s ({platform.machine()}, Python {platform.python_version()}).\n",
+        "sources": sources(result),
+        "memory": memories(result),
+        "constants": table(("constant", "meaning", "prior", "fitted", "source of the prior"), constants_table(result.whole)),
+        "misses": misses(result),
+        "left out": left_out(left),
+        "scaling": "\n".join(
+            f"{part}, bf16, sequences of 2048:\n\n" + table(scaling_heading(), scaling.rows(part, result.whole.constants))
+            for part in ("a100", "h100")
+        ),
+    }
+    if options.search:
+        sections["places"] = places.text(runs, result.whole.constants)
+    for name, text in sections.items():
+        print(f"== {name}\n\n{text}")
+    print("FITTED:", {name: float(f"{result.whole.constants[name]:.4g}") for name in FREE})
+    for name, sparse in (("dense", False), ("experts", True)):
+        print("SPREAD", name, [round(x, 2) for x in spread(runs, result.errors["left out"], sparse)])
+    if options.write:
+        write(sections)
+
+
+def accuracy(result: Scored) -> str:
+    rows = []
+    for sparse in (False, True):
+        errors = {way: list(per_configuration(result.runs, result.errors[way], sparse).values()) for way in WAYS}
+        cells = [quantiles(values) for values in errors.values()]
+        rows.append(["experts" if sparse else "dense", str(len(errors["fit"])), *cells, TARGETS[sparse], NOISE[sparse]])
+    heading = ("step time, median / p90 error %", "configurations", *WAYS.values(), "target", "noise of the data")
+    text = table(heading, rows) + "\n"
+    lines = ["Pairs of mappings more than 10 % apart in the data, in the right order (target 85 %):\n"]
+    for same in (True, False):
+        right, of = pairs(result.runs, result.errors["left out"], same_cluster=same)
+        what = "same model, GPUs and batch" if same else "same model, kind of GPU and precision"
+        lines.append(f"- {what}: {right} of {of} ({100 * right / max(of, 1):.0f} %)")
+    return text + "\n".join(lines) + "\n"
+
+
+def sources(result: Scored) -> str:
+    rows = []
+    names = [source_of(run) for run in result.runs]
+    for source in dict.fromkeys(names):
+        mine = np.array([name == source for name in names])
+        cells = [
+            f"{100 * np.median(np.abs(result.errors[way][mine])):.1f} / {100 * np.abs(result.errors[way][mine]).max():.0f}" for way in WAYS
+        ]
+        bias = f"{100 * np.median(result.errors['left out'][mine]):+.1f}"
+        rows.append([source, str(int(mine.sum())), *cells, bias])
+    return table(("source", "rows", *(f"{way}: median / worst %" for way in WAYS.values()), "median with sign, left out"), rows)
+
+
+def memories(result: Scored) -> str:
+    found = memory_errors(result.runs, result.whole.constants)
+    worst = sorted(found, key=lambda pair: -abs(pair[1]))[:5]
+    text = f"{len(found)} rows, median / p90 error {quantiles([abs(e) for _, e in found])} % (target 5 / 15). Worst:\n\n"
+    return text + table(
+        ("row", "model", "mapping", "published GiB", "error %"),
+        [[str(r.row), r.name, str(r.mapping), f"{(r.published_memory or 0) / 2**30:.1f}", f"{100 * e:+.0f}"] for r, e in worst],
+    )
+
+
+def misses(result: Scored) -> str:
+    rows = []
+    for run, e, inside in sorted(zip(result.runs, result.errors["left out"], result.errors["fit"]), key=lambda x: -abs(x[1])):
+        limit = 0.35 if run.sparse else 0.18
+        if abs(e) > min(limit, 0.18):
+            recompute = "" if run.declared else " (recompute inferred)"
+            where = f"{run.job.cluster.gpus} x {run.job.cluster.hardware.name}"
+            rows.append(
+                [str(run.row), source_of(run), run.name, where, f"{run.mapping}{recompute}", f"{100 * e:+.0f}", f"{100 * inside:+.0f}"]
+            )
+    return table(("row", "source", "model", "cluster", "mapping", "left out %", "fit %"), rows)
+
+
+def left_out(left: dict[int, str]) -> str:
+    reasons: dict[str, list[int]] = {}
+    for row, reason in left.items():
+        reasons.setdefault(reason, []).append(row)
+    return "\n".join(f"- rows {', '.join(map(str, rows))}: {reason}" for reason, rows in reasons.items()) + "\n"
+
+
+def scaling_heading() -> tuple[str, ...]:
+    return (
+        *("GPUs", "quoted efficiency %", "quoted MFU %", "175B, fixed batch: efficiency", "its MFU"),
+        *("growing model: efficiency", "its MFU", "one device by the quoted columns"),
+    )
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def write(sections: dict[str, str]) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- end -->`."""
+    text = README.read_text()
+    for name, section in sections.items():
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise SystemExit(f"{README} has no place for {name!r}")
+        text = f"{before}<!-- {name} -->\n\n{section}\n{end}{after}"
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
