@@ -150,7 +150,8 @@ def _cut(share: Share, stages: int, copies: bool) -> tuple[tuple[tuple[Layer, in
     if model.layers % stages == 0 and not model.predicts:
         size = model.layers // stages
         runs = [blocks[i : i + size] for i in range(0, model.layers, size)]
-        runs[0], runs[-1] = [ends[0], *runs[0]], [*runs[-1], ends[1]]
+        runs[0] = [ends[0], *runs[0]]
+        runs[-1] = [*runs[-1], ends[1]]
     else:
         predicting = [layer for _ in range(model.predicts) for layer in (block(share, bool(model.experts), False, True), ends[1])]
         runs = _balanced([ends[0], *blocks, *predicting, ends[1]], stages)
@@ -197,6 +198,7 @@ def block(share: Share, experts: bool, windowed: bool, predicts: bool = False) -
     operators += _again(share, operators)
     collectives += [_replayed(c) for c in collectives if c.phase == "forward"] if share.recompute == "full" else []
     own = (model.attention_parameters + model.matrices * model.hidden * width) / t + 2 * model.hidden
+    own += _whole(model) * (1 - 1 / t)
     own += model.hidden * model.experts if experts else 0
     own += 2 * model.hidden**2 if predicts else 0
     inner = model.expert_parameters / (share.ep * share.etp) if experts else 0.0
@@ -277,7 +279,7 @@ def _attention(share: Share, windowed: bool) -> list[Operator]:
         r = model.latent
         queries = heads * (2 * (r.plain + r.rotary) + r.value)
         found = [
-            *_product("narrow", share, tokens, h, r.query_rank + r.key_value_rank + r.rotary),
+            *_product("narrow", share, tokens / share.narrow, h, r.query_rank + r.key_value_rank + r.rotary),
             *_product("queries", share, tokens, r.query_rank, heads * (r.plain + r.rotary)),
             *_product("keys and values", share, tokens, r.key_value_rank, heads * (r.plain + r.value)),
             *_product("projection", share, tokens, heads * r.value, h),
@@ -472,6 +474,12 @@ def _kept(share: Share, experts: bool) -> tuple[float, float]:
         selective = first + rest
     found = {"none": everything, "activations": first + rest + core, "selective": selective, "full": first}[share.recompute]
     return tokens * found * share.stack.activations, tokens * everything * share.stack.activations
+
+
+def _whole(model: Transformer) -> float:
+    """Parameters of an attention that every tp rank holds: the products into narrow latents."""
+    r = model.latent
+    return 0.0 if r is None else model.hidden * (r.query_rank + r.key_value_rank + r.rotary)
 
 
 def _wide(r: Latent, heads: int) -> int:
