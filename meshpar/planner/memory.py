@@ -92,6 +92,9 @@ def _of_rank(work: Workload, rank: int, held: float, stack: Stack, constants: Co
     again = max((x.peak for x in layers if x.name != "head"), default=0.0)
     transient = again
     if work.data_parallel == "zero3":
-        transient += (2 * 2 + stack.gradient_sum) * max(x.parameters + x.expert_parameters for x in layers)
+        sizes = sorted(
+            {x.parameters + x.expert_parameters for x in layers}, reverse=True
+        )  # the largest at work, the next one gathered ahead
+        transient += (2 + stack.gradient_sum) * sizes[0] + 2 * sizes[min(1, len(sizes) - 1)]
     used = states + held + loss + transient
     return Memory(rank, states, held, loss, transient, constants["memory buffers"] * GiB + (constants["memory fragments"] - 1) * used)
