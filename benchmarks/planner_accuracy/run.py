@@ -67,6 +67,8 @@ def main() -> None:
     print("FITTED:", {name: float(f"{result.whole.constants[name]:.4g}") for name in FREE})
     for name, sparse in (("dense", False), ("experts", True)):
         print("SPREAD", name, [round(x, 2) for x in spread(runs, result.errors["left out"], sparse)])
+    ratios = [1 / (1 + e) for _, e in memory_errors(runs, result.whole.constants)]
+    print("SPREAD memory", [round(float(np.quantile(ratios, q)), 2) for q in (0.1, 0.9)])
     if options.write:
         write(sections)
 

@@ -91,7 +91,7 @@ def _orders(runs: Sequence[Run], errors: np.ndarray, same_cluster: bool) -> Iter
     for a, b in combinations(range(len(runs)), 2):
         x, y = runs[a], runs[b]
         alike = (x.name, x.job.seq, x.job.cluster.hardware, x.job.dtype) == (y.name, y.job.seq, y.job.cluster.hardware, y.job.dtype)
-        if not alike or x.mapping == y.mapping or x.job.stack == y.job.stack == "":
+        if not alike or x.mapping == y.mapping:
             continue
         if same_cluster and (x.job.cluster.gpus, x.job.batch) != (y.job.cluster.gpus, y.job.batch):
             continue

@@ -41,8 +41,8 @@ class Stack:
     activations: float
     """Measured activations / those of the closed form."""
     source: str
-    logits: float = 14.0
-    """Bytes per logit at the peak of the loss: 16-bit logits, fp32 copy, probabilities and gradient; less where one kernel reuses them."""
+    logits: float = 12.0
+    """Bytes per logit at the peak of the loss: logits and their gradient in 16 bits and in fp32; less where one kernel reuses them."""
     hides_ep: bool = False
     """The exchange of tokens runs beside another microbatch's computation."""
     dedups: bool = False
