@@ -178,6 +178,31 @@ def load() -> tuple[list[Run], dict[int, str]]:
     return runs, left
 
 
+BASELINE_MAPPINGS: Map[tuple[str, str], Mapping] = {
+    ("Mixtral-8x22B", "FSDP"): Mapping(tp=8, data_parallel="zero3"),
+    ("Mixtral-8x22B", "FSDP+EP"): Mapping(tp=2, ep=8, etp=2, data_parallel="zero3"),
+    ("Mixtral-8x22B", "TP+EP+DP"): Mapping(tp=4, ep=8, etp=4),
+    ("Mixtral-8x22B-G8T8", "FSDP"): Mapping(tp=8, data_parallel="zero3"),
+    ("Mixtral-8x22B-G8T8", "FSDP+EP"): Mapping(tp=4, ep=8, etp=4, data_parallel="zero3"),
+    ("Mixtral-8x22B-G8T8", "TP+EP+DP"): Mapping(tp=8, ep=8, etp=8),
+}
+"""Model and strategy -> mapping of table 3 of 2504.14960; microbatches of one sample and no recompute are assumed."""
+
+
+def baselines() -> list[tuple[str, Run]]:
+    """The rows of `BASELINES`, which no fit sees, with their strategies."""
+    found = []
+    with CSV.open() as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            if number in BASELINES:
+                strategy = row["notes"].split(";")[0]
+                model = replace(MODELS[row["model"]], routed=ASSUMED_ROUTED)
+                job = Job(model, Cluster("h100", int(row["gpus"])), 4096, int(row["gbs"]), "bf16", "megatron-2024")
+                mapping = BASELINE_MAPPINGS[row["model"], strategy]
+                found.append((strategy, Run(number, row["source"], row["model"], job, mapping, False, _seconds(row, job, "causal"))))
+    return found
+
+
 class LeftOut(Exception):
     """A row that does not say enough."""
 
