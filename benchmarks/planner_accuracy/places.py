@@ -6,10 +6,21 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.planner_accuracy.runs import Run
 from meshpar.planner import Candidate, Constants, Space, estimate, search
-from meshpar.planner.mapping import DATA_PARALLEL
+from meshpar.planner.mapping import RECOMPUTE
 from meshpar.planner.search import shape
 
 BEST = 5
+MODES = {
+    "megatron-2020": ("replicate",),
+    "megatron-2021": ("replicate",),
+    "deepspeed-2021": ("zero3",),
+    "megatron-2024": ("zero1",),
+    "nemo-2024": ("zero1",),
+    "torchtitan": ("zero3",),
+    "torchtitan-eager": ("zero3",),
+    "nanotron": ("replicate", "zero1"),
+}
+"""Stack -> how its parameters could be shared out over data ranks."""
 
 
 def text(runs: Sequence[Run], constants: Constants) -> str:
@@ -29,6 +40,8 @@ def text(runs: Sequence[Run], constants: Constants) -> str:
         for _, _, _, best in mine:
             families[best.family] = families.get(best.family, 0) + 1
         lines.append(f"  our best is {', '.join(f'{name} ({n})' for name, n in sorted(families.items(), key=lambda x: -x[1]))}")
+        for run, place, ratio, best in sorted(mine, key=lambda x: -x[2])[:6]:
+            lines.append(f"  row {run.row}: {run.mapping} is {ratio:.2f} of our best, place {place}: {best.mapping}")
     return "\n".join(lines) + "\n"
 
 
@@ -40,10 +53,16 @@ def _one_each(runs: Sequence[Run]) -> list[Run]:
     return list(found.values())
 
 
+def space_of(run: Run) -> Space:
+    """What the software of a row could do, and the recompute that it states."""
+    modes = MODES.get(run.job.software.name, ("zero1", "zero3"))
+    recompute = (run.mapping.recompute,) if run.declared else RECOMPUTE
+    return Space(data_parallel=modes, recompute=recompute)
+
+
 def _placed(runs: Sequence[Run], constants: Constants) -> Iterator[tuple[Run, int, float, Candidate]]:
     for run in runs:
-        modes = ("replicate", "zero1", "zero3") if run.mapping.data_parallel == "replicate" else DATA_PARALLEL[1:]
-        found = search(run.job, Space(data_parallel=modes), constants, top=10_000)
+        found = search(run.job, space_of(run), constants, top=10_000)
         shapes = list(dict.fromkeys(shape(one.mapping) for one in found.ranked))
         mine = shape(run.mapping)
         place = shapes.index(mine) + 1 if mine in shapes else len(shapes) + 1

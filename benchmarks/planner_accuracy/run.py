@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import numpy as np  # noqa: E402
 
 from benchmarks.planner_accuracy import places, scaling  # noqa: E402
-from benchmarks.planner_accuracy.runs import load  # noqa: E402
+from benchmarks.planner_accuracy.runs import baselines, load  # noqa: E402
 from benchmarks.planner_accuracy.scores import (  # noqa: E402
     WAYS,
     Scored,
@@ -55,6 +55,7 @@ def main() -> None:
         "constants": table(("constant", "meaning", "prior", "fitted", "source of the prior"), constants_table(result.whole)),
         "misses": misses(result),
         "left out": left_out(left),
+        "baselines": baseline_rows(result),
         "scaling": "\n".join(
             f"{part}, bf16, sequences of 2048:\n\n" + table(scaling_heading(), scaling.rows(part, result.whole.constants))
             for part in ("a100", "h100")
@@ -123,6 +124,18 @@ def misses(result: Scored) -> str:
                 [str(run.row), source_of(run), run.name, where, f"{run.mapping}{recompute}", f"{100 * e:+.0f}", f"{100 * inside:+.0f}"]
             )
     return table(("row", "source", "model", "cluster", "mapping", "left out %", "fit %"), rows)
+
+
+def baseline_rows(result: Scored) -> str:
+    rows, errors = [], []
+    for strategy, run in baselines():
+        error = run.estimate(result.whole.constants).seconds / run.seconds - 1
+        errors.append(abs(error))
+        rows.append(
+            [str(run.row), run.name, strategy, str(run.job.cluster.gpus), str(run.job.batch), f"{run.seconds:.2f}", f"{100 * error:+.0f}"]
+        )
+    heading = ("row", "model", "strategy", "GPUs", "batch", "published step s", "error %")
+    return f"{len(rows)} rows, median / p90 error {quantiles(errors)} %:\n\n" + table(heading, rows)
 
 
 def left_out(left: dict[int, str]) -> str:

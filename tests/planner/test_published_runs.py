@@ -7,7 +7,7 @@ import csv
 import numpy as np
 import pytest
 
-from benchmarks.planner_accuracy.runs import CSV, SOURCES, Run, load
+from benchmarks.planner_accuracy.runs import CSV, SOURCES, Run, baselines, load
 from benchmarks.planner_accuracy.scores import memory_errors, pairs, per_configuration
 from meshpar.planner import Constants, check, flops_per_token
 
@@ -55,3 +55,10 @@ def test_shipped_constants_are_as_near_as_the_readme_says() -> None:
     assert np.median(needs) < 0.08 and np.quantile(needs, 0.9) < 0.15
     right, of = pairs(RUNS, found, same_cluster=False)
     assert right > 0.85 * of > 50
+
+
+def test_baselines_that_no_fit_saw() -> None:
+    """Fully sharded experts at 2 to 4 % of peak as well as pipelines of them at 40 %: the planner tells them apart."""
+    off = [abs(run.estimate(Constants.default()).seconds / run.seconds - 1) for _, run in baselines()]
+    assert len(off) == 22
+    assert np.median(off) < 0.2 and max(off) < 0.45
