@@ -63,7 +63,7 @@ def space_of(run: Run) -> Space:
 def _placed(runs: Sequence[Run], constants: Constants) -> Iterator[tuple[Run, int, float, Candidate]]:
     for run in runs:
         found = search(run.job, space_of(run), constants, top=10_000)
-        shapes = list(dict.fromkeys(shape(one.mapping) for one in found.ranked))
+        shapes = [shape(one.mapping) for one in found.shapes]
         mine = shape(run.mapping)
         place = shapes.index(mine) + 1 if mine in shapes else len(shapes) + 1
         yield run, place, estimate(run.job, run.mapping, constants).seconds / found.best.seconds, found.best

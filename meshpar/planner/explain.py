@@ -136,9 +136,9 @@ def _lines(found: Found, constants: Constants) -> Iterator[str]:
     yield f"{job.cluster.gpus} x {part.name}, {job.batch} samples of {job.seq} tokens, {job.precision}, {job.software.name}"
     yield f"{found.tried} mappings tried, {found.fit} fit in {limit(job) / GiB:.0f} GiB; {found.seconds:.1f} s"
     yield ""
+    yield "The best of every shape (tp, pp, cp, ep, how parameters are shared out):"
     yield "  step s  (10-90 %)      tok/s/GPU  MFU   GiB  bubble  visible s: tp / cp / ep / dp / pp   mapping"
-    for one in found.ranked:
-        yield _row(job, one, constants)
+    yield from (_row(job, one, constants) for one in found.shapes)
     yield ""
     yield "The usual path of decisions:"
     steps = usual_path(job, constants)

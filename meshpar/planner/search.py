@@ -84,10 +84,12 @@ class Lost:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found. `ranked` is fastest first; `lost` has the best of each other family."""
+    """What a search found, fastest first; `lost` has the best of each other family."""
 
     job: Job
     ranked: tuple[Candidate, ...]
+    shapes: tuple[Candidate, ...]
+    """The best of every shape."""
     lost: tuple[Lost, ...]
     tried: int
     fit: int
@@ -139,7 +141,9 @@ def search(job: Job, space: Space | None = None, constants: Constants | None = N
     fitting.sort(key=lambda c: c.seconds)
     ranked = _simulated(job, fitting, constants, memo, top)
     lost = _lost(job, ranked, small, constants)
-    return Found(job, tuple(ranked[:top]), lost, tried, len(fitting), time.perf_counter() - begun)
+    shapes = {shape(one.mapping): one for one in reversed(ranked)}
+    different = sorted(shapes.values(), key=_rank)
+    return Found(job, tuple(ranked[:top]), tuple(different[:top]), lost, tried, len(fitting), time.perf_counter() - begun)
 
 
 def family(mapping: Mapping) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from meshpar.errors import ConfigError
 from meshpar.planner import Candidate, Cluster, Mapping, Space, check, estimate, explain, hardware, launch, search, toml, usual_path
-from meshpar.planner.search import candidates, limit
+from meshpar.planner.search import candidates, limit, shape
 from tests.planner.models import EXPERTS, GPT, LARGE, LATENT, SMALL, job
 
 NARROW = Space(tp=(1, 4, 8), cp=(1,), microbatch=(1, 2))
@@ -31,6 +31,12 @@ def test_everything_ranked_can_be_run_fits_and_is_simulated(found) -> None:  # t
 def test_the_order_is_that_of_time_up_to_half_a_percent(found) -> None:  # type: ignore[no-untyped-def]
     seconds = [one.seconds for one in found.ranked]
     assert all(later > 0.99 * earlier for earlier, later in pairwise(seconds))
+
+
+def test_every_shape_comes_once_with_its_best(found) -> None:  # type: ignore[no-untyped-def]
+    assert found.shapes[0] == found.best
+    names = [shape(one.mapping) for one in found.shapes]
+    assert len(set(names)) == len(names) > 3
 
 
 def test_no_mapping_of_the_space_is_faster_than_the_best(found) -> None:  # type: ignore[no-untyped-def]
