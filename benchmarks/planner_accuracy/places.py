@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from benchmarks.planner_accuracy.runs import Run
 from meshpar.planner import Candidate, Constants, Space, estimate, search
@@ -54,10 +55,15 @@ def _one_each(runs: Sequence[Run]) -> list[Run]:
 
 
 def space_of(run: Run) -> Space:
-    """What the software of a row could do, and the recompute that it states."""
-    modes = MODES.get(run.job.software.name, ("zero1", "zero3"))
+    """What the software of a row could do, and the recompute that it states.
+
+    ZeRO-3 of 2104.04473 is a baseline without tp and pp; experts of 2504.14960 are split like the rest of the model before it folds them.
+    """
+    name = run.job.software.name
+    modes = MODES.get(name, ("zero1", "zero3"))
     recompute = (run.mapping.recompute,) if run.declared else RECOMPUTE
-    return Space(data_parallel=modes, recompute=recompute)
+    space = Space(data_parallel=modes, recompute=recompute, fold_experts=name != "megatron-2024" or run.mapping.expert_tp == 1)
+    return replace(space, tp=(1,), pp=(1,)) if name == "deepspeed-2021" else space
 
 
 def _placed(runs: Sequence[Run], constants: Constants) -> Iterator[tuple[Run, int, float, Candidate]]:

@@ -57,8 +57,9 @@ def main() -> None:
         "left out": left_out(left),
         "baselines": baseline_rows(result),
         "scaling": "\n".join(
-            f"{part}, bf16, sequences of 2048:\n\n" + table(scaling_heading(), scaling.rows(part, result.whole.constants))
-            for part in ("a100", "h100")
+            f"{part}, {scaling.STACKS[part]}, bf16, sequences of 2048:\n\n"
+            + table(scaling_heading(), scaling.rows(part, result.whole.constants))
+            for part in scaling.STACKS
         ),
     }
     if options.search:

@@ -19,8 +19,10 @@ ONE = gpt(96, 12288, 96)
 GROWING = {8: gpt(32, 4096, 32), 64: gpt(48, 8192, 64), 512: gpt(96, 12288, 96), 2048: gpt(105, 20480, 128)}
 """GPUs -> a model as large as is usual there: 7B, 39B, 175B, 530B."""
 BATCH = {8: 128, 64: 512, 512: 1536, 2048: 2560}
-FIXED = 2048
-"""Samples of a step in strong scaling."""
+FIXED = 512
+"""Samples of a step in strong scaling: a million tokens."""
+STACKS = {"a100": "megatron-2021", "h100": "megatron-2024"}
+"""The software that published runs on each were measured with."""
 
 
 def utilisation(job: Job, one: Candidate) -> float:
@@ -43,7 +45,7 @@ def rows(part: str, constants: Constants) -> list[list[str]]:
         low, high = QUOTED_EFFICIENCY[gpus], QUOTED_MFU[gpus]
         implied = sum(high) / sum(low)
         for model, batch in ((ONE, FIXED), (GROWING[gpus], BATCH[gpus])):
-            job = Job(model, Cluster(part, gpus), seq=2048, batch=batch)
+            job = Job(model, Cluster(part, gpus), 2048, batch, "bf16", STACKS[part])
             try:
                 best = search(job, SPACE, constants, top=1).best
             except ValueError:
