@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshpar.errors import ConfigError, raise_all
 from meshpar.planner.hardware import ALIASES, Cluster
@@ -133,11 +133,12 @@ def complaints(job: Job, mapping: Mapping) -> Iterator[str]:
             yield f"{name}={getattr(mapping, name)!r}; known: {', '.join(known)}."
     if mapping.order not in SCHEDULES:
         yield f"schedule={mapping.schedule!r}; the planner simulates {', '.join(SCHEDULES)}."
-    if not bad:
-        yield from _of_heads(job.model, mapping)
-        yield from _of_layers(job.model, mapping)
-        yield from _of_ranks(job, mapping)
-        yield from _of_experts(job, mapping)
+    if bad:  # the rest is judged as if they were 1
+        mapping = replace(mapping, **dict.fromkeys(bad, 1))
+    yield from _of_heads(job.model, mapping)
+    yield from _of_layers(job.model, mapping)
+    yield from _of_ranks(job, mapping)
+    yield from _of_experts(job, mapping)
 
 
 def check(job: Job, mapping: Mapping) -> None:

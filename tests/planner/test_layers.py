@@ -110,7 +110,14 @@ def test_utilisation_of_a_published_row() -> None:
 
 def test_bad_mappings_are_refused_at_once_with_what_would_do() -> None:
     with pytest.raises(ConfigError) as caught:
-        build(job(LARGE, batch=100), Mapping(tp=3, pp=200, ep=2, recompute="all"))
+        build(job(LARGE, batch=100), Mapping(tp=3, pp=200, ep=2, microbatch=0, recompute="all"))
     text = str(caught.value)
-    for part in ("tp=3 does not divide 64 heads", "200 stages for 80 layers", "without experts", "recompute='all'; known: none", "64 GPUs"):
+    for part in (
+        "microbatch=0",
+        "tp=3 does not divide 64 heads",
+        "200 stages for 80 layers",
+        "without experts",
+        "recompute='all'; known: none",
+        "64 GPUs",
+    ):
         assert part in text, text
