@@ -133,8 +133,8 @@ def complaints(job: Job, mapping: Mapping) -> Iterator[str]:
             yield f"{name}={getattr(mapping, name)!r}; known: {', '.join(known)}."
     if mapping.order not in SCHEDULES:
         yield f"schedule={mapping.schedule!r}; the planner simulates {', '.join(SCHEDULES)}."
-    if bad:  # the rest is judged as if they were 1
-        mapping = replace(mapping, **dict.fromkeys(bad, 1))
+    for name in bad:  # the rest is judged as if it were 1
+        mapping = replace(mapping, **{name: 1})  # type: ignore[arg-type]
     yield from _of_heads(job.model, mapping)
     yield from _of_layers(job.model, mapping)
     yield from _of_ranks(job, mapping)
