@@ -66,7 +66,8 @@ def length(schedule: str, ranks: int, microbatches: int, times: Times) -> float:
         return run(program(schedule, ranks, stages, microbatches), times)
     first = run(program(schedule, ranks, stages, short), times)
     again = run(program(schedule, ranks, stages, short + ranks), times)
-    return again + (again - first) * (microbatches - short - ranks) / ranks
+    round_trip = max(again - first, ranks * times.busy(ranks))  # uneven stages settle late, at the pace of the busiest rank
+    return again + round_trip * (microbatches - short - ranks) / ranks
 
 
 def run(program: Program, times: Times) -> float:
