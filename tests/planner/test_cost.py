@@ -74,3 +74,18 @@ def test_closed_form_ranks_as_the_simulation_times() -> None:
     for mapping in (Mapping(8), Mapping(4, 4, 5), Mapping(8, 2, 4), Mapping(8, 8)):
         work = build(asked, mapping)
         assert timed(work, speed, Memo(), simulate=False).seconds == pytest.approx(timed(work, speed, Memo()).seconds, rel=0.04)
+
+
+def test_later_stages_sum_gradients_while_earlier_ones_still_compute() -> None:
+    """All parameters on the last of two stages: its backward ends one stage before the step does, and that long its sum is hidden."""
+    from meshpar.planner import Axis, Collective, Layer, Operator, Workload
+
+    part, software = hardware("h100"), stack("megatron-2021")
+    layer = Layer("products", tuple(Operator("product", "matrix", phase, 989e12) for phase in ("forward", "input", "weight")))  # type: ignore[arg-type]
+    axes = {name: Axis(name, 8 if name == "dp" else 1, 1) for name in ("tp", "cp", "ep", "etp", "dp", "edp")} | {"pp": Axis("pp", 2, 8)}
+    sums = (Collective("gradients", "all_reduce", "dp", "step", 300e9),)
+    visible = []
+    for stages in ((Stage(((layer, 1),), sums), Stage(((layer, 1),))), (Stage(((layer, 1),)), Stage(((layer, 1),), sums))):
+        visible.append(step_time(Workload(stages, 2, "1f1b", 4, axes, 0.0, "replicate", 16, 1.0), part, software, CONSTANTS).parts["dp"])
+    backward = 2 / CONSTANTS["matrix hopper"]
+    assert visible[0] - max(0.0, visible[1]) == pytest.approx(min(visible[0], backward), rel=1e-3)

@@ -53,6 +53,14 @@ def test_bytes_of_tensor_parallelism_are_eight_times_the_activations() -> None:
     assert sizes == [2 * 8192 * 8192] * 8
 
 
+def test_bytes_of_context_parallelism() -> None:
+    """Keys and values of the whole sequence pass a rank in forward; they and their gradients in backward (8 kv heads of 128, over tp)."""
+    work = build(job(LARGE), Mapping(tp=2, cp=4))
+    layer = next(x for x, _ in work.stages[0].layers if x.name == "block")
+    whole = 2 * 8192 * 2 * 8 * 128 / 2
+    assert [(c.phase, c.bytes) for c in layer.collectives if c.axis == "cp"] == [("forward", whole), ("input", 2 * whole)]
+
+
 def test_bytes_of_the_exchange_of_experts() -> None:
     work = build(job(EXPERTS), Mapping(ep=8))
     layer = next(x for x, _ in work.stages[0].layers if x.name == "experts")
