@@ -284,13 +284,18 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
+_TENSOR: Any = torch.Tensor
 _LOOKS = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_meta", "requires_grad", "grad")),
+    _TENSOR._version.__get__,
     *(
         getattr(torch.Tensor, name).__get__
         for name in ("is_leaf", "grad_fn", "is_sparse", "is_quantized", "is_nested", "is_cuda", "is_cpu")
     ),
-    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size")),
+    *(
+        getattr(torch.Tensor, name)
+        for name in ("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_inference", "element_size")
+    ),
     *(getattr(torch.Tensor, name) for name in ("untyped_storage", "data_ptr", "storage_offset", "is_contiguous", "__len__", "__hash__")),
 }
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from meshpar._torch import FakeTensor
 from meshpar.capture import blame, branches
 from meshpar.capture.ambient import TORCH, keyed, place_of
+from meshpar.capture.copies import Missing
 from meshpar.capture.numbers import OF_MATH, SLOTS, Formula, Meeting, Numbers, TooMany, is_number, on_numbers
 from meshpar.capture.places import CONTAINERS, FUNCTIONS, PLAIN, Place, copied, same
 from meshpar.capture.reads import Reads
@@ -267,7 +268,8 @@ def _check_live(reads: Reads) -> None:
 
 
 def _check_iterators(reads: Reads) -> None:
-    found = [place for place, value in reads.read.items() if hasattr(type(value), "__next__")]
+    # (what stands for one without a copy says so itself, when it is used)
+    found = [place for place, value in reads.read.items() if hasattr(type(value), "__next__") and not isinstance(value, Missing)]
     if found:
         raise CaptureError(
             f"The forward reads {', '.join(map(str, found))}, an iterator: a graph would have what it gave at capture for ever.\n"

@@ -115,7 +115,7 @@ class Global(nn.Module):
 def test_a_forward_that_reads_a_global_variable() -> None:
     global GLOBAL
     GLOBAL = Global()
-    with simulate(2), pytest.raises(CaptureError, match="reads scale past the module it is called on"):
+    with simulate(2), pytest.raises(CaptureError, match="scale of the model itself is read at test_copies.py"):
         parallelize(GLOBAL, make_mesh("tp=2"), example={"x": torch.randn(4, 8)})
 
 
