@@ -79,7 +79,7 @@ def _parallelize(
     programs = Programs(model, mesh, config, rules=rules, loss_fn=loss_fn, plan=plan)
     program = programs.make(args, kwargs, training=model.training, microbatches=config.microbatches)
     agree(program.plan.hash, mesh, "the plan")
-    agree_on_values(model, mesh, filled=weights is not None)
+    agree_on_values(model, mesh, weights=weights)
     engine = build(model, mesh, config, program, programs.schedule, weights=weights)
     return ParallelModel(engine, mesh, config, programs, program, together)
 
