@@ -282,8 +282,8 @@ def lists_of_numbers(record: Callable[[list[Any], torch.Tensor], list[Any]]) -> 
 def untraced() -> Iterator[None]:
     """Inside, a trace that is under way does not see what other threads run (torch 2.13; wait for a public way out of a trace).
 
-    It keeps a stack of the calls of modules, and loses count when one raises; in a model with a shared module, it hands out proxies in place
-    of submodules; and what writes itself down in the trace (ModIndex, an indexing under vmap) finds it from every thread.
+    It keeps a stack of the calls of modules, and loses count when one raises; in a model with a shared module, it hands out proxies in
+    place of submodules; and what writes itself down in the trace (ModIndex, an indexing under vmap) finds it from every thread.
     """
     modes = mode_stack_state_for_pre_dispatch()
     traced = nn.Module.__call__, nn.Module.__getattr__
