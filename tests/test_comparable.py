@@ -72,3 +72,14 @@ def test_export_sees_the_same() -> None:
     values = [n.meta.get("val") for n in program.graph.nodes]
     assert {v.dtype for v in values if isinstance(v, torch.Tensor)} == {torch.float64}
     assert torch.equal(program.module()(x), x * x.pow(2).mean().rsqrt())
+
+
+def test_values_do_not_depend_on_the_order_of_registration() -> None:
+    def moved(names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        net = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+        for parameter in net.parameters():
+            nn.init.ones_(parameter)
+        return dict(comparable(net, dtype=torch.float64, perturb=0.1, seed=0).named_parameters())
+
+    one, other = moved(("full", "near")), moved(("near", "full"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items()) and not torch.equal(*list(one.values())[::2])
