@@ -13,7 +13,10 @@ import torch
 import torch.distributed._functional_collectives  # torch 2.13; registers the functional collectives' shapes for fake and meta tensors
 from torch import _C, nn
 from torch._C import _set_grad_enabled as set_grad_enabled  # torch 2.13; what export sees of torch.no_grad
-from torch._ops import OpOverload  # torch 2.13; the type of an ATen operator in a graph, wait for a public name
+from torch._ops import (
+    OpOverload,  # torch 2.13; the type of an ATen operator in a graph, wait for a public name
+    mode_stack_state_for_pre_dispatch,  # torch 2.13; the trace of an export under way, wait for a public way out of it
+)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch 2.13; wait for a public way to make tensors without memory
 from torch.amp import _enter_autocast as enter_autocast  # torch 2.13; what export writes for torch.autocast, wait for a public one
 from torch.amp import _exit_autocast as exit_autocast
@@ -299,15 +302,27 @@ def lists_of_numbers(record: Callable[[list[Any], torch.Tensor], list[Any]]) -> 
 
 
 @contextmanager
-def modules_untraced() -> Iterator[None]:
-    """Inside, modules are no part of a trace that is under way: it keeps a stack of their calls, and loses count when one raises; and in a
-    model with a shared module, it hands out proxies in place of submodules (torch 2.13; wait for a public way out of a trace)."""
+def untraced() -> Iterator[None]:
+    """Inside, a trace that is under way does not see what other threads run (torch 2.13; wait for a public way out of a trace).
+
+    It keeps a stack of the calls of modules, and loses count when one raises; in a model with a shared module, it hands out proxies in
+    place of submodules; and what writes itself down in the trace (ModIndex, an indexing under vmap) finds it from every thread.
+    """
+    modes = mode_stack_state_for_pre_dispatch()
     traced = nn.Module.__call__, nn.Module.__getattr__
+    under_way = modes.get(0), modes.get(1)
     nn.Module.__call__, nn.Module.__getattr__ = _symbolic_trace._orig_module_call, _symbolic_trace._orig_module_getattr  # type: ignore[method-assign]
+    _replace_modes(modes, (None, None))
     try:
         yield
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = traced  # type: ignore[method-assign]
+        _replace_modes(modes, under_way)
+
+
+def _replace_modes(modes: Any, by: tuple[Any, Any]) -> None:
+    for place, mode in enumerate(by):
+        modes.set(place, mode)
 
 
 def as_traced(module: nn.Module) -> nn.Module:

@@ -20,7 +20,6 @@ from .plan import Plan
 from .runtime.agreement import agree_on_values
 from .runtime.build import build
 from .runtime.failures import Together
-from .runtime.fit import Weights
 from .runtime.init import Source
 from .runtime.model import ParallelModel
 from .runtime.program import Programs
@@ -86,14 +85,9 @@ def _parallelize(
     programs = Programs(model, mesh, config, rules=rules, loss_fn=loss_fn, plan=plan)
     program = programs.make(args, kwargs, training=model.training, microbatches=config.microbatches)
     agree(program.plan.hash, mesh, "the plan")
-    agree_on_values(model, mesh, filled=_fills_all(weights))
+    agree_on_values(model, mesh, weights=weights)
     engine = build(model, mesh, config, program, programs.schedule, weights=weights)
     return ParallelModel(engine, mesh, config, programs, program, together)
-
-
-def _fills_all(weights: Source | None) -> bool:
-    """Whether every parameter gets its value from a file, so that those of the model do not matter."""
-    return weights.missing == "error" if isinstance(weights, Weights) else weights is not None
 
 
 def _check_supported(mesh: DeviceMesh) -> None:

@@ -43,7 +43,7 @@ def comparable(model: nn.Module, *, dtype: torch.dtype, perturb: float, seed: in
     cast(model, dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):  # ranks may have registered them in other orders
             parameter.grad = None
             if parameter.is_floating_point() and perturb:
                 parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * perturb)

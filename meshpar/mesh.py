@@ -252,7 +252,7 @@ def check_batch(batch: Any, mesh: DeviceMesh) -> None:
 
     Collective over the mesh: one exchange of 64 bytes per rank. Reads every tensor once, on its device's host copy.
     """
-    if not _is_real(mesh):
+    if not is_real(mesh):
         return
     table = _gather_digests(_structure_digest(batch) + _content_digest(batch), mesh)
     odd = _odd_ones({rank: both[:32] for rank, both in table.items()})
@@ -280,7 +280,7 @@ def check_whole(tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> None:
 
     Collective over the mesh: one exchange of 32 bytes per rank and tensor.
     """
-    if not tensors or not _is_real(mesh):
+    if not tensors or not is_real(mesh):
         return
     table = _gather_digests(b"".join(map(_content_digest, tensors.values())), mesh)
     width = len(_digest(b""))
@@ -446,7 +446,7 @@ def _row_labels(sizes: Sequence[tuple[str, int]]) -> list[str]:
     return labels
 
 
-def _is_real(mesh: DeviceMesh) -> bool:
+def is_real(mesh: DeviceMesh) -> bool:
     """Whether other processes take part: not simulated, not the fake backend, more than one rank."""
     return local_tensor_mode() is None and mesh.size() > 1 and dist.get_backend() != "fake"
 
@@ -457,7 +457,7 @@ def _digest(data: bytes) -> bytes:
 
 def _gather_digests(digest: bytes, mesh: DeviceMesh) -> dict[int, bytes]:
     """Every rank's digest, by global rank: gathered one axis after the other, innermost first, so that no new group is needed."""
-    if not _is_real(mesh):
+    if not is_real(mesh):
         return {0: digest}
     table = torch.tensor(list(digest), dtype=torch.uint8, device=mesh.device_type)
     for dim in reversed(range(mesh.ndim)):

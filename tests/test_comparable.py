@@ -79,3 +79,14 @@ def test_grouped_products_in_float64() -> None:
     with only(torch.float64):
         found = torch.nn.functional.grouped_mm(x, w, offs=ends)
     torch.testing.assert_close(found, torch.cat([x[:2] @ w[0], x[2:] @ w[1]]))
+
+
+def test_values_do_not_depend_on_the_order_of_registration() -> None:
+    def moved(names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        net = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+        for parameter in net.parameters():
+            nn.init.ones_(parameter)
+        return dict(comparable(net, dtype=torch.float64, perturb=0.1, seed=0).named_parameters())
+
+    one, other = moved(("full", "near")), moved(("near", "full"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items()) and not torch.equal(*list(one.values())[::2])

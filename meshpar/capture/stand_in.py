@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from meshpar._torch import modules_untraced
+from meshpar._torch import untraced
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ _HUGE = 1 << 27
 
 def aside(function: Callable[[], T]) -> T:
     """`function()` in a thread of its own: what runs there knows nothing of an export that is under way."""
-    with modules_untraced(), ThreadPoolExecutor(1) as pool:
+    with untraced(), ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .._torch import pytree
 from ..capture import text
 from ..capture.captured import Captured
-from ..mesh import agree_on_lines
-from .record import mark_of
+from ..mesh import agree_on_lines, is_real
+from .fit import Weights
+from .init import Source, record_initialisation
+from .record import mark_of, ref_of
+from .tape import Op, Ref
+from .weights import Files
 
 _ORDER = (
     "Every rank must pass the same model and build it in the same way. What differs from process to process is the order of a set of "
@@ -23,7 +27,7 @@ _ORDER = (
 _VALUES = (
     "Every rank takes its part of the values of its own model, so all must have the same ones: call torch.manual_seed with the same number "
     "on all ranks before the model is built, build its modules in the same order (`for name in sorted(names)` where names are a set of "
-    "strings, which every process orders in its own way), or pass weights=PATH."
+    "strings, which every process orders in its own way), fill what torch.empty makes, or pass weights=PATH."
 )
 
 
@@ -33,25 +37,40 @@ def agree_on_graph(captured: Captured, parameters: Mapping[str, tuple[tuple[int,
     agree_on_lines([*text.lines(captured), *held], lambda: [*text.shown(captured), *held], mesh, "the model's captured graph", _ORDER)
 
 
-def agree_on_values(model: nn.Module, mesh: DeviceMesh, *, filled: bool) -> None:
+def agree_on_values(model: nn.Module, mesh: DeviceMesh, *, weights: Source | None = None) -> None:
     """Raise PlanError on every rank, with the first tensors that differ, unless the model holds the same values everywhere. Collective.
 
-    Large tensors are compared in places. `filled`: whether parameters get their values from elsewhere, and only buffers are compared.
+    Large tensors are compared in places. What `weights` hold is not compared: it replaces the model's own. Free when ranks are simulated
+    or fake.
     """
-    tensors = dict(model.named_buffers()) if filled else {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()[:8]
-    held = [f"{name}: {_value(tensor, f'{state} {place}')}" for place, (name, tensor) in enumerate(tensors.items())]
-    agree_on_lines(sorted(held), lambda: sorted(held), mesh, "the initial state of the model", _VALUES)
+    if not is_real(mesh):
+        return
+    path = weights.path if isinstance(weights, Weights) else weights
+    given = () if path is None else Files.open(path)
+    named = (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))
+    skips = isinstance(weights, Weights) and weights.missing != "error"  # then parameters that no file has keep their own values
+    tensors = {
+        name: tensor for name, tensor in named if name not in given and (skips or path is None or not isinstance(tensor, nn.Parameter))
+    }
+    record_initialisation(model, tensors.values())
+    held = sorted(f"{name}: {_value(tensor)}" for name, tensor in tensors.items())
+    agree_on_lines(held, lambda: held, mesh, "the initial state of the model", _VALUES)
 
 
-def _value(tensor: torch.Tensor, when: str) -> str:
+def _value(tensor: torch.Tensor) -> str:
     """What tells the value of a tensor: its elements, or how they will be computed."""
-    if not tensor.is_meta:
-        return f"elements {text.digest(tensor)}"
     mark = mark_of(tensor)
     if mark is None:
-        return f"to be initialised, as {when}"
-    tape, number = mark.tape, mark.number
-    record: list[Any] = [hashlib.sha256(s.numpy().tobytes()).hexdigest() for s in tape.start.values()]
-    record += [(i, str(tape.ops[i].run)) for i in tape.touched[number]]
+        return f"elements {text.digest(tensor)}"
+    tape = mark.tape
+    needed = sorted(tape.needed([ref_of(tensor)]))
+    drawn = [i for i in needed if tape.ops[i].dice is not None]
+    start = [text.digest(state) for state in tape.start.values()] if drawn else []
+    record = [start, drawn, *(_made(tape.ops[i]) for i in needed)]
     return f"to be initialised, as {hashlib.sha256(str(record).encode()).hexdigest()[:16]}"
+
+
+def _made(op: Op) -> list[str]:
+    """What an operation does: its operator and all that it is given, but for other tensors of the tape."""
+    leaves = (leaf for leaf in pytree.tree_leaves((op.args, dict(op.kwargs))) if not isinstance(leaf, Ref))
+    return [str(op.run), *(text.digest(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)]

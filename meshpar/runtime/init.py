@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -124,8 +124,7 @@ def _check_twins(matched: Matched, names: Sequence[str], share: Share) -> None:
 
 def _initialised(model: nn.Module, wanted: Mapping[str, torch.Tensor], seed: int | None) -> Iterator[tuple[str, torch.Tensor]]:
     """The values of the tensors `wanted`, by name, one after the other."""
-    if any(tensor.is_meta and mark_of(tensor) is None for tensor in wanted.values()):
-        _record_own_initialisation(model)
+    record_initialisation(model, wanted.values())
     targets: dict[int, tuple[Tape, dict[str, Ref]]] = {}
     for name, tensor in wanted.items():
         mark = mark_of(tensor)
@@ -158,8 +157,10 @@ def _check_written(targets: Any) -> None:
     )
 
 
-def _record_own_initialisation(model: nn.Module) -> None:
-    """Record what the model's own initialisation does to its parameters and buffers that are on `meta` and have no record."""
+def record_initialisation(model: nn.Module, wanted: Iterable[torch.Tensor]) -> None:
+    """Record what the model's own initialisation does to all its tensors on `meta` without a record, if one that is `wanted` is such."""
+    if not any(tensor.is_meta and mark_of(tensor) is None for tensor in wanted):
+        return
     bare = [t for t in (*model.parameters(), *model.buffers()) if t.is_meta and mark_of(t) is None]
     partly_real = any(not p.is_meta or mark_of(p) is not None for p in model.parameters())
     with recording(adopt=bare), torch.no_grad():
