@@ -28,13 +28,15 @@ class Following:
     """Hands on what is set on `original` to `skeleton`, its copy."""
 
     def __init__(self, original: nn.Module, skeleton: nn.Module) -> None:
-        self._original, self._skeleton = weakref.ref(original), skeleton
+        self._skeleton = skeleton
         self._seen = {place: copied(value) for place, value in attributes(original).items()}
         self._versions = _versions(original)
         self._watched: dict[Place, None] = {}
         self._written: set[Place] = set()
         self._bound: Bound | None = None
-        self._children = [(path, module._modules, dict(module._modules)) for path, module in original.named_modules()]
+        children = [(path, module._modules, dict(module._modules)) for path, module in original.named_modules()]
+        self._children = children
+        self._original = weakref.ref(original, lambda _: children.clear())  # nor are its parts kept alive
 
     @property
     def original(self) -> weakref.ref[nn.Module]:
