@@ -168,3 +168,26 @@ def test_a_change_acts() -> None:
                 part.scale = scale
             right = models[1](X).item()
             assert all(abs(ours.item() - right) < 1e-12 for ours in local_tensors(pm.train_step(x=X)).values())
+
+
+class Counting(Expert):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+class Counted(Stacked):
+    def after(self, y: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().after(y)
+
+
+def test_experts_that_count_run_as_written() -> None:
+    listed: Any = Net(Listed)
+    for part in listed.inside.parts:
+        part.__class__ = Counting
+    counted: Any = Net(Counted)
+    for model, who in ((listed, "one of its members sets"), (counted, "it sets")):
+        captured = capture(model.double(), (X,))
+        assert captured.experts == {} and captured.unrecognised == {"inside": f"{who} calls in its forward"}
+        assert len(captured.state.writes) == len(model.inside.parts), "and what they count is carried on"
