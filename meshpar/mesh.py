@@ -235,7 +235,7 @@ def spread(mesh: DeviceMesh) -> Callable[[list[str]], list[str]]:
     """A function that turns what a rank has to say into what all ranks of the mesh have, in their order. Collective over the mesh."""
 
     def everyone(mine: list[str]) -> list[str]:
-        if not _is_real(mesh):
+        if not is_real(mesh):
             return mine
         found = mine
         for dim in range(mesh.ndim):

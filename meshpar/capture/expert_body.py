@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from meshpar._torch import pytree
+from meshpar.capture.places import same
 from meshpar.ops.experts import grouped_mm, row_expert
 
 aten = torch.ops.aten
@@ -155,3 +156,10 @@ def grouped_from_left(w: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 
 def identity(x: Tensor) -> Tensor:
     return x
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], who: str) -> None:
+    """Raise NotLifted where a forward set plain attributes (`stand_in.settings`): in its place, nobody would."""
+    changed = [name for name in {**before, **now} if name not in before or not same(now.get(name), before[name])]
+    if changed:
+        raise NotLifted(f"{who} {', '.join(changed)} in its forward")

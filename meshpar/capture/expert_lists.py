@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from meshpar._torch import pytree
-from meshpar.capture.expert_body import Body, NotLifted, idle
+from meshpar.capture.expert_body import Body, NotLifted, idle, refuse_changes
 from meshpar.capture.expert_doubles import Case, Double, Trial, members_of, type_of
 from meshpar.capture.expert_forms import Form, Probe, Result, Sum, forms
 from meshpar.capture.expert_loops import UNFIT, Loop, calling, loops, replaced
 from meshpar.capture.expert_proofs import attempt, proven, reasoned
 from meshpar.capture.expert_record import drop, record
-from meshpar.capture.stand_in import LARGE, alike, close, derivatives, hooked, reduced, stand_in
+from meshpar.capture.stand_in import LARGE, alike, close, derivatives, hooked, reduced, settings, stand_in
 
 
 def experts_in(owner: nn.Module) -> tuple[str, ...]:
@@ -253,7 +253,10 @@ def _body(member: nn.Module, width: int, recorded: Body, dims: Sequence[int]) ->
 def _recorded(member: nn.Module, width: int, dtype: torch.dtype | None, sizes: Mapping[int, int]) -> Body:
     double = stand_in(member, torch.Generator().manual_seed(0), dtype=dtype, sizes=sizes, without=("forward",), hollow=True, dropping=drop)
     each = {**dict(double.named_parameters()), **dict(double.named_buffers())}
-    return record(lambda x: double(x), sizes.get(width, width), dtype or type_of(member), each=each)
+    before = settings(double)
+    body = record(lambda x: double(x), sizes.get(width, width), dtype or type_of(member), each=each)
+    refuse_changes(before, settings(double), "one of its members sets")
+    return body
 
 
 def _prove(member: nn.Module, exact: Body, rank: int, width: int, sizes: Mapping[int, int]) -> None:

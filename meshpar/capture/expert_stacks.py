@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from meshpar._torch import pytree
-from meshpar.capture.expert_body import Body, NotLifted, Ref, Step, idle, read_by
+from meshpar.capture.expert_body import Body, NotLifted, Ref, Step, idle, read_by, refuse_changes
 from meshpar.capture.expert_proofs import attempt, proven, reasoned
 from meshpar.capture.expert_record import drop, record
-from meshpar.capture.stand_in import LARGE, alike, close, derivatives, filled, hooked, reduced, stand_in
+from meshpar.capture.stand_in import LARGE, alike, close, derivatives, filled, hooked, reduced, settings, stand_in
 from meshpar.ops.experts import combine, dispatch
 
 
@@ -284,7 +284,7 @@ def _recorded(case: _Case, chosen: int, dtype: torch.dtype | None, sizes: Mappin
     def one(x: Tensor) -> Tensor:
         return _call(double, case.call, _routed_to(case, x, chosen, dtype))
 
-    reason = NotLifted("it has no stacked parameters")
+    before, reason = settings(double), NotLifted("it has no stacked parameters")
     for least in (1, 2):
         stacks = experts.stacks(tensors, least)
         shared = {name: t for name, t in tensors.items() if name not in stacks}
@@ -294,6 +294,7 @@ def _recorded(case: _Case, chosen: int, dtype: torch.dtype | None, sizes: Mappin
         except NotLifted as error:
             reason = error
             continue
+        refuse_changes(before, settings(double), "it sets")
         read = read_by(body)
         if chosen < experts.own:
             longer = [name for name in stacks if name in read and len(stacks[name]) > experts.own and not experts.joined]

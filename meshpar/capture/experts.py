@@ -135,6 +135,7 @@ def _chosen(
             found.lifted[name] = "registered"
             return function(module, *args, **kwargs)
 
+        by_function.__dict__["__wrapped__"] = function  # whose surroundings count
         return by_function
     counts = expert_stacks.experts_of(module)
     if counts:

@@ -421,7 +421,7 @@ def _captured(
         dropped=outcome.dropped,
         experts=found.lifted,
         unrecognised=found.unrecognised,
-        state=state.State() if recording.found is None else state.settled(recording.found, model),
+        state=state.State() if recording.found is None else state.settled(recording.found, model, found.lifted),
     )
 
 

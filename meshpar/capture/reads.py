@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -133,12 +133,19 @@ class Reads:
 
     def meet(self, value: Any, place: Place) -> None:
         """An object: from now on, what is read of it is noted."""
-        key = _identity(value)
+        key = identity(value)
         if key in self._known or type(value).__module__.partition(".")[0] in ("torch", "meshpar", "builtins"):
             return
         self._known[key] = place
         self._kept.append(value)
         self._watch(type(value))
+
+    def knows(self, owner: Any, key: Any) -> bool:
+        """Whether a change was noted here: of the attribute `key` of an object, or (ABSENT) of what a container holds."""
+        if key is ABSENT:
+            return any(now is owner for now, _ in self.refilled().values())
+        place = self._known.get(identity(owner))
+        return place is not None and place.then("attr", key) in self.written
 
     def refilled(self) -> dict[Place, tuple[Any, Any]]:
         """The containers whose items the forward changed, and what was in them."""
@@ -178,7 +185,7 @@ class Reads:
         return __getattribute__
 
     def _saw(self, obj: Any, name: str, value: Any) -> None:
-        key = _identity(obj)
+        key = identity(obj)
         place = self._known.get(key)
         if place is None:
             if key in self._outside:
@@ -212,7 +219,7 @@ class Reads:
 
     def _saw_outside(self, obj: nn.Module, name: str, value: Any) -> None:
         """The model that was handed to parallelize: what does not change is read there, no tensor is."""
-        path, root = self._outside[_identity(obj)]
+        path, root = self._outside[identity(obj)]
         table = obj.__dict__
         place = Place("the model given to parallelize", (("sub", path), ("attr", name)))
         tensor = name in ("_parameters", "_buffers") or name in table["_parameters"] or name in table["_buffers"]
@@ -231,7 +238,7 @@ class Reads:
 
     def _writing(self, original: Any) -> Any:
         def __setattr__(obj: Any, name: str, value: Any) -> None:
-            if self._on and name[:2] != "__" and (place := self._known.get(_identity(obj))) is not None:
+            if self._on and name[:2] != "__" and (place := self._known.get(identity(obj))) is not None:
                 with self.paused():
                     self._wrote(obj, name, place)
             original(obj, name, value)
@@ -265,6 +272,43 @@ class Reads:
         self._replace(kind, "__getitem__", __getitem__)
 
 
+def attributes(model: nn.Module, below: Iterable[str] = ("",)) -> dict[Place, Any]:
+    """Every attribute of every module, and of the objects they hold, as far as those are Python's. `below`: of which parts of the model."""
+    found: dict[Place, Any] = {}
+    seen: set[int] = set()
+    for start in below:
+        for path, module in model.get_submodule(start).named_modules(None, start):
+            place = Place("", (("sub", path),))
+            for name, value in module.__dict__.items():
+                if name not in INNER and not isinstance(value, nn.Module):
+                    _gather(place.then("attr", name), value, found, seen, 3)
+    return found
+
+
+def of_classes(model: nn.Module, below: Iterable[str]) -> dict[Place, Any]:
+    """The plain values that modules have from their classes, and not of their own."""
+    found: dict[Place, Any] = {}
+    for start in below:
+        for path, module in model.get_submodule(start).named_modules(None, start):
+            own = (base for base in type(module).__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins"))
+            for name in {name for base in own for name, value in vars(base).items() if isinstance(value, (*PLAIN, *CONTAINERS))}:
+                if name[:2] != "__" and name not in module.__dict__:
+                    place = Place("", (("sub", path), ("attr", name)))
+                    found[place] = place.value({"": model})
+    return found
+
+
+def _gather(place: Place, value: Any, found: dict[Place, Any], seen: set[int], depth: int) -> None:
+    found[place] = value
+    table = getattr(value, "__dict__", None)
+    if isinstance(value, (*PLAIN, *FUNCTIONS, nn.Module, Tensor)) or not isinstance(table, dict):
+        return
+    if depth and id(value) not in seen and type(value).__module__.partition(".")[0] not in ("torch", "builtins"):
+        seen.add(id(value))
+        for name, part in table.items():
+            _gather(place.then("attr", name), part, found, seen, depth - 1)
+
+
 def _same_items(a: Any, b: Any) -> bool:
     """Whether two containers hold the same objects in the same places."""
     if isinstance(a, types.SimpleNamespace):
@@ -283,7 +327,7 @@ def _table(obj: Any) -> Any:
     return found if isinstance(found, dict) else {}
 
 
-def _identity(obj: Any) -> int:
+def identity(obj: Any) -> int:
     """What tells objects apart: a module's attributes, which the stand-ins that torch traces share with it."""
     if isinstance(obj, nn.Module):
         return id(object.__getattribute__(obj, "__dict__"))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpar._torch import untraced
+from meshpar.capture.places import PLAIN
 
 T = TypeVar("T")
 
@@ -94,6 +95,12 @@ def stand_in(
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """What others attached to a module, to see what it does: they are not to see its copy."""
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module and of those below it, by their names: a forward that sets them keeps state."""
+    named = ((path, name, value) for path, part in module.named_modules() for name, value in part.__dict__.items())
+    return {f"{path}.{name}".lstrip("."): value for path, name, value in named if isinstance(value, PLAIN)}
 
 
 def hooked(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,8 +27,9 @@ from meshpar.capture import blame, branches
 from meshpar.capture.ambient import TORCH, keyed, place_of
 from meshpar.capture.copies import Missing
 from meshpar.capture.numbers import OF_MATH, SLOTS, Formula, Meeting, Numbers, TooMany, is_number, on_numbers
-from meshpar.capture.places import CONTAINERS, FUNCTIONS, PLAIN, Place, copied, same
-from meshpar.capture.reads import Reads
+from meshpar.capture.outside import Outside
+from meshpar.capture.places import ABSENT, CONTAINERS, FUNCTIONS, PLAIN, Place, copied, same
+from meshpar.capture.reads import Reads, attributes, of_classes
 from meshpar.capture.surroundings import Surroundings
 from meshpar.errors import CaptureError
 
@@ -114,6 +115,7 @@ class Recording:
                 stack.enter_context(_numbered(numbers, reads.roots))
                 stack.enter_context(Meeting())
             _walk(surroundings, reads, model, loss_fn)
+            outside_of_it = stack.enter_context(Outside(model, loss_fn).kept())
             stack.enter_context(reads.recording())
             yield
             with reads.paused():
@@ -123,7 +125,7 @@ class Recording:
                 drawn.check()
                 writes, lost = _writes(reads)
                 _check_refilled(reads)
-                _check_live(reads)
+                _check_live(reads, outside_of_it)
                 _check_iterators(reads)
         said |= {f"reads the clock ({name}): it is what it was at capture": None for name in surroundings.clocks}
         self.names = tuple(f"number_{i}" for i in range(len(numbers.inputs)))
@@ -142,12 +144,23 @@ class Recording:
         )
 
 
-def settled(found: State, model: nn.Module) -> State:
-    """The same after the capture: what only the capture had changed (how experts run, tensors without memory) is as it was before."""
+def settled(found: State, model: nn.Module, experts: Iterable[str] = ()) -> State:
+    """The same after the capture: what only the capture had changed (how experts run, tensors without memory) is as it was before.
+
+    What `experts` and the modules below them hold counts as read, since others ran in their place.
+    """
+    found = _with_all_of(found, model, experts)
     roots = {"": model, "torch": TORCH, **found.roots}
     now = {p: p.value(roots) for p in found.read if p.root != "torch"}
     moved = {place: copied(value) for place, value in now.items() if not same(value, found.read[place])}
     return replace(found, read={**found.read, **moved})
+
+
+def _with_all_of(found: State, model: nn.Module, experts: Iterable[str]) -> State:
+    every = {**of_classes(model, experts), **attributes(model, experts)}
+    held = {p: copied(value) for p, value in every.items() if p not in found.numbers and p not in found.writes}
+    tensors = {place: (value, version_of(value)) for place, value in held.items() if isinstance(value, Tensor)}
+    return replace(found, read={**held, **found.read}, tensors={**tensors, **found.tensors})
 
 
 def version_of(tensor: Tensor) -> int:
@@ -158,6 +171,7 @@ def version_of(tensor: Tensor) -> int:
 def _walk(surroundings: Surroundings, reads: Reads, model: nn.Module, loss_fn: Any) -> None:
     for module in model.modules():
         surroundings.walk_object(module)
+        surroundings.walk(getattr(module.__dict__.get("forward"), "__wrapped__", None))
     if loss_fn is None:
         return
     reads.roots["loss_fn"] = types.SimpleNamespace(loss_fn=loss_fn)
@@ -250,16 +264,19 @@ def _check_refilled(reads: Reads) -> None:
         )
 
 
-def _check_live(reads: Reads) -> None:
-    """Globals and closures that the forward itself changes."""
-    refused = []
+def _check_live(reads: Reads, around: Outside) -> None:
+    """Globals, closures, classes and attributes of functions that the forward itself changes."""
+    refused = [
+        f"{name}: it changes while forward runs."
+        for name, now, before in around.changed(reads.knows)
+        if not (before in (None, ABSENT) and _is_cached(now)) and not (isinstance(now, dict) and _only_remakes(now, before))
+    ]
     for place, before in reads.read.items():
         if place.root in ("", "torch") or place in reads.written:
             continue
         now = place.value(reads.roots)
         if not is_number(now) and not same(now, before):
             refused.append(f"{place}: it changes while forward runs.")
-            place.put(reads.roots, before)
     if refused:
         raise CaptureError(
             "\n  ".join(["The forward changes state outside of the model, which a graph does not carry over:", *refused])
@@ -279,7 +296,14 @@ def _check_iterators(reads: Reads) -> None:
 
 def _only_remakes(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
     kept = all(now.get(key) is value for key, value in before.items())
-    return kept and all(_is_remade(value) for key, value in now.items() if key not in before)
+    return kept and all(_is_cached(value) for key, value in now.items() if key not in before)
+
+
+def _is_cached(value: Any) -> bool:
+    """Tensors that the next forward makes again, and nothing that may count."""
+    if type(value) in (list, tuple, dict):
+        return bool(value) and all(map(_is_cached, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor) and branches.settled(value)
 
 
 class _Draws:

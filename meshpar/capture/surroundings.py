@@ -48,7 +48,7 @@ class Surroundings:
             self.walk(value.__func__, kind=kind)
         elif isinstance(value, property):
             self.walk(value.fget, kind=kind)
-        elif isinstance(value, types.FunctionType) and value.__module__ is not None and not _is_closed(value.__module__):
+        elif isinstance(value, types.FunctionType) and value.__module__ is not None and not is_closed(value.__module__):
             self._walk_function(value, kind)
 
     def walk_object(self, value: Any) -> None:
@@ -70,7 +70,7 @@ class Surroundings:
             return
         self._seen.add(key)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
-        for code in _codes(function.__code__):
+        for code in codes(function.__code__):
             for where, name, attributes in _chains(code):
                 if where == "global" and name in function.__globals__:
                     place = Place(self._root(function), (("item", name),))
@@ -116,7 +116,7 @@ class Surroundings:
             if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] in _CLOCKS:
                 self.clocks[f"{value.__name__}.{name}"] = None
                 return
-            if not isinstance(value, types.ModuleType | type) or _is_closed(getattr(value, "__module__", None) or value.__name__):
+            if not isinstance(value, types.ModuleType | type) or is_closed(getattr(value, "__module__", None) or value.__name__):
                 break
             place, value = place.then("attr", name), inspect.getattr_static(value, name, None)
         self._found(place, value)
@@ -128,21 +128,22 @@ class Surroundings:
             self.walk(value, place)
         elif isinstance(value, (*PLAIN, *CONTAINERS, Tensor, nn.Module)):
             self._note(place, value)
-        elif not isinstance(value, type | types.ModuleType) and not _is_closed(type(value).__module__):
+        elif not isinstance(value, type | types.ModuleType) and not is_closed(type(value).__module__):
             self.walk_object(value)
             self._note(place, value)
 
 
-def _is_closed(module: str) -> bool:
+def is_closed(module: str) -> bool:
+    """Whether the code of a module is not looked into."""
     return module.partition(".")[0] in _CLOSED
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
     """A function's code, and that of the functions it defines."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
 
 
 def _chains(code: types.CodeType) -> Iterator[tuple[str, str, list[str]]]:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.places import ABSENT, FUNCTIONS, PLAIN, Place, copied, same
-from ..capture.reads import INNER
+from ..capture.places import ABSENT, Place, copied, same
+from ..capture.reads import attributes
 from ..capture.state import State, version_of
 from ..errors import ConfigError
 from .bound import Bound
@@ -28,12 +28,15 @@ class Following:
     """Hands on what is set on `original` to `skeleton`, its copy."""
 
     def __init__(self, original: nn.Module, skeleton: nn.Module) -> None:
-        self._original, self._skeleton = weakref.ref(original), skeleton
-        self._seen = {place: copied(value) for place, value in _attributes(original).items()}
+        self._skeleton = skeleton
+        self._seen = {place: copied(value) for place, value in attributes(original).items()}
         self._versions = _versions(original)
         self._watched: dict[Place, None] = {}
         self._written: set[Place] = set()
         self._bound: Bound | None = None
+        children = [(path, module._modules, dict(module._modules)) for path, module in original.named_modules()]
+        self._children = children
+        self._original = weakref.ref(original, lambda _: children.clear())  # nor are its parts kept alive
 
     @property
     def original(self) -> weakref.ref[nn.Module]:
@@ -60,7 +63,10 @@ class Following:
     def follow(self) -> None:
         """Hand on what changed of what programs read. Raises ConfigError where the copy was set to something else."""
         original = self._original()
-        if original is None or not self._watched:
+        if original is None:
+            return
+        self._check_children()
+        if not self._watched:
             return
         roots = {"": original}
         if self._bound is None:
@@ -73,13 +79,28 @@ class Following:
         if not self._bound.holds():
             self._hand_on(original, self._bound.changed())
 
+    def _check_children(self) -> None:
+        """Raise ConfigError for modules that were put in the place of others, added or removed."""
+        if all(now == before for _, now, before in self._children):  # modules are compared by identity
+            return
+        moved = [
+            f"{path}.{name}".lstrip(".")
+            for path, now, before in self._children
+            for name in dict.fromkeys((*before, *now))
+            if now.get(name) is not before.get(name)
+        ]
+        raise ConfigError(
+            f"{', '.join(moved) or 'the order of modules'} of the model given to parallelize: replaced, added or removed since, and the "
+            "parallel model runs the modules of parallelize. Parallelize the model again, and make its optimizer anew."
+        )
+
     def follow_all(self) -> None:
         """The same for everything there is: before a capture, which may read more than was read so far."""
         self.follow()
         original = self._original()
         if original is None:
             return
-        now, versions = _attributes(original), _versions(original)
+        now, versions = attributes(original), _versions(original)
         now = {**{place: place.value({"": original}) for place in self._seen}, **now}
         moved = [place for place, value in now.items() if not same(value, self._seen.get(place, ABSENT))]
         moved += [p for p, version in versions.items() if version != self._versions.get(p, version)]
@@ -111,31 +132,8 @@ def _shared(original: nn.Module, skeleton: nn.Module) -> list[tuple[str, nn.Modu
     return [(path, module) for path, module in original.named_modules() if path in paths]
 
 
-def _attributes(model: nn.Module) -> dict[Place, Any]:
-    """Every attribute of every module, and of the objects they hold, as far as those are Python's."""
-    found: dict[Place, Any] = {}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        place = Place("", (("sub", path),))
-        for name, value in module.__dict__.items():
-            if name not in INNER and not isinstance(value, nn.Module):
-                _gather(place.then("attr", name), value, found, seen, 3)
-    return found
-
-
-def _gather(place: Place, value: Any, found: dict[Place, Any], seen: set[int], depth: int) -> None:
-    found[place] = value
-    table = getattr(value, "__dict__", None)
-    if isinstance(value, (*PLAIN, *FUNCTIONS, nn.Module, torch.Tensor)) or not isinstance(table, dict):
-        return
-    if depth and id(value) not in seen and type(value).__module__.partition(".")[0] not in ("torch", "builtins"):
-        seen.add(id(value))
-        for name, part in table.items():
-            _gather(place.then("attr", name), part, found, seen, depth - 1)
-
-
 def _versions(model: nn.Module) -> dict[Place, int]:
-    return {place: version_of(value) for place, value in _attributes(model).items() if isinstance(value, torch.Tensor)}
+    return {place: version_of(value) for place, value in attributes(model).items() if isinstance(value, torch.Tensor)}
 
 
 class Shown:
@@ -151,7 +149,12 @@ class Shown:
         self._modes = [table["training"] for table in self._tables]
         self._children = [module._modules for _, module in self._modules]
         self._held = [child for children in self._children for child in children.values()]
-        self._set: dict[tuple[int, str], Any] = {}
+        self._set: dict[tuple[int, str], Any] = {  # what modules show of the model's own
+            (index, name): value
+            for index, (path, module) in enumerate(self._modules)
+            for name, value in module.__dict__.items()
+            if path and name != "training" and name[:1] != "_" and name in skeleton.get_submodule(path).__dict__
+        }
 
     def follow(self) -> None:
         """Hand on modes, and attributes that are new or changed. Raises ConfigError for modules that were put in the place of others."""

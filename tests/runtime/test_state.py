@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import os
 import random
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 import meshpar as mp
 from meshpar.capture.ambient import TABLE, keyed, place_of
 from meshpar.capture.places import described
+from meshpar.runtime.following import Following
 from meshpar.runtime.leaves import describe
 from meshpar.simulate import local_tensors
 from tests.pool import Pool
@@ -319,6 +322,40 @@ def test_parameters_and_modules_stay() -> None:
         model.beta, pm.beta = 1.0, 2.0
         with pytest.raises(mp.ConfigError, match=r"beta is 1\.0 there and 2\.0 here"):
             pm.train_step(**BATCH)
+
+
+def deeper(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(net.inner(h), y)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda net: setattr(net, "b", nn.Linear(8, 8).double()), "b"),
+        (lambda net: setattr(net.inner, "0", nn.ReLU()), "inner.0"),
+        (lambda net: net.inner.append(nn.ReLU()), "inner.1"),
+        (lambda net: delattr(net, "drop"), "drop"),
+        (lambda net: setattr(net, "late", nn.ReLU()), "late"),
+    ],
+)
+def test_modules_of_the_model_given_stay_too(change: Callable[[Any], Any], name: str) -> None:
+    model = Net(deeper).double()
+    model.inner = nn.Sequential(nn.Tanh())
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=BATCH)
+        pm.train_step(**BATCH)
+        change(model)
+        for one in (pm, copy.deepcopy(pm)):
+            with pytest.raises(mp.ConfigError, match=rf"^{name} of the model given to parallelize: replaced, added or removed since"):
+                one.train_step(**BATCH)
+
+
+def test_following_keeps_nothing_alive() -> None:
+    model = Net(deeper)
+    following, part = Following(model, copy.deepcopy(model)), weakref.ref(model.a)
+    del model
+    gc.collect()
+    assert part() is None and following.follow() is None
 
 
 def test_captures_again_and_again_are_said() -> None:
