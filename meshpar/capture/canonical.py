@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -149,9 +150,9 @@ class _Scopes:
     def _key(self, first: int, end: int, depth: int) -> tuple[Line, int]:
         """The line of the call's own forward that runs an item, and when the item is first asked for; checks come as early as they can."""
         if end - first == 1 and self.unread[first]:
-            return ("", 0), self.asked[first]
+            return _NO_LINE, self.asked[first]
         frames = (self.traces[i] for i in range(first, end))
-        return min(frame[depth - 1] if 0 < depth <= len(frame) else ("", 0) for frame in frames), min(self.asked[first:end])
+        return min(frame[depth - 1] if 0 < depth <= len(frame) else _NO_LINE for frame in frames), min(self.asked[first:end])
 
     def _sorted(self, items: Sequence[tuple[int, int]], keys: Sequence[tuple[Line, int]]) -> list[int]:
         """Each item after what it is made of: of those that may come next, the first by turn, line and demand."""
@@ -188,12 +189,13 @@ class _Scopes:
 def _turns(needs: Sequence[set[int]], lines: Sequence[Line]) -> list[tuple[int, bool]]:
     """Which turn of the loops each item belongs to, whose last item comes last.
 
-    A loop is known by a line whose items are made of each other: their order is no accident.
+    A loop is known by a line that runs several times and whose items are made of each other: their order is no accident.
     """
     found: dict[Line, list[int]] = {}
     for item, line in enumerate(lines):
         found.setdefault(line, []).append(item)
-    loops = sorted((-len(members), _is_one_expression(members, needs), line) for line, members in found.items() if len(members) > 1)
+    times = _times(lines)
+    loops = sorted((-len(members), _is_one_expression(members, needs), line) for line, members in found.items() if times[line] > 1)
     ends: list[int] = []
     for _, _, line in loops[:_MOST_LOOPS]:
         both = sorted((*ends, *found[line]))
@@ -205,6 +207,13 @@ def _turns(needs: Sequence[set[int]], lines: Sequence[Line]) -> list[tuple[int, 
     return turns
 
 
+def _times(lines: Sequence[Line]) -> Counter[Line]:
+    """How many times each line ran: `x.exp().log()` runs once. Checks, which have no line, come anywhere."""
+    ran = [line for line in lines if line != _NO_LINE]
+    return Counter(line for before, line in zip([_NO_LINE, *ran], ran, strict=False) if line != before)
+
+
+_NO_LINE: Line = ("", 0)
 _MOST_LOOPS = 12
 """Each costs a look at all items of a call."""
 
@@ -228,7 +237,7 @@ def _is_chain(members: Sequence[int], needs: Sequence[set[int]]) -> bool:
 
 
 def name_of(node: fx.Node) -> str:
-    """What a call is named after: its operator."""
+    """What a call is named after: its operator, in small letters as fx writes names."""
     schema = getattr(node.target, "_schema", None)
     name = schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", "call")
-    return name.strip("_") if name.startswith("__") else name
+    return (name.strip("_") if name.startswith("__") else name).lower()
