@@ -55,6 +55,7 @@ class Outside:
 
     def __init__(self, model: nn.Module, loss_fn: Any = None) -> None:
         self._own = {identity(module) for module in model.modules()}
+        self._packages = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
         self._seen: set[int] = set()
         self._classes: dict[type, None] = {}
         self._alive: list[Any] = []
@@ -117,7 +118,7 @@ class Outside:
         elif isinstance(value, (list, tuple, dict, set, frozenset, deque)):
             self._reach_items(value, label)
         elif isinstance(value, types.ModuleType):
-            if not is_closed(value.__name__):
+            if not self._closed(value.__name__):
                 self._table(vars(value), value.__name__)
         elif isinstance(value, type):
             self._reach_class(value, made=True)
@@ -138,7 +139,7 @@ class Outside:
         for name in _WRAPPED:
             if (part := _plainly(value, name)) is not None:
                 self._todo.append((part, label))
-        if is_closed(type(value).__module__) and not isinstance(value, (nn.Module, types.SimpleNamespace)):
+        if self._closed(type(value).__module__) and not isinstance(value, (nn.Module, types.SimpleNamespace)):
             return
         self._reach_class(type(value))
         entries = _entries(value)
@@ -152,7 +153,7 @@ class Outside:
 
     def _reach_class(self, kind: type, *, made: bool = False) -> None:
         for base in kind.__mro__:
-            if is_closed(base.__module__):
+            if self._closed(base.__module__):
                 continue
             if made:
                 self._todo += [(vars(base)[name], base.__qualname__) for name in ("__init__", "__new__") if name in vars(base)]
@@ -170,7 +171,7 @@ class Outside:
                 self._todo.append((part, f"{base.__qualname__}.{name}"))
 
     def _reach_function(self, function: types.FunctionType, label: str) -> None:
-        if is_closed(function.__module__ or ""):
+        if self._closed(function.__module__ or ""):
             self._todo.append((function.__dict__.get("__wrapped__"), label))
             return
         name = function.__qualname__
@@ -220,6 +221,12 @@ class Outside:
         if name in self._pending:
             for then in self._pending.pop(name):
                 then()
+
+    def _closed(self, module: str) -> bool:
+        """Whether code is not looked into: nor is that of installed packages, but for those that the model is from."""
+        package = module.partition(".")[0]
+        file = getattr(sys.modules.get(package), "__file__", None) or ""
+        return is_closed(module) or ("site-packages" in file and package not in self._packages)
 
 
 def _called(one: _Kept, key: str) -> str:

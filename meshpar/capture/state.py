@@ -125,8 +125,8 @@ class Recording:
                 drawn.check()
                 writes, lost = _writes(reads)
                 _check_refilled(reads)
-                _check_live(reads, outside_of_it)
                 _check_iterators(reads)
+                _check_live(reads, outside_of_it)
         said |= {f"reads the clock ({name}): it is what it was at capture": None for name in surroundings.clocks}
         self.names = tuple(f"number_{i}" for i in range(len(numbers.inputs)))
         self.used = tuple(numbers.used)
