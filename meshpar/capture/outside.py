@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from meshpar.capture.copies import Missing
 from meshpar.capture.places import ABSENT, PLAIN, same
 from meshpar.capture.reads import INNER, identity
 from meshpar.capture.surroundings import codes, is_closed
@@ -109,7 +110,7 @@ class Outside:
 
     def _reach(self, value: Any, label: str) -> None:
         key = identity(value)
-        if key in self._seen or isinstance(value, (Tensor, *PLAIN)):
+        if key in self._seen or isinstance(value, (Tensor, Missing, *PLAIN)):
             return
         self._seen.add(key)
         self._alive.append(value)
