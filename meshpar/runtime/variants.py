@@ -99,7 +99,8 @@ class Variants:
         key = signature, microbatches, self._trainable.token
         kept = self._variants.get(key, [])
         found = next((one for one in kept if one.held.holds()), None)
-        text = f"{signature.key} {key[1:]} {found and found.program.key} {found and found.held.text()}"
+        # What a program does tells it from others, not what it was captured with: that may differ where it does not matter (an order).
+        text = f"{signature.key} {key[1:]} {found and found.program.plan.graph} {found and found.held.text()}"
         self._alike.begin(text, new=closer is not None)
         if found is None or closer is not None:
             self._alike.check(closer)
