@@ -18,9 +18,9 @@ from meshpar._torch import pytree
 
 from ._torch import grouped_mm
 from .capture.copies import Derived
+from .capture.model_hooks import copied
 from .errors import ConfigError
 from .noise import BACKWARDS
-from .runtime.hooks import copied
 
 NOISE = ("drop", "jitter")
 """Parts of the names of settings that say how much is drawn at random: dropout, attn_pdrop, drop_path_rate, router_jitter_noise."""

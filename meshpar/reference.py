@@ -18,12 +18,12 @@ from torch import nn
 
 from meshpar._torch import pytree
 
+from .capture.model_hooks import ParameterHooks, copied
 from .capture.structure import call_loss, find_loss
 from .comparable import cast, only
 from .config import ParallelConfig
 from .errors import BatchError, ConfigError
 from .noise import Drawn
-from .runtime.hooks import ParameterHooks, copied
 
 FLOOR = 1e-3
 LEARNING_RATE = 1e-2

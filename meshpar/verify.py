@@ -30,6 +30,7 @@ from meshpar._torch import pytree
 from . import launch
 from ._torch import local_of, maybe_disable_local_tensor_mode, without_modes
 from .api import parallelize
+from .capture.model_hooks import attach, of_parameters
 from .capture.structure import order_of
 from .comparable import cast, comparable
 from .config import ParallelConfig, Precision
@@ -40,7 +41,6 @@ from .reference import FLOOR, LEARNING_RATE, MAX_NORM, TOLERANCE, Batch, Referen
 from .reference import reference as reference_of
 from .reference import unproved as unproved_by
 from .runtime.gradients import clip_grad_norm_
-from .runtime.hooks import attach, of_parameters
 from .runtime.model import ParallelModel
 from .runtime.parameters import full_grad, full_tensor, local_part, spec_of
 from .simulate import is_simulated, local_tensors, simulate

@@ -19,6 +19,7 @@ from ..capture.captured import Captured, Slot
 from ..capture.copies import copied, memories, refuse_originals
 from ..capture.experts import advise
 from ..capture.export import capture
+from ..capture.model_hooks import ModelHooks
 from ..capture.places import Place
 from ..capture.state import Ask, say
 from ..capture.structure import order_of
@@ -47,7 +48,6 @@ from ..simulate import is_simulated
 from .agreement import agree_on_graph
 from .following import Following
 from .held import variant
-from .hooks import ModelHooks
 from .leaves import describe
 from .schedules import schedule_of
 

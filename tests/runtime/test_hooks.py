@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import meshpar as mp
+from meshpar.capture.model_hooks import copied
 from meshpar.errors import ConfigError
-from meshpar.runtime.hooks import copied
 from meshpar.simulate import local_tensors
 from tests.hook_models import chain, half, unit, without
 from tests.moe_models import experts_in_a_list
