@@ -11,22 +11,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoint, ops, pipeline, plot, schedule, timing
-    from .api import parallelize
-    from .capture.experts import register_experts
-    from .config import ParallelConfig, Precision
-    from .errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
-    from .mesh import data_rank, local_batch, make_mesh, rank_grid
-    from .plan import Plan
-    from .runtime.fit import Weights
-    from .runtime.gradients import clip_grad_norm_, grad_norm
-    from .runtime.init import meta
-    from .runtime.model import ParallelModel
-    from .runtime.parameters import full_grad, full_tensor
-    from .runtime.scaler import GradScaler
-    from .sharding.rules import add_rule
-    from .simulate import simulate
-    from .verify import Report, VerificationError, verify
+    from meshpar import checkpoint, ops, pipeline
+    from meshpar.api import parallelize
+    from meshpar.capture.experts.seam import register_experts
+    from meshpar.config import ParallelConfig, Precision
+    from meshpar.errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
+    from meshpar.init.fit import Weights
+    from meshpar.init.meta import meta
+    from meshpar.mesh import data_rank, local_batch, make_mesh, rank_grid
+    from meshpar.pipeline import plot, schedule, timing
+    from meshpar.plan import Plan
+    from meshpar.proof.verify import Report, VerificationError, verify
+    from meshpar.runtime.model import ParallelModel
+    from meshpar.runtime.parameters.gradients import clip_grad_norm_, grad_norm
+    from meshpar.runtime.parameters.scaler import GradScaler
+    from meshpar.runtime.parameters.specs import full_grad, full_tensor
+    from meshpar.sharding.rules import add_rule
+    from meshpar.simulate import simulate
 
 _HOME = {
     "parallelize": "api",
@@ -38,19 +39,22 @@ _HOME = {
     ),
     **dict.fromkeys(("data_rank", "local_batch", "make_mesh", "rank_grid"), "mesh"),
     "Plan": "plan",
-    **dict.fromkeys(("clip_grad_norm_", "grad_norm"), "runtime.gradients"),
-    "GradScaler": "runtime.scaler",
-    "Weights": "runtime.fit",
-    "meta": "runtime.init",
+    **dict.fromkeys(("clip_grad_norm_", "grad_norm"), "runtime.parameters.gradients"),
+    "GradScaler": "runtime.parameters.scaler",
+    "Weights": "init.fit",
+    "meta": "init.meta",
     "ParallelModel": "runtime.model",
-    **dict.fromkeys(("full_grad", "full_tensor"), "runtime.parameters"),
+    **dict.fromkeys(("full_grad", "full_tensor"), "runtime.parameters.specs"),
     "add_rule": "sharding.rules",
-    "register_experts": "capture.experts",
-    **dict.fromkeys(("Report", "VerificationError"), "verify"),
+    "register_experts": "capture.experts.seam",
+    **dict.fromkeys(("Report", "VerificationError", "verify"), "proof.verify"),
 }
-_NAMESAKES = ("simulate", "verify")
+_NAMESAKES = ("simulate",)
 """Functions called like the module they live in."""
-_MODULES = ("checkpoint", "ops", "pipeline", "plot", "schedule", "timing")
+_MODULES = {
+    **{name: name for name in ("checkpoint", "ops", "pipeline")},
+    **{name: f"pipeline.{name}" for name in ("plot", "schedule", "timing")},
+}
 
 __all__ = [
     "BatchError",
@@ -100,8 +104,10 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMESAKES or name in _MODULES:
+    if name in _NAMESAKES:
         import_module(f".{name}", __name__)
+    elif name in _MODULES:
+        globals()[name] = import_module(f".{_MODULES[name]}", __name__)
     elif name in _HOME:
         globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
     if name not in globals():

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .capture.structure import order_of
-from .config import ParallelConfig
-from .errors import ConfigError
-from .mesh import agree, check_batch, check_mesh, mesh_sizes
-from .plan import Plan
-from .runtime.agreement import agree_on_values
-from .runtime.build import build
-from .runtime.failures import Together
-from .runtime.init import Source
-from .runtime.model import ParallelModel
-from .runtime.program import Programs
-from .runtime.schedules import schedule_of
+from meshpar.capture.structure import order_of
+from meshpar.compile.agreement import agree_on_values
+from meshpar.compile.program import Programs
+from meshpar.config import ParallelConfig
+from meshpar.errors import ConfigError
+from meshpar.init.meta import Source
+from meshpar.mesh import agree, check_batch, check_mesh, mesh_sizes
+from meshpar.pipeline.order import schedule_of
+from meshpar.plan import Plan
+from meshpar.runtime.build import build
+from meshpar.runtime.failures import Together
+from meshpar.runtime.model import ParallelModel
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .errors import PlanError
-from .sharding.types import Invariant, Owned, Partial, Ragged, Replicate, Shard, Type
+from meshpar.errors import PlanError
+from meshpar.sharding.types import Invariant, Owned, Partial, Ragged, Replicate, Shard, Type
 
 VERSION = 2
 

@@ -13,13 +13,16 @@ import meshpar
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
     ("errors", "collection", "config", "megatron", "sharding.types", "planner"),
-    ("_torch", "generators", "simulate", "mesh", "plan", "schedule", "timing", "ops"),
-    ("capture", "sharding"),
+    ("_torch", "generators", "simulate", "mesh", "plan", "pipeline.schedule", "pipeline.timing", "pipeline.order", "ops"),
+    ("graph", "capture", "sharding"),
     ("passes",),
-    ("runtime",),
+    ("compile", "init"),
+    ("report",),
+    ("runtime", "pipeline.run", "pipeline.sends", "pipeline.ties"),
     ("checkpoint",),
     ("api", "pipeline"),
-    ("noise", "comparable", "launch", "reference", "locate", "verify", "demo", "causal_lm", "explain", "plot", "dry_run", "cli", ""),
+    ("proof",),
+    ("pipeline.plot", "dry_run", "cli", ""),
 )
 """Modules and folders, lowest first; the longest name that fits a module decides. "" is the package itself."""
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -17,7 +17,7 @@ import meshpar as mp
 from meshpar.simulate import local_tensors
 from tests.models import GPT, numbers, plain
 from tests.moe_models import experts_in_a_list
-from tests.pipeline_models import made
+from tests.pipeline.models import made
 from tests.pool import Pool
 
 

@@ -34,11 +34,11 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-import meshpar.runtime.program as program  # noqa: E402
+import meshpar.compile.program as program  # noqa: E402
 from benchmarks.architectures import small  # noqa: E402
-from meshpar.comparable import cast, comparable, only  # noqa: E402
 from meshpar.errors import MeshparError  # noqa: E402
-from meshpar.verify import verify  # noqa: E402
+from meshpar.proof.comparable import cast, comparable, only  # noqa: E402
+from meshpar.proof.verify import verify  # noqa: E402
 
 
 def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:

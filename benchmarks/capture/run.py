@@ -35,7 +35,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
-import meshpar.runtime.program as program  # noqa: E402
+import meshpar.compile.program as program  # noqa: E402
 from benchmarks.measuring import machine  # noqa: E402
 from meshpar.runtime import blocks  # noqa: E402
 

@@ -30,8 +30,8 @@ from torch.distributed import _functional_collectives as functional  # noqa: E40
 
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
-from meshpar import launch  # noqa: E402
 from meshpar.ops import experts  # noqa: E402
+from meshpar.proof import launch  # noqa: E402
 
 MESHPAR, BARE, GATHER = CONTENDERS = ("meshpar", "bare", "all-gather")
 CHOICES = 2

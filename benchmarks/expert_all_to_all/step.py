@@ -25,7 +25,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
-from meshpar import launch  # noqa: E402
+from meshpar.proof import launch  # noqa: E402
 
 SIZES = {
     "hidden_size": 256,

@@ -50,11 +50,11 @@ def made(task: str, kind: str, mesh: str) -> dict[str, Any]:
 def texts(model: Any, batch: Any, mesh: str) -> dict[str, Any]:
     """The captured graph, the plan and the code of a model, as texts."""
     import meshpar as mp
-    from meshpar.capture.text import lines
+    from meshpar.compile.program import Programs
     from meshpar.errors import MeshparError
+    from meshpar.graph.text import lines
     from meshpar.mesh import parse_mesh
-    from meshpar.runtime.program import Programs
-    from meshpar.runtime.regions import cut
+    from meshpar.runtime.cut import cut
 
     size = 1
     for count in parse_mesh(mesh).values():

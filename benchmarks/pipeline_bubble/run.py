@@ -26,9 +26,9 @@ from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import line, machine, table  # noqa: E402
-from meshpar import launch  # noqa: E402
 from meshpar.ops import deferred  # noqa: E402
-from meshpar.timing import bubble, expected_bubble  # noqa: E402
+from meshpar.pipeline.timing import bubble, expected_bubble  # noqa: E402
+from meshpar.proof import launch  # noqa: E402
 
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "looped-bfs": 2, "interleaved-1f1b": 2, "zero-bubble": 1, "zbv": 2, "dualpipev": 2}
 """Schedule -> stages per rank."""

@@ -1,7 +1,7 @@
 """Every model with every schedule over 2 and 4 ranks against one device: `python benchmarks/pipeline_exactness/run.py`.
 
 In float64: loss, every gradient, gradient norm and the parameters after three AdamW steps with clipping; the largest relative difference of
-each is printed. The suite (`tests/test_pipeline_parity.py`) runs a part of this.
+each is printed. The suite (`tests/pipeline/test_parity.py`) runs a part of this.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import meshpar as mp
 from benchmarks.architectures import small
 from benchmarks.pipeline_exactness.models import EncoderDecoder, UNet, images, pairs
-from meshpar import launch
 from meshpar.errors import MeshparError, RankError
 from meshpar.mesh import parse_mesh
+from meshpar.proof import launch
 
 Made = tuple[nn.Module, dict[str, Tensor]]
 

@@ -23,17 +23,17 @@ import torch  # noqa: E402
 from torch import Tensor, fx, nn  # noqa: E402
 
 from benchmarks.random_programs.programs import draw  # noqa: E402
-from meshpar.capture.captured import Info  # noqa: E402
 from meshpar.capture.export import capture  # noqa: E402
 from meshpar.errors import CaptureError  # noqa: E402
+from meshpar.graph.captured import Info  # noqa: E402
+from meshpar.graph.op import info_of, operands, value_of  # noqa: E402
 from meshpar.mesh import Axis  # noqa: E402
 from meshpar.passes.lower import Lower  # noqa: E402
 from meshpar.plan import AxisPlan, NodePlan  # noqa: E402
-from meshpar.sharding.choices import Choice, choices  # noqa: E402
 from meshpar.sharding.infer import infer  # noqa: E402
-from meshpar.sharding.op import info_of, operands, value_of  # noqa: E402
 from meshpar.sharding.price import Price  # noqa: E402
 from meshpar.sharding.types import Partial, Shard, Type  # noqa: E402
+from meshpar.sharding.typings import Choice, choices  # noqa: E402
 
 SIZES = (2, 3, 4)
 

@@ -29,14 +29,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from meshpar.checkpoint.boxes import Cut  # noqa: E402
-from meshpar.checkpoint.convert import to_hf  # noqa: E402
-from meshpar.checkpoint.dcp import to_dcp  # noqa: E402
-from meshpar.checkpoint.division import Division, Grid, Layout  # noqa: E402
-from meshpar.checkpoint.files import Disk  # noqa: E402
-from meshpar.checkpoint.partial import writing  # noqa: E402
-from meshpar.checkpoint.transfer import Options  # noqa: E402
-from meshpar.checkpoint.writer import Local, finish, merge, write_rank  # noqa: E402
+from meshpar.checkpoint.convert.dcp import to_dcp  # noqa: E402
+from meshpar.checkpoint.convert.hf import to_hf  # noqa: E402
+from meshpar.checkpoint.format.boxes import Cut  # noqa: E402
+from meshpar.checkpoint.format.division import Division, Grid, Layout  # noqa: E402
+from meshpar.checkpoint.format.files import Disk  # noqa: E402
+from meshpar.checkpoint.format.partial import writing  # noqa: E402
+from meshpar.checkpoint.move.transfer import Options  # noqa: E402
+from meshpar.checkpoint.online.writer import Local, finish, merge, write_rank  # noqa: E402
 from meshpar.sharding.types import plain  # noqa: E402
 
 SHARDS = 4
@@ -188,7 +188,7 @@ def bench(size: float, rounds: int, workers: int, root: Path, only: list[str], a
 def memory(source: Path, target: Path, unstack: bool, workers: int) -> float:
     code = (
         "import sys;sys.path.insert(0,sys.argv[1])\n"
-        "from meshpar.checkpoint.convert import to_hf\nfrom meshpar.checkpoint.transfer import Options\n"
+        "from meshpar.checkpoint.convert.hf import to_hf\nfrom meshpar.checkpoint.move.transfer import Options\n"
         "def status(key): return int(next(r for r in open('/proc/self/status') if r.startswith(key)).split()[1])\n"
         "open('/proc/self/clear_refs','w').write('5')\n"  # the peak counts from here
         "base=status('VmRSS')\n"

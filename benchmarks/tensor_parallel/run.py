@@ -42,7 +42,7 @@ from torch.distributed.tensor.parallel import (  # noqa: E402
 
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
-from meshpar import launch  # noqa: E402
+from meshpar.proof import launch  # noqa: E402
 
 MESHPAR, BY_HAND, MODULE = CONTENDERS = ("meshpar", "by hand", "parallelize_module")
 

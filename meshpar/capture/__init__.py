@@ -1,0 +1,1 @@
+"""An unmodified model becomes one flat functional graph."""

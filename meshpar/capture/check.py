@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from meshpar._torch import OpOverload
-from meshpar.capture.captured import Info
 from meshpar.errors import CaptureError
+from meshpar.graph.captured import Info
 
 aten = torch.ops.aten
 

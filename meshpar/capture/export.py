@@ -13,28 +13,18 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from meshpar._torch import FakeTensorMode, checkpoints_only_call, pytree
-from meshpar.capture import (
-    blame,
-    branches,
-    check,
-    decompositions,
-    experts,
-    fake,
-    functions,
-    grad,
-    graph,
-    hooks,
-    own_backwards,
-    regions,
-    rows,
-    selections,
-    simplify,
-    state,
-    structure,
-)
-from meshpar.capture.captured import Captured, Slot
+from meshpar.capture import blame, check, decompositions, fake, grad, simplify, structure
+from meshpar.capture import exported as graph
+from meshpar.capture.experts import seam as experts
+from meshpar.capture.functions import calls as functions
+from meshpar.capture.functions import operators as own_backwards
+from meshpar.capture.hooks import kept as hooks
+from meshpar.capture.state import taken as state
+from meshpar.capture.values import branches, selections
 from meshpar.collection import uncollected
 from meshpar.errors import BatchError, CaptureError, ConfigError
+from meshpar.graph import regions, rows
+from meshpar.graph.captured import Captured, Slot
 
 
 def capture(

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from meshpar._torch import OpOverload, enter_autocast, exit_autocast, set_grad_enabled
 from meshpar.capture.blame import source_of
-from meshpar.capture.captured import Info
 from meshpar.errors import CaptureError
+from meshpar.graph.captured import Info
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
 _AUTOCAST = "wrap_with_autocast"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meshpar._torch import untraced
-from meshpar.capture.places import PLAIN
+from meshpar.capture.state.places import PLAIN
 
 T = TypeVar("T")
 

@@ -17,21 +17,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from meshpar.checkpoint.convert import from_hf, to_hf
-from meshpar.checkpoint.dcp import from_dcp, to_dcp
-from meshpar.checkpoint.faults import CorruptError, ImpossibleError, StorageError
+from meshpar.checkpoint.convert.dcp import from_dcp, to_dcp
+from meshpar.checkpoint.convert.hf import from_hf, to_hf
+from meshpar.checkpoint.convert.resharding import reshard
+from meshpar.checkpoint.format.faults import CorruptError, ImpossibleError, StorageError
 from meshpar.checkpoint.inspection import diff, gc, inspect, ls, verify
-from meshpar.checkpoint.resharding import reshard
-from meshpar.checkpoint.transfer import Options
-from meshpar.checkpoint.writer import PerRank
+from meshpar.checkpoint.move.transfer import Options
+from meshpar.checkpoint.online.writer import PerRank
 
 if TYPE_CHECKING:
-    from meshpar.checkpoint.online import Loaded, load_tensors, save_tensors
-    from meshpar.checkpoint.training import AllRanks, Saving, load, save, save_async
+    from meshpar.checkpoint.online.tensors import Loaded, load_tensors, save_tensors
+    from meshpar.checkpoint.online.training import AllRanks, Saving, load, save, save_async
 
 _ONLINE = {
-    **dict.fromkeys(("Loaded", "load_tensors", "save_tensors"), "meshpar.checkpoint.online"),
-    **dict.fromkeys(("AllRanks", "Saving", "load", "save", "save_async"), "meshpar.checkpoint.training"),
+    **dict.fromkeys(("Loaded", "load_tensors", "save_tensors"), "meshpar.checkpoint.online.tensors"),
+    **dict.fromkeys(("AllRanks", "Saving", "load", "save", "save_async"), "meshpar.checkpoint.online.training"),
 }
 
 __all__ = [

@@ -19,11 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from meshpar.checkpoint import convert, dcp, inspection, resharding
-from meshpar.checkpoint.casts import parse_dtype
-from meshpar.checkpoint.execution import Report
-from meshpar.checkpoint.partial import storage_errors
-from meshpar.checkpoint.transfer import Options
+from meshpar.checkpoint import inspection
+from meshpar.checkpoint.convert import dcp, resharding
+from meshpar.checkpoint.convert import hf as convert
+from meshpar.checkpoint.convert.execution import Report
+from meshpar.checkpoint.format.casts import parse_dtype
+from meshpar.checkpoint.format.partial import storage_errors
+from meshpar.checkpoint.move.transfer import Options
 from meshpar.errors import CheckpointError, ConfigError
 
 app = typer.Typer(

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from meshpar.checkpoint.boxes import Box
-from meshpar.checkpoint.casts import castable, values
-from meshpar.checkpoint.faults import CorruptError, StorageError
-from meshpar.checkpoint.files import ITEMSIZE, BlockCrc, Disk, read_header
-from meshpar.checkpoint.jobs import slabs
-from meshpar.checkpoint.manifest import MANIFEST, Manifest
-from meshpar.checkpoint.opened import ASSETS, INDEX, Checkpoint, Pool, open_checkpoint
-from meshpar.checkpoint.partial import LOCK, REMOVED, SCRATCH, is_locked, remove_partial, set_aside
-from meshpar.checkpoint.reading import Reader
-from meshpar.checkpoint.table import Chunk
+from meshpar.checkpoint.format.boxes import Box
+from meshpar.checkpoint.format.casts import castable, values
+from meshpar.checkpoint.format.faults import CorruptError, StorageError
+from meshpar.checkpoint.format.files import ITEMSIZE, BlockCrc, Disk, read_header
+from meshpar.checkpoint.format.manifest import MANIFEST, Manifest
+from meshpar.checkpoint.format.opened import ASSETS, INDEX, Checkpoint, Pool, open_checkpoint
+from meshpar.checkpoint.format.partial import LOCK, REMOVED, SCRATCH, is_locked, remove_partial, set_aside
+from meshpar.checkpoint.format.table import Chunk
+from meshpar.checkpoint.move.jobs import slabs
+from meshpar.checkpoint.move.reading import Reader
 from meshpar.errors import ConfigError
 
 Progress = Callable[[int, int], None]

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import expert_all_to_all
+    from meshpar.ops import expert_all_to_all
 
 __all__ = ["expert_all_to_all"]
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .experts import grouped_mm as _grouped_mm
-from .experts import grouped_outer
+from meshpar.ops.experts import grouped_mm as _grouped_mm
+from meshpar.ops.experts import grouped_outer
 
 Work = tuple[Tensor, Callable[[], Tensor]]
 

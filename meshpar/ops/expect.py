@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from ..errors import BatchError
+from meshpar.errors import BatchError
 
 
 @torch.library.custom_op("meshpar::expect", mutates_args=())

@@ -18,8 +18,8 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 import torch
 from torch import Tensor
 
-from .._torch import OpOverload, TorchDispatchMode, pytree, written_arguments
-from ..errors import CaptureError
+from meshpar._torch import OpOverload, TorchDispatchMode, pytree, written_arguments
+from meshpar.errors import CaptureError
 
 Call = Callable[[tuple[Tensor, ...]], "Sequence[Tensor | None] | None"]
 """The gradients of some values -> what replaces them; None, as a whole or for one of them, leaves them as they are."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import experts
+from meshpar.ops import experts
 
 
 @dataclass

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import FakeTensorMode, OpOverload, TorchDispatchMode, written_arguments
-from .nature import Nature
+from meshpar._torch import FakeTensorMode, OpOverload, TorchDispatchMode, written_arguments
+from meshpar.ops.nature import Nature
 
 _NAMESPACE = "meshpar_function"
 

@@ -1,0 +1,1 @@
+"""One graph -> graph pass each."""

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._torch import OpOverload, without_modes
-from ..capture.captured import Info
-from ..sharding.op import operands, read
+from meshpar._torch import OpOverload, without_modes
+from meshpar.graph.captured import Info
+from meshpar.graph.op import operands, read
 
 aten = torch.ops.aten
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..capture.captured import Info
-from ..sharding.op import op_name, read
+from meshpar.graph.captured import Info
+from meshpar.graph.op import op_name, read
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..ops import collectives
+from meshpar.ops import collectives
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..capture.captured import Info
-from ..mesh import Axis
-from ..ops import collectives, expert_all_to_all, vocab_parallel
-from ..ops.each_rank import each_rank
-from ..plan import AxisPlan, NodePlan
-from ..sharding.conversions import conversion
-from ..sharding.op import Op, Value, operands, read, value_of
-from ..sharding.types import Owned, Partial, Ragged, Shard, Type, local_shape
-from ..sharding.views import slice_bounds
+from meshpar.graph.captured import Info
+from meshpar.graph.op import Op, Value, operands, read, value_of
+from meshpar.mesh import Axis
+from meshpar.ops import collectives, expert_all_to_all, vocab_parallel
+from meshpar.ops.each_rank import each_rank
+from meshpar.plan import AxisPlan, NodePlan
+from meshpar.sharding.conversions import conversion
+from meshpar.sharding.types import Owned, Partial, Ragged, Shard, Type, local_shape
+from meshpar.sharding.views import slice_bounds
 
 aten = torch.ops.aten
 DISPATCH, COMBINE = torch.ops.meshpar.dispatch.default, torch.ops.meshpar.combine.default

@@ -14,11 +14,11 @@ from math import prod
 
 from torch import fx
 
-from ..errors import PlanError, raise_all
-from ..ops.nature import KEY, Nature
-from ..ops.own_backward import function_of_operator, nature_of_operator
-from ..sharding.infer import Inference, infer
-from ..sharding.op import Op, read, value_of
+from meshpar.errors import PlanError, raise_all
+from meshpar.graph.op import Op, read, value_of
+from meshpar.ops.nature import KEY, Nature
+from meshpar.ops.own_backward import function_of_operator, nature_of_operator
+from meshpar.sharding.infer import Inference, infer
 
 
 def share_out(graph: fx.Graph, microbatches: int, split: Mapping[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..mesh import Axis
-from ..ops.random import derive, drawn
-from .inputs import add_input
+from meshpar.mesh import Axis
+from meshpar.ops.random import derive, drawn
+from meshpar.passes.inputs import add_input
 
 KEY = "random_key"
 

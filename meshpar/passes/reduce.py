@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..mesh import Axis
-from ..ops import collectives
-from ..sharding.types import I, R
+from meshpar.mesh import Axis
+from meshpar.ops import collectives
+from meshpar.sharding.types import I, R
 
 
 @dataclass(frozen=True)

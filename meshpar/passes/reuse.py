@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..ops import collectives, deferred
+from meshpar.ops import collectives, deferred
 
 aten = torch.ops.aten
 _PRODUCTS = {

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..ops import load
-from .inputs import add_input
+from meshpar.ops import load
+from meshpar.passes.inputs import add_input
 
 TALLY = "expert_tally"
 

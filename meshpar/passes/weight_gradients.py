@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..ops import deferred
-from .inputs import add_input
+from meshpar.ops import deferred
+from meshpar.passes.inputs import add_input
 
 aten = torch.ops.aten
 

@@ -1,0 +1,1 @@
+"""What runs programs on this rank."""

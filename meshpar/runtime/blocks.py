@@ -21,10 +21,10 @@ import torch
 from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 
+from meshpar.runtime.cut import Cut, Piece, cut
 from meshpar.runtime.hooks import refusing
 from meshpar.runtime.local import LocalParameters, Store
 from meshpar.runtime.recompute import Mode, wrap
-from meshpar.runtime.regions import Cut, Piece, cut
 
 Code = Callable[..., Any]
 

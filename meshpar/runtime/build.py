@@ -10,28 +10,28 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._torch import alone as alone_in
-from .._torch import forget_meshes
-from ..config import ParallelConfig
-from ..errors import ConfigError
-from ..mesh import axis, spread
-from ..plan import ParameterPlan, Plan
-from ..sharding.types import Owned, Shard
-from ..simulate import is_simulated
-from . import place
-from .blocks import Block, Tree
-from .data_parallel import DataParallel
-from .data_parallel import apply as apply_data_parallel
-from .engine import Engine, Whole, teach
-from .init import Share, Source, materialise
-from .parameters import ParameterSpec, mark_all
-from .pipeline import Pipelined
-from .program import Program, left_alone
-from .schedules import Schedule
-from .statistics import mark_batch_norms
-from .tensors import adopt
-from .ties import Ties
-from .weights import Lazy
+from meshpar._torch import alone as alone_in
+from meshpar._torch import forget_meshes
+from meshpar.compile.program import Program, left_alone
+from meshpar.config import ParallelConfig
+from meshpar.errors import ConfigError
+from meshpar.init.meta import Share, Source, materialise
+from meshpar.init.weights import Lazy
+from meshpar.mesh import axis, spread
+from meshpar.pipeline.order import Schedule
+from meshpar.pipeline.run import Pipelined
+from meshpar.pipeline.ties import Ties
+from meshpar.plan import ParameterPlan, Plan
+from meshpar.runtime import place
+from meshpar.runtime.blocks import Block, Tree
+from meshpar.runtime.data_parallel import DataParallel
+from meshpar.runtime.data_parallel import apply as apply_data_parallel
+from meshpar.runtime.engine import Engine, Whole, teach
+from meshpar.runtime.parameters.specs import ParameterSpec, mark_all
+from meshpar.runtime.parameters.statistics import mark_batch_norms
+from meshpar.runtime.parameters.tensors import adopt
+from meshpar.sharding.types import Owned, Shard
+from meshpar.simulate import is_simulated
 
 
 def build(

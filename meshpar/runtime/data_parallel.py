@@ -32,7 +32,7 @@ from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
 from meshpar.mesh import DATA_AXES
 from meshpar.runtime.blocks import Tree, shared_blocks
-from meshpar.runtime.parameters import mark, spec_of
+from meshpar.runtime.parameters.specs import mark, spec_of
 from meshpar.sharding.types import Owned
 
 _REPLICATED_AXES = ("dp_replicate",)

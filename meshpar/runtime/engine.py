@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .blocks import Tree
-from .data_parallel import DataParallel
-from .program import Program
+from meshpar.compile.program import Program
+from meshpar.runtime.blocks import Tree
+from meshpar.runtime.data_parallel import DataParallel
 
 Inputs = Mapping[str, Any]
 """What a graph is run on, by the names of its placeholders: the tensors of a microbatch, denominators, the random key."""

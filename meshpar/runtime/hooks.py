@@ -19,11 +19,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from .._torch import local_of, maybe_disable_local_tensor_mode
-from ..capture.model_hooks import ModelHooks, fn_name, refuse_global
-from ..errors import ConfigError
-from ..ops.hooks import Hook, Watch, of_torch, replaced
-from .parameters import from_true, gathered, spec_of
+from meshpar._torch import local_of, maybe_disable_local_tensor_mode
+from meshpar.capture.hooks.models import ModelHooks, fn_name, refuse_global
+from meshpar.errors import ConfigError
+from meshpar.ops.hooks import Hook, Watch, of_torch, replaced
+from meshpar.runtime.parameters.specs import from_true, gathered, spec_of
 
 
 class StepHooks:

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..mesh import axis, data_axis
-from ..ops.collectives import p_to_i
-from ..ops.load import Tally, rows
-from ..simulate import is_simulated, local_tensors
+from meshpar.mesh import axis, data_axis
+from meshpar.ops.collectives import p_to_i
+from meshpar.ops.load import Tally, rows
+from meshpar.simulate import is_simulated, local_tensors
 
 
 @torch.no_grad()

@@ -11,35 +11,35 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from ..capture.places import ABSENT
-from ..capture.state import without_autocast
-from ..config import ParallelConfig
-from ..errors import BatchError, ConfigError
-from ..mesh import check_batch, check_whole
-from ..ops.load import Tally
-from ..ops.random import RandomState
-from ..passes.randomness import KEY
-from ..passes.tally import TALLY
-from ..plan import Comm, Plan
-from ..schedule import Event, Order, schedule_table
-from ..sharding.types import Shard
-from .blocks import inlined, print_code
-from .build import build, copy_values
-from .describe import explain
-from .engine import Engine
-from .failures import Together
-from .following import show
-from .gradients import OnMesh
-from .hooks import StepHooks, refusing
-from .load import expert_load
-from .memory import MemoryReport, memory
-from .names import together as one_module
-from .parameters import convert_state_dicts
-from .pipeline import Pipelined
-from .program import Program, Programs, Signature, flatten, restore
-from .states import EXTRA_STATE, check_state
-from .variants import Variant, Variants
-from .weights import tensor_groups
+from meshpar.capture.state.places import ABSENT
+from meshpar.capture.state.taken import without_autocast
+from meshpar.compile.program import Program, Programs, Signature, flatten, restore
+from meshpar.compile.state.following import show
+from meshpar.config import ParallelConfig
+from meshpar.errors import BatchError, ConfigError
+from meshpar.init.weights import tensor_groups
+from meshpar.mesh import check_batch, check_whole
+from meshpar.ops.load import Tally
+from meshpar.ops.random import RandomState
+from meshpar.passes.randomness import KEY
+from meshpar.passes.tally import TALLY
+from meshpar.pipeline.run import Pipelined
+from meshpar.pipeline.schedule import Event, Order, schedule_table
+from meshpar.plan import Comm, Plan
+from meshpar.report.explain import explain
+from meshpar.report.memory import MemoryReport, memory
+from meshpar.runtime.blocks import inlined, print_code
+from meshpar.runtime.build import build, copy_values
+from meshpar.runtime.engine import Engine
+from meshpar.runtime.failures import Together
+from meshpar.runtime.hooks import StepHooks, refusing
+from meshpar.runtime.load import expert_load
+from meshpar.runtime.names import together as one_module
+from meshpar.runtime.parameters.gradients import OnMesh
+from meshpar.runtime.parameters.specs import convert_state_dicts
+from meshpar.runtime.state.variants import Variant, Variants
+from meshpar.runtime.state_dicts import EXTRA_STATE, check_state
+from meshpar.sharding.types import Shard
 
 _OWN = frozenset({"mesh", "config", "random", "training"})
 """Attributes of a parallel model that are its own, and not the model's."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .blocks import Block
+from meshpar.runtime.blocks import Block
 
 
 def together(trees: Sequence[nn.Module]) -> nn.Module:

@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .._torch import local_of
-from ..sharding.types import chunk
-from ..simulate import is_simulated
-from .blocks import Tree
-from .parameters import ParameterSpec, distribute, spec_of, to_parameter
-from .weights import Lazy, Ranges, read
+from meshpar._torch import local_of
+from meshpar.init.weights import Lazy, Ranges, read
+from meshpar.runtime.blocks import Tree
+from meshpar.runtime.parameters.specs import ParameterSpec, distribute, spec_of, to_parameter
+from meshpar.sharding.types import chunk
+from meshpar.simulate import is_simulated
 
 
 def empty(spec: ParameterSpec, mesh: DeviceMesh) -> nn.Parameter:

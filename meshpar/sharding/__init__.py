@@ -1,0 +1,1 @@
+"""The types of values on mesh axes, what operators allow, and the choice."""

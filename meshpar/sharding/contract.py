@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..capture.captured import Info
-from .types import Type
+from meshpar.graph.captured import Info
+from meshpar.sharding.types import Type
 
 Source = tuple[int, int] | int
 """(step, result) inside the problem, or an index into what is given from outside."""

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..capture.captured import Info
-from .price import Price
-from .types import Invariant, Partial, Replicate, Shard, Type
+from meshpar.graph.captured import Info
+from meshpar.sharding.price import Price
+from meshpar.sharding.types import Invariant, Partial, Replicate, Shard, Type
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = "all_reduce", "all_gather", "reduce_scatter", "all_to_all"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .factors import Extents, Pattern, join, nest
-from .notation import Dim, Signature
-from .op import Op, Value, kind_of, read, value_of
-from .rules import rule_for
+from meshpar.graph.op import Op, Value, kind_of, read, value_of
+from meshpar.sharding.extents import Extents, Pattern, join, nest
+from meshpar.sharding.notation import Dim, Signature
+from meshpar.sharding.rules import rule_for
 
 Axes = tuple[int | None, ...]
 """The extent of every dim of a value; None for dims of size 1."""

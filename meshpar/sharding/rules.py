@@ -14,10 +14,10 @@ from math import prod
 
 import torch
 
-from .conversions import CONVERSIONS
-from .notation import Dims, Signature, bind
-from .op import Op
-from .views import VIEWS, fixed_dims, named, sizes_of
+from meshpar.graph.op import Op
+from meshpar.sharding.conversions import CONVERSIONS
+from meshpar.sharding.notation import Dims, Signature, bind
+from meshpar.sharding.views import VIEWS, fixed_dims, named, sizes_of
 
 Rule = Callable[[Op], "Signature | None"]
 

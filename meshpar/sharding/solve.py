@@ -17,17 +17,17 @@ from math import prod
 
 from torch import fx
 
-from ..capture.captured import Info
-from ..errors import PlanError
-from ..plan import AxisPlan, NodePlan
-from .choices import Choice, E, at_rest, choices
-from .conversions import ALL_GATHER, wire_bytes
-from .factors import shard
-from .infer import Call, Inference, infer
-from .op import Value, info_of, op_name, operands, value_of
-from .price import Price
-from .program import Problem, Step, choose
-from .types import I, Owned, R, Shard, Type, plain
+from meshpar.errors import PlanError
+from meshpar.graph.captured import Info
+from meshpar.graph.op import Value, info_of, op_name, operands, value_of
+from meshpar.plan import AxisPlan, NodePlan
+from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
+from meshpar.sharding.extents import shard
+from meshpar.sharding.infer import Call, Inference, infer
+from meshpar.sharding.milp import Problem, Step, choose
+from meshpar.sharding.price import Price
+from meshpar.sharding.types import I, Owned, R, Shard, Type, plain
+from meshpar.sharding.typings import Choice, E, at_rest, choices
 
 _MATRIX = frozenset(
     "linear mm bmm addmm baddbmm matmul einsum convolution conv1d conv2d conv3d scaled_dot_product_attention meshpar.grouped_mm".split()

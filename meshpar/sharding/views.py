@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from .notation import Dim, Dims, Signature
-from .op import Op
+from meshpar.graph.op import Op
+from meshpar.sharding.notation import Dim, Dims, Signature
 
 Rule = Callable[[Op], "Signature | None"]
 

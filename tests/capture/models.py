@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshpar.capture.captured import Captured
 from meshpar.capture.export import capture
-from meshpar.capture.run import run
+from meshpar.graph.captured import Captured
+from meshpar.graph.run import run
 
 _COMMON = dict(vocab_size=131, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 _LLAMA = dict(
@@ -140,7 +140,7 @@ def _same_gradients(model: nn.Module, ours: Tensor, theirs: Tensor, tolerance: f
 def inputs_of(captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
     from torch.utils import _pytree as pytree
 
-    from meshpar.capture.captured import Slot
+    from meshpar.graph.captured import Slot
 
     leaves, spec = pytree.tree_flatten((args, kwargs))
     assert spec == captured.in_spec

@@ -18,9 +18,9 @@ from meshpar.api import parallelize
 from meshpar.capture.copies import copied
 from meshpar.errors import CaptureError
 from meshpar.mesh import make_mesh
-from meshpar.runtime.parameters import full_grad
+from meshpar.proof.verify import verify
+from meshpar.runtime.parameters.specs import full_grad
 from meshpar.simulate import simulate
-from meshpar.verify import verify
 
 
 class Scaled(nn.Module):

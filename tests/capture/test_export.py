@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshpar.capture.captured import Info, Slot
 from meshpar.capture.export import capture
 from meshpar.errors import BatchError, CaptureError, ConfigError
+from meshpar.graph.captured import Info, Slot
 from tests.capture import models
 from tests.capture.models import GPT, TRANSFORMERS, ConvNet, Odd, Translator, ViT, assert_same, causal_lm, perturbed
 

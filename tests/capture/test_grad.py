@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import meshpar as mp
 from meshpar.capture.export import capture
-from meshpar.capture.run import run
 from meshpar.errors import CaptureError
+from meshpar.graph.run import run
 from tests.capture.models import assert_same
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshpar.capture.captured import Captured
 from meshpar.capture.export import capture
-from meshpar.capture.run import run
+from meshpar.graph.captured import Captured
+from meshpar.graph.run import run
 
 
 class Function(nn.Module):

@@ -13,14 +13,14 @@ from zlib import crc32
 
 import numpy as np
 
-from meshpar.checkpoint.casts import word
-from meshpar.checkpoint.division import Division, Grid, Layout, default_division
-from meshpar.checkpoint.files import ITEMSIZE, Disk, build_header
-from meshpar.checkpoint.manifest import Manifest
-from meshpar.checkpoint.opened import open_checkpoint
-from meshpar.checkpoint.partial import writing
-from meshpar.checkpoint.reading import Reader
-from meshpar.checkpoint.writer import Local, Record, finish, merge, write_rank
+from meshpar.checkpoint.format.casts import word
+from meshpar.checkpoint.format.division import Division, Grid, Layout, default_division
+from meshpar.checkpoint.format.files import ITEMSIZE, Disk, build_header
+from meshpar.checkpoint.format.manifest import Manifest
+from meshpar.checkpoint.format.opened import open_checkpoint
+from meshpar.checkpoint.format.partial import writing
+from meshpar.checkpoint.move.reading import Reader
+from meshpar.checkpoint.online.writer import Local, Record, finish, merge, write_rank
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = Mapping[str, tuple[str, Array]]

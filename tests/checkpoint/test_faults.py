@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from meshpar.checkpoint import execution, resharding
-from meshpar.checkpoint.convert import from_hf, to_hf
-from meshpar.checkpoint.faults import CorruptError, ImpossibleError, StorageError
-from meshpar.checkpoint.files import Disk
+from meshpar.checkpoint.convert import execution, resharding
+from meshpar.checkpoint.convert.hf import from_hf, to_hf
+from meshpar.checkpoint.convert.resharding import reshard
+from meshpar.checkpoint.format.faults import CorruptError, ImpossibleError, StorageError
+from meshpar.checkpoint.format.files import Disk
+from meshpar.checkpoint.format.manifest import MANIFEST
+from meshpar.checkpoint.format.partial import writing
 from meshpar.checkpoint.inspection import diff, gc, ls, verify
-from meshpar.checkpoint.manifest import MANIFEST
-from meshpar.checkpoint.partial import writing
-from meshpar.checkpoint.resharding import reshard
-from meshpar.checkpoint.transfer import Options
+from meshpar.checkpoint.move.transfer import Options
 from tests.checkpoint.making import CountingDisk, bits, flip, kill, load, no_space, same, sample, save, save_folder
 
 TENSORS = {f"layers.{k}.weight": ("F32", bits("F32", (13, 7), k)) for k in range(12)} | {"scale": ("BF16", bits("BF16", ()))}

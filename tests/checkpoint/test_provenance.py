@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meshpar.checkpoint import execution
-from meshpar.checkpoint.convert import from_hf, to_hf
-from meshpar.checkpoint.dcp import to_dcp
-from meshpar.checkpoint.faults import ImpossibleError, StorageError
-from meshpar.checkpoint.files import Disk
+from meshpar.checkpoint.convert import execution
+from meshpar.checkpoint.convert.dcp import to_dcp
+from meshpar.checkpoint.convert.hf import from_hf, to_hf
+from meshpar.checkpoint.convert.resharding import reshard
+from meshpar.checkpoint.format.faults import ImpossibleError, StorageError
+from meshpar.checkpoint.format.files import Disk
+from meshpar.checkpoint.format.manifest import MANIFEST, dump
+from meshpar.checkpoint.format.manifest import read as read_manifest
+from meshpar.checkpoint.format.partial import JOURNAL, writing
+from meshpar.checkpoint.format.sink import Output, folder_sink
 from meshpar.checkpoint.inspection import verify
-from meshpar.checkpoint.manifest import MANIFEST, dump
-from meshpar.checkpoint.manifest import read as read_manifest
-from meshpar.checkpoint.partial import JOURNAL, writing
-from meshpar.checkpoint.resharding import reshard
-from meshpar.checkpoint.sink import Output, folder_sink
-from meshpar.checkpoint.transfer import Options
-from meshpar.checkpoint.writer import finish, merge, write_rank
+from meshpar.checkpoint.move.transfer import Options
+from meshpar.checkpoint.online.writer import finish, merge, write_rank
 from tests.checkpoint.making import CountingDisk, bits, flip, load, same, save, save_folder
 from tests.checkpoint.test_silent import local
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from meshpar.checkpoint import inspection, partial
-from meshpar.checkpoint.faults import CorruptError, StorageError
-from meshpar.checkpoint.files import Disk
+from meshpar.checkpoint import inspection
+from meshpar.checkpoint.convert.resharding import reshard
+from meshpar.checkpoint.format import partial
+from meshpar.checkpoint.format.faults import CorruptError, StorageError
+from meshpar.checkpoint.format.files import Disk
+from meshpar.checkpoint.format.partial import LOCK, Partial, is_locked, partial_path, writing
 from meshpar.checkpoint.inspection import gc, ls, verify
-from meshpar.checkpoint.partial import LOCK, Partial, is_locked, partial_path, writing
-from meshpar.checkpoint.resharding import reshard
-from meshpar.checkpoint.saving import Saving
-from meshpar.checkpoint.writer import Local, Record, finish, merge, write_rank
+from meshpar.checkpoint.online.saving import Saving
+from meshpar.checkpoint.online.writer import Local, Record, finish, merge, write_rank
 from tests.checkpoint.making import bits, load, same, save
 
 TENSORS = {f"layers.{k}.weight": ("F32", bits("F32", (13, 7), k)) for k in range(4)}
@@ -265,7 +266,7 @@ def test_a_manifest_is_only_written_of_files_that_are_there(tmp_path: Path, harm
 
 
 def test_files_called_lock_and_journal_travel_as_any_other(tmp_path: Path) -> None:
-    from meshpar.checkpoint.convert import from_hf, to_hf
+    from meshpar.checkpoint.convert.hf import from_hf, to_hf
     from tests.checkpoint.making import save_folder
 
     save_folder(tmp_path / "hf", TENSORS, assets={"lock": "mine", "journal": "mine too"})
@@ -275,7 +276,7 @@ def test_files_called_lock_and_journal_travel_as_any_other(tmp_path: Path) -> No
 
 
 def test_what_was_killed_between_rename_and_tidying_is_not_carried_along(tmp_path: Path) -> None:
-    from meshpar.checkpoint.convert import from_hf
+    from meshpar.checkpoint.convert.hf import from_hf
     from tests.checkpoint.making import save_folder
 
     save_folder(tmp_path / "hf", TENSORS, assets={"config.json": "{}"})

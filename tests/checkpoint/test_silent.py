@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meshpar.checkpoint.boxes import Cut, boxes_held, local_shape, runs_held
-from meshpar.checkpoint.convert import from_hf, to_hf
-from meshpar.checkpoint.division import Grid, Layout
-from meshpar.checkpoint.faults import CorruptError, ImpossibleError, StorageError
-from meshpar.checkpoint.files import Disk
+from meshpar.checkpoint.convert.hf import from_hf, to_hf
+from meshpar.checkpoint.convert.resharding import reshard
+from meshpar.checkpoint.format.boxes import Cut, boxes_held, local_shape, runs_held
+from meshpar.checkpoint.format.division import Grid, Layout
+from meshpar.checkpoint.format.faults import CorruptError, ImpossibleError, StorageError
+from meshpar.checkpoint.format.files import Disk
+from meshpar.checkpoint.format.manifest import read as read_manifest
+from meshpar.checkpoint.format.partial import writing
 from meshpar.checkpoint.inspection import verify
-from meshpar.checkpoint.manifest import read as read_manifest
-from meshpar.checkpoint.partial import writing
-from meshpar.checkpoint.resharding import reshard
-from meshpar.checkpoint.writer import Local, PerRank, finish, merge, rank_tensor, write_rank
+from meshpar.checkpoint.online.writer import Local, PerRank, finish, merge, rank_tensor, write_rank
 from meshpar.sharding.types import Shard, plain
 from tests.checkpoint.making import Array, CountingDisk, bits, flip, load, no_space, same, save, save_folder, save_safetensors
 

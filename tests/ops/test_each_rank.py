@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from meshpar.config import ParallelConfig
 from meshpar.ops.each_rank import each_rank
+from meshpar.proof.verify import verify
 from meshpar.simulate import local_tensors, per_rank, simulate
-from meshpar.verify import verify
 from tests.models import plain
 
 aten = torch.ops.aten

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meshpar.capture.run import run
+from meshpar.graph.op import op_name
+from meshpar.graph.run import run
 from meshpar.passes.batch_norm import expand_batch_norm
-from meshpar.sharding.op import op_name
 from tests.sharding.models import captured_of
 
 

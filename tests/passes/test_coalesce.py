@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from meshpar.compile.ledger import ledger
 from meshpar.ops import collectives
 from meshpar.passes.coalesce import Coalesce
-from meshpar.passes.ledger import ledger
 from meshpar.sharding.types import I, R
 from tests.passes.graphs import calls, info, put
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meshpar.capture.run import run
+from meshpar.compile.denominators import split_denominators
 from meshpar.errors import PlanError
-from meshpar.passes.denominators import split_denominators
+from meshpar.graph.run import run
 from tests.own_functions import AddsLoss, Calls, Routed, by_batch, clipped, function, normalised, shifted
 from tests.sharding.models import captured_of
 

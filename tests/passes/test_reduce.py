@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from meshpar.compile.ledger import ledger
 from meshpar.mesh import Axis
-from meshpar.passes.ledger import ledger
 from meshpar.passes.reduce import ReduceGradients
 from tests.passes.graphs import calls, info, put
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshpar.errors import ConfigError
+from meshpar.pipeline.timing import expected_bubble
 from meshpar.planner.schedule import Times, kept, length, program, run
-from meshpar.timing import expected_bubble
 
 SEVERAL = {"interleaved-1f1b", "looped-bfs"}
 

@@ -9,12 +9,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from meshpar._torch import without_modes
-from meshpar.capture.captured import Captured
 from meshpar.capture.export import capture
+from meshpar.graph.captured import Captured
 from meshpar.mesh import axis
 from meshpar.ops import collectives
 from meshpar.runtime.blocks import Tree, build
-from meshpar.runtime.parameters import ParameterSpec, convert_state_dicts, distribute, mark_all
+from meshpar.runtime.parameters.specs import ParameterSpec, convert_state_dicts, distribute, mark_all
 from meshpar.sharding.types import Shard, Type, plain
 
 VOCAB, HIDDEN, WIDE, NARROW, LAYERS = 7, 6, 8, 4, 3

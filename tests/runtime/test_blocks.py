@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from meshpar.capture.export import capture
 from meshpar.runtime.blocks import Tree, block_paths, build, inlined, print_code, shared_blocks
-from meshpar.runtime.regions import cut
+from meshpar.runtime.cut import cut
 from tests.runtime.models import Layer, make_batch, make_net
 
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ import meshpar as mp
 from meshpar.config import ParallelConfig, Precision
 from meshpar.mesh import data_rank, local_batch
 from meshpar.runtime import data_parallel
-from meshpar.runtime.gradients import clip_grad_norm_
-from meshpar.runtime.parameters import full_grad, full_tensor
+from meshpar.runtime.parameters.gradients import clip_grad_norm_
+from meshpar.runtime.parameters.specs import full_grad, full_tensor
 from tests.pool import Pool
 from tests.runtime.models import data_sum, make_batch, make_net, make_tree, world_mesh
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import meshpar as mp
-from meshpar.capture.model_hooks import copied
+from meshpar.capture.hooks.models import copied
 from meshpar.errors import ConfigError
 from meshpar.simulate import local_tensors
 from tests.hook_models import chain, half, unit, without

@@ -145,7 +145,7 @@ def test_recompute_under_data_and_tensor_parallelism(gloo: Pool, mesh: str, mode
 
 
 def test_recompute_on_simulated_ranks(simulated: Any) -> None:
-    from meshpar.runtime.parameters import full_grad
+    from meshpar.runtime.parameters.specs import full_grad
 
     net, batch = make_net(), make_batch()
     net(*batch).backward()

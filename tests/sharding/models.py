@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from meshpar.capture.captured import Captured
 from meshpar.capture.export import capture
+from meshpar.compile.decide import Decision, decide
+from meshpar.graph.captured import Captured
 from meshpar.mesh import Axis
 from meshpar.passes.coalesce import Coalesce
-from meshpar.passes.decide import Decision, decide
 from meshpar.passes.lower import Lower
 from meshpar.plan import Plan
 

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import meshpar as mp
 from meshpar._torch import FakeStore
+from meshpar.compile.program import Programs
 from meshpar.plan import Plan
-from meshpar.runtime.program import Programs
 from meshpar.sharding.types import Shard
 
 MODELS: dict[str, dict[str, Any]] = {

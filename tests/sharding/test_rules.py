@@ -12,16 +12,16 @@ from torch import Tensor, fx
 
 import meshpar.ops.ctc
 import meshpar.ops.expect  # noqa: F401  (both register operators)
-from meshpar.capture.captured import Info
+from meshpar.graph.captured import Info
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding import rules
-from meshpar.sharding.choices import Choice, choices
 from meshpar.sharding.infer import infer
 from meshpar.sharding.price import Price
 from meshpar.sharding.rules import add_rule
 from meshpar.sharding.types import I, Partial, Shard, Type
+from meshpar.sharding.typings import Choice, choices
 
 aten, ours = torch.ops.aten, torch.ops.meshpar
 SIZE = 2

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+from meshpar.compile.ledger import ledger
 from meshpar.errors import PlanError
-from meshpar.passes.ledger import ledger
 from meshpar.plan import Plan
 from meshpar.sharding.types import I, Shard, Type, plain
 from tests.sharding.models import HEADS, HIDDEN, VOCABULARY, WIDTH, captured, decided, lowered

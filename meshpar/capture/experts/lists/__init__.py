@@ -1,0 +1,1 @@
+"""Experts kept as a list of modules, and the loops over them."""

@@ -1,0 +1,120 @@
+"""Calls whose backward is not torch's own, marked with what is known of it: Functions made operators, and operators of other libraries.
+
+`torch.library.custom_op` with `register_autograd`, and any operator with an autograd kernel of its own, stay one node in a graph and keep
+their backward. Whether it is linear nobody says: it is tried on drawn values, as that of a Function is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from meshpar._torch import OpOverload, pytree
+from meshpar.capture.functions.proofs import nature_of
+from meshpar.capture.stand_in import aside
+from meshpar.errors import CaptureError
+from meshpar.graph.captured import Info
+from meshpar.ops.nature import KEY, UNPROVED, Nature
+from meshpar.ops.own_backward import Example, Unfit, function_of_operator, is_backward, nature_of_operator
+
+_KNOWN = frozenset("aten prim prims meshpar c10d _c10d_functional higher_order".split())
+"""The namespaces whose operators have their derivative for backward."""
+
+
+def mark(graph: fx.Graph, in_cpp: Sequence[str] = ()) -> None:
+    """Set `node.meta["backward"]` of the calls with a backward of their own. `in_cpp`: Functions in C++ that ran.
+
+    Raises CaptureError for a Function in C++ that belongs to no operator, for a backward that is another each time, and for one that runs
+    in forward, where autograd goes through it once more.
+    """
+    proved: dict[tuple[Any, ...], Nature] = {}
+    foreign = [node for node in graph.nodes if node.op == "call_function" and _is_foreign(node)]
+    if in_cpp and not any(nature_of_operator(node.target) is None for node in foreign):
+        raise CaptureError(
+            f"The forward calls {', '.join(in_cpp)}, an autograd function in C++ that is no operator: its backward would be lost.\n"
+            "  Register it as one (TORCH_LIBRARY, with an Autograd kernel), or wrap it with torch.library.custom_op and register_autograd."
+        )
+    for node in foreign:
+        if is_backward(node.target):
+            raise _differentiated_twice(node)
+        known = nature_of_operator(node.target)
+        if known is None and any(info.requires_grad for info in _infos(node)):
+            known = _proved(node, proved)
+        if known is not None:
+            node.meta[KEY] = known
+
+
+def _differentiated_twice(node: fx.Node) -> CaptureError:
+    where = f"{node.meta.get('module') or 'The model'} ({node.meta.get('source') or 'source unknown'})"
+    return CaptureError(
+        f"{where} differentiates inside forward what {function_of_operator(node.target)} gives, an autograd.Function whose backward is its "
+        "own: the derivative of that backward is not known.\n  Write the gradient that is wanted as tensor operations in forward."
+    )
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace not in _KNOWN
+
+
+def _draws(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _infos(node: fx.Node) -> list[Info]:
+    info = node.meta.get("info")
+    return [one for one in (info if isinstance(info, tuple) else (info,)) if isinstance(one, Info)]
+
+
+def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
+    operator = _Operator(node.target, node.args, node.kwargs)
+    key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: "*")), operator.tensors)
+    if _draws(node.target):
+        return UNPROVED
+    if key not in proved:
+        try:
+            proved[key] = aside(lambda: nature_of(operator))
+        except Unfit as error:
+            raise CaptureError(
+                f"{node.target} in {node.meta.get('module') or 'the model'} ({node.meta.get('source') or 'source unknown'}): {error}.\n"
+                f"  {error.instead}"
+            ) from error
+    return proved[key]
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """An operator of a library with what is fixed of its arguments, as two functions of tensors."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> tuple[Example, ...]:
+        """What its operands look like, in the order in which they are written."""
+        nodes = [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, fx.Node)]
+        infos = [node.meta["info"] for node in nodes]
+        return tuple(Example(info.shape, info.dtype, torch.device("cpu"), info.requires_grad) for info in infos)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The results, without gradients."""
+        return tuple(result.detach() for result in self._called(tensors))
+
+    def backward(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients of the operands that need one."""
+        leaves = [x.detach().requires_grad_(example.needs_grad) for x, example in zip(tensors, self.tensors, strict=True)]
+        with torch.enable_grad():
+            results = self._called(leaves)
+        pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        outputs, given = [result for result, _ in pairs], [grad for _, grad in pairs]
+        return torch.autograd.grad(outputs, wanted, given, allow_unused=True, materialize_grads=True)
+
+    def _called(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        given = iter(tensors)
+        args, kwargs = pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, fx.Node) else leaf, (self.args, dict(self.kwargs)))
+        return [leaf for leaf in pytree.tree_leaves(self.target(*args, **kwargs)) if isinstance(leaf, Tensor)]

@@ -1,0 +1,1 @@
+"""State of Python and of torch that a program is captured with."""

@@ -1,0 +1,176 @@
+"""What functions read beside their arguments: numbers in module globals, in closures, and on classes.
+
+Found in their code, without running it: what a name leads to is read where a line of the function, or of a function that it calls by name,
+reads it. Code of torch, of Python itself and of this package is not looked into.
+
+    WEIGHT = 0.5
+    loss_fn = lambda output, batch: output.mean() * WEIGHT + w          ->    WEIGHT of train.py;  w of loss_fn
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from meshpar.capture.state.places import ABSENT, CONTAINERS, PLAIN, Place
+
+Note = Callable[[Place, Any], None]
+"""What is told of every value that is read."""
+
+_CLOSED = frozenset({"torch", "meshpar", "numpy", "einops"}) | sys.stdlib_module_names
+_CLOCKS = frozenset({"time", "datetime", "uuid", "secrets"})
+"""Modules whose functions give another value at every call."""
+
+
+class Surroundings:
+    """Walks functions; `note(place, value)` is told what they read, `roots` where places begin, `clocks` what is never the same twice."""
+
+    def __init__(self, note: Note, roots: dict[str, Any]) -> None:
+        self._note, self._roots = note, roots
+        self._seen: set[tuple[types.CodeType, type | None, int]] = set()
+        self.clocks: dict[str, None] = {}
+
+    def walk(self, value: Any, place: Place | None = None, *, kind: type | None = None) -> None:
+        """A function, a method, a partial function, or an object that is called. `kind`: the class whose method it is."""
+        if isinstance(value, partial):
+            self._walk_partial(value, place)
+        elif isinstance(value, types.MethodType):
+            self.walk(value.__func__, kind=value.__self__ if isinstance(value.__self__, type) else type(value.__self__))
+        elif isinstance(value, (staticmethod, classmethod)):
+            self.walk(value.__func__, kind=kind)
+        elif isinstance(value, property):
+            self.walk(value.fget, kind=kind)
+        elif isinstance(value, types.FunctionType) and value.__module__ is not None and not is_closed(value.__module__):
+            self._walk_function(value, kind)
+
+    def walk_object(self, value: Any) -> None:
+        """An object that may be called."""
+        if callable(value):
+            self._method(type(value), "forward" if isinstance(value, nn.Module) else "__call__")
+
+    def _walk_partial(self, value: partial[Any], place: Place | None) -> None:
+        self.walk(value.func, place)
+        if place is not None:
+            for i, item in enumerate(value.args):
+                self._found(place.then("attr", "args").then("item", i), item)
+            for name, item in value.keywords.items():
+                self._found(place.then("attr", "keywords").then("item", name), item)
+
+    def _walk_function(self, function: types.FunctionType, kind: type | None) -> None:
+        key = function.__code__, kind, id(function.__closure__) if function.__closure__ else 0
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
+        for code in codes(function.__code__):
+            for where, name, attributes in _chains(code):
+                if where == "global" and name in function.__globals__:
+                    place = Place(self._root(function), (("item", name),))
+                    self._follow(place, function.__globals__[name], attributes)
+                elif where == "cell" and name in cells:
+                    self._cell(function, name, cells[name], attributes)
+                elif where == "store":
+                    self._note(Place(self._root(function), (("item", name),)), function.__globals__.get(name, ABSENT))
+                elif where == "local" and kind is not None:
+                    for attribute in attributes[:1]:
+                        self._method(kind, attribute)
+
+    def _root(self, function: types.FunctionType) -> str:
+        """The name under which the globals of a function are a root: that of its file, or of its module where two files have one name."""
+        table = function.__globals__
+        root = os.path.basename(function.__code__.co_filename)
+        if self._roots.setdefault(root, table) is not table:
+            root = str(function.__module__)
+            self._roots[root] = table
+        return root
+
+    def _cell(self, function: types.FunctionType, name: str, cell: Any, attributes: list[str]) -> None:
+        try:
+            value = cell.cell_contents
+        except ValueError:  # empty yet
+            return
+        if name == "__class__":
+            return
+        root = f"{name} of {function.__qualname__} ({os.path.basename(function.__code__.co_filename)}:{function.__code__.co_firstlineno})"
+        if self._roots.setdefault(root, cell) is not cell:
+            root = f"{root} {len(self._roots)}"
+            self._roots[root] = cell
+        self._follow(Place(root, (("cell", "cell_contents"),)), value, attributes)
+
+    def _method(self, kind: type, name: str) -> None:
+        static = inspect.getattr_static(kind, name, None)
+        if isinstance(static, types.FunctionType | staticmethod | classmethod | property):
+            self.walk(static, kind=kind)
+
+    def _follow(self, place: Place, value: Any, attributes: list[str]) -> None:
+        """Go along the attributes that a line names, as far as modules and classes lead."""
+        for name in attributes:
+            if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] in _CLOCKS:
+                self.clocks[f"{value.__name__}.{name}"] = None
+                return
+            if not isinstance(value, types.ModuleType | type) or is_closed(getattr(value, "__module__", None) or value.__name__):
+                break
+            place, value = place.then("attr", name), inspect.getattr_static(value, name, None)
+        self._found(place, value)
+
+    def _found(self, place: Place, value: Any) -> None:
+        if isinstance(value, types.BuiltinFunctionType) and getattr(value, "__module__", None) in _CLOCKS:
+            self.clocks[f"{value.__module__}.{value.__name__}"] = None
+        elif isinstance(value, types.FunctionType | types.MethodType | staticmethod | classmethod | partial):
+            self.walk(value, place)
+        elif isinstance(value, (*PLAIN, *CONTAINERS, Tensor, nn.Module)):
+            self._note(place, value)
+        elif not isinstance(value, type | types.ModuleType) and not is_closed(type(value).__module__):
+            self.walk_object(value)
+            self._note(place, value)
+
+
+def is_closed(module: str) -> bool:
+    """Whether the code of a module is not looked into."""
+    return module.partition(".")[0] in _CLOSED
+
+
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code, and that of the functions it defines."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes(constant)
+
+
+def _chains(code: types.CodeType) -> Iterator[tuple[str, str, list[str]]]:
+    """Every name that is loaded, from where, and the attributes that follow it: `settings.loss.weight` -> ("global", "settings", [...])."""
+    current: tuple[str, str, list[str]] | None = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and current is not None:
+            current[2].append(str(step.argval))
+            continue
+        if current is not None:
+            yield current
+            current = None
+        where = _LOADS.get(step.opname)
+        if where == "store":
+            yield where, str(step.argval), []
+        elif where is not None:
+            current = where, str(step.argval), []
+    if current is not None:
+        yield current
+
+
+_LOADS = {
+    "LOAD_GLOBAL": "global",
+    "LOAD_NAME": "global",
+    "LOAD_DEREF": "cell",
+    "LOAD_CLASSDEREF": "cell",
+    "LOAD_FAST": "local",
+    "LOAD_FAST_CHECK": "local",
+    "STORE_GLOBAL": "store",
+}

@@ -1,0 +1,1 @@
+"""What a forward asks of the values of tensors: branches, counts, selections."""

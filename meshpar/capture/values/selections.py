@@ -1,0 +1,457 @@
+"""Rows chosen by a mask, at a fixed shape: every row is computed, and those that were not chosen are left out where rows are put back.
+
+    top = mask.nonzero();  out.index_add_(0, top, f(x[top]))     ->     out.index_add_(0, all, where(mask, f(x[all]), 0))
+    y[mask].sum()                                                ->     where(mask, y, 0).sum()
+    cross_entropy(y[mask], labels[mask])                         ->     cross_entropy(y, where(mask, labels, -100))
+
+Exact, as long as every operator in between treats rows alone; anything else is refused. A loop over a list of experts costs as many
+rows per expert as there are choices.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from meshpar._torch import OpOverload, pytree
+from meshpar.capture.simplify import emit
+from meshpar.errors import CaptureError
+from meshpar.graph.captured import Info
+from meshpar.ops.ctc import CTC_LOSS
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """A tensor with a size that depends on data: its symbol stands where the number would."""
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> tuple[str, int] | None:
+        """The symbol and its dim, if there is one."""
+        found = [(n, d) for d, n in enumerate(self.shape) if isinstance(n, str)]
+        return found[0] if len(found) == 1 else None
+
+
+def lift(graph: fx.Graph) -> None:
+    """Give every selection of rows in `graph` a fixed shape. Raises CaptureError where an operator mixes the chosen rows."""
+    if any(_ragged(node) or "symbol" in node.meta for node in graph.nodes):
+        _Lift(graph).run()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are made in the same way."""
+    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return a is b or (not isinstance(a, fx.Node) and type(a) is type(b) and bool(a == b))
+    if a.op != "call_function" or a.target is not b.target or (isinstance(a.target, OpOverload) and _random(a.target)):
+        return False
+    (left, spec), (right, other) = (pytree.tree_flatten((one.args, one.kwargs)) for one in (a, b))
+    return spec == other and all(_equal(x, y) for x, y in zip(left, right, strict=True))
+
+
+def _random(target: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable
+
+
+def _ragged(node: fx.Node) -> bool:
+    info = node.meta.get("info")
+    return any(isinstance(i, Ragged) for i in (info if isinstance(info, tuple) else (info,)))
+
+
+class _Lift:
+    """The state of one pass: which mask each symbol counts, and which nodes hold its rows along which dim."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.masks: dict[str, fx.Node] = {}
+        self.rows: dict[fx.Node, tuple[str, int]] = {}
+        self.same: dict[str, str] = {}
+        """Symbol -> an earlier one that counts an equal mask."""
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "output":
+                if any(source in self.rows for source in node.all_input_nodes):
+                    raise CaptureError(
+                        "The forward returns rows chosen by a mask, whose number depends on data. Return all rows and the mask."
+                    )
+            elif node.op == "call_function":
+                self._number(node) or self._choose(node) or self._put_back(node) or self._carry(node)
+
+    def _size(self, symbol: str) -> int:
+        return prod(_shape(self.masks[symbol]))
+
+    def _number(self, node: fx.Node) -> bool:
+        """A size as a number: it becomes the number of all rows."""
+        if "symbol" not in node.meta:
+            return False
+        known = node.meta["symbol"] in self.masks
+        value = self._size(node.meta["symbol"]) if known else None
+        if value is None and node.op == "call_function" and not node.all_input_nodes and not isinstance(node.target, OpOverload):
+            value = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
+        if value is not None:
+            for user in list(node.users):
+                user.args = map_arg(user.args, lambda n: value if n is node else n)
+                user.kwargs = map_arg(user.kwargs, lambda n: value if n is node else n)
+        return True
+
+    def _choose(self, node: fx.Node) -> bool:
+        """Where rows are chosen: positions of a mask, or a mask as an index."""
+        source = node.args[0] if node.args else None
+        if node.target in (aten.where.default, aten.nonzero_numpy.default):
+            return self._count(node.meta["info"][0], source)
+        if (
+            node.target is operator.getitem
+            and isinstance(source, fx.Node)
+            and source.target in (aten.where.default, aten.nonzero_numpy.default)
+        ):
+            self._replace(node, self._positions(node, source.args[0], int(node.args[1])), 0)  # type: ignore[arg-type]
+            return True
+        if node.target is aten.masked_select.default and isinstance(source, fx.Node) and self._count(node.meta["info"], node.args[1]):
+            if _shape(source) != _shape(node.args[1]):
+                self._refuse(node)
+            flat = [prod(_shape(source))]
+            self._replace(node, emit(node, aten.reshape.default, (source, flat), Info((flat[0],), _dtype(source), False)), 0)
+            return True
+        if node.target is aten.nonzero.default and self._count(node.meta["info"], source):
+            columns = [self._positions(node, source, d) for d in range(len(_shape(source)))]
+            info = Info((prod(_shape(source)), len(columns)), torch.int64, False)
+            self._replace(node, emit(node, aten.stack.default, (columns, 1), info), 0)
+            return True
+        if node.target is aten.index.Tensor and _ragged(node) and self.mask_of(node.args[1]) is not None:
+            mask = self.mask_of(node.args[1])
+            self._count(node.meta["info"], mask)
+            assert isinstance(source, fx.Node) and mask is not None
+            shape = (prod(_shape(mask)), *_shape(source)[len(_shape(mask)) :])
+            info = Info(shape, node.meta["info"].dtype, False)
+            self._replace(node, emit(node, aten.reshape.default, (source, list(shape)), info), 0)
+            return True
+        return False
+
+    def _count(self, info: Any, mask: Any) -> bool:
+        if not isinstance(info, Ragged) or info.rows is None:
+            return False
+        symbol = info.rows[0]
+        self.same[symbol] = next((s for s, other in self.masks.items() if _equal(mask, other)), symbol)
+        self.masks[symbol] = self.masks.get(self.same[symbol], mask)
+        return True
+
+    def _rows_of(self, info: Ragged) -> tuple[str, int] | None:
+        return info.rows and (self.same.get(info.rows[0], info.rows[0]), info.rows[1])
+
+    def mask_of(self, indices: Any) -> fx.Node | None:
+        only = indices[0] if len(indices) == 1 else None
+        return only if isinstance(only, fx.Node) and only not in self.rows and _dtype(only) == torch.bool else None
+
+    def _positions(self, node: fx.Node, mask: Any, dim: int) -> fx.Node:
+        """Coordinate `dim` of every position of `mask`, in order: (arange // stride) % size."""
+        shape = _shape(mask)
+        info = Info((prod(shape),), torch.int64, False)
+        device = next(
+            (n.kwargs["device"] for n in self.graph.nodes if n.op == "call_function" and "device" in n.kwargs), torch.device("cpu")
+        )
+        value = emit(node, aten.arange.default, (prod(shape),), info, {"device": device})
+        if prod(shape[dim + 1 :]) > 1:
+            value = emit(node, aten.floor_divide.default, (value, prod(shape[dim + 1 :])), info)
+        return emit(node, aten.remainder.Scalar, (value, shape[dim]), info) if dim > 0 else value
+
+    def _replace(self, node: fx.Node, value: fx.Node, dim: int) -> None:
+        symbol = next(s for s, mask in self.masks.items() if s in _symbols(node))
+        self.rows[value] = (self.same[symbol], dim)
+        node.replace_all_uses_with(value)
+        self.graph.erase_node(node)
+
+    def _put_back(self, node: fx.Node) -> bool:
+        """Where rows leave the selection again."""
+        handler = _SINKS.get(node.target)
+        inputs = [source for source in node.all_input_nodes if source in self.rows]
+        if handler is None or not inputs or _ragged(node):
+            return False
+        symbols = {self.rows[source][0] for source in inputs}
+        if len(symbols) != 1 or not handler(self, node, symbols.pop()):
+            self._refuse(node)
+        return True
+
+    def _carry(self, node: fx.Node) -> bool:
+        """An operator on rows, each alone."""
+        inputs = [source for source in node.all_input_nodes if source in self.rows]
+        infos = node.meta.get("info")
+        infos = infos if isinstance(infos, tuple) else (infos,)
+        if not inputs and not _ragged(node):
+            return False
+        outputs = [self._rows_of(info) for info in infos if isinstance(info, Ragged)]
+        symbols = {self.rows[source][0] for source in inputs} | {rows[0] for rows in outputs if rows}
+        if not outputs or None in outputs or len(outputs) != len(infos) or len(symbols) != 1 or not symbols <= set(self.masks):
+            self._refuse(node)
+        if not self._row_by_row(node, outputs[0]):  # type: ignore[arg-type]
+            self._refuse(node)
+        size = self._size(symbols.pop())
+        fixed = tuple(Info(tuple(size if isinstance(n, str) else n for n in info.shape), info.dtype, False) for info in infos)
+        node.meta["info"] = fixed if isinstance(node.meta["info"], tuple) else fixed[0]
+        self.rows[node] = outputs[0]  # type: ignore[assignment]
+        return True
+
+    def _row_by_row(self, node: fx.Node, out: tuple[str, int]) -> bool:
+        if node.target is operator.getitem:
+            return True
+        if not isinstance(node.target, OpOverload):
+            return False
+        if torch.Tag.pointwise in node.target.tags:
+            return True
+        rule = _RULES.get(node.target.overloadpacket)
+        return rule is not None and rule(self, node, out)
+
+    def _refuse(self, node: fx.Node) -> None:
+        where = f"{node.meta['module'] or 'the model'} ({node.meta['source'] or 'source unknown'})"
+        raise CaptureError(
+            f"{node.target} in {where} mixes rows chosen by a mask, whose number depends on data.\n"
+            "  Compute all rows and use torch.where(mask, value, 0) instead."
+        )
+
+    def chosen(self, node: fx.Node, value: fx.Node, symbol: str) -> fx.Node:
+        """The mask as booleans that broadcast against `value`, whose rows lie along one dim."""
+        mask, dim = self.masks[symbol], self.rows[value][1]
+        if _dtype(mask) != torch.bool:
+            mask = emit(node, aten.ne.Scalar, (mask, 0), Info(_shape(mask), torch.bool, False))
+        shape = tuple(self._size(symbol) if d == dim else 1 for d in range(len(_shape(value))))
+        return emit(node, aten.reshape.default, (mask, list(shape)), Info(shape, torch.bool, False))
+
+    def masked(self, node: fx.Node, value: fx.Node, symbol: str) -> fx.Node:
+        """`value` with zeros in the rows that were not chosen."""
+        return emit(node, aten.where.ScalarOther, (self.chosen(node, value, symbol), value, 0), value.meta["info"])
+
+
+def _index_add(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    target, _, index, source = node.args[:4]
+    if target in lift.rows or lift.rows.get(index) != (symbol, 0) or source not in lift.rows:  # type: ignore[arg-type]
+        return False
+    node.update_arg(3, lift.masked(node, source, symbol))  # type: ignore[arg-type]
+    return True
+
+
+def _index_put(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    args: Any = node.args
+    target, indices, values = args[:3]
+    accumulate = len(args) > 3 and bool(args[3])
+    if not isinstance(target, fx.Node) or not isinstance(values, fx.Node) or target in lift.rows or values not in lift.rows:
+        return False
+    if _equal(lift.mask_of(indices), lift.masks[symbol]):
+        if lift.rows[values][1] != 0 or prod(_shape(values)) != prod(_shape(target)):
+            return False
+        return _put_by_mask(node, target, lift.masks[symbol], values, accumulate=accumulate)
+    if any(lift.rows.get(index) != (symbol, 0) for index in indices if index is not None):
+        return False
+    if not accumulate:  # y[rows] = v  is  y[rows] += v - y[rows];  v is often y[rows] + d, then it is += d, to the bit
+        values = _difference(lift, node, target, indices, values)
+    node.args = (target, indices, lift.masked(node, values, symbol), True)
+    return True
+
+
+def _put_by_mask(node: fx.Node, target: fx.Node, mask: fx.Node, values: fx.Node, *, accumulate: bool) -> bool:
+    info = Info(_shape(target), _dtype(target), False)
+    value = emit(node, aten.reshape.default, (values, list(info.shape)), info)
+    if accumulate:
+        value = emit(node, aten.add.Tensor, (target, value), info)
+    shape = (*_shape(mask), *(1 for _ in info.shape[len(_shape(mask)) :]))
+    wide = emit(node, aten.reshape.default, (mask, list(shape)), Info(shape, torch.bool, False))
+    node.target, node.args, node.kwargs = aten.where.self, (wide, value, target), {}
+    return True
+
+
+def _difference(lift: _Lift, node: fx.Node, target: fx.Node, indices: Any, values: fx.Node) -> fx.Node:
+    if values.target is aten.add.Tensor and not values.kwargs:
+        for old, new in (values.args[:2], values.args[1::-1]):
+            if _reads(old, target, indices) and isinstance(new, fx.Node) and new in lift.rows and _shape(new) == _shape(values):
+                return new
+    read_back = emit(node, aten.index.Tensor, (target, indices), values.meta["info"])
+    difference = emit(node, aten.sub.Tensor, (values, read_back), values.meta["info"])
+    lift.rows[difference] = lift.rows[values]
+    return difference
+
+
+def _reads(node: Any, target: fx.Node, indices: Any) -> bool:
+    """Whether `node` is `target[indices]`."""
+    if not isinstance(node, fx.Node) or node.target is not aten.index.Tensor:
+        return False
+    args: Any = node.args
+    return args[0] is target and list(args[1]) == list(indices)
+
+
+def _sum(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    node.update_arg(0, lift.masked(node, node.args[0], symbol))  # type: ignore[arg-type]
+    return True
+
+
+def _mean(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    """A mean over the chosen rows: their sum over their number."""
+    args: Any = node.args
+    value, info, kwargs = args[0], node.meta["info"], dict(node.kwargs)
+    shape, rows = _shape(value), lift.rows[value][1]
+    dims = sorted({int(d) % len(shape) for d in args[1]} if len(args) > 1 and args[1] else range(len(shape)))
+    if rows not in dims:
+        return False
+    keep = bool(args[2]) if len(args) > 2 else bool(kwargs.pop("keepdim", False))
+    total = emit(node, aten.sum.dim_IntList, (lift.masked(node, value, symbol), dims, keep), info, kwargs)
+    chosen = lift.chosen(node, value, symbol)
+    count = emit(node, aten.sum.default, (chosen,), Info((), torch.int64, False))
+    others = prod(shape[d] for d in dims if d != rows)
+    if others != 1:
+        count = emit(node, aten.mul.Tensor, (count, others), Info((), torch.int64, False))
+    node.target, node.args, node.kwargs = aten.div.Tensor, (total, count), {}
+    return True
+
+
+def _distance(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    """A mean or sum of distances: those of the rows, and their mean or sum."""
+    args, kwargs = node.args, dict(node.kwargs)
+    x, y = args[:2]
+    reduction = kwargs.pop("reduction", args[2] if len(args) > 2 else 1)
+    if (
+        not isinstance(x, fx.Node)
+        or not isinstance(y, fx.Node)
+        or x not in lift.rows
+        or lift.rows.get(y) != lift.rows[x]
+        or _shape(x) != _shape(y)
+    ):
+        return False
+    each = emit(node, node.target, (x, y, 0, *args[3:]), Info(_shape(x), node.meta["info"].dtype, False), kwargs)
+    lift.rows[each] = lift.rows[x]
+    node.target, node.args, node.kwargs = (aten.mean.default if reduction == 1 else aten.sum.default), (each,), {}
+    return _mean(lift, node, symbol) if reduction == 1 else _sum(lift, node, symbol)
+
+
+def _label_loss(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    """The label of a row that was not chosen is to be ignored."""
+    args: Any = node.args
+    logits, labels = args[:2]
+    if not all(lift.rows.get(one) == (symbol, 0) for one in (logits, labels)) or _dtype(labels).is_floating_point:
+        return False
+    if any(source in lift.rows for source in node.all_input_nodes if source not in (logits, labels)):
+        return False
+    ignore = args[4] if len(args) > 4 else node.kwargs.get("ignore_index", -100)
+    chosen = lift.chosen(node, labels, symbol)
+    node.update_arg(1, emit(node, aten.where.ScalarOther, (chosen, labels, ignore), labels.meta["info"]))
+    return True
+
+
+def _ctc_loss(lift: _Lift, node: fx.Node, symbol: str) -> bool:
+    """Targets one sample after the other -> a row of targets per sample, those that were chosen first."""
+    args: Any = node.args
+    targets, lengths, mask = args[1], args[3], lift.masks[symbol]
+    if any(source in lift.rows for source in node.all_input_nodes if source is not targets) or len(_shape(mask)) != 2:
+        return False
+    if not _counts_rows(lengths, mask):
+        return False
+    shape = _shape(mask)
+    left_out = emit(node, aten.logical_not.default, (mask,), Info(shape, torch.bool, False))
+    order = emit(node, aten.argsort.stable, (left_out,), Info(shape, torch.int64, False), {"stable": True, "dim": 1})
+    info = Info(shape, _dtype(targets), False)
+    wide = emit(node, aten.reshape.default, (targets, list(shape)), info)
+    node.update_arg(1, emit(node, aten.gather.default, (wide, 1, order), info))
+    return True
+
+
+def _counts_rows(node: Any, mask: fx.Node) -> bool:
+    """Whether `node` says how many of each row of `mask` are chosen."""
+    while isinstance(node, fx.Node) and node.target in (aten._to_copy.default, aten.clone.default):
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target is not aten.sum.dim_IntList or not _equal(node.args[0], mask):
+        return False
+    return [int(d) % 2 for d in node.args[1]] == [1]  # type: ignore[union-attr, arg-type]
+
+
+_SINKS: Mapping[Any, Callable[[_Lift, fx.Node, str], bool]] = {
+    aten.index_add.default: _index_add,
+    aten.index_put.default: _index_put,
+    aten.sum.default: _sum,
+    aten.sum.dim_IntList: _sum,
+    aten.mean.default: _mean,
+    aten.mean.dim: _mean,
+    **dict.fromkeys((aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default), _label_loss),
+    CTC_LOSS: _ctc_loss,
+    **dict.fromkeys((aten.l1_loss.default, aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default), _distance),
+}
+"""Operators that take chosen rows and give a tensor of fixed shape."""
+
+
+def _always(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
+    return True
+
+
+def _reshape(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = _shape(source)[: lift.rows[source][1]], node.meta["info"].shape[: out[1]]
+    return prod(before) == prod(after)
+
+
+def _matrix(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
+    """Rows times a matrix: the dim summed over, and the other operands, hold no rows."""
+    position = 1 if node.target in (aten.addmm.default,) else 0
+    rows: Any = node.args[position]
+    others = [source for source in node.all_input_nodes if source is not rows]
+    return rows in lift.rows and lift.rows[rows][1] < len(_shape(rows)) - 1 and not any(o in lift.rows for o in others)
+
+
+def _other_dims(position: int) -> Callable[[_Lift, fx.Node, tuple[str, int]], bool]:
+    """The dims named by argument `position` are not the rows'."""
+
+    def rule(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
+        source = next(s for s in node.all_input_nodes if s in lift.rows)
+        named = node.args[position] if len(node.args) > position else None
+        dims = named if isinstance(named, list | tuple) else [named]
+        return named is not None and all(int(d) % len(_shape(source)) != lift.rows[source][1] for d in dims)  # type: ignore[arg-type]
+
+    return rule
+
+
+def _layer_norm(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
+    return out[1] < len(node.meta["info"].shape) - len(node.args[1])  # type: ignore[arg-type]
+
+
+def _look_up(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
+    """A table read at one position per row."""
+    indices: Any = [node.args[1]] if node.target is aten.embedding.default else node.args[1]
+    return node.args[0] not in lift.rows and all(index is None or lift.rows.get(index, (0, 1))[1] == 0 for index in indices)
+
+
+_RULES: Mapping[Any, Callable[[_Lift, fx.Node, tuple[str, int]], bool]] = {
+    **dict.fromkeys((aten.clone, aten._to_copy, aten.alias, aten.detach, aten.dropout, aten.native_dropout, aten.type_as), _always),
+    **dict.fromkeys(
+        (aten.zeros, aten.ones, aten.full, aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros_like, aten.ones_like), _always
+    ),
+    **dict.fromkeys(
+        (aten.gelu, aten.silu, aten.relu, aten.sigmoid, aten.tanh, aten.where, aten.masked_fill, aten.broadcast_tensors), _always
+    ),
+    **dict.fromkeys((aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.expand, aten.t), _always),
+    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view), _reshape),
+    **dict.fromkeys((aten.linear, aten.matmul, aten.mm, aten.addmm), _matrix),
+    **dict.fromkeys((aten.slice, aten.select, aten.softmax, aten.log_softmax, aten.cat, aten.sum, aten.mean, aten.amax), _other_dims(1)),
+    **dict.fromkeys((aten.split, aten.split_with_sizes), _other_dims(2)),
+    **dict.fromkeys((aten.layer_norm, aten.rms_norm), _layer_norm),
+    **dict.fromkeys((aten.index, aten.embedding), _look_up),
+}
+"""Operators that treat rows alone, and when."""
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return node.meta["info"].shape
+
+
+def _dtype(node: Any) -> torch.dtype:
+    return node.meta["info"].dtype
+
+
+def _symbols(node: fx.Node) -> set[str]:
+    info = node.meta["info"]
+    return {n for i in (info if isinstance(info, tuple) else (info,)) if isinstance(i, Ragged) for n in i.shape if isinstance(n, str)}

@@ -1,0 +1,1 @@
+"""From one checkpoint to another one: other meshes, other formats."""

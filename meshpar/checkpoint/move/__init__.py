@@ -1,0 +1,1 @@
+"""Moving bytes between divisions in bounded memory."""

@@ -1,0 +1,1 @@
+"""How the tensors of one naming become those of another."""

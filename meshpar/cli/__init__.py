@@ -1,0 +1,1 @@
+"""`meshpar` on the command line."""

@@ -1,0 +1,300 @@
+"""`meshpar` on the command line: demo, explain, verify, checkpoint.
+
+Exit status: 0 all is well, 1 the parallel program differs from the original (or the comparison proves nothing), 2 the command cannot be
+meant, 3 it failed on the way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+from meshpar.errors import ConfigError, MeshparError, RankError
+
+try:
+    import typer
+except ImportError:  # the command line is an extra: say so instead of a traceback
+    typer = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from meshpar.config import ParallelConfig
+
+SLOTS = 40
+"""So many slots of a schedule fit on a screen."""
+MISSING = "the meshpar command needs typer and rich, which are not installed. Type: pip install 'meshpar[demo]'"
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        sys.exit(_complain(MISSING))
+    if typer is None:
+        sys.exit(_complain(MISSING))
+    application()()
+
+
+def _complain(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return 2
+
+
+if typer is not None:
+    Model = Annotated[
+        str,
+        typer.Option("--model", "-m", help="A causal language model type of transformers, or package.module:function for (model, batch)."),
+    ]
+    Mesh = Annotated[str, typer.Option("--mesh", help="Mesh axes, outermost first: pp=2,dp=2,tp=2.")]
+    Layers = Annotated[int, typer.Option("--layers", min=1, help="Blocks of the model.")]
+    Hidden = Annotated[int, typer.Option("--hidden", min=8, help="Width of the model.")]
+    Heads = Annotated[int, typer.Option("--heads", min=1, help="Attention heads.")]
+    KvHeads = Annotated[int, typer.Option("--kv-heads", min=1, help="Heads of keys and values, where the model has fewer of them.")]
+    Sequence = Annotated[int, typer.Option("--seq", min=2, help="Length of a sample in bytes.")]
+    Samples = Annotated[int, typer.Option("--batch", min=1, help="Samples of a global batch.")]
+    Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights and batches.")]
+    Rules = Annotated[
+        list[str] | None, typer.Option("--rule", help="Where a parameter lies, such as '*.q_proj.weight=tp:0'; may be repeated.")
+    ]
+    Microbatches = Annotated[int, typer.Option("--microbatches", min=1, help="Parts into which a rank cuts its batch.")]
+    Schedule = Annotated[
+        str,
+        typer.Option("--schedule", help="Of a pipeline: gpipe, 1f1b, looped-bfs, interleaved-1f1b, zero-bubble, zbv or dualpipev."),
+    ]
+    VirtualStages = Annotated[
+        int | None, typer.Option("--virtual-stages", min=1, help="Pipeline stages on a rank; by default the fewest the schedule allows.")
+    ]
+    Recompute = Annotated[str, typer.Option("--recompute", help="none, selective or full.")]
+    DataParallel = Annotated[str, typer.Option("--data-parallel", help="replicate, zero1, zero2 or zero3.")]
+    SequenceParallel = Annotated[
+        bool, typer.Option("--sequence-parallel/--no-sequence-parallel", help="Cut activations between blocks too.")
+    ]
+
+
+def application() -> Any:
+    """The typer application, with `checkpoint` where that part is there."""
+    app = typer.Typer(
+        help="Trains unmodified PyTorch models over pipeline, data and tensor parallel axes.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    for command in (demo, explain, verify):
+        app.command()(command)
+    try:
+        from meshpar.checkpoint.commands import app as checkpoint
+    except ImportError as error:
+        print(f"note: meshpar checkpoint is not available: {error}", file=sys.stderr)
+    else:
+        app.add_typer(checkpoint, name="checkpoint")
+    return app
+
+
+def demo(
+    model: Model = "llama",
+    mesh: Mesh = "dp=2,tp=2",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 30,
+    seq: Sequence = 128,
+    batch: Samples = 8,
+    data: Annotated[str | None, typer.Option(help="A file to train on, read as bytes; without it, sources of Python.")] = None,
+    layers: Layers = 3,
+    hidden: Hidden = 128,
+    heads: Heads = 8,
+    kv_heads: KvHeads = 4,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-3,
+    seed: Seed = 0,
+    rule: Rules = None,
+    microbatches: Microbatches = 1,
+    schedule: Schedule = "1f1b",
+    virtual_stages: VirtualStages = None,
+    recompute: Recompute = "none",
+    data_parallel: DataParallel = "zero3",
+    sequence_parallel: SequenceParallel = True,
+    plan: Annotated[bool, typer.Option("--plan/--no-plan", help="Print the plan.")] = True,
+) -> None:
+    """Train a small model on local ranks, and the same on one process beside it; say how far they are apart.
+
+    Starts the ranks by itself, or uses those of torchrun. Exit status 1 when the two trainings differ.
+    """
+    with _ending():
+        from meshpar.cli import demo as demonstration
+        from meshpar.cli.causal_lm import Sizes
+
+        found = demonstration.run(
+            demonstration.Demo(
+                model=model,
+                mesh=mesh,
+                steps=steps,
+                batch=batch,
+                sizes=Sizes(layers, hidden, heads, kv_heads, seq),
+                data=data,
+                learning_rate=lr,
+                seed=seed,
+                config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
+                rules=_rules(rule),
+                show_plan=plan,
+            )
+        )
+        if found is not None and not found.ok:
+            raise typer.Exit(1)
+
+
+def explain(
+    model: Model = "llama",
+    mesh: Mesh = "dp=2,tp=2",
+    seq: Sequence = 128,
+    batch: Samples = 8,
+    layers: Layers = 3,
+    hidden: Hidden = 128,
+    heads: Heads = 8,
+    kv_heads: KvHeads = 4,
+    rule: Rules = None,
+    microbatches: Microbatches = 1,
+    schedule: Schedule = "1f1b",
+    virtual_stages: VirtualStages = None,
+    recompute: Recompute = "none",
+    data_parallel: DataParallel = "zero3",
+    sequence_parallel: SequenceParallel = True,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Print what a rank keeps in memory.")] = True,
+    code: Annotated[bool, typer.Option("--code/--no-code", help="Print the code that rank 0 runs.")] = False,
+) -> None:
+    """Say how a model would be laid out on a mesh, and why. Needs no ranks: this process stands for rank 0."""
+    with _ending():
+        from meshpar.cli.look import explained
+
+        made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=0)
+        pm = explained(
+            *made,
+            mesh,
+            config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
+            rules=_rules(rule),
+        )
+        print(pm.explain())
+        if pm.schedule is not None and len(pm.schedule.compute[0]) <= SLOTS:
+            print(f"\n{pm.schedule_table()}")
+        if memory:
+            print(f"\n{pm.memory()}")
+        if code:
+            print()
+            pm.print_readable()
+
+
+def verify(
+    model: Model = "llama",
+    mesh: Mesh = "dp=2,tp=2",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2,
+    seq: Sequence = 32,
+    batch: Samples = 4,
+    layers: Layers = 2,
+    hidden: Hidden = 64,
+    heads: Heads = 8,
+    kv_heads: KvHeads = 4,
+    seed: Seed = 0,
+    rule: Rules = None,
+    microbatches: Microbatches = 1,
+    schedule: Schedule = "1f1b",
+    virtual_stages: VirtualStages = None,
+    recompute: Recompute = "none",
+    data_parallel: DataParallel = "zero3",
+    sequence_parallel: SequenceParallel = True,
+    processes: Annotated[bool, typer.Option("--processes", help="On new gloo processes instead of simulated ranks.")] = False,
+    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float64",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest relative difference that passes (1e-9 or 1e-5 by dtype); in bfloat16 units of its rounding (6)."),
+    ] = None,
+) -> None:
+    """Compare the parallel program with the original: loss, every gradient, gradient norm, optimizer steps.
+
+    Exit status 1 on a difference, and where the comparison proves nothing (a loss that is no number, gradients that are all zero).
+
+    On simulated ranks data parallelism is that of the graph; with --processes, and for a pipeline, it is FSDP2's, as in training.
+    """
+    with _ending():
+        import torch
+
+        from meshpar.proof.verify import verify as check
+
+        kinds = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+        if dtype not in kinds:
+            raise ConfigError(f"--dtype {dtype}: one of {', '.join(kinds)}.")
+        made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=seed)
+        report = check(
+            made[0],
+            mesh,
+            made[1],
+            config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
+            rules=_rules(rule),
+            steps=steps,
+            processes=processes,
+            dtype=kinds[dtype],
+            seed=seed,
+            tolerance=tolerance,
+        )
+        if _is_first():
+            print(report)
+        raise typer.Exit(0 if report.ok else 1)
+
+
+# ---- reading options -------------------------------------------------------------------------------------------------------------------
+
+
+def _model_and_batch(
+    model: str, samples: int, layers: int, hidden: int, heads: int, kv_heads: int, seq: int, *, seed: int
+) -> tuple[Any, Any]:
+    from meshpar.cli.causal_lm import Sizes, Text, own_model, quiet, small_model
+
+    quiet()
+    if ":" in model:
+        return own_model(model)
+    built = small_model(model, Sizes(layers, hidden, heads, kv_heads, seq), seed=seed)
+    return built, Text().batch(0, samples=samples, sequence=seq, seed=seed)
+
+
+def _config(
+    microbatches: int, schedule: str, virtual_stages: int | None, recompute: str, data_parallel: str, sequence_parallel: bool
+) -> ParallelConfig:
+    from meshpar.config import ParallelConfig
+
+    fields: dict[str, Any] = {
+        "schedule": schedule,
+        "virtual_stages": virtual_stages,
+        "recompute": recompute,
+        "data_parallel": data_parallel,
+    }
+    return ParallelConfig(microbatches=microbatches, sequence_parallel="auto" if sequence_parallel else False, **fields)
+
+
+def _rules(given: list[str] | None) -> dict[str, str]:
+    rules = {}
+    for text in given or ():
+        pattern, equals, where = text.rpartition("=")
+        if not equals or not pattern:
+            raise ConfigError(f"--rule {text}: write PATTERN=WHERE, such as '*.q_proj.weight=tp:0' or '*.bias=replicate'.")
+        rules[pattern] = where
+    return rules
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all: rank 0, or the only one."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Errors of ours are a message and a status, not a traceback."""
+    try:
+        yield
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(3) from None
+    except MeshparError as error:
+        raise typer.Exit(_complain(str(error))) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""From a captured graph to a Plan: solve one mesh axis after the other, lowering in between so that the next one sees local shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import fx
+
+from meshpar.compile.split import mark, split
+from meshpar.compile.stages import choose
+from meshpar.errors import PlanError, near, raise_all
+from meshpar.graph.captured import Captured, Info
+from meshpar.graph.op import op_name
+from meshpar.graph.text import fingerprint
+from meshpar.mesh import Axis
+from meshpar.passes.lower import Lower
+from meshpar.plan import AxisPlan, ParameterPlan, Plan, StagePlan
+from meshpar.sharding.infer import Inference, infer
+from meshpar.sharding.solve import Request, expert_stacks, solve
+from meshpar.sharding.types import I, Owned, Type
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """A pipeline: `ranks` says which rank of `pp` runs each stage; `cuts` where stages begin, if the user said so."""
+
+    ranks: tuple[int, ...]
+    cuts: Sequence[int] | Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is asked of the solver besides the graph."""
+
+    mesh: tuple[tuple[str, int], ...]
+    """All axes of the mesh, outermost first."""
+    axes: tuple[tuple[str, int], ...]
+    """The axes to type, in order: ("dp", 2) for all data axes but `ep` together, then ("ep", 2), then ("tp", 2)."""
+    sequence: bool = True
+    rules: Mapping[str, str] = field(default_factory=dict)
+    """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
+    pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
+    """What an earlier plan said of parameters: it never changes."""
+    stages: StageRequest | None = None
+    owned: bool = False
+    """Whether parameters may lie on one rank of `ep` alone: not where ranks are simulated, which all run one program."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, tuple[tuple[int, ...], str, bool]] = field(default_factory=dict)
+    """All parameters of the model: shape, dtype, trainable; those the graph does not use stay whole."""
+
+
+def decide(captured: Captured, request: Decision) -> Plan:
+    """The plan for one graph. Deterministic: equal arguments give equal plans.
+
+    Raises PlanError when a rule matches nothing or cannot be met.
+    """
+    wanted = _rules(request.rules, captured, request)
+    graph, axes = captured.graph, list[AxisPlan]()
+    whole = infer(graph)
+    outputs = _pinned_outputs(captured)
+    for name, size in request.axes:
+        if size == 1:
+            continue
+        data = name != "tp"
+        plan = solve(
+            graph,
+            Request(
+                name,
+                size,
+                inputs=captured.batch_dims if data else {},
+                parameters=frozenset(captured.parameters),
+                pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not data else {},
+                wanted=wanted if not data else {},
+                shard_parameters=not data,
+                experts=name == "ep",
+                owned=request.owned,
+                sequence=request.sequence,
+                outputs=outputs,
+            ),
+            whole if graph is captured.graph else None,
+        )
+        axes.append(_for_all_owners(plan, captured.graph, axes))
+        if name != request.axes[-1][0]:
+            graph = Lower(plan, Axis(name, size, 0, name))(graph)
+    stages, held = _stages(captured, request)
+    return Plan(
+        request.mesh,
+        fingerprint(captured),
+        tuple(axes),
+        _parameters(captured, axes, request, held),
+        stages,
+        dict(request.options),
+        notes=_notes(whole, axes),
+    )
+
+
+def _for_all_owners(plan: AxisPlan, graph: fx.Graph, before: Sequence[AxisPlan]) -> AxisPlan:
+    """What was decided for the parameters that the first rank of an earlier axis owns holds for those of the others."""
+    found = dict(plan.nodes)
+    for parts in expert_stacks(graph):
+        names = [part.name for part in parts]
+        for k, name in enumerate(names):
+            first = next((names[k % (len(names) // a.size)] for a in before if isinstance(a.nodes[name].outs[0], Owned)), name)
+            found.setdefault(name, plan.nodes[first])
+    return replace(plan, nodes=found)
+
+
+def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...], Mapping[str, tuple[int, ...]]]:
+    """The stages, and which of them hold each parameter: those that read it, or those of its neighbours if none does."""
+    if request.stages is None:
+        return (), {}
+    ranks = request.stages.ranks
+    if request.pinned:
+        return tuple(StagePlan("", rank, "as before") for rank in ranks), {n: p.stages for n, p in request.pinned.items()}
+    chosen = choose(captured, len(ranks), where=request.stages.cuts)
+    mark(captured.graph, chosen.starts)
+    held: dict[str, tuple[int, ...]] = {}
+    for stage in split(captured.graph, len(ranks), parameters=captured.parameters, mutations=captured.mutations):
+        for name in dict.fromkeys(str(n.target) for n in stage.graph.nodes if n.op == "get_attr"):
+            held[name] = (*held.get(name, ()), stage.index)
+    found = {name: held[name] if name in held else _of_nearest(name, held) for name in request.others}
+    share = [seconds / sum(chosen.seconds) for seconds in chosen.seconds]
+    stages = zip(("", *chosen.starts), ranks, chosen.begins, share, strict=True)
+    return tuple(StagePlan(start, rank, chosen.why, begins, part) for start, rank, begins, part in stages), found
+
+
+def _of_nearest(name: str, held: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The first stage of the tensor whose name begins most like this one."""
+    best = max(held, key=lambda other: _alike(name.split("."), other.split(".")), default=None)
+    return (0,) if best is None else held[best][:1]
+
+
+def _alike(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many parts two names begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _pinned_outputs(captured: Captured) -> list[Type | None]:
+    """The loss and new buffer values are the same everywhere; other outputs stay as they come out."""
+    count = len(next(n for n in reversed(captured.graph.nodes) if n.op == "output").args[0])
+    found: list[Type | None] = [None] * count
+    if captured.loss is not None:
+        found[captured.loss] = I
+    for index in range(count - len(captured.mutations), count):
+        found[index] = I
+    return found
+
+
+def _rules(rules: Mapping[str, str], captured: Captured, request: Decision) -> dict[str, int | None]:
+    """User rules as parameter -> dim to cut, None for whole."""
+    names = [*request.others] or list(captured.parameters)
+    known = {axis for axis, _ in request.axes} | {"tp"}
+    complaints, found = [], dict[str, int | None]()
+    for pattern, where in rules.items():
+        hits = [n for n in (*names, *captured.aliases) if fnmatchcase(n, pattern)]
+        if not hits:
+            complaints.append(f"rule {pattern!r} matches no parameter.{near(pattern.replace('*', ''), names)}")
+        axis, _, dim = where.partition(":")
+        if where != "replicate" and (axis not in known or not dim.lstrip("-").isdigit()):
+            complaints.append(f'rule {pattern!r}: {where!r} is not "tp:DIM" (as in "tp:0") or "replicate".')
+            continue
+        for hit in hits:
+            name = captured.aliases.get(hit, hit)
+            shape = request.others[name][0] if name in request.others else None
+            if where == "replicate":
+                found[name] = None
+            elif shape is not None and not -len(shape) <= int(dim) < len(shape):
+                complaints.append(f"rule {pattern!r}: {hit} has shape {list(shape)}, it has no dim {dim}.")
+            else:
+                found[name] = int(dim) % len(shape or (1,))
+    raise_all(PlanError, "rules:", complaints)
+    return found
+
+
+def _parameters(
+    captured: Captured, axes: Sequence[AxisPlan], request: Decision, held: Mapping[str, tuple[int, ...]]
+) -> dict[str, ParameterPlan]:
+    nodes = {str(n.target): n for n in captured.graph.nodes if n.op == "get_attr"}
+    found = {}
+    for name, (shape, dtype, trainable) in request.others.items():
+        placements: dict[str, Type] = {}
+        why = "not used by the graph"
+        if name in nodes:
+            why = "data"
+            for axis in axes:
+                plan = axis.nodes[nodes[name].name]
+                placements[axis.axis] = plan.outs[0]
+                why = plan.why if axis.axis == "tp" else why
+        elif name in request.pinned:
+            placements.update(request.pinned[name].placements)
+        found[name] = ParameterPlan(shape, dtype, trainable, placements, why, held.get(name, (0,)))
+    return found
+
+
+def _notes(inference: Inference, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
+    """Operators without a rule that touch trainable values, per module kind: they run whole on every rank."""
+    found: dict[str, int] = {}
+    for node, call in inference.calls.items():
+        if call.signature is None and call.op.infos and any(isinstance(i, Info) and i.requires_grad for i in call.op.outs):
+            found[op_name(node.target)] = found.get(op_name(node.target), 0) + 1
+    return tuple(f"{name} has no rule: {count} calls run on whole values." for name, count in sorted(found.items())) if axes else ()

@@ -1,0 +1,226 @@
+"""Loss terms over microbatches: a mean over valid labels divides by the count of the whole step, everything else is averaged.
+
+A model's loss is a sum of terms. A term `sum(...) / count`, whose count depends on the batch alone, must be divided by the count over all
+microbatches and data ranks, or uneven numbers of ignored labels give the wrong mean. Any other term (a weight penalty, a router's
+load-balancing loss) is not additive over microbatches: the step takes the mean of its microbatches.
+
+    before                              after
+      s = cross_entropy(..., sum)         denominator = placeholder          (counted over all microbatches before the first forward)
+      n = sum(labels != -100)             s = cross_entropy(..., sum)
+      loss = s / n + penalty              loss = s / denominator + penalty * (1 / microbatches)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from meshpar.graph.captured import Captured
+from meshpar.graph.op import op_name, operands
+from meshpar.ops.expect import EXPECT
+from meshpar.passes.batch_norm import takes_statistics
+from meshpar.passes.own_terms import share_out
+
+aten = torch.ops.aten
+
+_THROUGH = {"_to_copy", "to", "neg", "reshape", "view", "squeeze", "unsqueeze", "clone", "alias"}
+_SUMS = {"sum", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A captured graph for one of several microbatches, and the graph that counts its denominators."""
+
+    captured: Captured
+    counts: Captured | None
+    """Returns the denominators of one microbatch, in the order of the placeholders `denominator_0`, ... ; None when there are none."""
+    averaged: tuple[str, ...]
+    """Terms of the loss that are averaged over microbatches, by the submodule, or the source line, that computes them."""
+    within: tuple[str, ...] = ()
+    """Submodules that take statistics of the samples they see: those of a microbatch."""
+
+
+def split_denominators(captured: Captured, microbatches: int) -> Split:
+    """Rewrite the loss of `captured` for a step of `microbatches` (a copy: the given graph is left alone)."""
+    assert captured.loss is not None
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in captured.graph.nodes:
+        new = graph.node_copy(node, lambda n: mapping[n])
+        new.meta = dict(node.meta)
+        mapping[node] = new
+    added, mixing = share_out(graph, microbatches, captured.batch_dims)
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    terms = _Terms(graph, microbatches, captured.batch_dims, frozenset(captured.state.inputs))
+    values = list(output.args[0])
+    loss = terms.rewrite(values[captured.loss])
+    values[captured.loss] = loss
+    output.args = (tuple(values),)
+    counts = _counting(captured, graph, terms.denominators) if terms.denominators else None
+    for index, (node, users) in enumerate(terms.denominators.items()):
+        with graph.inserting_before(next(iter(graph.nodes))):
+            slot = graph.placeholder(f"denominator_{index}")
+        slot.meta = {"info": node.meta["info"], "module": node.meta.get("module"), "region": None}
+        for user in users:
+            user.replace_input_with(node, slot)
+    _order_placeholders(graph, captured.inputs, len(terms.denominators))
+    graph.eliminate_dead_code(lambda node: _is_kept(node) or node.target is EXPECT)
+    graph.lint()
+    names = (*captured.inputs, *(f"denominator_{i}" for i in range(len(terms.denominators))))
+    within = dict.fromkeys([*(_place(node) for node in graph.nodes if takes_statistics(node)), *mixing])
+    averaged = tuple(dict.fromkeys([*terms.averaged, *added]))
+    return Split(replace(captured, graph=graph, inputs=names), counts, averaged, tuple(within))
+
+
+def _place(node: fx.Node) -> str:
+    """Where in the user's model: the submodule, or the line where the model itself does it."""
+    return str(node.meta.get("module") or node.meta.get("source") or "the model")
+
+
+class _Terms:
+    def __init__(self, graph: fx.Graph, microbatches: int, split: Collection[str], numbers: Collection[str]) -> None:
+        self.graph, self.microbatches = graph, microbatches
+        self.denominators: dict[fx.Node, list[fx.Node]] = {}
+        self.averaged: dict[str, None] = {}
+        self.trainable = _depends_on(graph, lambda n: n.op == "get_attr" and n.meta["info"].requires_grad)
+        self.batch = _depends_on(graph, lambda n: n.op == "placeholder")
+        self.split = _depends_on(graph, lambda n: n.op == "placeholder" and str(n.target) in split)
+        self.numbers = _made_of(graph, numbers)
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """The operands of a node but for numbers of the model's own, which count as constants."""
+        return [a for a in operands(node) if a not in self.numbers]
+
+    def rewrite(self, node: fx.Node) -> fx.Node:
+        """The node that holds this term of the step's loss."""
+        name = op_name(node.target) if node.op == "call_function" else ""
+        given = self._operands(node)
+        inner = [a for a in given if a.meta["info"].shape == () or name in _THROUGH]
+        if name in ("add", "sub") and len(inner) == len(given) == 2:
+            return self._again(node, {a: self.rewrite(a) for a in inner})
+        if name in _THROUGH or (name in ("mul", "div") and len(given) == 1):
+            first = given[0]
+            return self._again(node, {first: self.rewrite(first)})
+        if name == "div" and self._is_count(node.args[1]) and self._is_sum(node.args[0]):
+            found = self._over_the_step(node, node.args[1])  # type: ignore[arg-type]
+            if found is not None:
+                return found
+        return self._average(node)
+
+    def _over_the_step(self, term: fx.Node, count: fx.Node) -> fx.Node | None:
+        """`term`, divided by the count of the whole step; None when the count cannot be had by adding up those of the microbatches.
+
+        A count that no split input enters (the caller's own) is already the whole one. What is done to a count before it divides, and may
+        not be done to its parts, is done to their sum:   s / clamp(n, 1)   ->   s / clamp(denominator, 1)
+        """
+        if count not in self.split:
+            return term
+        after: list[fx.Node] = []
+        while not _is_additive(count):
+            if len(operands(count)) != 1 or operands(count)[0].meta["info"].shape != ():
+                return None
+            after.append(count)
+            count = operands(count)[0]
+        last, user = count, term
+        for node in reversed(after):
+            with self.graph.inserting_before(term):
+                copied = self.graph.node_copy(node, lambda n, last=last: last)  # type: ignore[misc]
+            copied.meta = dict(node.meta)
+            last, user = copied, copied if user is term else user
+        if after:
+            term.args = (term.args[0], last)
+        self.denominators.setdefault(count, []).append(user)
+        return term
+
+    def _is_sum(self, value: Any) -> bool:
+        while isinstance(value, fx.Node) and value.op == "call_function":
+            name, given = op_name(value.target), self._operands(value)
+            if name in _SUMS:
+                return True
+            if name in ("add", "sub"):
+                return all(self._is_sum(v) for v in given)
+            if not (name in _THROUGH or (name in ("mul", "div") and len(given) == 1)):
+                return False
+            value = given[0]
+        return False
+
+    def _is_count(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value in self.batch and value not in self.trainable and value.meta["info"].shape == ()
+
+    def _average(self, node: fx.Node) -> fx.Node:
+        self.averaged[_place(node)] = None
+        with self.graph.inserting_after(node):
+            new = self.graph.call_function(aten.mul.Tensor, (node, 1.0 / self.microbatches))
+        new.meta = {k: v for k, v in node.meta.items() if k in ("info", "module", "region", "source")}
+        return new
+
+    def _again(self, node: fx.Node, changed: dict[fx.Node, fx.Node]) -> fx.Node:
+        if all(a is b for a, b in changed.items()):
+            return node
+        last = max(changed.values(), key=lambda n: list(self.graph.nodes).index(n))
+        with self.graph.inserting_after(last):
+            new = self.graph.node_copy(node, lambda n: changed.get(n, n))
+        new.meta = dict(node.meta)
+        return new
+
+
+def _is_additive(value: fx.Node) -> bool:
+    """Whether a count is a sum over samples, so that the counts of microbatches add up."""
+    name = op_name(value.target) if value.op == "call_function" else ""
+    if name in ("add", "sub"):
+        return len(operands(value)) == 2 and all(_is_additive(v) for v in operands(value))
+    if name in _THROUGH or (name in ("mul", "div") and len(operands(value)) == 1):
+        return _is_additive(operands(value)[0])
+    return name in ("sum", "count_nonzero")
+
+
+def _made_of(graph: fx.Graph, names: Collection[str]) -> set[fx.Node]:
+    """The placeholders of these names, and what is computed of nothing else."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        given = operands(node) if node.op == "call_function" else []
+        if (node.op == "placeholder" and str(node.target) in names) or (given and all(a in found for a in given)):
+            found.add(node)
+    return found
+
+
+def _depends_on(graph: fx.Graph, start: Any) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "output" and (start(node) or any(a in found for a in operands(node))):
+            found.add(node)
+    return found
+
+
+def _counting(captured: Captured, graph: fx.Graph, denominators: dict[fx.Node, list[fx.Node]]) -> Captured:
+    counts = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            counts.output(tuple(mapping[n] for n in denominators))
+            continue
+        mapping[node] = counts.node_copy(node, lambda n: mapping[n])
+        mapping[node].meta = {**node.meta, "region": None}
+    counts.eliminate_dead_code(_is_kept)
+    return replace(captured, graph=counts, mutations=(), loss=None, out_leaves=())
+
+
+def _order_placeholders(graph: fx.Graph, inputs: tuple[str, ...], count: int) -> None:
+    """Inputs first, in their order, then the denominators."""
+    wanted = [*inputs, *(f"denominator_{i}" for i in range(count))]
+    by_name = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+    anchor = next(iter(graph.nodes))
+    for name in wanted:
+        if by_name[name] is not anchor:
+            anchor.prepend(by_name[name])
+        else:
+            anchor = anchor.next
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Functional graphs have no side effects: only inputs and outputs stay without users (torch counts random operators as impure)."""
+    return node.op in ("placeholder", "output")

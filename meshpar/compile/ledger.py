@@ -1,0 +1,87 @@
+"""The communication ledger of a lowered graph: every collective, with the bytes each device sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from meshpar.compile.split import StageGraph
+from meshpar.graph.captured import Info
+from meshpar.graph.op import op_name
+from meshpar.ops import vocab_parallel
+from meshpar.plan import Comm
+from meshpar.sharding.conversions import ALL_REDUCE, ALL_TO_ALL, conversion, wire_bytes
+from meshpar.sharding.types import Type
+
+
+def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
+    """One entry per collective and phase of one microbatch, in program order.
+
+    Bytes are what each device sends with ring algorithms: an all-reduce of n bytes over t ranks sends 2 n (t-1)/t.
+    """
+    return tuple(entry for node in graph.nodes for entry in _entries(node))
+
+
+def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[Comm, ...]:
+    """The same for the stages of a pipeline, with what they send to each other: whole values, by each device its own part.
+
+    `ranks`: of each stage; those that meet on one rank send nothing.
+    """
+    found: list[Comm] = []
+    for stage in stages:
+        found += [replace(entry, stage=stage.index) for entry in ledger(stage.graph)]
+        if stage.index > 0 and ranks[stage.index] != ranks[stage.index - 1]:
+            found += _sent(stage)
+    return tuple(found)
+
+
+def _sent(stage: StageGraph) -> Iterator[Comm]:
+    for node in stage.graph.nodes:
+        if node.op == "placeholder" and node.name in stage.receives:
+            info, module, region = node.meta["info"], node.meta.get("module") or "", node.meta.get("region") or ""
+            yield Comm("send", "pp", "forward", float(info.nbytes), 1, node.name, module, region, stage.index - 1)
+            if info.requires_grad:
+                yield Comm("send", "pp", "backward", float(info.nbytes), 1, node.name, module, region, stage.index)
+
+
+def _entries(node: fx.Node) -> Iterator[Comm]:
+    if "conversion" in node.meta:
+        yield from _converted(node, [node.meta["conversion"]])
+    if "joined" in node.meta:
+        yield from _converted(node, node.meta["joined"])
+    if "exchange" in node.meta:
+        yield from _exchanged(node, *node.meta["exchange"])
+    if node.target is vocab_parallel.cross_entropy:
+        target: Any = node.args[1]
+        where: dict[str, Any] = node.kwargs
+        tokens, smoothing = prod(target.meta["info"].shape), where.get("label_smoothing", 0.0)
+        for sent in vocab_parallel.cross_entropy_traffic(tokens, node.meta["info"].dtype, where["size"], label_smoothing=smoothing):
+            yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), sent.phase, float(sent.nbytes))
+
+
+def _exchanged(node: fx.Node, axis: str, size: int, rows: Info) -> Iterator[Comm]:
+    """Rows of experts, and before them their numbers (4 bytes for each expert): a share (size - 1) / size of them stays not here."""
+    share = (size - 1) / size
+    if isinstance(node.meta["info"], tuple):
+        yield _comm(node, ALL_TO_ALL, axis, "forward", 4.0 * size * node.meta["info"][1].shape[0] * share)
+    for phase in ("forward", "backward") if rows.requires_grad else ("forward",):
+        yield _comm(node, ALL_TO_ALL, axis, phase, rows.nbytes * share)
+
+
+def _converted(node: fx.Node, members: Sequence[tuple[str, int, Type, Type, Info]]) -> Iterator[Comm]:
+    """The collectives of one conversion, or of several that travel as one."""
+    axis, size, before, after, first = members[0]
+    found = conversion(before, after)
+    assert found is not None
+    for phase, kind in (("forward", found.forward), ("backward", found.backward if first.requires_grad else None)):
+        if kind is not None:
+            yield _comm(node, kind, axis, phase, wire_bytes(kind, sum(info.nbytes for *_, info in members), size))
+
+
+def _comm(node: fx.Node, kind: str, axis: str, phase: str, nbytes: float) -> Comm:
+    name = op_name(node.target).rpartition(".")[2]
+    return Comm(kind, axis, phase, nbytes, 1, name, node.meta.get("module") or "", node.meta.get("region") or "")

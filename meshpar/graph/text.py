@@ -1,0 +1,96 @@
+"""A captured graph as lines of text: what ranks compare, and what a message shows of the first line that differs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from meshpar._torch import FakeTensor, OpOverload
+from meshpar.graph.captured import Captured, Info
+from meshpar.ops.hooks import stable
+
+_FACTS = ("module", "region", "seed", "expert_stack")
+
+
+def lines(captured: Captured) -> list[str]:
+    """All that later passes read of a capture, one line per node in order, then what goes in and comes out.
+
+    Two captures with equal lines are made into the same program.
+    """
+    graph = [
+        f"{n.op} {n.name} {n.target} {n.args} {n.kwargs} {n.meta.get('info')} {[n.meta.get(fact) for fact in _FACTS]}"
+        for n in captured.graph.nodes
+    ]
+    return [stable(line) for line in graph] + [f"{name} = {value}" for name, value in _interface(captured).items()]
+
+
+def shown(captured: Captured) -> list[str]:
+    """The same lines as a reader of the model knows them."""
+    return [_shown(node) for node in captured.graph.nodes] + [f"{name}: {value}" for name, value in _interface(captured).items()]
+
+
+def fingerprint(captured: Captured) -> str:
+    """A hash of the lines."""
+    return hashlib.sha256("\n".join(lines(captured)).encode()).hexdigest()[:16]
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A hash of the elements of a tensor; of so many, evenly spaced, when it has more. A tensor without memory: of its shape."""
+    about = f"{tuple(tensor.shape)} {tensor.dtype}"
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return about
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+    part = flat[:: max(1, flat.numel() // _ELEMENTS)].cpu().contiguous()
+    return hashlib.sha256(about.encode() + part.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+_ELEMENTS = 65_536
+
+
+def _interface(captured: Captured) -> Mapping[str, Any]:
+    """What is said of a graph besides its nodes, under the names that a reader knows."""
+    return {
+        "the inputs of the forward": captured.inputs,
+        "the dims that hold samples": dict(captured.batch_dims),
+        "the place of the loss among the outputs": captured.loss,
+        "the buffers that the forward changes": captured.mutations,
+        "the other names of tied parameters": sorted(captured.aliases.items()),
+        **{f"the tensor made of Python numbers, number {i}": digest(value) for i, value in enumerate(captured.constants.values())},
+    }
+
+
+def _shown(node: fx.Node) -> str:
+    if node.op in ("placeholder", "get_attr"):
+        return f"{node.target}: {_type(node)}"
+    if node.op == "output":
+        return f"the results: {_value(node.args[0])}"
+    given = [_value(value) for value in node.args] + [f"{name}={_value(value)}" for name, value in node.kwargs.items()]
+    where = f"at {node.meta.get('source') or 'a line unknown'} in {node.meta.get('module') or 'the model'}"
+    return f"{_operator(node)}({', '.join(given)}) -> {_type(node)} {where}"
+
+
+def _value(value: Any) -> str:
+    """An argument: what is computed by the operator that does."""
+    if isinstance(value, fx.Node):
+        return str(value.target) if value.op != "call_function" else f"{_operator(value)} of {value.meta.get('source') or 'a line unknown'}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(_value(one) for one in value)}]"
+    return str(value)
+
+
+def _operator(node: fx.Node) -> str:
+    target = node.target
+    return target._schema.name.partition("::")[2] if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
+
+
+def _type(node: fx.Node) -> str:
+    info = node.meta.get("info")
+    return ", ".join(_shape(one) for one in (info if isinstance(info, tuple) else (info,)))
+
+
+def _shape(info: Any) -> str:
+    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}" if isinstance(info, Info) else "?"

@@ -1,0 +1,1 @@
+"""Models too big to build: what a constructor does is recorded, and done shard by shard."""

@@ -1,0 +1,40 @@
+"""The pipeline schedule of a run: what its order of actions follows from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshpar.config import ParallelConfig
+from meshpar.mesh import axis
+from meshpar.pipeline.schedule import Order, forward_order, order
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule over `ranks` ranks and `stages` stages."""
+
+    name: str
+    ranks: int
+    stages: int
+
+    def order(self, microbatches: int, *, backward: bool = True) -> Order:
+        """The actions of every rank for a training step, or for an evaluation. Raises ConfigError for sizes the schedule does not allow."""
+        return _order(self, microbatches, backward)
+
+    def defers(self, microbatches: int) -> bool:
+        """Whether weight gradients are put off."""
+        return any(a.kind == "W" for rank in self.order(microbatches).actions for a in rank)
+
+
+@cache
+def _order(schedule: Schedule, microbatches: int, backward: bool) -> Order:
+    return (order if backward else forward_order)(schedule.name, schedule.ranks, schedule.stages, microbatches)
+
+
+def schedule_of(mesh: DeviceMesh, config: ParallelConfig) -> Schedule | None:
+    """The schedule over the `pp` axis of `mesh`; None without one."""
+    ranks = axis(mesh, "pp").size
+    return None if ranks == 1 else Schedule(config.schedule, ranks, ranks * config.stages_per_rank)

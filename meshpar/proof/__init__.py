@@ -1,0 +1,1 @@
+"""Does the parallel program compute what the model computes?"""

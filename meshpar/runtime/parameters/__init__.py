@@ -1,0 +1,1 @@
+"""Parameters and gradients as they lie on the ranks, and numbers of them."""

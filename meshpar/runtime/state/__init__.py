@@ -1,0 +1,1 @@
+"""Which program holds for the state of this step."""

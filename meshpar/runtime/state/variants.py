@@ -1,0 +1,201 @@
+"""The programs of a parallel model, by batch and by the state that each was captured with; a step takes the one that holds.
+
+state as at a capture           ->   that program
+a number changed                ->   a capture with it as an input: from then on it costs nothing
+that does not work, or          ->   a capture for the new value; the last few are kept
+something else changed
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshpar.capture.state.ambient import TABLE
+from meshpar.capture.state.places import Place, described, same
+from meshpar.compile.program import Program, Programs, Signature
+from meshpar.compile.state.following import Shown
+from meshpar.compile.state.held import Held
+from meshpar.errors import CaptureError, ConfigError, PlanError
+from meshpar.runtime.engine import Engine
+from meshpar.runtime.state.alike import Alike
+from meshpar.runtime.state.trainable import Trainable
+
+Key = tuple[Signature, int, str]
+"""A batch, its number of microbatches, and which parameters require gradients."""
+
+KEPT = 8
+"""How many programs are kept for one batch."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A program, and for what it holds."""
+
+    program: Program
+    held: Held
+
+
+class Variants:
+    """All programs of `model`. Collective wherever a program is made."""
+
+    def __init__(self, model: nn.Module, makes: Programs, engine: Engine, mesh: DeviceMesh) -> None:
+        self._model, self._makes, self._engine = model, makes, engine
+        self._device = mesh.device_type
+        self._alike = Alike(mesh)
+        self._variants: dict[Key, list[Variant]] = {}
+        self._fixed: set[Place] = set()
+        """Numbers that could not become inputs."""
+        self._captures: Counter[Key] = Counter()
+        self._said: set[str] = set()
+        self.rebind()
+
+    def rebind(self) -> None:
+        """Look at the modules and parameters that the model has now."""
+        self._shown = Shown(self._model, self._makes.skeleton)
+        self._trainable = Trainable(self._model, self._makes)
+
+    def modes_are_known(self) -> None:
+        """The modes of the modules were handed on already."""
+        self._shown.modes_are()
+
+    def known(self) -> list[tuple[Signature, int]]:
+        """The batches that there are programs for."""
+        return [key[:2] for key in self._variants]
+
+    def programs(self) -> list[tuple[Program, int, str]]:
+        """Every program, with its microbatches and trainable parameters."""
+        return [(one.program, key[1], key[2]) for key, found in self._variants.items() for one in found]
+
+    def learn(self, program: Program, microbatches: int, token: str = "") -> Variant:
+        """Keep a program that the engine knows."""
+        key = replace(program.signature, state=""), microbatches, token
+        found = Variant(program, Held(program.captured.state, self._makes.skeleton, self._device))
+        kept = self._variants.setdefault(key, [])
+        kept.insert(0, found)
+        for old in kept[KEPT:]:
+            self._engine.forget(old.program)
+        del kept[KEPT:]
+        self._makes.following.learn(program.captured.state)
+        return found
+
+    def lost(self, name: str) -> str | None:
+        """Where forward puts a tensor into an attribute of the model that nobody finds there, if it does."""
+        place = Place("", (("sub", ""), ("attr", name)))
+        return next((p.captured.state.lost[place] for p, _, _ in self.programs() if place in p.captured.state.lost), None)
+
+    def match(self, signature: Signature, microbatches: int, closer: Callable[[], None] | None) -> tuple[Key, Variant | None]:
+        """The program that holds now, if there is one. `closer`: compares the batches of ranks, if they have not done so before."""
+        self._shown.follow()
+        self._makes.following.follow()
+        self._trainable.follow()
+        self._check_modes()
+        key = signature, microbatches, self._trainable.token
+        kept = self._variants.get(key, [])
+        found = next((one for one in kept if one.held.holds()), None)
+        # What a program does tells it from others, not what it was captured with: that may differ where it does not matter (an order).
+        text = f"{signature.key} {key[1:]} {found and found.program.plan.graph} {found and found.held.text()}"
+        self._alike.begin(text, new=closer is not None)
+        if found is None or closer is not None:
+            self._alike.check(closer)
+        if found is not None and kept[0] is not found:
+            kept.remove(found)
+            kept.insert(0, found)
+        return key, found
+
+    def make(self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+        """A program for the state of this moment."""
+        self._makes.following.follow_all()
+        kept = self._variants.get(key, [])
+        changed = kept[0].held.changed() if kept else []
+        self._alike.values({str(place): described(self._value(kept[0], place)) for place in changed})
+        self._count(key, changed)
+        numbers = self._numbers(kept[0], changed) if kept else ()
+        if numbers:
+            try:
+                return self._made(key, args, kwargs, numbers, kept[0].held.roots)
+            except (CaptureError, PlanError):
+                self._fixed |= set(numbers)
+        return self._made(key, args, kwargs, (), {})
+
+    def done(self, variant: Variant) -> None:
+        """After a step: ranks agreed, and what forward leaves behind is there."""
+        self._alike.check()
+        variant.held.leave()
+
+    def _made(
+        self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: tuple[Place, ...], roots: Mapping[str, Any]
+    ) -> Variant:
+        program = self._makes.make(
+            args,
+            kwargs,
+            training=key[0].training,
+            microbatches=key[1],
+            numbers=numbers,
+            roots=roots,
+            trainable=self._trainable.token,
+        )
+        self._engine.add(program)
+        found = self.learn(program, *key[1:])
+        if not found.held.holds():
+            places = ", ".join(map(str, found.held.changed()))
+            raise CaptureError(
+                f"{places or 'What forward reads'} changes by being read: no program can hold for it.\n  Pass it in the batch as a tensor."
+            )
+        return found
+
+    def _numbers(self, last: Variant, changed: list[Place]) -> tuple[Place, ...]:
+        """The numbers that changed, and those that are inputs already; not those inside of expert layers, which run in another form."""
+        experts = tuple(last.program.captured.experts)
+        found = dict.fromkeys((*last.held.state.numbers, *(part for place in changed for part in self._parts(last, place))))
+        if all(place in last.held.state.numbers for place in changed):
+            return ()
+        return tuple(p for p in found if p not in self._fixed and type(self._value(last, p)) in (int, float) and _may_vary(p, experts))
+
+    def _parts(self, last: Variant, place: Place) -> Iterator[Place]:
+        """A place, or those in a list or dict of plain values that changed."""
+        now: Any = self._value(last, place)
+        before: Any = last.held.state.read.get(place)
+        if type(now) is type(before) and type(now) in (list, dict) and len(now) == len(before):
+            keys = list(now) if isinstance(now, dict) else range(len(now))
+            yield from (place.then("item", key) for key in keys if key in keys and not same(now[key], _item(before, key)))
+        else:
+            yield place
+
+    def _value(self, last: Variant, place: Place) -> Any:
+        return place.value(last.held.roots)
+
+    def _count(self, key: Key, changed: list[Place]) -> None:
+        """Say so when programs are made again and again."""
+        self._captures[key] += bool(changed)
+        count = self._captures[key]
+        if count >= KEPT and count & (count - 1) == 0:
+            warnings.warn(
+                f"the model was captured {count} times more because {', '.join(map(str, changed[:5]))} changed, which costs seconds each "
+                f"time. Pass what changes with the steps as a tensor in the batch, or compute with it in tensor arithmetic alone.",
+                stacklevel=2,
+            )
+
+    def _check_modes(self) -> None:
+        """What torch is asked to do to every operator around a step."""
+        for row in TABLE:
+            if row.done == "refused" and row.read is not None and row.read():
+                raise ConfigError(f"{row.what}: a parallel model cannot run inside of them: {row.why}.")
+            if row.done == "said" and row.read is not None and (found := row.read()) and str(found) not in self._said:
+                self._said.add(str(found))
+                warnings.warn(f"{', '.join(found)} around a step of a parallel model: {row.why}, not those of the model.", stacklevel=2)
+
+
+def _item(container: Any, key: Any) -> Any:
+    return container.get(key) if isinstance(container, dict) else container[key]
+
+
+def _may_vary(place: Place, experts: tuple[str, ...]) -> bool:
+    path = str(place.steps[0][1])
+    return place.steps[-1][0] in ("attr", "item", "cell") and not any(path == e or path.startswith(f"{e}.") for e in experts)

@@ -1,0 +1,98 @@
+"""The command line: what it prints and the status it ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("transformers")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from meshpar.cli import cli  # noqa: E402
+
+SMALL = ["--layers", "1", "--hidden", "32", "--heads", "4", "--kv-heads", "2", "--seq", "16", "--batch", "4"]
+
+
+def call(*args: str) -> tuple[int, str]:
+    """Exit status, and what was printed on either stream."""
+    result = typer_testing.CliRunner().invoke(cli.application(), list(args))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def own() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x).relu()).pow(2).mean()
+
+    return Net(), {"x": torch.randn(4, 8)}
+
+
+def test_help_names_the_commands() -> None:
+    status, text = call("--help")
+    assert status == 0 and all(name in text for name in ("demo", "explain", "verify", "checkpoint"))
+
+
+def test_explain() -> None:
+    status, text = call("explain", *SMALL, "--mesh", "tp=2", "--code")
+    assert status == 0, text
+    assert "Mesh tp=2: 2 ranks" in text and "Memory of a rank" in text and "def forward" in text
+
+
+def test_explain_at_a_size_nobody_has() -> None:
+    status, text = call("explain", *SMALL[:-2], "--batch", "128", "--mesh", "dp=128,tp=2", "--no-memory")
+    assert status == 0 and "256 ranks, 128 of them" in text and "Memory of a rank" not in text
+
+
+def test_verify() -> None:
+    status, text = call("verify", *SMALL, "--mesh", "dp=2,tp=2")
+    assert status == 0 and "in float64: OK" in text
+
+
+def test_verify_fails_by_exit_status() -> None:
+    status, text = call("verify", "--model", "tests.cli.test_cli:own", "--mesh", "tp=2", "--dtype", "float32", "--tolerance", "0")
+    assert status == 1 and "FAILED" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("verify", "--mesh", "tq=2"), "unknown axis 'tq'"),
+        (("verify", "--model", "lama"), "no model type 'lama'. Did you mean llama"),
+        (("verify", "--model", "tests.cli.test_cli:nothing"), "package.module:function"),
+        (("verify", "--model", "tests.cli.test_cli:call"), "must return (model, batch)"),
+        (("verify", *SMALL, "--rule", "q_proj"), "write PATTERN=WHERE"),
+        (("verify", *SMALL, "--rule", "*.q_pro.weight=tp:0"), "matches no parameter"),
+        (("verify", *SMALL, "--dtype", "float16"), "one of float64, float32"),
+        (("demo", "--batch", "6", "--mesh", "dp=4"), "Write --batch 8"),
+        (("demo", "--data", "/nowhere/text"), "No such file"),
+        (("demo", "--recompute", "some"), "none, selective, full"),
+    ],
+)
+def test_what_cannot_be_meant_ends_with_2(args: tuple[str, ...], message: str) -> None:
+    status, text = call(*args)
+    assert status == 2 and message in text, text
+
+
+def test_without_typer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "typer", None)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and "pip install 'meshpar[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"It was the best of times, it was the worst of times. " * 20)
+    status, printed = call("demo", *SMALL, "--steps", "2", "--mesh", "tp=2", "--data", str(text))
+    assert status == 0, printed

@@ -1,0 +1,65 @@
+"""The 0-1 program: typings and the conversions between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meshpar.errors import PlanError
+from meshpar.graph.captured import Info
+from meshpar.sharding.milp import Problem, Step, choose, possible
+from meshpar.sharding.price import Price
+from meshpar.sharding.types import I, P, R, Type, plain
+from meshpar.sharding.typings import Choice
+
+INFO = Info((1024, 1024), torch.float32, True)
+S = plain(0, 1024)
+PRICE = Price()
+GATHER = PRICE.collective(INFO.nbytes / 2)
+
+
+def _step(*options: tuple[tuple[Type, ...], Type, float], operands: tuple[tuple[int, int] | int, ...] = ()) -> Step:
+    return Step(tuple(Choice(uses, (out,), cost, "") for uses, out, cost in options), operands, (INFO,))
+
+
+def test_the_cheaper_typing_is_chosen() -> None:
+    problem = Problem((_step(((), I, 2e-4), ((), S, 1e-4)),), (), (), 2)
+    assert choose(problem, PRICE) == (1,)
+
+
+def test_three_uses_of_one_value_share_one_conversion() -> None:
+    """Staying whole saves each user less than a conversion costs, but all three together more."""
+    work = 0.9 * (2 * GATHER)  # S -> R gathers forward and scatters backward
+
+    def users(count: int) -> tuple[int, ...]:
+        steps = [_step(((S,), S, 0.0), operands=(0,))]
+        steps += [_step(((R,), R, 0.0), ((S,), S, work), operands=((0, 0),)) for _ in range(count)]
+        return choose(Problem(tuple(steps), ((INFO, S),), (), 2), PRICE)
+
+    assert users(1) == (0, 1)
+    assert users(3) == (0, 0, 0, 0)
+
+
+def test_what_others_want_is_paid_for() -> None:
+    steps = (_step(((), P, 0.0), ((), S, GATHER / 10)),)
+    assert choose(Problem(steps, (), (), 2), PRICE) == (0,)
+    assert choose(Problem(steps, (), ((0, 0, S),), 2), PRICE) == (1,)
+
+
+def test_given_values_are_converted() -> None:
+    step = _step(((R,), R, GATHER), ((S,), S, 0.0), operands=(0,))
+    assert choose(Problem((step,), ((INFO, S),), (), 2), PRICE) == (1,)
+    assert choose(Problem((step,), ((INFO, R),), (), 2), PRICE) == (1,), "cutting what is replicated costs nothing"
+
+
+def test_without_a_consistent_typing_it_says_so() -> None:
+    flag = Info((8,), torch.bool, False)
+    step = Step((Choice((P,), (I,), 0.0, ""),), (0,), (flag,))
+    with pytest.raises(PlanError, match="no consistent typing of 1 operators"):
+        choose(Problem((step,), ((flag, I),), (), 2), PRICE)
+
+
+def test_what_can_be_converted() -> None:
+    number, flag = Info((8,), torch.int64, False), Info((8,), torch.bool, False)
+    assert possible(I, P, number) and not possible(I, P, flag)
+    assert possible(I, R, INFO) and not possible(I, R, number), "replicate says something about a gradient"
