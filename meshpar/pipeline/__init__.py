@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meshpar.pipeline.stages import split
+    from meshpar.pipeline.stages import Stage, loss, split, sum_shared_gradients
 
-__all__ = ["split"]
+__all__ = ["Stage", "loss", "split", "sum_shared_gradients"]
 
 
 def __getattr__(name: str) -> Any:
