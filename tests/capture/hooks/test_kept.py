@@ -254,16 +254,16 @@ def of_another_kind(model: Model, h: Tensor) -> None:
 
 
 REFUSED: list[tuple[Act, str]] = [
-    (grad_fn, r"register_hook of a grad_fn \(AddmmBackward0\) at test_hooks.py:\d+"),
+    (grad_fn, r"register_hook of a grad_fn \(AddmmBackward0\) at test_kept.py:\d+"),
     (deep_grad_fn, r"register_prehook of a grad_fn"),
     (edge, r"register_hook of a grad_fn"),
-    (saved, r"hooks on what autograd saves at test_hooks.py:\d+ .*\n.*recompute=\"full\""),
+    (saved, r"hooks on what autograd saves at test_kept.py:\d+ .*\n.*recompute=\"full\""),
     (several, r"register_multi_grad_hook.*\n.*one hook on each tensor"),
     (reads_a_value, r"reads a tensor of the forward or of the model beside the gradient.*\n.*autograd.Function"),
     (reads_a_parameter, r"reads a tensor of the forward or of the model"),
     (overwrites, r"overwrites the gradient .*\n.*g \* 0.5"),
     (view_and_write, r"written to in place and seen by views"),
-    (lambda model, h: h.retain_grad(), r"calls retain_grad on a tensor at test_hooks.py:\d+"),
+    (lambda model, h: h.retain_grad(), r"calls retain_grad on a tensor at test_kept.py:\d+"),
     (lambda model, h: model.a.weight.register_hook(half) and None, r"is on a parameter.*\n.*before parallelize"),
     (lambda model, h: model.a.weight.register_post_accumulate_grad_hook(half) and None, r"register_post_accumulate_grad_hook"),
 ]
