@@ -17,7 +17,7 @@ from meshpar.compile.agreement import agree_on_values
 from meshpar.compile.program import Programs
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
-from meshpar.init.meta import Source
+from meshpar.init.meta import WeightsFrom
 from meshpar.mesh import agree, check_batch, check_mesh, mesh_sizes
 from meshpar.pipeline.order import schedule_of
 from meshpar.plan import Plan
@@ -37,7 +37,7 @@ def parallelize(
     rules: Mapping[str, str] | None = None,
     plan: Plan | None = None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
-    weights: Source | None = None,
+    weights: WeightsFrom | None = None,
 ) -> ParallelModel:
     """A module that trains `model` over all axes of `mesh` and computes the same function, gradients included.
 
@@ -78,7 +78,7 @@ def _parallelize(
     rules: Mapping[str, str] | None,
     plan: Plan | None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
-    weights: Source | None,
+    weights: WeightsFrom | None,
     together: Together,
 ) -> ParallelModel:
     check_batch((args, kwargs), mesh)

@@ -12,7 +12,7 @@ from meshpar.errors import ConfigError, near, raise_all
 
 MiB = 2**20
 
-Schedule = Literal["gpipe", "1f1b", "looped-bfs", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"]
+ScheduleName = Literal["gpipe", "1f1b", "looped-bfs", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"]
 Recompute = Literal["none", "selective", "full"]
 DataParallel = Literal["replicate", "zero1", "zero2", "zero3"]
 
@@ -103,7 +103,7 @@ class ParallelConfig:
 
     microbatches: int = 1
     """Into how many parts dim 0 of a local batch is cut."""
-    schedule: Schedule = "1f1b"
+    schedule: ScheduleName = "1f1b"
     """Pipeline schedule; of no effect without a `pp` axis."""
     virtual_stages: int | None = None
     """Pipeline stages per rank; None takes the fewest that the schedule allows."""

@@ -93,6 +93,23 @@ def test_private_torch_names_enter_through_one_file(path: Path) -> None:
     assert not private(path, path.read_text())
 
 
+def defined(path: Path) -> list[str]:
+    """The classes, and names of types (`Name = ...`), that a file defines for all of it."""
+    body = ast.parse(path.read_text()).body
+    names = [node.targets[0].id for node in body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    return [node.name for node in body if isinstance(node, ast.ClassDef)] + [n for n in names if n[:1].isupper() and not n.isupper()]
+
+
+def test_no_two_files_define_classes_of_one_name() -> None:
+    """Outside of `checkpoint`, which is read on its own."""
+    found: dict[str, list[str]] = {}
+    for path in FILES:
+        if path.relative_to(PACKAGE).parts[0] != "checkpoint":
+            for name in defined(path):
+                found.setdefault(name, []).append(name_of(path))
+    assert not {name: files for name, files in found.items() if len(files) > 1}
+
+
 def test_the_check_sees_what_it_is_for() -> None:
     path = PACKAGE / "passes" / "example.py"
     assert upward(path, "from ..runtime.model import ParallelModel\n")[0].endswith(

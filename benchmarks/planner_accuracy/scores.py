@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.planner_accuracy.runs import Run
 from meshpar.planner.constants import PRIORS, Constants
-from meshpar.planner.fit import FREE, Fit, Measurement, error, fit
+from meshpar.planner.fit import FREE, Calibration, Measurement, error, fit
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Scored:
     """Every run with its error under priors, under the fit of all, and under the fit of the other sources."""
 
     runs: Sequence[Run]
-    whole: Fit
+    whole: Calibration
     errors: Map[str, np.ndarray]
     """Name of the constants -> estimated / measured - 1 of every run."""
 
@@ -100,7 +100,7 @@ def _orders(runs: Sequence[Run], errors: np.ndarray, same_cluster: bool) -> Iter
             yield (estimated[0] > estimated[1]) == (rate[a] > rate[b])
 
 
-def constants_table(whole: Fit) -> list[list[str]]:
+def constants_table(whole: Calibration) -> list[list[str]]:
     """Prior, fitted value and how sure, for every constant."""
     factors = whole.factors()
     rows = []

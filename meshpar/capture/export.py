@@ -365,7 +365,7 @@ def _export(
         warnings.simplefilter("ignore")
         try:
             with (
-                grad.Watch(device.type),
+                grad.GradWatch(device.type),
                 answers,
                 decompositions.Written(),
                 functions.casting_nothing(),

@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import map_arg
 
 from meshpar.capture.blame import source_of
-from meshpar.capture.values.selections import Ragged
+from meshpar.capture.values.selections import DataSized
 from meshpar.errors import CaptureError
 from meshpar.graph import canonical
 from meshpar.graph.captured import Info
@@ -175,11 +175,11 @@ _BOUNDS = frozenset(
 )
 
 
-def _info(value: Any) -> Info | Ragged | None:
+def _info(value: Any) -> Info | DataSized | None:
     if not isinstance(value, torch.Tensor):
         return None
     if any(not isinstance(n, int) for n in value.shape):
-        return Ragged(tuple(n if isinstance(n, int) else str(n) for n in value.shape), value.dtype)
+        return DataSized(tuple(n if isinstance(n, int) else str(n) for n in value.shape), value.dtype)
     return Info(tuple(value.shape), value.dtype, False)
 
 

@@ -189,7 +189,7 @@ def _detached(graph: fx.Graph, value: Any, origin: fx.Node) -> Any:
     return node
 
 
-class Watch(TorchFunctionMode):
+class GradWatch(TorchFunctionMode):
     """Refuses a no_grad section inside an autocast section: export (torch 2.13) would forget it, and gradients would flow."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -21,7 +21,7 @@ VOCABULARY = 256
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SmallSizes:
     """What a small model is made of. Settings a model type does not have are left out, others keep their defaults."""
 
     layers: int = 3
@@ -68,7 +68,7 @@ class Sizes:
         return names | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
 
 
-def small_model(kind: str, sizes: Sizes | None = None, *, seed: int = 0) -> nn.Module:
+def small_model(kind: str, sizes: SmallSizes | None = None, *, seed: int = 0) -> nn.Module:
     """A causal language model of transformers' type `kind` with a vocabulary of bytes and random weights, the same for the same `seed`.
 
     Raises ConfigError when there is no such type, or when these sizes do not make one.
@@ -83,7 +83,7 @@ def small_model(kind: str, sizes: Sizes | None = None, *, seed: int = 0) -> nn.M
         default = AutoConfig.for_model(kind).get_text_config()
     except (ValueError, KeyError) as error:
         raise ConfigError(f"transformers has no model type {kind!r}.{near(kind, _kinds())}") from error
-    settings = _known(default, (sizes or Sizes()).settings())
+    settings = _known(default, (sizes or SmallSizes()).settings())
     torch.manual_seed(seed)
     try:
         config = AutoConfig.for_model(default.model_type, **settings)
@@ -139,7 +139,7 @@ def own_model(path: str) -> tuple[nn.Module, Mapping[str, Any] | tuple[Any, ...]
     return made
 
 
-class Text:
+class Corpus:
     """Bytes to train on: of a file, or of the Python standard library's sources, which are on every machine."""
 
     def __init__(self, path: str | Path | None = None, *, most: int = 2**21) -> None:

@@ -120,7 +120,7 @@ def demo(
     """
     with _ending():
         from meshpar.cli import demo as demonstration
-        from meshpar.cli.causal_lm import Sizes
+        from meshpar.cli.causal_lm import SmallSizes
 
         found = demonstration.run(
             demonstration.Demo(
@@ -128,7 +128,7 @@ def demo(
                 mesh=mesh,
                 steps=steps,
                 batch=batch,
-                sizes=Sizes(layers, hidden, heads, kv_heads, seq),
+                sizes=SmallSizes(layers, hidden, heads, kv_heads, seq),
                 data=data,
                 learning_rate=lr,
                 seed=seed,
@@ -244,13 +244,13 @@ def verify(
 def _model_and_batch(
     model: str, samples: int, layers: int, hidden: int, heads: int, kv_heads: int, seq: int, *, seed: int
 ) -> tuple[Any, Any]:
-    from meshpar.cli.causal_lm import Sizes, Text, own_model, quiet, small_model
+    from meshpar.cli.causal_lm import Corpus, SmallSizes, own_model, quiet, small_model
 
     quiet()
     if ":" in model:
         return own_model(model)
-    built = small_model(model, Sizes(layers, hidden, heads, kv_heads, seq), seed=seed)
-    return built, Text().batch(0, samples=samples, sequence=seq, seed=seed)
+    built = small_model(model, SmallSizes(layers, hidden, heads, kv_heads, seq), seed=seed)
+    return built, Corpus().batch(0, samples=samples, sequence=seq, seed=seed)
 
 
 def _config(

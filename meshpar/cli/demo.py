@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from meshpar.api import parallelize
-from meshpar.cli.causal_lm import Sizes, Text, quiet, small_model
+from meshpar.cli.causal_lm import Corpus, SmallSizes, quiet, small_model
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
 from meshpar.mesh import format_mesh, local_batch, make_mesh, parse_mesh
@@ -49,7 +49,7 @@ class Demo:
     mesh: str = "dp=2,tp=2"
     steps: int = 30
     batch: int = 8
-    sizes: Sizes = field(default_factory=Sizes)
+    sizes: SmallSizes = field(default_factory=SmallSizes)
     data: str | None = None
     learning_rate: float = 2e-3
     seed: int = 0
@@ -123,7 +123,7 @@ def _check(demo: Demo, sizes: Mapping[str, int]) -> None:
             f"--batch {demo.batch} samples do not divide over {data} data ranks x {demo.config.microbatches} microbatches. "
             f"Write --batch {fit}."
         )
-    Text(demo.data).batch(0, samples=1, sequence=demo.sizes.sequence)
+    Corpus(demo.data).batch(0, samples=1, sequence=demo.sizes.sequence)
 
 
 def train(demo: Demo) -> Comparison | None:
@@ -131,7 +131,7 @@ def train(demo: Demo) -> Comparison | None:
     quiet()
     mesh = make_mesh(demo.mesh)
     model = without_noise(small_model(demo.model, demo.sizes, seed=demo.seed)).train()
-    text = Text(demo.data)
+    text = Corpus(demo.data)
     first = dist.get_rank() == 0
     console = Console(file=sys.stdout, soft_wrap=True) if first else Console(quiet=True)
 
@@ -209,7 +209,7 @@ def _bar(name: str, steps: int, console: Console) -> Iterator[Callable[[str], No
         yield lambda text: progress.update(task, advance=1, text=text)
 
 
-def _heading(demo: Demo, model: nn.Module, text: Text) -> str:
+def _heading(demo: Demo, model: nn.Module, text: Corpus) -> str:
     numel = sum(p.numel() for p in model.parameters())
     return (
         f"{type(model).__name__}, {numel:,} parameters, random weights; {demo.batch} x {demo.sizes.sequence} bytes a step of {text.source}"

@@ -13,9 +13,9 @@ from meshpar._torch import pytree
 from meshpar.graph import text
 from meshpar.graph.captured import Captured
 from meshpar.init.fit import Weights
-from meshpar.init.meta import Source, record_initialisation
+from meshpar.init.meta import WeightsFrom, record_initialisation
 from meshpar.init.record import mark_of, ref_of
-from meshpar.init.tape import Op, Ref
+from meshpar.init.tape import TapedOp, TapedView
 from meshpar.init.weights import Files
 from meshpar.mesh import agree_on_lines, is_real
 
@@ -37,7 +37,7 @@ def agree_on_graph(captured: Captured, parameters: Mapping[str, tuple[tuple[int,
     agree_on_lines([*text.lines(captured), *held], lambda: [*text.shown(captured), *held], mesh, "the model's captured graph", _ORDER)
 
 
-def agree_on_values(model: nn.Module, mesh: DeviceMesh, *, weights: Source | None = None) -> None:
+def agree_on_values(model: nn.Module, mesh: DeviceMesh, *, weights: WeightsFrom | None = None) -> None:
     """Raise PlanError on every rank, with the first tensors that differ, unless the model holds the same values everywhere. Collective.
 
     Large tensors are compared in places. What `weights` hold is not compared: it replaces the model's own. Free when ranks are simulated
@@ -70,7 +70,7 @@ def _value(tensor: torch.Tensor) -> str:
     return f"to be initialised, as {hashlib.sha256(str(record).encode()).hexdigest()[:16]}"
 
 
-def _made(op: Op) -> list[str]:
+def _made(op: TapedOp) -> list[str]:
     """What an operation does: its operator and all that it is given, but for other tensors of the tape."""
-    leaves = (leaf for leaf in pytree.tree_leaves((op.args, dict(op.kwargs))) if not isinstance(leaf, Ref))
+    leaves = (leaf for leaf in pytree.tree_leaves((op.args, dict(op.kwargs))) if not isinstance(leaf, TapedView))
     return [str(op.run), *(text.digest(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)]

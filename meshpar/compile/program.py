@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Signature:
+class BatchSignature:
     """What a batch must look like to run a program: structure, shapes and dtypes, and the values of what is not a tensor."""
 
     spec: pytree.TreeSpec
@@ -75,7 +75,7 @@ class Signature:
 class Program:
     """A lowered graph, and how batches go in and outputs come out."""
 
-    signature: Signature
+    signature: BatchSignature
     captured: Captured
     plan: Plan
     graph: fx.Graph
@@ -111,11 +111,11 @@ class Program:
         return self.signature.key
 
 
-def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[list[torch.Tensor], Signature]:
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[list[torch.Tensor], BatchSignature]:
     """The tensors of a batch, and its signature; keyword arguments are in the model's order."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return tensors, Signature(spec, tuple(map(describe, leaves)), training)
+    return tensors, BatchSignature(spec, tuple(map(describe, leaves)), training)
 
 
 class Programs:
@@ -214,7 +214,7 @@ class Programs:
             expand_batch_norm(captured.graph)
         return captured
 
-    def _program(self, signature: Signature, captured: Captured, *, remember: bool = True) -> Program:
+    def _program(self, signature: BatchSignature, captured: Captured, *, remember: bool = True) -> Program:
         if remember:
             self._check_experts(captured)
         plan = self._plan(captured, staged=remember and self.schedule is not None)
@@ -229,7 +229,7 @@ class Programs:
             return self._staged(signature, captured, plan, graph)
         return Program(signature, captured, replace(plan, ledger=ledger(graph)), self._reuse(graph))
 
-    def _staged(self, signature: Signature, captured: Captured, plan: Plan, graph: fx.Graph) -> Program:
+    def _staged(self, signature: BatchSignature, captured: Captured, plan: Plan, graph: fx.Graph) -> Program:
         """The program of a pipeline: the graph once more by stages."""
         parameters = frozenset(captured.parameters)
         assert self.schedule is not None

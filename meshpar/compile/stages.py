@@ -69,7 +69,7 @@ class Staging:
 
 
 @dataclass(frozen=True)
-class Memory:
+class Budget:
     """What a stage may hold, and how it is counted."""
 
     limit: float | None = None
@@ -88,7 +88,7 @@ def choose(
     wanted: Collection[int] | None = None,
     price: Price | None = None,
     cost: Callable[[fx.Node], float] | None = None,
-    memory: Memory | None = None,
+    memory: Budget | None = None,
 ) -> Staging:
     """Where `stages` stages begin in a captured graph. Pure and deterministic.
 
@@ -103,7 +103,7 @@ def choose(
     """
     if stages < 1:
         raise PlanError(f"stages={stages}: at least 1.")
-    facts = _Facts(captured, wanted, cost or _Seconds(price or Price()), memory or Memory())
+    facts = _Facts(captured, wanted, cost or _Seconds(price or Price()), memory or Budget())
     if where is None:
         return _balanced(facts, stages)
     if all(isinstance(part, str) for part in where):
@@ -156,7 +156,7 @@ class _Facts:
     Costs are whole femtoseconds, so that equal blocks cost exactly the same wherever they are.
     """
 
-    def __init__(self, captured: Captured, wanted: Collection[int] | None, cost: Callable[[fx.Node], float], memory: Memory) -> None:
+    def __init__(self, captured: Captured, wanted: Collection[int] | None, cost: Callable[[fx.Node], float], memory: Budget) -> None:
         graph = captured.graph
         values: Any = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
         count = len(values) - len(captured.mutations)

@@ -21,7 +21,7 @@ from meshpar.errors import ConfigError, near, raise_all
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that can be cast into each other; 8-bit floats mean nothing without their scales."""
-Choice = str | Sequence[str]
+Patterns = str | Sequence[str]
 MOST = 20
 
 
@@ -44,8 +44,8 @@ class Weights:
     """
 
     path: str | PathLike[str]
-    missing: Choice = field(default="error", kw_only=True)
-    unexpected: Choice = field(default="error", kw_only=True)
+    missing: Patterns = field(default="error", kw_only=True)
+    unexpected: Patterns = field(default="error", kw_only=True)
     dtype: str = field(default="error", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -111,8 +111,8 @@ def fit(
     found: Mapping[str, Fact],
     words: Words,
     *,
-    missing: Choice = "error",
-    unexpected: Choice = "error",
+    missing: Patterns = "error",
+    unexpected: Patterns = "error",
     casts: bool = False,
     needed: Collection[str] = (),
     ignored: Sequence[str] = (),

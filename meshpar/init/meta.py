@@ -16,11 +16,11 @@ from meshpar.errors import CheckpointError, MeshparError, raise_all
 from meshpar.init.fit import Weights
 from meshpar.init.record import mark_of, recording, ref_of
 from meshpar.init.same import difference
-from meshpar.init.tape import Ref, Replay, Tape
+from meshpar.init.tape import Replay, Tape, TapedView
 from meshpar.init.weights import Files, Lazy, Matched, Ranges, say
 
-Place = Callable[[str, torch.Tensor | Lazy], None]
-Source = str | PathLike[str] | Weights
+PlaceTensor = Callable[[str, torch.Tensor | Lazy], None]
+WeightsFrom = str | PathLike[str] | Weights
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def meta() -> Iterator[None]:
 def materialise(
     model: nn.Module,
     names: Sequence[str],
-    place: Place,
+    place: PlaceTensor,
     *,
     seed: int | None = None,
-    weights: Source | None = None,
+    weights: WeightsFrom | None = None,
     dtype: torch.dtype | None = None,
     share: Share | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def _check_twins(matched: Matched, names: Sequence[str], share: Share) -> None:
 def _initialised(model: nn.Module, wanted: Mapping[str, torch.Tensor], seed: int | None) -> Iterator[tuple[str, torch.Tensor]]:
     """The values of the tensors `wanted`, by name, one after the other."""
     record_initialisation(model, wanted.values())
-    targets: dict[int, tuple[Tape, dict[str, Ref]]] = {}
+    targets: dict[int, tuple[Tape, dict[str, TapedView]]] = {}
     for name, tensor in wanted.items():
         mark = mark_of(tensor)
         if mark is not None:

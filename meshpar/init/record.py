@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from meshpar._torch import TorchDispatchMode, opaque_initialisers, pytree, takes, without_modes, written_arguments
 from meshpar.errors import MeshparError
-from meshpar.init.tape import DEFAULT, Dice, Op, Ref, Replay, Tape
+from meshpar.init.tape import DEFAULT, Dice, Replay, Tape, TapedOp, TapedView
 
 aten = torch.ops.aten
 
@@ -84,11 +84,11 @@ def mark_of(tensor: torch.Tensor) -> Mark | None:
     return getattr(tensor.untyped_storage(), _MARK, None)
 
 
-def ref_of(tensor: torch.Tensor) -> Ref:
+def ref_of(tensor: torch.Tensor) -> TapedView:
     """A recorded tensor as a view of its storage."""
     mark = mark_of(tensor)
     assert mark is not None
-    return Ref(mark.number, tensor.dtype, tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset()))
+    return TapedView(mark.number, tensor.dtype, tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset()))
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def recording(*, adopt: Sequence[torch.Tensor] = ()) -> Iterator[Tape]:
 
     On leaving, every deferred tensor that is still alive and no parameter is computed, in place.
     """
-    recorder = Recorder()
+    recorder = Taping()
     for tensor in adopt:
         recorder.number(tensor)
     with ExitStack() as stack:
@@ -109,7 +109,7 @@ def recording(*, adopt: Sequence[torch.Tensor] = ()) -> Iterator[Tape]:
     recorder.settle()
 
 
-class Recorder(TorchDispatchMode):
+class Taping(TorchDispatchMode):
     """Sends the operations on deferred tensors to `meta` and to a tape."""
 
     def __init__(self) -> None:
@@ -247,7 +247,13 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _record(
-        self, func: Any, args: Any, kwargs: Any, written: Sequence[torch.Tensor], outputs: tuple[Ref | None, ...], leaves: Sequence[Any]
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        written: Sequence[torch.Tensor],
+        outputs: tuple[TapedView | None, ...],
+        leaves: Sequence[Any],
     ) -> None:
         taped = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and self._is_taped(t)]
         blind = func in OVERWRITES or "out" in kwargs
@@ -263,7 +269,7 @@ class Recorder(TorchDispatchMode):
         self._append(func, args, kwargs, reads=reads, covers=covers, writes=numbers, outputs=outputs, dice=dice, reseed=reseed)
 
     def _append(self, run: Callable[..., Any], args: Any, kwargs: Any, *, writes: tuple[int, ...], **parts: Any) -> None:
-        self.tape.append(Op(run, args, kwargs, **{"dice": None, "reseed": None, **parts}), writes)
+        self.tape.append(TapedOp(run, args, kwargs, **{"dice": None, "reseed": None, **parts}), writes)
 
     def _for_real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run on the values of the deferred arguments, because the result is data, or because a real tensor is written to."""
@@ -297,7 +303,7 @@ class Recorder(TorchDispatchMode):
         order = sorted(range(tensor.ndim), key=lambda d: (tensor.stride(d), -tensor.shape[d]), reverse=True)
         return tensor.permute(order).is_contiguous() and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
 
-    def _new_output(self, leaf: Any) -> Ref | None:
+    def _new_output(self, leaf: Any) -> TapedView | None:
         if not isinstance(leaf, torch.Tensor) or self._is_taped(leaf):
             return None
         self.number(leaf)
@@ -326,7 +332,7 @@ class Recorder(TorchDispatchMode):
 class _Disguise(TorchFunctionMode):
     """Makes deferred tensors say they are on the CPU, for constructors that skip their work on `meta`."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Taping) -> None:
         super().__init__()
         self._recorder = recorder
 

@@ -20,10 +20,10 @@ SLAB = 16 << 20
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
-Value = torch.Tensor | Lazy
+Initial = torch.Tensor | Lazy
 
 
-def difference(one: Value, other: Value, ranges: Ranges = ()) -> str:
+def difference(one: Initial, other: Initial, ranges: Ranges = ()) -> str:
     """Where two tensors begin to differ within `ranges`, in words; empty where they do not. Holds two slabs at a time.
 
     >>> difference(torch.tensor([1.0, 0.0]), torch.tensor([1.0, -0.0]))
@@ -93,7 +93,7 @@ def _difference_of_parts(one: DTensor, other: DTensor) -> str:
     return (f"{found} of this rank's part" if found else "in another rank's part") if wrong.item() else ""
 
 
-def _is_shared(one: Value, other: Value) -> bool:
+def _is_shared(one: Initial, other: Initial) -> bool:
     """Whether they lie at the same place in memory, or nowhere."""
     if isinstance(one, Lazy) or isinstance(other, Lazy):
         return one is other

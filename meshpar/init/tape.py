@@ -29,7 +29,7 @@ from meshpar._torch import pytree
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
+class TapedView:
     """A tensor as a view of storage `number`."""
 
     number: int
@@ -47,8 +47,8 @@ class Dice:
 
 
 @dataclass(frozen=True, slots=True)
-class Op:
-    """One recorded operation. In `args` and `kwargs` taped tensors are `Ref`s; other tensors are constants, and never written."""
+class TapedOp:
+    """One recorded operation. In `args` and `kwargs` taped tensors are `TapedView`s; other tensors are constants, and never written."""
 
     run: Callable[..., Any]
     args: tuple[Any, ...]
@@ -57,7 +57,7 @@ class Op:
     """Storages whose content matters to the result."""
     covers: tuple[int, ...]
     """Storages that hold nothing of their former content afterwards."""
-    outputs: tuple[Ref | None, ...]
+    outputs: tuple[TapedView | None, ...]
     """New storages, by position in the flattened result; None for results that alias an argument."""
     dice: Dice | None
     """The generator that a random operation draws from."""
@@ -76,7 +76,7 @@ class Tape:
 
     start: dict[Dice, torch.Tensor]
     """The state each generator was in when first used."""
-    ops: list[Op] = field(default_factory=list)
+    ops: list[TapedOp] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
     """The size of every storage."""
     touched: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -90,13 +90,13 @@ class Tape:
         self.nbytes.append(nbytes)
         return len(self.nbytes) - 1
 
-    def append(self, op: Op, writes: Sequence[int]) -> None:
+    def append(self, op: TapedOp, writes: Sequence[int]) -> None:
         """Record `op`, which writes to the storages `writes` and to its outputs."""
         for number in dict.fromkeys((*writes, *(ref.number for ref in op.outputs if ref is not None))):
             self.touched[number].append(len(self.ops))
         self.ops.append(op)
 
-    def needed(self, refs: Sequence[Ref], before: int | None = None) -> frozenset[int]:
+    def needed(self, refs: Sequence[TapedView], before: int | None = None) -> frozenset[int]:
         """The operations, among those earlier than `before`, that the values of `refs` come from."""
         found: set[int] = set()
         seen: set[tuple[int, int]] = set()
@@ -115,7 +115,7 @@ class Tape:
                     break
         return frozenset(found)
 
-    def is_written(self, ref: Ref) -> bool:
+    def is_written(self, ref: TapedView) -> bool:
         """Whether anything ever gave the tensor a value."""
         return not self.nbytes[ref.number] or bool(self.touched.get(ref.number))
 
@@ -133,7 +133,7 @@ class Replay:
         self._saved: dict[int, torch.Tensor] = {}
         self._scratch = torch.UntypedStorage(0)
 
-    def values(self, targets: Mapping[str, Ref]) -> Iterator[tuple[str, torch.Tensor]]:
+    def values(self, targets: Mapping[str, TapedView]) -> Iterator[tuple[str, torch.Tensor]]:
         """`(name, value)` of every target, each as soon as its last random operation is due: those without one come first."""
         slices = {name: self.tape.needed([ref]) for name, ref in targets.items()}
         last = {name: max((i for i in ops if self._is_random(i)), default=-1) for name, ops in slices.items()}
@@ -146,7 +146,7 @@ class Replay:
             for name in due[index]:
                 yield name, self._evaluate([targets[name]], slices[name])[0]
 
-    def evaluate(self, refs: Sequence[Ref]) -> list[torch.Tensor]:
+    def evaluate(self, refs: Sequence[TapedView]) -> list[torch.Tensor]:
         """The values of `refs` at the present end of the tape; tensors of one storage share memory. Keeps every generator state."""
         ops = self.tape.needed(refs)
         self.advance(max((i for i in ops if self._is_random(i)), default=-1), None)
@@ -218,7 +218,7 @@ class Replay:
         memory = self._run(self._inputs(index), {}) if op.reads else self._scratch_for(op)
         self.states[op.dice] = self._throw(op, memory, self._state_before(index))
 
-    def _scratch_for(self, op: Op) -> dict[int, torch.UntypedStorage]:
+    def _scratch_for(self, op: TapedOp) -> dict[int, torch.UntypedStorage]:
         """Memory for what `op` writes to, used again and again."""
         refs = _refs(op)
         if len(refs) != 1:
@@ -228,7 +228,7 @@ class Replay:
             self._scratch = allocate(nbytes)
         return {refs[0].number: self._scratch}
 
-    def _evaluate(self, refs: Sequence[Ref], ops: frozenset[int]) -> list[torch.Tensor]:
+    def _evaluate(self, refs: Sequence[TapedView], ops: frozenset[int]) -> list[torch.Tensor]:
         memory = self._run(ops, {})
         return [_view(memory, ref, self.tape.nbytes) for ref in refs]
 
@@ -245,7 +245,7 @@ class Replay:
                 self._throw(op, memory, self._saved[index])
         return memory
 
-    def _throw(self, op: Op, memory: dict[int, torch.UntypedStorage], state: torch.Tensor) -> torch.Tensor:
+    def _throw(self, op: TapedOp, memory: dict[int, torch.UntypedStorage], state: torch.Tensor) -> torch.Tensor:
         """Run a random operation from a generator state; the state afterwards."""
         assert op.dice is not None
         with _generators({op.dice: state}) as (generators, states):
@@ -254,10 +254,10 @@ class Replay:
 
 
 def _execute(
-    op: Op, memory: dict[int, torch.UntypedStorage], nbytes: Sequence[int], generators: Mapping[Dice, torch.Generator | None]
+    op: TapedOp, memory: dict[int, torch.UntypedStorage], nbytes: Sequence[int], generators: Mapping[Dice, torch.Generator | None]
 ) -> None:
     def real(leaf: Any) -> Any:
-        if isinstance(leaf, Ref):
+        if isinstance(leaf, TapedView):
             return _view(memory, leaf, nbytes)
         return generators[leaf] if isinstance(leaf, Dice) else leaf
 
@@ -268,7 +268,7 @@ def _execute(
             _store(memory, ref, result, nbytes)
 
 
-def _view(memory: dict[int, torch.UntypedStorage], ref: Ref, nbytes: Sequence[int]) -> torch.Tensor:
+def _view(memory: dict[int, torch.UntypedStorage], ref: TapedView, nbytes: Sequence[int]) -> torch.Tensor:
     if ref.number not in memory:
         memory[ref.number] = allocate(nbytes[ref.number])
     return torch.empty(0, dtype=ref.dtype).set_(memory[ref.number], ref.offset, ref.size, ref.stride)
@@ -281,7 +281,7 @@ def allocate(nbytes: int) -> torch.UntypedStorage:
     return torch.frombuffer(mmap(-1, nbytes), dtype=torch.uint8).untyped_storage()
 
 
-def _store(memory: dict[int, torch.UntypedStorage], ref: Ref, result: torch.Tensor, nbytes: Sequence[int]) -> None:
+def _store(memory: dict[int, torch.UntypedStorage], ref: TapedView, result: torch.Tensor, nbytes: Sequence[int]) -> None:
     fits = (tuple(result.size()), tuple(result.stride()), result.storage_offset()) == (ref.size, ref.stride, ref.offset)
     if fits and result.untyped_storage().nbytes() == nbytes[ref.number]:
         memory[ref.number] = result.untyped_storage()
@@ -289,8 +289,8 @@ def _store(memory: dict[int, torch.UntypedStorage], ref: Ref, result: torch.Tens
         _view(memory, ref, nbytes).copy_(result)
 
 
-def _refs(op: Op) -> list[Ref]:
-    return [leaf for leaf in pytree.tree_leaves((op.args, dict(op.kwargs))) if isinstance(leaf, Ref)]
+def _refs(op: TapedOp) -> list[TapedView]:
+    return [leaf for leaf in pytree.tree_leaves((op.args, dict(op.kwargs))) if isinstance(leaf, TapedView)]
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from meshpar._torch import pytree
 from meshpar.simulate import axis_rank, local_tensors, per_rank
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def each_rank(op: Callable[..., Any], *calls: Call, group: str) -> Any:
+def each_rank(op: Callable[..., Any], *calls: Arguments, group: str) -> Any:
     """`op(*args, **kwargs)` with the i-th of `calls` on the i-th rank of the axis. The tensors in all calls are the same ones."""
     leaves = pytree.tree_leaves(calls[0])
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -31,7 +31,7 @@ def each_rank(op: Callable[..., Any], *calls: Call, group: str) -> Any:
 
 class _EachRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., Any], calls: tuple[Call, ...], group: str, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, op: Callable[..., Any], calls: tuple[Arguments, ...], group: str, *tensors: Tensor) -> Any:
         ctx.needed = [x.requires_grad for x in tensors]
         ctx.ran = {}
         ctx.set_materialize_grads(False)
@@ -78,7 +78,7 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-def _with(call: Call, tensors: list[Tensor]) -> Call:
+def _with(call: Arguments, tensors: list[Tensor]) -> Arguments:
     """The call with these in the place of its tensors."""
     local = iter(tensors)
     leaves, spec = pytree.tree_flatten(call)

@@ -34,7 +34,7 @@ from meshpar.ops.primitives import call, on_rank
 from meshpar.sharding.types import chunk
 from meshpar.simulate import is_simulated, local_tensors
 
-Axis = tuple[str, int, int]
+AxisKey = tuple[str, int, int]
 """Group name, size, rank (-1: simulated), as in `ops.collectives`."""
 
 
@@ -236,7 +236,7 @@ def _known(splits: Tensor, n: int, dropping: bool, order: Tensor | None) -> tupl
     return [*sent, left], [*received, 0]
 
 
-def _splits(rows: Tensor, route: Route, axis: Axis) -> tuple[Sequence[int], Sequence[int], int]:
+def _splits(rows: Tensor, route: Route, axis: AxisKey) -> tuple[Sequence[int], Sequence[int], int]:
     """The rows sent to and received from every rank, and the rows left out."""
     if _is_fake(rows):
         even = [high - low for low, high in (chunk(rows.shape[0], axis[1], rank) for rank in range(axis[1]))]
@@ -245,7 +245,7 @@ def _splits(rows: Tensor, route: Route, axis: Axis) -> tuple[Sequence[int], Sequ
     return sent, received, left
 
 
-def _exchange_fake(x: Tensor, offsets: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Route]:
+def _exchange_fake(x: Tensor, offsets: Tensor, axis: AxisKey) -> tuple[Tensor, Tensor, Route]:
     """Shapes only: this rank receives as many rows as it sends."""
     local = offsets.shape[0] // axis[1]
     order = None if local == 1 else offsets.new_empty(x.shape[0], dtype=torch.int64)
@@ -266,7 +266,7 @@ def _pretends(group: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------------ the movement
 
 
-def _move(rows: Tensor, route: Route, dropping: bool, axis: Axis, *, back: bool = False) -> Tensor:
+def _move(rows: Tensor, route: Route, dropping: bool, axis: AxisKey, *, back: bool = False) -> Tensor:
     """Rows along their route, to the ranks of their experts or `back`."""
     if rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         moved: Tensor = _Moved.apply(rows, *route, dropping, axis, back)
@@ -290,14 +290,14 @@ class _Moved(torch.autograd.Function):
         return _move(grad, Route(*ctx.saved_tensors), dropping, axis, back=not back), *(None,) * 6
 
 
-def _sent(x: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
+def _sent(x: Tensor, route: Route, dropping: bool, axis: AxisKey) -> Tensor:
     sent, received, left = _splits(x, route, axis)
     x = on_rank(_contiguous, axis, x[: x.shape[0] - left] if dropping else x)
     rows = call(functional.all_to_all_single.default, x, received, sent, axis[0])
     return rows if route.order is None else on_rank(_permuted, axis, rows, route.order)
 
 
-def _returned(y: Tensor, route: Route, dropping: bool, axis: Axis) -> Tensor:
+def _returned(y: Tensor, route: Route, dropping: bool, axis: AxisKey) -> Tensor:
     sent, received, left = _splits(y, route, axis)
     y = on_rank(_contiguous, axis, y) if route.place is None else on_rank(_permuted, axis, y, route.place)
     rows = call(functional.all_to_all_single.default, y, sent, received, axis[0])
@@ -326,7 +326,7 @@ def _kept(index: Tensor, capacity: int, num_experts: int, weights: Tensor | None
     return torch.empty_like(flat, dtype=torch.bool).index_copy_(0, order, place < capacity).view_as(index)
 
 
-def _axis(group: dist.ProcessGroup | DeviceMesh | None) -> Axis:
+def _axis(group: dist.ProcessGroup | DeviceMesh | None) -> AxisKey:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ConfigError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from meshpar._torch import OpOverload, TorchDispatchMode, pytree, written_arguments
 from meshpar.errors import CaptureError
 
-Call = Callable[[tuple[Tensor, ...]], "Sequence[Tensor | None] | None"]
+HookCall = Callable[[tuple[Tensor, ...]], "Sequence[Tensor | None] | None"]
 """The gradients of some values -> what replaces them; None, as a whole or for one of them, leaves them as they are."""
 
 
@@ -31,7 +31,7 @@ class Hook:
 
     name: str
     told: str
-    call: Call
+    call: HookCall
     stale: Stale | None = None
     parts: bool = False
     """Whether it was seen to treat every element by itself."""
@@ -75,7 +75,7 @@ class Stale:
         return found[1] if found is not None and found[0]() is tensor else None
 
 
-class Watch(TorchDispatchMode):
+class HookWatch(TorchDispatchMode):
     """Runs a hook and sees what it does. Raises CaptureError for what would not be what the hook does on one device."""
 
     def __init__(self, hook: Hook, grads: Sequence[Tensor], *, parts: bool) -> None:
@@ -135,7 +135,7 @@ COPIES = frozenset({"aten::detach", "aten::clone", "aten::alias", "aten::_to_cop
 
 def act(hook: Hook, grads: Sequence[Tensor], *, parts: bool) -> list[Tensor]:
     """The gradients after a hook. Raises CaptureError if it returns what is no gradient of the same values."""
-    with Watch(hook, grads, parts=parts):
+    with HookWatch(hook, grads, parts=parts):
         returned = hook.call(tuple(grads))
     return replaced(hook.told, grads, returned)
 

@@ -146,10 +146,10 @@ def piece_numel(shape: tuple[int, ...], here: Any, there: Any, size: int) -> int
     return max(prod(piece) for rank in range(size) for piece in pieces_for(shape, here, there, size, rank))
 
 
-Ranges = tuple[tuple[int, int], ...]
+Spans = tuple[tuple[int, int], ...]
 
 
-Moves = tuple[tuple[Ranges, ...], ...]
+Moves = tuple[tuple[Spans, ...], ...]
 
 
 @torch.compiler.assume_constant_result
@@ -165,7 +165,7 @@ def _cached_moves(repeat: int, segments: Segments, to_repeat: int, to_segments: 
     return tuple(tuple(_common(here.ranges(size, rank), wanted) for wanted in after) for rank in range(size))
 
 
-def _common(a: Ranges, b: Ranges) -> Ranges:
+def _common(a: Spans, b: Spans) -> Spans:
     """The intersection of two ascending lists of ranges.
 
     >>> _common(((0, 4), (8, 12)), ((2, 9),))
@@ -188,7 +188,7 @@ def largest_move(moves: Moves) -> int:
     return max(_length(ranges) for row in moves for ranges in row)
 
 
-def _length(ranges: Ranges) -> int:
+def _length(ranges: Spans) -> int:
     return sum(high - low for low, high in ranges)
 
 

@@ -22,19 +22,19 @@ class Tally:
 
 
 @dataclass
-class Slot:
+class TallySlot:
     """The place of one module in a tally."""
 
     tally: Tally
     name: str
 
 
-def slot(tally: Tally, name: str) -> Slot:
+def slot(tally: Tally, name: str) -> TallySlot:
     """The place of `name` in `tally`."""
-    return Slot(tally, name)
+    return TallySlot(tally, name)
 
 
-def dispatch(h: Tensor, index: Tensor, num_experts: int, at: Slot, dropping: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch(h: Tensor, index: Tensor, num_experts: int, at: TallySlot, dropping: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """`meshpar.ops.experts.dispatch`, noting the load of every expert."""
     x, ends, perm = experts.dispatch(h, index, num_experts, dropping)
     at.tally.ends[at.name] = ends

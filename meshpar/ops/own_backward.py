@@ -25,7 +25,7 @@ _NAMESPACE = "meshpar_function"
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleCall:
     """What an operand looks like."""
 
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Unfit(Exception):
 HAND_IN = "Draw the numbers outside of it, with torch's own operators, and hand them in as a tensor."
 
 
-Prove = Callable[["Function"], Nature]
+Prove = Callable[["FunctionForms"], Nature]
 
 
 def operator_of(cls: type[torch.autograd.Function], args: Sequence[Any], prove: Prove) -> Callable[..., Any]:
@@ -55,7 +55,8 @@ def operator_of(cls: type[torch.autograd.Function], args: Sequence[Any], prove: 
     its operands, or takes or returns anything but tensors and constants.
     """
     like = tuple(
-        Example(tuple(arg.shape), arg.dtype, arg.device, arg.requires_grad) if isinstance(arg, Tensor) else _constant(arg) for arg in args
+        ExampleCall(tuple(arg.shape), arg.dtype, arg.device, arg.requires_grad) if isinstance(arg, Tensor) else _constant(arg)
+        for arg in args
     )
     return _operator(cls, like, prove)
 
@@ -142,16 +143,16 @@ class _Context:
 
 
 @dataclass(frozen=True)
-class Function:
+class FunctionForms:
     """A Function and what is fixed of its arguments, as two functions of tensors."""
 
     cls: type[torch.autograd.Function]
     like: tuple[Any, ...]
 
     @property
-    def tensors(self) -> tuple[Example, ...]:
+    def tensors(self) -> tuple[ExampleCall, ...]:
         """What its operands look like."""
-        return tuple(arg for arg in self.like if isinstance(arg, Example))
+        return tuple(arg for arg in self.like if isinstance(arg, ExampleCall))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The results, in memory of their own."""
@@ -162,7 +163,7 @@ class Function:
         """The gradients of the operands that need one."""
         context, _ = self._run(tensors)
         found = self._backward(context, grads)
-        slots = [i for i, arg in enumerate(self.like) if isinstance(arg, Example)]
+        slots = [i for i, arg in enumerate(self.like) if isinstance(arg, ExampleCall)]
         others = (*tensors, *(grad for grad in grads if grad is not None))
         gradients = [
             torch.zeros_like(tensor) if found[slot] is None else self._fitting(found[slot].detach(), tensor)
@@ -191,11 +192,11 @@ class Function:
     def arguments(self, tensors: Sequence[Tensor]) -> list[Any]:
         """What `apply` takes: each operand by itself, needing a gradient if it did, for that is what forward may ask."""
         given = iter(tensors)
-        return [next(given).detach().requires_grad_(arg.needs_grad) if isinstance(arg, Example) else _plain(arg) for arg in self.like]
+        return [next(given).detach().requires_grad_(arg.needs_grad) if isinstance(arg, ExampleCall) else _plain(arg) for arg in self.like]
 
     def _run(self, tensors: Sequence[Tensor]) -> tuple[_Context, tuple[Tensor, ...]]:
         args = self.arguments(tensors)
-        context: Any = _Context(tuple(isinstance(arg, Example) and arg.needs_grad for arg in self.like))
+        context: Any = _Context(tuple(isinstance(arg, ExampleCall) and arg.needs_grad for arg in self.like))
         with torch.no_grad():
             if self.cls.setup_context is torch.autograd.Function.setup_context:
                 results = self.cls.forward(context, *args)
@@ -218,7 +219,7 @@ def _apart(results: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor,
     return tuple(found)
 
 
-class _Seen(TorchDispatchMode):
+class _Dispatched(TorchDispatchMode):
     """Notes which operators run, and which memory they write to."""
 
     def __init__(self) -> None:
@@ -245,7 +246,7 @@ place is seen on drawn values.)"""
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _ShapeRun:
     """What a run on tensors without values shows."""
 
     results: int
@@ -258,7 +259,7 @@ class _Facts:
 @lru_cache(maxsize=512)
 def _operator(cls: type[torch.autograd.Function], like: tuple[Any, ...], prove: Prove) -> Callable[..., Any]:
     """Define the operator. (Its name follows from what it is, so that all ranks agree on it.)"""
-    function = Function(cls, like)
+    function = FunctionForms(cls, like)
     facts = _tried(function)
     nature = prove(function)
     nature = replace(nature, elementwise=nature.elementwise and facts.each)
@@ -280,7 +281,7 @@ def _operator(cls: type[torch.autograd.Function], like: tuple[Any, ...], prove: 
     return cut_off
 
 
-def _defined(name: str, function: Function, facts: _Facts, nature: Nature) -> Any:
+def _defined(name: str, function: FunctionForms, facts: _ShapeRun, nature: Nature) -> Any:
     count = facts.results
     operands = ", ".join(f"Tensor x{i}" for i in range(len(function.tensors)))
     grads = ", ".join(f"Tensor? grad{i}" for i in range(count))
@@ -340,9 +341,9 @@ def _content(cls: type[torch.autograd.Function]) -> list[Any]:
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, type(None))
 
 
-def _tried(function: Function) -> _Facts:
+def _tried(function: FunctionForms) -> _ShapeRun:
     """Run both directions on tensors without values. Raises Unfit for what an operator may not do."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Seen() as seen:
+    with FakeTensorMode(allow_non_fake_inputs=True), _Dispatched() as seen:
         tensors = [torch.empty(e.shape, dtype=e.dtype, device=e.device) for e in function.tensors]
         seen.operators.clear()
         results = function.forward(*tensors)
@@ -356,7 +357,7 @@ def _tried(function: Function) -> _Facts:
     if seen.written & memory:
         raise Unfit("it overwrites what it is given")
     each = all(torch.Tag.pointwise in op.tags or op._schema.name in _EACH for op in ran)
-    return _Facts(len(results), undifferentiable, fills, each)
+    return _ShapeRun(len(results), undifferentiable, fills, each)
 
 
 def _results(count: int) -> str:

@@ -54,8 +54,8 @@ class _Lowering:
         self.new = fx.Graph()
         self.held: dict[Value, fx.Node] = {}
         self.types: dict[Value, Type] = {}
-        self.home: dict[Value, Unit] = {}
-        self.converted: dict[tuple[Value, Type, Unit], fx.Node] = {}
+        self.home: dict[Value, ConversionUnit] = {}
+        self.converted: dict[tuple[Value, Type, ConversionUnit], fx.Node] = {}
         self.current: fx.Node | None = None
         self.routes: dict[Value, tuple[fx.Node, ...]] = {}
         """The rows of a dispatch, by its `perm` -> which way those of other ranks' experts went."""
@@ -269,11 +269,11 @@ def _unplaced(meta: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in meta.items() if key not in ("origin", "typed", "index")}
 
 
-Unit = tuple[str | None, int | None]
+ConversionUnit = tuple[str | None, int | None]
 """A block, on a stage of the pipeline: what shares the conversions it asks for."""
 
 
-def _unit(node: fx.Node) -> Unit:
+def _unit(node: fx.Node) -> ConversionUnit:
     return node.meta.get("region"), node.meta.get("stage")
 
 

@@ -38,7 +38,7 @@ from meshpar.pipeline.schedule import COMPUTE, Action, Event, Order
 from meshpar.pipeline.sends import Sends
 from meshpar.pipeline.ties import Ties
 from meshpar.runtime.blocks import Tree
-from meshpar.runtime.data_parallel import DataParallel
+from meshpar.runtime.data_parallel import DataParallelism
 from meshpar.runtime.engine import Engine, Inputs, every_output, times
 from meshpar.runtime.failures import looks_lost
 
@@ -50,7 +50,7 @@ class Pipelined(Engine):
         self,
         trees: Mapping[int, Tree],
         first: Program,
-        data: Mapping[int, DataParallel],
+        data: Mapping[int, DataParallelism],
         ties: Ties,
         schedule: Schedule,
         axis: Axis,
@@ -154,7 +154,7 @@ class _Flight:
     later: WeightGradients = field(default_factory=WeightGradients)
 
 
-Place = tuple[int, int]
+ActionPlace = tuple[int, int]
 """(stage, microbatch)."""
 
 
@@ -177,11 +177,11 @@ class _Run:
         self.backward, self.defers = backward, defers
         self.outputs: list[torch.Tensor] = []
         self.total: torch.Tensor | None = None
-        self.flights: dict[Place, _Flight] = {}
-        self.values: dict[Place, tuple[torch.Tensor, ...]] = {}
+        self.flights: dict[ActionPlace, _Flight] = {}
+        self.values: dict[ActionPlace, tuple[torch.Tensor, ...]] = {}
         """Values on their way: made here and not sent yet, or received and not used yet."""
-        self.grads: dict[Place, tuple[torch.Tensor | None, ...]] = {}
-        self.waiting: dict[tuple[str, Place], list[dist.Work]] = {}
+        self.grads: dict[ActionPlace, tuple[torch.Tensor | None, ...]] = {}
+        self.waiting: dict[tuple[str, ActionPlace], list[dist.Work]] = {}
         self.sends = Sends(engine.device)
         self.done: Counter[int] = Counter()
         self.acts = {
@@ -275,9 +275,9 @@ class _Run:
 
     # -- moving --------------------------------------------------------------------------------------------------------------------------
 
-    def _hand(self, kind: str, to: Place, values: tuple[torch.Tensor | None, ...]) -> None:
+    def _hand(self, kind: str, to: ActionPlace, values: tuple[torch.Tensor | None, ...]) -> None:
         """Keep what the neighbouring stage needs, until it is sent there, or used here if that stage is on this rank."""
-        table: dict[Place, Any] = self.values if kind == "F" else self.grads
+        table: dict[ActionPlace, Any] = self.values if kind == "F" else self.grads
         table[to] = values
 
     def _send_values(self, action: Action) -> None:
@@ -296,7 +296,7 @@ class _Run:
         tensors = tuple(value.contiguous() for value in values if value is not None)
         self.sends.add(self._batched(dist.isend, tensors, stage), tensors)
 
-    def _receive(self, kind: str, action: Action, table: dict[Place, Any], infos: Sequence[tuple[Info, bool]], stage: int) -> None:
+    def _receive(self, kind: str, action: Action, table: dict[ActionPlace, Any], infos: Sequence[tuple[Info, bool]], stage: int) -> None:
         at = (action.stage, action.microbatch)
         device = self.engine.device
         buffers = tuple(torch.empty(i.shape, dtype=i.dtype, device=device) if wanted else None for i, wanted in infos)

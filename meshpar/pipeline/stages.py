@@ -27,7 +27,7 @@ from meshpar.compile.denominators import Split, split_denominators
 from meshpar.compile.program import flatten
 from meshpar.compile.split import StageGraph, mark, shared_parameters
 from meshpar.compile.split import split as split_graph
-from meshpar.compile.stages import Memory, Staging, choose
+from meshpar.compile.stages import Budget, Staging, choose
 from meshpar.errors import BatchError, ConfigError, near
 from meshpar.graph.captured import Captured, Info
 from meshpar.graph.run import run
@@ -37,12 +37,12 @@ from meshpar.sharding.price import Price
 
 _KEY = "stage"
 
-Example = Mapping[str, Any] | tuple[Any, ...] | Tensor
+StageExample = Mapping[str, Any] | tuple[Any, ...] | Tensor
 
 
 def split(
     model: nn.Module,
-    example: Example,
+    example: StageExample,
     stages: int = 4,
     *,
     microbatches: int = 1,
@@ -50,7 +50,7 @@ def split(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     price: Price | None = None,
     cost: Callable[[fx.Node], float] | None = None,
-    memory: Memory | None = None,
+    memory: Budget | None = None,
     recompute: Mode = "none",
 ) -> tuple[Stage, ...]:
     """Cut a model, in its present mode, into `stages` modules that compute the same.
@@ -288,7 +288,7 @@ class _Received(torch.autograd.Function):
         return grad.contiguous()
 
 
-def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(example: StageExample) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), {name: example[name] for name in sorted(example)}
     if isinstance(example, Tensor):
@@ -298,8 +298,8 @@ def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ConfigError(f"the example must be a dict of keyword arguments or a tuple of positional ones, not {type(example).__name__}.")
 
 
-def _in_flight(memory: Memory | None, microbatches: int) -> Memory:
-    memory = memory or Memory()
+def _in_flight(memory: Budget | None, microbatches: int) -> Budget:
+    memory = memory or Budget()
     return replace(memory, microbatches=microbatches) if memory.microbatches is None and microbatches > 1 else memory
 
 

@@ -16,16 +16,16 @@ How far to trust it all: `benchmarks/planner_accuracy/README.md`.
 from meshpar.planner.constants import FITTED, PRIORS, Constants
 from meshpar.planner.cost import StepTime, step_time
 from meshpar.planner.explain import explain, interval, launch, toml, usual_path
-from meshpar.planner.fit import Fit, Measurement, fit, scaled
+from meshpar.planner.fit import Calibration, Measurement, fit, scaled
 from meshpar.planner.flops import CONVENTIONS, flops_per_token, mfu
 from meshpar.planner.hardware import HARDWARE, Cluster, Hardware, hardware
 from meshpar.planner.layers import build
 from meshpar.planner.mapping import Job, Mapping, check, complaints
-from meshpar.planner.memory import Memory, memory, state_bytes
-from meshpar.planner.search import Candidate, Found, Space, estimate, search
+from meshpar.planner.memory import PeakMemory, memory, state_bytes
+from meshpar.planner.search import Candidate, Search, Space, estimate, search
 from meshpar.planner.stack import STACKS, Stack, stack
 from meshpar.planner.transformer import Latent, Transformer
-from meshpar.planner.workload import Axis, Collective, Layer, Operator, Stage, Workload
+from meshpar.planner.workload import AxisSpan, Collective, Layer, Operator, StageLoad, Workload
 
 __all__ = [
     "Cluster",
@@ -45,7 +45,7 @@ __all__ = [
     "search",
     "Space",
     "Candidate",
-    "Found",
+    "Search",
     "explain",
     "usual_path",
     "interval",
@@ -53,15 +53,15 @@ __all__ = [
     "launch",
     "build",
     "Workload",
-    "Stage",
+    "StageLoad",
     "Layer",
     "Operator",
     "Collective",
-    "Axis",
+    "AxisSpan",
     "step_time",
     "StepTime",
     "memory",
-    "Memory",
+    "PeakMemory",
     "state_bytes",
     "CONVENTIONS",
     "flops_per_token",
@@ -70,7 +70,7 @@ __all__ = [
     "PRIORS",
     "FITTED",
     "fit",
-    "Fit",
+    "Calibration",
     "Measurement",
     "scaled",
 ]

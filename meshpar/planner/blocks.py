@@ -7,7 +7,7 @@ from functools import lru_cache
 from meshpar.planner.collectives import around, context, exchange, gathered
 from meshpar.planner.operators import attention, feed_forward, norms, product, routed_experts
 from meshpar.planner.recompute import again, kept, replayed
-from meshpar.planner.share import Share
+from meshpar.planner.share import Portion
 from meshpar.planner.transformer import Transformer
 from meshpar.planner.workload import Collective, Layer, Operator
 
@@ -16,7 +16,7 @@ LOSS_PASSES = {"forward": 8.0, "input": 6.0}
 
 
 @lru_cache(maxsize=20_000)
-def block(share: Share, experts: bool, windowed: bool, predicts: bool = False) -> Layer:
+def block(share: Portion, experts: bool, windowed: bool, predicts: bool = False) -> Layer:
     """A block: norm, attention, norm, feed-forward part or experts."""
     model, t = share.model, share.tp
     operators = [*attention(share, windowed), *norms(share)]
@@ -47,7 +47,7 @@ def block(share: Share, experts: bool, windowed: bool, predicts: bool = False) -
 
 
 @lru_cache(maxsize=20_000)
-def embedding(share: Share) -> Layer:
+def embedding(share: Portion) -> Layer:
     """The look-up, vocabulary over tp; positions and dropout where there are some."""
     model = share.model
     size = share.tokens * model.hidden / share.narrow
@@ -61,7 +61,7 @@ def embedding(share: Share) -> Layer:
 
 
 @lru_cache(maxsize=20_000)
-def head(share: Share, copies: bool) -> Layer:
+def head(share: Portion, copies: bool) -> Layer:
     """The last norm, the product with the vocabulary in 16 bits, and the cross entropy. A tied weight is held here only if it `copies`."""
     model, t = share.model, share.tp
     logits = share.tokens * model.vocab / t

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from meshpar.planner.share import Share
+from meshpar.planner.share import Portion
 from meshpar.planner.workload import Collective, Phase
 
 
-def around(share: Share, name: str) -> list[Collective]:
+def around(share: Portion, name: str) -> list[Collective]:
     """Column-parallel product in, row-parallel product out: with sequence parallelism a gather and a scatter, else one sum."""
     size = 2 * share.tokens * share.model.hidden
     if share.tp == 1:
@@ -26,7 +26,7 @@ def around(share: Share, name: str) -> list[Collective]:
     return [*(Collective(name, kind, "tp", phase, size, behind="matrix") for kind, phase in pairs), again]
 
 
-def context(share: Share, windowed: bool) -> list[Collective]:
+def context(share: Portion, windowed: bool) -> list[Collective]:
     """Keys and values of the other parts of the sequence, and their gradients back."""
     if share.cp == 1:
         return []
@@ -39,7 +39,7 @@ def context(share: Share, windowed: bool) -> list[Collective]:
     ]
 
 
-def exchange(share: Share) -> list[Collective]:
+def exchange(share: Portion) -> list[Collective]:
     """Tokens to their experts and back; with tp inside experts, gathers and scatters over it too."""
     model = share.model
     size = 2 * share.tokens / share.narrow * model.top_k * model.routed * model.hidden
@@ -54,7 +54,7 @@ def exchange(share: Share) -> list[Collective]:
     return found
 
 
-def gathered(share: Share, own: float, inner: float) -> list[Collective]:
+def gathered(share: Portion, own: float, inner: float) -> list[Collective]:
     """Fully sharded parameters: gathered for forward and again for backward, gradients scattered, for every microbatch."""
     found = []
     for axis, size in (("dp", own), ("edp", inner)):

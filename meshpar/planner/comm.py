@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from meshpar.planner.workload import Axis
+from meshpar.planner.workload import AxisSpan
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RankGroup:
     """A group of ranks as the fabric sees it."""
 
     size: int
@@ -34,10 +34,10 @@ class Fabric:
     one_adapter: bool = False
     """Rings leave a domain through one adapter, however many of their ranks are in it."""
 
-    def seconds(self, kind: str, group: Group, size: float, copies: int = 1) -> float:
+    def seconds(self, kind: str, group: RankGroup, size: float, copies: int = 1) -> float:
         """The time of one collective of `size` bytes as `workload.Collective` counts them; nothing for a group of one.
 
-        >>> Fabric(400e9, 40e9, 0, 0).seconds("all_gather", Group(8, 8), 8e9)
+        >>> Fabric(400e9, 40e9, 0, 0).seconds("all_gather", RankGroup(8, 8), 8e9)
         0.0175
         """
         n = group.size
@@ -52,7 +52,7 @@ class Fabric:
         rounds = 2 if kind == "all_reduce" else 1  # a sum comes by trees: twice the bytes, not twice the hops
         return self.latency + hops + rounds * moved / self.slowest(group)
 
-    def slowest(self, group: Group, *, per_rank: bool = False) -> float:
+    def slowest(self, group: RankGroup, *, per_rank: bool = False) -> float:
         """Bytes/s of the narrowest level: links inside a domain, else the adapters of all ranks the group has there.
 
         A ring whose hops are single transfers (`per_rank`) crosses with one adapter.
@@ -61,7 +61,7 @@ class Fabric:
             return self.link
         return min(self.link, self.nic * (1 if per_rank or self.one_adapter else group.inside))
 
-    def _exchange(self, group: Group, size: float, copies: int) -> float:
+    def _exchange(self, group: RankGroup, size: float, copies: int) -> float:
         """All-to-all: what stays in the domain over links, what leaves over each rank's own adapter, the two at once.
 
         Of `copies` rows alike one goes to every domain that wants some, and there one to every rank that does.
@@ -86,13 +86,13 @@ def _distinct(places: int, copies: int) -> float:
 
 
 @cache
-def place(axis: Axis, domain: int) -> Group:
+def place(axis: AxisSpan, domain: int) -> RankGroup:
     """The group of an axis on domains of so many ranks: neighbours are `stride` apart, so that a domain holds domain / stride of them.
 
-    >>> place(Axis("dp", 8, 4), 8)
-    Group(size=8, inside=2)
+    >>> place(AxisSpan("dp", 8, 4), 8)
+    RankGroup(size=8, inside=2)
     """
     held = min(axis.size, max(1, domain // axis.stride))
     while axis.size % held:
         held -= 1
-    return Group(axis.size, held)
+    return RankGroup(axis.size, held)

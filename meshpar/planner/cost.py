@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import log2
 
-from meshpar.planner.comm import Fabric, Group, place
+from meshpar.planner.comm import Fabric, RankGroup, place
 from meshpar.planner.constants import Constants
 from meshpar.planner.hardware import Hardware
 from meshpar.planner.schedule import Times, length
 from meshpar.planner.stack import Stack
-from meshpar.planner.workload import Collective, Layer, Stage, Workload
+from meshpar.planner.workload import Collective, Layer, StageLoad, Workload
 
 PARTS = ("matrices", "attention", "elementwise", "host", "tp", "cp", "ep", "dp")
 """Where a layer's time goes; the names of axes are visible communication."""
@@ -38,7 +38,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseTime:
     """Sums over a layer's operators in one phase."""
 
     matrix: tuple[tuple[str, float], ...]
@@ -94,7 +94,7 @@ class Memo:
     """Times already found, by identity: of layers and stages that many mappings of one job on one cluster share. It keeps them alive."""
 
     layers: dict[int, tuple[Layer, LayerTimes]] = field(default_factory=dict)
-    stages: dict[int, tuple[Stage, LayerTimes]] = field(default_factory=dict)
+    stages: dict[int, tuple[StageLoad, LayerTimes]] = field(default_factory=dict)
 
 
 def step_time(work: Workload, part: Hardware, stack: Stack, constants: Constants) -> StepTime:
@@ -151,7 +151,7 @@ class LayerTimes:
         return sum(self.forward), sum(self.backward), sum(self.weight), sum(self.all)
 
 
-def _stage_times(one: Stage, speed: Rates, groups: Mapping[str, Group], memo: Memo) -> LayerTimes:
+def _stage_times(one: StageLoad, speed: Rates, groups: Mapping[str, RankGroup], memo: Memo) -> LayerTimes:
     if id(one) not in memo.stages:
         rows = []
         for layer, times in one.layers:
@@ -165,26 +165,26 @@ def _stage_times(one: Stage, speed: Rates, groups: Mapping[str, Group], memo: Me
     return memo.stages[id(one)][1]
 
 
-def layer_times(layer: Layer, speed: Rates, groups: Mapping[str, Group]) -> LayerTimes:
+def layer_times(layer: Layer, speed: Rates, groups: Mapping[str, RankGroup]) -> LayerTimes:
     """Seconds of a layer by part: forward, backward of the input with recompute before it, gradient of the weights."""
     forward, again, backward, weight = (_phase_times(p, speed, groups) for p in phases(layer))
     return LayerTimes(forward, tuple(a + b for a, b in zip(again, backward)), weight)
 
 
 @lru_cache(maxsize=50_000)
-def phases(layer: Layer) -> tuple[Phase, Phase, Phase, Phase]:
+def phases(layer: Layer) -> tuple[PhaseTime, PhaseTime, PhaseTime, PhaseTime]:
     """A layer's operators summed: forward, recompute, input, weight."""
     return tuple(_phase(layer, name) for name in ("forward", "recompute", "input", "weight"))  # type: ignore[return-value]
 
 
-def _phase(layer: Layer, name: str) -> Phase:
+def _phase(layer: Layer, name: str) -> PhaseTime:
     operators = [o for o in layer.operators if o.phase == name]
     flops: dict[tuple[str, str], float] = {}
     for o in operators:
         flops[o.kind, o.dtype] = flops.get((o.kind, o.dtype), 0.0) + o.flops
     products = [o for o in operators if o.kind in ("matrix", "grouped")]
     rest = [o for o in operators if o.kind in ("attention", "elementwise")]
-    return Phase(
+    return PhaseTime(
         tuple((dtype, f) for (kind, dtype), f in flops.items() if kind == "matrix"),
         tuple((dtype, f) for (kind, dtype), f in flops.items() if kind == "grouped"),
         sum(o.flops for o in operators if o.kind == "attention"),
@@ -197,7 +197,7 @@ def _phase(layer: Layer, name: str) -> Phase:
     )
 
 
-def _phase_times(phase: Phase, speed: Rates, groups: Mapping[str, Group]) -> tuple[float, ...]:
+def _phase_times(phase: PhaseTime, speed: Rates, groups: Mapping[str, RankGroup]) -> tuple[float, ...]:
     k = speed.constants
     matrices = sum(f / speed.matrix(dtype) for dtype, f in phase.matrix)
     matrices += sum(f / (speed.matrix(dtype) * k["grouped"]) for dtype, f in phase.grouped)
@@ -240,7 +240,7 @@ def _transfer(work: Workload, speed: Rates) -> tuple[float, float]:
     return took, 0.0 if speed.stack.hides_p2p else took
 
 
-def _data_parallel(work: Workload, times: Times, speed: Rates, groups: Mapping[str, Group]) -> float:
+def _data_parallel(work: Workload, times: Times, speed: Rates, groups: Mapping[str, RankGroup]) -> float:
     """Visible time of summing gradients and gathering parameters on the worst rank; later ranks have slack: their backward ends first."""
     gathers, sums = {}, {}
     for one in set(work.stages):

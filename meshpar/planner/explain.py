@@ -11,11 +11,11 @@ from meshpar.planner.hardware import GiB
 from meshpar.planner.layers import assemble
 from meshpar.planner.mapping import RECOMPUTE, Job, Mapping, complaints
 from meshpar.planner.memory import fullest
-from meshpar.planner.search import Candidate, Found, estimate, limit, virtual_stages, why_slower
+from meshpar.planner.search import Candidate, Search, estimate, limit, virtual_stages, why_slower
 
 
 @dataclass(frozen=True)
-class Step:
+class UsualStep:
     """One decision of the usual path."""
 
     question: str
@@ -23,7 +23,7 @@ class Step:
     mapping: Mapping
 
 
-def usual_path(job: Job, constants: Constants | None = None) -> tuple[Step, ...]:
+def usual_path(job: Job, constants: Constants | None = None) -> tuple[UsualStep, ...]:
     """The decisions that guides give (arXiv 2104.04473 section 3, Megatron Core's guide): the last step's mapping is where they lead.
 
     In turn: one GPU; experts over ep; a long sequence over cp; tp up to the domain; stages; recompute; virtual stages. The rest is data.
@@ -35,12 +35,12 @@ def usual_path(job: Job, constants: Constants | None = None) -> tuple[Step, ...]
     """
     path = _Path(job, constants or Constants.default())
     now = Mapping()
-    steps = [Step("Does it fit with data parallelism alone?", path.answer(now), now)]
+    steps = [UsualStep("Does it fit with data parallelism alone?", path.answer(now), now)]
     for question, decide in _DECISIONS.items():
         chosen = decide(path, now)
         if chosen is not None:
             now = chosen
-            steps.append(Step(question, path.answer(now), now))
+            steps.append(UsualStep(question, path.answer(now), now))
     return tuple(steps)
 
 
@@ -125,12 +125,12 @@ def _powers(most: int) -> list[int]:
     return [2**i for i in range(most.bit_length()) if 2**i <= most]
 
 
-def explain(found: Found, constants: Constants | None = None) -> str:
+def explain(found: Search, constants: Constants | None = None) -> str:
     """A search as text."""
     return "\n".join(_lines(found, constants or Constants.default()))
 
 
-def _lines(found: Found, constants: Constants) -> Iterator[str]:
+def _lines(found: Search, constants: Constants) -> Iterator[str]:
     job, best = found.job, found.best
     part = job.cluster.hardware
     yield f"{job.cluster.gpus} x {part.name}, {job.batch} samples of {job.seq} tokens, {job.precision}, {job.software.name}"

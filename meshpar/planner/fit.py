@@ -39,7 +39,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class Calibration:
     """Fitted constants, and how errors change with them."""
 
     constants: Constants
@@ -64,7 +64,7 @@ class Fit:
         return _at(self.constants, self.free, _settle(self, keep))
 
 
-def fit(measurements: Sequence[Measurement], free: Sequence[str] = FREE, start: Constants | None = None, *, rounds: int = 4) -> Fit:
+def fit(measurements: Sequence[Measurement], free: Sequence[str] = FREE, start: Constants | None = None, *, rounds: int = 4) -> Calibration:
     """The constants in `free` that explain the measurements best, pulled to their priors. Outliers hardly count (Cauchy).
 
     Every round takes slopes by differences and solves with them. Raises `ConfigError` for no measurements and for unknown names.
@@ -95,7 +95,9 @@ def _at(start: Constants, free: Sequence[str], position: np.ndarray) -> Constant
     return start.changed({name: PRIORS[name].value * PRIORS[name].factor ** float(x) for name, x in zip(free, position)})
 
 
-def _slopes(measurements: Sequence[Measurement], free: tuple[str, ...], start: Constants, position: np.ndarray, step: float = 0.3) -> Fit:
+def _slopes(
+    measurements: Sequence[Measurement], free: tuple[str, ...], start: Constants, position: np.ndarray, step: float = 0.3
+) -> Calibration:
     """Errors by simulation; their slopes, which the order of a pipeline hardly changes, by the closed form."""
 
     def errors(where: np.ndarray, simulate: bool) -> np.ndarray:
@@ -104,10 +106,10 @@ def _slopes(measurements: Sequence[Measurement], free: tuple[str, ...], start: C
 
     now, closed = errors(position, True), errors(position, False)
     slopes = np.stack([(errors(position + step * unit, False) - closed) / step for unit in np.eye(len(free))], axis=1)
-    return Fit(_at(start, free, position), tuple(measurements), free, now, slopes, position)
+    return Calibration(_at(start, free, position), tuple(measurements), free, now, slopes, position)
 
 
-def _settle(here: Fit, keep: np.ndarray) -> np.ndarray:
+def _settle(here: Calibration, keep: np.ndarray) -> np.ndarray:
     """Least Cauchy loss of linearised errors plus squares of the distance from the priors, by reweighting; at most 1.5 away."""
     weights = np.array([m.weight for m in here.measurements]) * keep
     slopes, begin = here.slopes / NOISE, here.errors / NOISE

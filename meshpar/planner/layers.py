@@ -9,10 +9,10 @@ from itertools import accumulate
 from meshpar.planner.blocks import block, embedding, head
 from meshpar.planner.flops import CONVENTIONS, flops_per_token
 from meshpar.planner.mapping import Job, Mapping, check
-from meshpar.planner.share import Share
+from meshpar.planner.share import Portion
 from meshpar.planner.stack import Stack
 from meshpar.planner.transformer import Transformer
-from meshpar.planner.workload import Axis, Collective, Layer, Stage, Workload, group
+from meshpar.planner.workload import AxisSpan, Collective, Layer, StageLoad, Workload, group
 
 SLOWNESS = {"bf16": 2, "fp16": 2, "fp8": 1, "nvfp4": 0.5}
 """Time of a FLOP by precision, relative: what balances stages."""
@@ -39,15 +39,15 @@ def assemble(job: Job, mapping: Mapping) -> Workload:
     etp = mapping.expert_tp
     edp = max(1, gpus // (mapping.pp * mapping.ep * etp))
     axes = {
-        "tp": Axis("tp", mapping.tp, 1),
-        "cp": Axis("cp", mapping.cp, mapping.tp),
-        "dp": Axis("dp", replicas, mapping.tp),
-        "etp": Axis("etp", etp, 1),
-        "ep": Axis("ep", mapping.ep, etp),
-        "edp": Axis("edp", edp, mapping.ep * etp),
-        "pp": Axis("pp", mapping.pp, gpus // mapping.pp),
+        "tp": AxisSpan("tp", mapping.tp, 1),
+        "cp": AxisSpan("cp", mapping.cp, mapping.tp),
+        "dp": AxisSpan("dp", replicas, mapping.tp),
+        "etp": AxisSpan("etp", etp, 1),
+        "ep": AxisSpan("ep", mapping.ep, etp),
+        "edp": AxisSpan("edp", edp, mapping.ep * etp),
+        "pp": AxisSpan("pp", mapping.pp, gpus // mapping.pp),
     }
-    share = Share(
+    share = Portion(
         *(job.model, job.software, job.dtype, job.half, job.seq, mapping.microbatch, mapping.tp, mapping.cp, mapping.ep, etp),
         *(
             mapping.sequence_parallel and mapping.tp > 1,
@@ -75,7 +75,7 @@ def _conventions(model: Transformer, seq: int) -> dict[str, float]:
 
 
 @lru_cache(maxsize=100_000)
-def _stage(layers: tuple[tuple[Layer, int], ...], data_parallel: str, stack: Stack) -> Stage:
+def _stage(layers: tuple[tuple[Layer, int], ...], data_parallel: str, stack: Stack) -> StageLoad:
     dense = sum(layer.parameters * times for layer, times in layers)
     experts = sum(layer.expert_parameters * times for layer, times in layers)
     found: list[Collective] = []
@@ -87,11 +87,11 @@ def _stage(layers: tuple[tuple[Layer, int], ...], data_parallel: str, stack: Sta
         else:
             found.append(Collective("gradients", "reduce_scatter", axis, "step", size * stack.gradient_sum, behind="compute"))
             found.append(Collective("parameters", "all_gather", axis, "step", size * 2, behind="compute"))
-    return Stage(layers, tuple(found))
+    return StageLoad(layers, tuple(found))
 
 
 @lru_cache(maxsize=20_000)
-def _cut(share: Share, stages: int, copies: bool) -> tuple[tuple[tuple[Layer, int], ...], ...]:
+def _cut(share: Portion, stages: int, copies: bool) -> tuple[tuple[tuple[Layer, int], ...], ...]:
     """Layers in `stages` runs: evenly where they divide, else so that the longest run is shortest, embedding and head counted."""
     model = share.model
     made = {kind: block(share, *kind) for kind in set(_kinds(model))}

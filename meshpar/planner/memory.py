@@ -13,7 +13,7 @@ from meshpar.planner.workload import Workload
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Bytes of one pipeline rank at its fullest."""
 
     rank: int
@@ -33,7 +33,7 @@ class Memory:
     def parts(self) -> Mapping[str, float]:
         """GiB by part.
 
-        >>> Memory(0, 2.0**30, 0, 0, 0, 0).parts()["states"]
+        >>> PeakMemory(0, 2.0**30, 0, 0, 0, 0).parts()["states"]
         1.0
         """
         return {name: getattr(self, name) / GiB for name in ("states", "activations", "loss", "transient", "buffers")}
@@ -54,13 +54,13 @@ def state_bytes(stack: Stack, data_parallel: str, data: float) -> float:
     return (whole + stack.optimizer) / data
 
 
-def memory(work: Workload, stack: Stack, constants: Constants) -> tuple[Memory, ...]:
+def memory(work: Workload, stack: Stack, constants: Constants) -> tuple[PeakMemory, ...]:
     """What every pipeline rank holds at its fullest."""
     held = kept(work.schedule, work.ranks, work.microbatches, [one.kept for one in work.stages])
     return tuple(_of_rank(work, rank, held[rank], stack, constants) for rank in range(work.ranks))
 
 
-def roughly(work: Workload, stack: Stack, constants: Constants) -> Memory:
+def roughly(work: Workload, stack: Stack, constants: Constants) -> PeakMemory:
     """As `fullest`, the microbatches in flight by closed form: min(p, m) on the first rank, more with virtual stages."""
     p, v, m = work.ranks, work.virtual, work.microbatches
     mean = [one.kept for one in work.stages]
@@ -75,12 +75,12 @@ def roughly(work: Workload, stack: Stack, constants: Constants) -> Memory:
     return max(found, key=lambda one: one.total)
 
 
-def fullest(work: Workload, stack: Stack, constants: Constants) -> Memory:
+def fullest(work: Workload, stack: Stack, constants: Constants) -> PeakMemory:
     """The pipeline rank that needs the most."""
     return max(memory(work, stack, constants), key=lambda one: one.total)
 
 
-def _of_rank(work: Workload, rank: int, held: float, stack: Stack, constants: Constants) -> Memory:
+def _of_rank(work: Workload, rank: int, held: float, stack: Stack, constants: Constants) -> PeakMemory:
     stages = work.of_rank(rank)
     layers = [layer for one in stages for layer, _ in one.layers]
     states = sum(
@@ -97,4 +97,4 @@ def _of_rank(work: Workload, rank: int, held: float, stack: Stack, constants: Co
         )  # the largest at work, the next one gathered ahead
         transient += (2 + stack.gradient_sum) * sizes[0] + 2 * sizes[min(1, len(sizes) - 1)]
     used = states + held + loss + transient
-    return Memory(rank, states, held, loss, transient, constants["memory buffers"] * GiB + (constants["memory fragments"] - 1) * used)
+    return PeakMemory(rank, states, held, loss, transient, constants["memory buffers"] * GiB + (constants["memory fragments"] - 1) * used)

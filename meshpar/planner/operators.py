@@ -5,14 +5,14 @@ Sources: products arXiv 2205.05198; bytes are each a read or a write of an opera
 
 from __future__ import annotations
 
-from meshpar.planner.share import Share
+from meshpar.planner.share import Portion
 from meshpar.planner.workload import Operator
 
 FLASH_BACKWARD = 2.5
 """A fused attention's backward over its forward: five products of scores instead of two (arXiv 2307.08691)."""
 
 
-def product(name: str, share: Share, tokens: float, ins: float, outs: float, dtype: str = "", count: float = 1) -> list[Operator]:
+def product(name: str, share: Portion, tokens: float, ins: float, outs: float, dtype: str = "", count: float = 1) -> list[Operator]:
     """`count` products x [tokens, ins] w [ins, outs] with both their gradients; in fp8 also the casts of what they read."""
     dtype = dtype or share.dtype
     w = share.width if dtype == share.dtype else 2
@@ -38,7 +38,7 @@ def both(name: str, forward: float, backward: float, calls: float = 1) -> list[O
     ]
 
 
-def attention(share: Share, windowed: bool) -> list[Operator]:
+def attention(share: Portion, windowed: bool) -> list[Operator]:
     model, t, tokens = share.model, share.tp, share.tokens
     h, heads, d = model.hidden, model.heads / t, model.head
     if model.latent is None:
@@ -59,7 +59,7 @@ def attention(share: Share, windowed: bool) -> list[Operator]:
     return [*found, *(_fused(share, windowed) if share.stack.attention != "unfused" else _scores(share))]
 
 
-def _fused(share: Share, windowed: bool) -> list[Operator]:
+def _fused(share: Portion, windowed: bool) -> list[Operator]:
     """One kernel that never writes scores and skips what the mask forbids."""
     model = share.model
     pairs = share.tokens * model.attended(1 if windowed else 0, share.seq)
@@ -70,7 +70,7 @@ def _fused(share: Share, windowed: bool) -> list[Operator]:
     ]
 
 
-def _scores(share: Share) -> list[Operator]:
+def _scores(share: Portion) -> list[Operator]:
     """Scores in memory: two products over all pairs, and softmax with its mask and dropout in between (bytes per score, fp16)."""
     model = share.model
     scores = model.heads / share.tp * share.tokens * share.seq
@@ -83,14 +83,14 @@ def _scores(share: Share) -> list[Operator]:
     ]
 
 
-def norms(share: Share) -> list[Operator]:
+def norms(share: Portion) -> list[Operator]:
     """Two norms, two residual sums, and dropout's masks."""
     size = share.tokens * share.model.hidden / share.narrow
     dropout = 2 * 3 if share.stack.dropout else 0
     return both("norms and residuals", (2 * 4 + 2 * 6 + dropout) * size, (2 * 8 + 2 * 2 + dropout) * size, 4)
 
 
-def feed_forward(share: Share, tokens: float, width: float, count: float = 1) -> list[Operator]:
+def feed_forward(share: Portion, tokens: float, width: float, count: float = 1) -> list[Operator]:
     gates, h = (2 if share.model.gated else 1), share.model.hidden
     size = tokens * width
     return [
@@ -100,7 +100,7 @@ def feed_forward(share: Share, tokens: float, width: float, count: float = 1) ->
     ]
 
 
-def routed_experts(share: Share) -> list[Operator]:
+def routed_experts(share: Portion) -> list[Operator]:
     """Router, permutations to the experts and back, grouped products over this rank's experts."""
     model, h = share.model, share.model.hidden
     own = share.tokens / share.narrow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meshpar.planner.share import Share
+from meshpar.planner.share import Portion
 from meshpar.planner.transformer import Latent
 from meshpar.planner.workload import Collective, Operator
 
@@ -11,7 +11,7 @@ _CHEAP = ("norms and residuals", "activation", "queries", "keys and values")
 _CORE = ("attention", "scores", "softmax")
 
 
-def again(share: Share, operators: list[Operator]) -> list[Operator]:
+def again(share: Portion, operators: list[Operator]) -> list[Operator]:
     """What is computed once more before backward."""
     forward = [o for o in operators if o.phase == "forward"]
     if share.recompute == "none":
@@ -37,7 +37,7 @@ SELECTIVE = 0.45
 """Share of a block's activations that stay when every second product is computed again (measured on torchtitan's memory, the trial)."""
 
 
-def kept(share: Share, experts: bool) -> tuple[float, float]:
+def kept(share: Portion, experts: bool) -> tuple[float, float]:
     """Bytes a block keeps for backward, and what it keeps without recompute (arXiv 2205.05198, table 2, generalised)."""
     model, n, t, w = share.model, share.narrow, share.tp, share.width
     h, tokens = model.hidden, share.tokens

@@ -9,12 +9,12 @@ from functools import lru_cache
 from meshpar.errors import ConfigError, PlanError
 from meshpar.planner.mapping import SCHEDULES
 
-Row = list[tuple[str, int, int]]
+ActionRow = list[tuple[str, int, int]]
 """What one rank does in turn: `(kind, stage, microbatch)`; F forward, B backward, I and W its halves."""
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class RunOrder:
     """A schedule in an order in which it can run. Entry i of every tuple is action i."""
 
     ranks: int
@@ -70,7 +70,7 @@ def length(schedule: str, ranks: int, microbatches: int, times: Times) -> float:
     return again + round_trip * (microbatches - short - ranks) / ranks
 
 
-def run(program: Program, times: Times) -> float:
+def run(program: RunOrder, times: Times) -> float:
     """Simulate a program: seconds from the first start to the last end."""
     took = {"F": times.forward, "I": times.input, "W": times.weight, "B": tuple(map(sum, zip(times.input, times.weight)))}
     send, ends = times.send, [0.0] * (len(program.kinds) + 1)  # the last entry stands for "none": it ended at 0
@@ -107,7 +107,7 @@ def _enough(schedule: str, ranks: int, microbatches: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def program(schedule: str, ranks: int, stages: int, microbatches: int) -> Program:
+def program(schedule: str, ranks: int, stages: int, microbatches: int) -> RunOrder:
     """A schedule laid out. Raises `ConfigError` for an unknown one, `PlanError` if ranks wait for each other."""
     if schedule not in ROWS:
         raise ConfigError(f"schedule={schedule!r}; the planner simulates {', '.join(SCHEDULES)}.")
@@ -136,7 +136,7 @@ def program(schedule: str, ranks: int, stages: int, microbatches: int) -> Progra
                 moved = True
     if any(turn < len(row) for turn, row in zip(turns, rows)):
         raise PlanError(f"{schedule} on {ranks} ranks with {stages} stages and {microbatches} microbatches: ranks wait for each other.")
-    return Program(ranks, stages, microbatches, *map(tuple, found))
+    return RunOrder(ranks, stages, microbatches, *map(tuple, found))
 
 
 def _source(kind: str, stage: int, stages: int) -> tuple[str, int] | None:
@@ -148,22 +148,22 @@ def _source(kind: str, stage: int, stages: int) -> tuple[str, int] | None:
     return ("BI", stage + 1) if stage < stages - 1 else ("F", stage)
 
 
-def _one_forward_one_backward(rank: int, ranks: int, virtual: int, m: int) -> Row:
+def _one_forward_one_backward(rank: int, ranks: int, virtual: int, m: int) -> ActionRow:
     warm = min(ranks - rank - 1, m)
     forward, backward = [("F", rank, i) for i in range(m)], [("B", rank, i) for i in range(m)]
     return _alternate(forward, backward, warm)
 
 
-def _gpipe(rank: int, ranks: int, virtual: int, m: int) -> Row:
+def _gpipe(rank: int, ranks: int, virtual: int, m: int) -> ActionRow:
     return [(kind, rank, i) for kind in "FB" for i in range(m)]
 
 
-def _breadth_first(rank: int, ranks: int, virtual: int, m: int) -> Row:
+def _breadth_first(rank: int, ranks: int, virtual: int, m: int) -> ActionRow:
     stages = [rank + chunk * ranks for chunk in range(virtual)]
     return [("F", s, i) for s in stages for i in range(m)] + [("B", s, i) for s in reversed(stages) for i in range(m)]
 
 
-def _interleaved(rank: int, ranks: int, virtual: int, m: int) -> Row:
+def _interleaved(rank: int, ranks: int, virtual: int, m: int) -> ActionRow:
     """arXiv 2104.04473: groups of about `ranks` microbatches go through a rank's stages in turn."""
     group = m // max(1, m // ranks)
     starts = range(0, m, group)
@@ -173,9 +173,9 @@ def _interleaved(rank: int, ranks: int, virtual: int, m: int) -> Row:
     return _alternate(forward, backward, min(2 * (ranks - rank - 1) + (virtual - 1) * group, len(forward)))
 
 
-def _zero_bubble(rank: int, ranks: int, virtual: int, m: int) -> Row:
+def _zero_bubble(rank: int, ranks: int, virtual: int, m: int) -> ActionRow:
     """ZB-H1 of arXiv 2401.10241: 1f1b whose weight gradients on rank r wait r microbatches, into what was the bubble."""
-    row: Row = []
+    row: ActionRow = []
     done = 0
     for kind, stage, i in _one_forward_one_backward(rank, ranks, virtual, m):
         row.append(("I" if kind == "B" else kind, stage, i))
@@ -185,7 +185,7 @@ def _zero_bubble(rank: int, ranks: int, virtual: int, m: int) -> Row:
     return row + [("W", rank, i) for i in range(done, m)]
 
 
-def _alternate(forward: Row, backward: Row, warm: int) -> Row:
+def _alternate(forward: ActionRow, backward: ActionRow, warm: int) -> ActionRow:
     row = forward[:warm]
     for ahead, back in zip(forward[warm:], backward):
         row += [ahead, back]

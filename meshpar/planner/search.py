@@ -16,7 +16,7 @@ from meshpar.planner.cost import PARTS, Memo, StepTime, rates, timed
 from meshpar.planner.hardware import GiB
 from meshpar.planner.layers import assemble
 from meshpar.planner.mapping import RECOMPUTE, Job, Mapping, complaints
-from meshpar.planner.memory import Memory, fullest, roughly
+from meshpar.planner.memory import PeakMemory, fullest, roughly
 
 SIMULATED = 48
 """So many of the fastest by closed form are simulated, and of so many shapes the best, and of every family the best."""
@@ -50,7 +50,7 @@ class Candidate:
 
     mapping: Mapping
     time: StepTime
-    memory: Memory
+    memory: PeakMemory
     simulated: bool
 
     @property
@@ -83,7 +83,7 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class Found:
+class Search:
     """What a search found, fastest first; `lost` has the best of each other family."""
 
     job: Job
@@ -100,7 +100,7 @@ class Found:
         return self.ranked[0]
 
 
-def search(job: Job, space: Space | None = None, constants: Constants | None = None, *, top: int = 10) -> Found:
+def search(job: Job, space: Space | None = None, constants: Constants | None = None, *, top: int = 10) -> Search:
     """Every mapping in a space that the job allows, ranked by estimated time among those that fit in memory.
 
     All are timed in closed form; the fastest, and the best of each family, with their pipeline simulated. Of recompute, the least that
@@ -116,7 +116,7 @@ def search(job: Job, space: Space | None = None, constants: Constants | None = N
     constants, room = constants or Constants.default(), limit(job)
     speed, memo = rates(job.cluster.hardware, job.software, constants), Memo()
     fitting: list[Candidate] = []
-    small: dict[str, tuple[Mapping, Memory]] = {}  # family -> of the mappings that do not fit, the one that lacks least
+    small: dict[str, tuple[Mapping, PeakMemory]] = {}  # family -> of the mappings that do not fit, the one that lacks least
     tried = 0
     for options in candidates(job, space or Space()):
         for mapping in options:
@@ -143,7 +143,7 @@ def search(job: Job, space: Space | None = None, constants: Constants | None = N
     lost = _lost(job, ranked, small, constants)
     shapes = {shape(one.mapping): one for one in reversed(ranked)}
     different = sorted(shapes.values(), key=_rank)
-    return Found(job, tuple(ranked[:top]), tuple(different[:top]), lost, tried, len(fitting), time.perf_counter() - begun)
+    return Search(job, tuple(ranked[:top]), tuple(different[:top]), lost, tried, len(fitting), time.perf_counter() - begun)
 
 
 def family(mapping: Mapping) -> str:
@@ -238,7 +238,7 @@ def _rank(one: Candidate) -> tuple[object, ...]:
     return round(log(one.seconds) / 0.005), axes, m.cp, m.virtual, m.microbatch, RECOMPUTE.index(m.recompute), one.seconds
 
 
-def _lost(job: Job, ranked: list[Candidate], small: Map[str, tuple[Mapping, Memory]], constants: Constants) -> tuple[Lost, ...]:
+def _lost(job: Job, ranked: list[Candidate], small: Map[str, tuple[Mapping, PeakMemory]], constants: Constants) -> tuple[Lost, ...]:
     best, room = ranked[0], limit(job) / GiB
     found: dict[str, Lost] = {}
     for one in ranked:

@@ -9,7 +9,7 @@ from meshpar.planner.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class Share:
+class Portion:
     """The part of a microbatch and of the model that one rank has: what a layer's sizes depend on."""
 
     model: Transformer

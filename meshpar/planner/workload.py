@@ -76,7 +76,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Axis:
+class AxisSpan:
     """A mesh axis of the planner: how many ranks, and how far apart neighbours are in the order of ranks."""
 
     name: str
@@ -85,7 +85,7 @@ class Axis:
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class StageLoad:
     """A stage's layers with how often each comes, and the collectives of its step."""
 
     layers: tuple[tuple[Layer, int], ...]
@@ -109,13 +109,13 @@ class Stage:
 class Workload:
     """A step of training as every rank of every stage performs it."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StageLoad, ...]
     """In the order of the model; stage i runs on pipeline rank i modulo `ranks`."""
     ranks: int
     """Pipeline ranks."""
     schedule: str
     microbatches: int
-    axes: Mapping[str, Axis]
+    axes: Mapping[str, AxisSpan]
     send: float
     """Bytes that pass between stages per microbatch and direction."""
     data_parallel: str
@@ -133,7 +133,7 @@ class Workload:
         """Stages per pipeline rank."""
         return len(self.stages) // self.ranks
 
-    def of_rank(self, rank: int) -> tuple[Stage, ...]:
+    def of_rank(self, rank: int) -> tuple[StageLoad, ...]:
         """The stages of a pipeline rank."""
         return self.stages[rank :: self.ranks]
 
@@ -163,7 +163,7 @@ def _complaints(work: Workload) -> Iterator[str]:
     yield from (f"{c.name}: no axis {c.axis!r} in the workload." for one in work.stages for c in one.collectives if c.axis not in work.axes)
 
 
-def _of_layer(layer: Layer, axes: Mapping[str, Axis]) -> Iterator[str]:
+def _of_layer(layer: Layer, axes: Mapping[str, AxisSpan]) -> Iterator[str]:
     for operator in layer.operators:
         if operator.kind not in KINDS or operator.phase not in PHASES:
             yield (

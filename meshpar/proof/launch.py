@@ -38,7 +38,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """One thread per rank: as many ranks as cores, or more, would otherwise fight over them. And no advice that every rank repeats."""
 
 Start = Literal["fork", "spawn"]
-Task = tuple[Callable[..., Any], tuple[Any, ...]]
+RankTask = tuple[Callable[..., Any], tuple[Any, ...]]
 PATIENCE = 30.0
 """Seconds for the trial of `afresh`, which takes milliseconds where forks are right and may hang where they are not."""
 
@@ -170,7 +170,7 @@ def _forked(rank: int, world: int, folder: str, timeout: float, fn: Callable[...
         _rank(rank, world, folder, timeout, lambda: (fn, args))
 
 
-def _rank(rank: int, world: int, folder: str, timeout: float, task: Callable[[], Task]) -> None:
+def _rank(rank: int, world: int, folder: str, timeout: float, task: Callable[[], RankTask]) -> None:
     try:
         fn, args = task()
         store = f"file://{folder}/store"

@@ -38,7 +38,7 @@ FLOOR = 1e-3
 
 Typed = tuple[tuple[str, int, tuple[Type, ...]], ...]
 Edge = tuple[str, str]
-Held = tuple[torch.Tensor, "Typed", int]
+HeldValue = tuple[torch.Tensor, "Typed", int]
 """A whole value, and how ranks hold it: the types of all results of what made it, and which of them it is."""
 
 
@@ -166,7 +166,7 @@ class _Both:
                     whole = torch.cat(pieces, type_.dim) if pieces else whole.narrow(type_.dim, 0, 0)
         return whole
 
-    def distance(self, held: Held, parts: Mapping[int, torch.Tensor], summed: type, floor: float) -> float:
+    def distance(self, held: HeldValue, parts: Mapping[int, torch.Tensor], summed: type, floor: float) -> float:
         """How far the ranks' parts are from the whole they are parts of; those of type `summed` are added up over their axis first."""
         right, typed, index = held
         add = [axis for axis, _, types in typed if isinstance(_one(types, index), summed)]

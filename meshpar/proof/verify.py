@@ -267,7 +267,7 @@ def _after(steps: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Differences:
     """Quantity -> name -> relative difference."""
 
     values: Mapping[str, Mapping[str, float]]
@@ -277,7 +277,7 @@ class _Found:
 # ---- the parallel program --------------------------------------------------------------------------------------------------------------
 
 
-def _on_given_ranks(task: Task, reference: Reference, mesh: DeviceMesh) -> _Found:
+def _on_given_ranks(task: Task, reference: Reference, mesh: DeviceMesh) -> _Differences:
     """On the ranks of a mesh that exists: all of them are here."""
     found = _compare(task, reference, mesh)
     if is_simulated() or mesh.size() == 1:
@@ -287,13 +287,13 @@ def _on_given_ranks(task: Task, reference: Reference, mesh: DeviceMesh) -> _Foun
     return _merged(everyone)
 
 
-def _on_rank(task: Task, reference: Reference, sizes: Mapping[str, int]) -> _Found:
+def _on_rank(task: Task, reference: Reference, sizes: Mapping[str, int]) -> _Differences:
     if not of_parameters(task.model):  # sent by a file, which loses them
         attach(task.model, task.hooks)
     return _compare(task, reference, make_mesh(sizes, "cpu"))
 
 
-def _compare(task: Task, reference: Reference, mesh: DeviceMesh) -> _Found:
+def _compare(task: Task, reference: Reference, mesh: DeviceMesh) -> _Differences:
     """Train in parallel, and measure how far this rank (every simulated rank) is from the reference."""
     losses, norms, gradients = dict[str, float](), dict[str, float](), dict[str, float]()
     with task.conditions():
@@ -313,7 +313,7 @@ def _compare(task: Task, reference: Reference, mesh: DeviceMesh) -> _Found:
     values = {"loss": losses, "gradients": gradients, "gradient norm": norms}
     values[_after(len(task.batches))] = _parameter_distances(pm, reference)
     buffers = _buffer_distances(pm, reference)
-    return _Found(values | ({"buffers": buffers} if buffers else {}), _notes(pm))
+    return _Differences(values | ({"buffers": buffers} if buffers else {}), _notes(pm))
 
 
 def _leave_out(pm: ParallelModel, names: frozenset[str]) -> None:
@@ -477,7 +477,7 @@ def _where(task: Task, report: Report, sizes: Mapping[str, int]) -> tuple[str, .
 # ---- reporting -------------------------------------------------------------------------------------------------------------------------
 
 
-def _report(task: Task, expected: _Expected, found: _Found, sizes: Mapping[str, int], where: str) -> Report:
+def _report(task: Task, expected: _Expected, found: _Differences, sizes: Mapping[str, int], where: str) -> Report:
     measured = {quantity: _in_units(values, expected.own.get(quantity)) for quantity, values in found.values.items()}
     report = Report(
         type(task.model).__name__,
@@ -503,17 +503,17 @@ def _drew(reference: Reference) -> tuple[str, ...]:
     return (f"random numbers that the model draws were replaced by the same fixed ones in both programs: {', '.join(reference.drew)}.",)
 
 
-def _merged(found: Sequence[_Found]) -> _Found:
+def _merged(found: Sequence[_Differences]) -> _Differences:
     """The largest difference of any rank; ranks of a pipeline hold different parameters."""
     merged: dict[str, dict[str, float]] = {}
     for one in found:
         for quantity, values in one.values.items():
             own = merged.setdefault(quantity, {})
             own.update({name: max(value, own.get(name, 0.0)) for name, value in values.items()})
-    return _Found(merged, tuple(dict.fromkeys(note for one in found for note in one.notes)))
+    return _Differences(merged, tuple(dict.fromkeys(note for one in found for note in one.notes)))
 
 
-def _complete(found: _Found, reference: Reference) -> _Found:
+def _complete(found: _Differences, reference: Reference) -> _Differences:
     """A parameter that no rank has is lost."""
     for quantity, values in found.values.items():
         if quantity.startswith(("gradients", "parameters")):

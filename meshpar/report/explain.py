@@ -24,7 +24,7 @@ from meshpar.sharding.types import Shard, Type, local_shape
 TENSOR = "tp"
 
 
-class Text(str):
+class Readable(str):
     """A string that shells and notebooks show as it reads."""
 
     __slots__ = ()
@@ -43,7 +43,7 @@ def explain(
     dropped: Sequence[str] = (),
     unrecognised: Mapping[str, str] | None = None,
     order: Order | None = None,
-) -> Text:
+) -> Readable:
     """What a plan says, for people.
 
     `graph` is the lowered graph of the plan. `inlined`: blocks that run in the root, with the reason; `averaged`: terms of the loss that
@@ -53,7 +53,7 @@ def explain(
     sections = [_mesh(plan), [] if order is None else _stages(plan, order), _parameters(plan, graph), _residual(plan, graph)]
     sections += [_communication(plan, order), _repeated(plan, graph)]
     sections.append(_remarks(inlined or {}, averaged, within, dropped, unrecognised or {}))
-    return Text("\n\n".join("\n".join(lines) for lines in sections if lines))
+    return Readable("\n\n".join("\n".join(lines) for lines in sections if lines))
 
 
 def count(n: float, unit: str = "") -> str:

@@ -66,7 +66,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._programs: dict[str, Call] = {}
+        self._programs: dict[str, ModuleCall] = {}
 
     def forward(self, key: str, *args: Any) -> Any:
         """Run this block's share of program `key`."""
@@ -145,11 +145,11 @@ class Tree(Block):
             for call in module._programs.values() if isinstance(module, Block) else ():
                 call.parameters.dtype = dtype
 
-    def _call(self, path: str, piece: Piece, constants: Mapping[str, torch.Tensor], *, mutations: Sequence[str] = ()) -> Call:
+    def _call(self, path: str, piece: Piece, constants: Mapping[str, torch.Tensor], *, mutations: Sequence[str] = ()) -> ModuleCall:
         unknown = [name for name in piece.constants if name not in constants]
         if unknown:
             raise ValueError(f"the graph reads {', '.join(unknown)}, which is neither a parameter, a buffer nor a constant.")
-        call = Call(
+        call = ModuleCall(
             self._code(piece.graph, path),
             [self._store(fqn, parameter=True) for fqn in piece.parameters],
             [self._store(fqn, parameter=False) for fqn in piece.buffers],
@@ -191,7 +191,7 @@ class _Library:
         return _Library(dict(self.codes), dict(self.cuts))
 
 
-class Call:
+class ModuleCall:
     """One module's share of one program: its code and where its tensors are found at the moment of the call."""
 
     __slots__ = ("buffers", "code", "constants", "copied", "mutations", "parameters")

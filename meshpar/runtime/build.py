@@ -15,7 +15,7 @@ from meshpar._torch import forget_meshes
 from meshpar.compile.program import Program, left_alone
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
-from meshpar.init.meta import Share, Source, materialise
+from meshpar.init.meta import Share, WeightsFrom, materialise
 from meshpar.init.weights import Lazy
 from meshpar.mesh import axis, spread
 from meshpar.pipeline.order import Schedule
@@ -24,7 +24,7 @@ from meshpar.pipeline.ties import Ties
 from meshpar.plan import ParameterPlan, Plan
 from meshpar.runtime import place
 from meshpar.runtime.blocks import Block, Tree
-from meshpar.runtime.data_parallel import DataParallel
+from meshpar.runtime.data_parallel import DataParallelism
 from meshpar.runtime.data_parallel import apply as apply_data_parallel
 from meshpar.runtime.engine import Engine, Whole, teach
 from meshpar.runtime.parameters.specs import ParameterSpec, mark_all
@@ -41,7 +41,7 @@ def build(
     program: Program,
     schedule: Schedule | None,
     *,
-    weights: Source | None = None,
+    weights: WeightsFrom | None = None,
     filled: bool = True,
 ) -> Engine:
     """The engine that runs `program` on this rank, with the values of `model`, or those in `weights`; with none if not `filled`.
@@ -55,7 +55,7 @@ def build(
     specs = {name: _spec(name, plan, config, own) for name, plan in plans.items()}
     if is_simulated():
         tree = _simulated(model, mesh, config, program, specs, weights, filled)
-        return Whole(tree, DataParallel(Block(), config.data_parallel, ()), program)
+        return Whole(tree, DataParallelism(Block(), config.data_parallel, ()), program)
     parameters = {name: place.empty(spec, spmd) for name, spec in specs.items()}
     alone = left_alone(program.plan, mesh, config)
     keeps = schedule is not None and schedule.defers(config.microbatches)
@@ -115,7 +115,7 @@ def _fill(
     config: ParallelConfig,
     trees: Mapping[int, Tree],
     parameters: Mapping[str, nn.Parameter],
-    weights: Source | None,
+    weights: WeightsFrom | None,
     share: Share,
 ) -> None:
     """Give parameters and buffers their values."""
@@ -178,7 +178,7 @@ def _simulated(
     config: ParallelConfig,
     program: Program,
     specs: Mapping[str, ParameterSpec],
-    weights: Source | None,
+    weights: WeightsFrom | None,
     filled: bool,
 ) -> Tree:
     """The tree of all simulated ranks, which live in this process: whole values are here, and every rank's part is cut from them."""

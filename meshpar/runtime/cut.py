@@ -21,7 +21,7 @@ from torch import fx
 from meshpar.ops.expect import EXPECT
 from meshpar.runtime.recompute import is_random
 
-Unit = str | fx.Node
+CutUnit = str | fx.Node
 """What the root runs as one step: a block (its path) or a single node."""
 
 
@@ -153,7 +153,7 @@ class _Cutter:
                 self.owner[node] = None
         self._settle_constants()
 
-    def _order(self) -> list[Unit]:
+    def _order(self) -> list[CutUnit]:
         """The units in an order that runs, as near to the graph's own as can be; regions in the way of one are inlined."""
         while True:
             order, stuck = self._try_order()
@@ -162,22 +162,22 @@ class _Cutter:
             self._inline(stuck, "its nodes do not lie together: something outside stands between them")
             self._keep_shared_parameters_out()
 
-    def _try_order(self) -> tuple[list[Unit], str | None]:
-        needs: dict[Unit, set[Unit]] = {}
-        first: dict[Unit, int] = {}
+    def _try_order(self) -> tuple[list[CutUnit], str | None]:
+        needs: dict[CutUnit, set[CutUnit]] = {}
+        first: dict[CutUnit, int] = {}
         for node in self.calls:
             unit = self._unit(node)
             first.setdefault(unit, self.index[node])
             inputs = {self._unit(i) for i in node.all_input_nodes if i in self.owner}
             needs.setdefault(unit, set()).update(inputs - {unit})
-        feeds: dict[Unit, list[Unit]] = defaultdict(list)
+        feeds: dict[CutUnit, list[CutUnit]] = defaultdict(list)
         for unit, inputs in needs.items():
             for i in inputs:
                 feeds[i].append(unit)
         waiting = {unit: len(inputs) for unit, inputs in needs.items()}
         ready = [(first[unit], _Item(unit)) for unit, count in waiting.items() if count == 0]
         heapq.heapify(ready)
-        order: list[Unit] = []
+        order: list[CutUnit] = []
         while ready:
             unit = heapq.heappop(ready)[1].unit
             order.append(unit)
@@ -191,7 +191,7 @@ class _Cutter:
         left = sorted((u for u in needs if u not in done and isinstance(u, str)), key=lambda u: first[u])
         return order, next(u for u in left if _reaches(u, feeds))
 
-    def _unit(self, node: fx.Node) -> Unit:
+    def _unit(self, node: fx.Node) -> CutUnit:
         owner = self.owner[node]
         return node if owner is None else owner
 
@@ -230,7 +230,7 @@ class _Cutter:
             return None if fqn in self.mutated else ("buffers", fqn)
         return "constants", fqn
 
-    def _root(self, order: Sequence[Unit], blocks: Mapping[str, Piece], outputs: Mapping[str, Sequence[fx.Node]]) -> Piece:
+    def _root(self, order: Sequence[CutUnit], blocks: Mapping[str, Piece], outputs: Mapping[str, Sequence[fx.Node]]) -> Piece:
         passed = {a for piece in blocks.values() for a in piece.arguments}
         reads = [
             n for n in self.graph.nodes if n.op == "get_attr" and (n in passed or any(self.owner.get(user) is None for user in n.users))
@@ -286,7 +286,7 @@ class _Build:
 class _Item:
     """Lets a unit stand in a heap beside another of the same index (there is none, but tuples compare their ends)."""
 
-    unit: Unit
+    unit: CutUnit
 
     def __lt__(self, other: _Item) -> bool:
         return False
@@ -304,9 +304,9 @@ def _names(aliases: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     return {canonical: tuple(all_names) for canonical, all_names in names.items()}
 
 
-def _reaches(start: str, feeds: Mapping[Unit, Sequence[Unit]]) -> bool:
+def _reaches(start: str, feeds: Mapping[CutUnit, Sequence[CutUnit]]) -> bool:
     """Whether a unit is fed by what it feeds."""
-    seen: set[Unit] = set()
+    seen: set[CutUnit] = set()
     stack = list(feeds.get(start, ()))
     while stack:
         unit = stack.pop()

@@ -39,7 +39,7 @@ _REPLICATED_AXES = ("dp_replicate",)
 
 
 @dataclass(frozen=True)
-class DataParallel:
+class DataParallelism:
     """Data parallelism as it was applied: call `microbatch` before each microbatch's forward."""
 
     root: nn.Module
@@ -86,7 +86,7 @@ class DataParallel:
             self.microbatch(0, 1)
 
 
-def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool = False, alone: Collection[str] = ()) -> DataParallel:
+def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool = False, alone: Collection[str] = ()) -> DataParallelism:
     """Apply data parallelism over the data axes of `mesh` to all blocks of `tree`, then to the rest.
 
     Every parameter becomes a DTensor over all axes of `mesh` but `pp`, under its own name; layouts attached to parameters stay attached.
@@ -102,7 +102,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     data = tuple(n for n in names if n in DATA_AXES)
     if not data:
         tree.set_compute_dtype(precision.compute_dtype)
-        return DataParallel(tree, config.data_parallel, ())
+        return DataParallelism(tree, config.data_parallel, ())
     spmd = mesh if names == mesh.mesh_dim_names else mesh[names]
     left = {p for name, p in tree.named_parameters() if name in alone}
     if left:
@@ -129,7 +129,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(tree, units, config)
     tree.register_forward_hook(_reshard_without_gradients)
-    return DataParallel(tree, config.data_parallel, units, keeps)
+    return DataParallelism(tree, config.data_parallel, units, keeps)
 
 
 def _dims(data: Sequence[str], mode: Mode) -> DataParallelMeshDims:

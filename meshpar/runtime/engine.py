@@ -10,7 +10,7 @@ import torch
 
 from meshpar.compile.program import Program
 from meshpar.runtime.blocks import Tree
-from meshpar.runtime.data_parallel import DataParallel
+from meshpar.runtime.data_parallel import DataParallelism
 
 Inputs = Mapping[str, Any]
 """What a graph is run on, by the names of its placeholders: the tensors of a microbatch, denominators, the random key."""
@@ -92,7 +92,7 @@ def times(scale: torch.Tensor | None, loss: torch.Tensor) -> torch.Tensor | None
 class Whole(Engine):
     """Every rank runs the whole model: microbatches one after the other."""
 
-    def __init__(self, tree: Tree, data: DataParallel, first: Program) -> None:
+    def __init__(self, tree: Tree, data: DataParallelism, first: Program) -> None:
         super().__init__({0: tree}, first)
         self._tree, self._data = tree, data
 

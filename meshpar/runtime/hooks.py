@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from meshpar._torch import local_of, maybe_disable_local_tensor_mode
 from meshpar.capture.hooks.models import ModelHooks, fn_name, refuse_global
 from meshpar.errors import ConfigError
-from meshpar.ops.hooks import Hook, Watch, of_torch, replaced
+from meshpar.ops.hooks import Hook, HookWatch, of_torch, replaced
 from meshpar.runtime.parameters.specs import from_true, gathered, spec_of
 
 
@@ -102,7 +102,7 @@ class StepHooks:
         with maybe_disable_local_tensor_mode():
             for fn in hooks:
                 hook = Hook(name, f"The hook {fn_name(fn)} on the parameter {name!r}", lambda grads: None, self._model.given.stale)
-                with Watch(hook, (), parts=False):
+                with HookWatch(hook, (), parts=False):
                     returned = fn(whole)
                 (whole,) = replaced(hook.told, (whole,), (returned,))
         if not isinstance(grad, DTensor):

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from meshpar.capture.state.places import ABSENT
 from meshpar.capture.state.taken import without_autocast
-from meshpar.compile.program import Program, Programs, Signature, flatten, restore
+from meshpar.compile.program import BatchSignature, Program, Programs, flatten, restore
 from meshpar.compile.state.following import show
 from meshpar.config import ParallelConfig
 from meshpar.errors import BatchError, ConfigError
@@ -61,7 +61,7 @@ class ParallelModel(nn.Module):
 
     # Written past nn.Module's own bookkeeping, which would take them for submodules.
     _engine: Engine
-    _checked: set[tuple[Signature, int]]
+    _checked: set[tuple[BatchSignature, int]]
     _together: Together
     _tallies: list[Tally]
     _hooks: StepHooks

@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Mode = Literal["none", "selective", "full"]
-Code = Callable[..., Any]
+BlockCode = Callable[..., Any]
 
 _EXPENSIVE = frozenset(
     """
@@ -30,7 +30,7 @@ _EXPENSIVE = frozenset(
 _COLLECTIVES = ("_c10d_functional::", "c10d_functional::", "_dtensor::")
 
 
-def wrap(code: Code, mode: Mode, graph: fx.Graph) -> Code:
+def wrap(code: BlockCode, mode: Mode, graph: fx.Graph) -> BlockCode:
     """`code` with recompute: the same results and gradients, less memory between forward and backward. `graph` is what it runs.
 
     Without gradients it is called as it is. Random numbers are drawn again from the state they were first drawn from.

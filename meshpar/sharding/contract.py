@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from meshpar.graph.captured import Info
 from meshpar.sharding.types import Type
 
-Source = tuple[int, int] | int
+StepSource = tuple[int, int] | int
 """(step, result) inside the problem, or an index into what is given from outside."""
 Convert = Callable[[Type, Type, Info, bool], "float | None"]
 """Cost of a conversion (the last argument says whether it is a parameter's), None where there is none."""
@@ -42,7 +42,7 @@ class Group:
 
     members: tuple[int, ...]
     ways: tuple[Way, ...]
-    operands: tuple[Source, ...]
+    operands: tuple[StepSource, ...]
     outs: tuple[Info | None, ...]
 
     @property

@@ -18,7 +18,7 @@ Axes = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
-class Call:
+class BoundOp:
     """One operator call with its signature and the extent behind each of its names."""
 
     op: Op
@@ -34,14 +34,14 @@ class Inference:
 
     extents: Extents
     dims: Mapping[Value, Axes]
-    calls: Mapping[fx.Node, Call]
+    calls: Mapping[fx.Node, BoundOp]
 
 
 def infer(graph: fx.Graph) -> Inference:
     """Bind every rule and unify extents along the graph, in time linear in its size."""
     extents = Extents()
     dims: dict[Value, Axes] = {}
-    calls: dict[fx.Node, Call] = {}
+    calls: dict[fx.Node, BoundOp] = {}
     signatures: dict[tuple[object, ...], Signature | None] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
@@ -57,7 +57,7 @@ def _fresh(extents: Extents, shape: tuple[int, ...]) -> Axes:
     return tuple(extents.new(n) if n > 1 else None for n in shape)
 
 
-def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node, signatures: dict[tuple[object, ...], Signature | None]) -> Call:
+def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node, signatures: dict[tuple[object, ...], Signature | None]) -> BoundOp:
     op, kind = read(node), kind_of(node)
     if kind not in signatures:
         signatures[kind] = rule_for(op)
@@ -79,7 +79,7 @@ def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node, signatures: 
             dims[node, index] = _fresh(extents, info.shape)
         else:
             dims[node, index] = _result(extents, names, signature, index, info.shape)
-    return Call(op, signature, names, kind)
+    return BoundOp(op, signature, names, kind)
 
 
 def _result(extents: Extents, names: dict[str, int], signature: Signature, index: int, shape: tuple[int, ...]) -> Axes:
@@ -110,7 +110,7 @@ def _build(extents: Extents, names: dict[str, int], dim: Dim, signature: Signatu
     return extents.row(segments)
 
 
-def pattern_in(call: Call, extents: Extents, dim: Dim, group: frozenset[str], factor: int) -> Pattern | None:
+def pattern_in(call: BoundOp, extents: Extents, dim: Dim, group: frozenset[str], factor: int) -> Pattern | None:
     """How `factor` lies in a dim of an operand when exactly the names of `group` are cut, or None when that is impossible."""
     found: list[Pattern] = []
     assert call.signature is not None

@@ -15,7 +15,7 @@ from scipy.sparse import coo_matrix
 
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Info
-from meshpar.sharding.contract import Group, Source, Way, contract
+from meshpar.sharding.contract import Group, StepSource, Way, contract
 from meshpar.sharding.conversions import ALL_GATHER, cost, wire_bytes
 from meshpar.sharding.price import Price
 from meshpar.sharding.types import Owned, Partial, Ragged, Replicate, Shard, Type
@@ -26,7 +26,7 @@ _GATHERED = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ProgramStep:
     """One operator of the program: its typings, and for each operand the (step, result) that makes it, or an index into `given`."""
 
     options: tuple[Choice, ...]
@@ -38,7 +38,7 @@ class Step:
 class Problem:
     """A group of operators. `given`: values from outside with their type. `wanted`: (step, result, type) someone outside needs."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ProgramStep, ...]
     given: tuple[tuple[Info, Type], ...]
     wanted: tuple[tuple[int, int, Type], ...]
     size: int
@@ -94,7 +94,7 @@ class _Model:
             self._row([(first + k, 1.0) for k in range(len(group.ways))], 1.0, 1.0)
 
     def _uses(self) -> None:
-        wanted: dict[Source, dict[Type, list[list[int]]]] = {}
+        wanted: dict[StepSource, dict[Type, list[list[int]]]] = {}
         for group, first in zip(self.groups, self.first, strict=True):
             for place, operand in enumerate(group.operands):
                 by_type: dict[Type, list[int]] = {}
@@ -107,7 +107,7 @@ class _Model:
         for source, by in wanted.items():
             self._source(source, by)
 
-    def _source(self, source: Source, wanted: dict[Type, list[list[int]]]) -> None:
+    def _source(self, source: StepSource, wanted: dict[Type, list[list[int]]]) -> None:
         made, info, parameter = self._made(source)
         for type_, users in wanted.items():
             terms = [(column, -1.0) for column in made.get(type_, [])]
@@ -125,7 +125,7 @@ class _Model:
                 needed = [(c, 1.0) for c in user]
                 self._row([*needed, *terms], -np.inf, constant if user else constant - 1.0)
 
-    def _made(self, source: Source) -> tuple[dict[Type, list[int]], Info, bool]:
+    def _made(self, source: StepSource) -> tuple[dict[Type, list[int]], Info, bool]:
         """Types a value can be made in -> the variables that make it so (an empty list: it just is so); and whether it is a parameter."""
         if isinstance(source, int):
             info, type_ = self.problem.given[source]
@@ -159,7 +159,7 @@ class _Model:
         return tuple(picked)
 
 
-def unit_of(steps: Sequence[Step], size: int, price: Price) -> float:
+def unit_of(steps: Sequence[ProgramStep], size: int, price: Price) -> float:
     """Seconds to gather the largest result of any operator: the unit in which a program counts, so that its numbers are near 1."""
     largest = max((i.nbytes for s in steps if s.operands for i in s.outs if i is not None), default=0)
     return price.collective(wire_bytes(ALL_GATHER, largest, size))

@@ -9,7 +9,7 @@ Users add rows with `add_rule("mylib.my_op", "n [c], [c] -> n [c]")`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
@@ -17,9 +17,7 @@ import torch
 from meshpar.graph.op import Op
 from meshpar.sharding.conversions import CONVERSIONS
 from meshpar.sharding.notation import Dims, Signature, bind
-from meshpar.sharding.views import VIEWS, fixed_dims, named, sizes_of
-
-Rule = Callable[[Op], "Signature | None"]
+from meshpar.sharding.views import VIEWS, Rule, fixed_dims, named, sizes_of
 
 
 def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[str] = (), counts: Iterable[tuple[int, str]] = ()) -> Rule:

@@ -23,8 +23,8 @@ from meshpar.graph.op import Value, info_of, op_name, operands, value_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
 from meshpar.sharding.extents import shard
-from meshpar.sharding.infer import Call, Inference, infer
-from meshpar.sharding.milp import Problem, Step, choose
+from meshpar.sharding.infer import BoundOp, Inference, infer
+from meshpar.sharding.milp import Problem, ProgramStep, choose
 from meshpar.sharding.price import Price
 from meshpar.sharding.types import I, Owned, R, Shard, Type, plain
 from meshpar.sharding.typings import Choice, E, at_rest, choices
@@ -333,7 +333,7 @@ class _Solver:
                     value = value_of(operand)
                     places.append((index[value[0]], value[1]) if value[0] in index else given.setdefault(value, len(given)))
             info = node.meta["info"]
-            steps.append(Step(self._options(node, unit, whole), tuple(places), info if isinstance(info, tuple) else (info,)))
+            steps.append(ProgramStep(self._options(node, unit, whole), tuple(places), info if isinstance(info, tuple) else (info,)))
         wanted = tuple(
             (i, result, type_)
             for node, i in index.items()
@@ -367,7 +367,7 @@ class _Solver:
             )
         return self.made[key]
 
-    def _work(self, call: Call) -> float:
+    def _work(self, call: BoundOp) -> float:
         infos = [i for i in (*call.op.infos, *call.op.outs) if i is not None]
         grad = 3.0 if any(i.requires_grad for i in infos) else 1.0
         if call.op.name in _FREE:

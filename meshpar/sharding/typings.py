@@ -10,7 +10,7 @@ from torch import fx
 from meshpar.graph.captured import Info
 from meshpar.graph.op import value_of
 from meshpar.sharding.extents import shard
-from meshpar.sharding.infer import Call, Inference, pattern_in
+from meshpar.sharding.infer import BoundOp, Inference, pattern_in
 from meshpar.sharding.notation import Dim, Dims, Signature
 from meshpar.sharding.price import Price
 from meshpar.sharding.types import I, P, R, Ragged, Shard, Type, plain
@@ -37,7 +37,7 @@ def at_rest(info: Info, type_: Type) -> Type:
 
 
 def choices(
-    call: Call,
+    call: BoundOp,
     inference: Inference,
     factors: Iterable[int],
     size: int,
@@ -55,7 +55,7 @@ def choices(
     return tuple(one for choice in every if (one := _obeying(choice, call)) is not None)
 
 
-def _obeying(choice: Choice, call: Call) -> Choice | None:
+def _obeying(choice: Choice, call: BoundOp) -> Choice | None:
     """The typing under which an own backward gets only gradients that it may get; None where there is none.
 
     What it adds to the loss is the same on every rank, so that its operand is invariant. If the rest is not linear in the gradient, no
@@ -70,7 +70,7 @@ def _obeying(choice: Choice, call: Call) -> Choice | None:
 
 
 def _typings(
-    call: Call,
+    call: BoundOp,
     inference: Inference,
     factors: Iterable[int],
     size: int,
@@ -100,7 +100,7 @@ def _typings(
     return tuple(found) if ragged is None else (*found, ragged)
 
 
-def _ragged(call: Call, inference: Inference, found: Sequence[Choice], experts: frozenset[int], size: int, work: float) -> Choice | None:
+def _ragged(call: BoundOp, inference: Inference, found: Sequence[Choice], experts: frozenset[int], size: int, work: float) -> Choice | None:
     """The typing in which every rank has the rows of its own experts; None for what has no rows, or does not treat them alike."""
     cut = next((c for c in found if isinstance(c.outs[0], Shard)), None) if call.op.name in (DISPATCH, COMBINE) else None
     if call.op.name == DISPATCH and cut is not None:
@@ -134,26 +134,26 @@ def _of_expert(inference: Inference, operand: fx.Node, info: Info, experts: froz
     return R
 
 
-def _outs(call: Call, type_: Type) -> tuple[Type, ...]:
+def _outs(call: BoundOp, type_: Type) -> tuple[Type, ...]:
     return tuple(I if o is None else at_rest(o, type_) for o in call.op.outs)
 
 
-def _whole(call: Call, work: float) -> Choice:
+def _whole(call: BoundOp, work: float) -> Choice:
     return Choice((I,) * len(call.op.operands), tuple(I for _ in call.op.outs), work, "whole")
 
 
-def _replicated(call: Call, work: float) -> Choice:
+def _replicated(call: BoundOp, work: float) -> Choice:
     return Choice(tuple(at_rest(i, R) for i in call.op.infos), _outs(call, R), work, "replicated")
 
 
-def _partial(call: Call, group: frozenset[int], work: float) -> list[Choice]:
+def _partial(call: BoundOp, group: frozenset[int], work: float) -> list[Choice]:
     if len(call.op.outs) != 1 or not call.op.operands:
         return []
     uses = tuple(P if i in group else at_rest(info, R) for i, info in enumerate(call.op.infos))
     return [Choice(uses, (P,), work, "partial")]
 
 
-def _groups(call: Call, inference: Inference, factor: int) -> list[frozenset[str]]:
+def _groups(call: BoundOp, inference: Inference, factor: int) -> list[frozenset[str]]:
     signature = call.signature
     assert signature is not None
     out: list[frozenset[str]] = []
@@ -165,7 +165,7 @@ def _groups(call: Call, inference: Inference, factor: int) -> list[frozenset[str
     return out
 
 
-def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, size: int, work: float, even: bool) -> Choice | None:
+def _cut(call: BoundOp, inference: Inference, group: frozenset[str], factor: int, size: int, work: float, even: bool) -> Choice | None:
     signature = call.signature
     assert signature is not None
     typed = [_type(call, inference, labels, group, factor, size, even) for labels in signature.inputs]
@@ -205,7 +205,7 @@ def _cut(call: Call, inference: Inference, group: frozenset[str], factor: int, s
     return Choice(tuple(uses), tuple(outs), work / size, " ".join(sorted(group)))
 
 
-def _type(call: Call, inference: Inference, labels: Dims, group: frozenset[str], factor: int, size: int, even: bool) -> Type | None:
+def _type(call: BoundOp, inference: Inference, labels: Dims, group: frozenset[str], factor: int, size: int, even: bool) -> Type | None:
     """The shard of one tensor when `group` is cut; R when it holds none of its names; None when that cannot be."""
     found: Type = R
     for d, dim in enumerate(labels):

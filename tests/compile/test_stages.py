@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from meshpar.compile.split import mark, shared_parameters, split
-from meshpar.compile.stages import Memory, Staging, choose
+from meshpar.compile.stages import Budget, Staging, choose
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
 from meshpar.sharding.price import Price
@@ -134,20 +134,20 @@ def test_another_cost() -> None:
 def test_memory_counts_state_and_microbatches_in_flight() -> None:
     graph = captured(*[32] * 4)
     parameters = 4 * (2 * 8 * 32 + 32 + 8)  # of a layer
-    plain, twice = (choose(graph, 2, price=COMPUTE, memory=Memory(state=s, microbatches=8)) for s in (1.0, 2.0))
+    plain, twice = (choose(graph, 2, price=COMPUTE, memory=Budget(state=s, microbatches=8)) for s in (1.0, 2.0))
     assert [b - a for a, b in zip(plain.memory, twice.memory)] == [2 * parameters + 4 * 8, 2 * parameters]
-    once = choose(graph, 2, price=COMPUTE, memory=Memory(state=1.0, microbatches=1))
+    once = choose(graph, 2, price=COMPUTE, memory=Budget(state=1.0, microbatches=1))
     activations = once.memory[0] - 2 * parameters - 4 * 8
     assert [b - a for a, b in zip(once.memory, plain.memory)] == [activations, 0], "the first stage holds two microbatches"
 
 
 def test_shared_parameters_are_counted_once_per_stage() -> None:
     _, _, graph = captured_model("albert")
-    found = choose(graph, 3, memory=Memory(state=1.0, microbatches=1))
+    found = choose(graph, 3, memory=Budget(state=1.0, microbatches=1))
     mark(graph.graph, found.starts)
     parts = split(graph.graph, 3, parameters=graph.parameters)
     assert len(shared_parameters(parts, graph.parameters)) >= 16
-    no_state = choose(graph, 3, memory=Memory(state=0.0, microbatches=1))
+    no_state = choose(graph, 3, memory=Budget(state=0.0, microbatches=1))
     for part, with_state, without in zip(parts, found.memory, no_state.memory):
         reads = {str(n.target): n.meta["info"].nbytes for n in part.graph.nodes if n.op == "get_attr" and n.target in graph.parameters}
         assert with_state - without == sum(reads.values())
@@ -155,9 +155,9 @@ def test_shared_parameters_are_counted_once_per_stage() -> None:
 
 def test_a_limit_moves_the_cuts() -> None:
     graph = captured(*[32] * 8)
-    free = choose(graph, 2, price=COMPUTE, memory=Memory(microbatches=64, state=0.0))
+    free = choose(graph, 2, price=COMPUTE, memory=Budget(microbatches=64, state=0.0))
     assert free.memory[0] > 1.8 * free.memory[1]
-    tight = choose(graph, 2, price=COMPUTE, memory=Memory(limit=0.75 * free.memory[0], microbatches=64, state=0.0))
+    tight = choose(graph, 2, price=COMPUTE, memory=Budget(limit=0.75 * free.memory[0], microbatches=64, state=0.0))
     assert max(tight.memory) <= 0.75 * free.memory[0] and tight.seconds[0] < tight.seconds[1]
 
 
@@ -166,9 +166,9 @@ def test_a_limit_that_cannot_be_met_names_one_that_can() -> None:
     with pytest.raises(
         PlanError, match=r"no cuts into 2 stages keep every stage within 1000 B: the best take (.*) KiB. Use more stages"
     ) as e:
-        choose(graph, 2, memory=Memory(limit=1000.0))
+        choose(graph, 2, memory=Budget(limit=1000.0))
     least = float(str(e.value).partition("best take ")[2].partition(" KiB")[0]) * 1024
-    assert max(choose(graph, 2, memory=Memory(limit=least * 1.001)).memory) <= least * 1.001
+    assert max(choose(graph, 2, memory=Budget(limit=least * 1.001)).memory) <= least * 1.001
 
 
 # -- as told -------------------------------------------------------------------------------------------------------------------------------

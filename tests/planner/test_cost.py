@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from meshpar.planner import Cluster, Constants, Job, Mapping, Stage, build, estimate, hardware, stack, step_time
+from meshpar.planner import Cluster, Constants, Job, Mapping, StageLoad, build, estimate, hardware, stack, step_time
 from meshpar.planner.cost import Memo, rates, timed
 from tests.planner.models import EXPERTS, LARGE, SMALL, job
 
@@ -21,11 +21,11 @@ def test_parts_add_up(mapping: Mapping) -> None:
 
 
 def test_one_product_takes_flops_and_bytes() -> None:
-    from meshpar.planner import Axis, Layer, Operator, Workload
+    from meshpar.planner import AxisSpan, Layer, Operator, Workload
 
     layer = Layer("product", (Operator("product", "matrix", "forward", flops=989e12, bytes=3350e9),))
-    axes = {name: Axis(name, 1, 1) for name in ("tp", "cp", "ep", "etp", "dp", "edp")}
-    work = Workload((Stage(((layer, 1),)),), 1, "1f1b", 3, axes, 0.0, "zero1", 1, 1.0)
+    axes = {name: AxisSpan(name, 1, 1) for name in ("tp", "cp", "ep", "etp", "dp", "edp")}
+    work = Workload((StageLoad(((layer, 1),)),), 1, "1f1b", 3, axes, 0.0, "zero1", 1, 1.0)
     parts = step_time(work, hardware("h100"), stack("megatron-2024"), CONSTANTS).parts
     assert parts["matrices"] == pytest.approx(3 * (1 / CONSTANTS["matrix hopper"] + 1 / CONSTANTS["memory"]), rel=1e-4)
 
@@ -78,14 +78,16 @@ def test_closed_form_ranks_as_the_simulation_times() -> None:
 
 def test_later_stages_sum_gradients_while_earlier_ones_still_compute() -> None:
     """All parameters on the last of two stages: its backward ends one stage before the step does, and that long its sum is hidden."""
-    from meshpar.planner import Axis, Collective, Layer, Operator, Workload
+    from meshpar.planner import AxisSpan, Collective, Layer, Operator, Workload
 
     part, software = hardware("h100"), stack("megatron-2021")
-    layer = Layer("products", tuple(Operator("product", "matrix", phase, 989e12) for phase in ("forward", "input", "weight")))  # type: ignore[arg-type]
-    axes = {name: Axis(name, 8 if name == "dp" else 1, 1) for name in ("tp", "cp", "ep", "etp", "dp", "edp")} | {"pp": Axis("pp", 2, 8)}
+    layer = Layer("products", tuple(Operator("product", "matrix", phase, 989e12) for phase in ("forward", "input", "weight")))
+    axes = {name: AxisSpan(name, 8 if name == "dp" else 1, 1) for name in ("tp", "cp", "ep", "etp", "dp", "edp")} | {
+        "pp": AxisSpan("pp", 2, 8)
+    }
     sums = (Collective("gradients", "all_reduce", "dp", "step", 300e9),)
     visible = []
-    for stages in ((Stage(((layer, 1),), sums), Stage(((layer, 1),))), (Stage(((layer, 1),)), Stage(((layer, 1),), sums))):
+    for stages in ((StageLoad(((layer, 1),), sums), StageLoad(((layer, 1),))), (StageLoad(((layer, 1),)), StageLoad(((layer, 1),), sums))):
         visible.append(step_time(Workload(stages, 2, "1f1b", 4, axes, 0.0, "replicate", 16, 1.0), part, software, CONSTANTS).parts["dp"])
     backward = 2 / CONSTANTS["matrix hopper"]
     assert visible[0] - max(0.0, visible[1]) == pytest.approx(min(visible[0], backward), rel=1e-3)

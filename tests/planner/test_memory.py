@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meshpar.planner import Mapping, Memory, build, memory, state_bytes
+from meshpar.planner import Mapping, build, memory, state_bytes
 from meshpar.planner.constants import Constants
 from meshpar.planner.hardware import GiB
 from meshpar.planner.memory import fullest, roughly
@@ -15,7 +15,7 @@ STACK = STACKS["megatron-2021"]
 CONSTANTS = Constants.default()
 
 
-def golden(mode: str = "zero1") -> tuple[Memory, ...]:
+def golden(mode: str = "zero1") -> tuple[PeakMemory, ...]:
     """tp 8 x pp 8 (virtual 2) x dp 8 = 512, sequence parallel, selective recompute, microbatches of one."""
     asked = job(GPT, "a100", 512, 2048, 1536, precision="fp16", stack="megatron-2021")
     return memory(build(asked, Mapping(8, 8, 2, data_parallel=mode, recompute="selective")), STACK, CONSTANTS)

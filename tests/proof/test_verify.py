@@ -48,10 +48,10 @@ def test_a_handwritten_gpt_with_fused_qkv_and_dropout() -> None:
 
 def test_a_model_that_computes_in_float32_inside_is_compared_in_float64() -> None:
     pytest.importorskip("transformers")
-    from meshpar.cli.causal_lm import Sizes, Text, small_model
+    from meshpar.cli.causal_lm import Corpus, SmallSizes, small_model
 
-    model = small_model("llama", Sizes(layers=1, hidden=32, heads=4, kv_heads=2, sequence=16))
-    report = verify(model, "tp=2", Text().batch(0, samples=2, sequence=16))
+    model = small_model("llama", SmallSizes(layers=1, hidden=32, heads=4, kv_heads=2, sequence=16))
+    report = verify(model, "tp=2", Corpus().batch(0, samples=2, sequence=16))
     assert report.ok and max(d.largest for d in report.differences) < 1e-12, str(report)
 
 
@@ -290,11 +290,11 @@ def test_checkpoints_inside_the_model(how: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
     pytest.importorskip("transformers")
-    from meshpar.cli.causal_lm import Sizes, Text, small_model
+    from meshpar.cli.causal_lm import Corpus, SmallSizes, small_model
 
-    model = small_model("llama", Sizes(layers=1, hidden=32, heads=4, kv_heads=2, sequence=16))
+    model = small_model("llama", SmallSizes(layers=1, hidden=32, heads=4, kv_heads=2, sequence=16))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    report = verify(model, "tp=2", Text().batch(0, samples=2, sequence=16)).raise_if_failed()
+    report = verify(model, "tp=2", Corpus().batch(0, samples=2, sequence=16)).raise_if_failed()
     assert max(d.largest for d in report.differences) < 1e-12
 
 

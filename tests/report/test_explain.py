@@ -8,7 +8,7 @@ import torch
 from meshpar.cli.look import explained
 from meshpar.config import ParallelConfig
 from meshpar.plan import ParameterPlan, Plan
-from meshpar.report.explain import Text, _enumerated, _local, _words, count, table
+from meshpar.report.explain import Readable, _enumerated, _local, _words, count, table
 from meshpar.runtime.model import ParallelModel
 from meshpar.sharding.types import I, R, Shard, plain
 from tests.capture.models import GPT
@@ -69,7 +69,7 @@ def test_without_a_tensor_axis() -> None:
 
 
 def test_it_shows_as_it_reads() -> None:
-    assert repr(Text("a\nb")) == "a\nb" and isinstance(Text("a"), str)
+    assert repr(Readable("a\nb")) == "a\nb" and isinstance(Readable("a"), str)
 
 
 def test_words() -> None:

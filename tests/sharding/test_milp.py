@@ -7,7 +7,7 @@ import torch
 
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Info
-from meshpar.sharding.milp import Problem, Step, choose, possible
+from meshpar.sharding.milp import Problem, ProgramStep, choose, possible
 from meshpar.sharding.price import Price
 from meshpar.sharding.types import I, P, R, Type, plain
 from meshpar.sharding.typings import Choice
@@ -18,8 +18,8 @@ PRICE = Price()
 GATHER = PRICE.collective(INFO.nbytes / 2)
 
 
-def _step(*options: tuple[tuple[Type, ...], Type, float], operands: tuple[tuple[int, int] | int, ...] = ()) -> Step:
-    return Step(tuple(Choice(uses, (out,), cost, "") for uses, out, cost in options), operands, (INFO,))
+def _step(*options: tuple[tuple[Type, ...], Type, float], operands: tuple[tuple[int, int] | int, ...] = ()) -> ProgramStep:
+    return ProgramStep(tuple(Choice(uses, (out,), cost, "") for uses, out, cost in options), operands, (INFO,))
 
 
 def test_the_cheaper_typing_is_chosen() -> None:
@@ -54,7 +54,7 @@ def test_given_values_are_converted() -> None:
 
 def test_without_a_consistent_typing_it_says_so() -> None:
     flag = Info((8,), torch.bool, False)
-    step = Step((Choice((P,), (I,), 0.0, ""),), (0,), (flag,))
+    step = ProgramStep((Choice((P,), (I,), 0.0, ""),), (0,), (flag,))
     with pytest.raises(PlanError, match="no consistent typing of 1 operators"):
         choose(Problem((step,), ((flag, I),), (), 2), PRICE)
 

@@ -45,7 +45,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class BodyStep:
     """`results` = run(*args, **kwargs), with every Ref and Rows in the arguments replaced by what it stands for."""
 
     run: Callable[..., Any]
@@ -60,7 +60,7 @@ class Body:
 
     operands: Mapping[str, int]
     rows: int
-    steps: tuple[Step, ...]
+    steps: tuple[BodyStep, ...]
     result: int
     width: int
     """Of the result."""
@@ -87,7 +87,7 @@ OFFSETS, EXPERT = -1, -2
 """Places of the offsets and of every row's expert."""
 
 
-def _refs(step: Step) -> set[int]:
+def _refs(step: BodyStep) -> set[int]:
     return {leaf.index for leaf in pytree.tree_leaves((step.args, dict(step.kwargs))) if isinstance(leaf, Ref)}
 
 
@@ -110,8 +110,8 @@ def pruned(body: Body) -> Body:
 def idle(body: Body) -> Body:
     """The body that drops nothing."""
 
-    def kept(step: Step) -> Step:
-        return Step(identity, step.args[:1], {}, step.results) if step.run is torch.nn.functional.dropout else step
+    def kept(step: BodyStep) -> BodyStep:
+        return BodyStep(identity, step.args[:1], {}, step.results) if step.run is torch.nn.functional.dropout else step
 
     return replace(body, steps=tuple(map(kept, body.steps)))
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from meshpar.capture.experts.body import Body, ForEach, NotLifted, Rows, Step
+from meshpar.capture.experts.body import Body, BodyStep, ForEach, NotLifted, Rows
 from meshpar.capture.stand_in import aside
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ def same_steps(body: Body, other: Body, sizes: Mapping[int, int]) -> bool:
 def _same(a: Any, b: Any, sizes: Mapping[int, int]) -> bool:
     if type(a) is not type(b):
         return False
-    if isinstance(a, Step | ForEach | Rows):
+    if isinstance(a, BodyStep | ForEach | Rows):
         return all(_same(getattr(a, field.name), getattr(b, field.name), sizes) for field in fields(a))
     if isinstance(a, tuple | list):
         return len(a) == len(b) and all(_same(x, y, sizes) for x, y in zip(a, b, strict=True))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from meshpar._torch import OpOverload, TorchDispatchMode, pytree, written_arguments
-from meshpar.capture.experts.body import EXPERT, Body, ForEach, NotLifted, Ref, Rows, Step, gather, pruned
-from meshpar.capture.experts.rules import POINTWISE, READABLE, ROW_BY_ROW, RULES, TELLING, Call, cut_apart
+from meshpar.capture.experts.body import EXPERT, Body, BodyStep, ForEach, NotLifted, Ref, Rows, gather, pruned
+from meshpar.capture.experts.rules import POINTWISE, READABLE, ROW_BY_ROW, RULES, TELLING, RecordedCall, cut_apart
 from meshpar.capture.stand_in import LARGE, blank
 
 aten = torch.ops.aten
@@ -84,7 +84,7 @@ def _record(
     return Body(operands, rows, tuple(recorder.steps), result.index, y.shape[1], recorder.narrows)
 
 
-def _generalised(a: Step, b: Step, first: int, second: int) -> Step:
+def _generalised(a: BodyStep, b: BodyStep, first: int, second: int) -> BodyStep:
     """One step from its records with two numbers of rows."""
     differs = NotLifted("what it computes depends on the number of rows")
     leaves, spec = pytree.tree_flatten((a.args, dict(a.kwargs)))
@@ -100,11 +100,11 @@ def _generalised(a: Step, b: Step, first: int, second: int) -> Step:
         raise differs
 
     args, kwargs = pytree.tree_unflatten([merged(x, y) for x, y in zip(leaves, others, strict=True)], spec)
-    return Step(a.run, args, kwargs, a.results)
+    return BodyStep(a.run, args, kwargs, a.results)
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class RecordedValue:
     """What is known of a tensor: its place in the body, and what it holds."""
 
     index: int
@@ -118,9 +118,9 @@ class Recorder(TorchDispatchMode):
     def __init__(self, count: int, expert: int, experts: int) -> None:
         super().__init__()
         self.count, self.expert, self.experts = count, expert, experts
-        self.steps: list[Step] = []
+        self.steps: list[BodyStep] = []
         self.narrows = False
-        self._values: dict[int, Value] = {}
+        self._values: dict[int, RecordedValue] = {}
         self.kept: list[Any] = []
         self._writes: Counter[int] = Counter()
         """How often a storage has been overwritten."""
@@ -131,10 +131,10 @@ class Recorder(TorchDispatchMode):
 
     def add(self, tensor: Tensor, kind: str) -> int:
         index, self._next = self._next, self._next + 1
-        self._values[id(tensor)] = Value(index, kind, tensor)
+        self._values[id(tensor)] = RecordedValue(index, kind, tensor)
         return index
 
-    def known(self, tensor: Any) -> Value | None:
+    def known(self, tensor: Any) -> RecordedValue | None:
         return self._values.get(id(tensor))
 
     def kind(self, tensor: Any) -> str | None:
@@ -191,10 +191,10 @@ class Recorder(TorchDispatchMode):
             raise NotLifted(f"{func} overwrites a tensor")
         self.narrows |= any(r.is_floating_point() and r.dtype.itemsize < 8 for r in results)
         if "joined" in kinds:
-            cut_apart(self, Call(plain, args, kwargs, results, kinds))
+            cut_apart(self, RecordedCall(plain, args, kwargs, results, kinds))
             return
         rule = RULES.get(plain.overloadpacket)
-        if rule is not None and rule(self, Call(plain, args, kwargs, results, kinds)):
+        if rule is not None and rule(self, RecordedCall(plain, args, kwargs, results, kinds)):
             return
         if "rows" in kinds:
             self._on_rows(plain, args, kwargs, results, kinds)
@@ -220,15 +220,15 @@ class Recorder(TorchDispatchMode):
         """Note a call; `args` may hold tensors with a value, Refs, and what is not a tensor."""
         args, kwargs = pytree.tree_map(self._ref, (tuple(args), dict(kwargs)))  # first: a result may be an argument, overwritten
         indices = tuple(self.add(result, kind) for result in results)
-        self.steps.append(Step(READABLE.get(run, run), args, kwargs, indices))
+        self.steps.append(BodyStep(READABLE.get(run, run), args, kwargs, indices))
 
-    def alias(self, result: Tensor, source: Tensor | Value) -> None:
+    def alias(self, result: Tensor, source: Tensor | RecordedValue) -> None:
         """`result` is what `source` is, cast to its own type."""
-        value = source if isinstance(source, Value) else self._values[id(source)]
+        value = source if isinstance(source, RecordedValue) else self._values[id(source)]
         if value.tensor.dtype != result.dtype:
             self.step(Tensor.to, (value.tensor, result.dtype), {}, [result], value.kind)
         else:
-            self._values[id(result)] = Value(value.index, value.kind, result)
+            self._values[id(result)] = RecordedValue(value.index, value.kind, result)
 
     def _ref(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RecordedCall:
     """An operator that ran."""
 
     func: OpOverload
@@ -36,10 +36,10 @@ class Call:
     """Of the values that take part."""
 
 
-Rule = Callable[["Recorder", Call], bool]
+ExpertRule = Callable[["Recorder", RecordedCall], bool]
 
 
-def cut_apart(recorder: Recorder, call: Call) -> None:
+def cut_apart(recorder: Recorder, call: RecordedCall) -> None:
     """What to do with the parameters of all experts, joined along dim 0. Raises NotLifted for anything else than to tell them apart."""
     source, each = call.args[0], call.args[0].shape[0] // recorder.experts
     packet, whole = call.func.overloadpacket, [recorder.experts, each, *source.shape[1:]]
@@ -63,7 +63,7 @@ def cut_apart(recorder: Recorder, call: Call) -> None:
             recorder.mark([result], "other")
 
 
-def _select(recorder: Recorder, call: Call) -> bool:
+def _select(recorder: Recorder, call: RecordedCall) -> bool:
     """stack[e]"""
     if call.kinds != {"stack"} or call.args[1] != 0:
         return False
@@ -74,7 +74,7 @@ def _select(recorder: Recorder, call: Call) -> bool:
     return True
 
 
-def _unbind(recorder: Recorder, call: Call) -> bool:
+def _unbind(recorder: Recorder, call: RecordedCall) -> bool:
     if call.kinds != {"stack"} or (len(call.args) > 1 and call.args[1] != 0):
         return False
     for expert, result in enumerate(call.results):
@@ -85,7 +85,7 @@ def _unbind(recorder: Recorder, call: Call) -> bool:
     return True
 
 
-def _slice(recorder: Recorder, call: Call) -> bool:
+def _slice(recorder: Recorder, call: RecordedCall) -> bool:
     """stack[e : e + 1]"""
     if call.kinds != {"stack"} or (len(call.args) > 1 and call.args[1] != 0) or call.results[0].shape[0] == call.args[0].shape[0]:
         return False
@@ -99,7 +99,7 @@ def _slice(recorder: Recorder, call: Call) -> bool:
     return True
 
 
-def _index(recorder: Recorder, call: Call) -> bool:
+def _index(recorder: Recorder, call: RecordedCall) -> bool:
     source, indices = call.args[:2]
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1 or recorder.known(given[0][1]) is not None:
@@ -113,7 +113,7 @@ def _index(recorder: Recorder, call: Call) -> bool:
     return whole
 
 
-def _index_stack(recorder: Recorder, call: Call, source: Tensor, index: Tensor) -> bool:
+def _index_stack(recorder: Recorder, call: RecordedCall, source: Tensor, index: Tensor) -> bool:
     """stack[tensor([e])], or stack[the expert of every row]"""
     chosen = set(index.reshape(-1).tolist())
     if recorder.expert not in chosen:
@@ -133,14 +133,14 @@ def _all(index: Tensor) -> bool:
     return index.dtype == torch.bool and index.dim() == 1 and bool(index.all())
 
 
-def _index_add(recorder: Recorder, call: Call) -> bool:
+def _index_add(recorder: Recorder, call: RecordedCall) -> bool:
     target, dim, index, source = call.args[:4]
     if dim != 0 or call.kwargs.get("alpha", 1) != 1:
         return False
     return _put(recorder, call.results[0], target, index, source, add=True)
 
 
-def _index_put(recorder: Recorder, call: Call) -> bool:
+def _index_put(recorder: Recorder, call: RecordedCall) -> bool:
     target, indices, values = call.args[:3]
     return len(indices) == 1 and _put(recorder, call.results[0], target, indices[0], values, add=len(call.args) > 3 and bool(call.args[3]))
 
@@ -166,7 +166,7 @@ def _put(recorder: Recorder, result: Tensor, target: Tensor, index: Any, source:
     return True
 
 
-def _mul(recorder: Recorder, call: Call) -> bool:
+def _mul(recorder: Recorder, call: RecordedCall) -> bool:
     """Times a weight of one, or of zero."""
     for value, factor in (call.args[:2], call.args[1::-1]):
         if not isinstance(value, Tensor) or recorder.known(value) is None or not isinstance(factor, Tensor) or recorder.known(factor):
@@ -180,7 +180,7 @@ def _mul(recorder: Recorder, call: Call) -> bool:
     return False
 
 
-def _add(recorder: Recorder, call: Call) -> bool:
+def _add(recorder: Recorder, call: RecordedCall) -> bool:
     if call.kwargs.get("alpha", 1) != 1:
         return False
     for value, term in (call.args[:2], call.args[1::-1]):
@@ -191,7 +191,7 @@ def _add(recorder: Recorder, call: Call) -> bool:
     return False
 
 
-def _where(recorder: Recorder, call: Call) -> bool:
+def _where(recorder: Recorder, call: RecordedCall) -> bool:
     condition = recorder.constant(call.args[0])
     if not isinstance(condition, bool) or recorder.known(call.args[0]) is not None:
         return False
@@ -204,14 +204,14 @@ def _where(recorder: Recorder, call: Call) -> bool:
     return recorder.constant(chosen) is not None
 
 
-def _masked_fill(recorder: Recorder, call: Call) -> bool:
+def _masked_fill(recorder: Recorder, call: RecordedCall) -> bool:
     if recorder.constant(call.args[1]) is not False or call.args[0].shape != call.results[0].shape:
         return False
     recorder.alias(call.results[0], call.args[0])
     return True
 
 
-def _mm(recorder: Recorder, call: Call) -> bool:
+def _mm(recorder: Recorder, call: RecordedCall) -> bool:
     x, w = recorder.known(call.args[0]), recorder.known(call.args[1])
     if x is None or w is None or {x.kind, w.kind} != {"rows", "each"}:
         return False
@@ -224,7 +224,7 @@ def _mm(recorder: Recorder, call: Call) -> bool:
     return False
 
 
-def _addmm(recorder: Recorder, call: Call) -> bool:
+def _addmm(recorder: Recorder, call: RecordedCall) -> bool:
     bias, x, w = (recorder.known(arg) for arg in call.args[:3])
     if bias is None or x is None or w is None or x.kind != "rows" or w.kind != "each" or bias.kind not in ("each", "shared") or call.kwargs:
         return False
@@ -237,17 +237,17 @@ def _addmm(recorder: Recorder, call: Call) -> bool:
     return True
 
 
-def _layer_norm(recorder: Recorder, call: Call) -> bool:
+def _layer_norm(recorder: Recorder, call: RecordedCall) -> bool:
     x, shape, weight, bias, eps = call.args[:5]
     return _normed(recorder, call, torch.nn.functional.layer_norm, x, shape, eps, affine=(weight, bias))
 
 
-def _rms_norm(recorder: Recorder, call: Call) -> bool:
+def _rms_norm(recorder: Recorder, call: RecordedCall) -> bool:
     x, shape, weight, eps = call.args[:4]
     return _normed(recorder, call, torch.nn.functional.rms_norm, x, shape, eps, affine=(weight,))
 
 
-def _normed(recorder: Recorder, call: Call, norm: Any, x: Tensor, shape: Any, eps: Any, *, affine: Sequence[Tensor | None]) -> bool:
+def _normed(recorder: Recorder, call: RecordedCall, norm: Any, x: Tensor, shape: Any, eps: Any, *, affine: Sequence[Tensor | None]) -> bool:
     """A norm of rows whose scale and shift may be each expert's own."""
     if recorder.kind(x) != "rows" or "other" in call.kinds or recorder.row_dim(x) >= x.dim() - len(shape):
         return False
@@ -265,12 +265,12 @@ def _normed(recorder: Recorder, call: Call, norm: Any, x: Tensor, shape: Any, ep
     return True
 
 
-def _made(recorder: Recorder, call: Call) -> bool:
+def _made(recorder: Recorder, call: RecordedCall) -> bool:
     """A new tensor in the shape of another: a constant."""
     return True
 
 
-def _split(recorder: Recorder, call: Call) -> bool:
+def _split(recorder: Recorder, call: RecordedCall) -> bool:
     """Rows split by expert: one part has them all, the others are empty."""
     if call.kinds != {"rows"} or (call.args[2] if len(call.args) > 2 else 0) % call.args[0].dim() != recorder.row_dim(call.args[0]):
         return False
@@ -282,7 +282,7 @@ def _split(recorder: Recorder, call: Call) -> bool:
     return True
 
 
-def _cat(recorder: Recorder, call: Call) -> bool:
+def _cat(recorder: Recorder, call: RecordedCall) -> bool:
     """Rows and empty tensors put together."""
     parts = [part for part in call.args[0] if part.numel() > 0]
     if len(parts) != 1 or len(call.args[0]) == 1 or recorder.known(parts[0]) is None:
@@ -291,7 +291,7 @@ def _cat(recorder: Recorder, call: Call) -> bool:
     return True
 
 
-def _dropout(recorder: Recorder, call: Call) -> bool:
+def _dropout(recorder: Recorder, call: RecordedCall) -> bool:
     if call.kinds != {"rows"}:
         return False
     recorder.step(torch.nn.functional.dropout, (call.args[0], call.args[1], call.args[2]), {}, call.results[:1], "rows")
@@ -299,7 +299,7 @@ def _dropout(recorder: Recorder, call: Call) -> bool:
 
 
 _MADE = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
-RULES: Mapping[Any, Rule] = {
+RULES: Mapping[Any, ExpertRule] = {
     aten.select: _select,
     aten.unbind: _unbind,
     aten.slice: _slice,

@@ -25,13 +25,13 @@ from meshpar.ops.experts import combine, dispatch, grouped_mm, row_expert
 
 _NAME = "meshpar"
 
-Function = Callable[..., Any]
+AnyFunction = Callable[..., Any]
 
-REGISTERED: dict[type[nn.Module], Function] = {}
+REGISTERED: dict[type[nn.Module], AnyFunction] = {}
 """Classes of experts modules -> what runs in place of their forward during capture."""
 
 
-def register_experts(kind: type[nn.Module], function: Function) -> None:
+def register_experts(kind: type[nn.Module], function: AnyFunction) -> None:
     """Teach meshpar a class of experts modules: `function(module, *args, **kwargs)` computes what its forward does, with the operators of
     `meshpar.ops.experts`, and runs in its place while the model is captured. Subclasses that do not override `forward` are covered.
 
@@ -96,7 +96,7 @@ def seam(model: nn.Module) -> Iterator[Seam]:
     with ExitStack() as stack:
         registry = stack.enter_context(_registered(model, found))
         stack.enter_context(_replaced(model, found, registry))
-        stack.enter_context(lists_of_numbers(expert_stacks.Sizes.of))
+        stack.enter_context(lists_of_numbers(expert_stacks.ShapeNumbers.of))
         yield found
 
 
@@ -176,7 +176,7 @@ def _chosen(
     return None
 
 
-def _registered_for(kind: type[nn.Module]) -> Function | None:
+def _registered_for(kind: type[nn.Module]) -> AnyFunction | None:
     known = next((k for k in kind.__mro__ if k in REGISTERED), None)
     return REGISTERED[known] if known is not None and known.forward is kind.forward else None
 

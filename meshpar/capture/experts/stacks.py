@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from meshpar._torch import pytree
-from meshpar.capture.experts.body import Body, NotLifted, Ref, Step, idle, read_by, refuse_changes
+from meshpar.capture.experts.body import Body, BodyStep, NotLifted, Ref, idle, read_by, refuse_changes
 from meshpar.capture.experts.proofs import attempt, proven, reasoned
 from meshpar.capture.experts.record import drop, record
 from meshpar.capture.stand_in import LARGE, alike, close, derivatives, filled, hooked, reduced, settings, stand_in
 from meshpar.ops.experts import combine, dispatch
 
 
-class Sizes(list[Any]):
+class ShapeNumbers(list[Any]):
     """The numbers in a one-dimensional tensor, and the tensor."""
 
     def __init__(self, numbers: list[Any], tensor: Tensor) -> None:
@@ -39,7 +39,7 @@ class Sizes(list[Any]):
     @staticmethod
     def of(numbers: list[Any], tensor: Tensor) -> list[Any]:
         whole = tensor.dim() == 1 and not tensor.is_floating_point()
-        return Sizes(numbers, tensor) if whole else numbers
+        return ShapeNumbers(numbers, tensor) if whole else numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def experts_of(module: nn.Module) -> tuple[Experts, ...]:
 
 
 @dataclass(frozen=True)
-class Call:
+class ExpertsCall:
     """How a call of an experts module reads: which leaf of its arguments is what."""
 
     spec: Any
@@ -90,28 +90,28 @@ class Call:
 
 
 def _is_sizes(leaf: Any) -> bool:
-    return isinstance(leaf, Sizes)
+    return isinstance(leaf, ShapeNumbers)
 
 
-def read(module: nn.Module, experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | NotLifted | None:
+def read(module: nn.Module, experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertsCall | NotLifted | None:
     """The call, if it is one of the known two; None if nothing in it chooses experts."""
     if experts.own == experts.total:
         return _read(module, experts.own, args, kwargs)
     call = _read(module, experts.total, args, kwargs)
-    return call if isinstance(call, Call) and call.weights is not None else None  # stacks of two lengths need not be of experts
+    return call if isinstance(call, ExpertsCall) and call.weights is not None else None  # stacks of two lengths need not be of experts
 
 
-def _read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | NotLifted | None:
+def _read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertsCall | NotLifted | None:
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_sizes)
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     whole = [i for i, t in tensors.items() if not t.is_floating_point() and t.dtype != torch.bool]
     floating = [i for i, t in tensors.items() if t.is_floating_point() and t.dim() >= 2]
-    sizes = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Sizes) and len(leaf) == experts]
+    sizes = [i for i, leaf in enumerate(leaves) if isinstance(leaf, ShapeNumbers) and len(leaf) == experts]
     flat = len(floating) == 1 and tensors[floating[0]].dim() == 2
     if len(tensors) == 1 and flat and len(sizes) == 1:
-        return Call(spec, tuple(leaves), floating[0], sizes[0], None)
+        return ExpertsCall(spec, tuple(leaves), floating[0], sizes[0], None)
     if len(tensors) == 2 and flat and len(whole) == 1 and tensors[whole[0]].shape == (experts,):
-        return Call(spec, tuple(leaves), floating[0], whole[0], None)
+        return ExpertsCall(spec, tuple(leaves), floating[0], whole[0], None)
     unknown = NotLifted("it is not called with hidden [T, h], index [T, k] and weights [T, k]") if whole or sizes else None
     if len(tensors) != 3 or len(floating) != 2 or len(whole) != 1 or tensors[whole[0]].dim() != 2:
         return unknown
@@ -120,12 +120,12 @@ def _read(module: nn.Module, experts: int, args: tuple[Any, ...], kwargs: dict[s
     for rows, weights in (floating, floating[::-1]):
         h, w = tensors[rows].shape, tensors[weights].shape
         if len(w) == 2 and h[:-1].numel() == w[0] == tokens and w[1] in (choices, experts) and h[-1] in widths:
-            return Call(spec, tuple(leaves), rows, whole[0], weights)
+            return ExpertsCall(spec, tuple(leaves), rows, whole[0], weights)
     return unknown
 
 
 @dataclass(frozen=True)
-class Lifted:
+class LiftedForward:
     """What the forward of an experts module is in terms of dispatched rows."""
 
     body: Body
@@ -138,8 +138,8 @@ class Lifted:
 class Called:
     """A lifted forward, and the call it is for."""
 
-    lifted: Lifted
-    call: Call
+    lifted: LiftedForward
+    call: ExpertsCall
 
 
 _NO_RUN = "it does not run on a few random rows"
@@ -149,7 +149,7 @@ _NO_RUN = "it does not run on a few random rows"
 class Stacks:
     """What was learnt about experts modules during one capture."""
 
-    learnt: list[tuple[nn.Module, Experts, Call, Lifted | NotLifted]] = field(default_factory=list)
+    learnt: list[tuple[nn.Module, Experts, ExpertsCall, LiftedForward | NotLifted]] = field(default_factory=list)
 
     def first(
         self, module: nn.Module, counts: Sequence[Experts], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,16 +158,16 @@ class Stacks:
         reasons: list[NotLifted] = []
         for experts in counts:
             call = read(module, experts, args, kwargs)
-            found = self.lifted(module, experts, call) if isinstance(call, Call) else call
-            if isinstance(found, Lifted):
-                assert isinstance(call, Call)
+            found = self.lifted(module, experts, call) if isinstance(call, ExpertsCall) else call
+            if isinstance(found, LiftedForward):
+                assert isinstance(call, ExpertsCall)
                 return Called(found, call)
             if found is not None:
                 reasons.append(found)
         told = [reason for reason in reasons if not str(reason).startswith(_NO_RUN)]  # that many experts there may be
         return next(iter(told or reasons), None)
 
-    def lifted(self, module: nn.Module, experts: Experts, call: Call) -> Lifted | NotLifted:
+    def lifted(self, module: nn.Module, experts: Experts, call: ExpertsCall) -> LiftedForward | NotLifted:
         """The forward of `module`, lifted and proven; or why it is not."""
         for other, of, as_called, known in self.learnt:
             if (_signature(as_called), of) == (_signature(call), experts) and (other is module or alike(other, module)):
@@ -177,19 +177,19 @@ class Stacks:
         return found
 
 
-def _signature(call: Call) -> tuple[Any, ...]:
+def _signature(call: ExpertsCall) -> tuple[Any, ...]:
     """The call without its number of tokens."""
     shapes = [(leaf.dtype, leaf.dim(), leaf.shape[-1]) if isinstance(leaf, Tensor) else type(leaf) for leaf in call.leaves]
     return (call.spec, *shapes, call.rows, call.index, call.weights)
 
 
-def run(module: nn.Module, lifted: Lifted, call: Call) -> Tensor:
+def run(module: nn.Module, lifted: LiftedForward, call: ExpertsCall) -> Tensor:
     """The module's result, by the lifted forward."""
     body, own = lifted.body, lifted.own
     values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     rows, index = call.leaves[call.rows], call.leaves[call.index]
     if call.weights is None:
-        sizes = index.tensor if isinstance(index, Sizes) else index
+        sizes = index.tensor if isinstance(index, ShapeNumbers) else index
         return body(rows, sizes.cumsum(0).to(torch.int32), values)
     if rows.dim() > 2:
         flat = run(module, lifted, replace(call, leaves=tuple({**dict(enumerate(call.leaves)), call.rows: rows.flatten(0, -2)}.values())))
@@ -213,7 +213,7 @@ class _Case:
 
     module: nn.Module
     experts: Experts
-    call: Call
+    call: ExpertsCall
     alone: bool = True
     """Whether the module takes fewer choices per token than it is called with."""
 
@@ -222,7 +222,7 @@ class _Case:
         return 1 if self.call.weights is None else self.call.leaves[self.call.index].shape[1]
 
 
-def _learn(module: nn.Module, experts: Experts, call: Call) -> Lifted:
+def _learn(module: nn.Module, experts: Experts, call: ExpertsCall) -> LiftedForward:
     if any(hooked(child) for child in module.modules() if child is not module):
         raise NotLifted("modules in it have hooks")
     case = _Case(module, experts, call)
@@ -233,7 +233,7 @@ def _learn(module: nn.Module, experts: Experts, call: Call) -> Lifted:
 
     def prove(sizes: Mapping[int, int]) -> None:
         body = _recorded(case, experts.own - 1, torch.double, sizes)
-        exact = Lifted(idle(body), experts.own, beyond and idle(_recorded(case, experts.own, torch.double, sizes)))
+        exact = LiftedForward(idle(body), experts.own, beyond and idle(_recorded(case, experts.own, torch.double, sizes)))
         own = range(experts.own)
         pools = [(6, own[: max(2, len(own) - 1)]), (5, own), (1, own), (40, own[:1])]
         if beyond is not None:
@@ -242,7 +242,7 @@ def _learn(module: nn.Module, experts: Experts, call: Call) -> Lifted:
             _prove(case, exact, tokens, pool, seed, sizes)
 
     body = proven(lambda sizes: _recorded(case, experts.own - 1, None, sizes), prove, _small(case))
-    return Lifted(body, experts.own, beyond)
+    return LiftedForward(body, experts.own, beyond)
 
 
 def _small(case: _Case) -> dict[int, int]:
@@ -308,10 +308,10 @@ def _recorded(case: _Case, chosen: int, dtype: torch.dtype | None, sizes: Mappin
 def _narrowed(body: Body, names: Sequence[str], own: int) -> Body:
     """The body that reads only the first parts of stacks that are too long."""
     operands = [body.operands[name] for name in names]
-    return replace(body, steps=(*(Step(torch.narrow, (Ref(i), 0, 0, own), {}, (i,)) for i in operands), *body.steps))
+    return replace(body, steps=(*(BodyStep(torch.narrow, (Ref(i), 0, 0, own), {}, (i,)) for i in operands), *body.steps))
 
 
-def _call(double: nn.Module, call: Call, changed: Mapping[int, Any]) -> Tensor:
+def _call(double: nn.Module, call: ExpertsCall, changed: Mapping[int, Any]) -> Tensor:
     """The result for rows [n, width], [n, ...]; the module may take and give them with more dims before."""
     more = call.leaves[call.rows].dim() - 2
     rows = changed[call.rows]
@@ -328,7 +328,7 @@ def _routed_to(case: _Case, x: Tensor, expert: int, dtype: torch.dtype | None) -
     index = call.leaves[call.index]
     if call.weights is None:
         sizes = torch.tensor([count if e == expert else 0 for e in range(case.experts.own)])
-        return {call.rows: x, call.index: sizes.tolist() if isinstance(index, Sizes) else sizes.to(index.dtype)}
+        return {call.rows: x, call.index: sizes.tolist() if isinstance(index, ShapeNumbers) else sizes.to(index.dtype)}
     others = [] if case.alone else [e for e in range(case.experts.own) if e != expert][: case.choices - 1]
     chosen = torch.tensor([expert, *others]).expand(count, -1).to(index.dtype)
     weights = call.leaves[call.weights]
@@ -351,7 +351,7 @@ def _chosen(case: _Case, tokens: int, pool: Sequence[int], generator: torch.Gene
     return torch.stack([row() for _ in range(tokens)])
 
 
-def _prove(case: _Case, exact: Lifted, tokens: int, pool: Sequence[int], seed: int, sizes: Mapping[int, int]) -> None:
+def _prove(case: _Case, exact: LiftedForward, tokens: int, pool: Sequence[int], seed: int, sizes: Mapping[int, int]) -> None:
     """Raise NotLifted unless the lifted forward gives the module's values and gradients, on `tokens` routed to the experts in `pool`."""
     generator, call = torch.Generator().manual_seed(seed), case.call
     dropped: Counter[nn.Module] = Counter()
@@ -366,8 +366,8 @@ def _prove(case: _Case, exact: Lifted, tokens: int, pool: Sequence[int], seed: i
     wanted = [x, *(p for p in double.parameters() if p.requires_grad and p.numel() <= LARGE)]
     if call.weights is None:
         counts = torch.bincount(torch.randint(len(pool), (tokens,), generator=generator), minlength=case.experts.own)
-        changed = {call.rows: x, call.index: counts.tolist() if isinstance(index, Sizes) else counts.to(index.dtype)}
-        ours = Call(
+        changed = {call.rows: x, call.index: counts.tolist() if isinstance(index, ShapeNumbers) else counts.to(index.dtype)}
+        ours = ExpertsCall(
             call.spec, tuple({**dict(enumerate(call.leaves)), call.rows: x, call.index: counts}.values()), call.rows, call.index, None
         )
     else:
@@ -379,7 +379,7 @@ def _prove(case: _Case, exact: Lifted, tokens: int, pool: Sequence[int], seed: i
         wanted.append(weights)
         changed = {call.rows: x, call.index: chosen.to(index.dtype), call.weights: weights}
         leaves = tuple({**dict(enumerate(call.leaves)), **changed}.values())
-        ours = Call(call.spec, leaves, call.rows, call.index, call.weights)
+        ours = ExpertsCall(call.spec, leaves, call.rows, call.index, call.weights)
     before = {name: b.clone() for name, b in double.named_buffers()}
     theirs = _call(double, call, changed)
     changed_buffers = any(not torch.equal(b, before[name]) for name, b in double.named_buffers())

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import CheckpointFunction
 from meshpar._torch import FakeTensor, function_behind, functions_called
 from meshpar.capture.blame import here
 from meshpar.capture.functions.proofs import draws, nature_of, sizes
-from meshpar.capture.functions.state import State, changed, state_of
+from meshpar.capture.functions.state import FunctionState, changed, state_of
 from meshpar.capture.stand_in import aside, close
 from meshpar.errors import CaptureError
 from meshpar.ops.nature import Nature
-from meshpar.ops.own_backward import Example, Function, Unfit, operator_of
+from meshpar.ops.own_backward import ExampleCall, FunctionForms, Unfit, operator_of
 
 
 @contextmanager
@@ -121,8 +121,8 @@ class Calls:
             )
 
 
-def _look(tensor: Tensor) -> Example:
-    return Example(tuple(int(n) for n in tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
+def _look(tensor: Tensor) -> ExampleCall:
+    return ExampleCall(tuple(int(n) for n in tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
 
 
 def _as_operator(model: nn.Module, cls: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -149,7 +149,7 @@ def _as_operator(model: nn.Module, cls: type[torch.autograd.Function], args: tup
     return call(*(arg for arg in args if isinstance(arg, Tensor)))
 
 
-def nature_of_function(function: Function) -> Nature:
+def nature_of_function(function: FunctionForms) -> Nature:
     """What is proved of a Function. What it reads from Python may change later: nothing is linear for ever then.
 
     Raises Unfit where running its methods one by one does not give what its `apply` does.
@@ -164,7 +164,7 @@ def nature_of_function(function: Function) -> Nature:
     return replace(found, linear=False) if state_of(function.cls) else found
 
 
-def _as_applied(function: Function, values: Sequence[Tensor]) -> bool | None:
+def _as_applied(function: FunctionForms, values: Sequence[Tensor]) -> bool | None:
     """Whether the Function gives, as an operator will run it, what it gives under autograd; None where it does not run on these values."""
     generator = torch.Generator().manual_seed(4)
     try:
@@ -188,7 +188,7 @@ def _as_applied(function: Function, values: Sequence[Tensor]) -> bool | None:
 # -- a backward that is the derivative ----------------------------------------------------------------------------------------------------
 
 
-class _Context:
+class _LoneContext:
     """The `ctx` of a forward that runs by itself."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
@@ -211,7 +211,7 @@ def _agrees(cls: type[torch.autograd.Function], args: tuple[Any, ...]) -> bool:
     return False
 
 
-def _with(args: tuple[Any, ...], values: Sequence[Tensor], examples: Sequence[Example]) -> tuple[Any, ...]:
+def _with(args: tuple[Any, ...], values: Sequence[Tensor], examples: Sequence[ExampleCall]) -> tuple[Any, ...]:
     made = iter([value.requires_grad_(example.needs_grad) for value, example in zip(values, examples, strict=True)])
     return tuple(next(made) if isinstance(arg, Tensor) else arg for arg in args)
 
@@ -221,7 +221,7 @@ def _agrees_at(cls: type[torch.autograd.Function], args: tuple[Any, ...]) -> boo
     try:
         with torch.enable_grad():
             theirs = _tensors(cls.apply(*args))
-            leading = (_Context(args),) if cls.setup_context is torch.autograd.Function.setup_context else ()
+            leading = (_LoneContext(args),) if cls.setup_context is torch.autograd.Function.setup_context else ()
             # Without writes in place, which autograd would refuse where they follow what was saved.
             plain = _tensors(torch.func.functionalize(lambda *given: cls.forward(*leading, *given))(*args))
         if [t.requires_grad for t in theirs] != [t.requires_grad for t in plain] or not close(theirs, plain, _NEAR):
@@ -261,7 +261,7 @@ def _refuse_changing(model: nn.Module, cls: type[torch.autograd.Function], args:
     """Run both directions twice, and see what the second time changes (the first may fill a cache)."""
     values = next(iter(draws(next(iter(sizes([_look(arg) for arg in args if isinstance(arg, Tensor)]))))))
     given = _with(args, values, [_look(arg) for arg in args if isinstance(arg, Tensor)])
-    before: State = {}
+    before: FunctionState = {}
     for _ in range(2):
         before = state_of(cls)
         try:

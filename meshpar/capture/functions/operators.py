@@ -19,7 +19,7 @@ from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
 from meshpar.graph.captured import Info
 from meshpar.ops.nature import KEY, UNPROVED, Nature
-from meshpar.ops.own_backward import Example, Unfit, function_of_operator, is_backward, nature_of_operator
+from meshpar.ops.own_backward import ExampleCall, Unfit, function_of_operator, is_backward, nature_of_operator
 
 _KNOWN = frozenset("aten prim prims meshpar c10d _c10d_functional higher_order".split())
 """The namespaces whose operators have their derivative for backward."""
@@ -94,11 +94,11 @@ class _Operator:
     kwargs: Mapping[str, Any]
 
     @property
-    def tensors(self) -> tuple[Example, ...]:
+    def tensors(self) -> tuple[ExampleCall, ...]:
         """What its operands look like, in the order in which they are written."""
         nodes = [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, fx.Node)]
         infos = [node.meta["info"] for node in nodes]
-        return tuple(Example(info.shape, info.dtype, torch.device("cpu"), info.requires_grad) for info in infos)
+        return tuple(ExampleCall(info.shape, info.dtype, torch.device("cpu"), info.requires_grad) for info in infos)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The results, without gradients."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from meshpar.ops.nature import UNPROVED, Nature
-from meshpar.ops.own_backward import HAND_IN, Example, Unfit
+from meshpar.ops.own_backward import HAND_IN, ExampleCall, Unfit
 
 SMALL, BEARABLE = 1 << 15, 1 << 20
 """Up to so many elements in all, operands are drawn at their true sizes; up to so many where smaller sizes do not run."""
@@ -31,7 +31,7 @@ class Both(Protocol):
     """An operator's two directions, on values."""
 
     @property
-    def tensors(self) -> tuple[Example, ...]:
+    def tensors(self) -> tuple[ExampleCall, ...]:
         """What its operands look like."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ def nature_of(both: Both) -> Nature:
     return Nature(linear, elementwise, tuple(sorted(shared)), tuple(sorted(adding & shared)), tuple(sorted(alone)), tuple(sorted(apart)))
 
 
-def draws(tensors: Sequence[Example], *, dtype: torch.dtype | None = torch.double) -> Iterator[list[Tensor]]:
+def draws(tensors: Sequence[ExampleCall], *, dtype: torch.dtype | None = torch.double) -> Iterator[list[Tensor]]:
     """Operands to try: of size one, large, positive, and with zeros. `dtype`: of floating ones (None: their own)."""
     generator = torch.Generator().manual_seed(0)
     changes: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -75,7 +75,7 @@ def draws(tensors: Sequence[Example], *, dtype: torch.dtype | None = torch.doubl
 
 
 def _drawn(
-    example: Example, generator: torch.Generator, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None, number: int
+    example: ExampleCall, generator: torch.Generator, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None, number: int
 ) -> Tensor:
     if example.dtype == torch.bool:
         return torch.rand(example.shape, generator=generator) < 0.7
@@ -85,21 +85,21 @@ def _drawn(
     return change(torch.randn(example.shape, dtype=torch.double, generator=generator)).to(dtype or example.dtype)
 
 
-def sizes(tensors: Sequence[Example]) -> Iterator[tuple[Example, ...]]:
+def sizes(tensors: Sequence[ExampleCall]) -> Iterator[tuple[ExampleCall, ...]]:
     """The operands at sizes to try, the best first: smaller ones where the true ones are large."""
     count = sum(prod(example.shape) for example in tensors)
     if count > SMALL:
         distinct = sorted({n for example in tensors for n in example.shape if n > 6})
         smaller = {n: min(n, 8 + 4 * k) for k, n in enumerate(distinct)}
         yield tuple(
-            Example(tuple(smaller.get(n, n) for n in example.shape), example.dtype, torch.device("cpu"), example.needs_grad)
+            ExampleCall(tuple(smaller.get(n, n) for n in example.shape), example.dtype, torch.device("cpu"), example.needs_grad)
             for example in tensors
         )
     if count <= BEARABLE:
-        yield tuple(Example(example.shape, example.dtype, torch.device("cpu"), example.needs_grad) for example in tensors)
+        yield tuple(ExampleCall(example.shape, example.dtype, torch.device("cpu"), example.needs_grad) for example in tensors)
 
 
-def _trials(both: Both) -> Iterator[_Trial]:
+def _trials(both: Both) -> Iterator[_Draw]:
     """One trial for each draw, of the first kind that runs."""
     for examples in sizes(both.tensors):
         for dtype in (torch.double, None):
@@ -109,10 +109,10 @@ def _trials(both: Both) -> Iterator[_Trial]:
                 return
 
 
-def _trial(both: Both, operands: list[Tensor]) -> _Trial | None:
+def _trial(both: Both, operands: list[Tensor]) -> _Draw | None:
     try:
         results = both.forward(*operands)
-        trial = _Trial(both, operands, results, torch.Generator().manual_seed(1))
+        trial = _Draw(both, operands, results, torch.Generator().manual_seed(1))
         once_more = both.forward(*operands)
         first, again = (list(trial.backward(trial.gradient).values()) for _ in range(2))
     except Unfit:
@@ -128,7 +128,7 @@ def _trial(both: Both, operands: list[Tensor]) -> _Trial | None:
 
 
 @dataclass
-class _Trial:
+class _Draw:
     """One draw of operands, and the backward there."""
 
     both: Both

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-State = Mapping[str, Any]
+FunctionState = Mapping[str, Any]
 
 _DEPTH, _LONG = 3, 1000
 
 
-def state_of(cls: type[torch.autograd.Function]) -> State:
+def state_of(cls: type[torch.autograd.Function]) -> FunctionState:
     """Name -> a picture of every number, tensor or container that the methods of a Function may read outside of their arguments."""
     found: dict[str, Any] = {}
     for owner in cls.__mro__[: cls.__mro__.index(torch.autograd.Function)]:
@@ -34,7 +34,7 @@ def state_of(cls: type[torch.autograd.Function]) -> State:
     return {name: picture for name, picture in pictures.items() if picture is not _CODE}
 
 
-def changed(before: State, after: State) -> tuple[str, ...]:
+def changed(before: FunctionState, after: FunctionState) -> tuple[str, ...]:
     """The names whose values differ."""
     return tuple(name for name in {**before, **after} if before.get(name) != after.get(name))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from meshpar._torch import FakeTensor, FakeTensorMode, pytree
 from meshpar.errors import CaptureError
 from meshpar.graph.captured import Info
-from meshpar.ops.hooks import Call, Hook, Watch, alone, refuse_reading, replaced
+from meshpar.ops.hooks import Hook, HookCall, HookWatch, alone, refuse_reading, replaced
 
 _LINEAR = frozenset({"aten::mul", "aten::div", "aten::neg", "aten::clone", "aten::detach", "aten::alias"})
 """Operators that are linear in their first operand, as long as it is the only tensor."""
@@ -28,7 +28,7 @@ _LINEAR = frozenset({"aten::mul", "aten::div", "aten::neg", "aten::clone", "aten
 Shapes = tuple[tuple[int, ...], ...]
 
 
-def judged(hook: Hook, infos: Sequence[Info], fns: tuple[Callable[..., Any], ...], call: Call) -> tuple[bool, bool]:
+def judged(hook: Hook, infos: Sequence[Info], fns: tuple[Callable[..., Any], ...], call: HookCall) -> tuple[bool, bool]:
     """Whether `call` treats every element of its gradients by itself, and whether it is linear too. `fns`: what the user registered.
 
     Raises CaptureError for one that reads tensors of the forward or of the model, or overwrites what it is handed.
@@ -55,10 +55,10 @@ def _variants(shapes: Shapes) -> Iterator[Shapes]:
         yield tuple(tuple(-(-n // 2) if d == dim else n for d, n in enumerate(shape)) for shape in shapes)
 
 
-class _Trial(Watch):
+class _Trial(HookWatch):
     """One call on gradients of some shape."""
 
-    def __init__(self, hook: Hook, call: Call) -> None:
+    def __init__(self, hook: Hook, call: HookCall) -> None:
         super().__init__(hook, (), parts=False)
         self.call = call
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,8 +1,8 @@
 """Numbers of Python that may change from step to step: a forward is captured with them as inputs.
 
-A `Number` stands for an attribute, or for what the forward's arithmetic makes of some. Where it meets a tensor, it becomes an input of the
-graph (a tensor of no dim, in float64 or int64, which is cast to what torch would compute in); where Python needs its value (a branch, a
-size, `math.exp`), it tells the value of the example, and the program holds only while it stays the same.
+A `ReadNumber` stands for an attribute, or for what the forward's arithmetic makes of some. Where it meets a tensor, it becomes an input of
+the graph (a tensor of no dim, in float64 or int64, which is cast to what torch would compute in); where Python needs its value (a branch,
+a size, `math.exp`), it tells the value of the example, and the program holds only while it stays the same.
 
     self.step += 1                                      self.step  ->  step + 1               after every step
     if self.step > 2:                                   holds while (step > 2) is False
@@ -50,16 +50,16 @@ class Numbers:
     asked: dict[Formula, Any] = field(default_factory=dict)
     """What the forward asked for in Python, and was told."""
 
-    def of(self, place: Place) -> Number:
+    def of(self, place: Place) -> ReadNumber:
         """The number at a place."""
-        return Number(self, ("place", place), self.values[place])
+        return ReadNumber(self, ("place", place), self.values[place])
 
-    def told(self, number: Number) -> Any:
+    def told(self, number: ReadNumber) -> Any:
         """The value of a number, which must be the same wherever the program runs."""
         self.asked.setdefault(number.formula, number.value)
         return number.value
 
-    def tensor(self, number: Number) -> Tensor:
+    def tensor(self, number: ReadNumber) -> Tensor:
         """A number as an input of the graph. Raises TooMany where there are no more."""
         if number.formula not in self.inputs:
             kind = int(isinstance(number.value, int))
@@ -79,7 +79,7 @@ class TooMany(Exception):
     """More numbers than a graph takes."""
 
 
-class Number:
+class ReadNumber:
     """A number whose value may change. Arithmetic makes another one; comparisons and conversions tell the value."""
 
     __slots__ = ("formula", "numbers", "value")
@@ -112,57 +112,57 @@ class Number:
 
 
 def _arithmetic(function: Callable[..., Any], *, swapped: bool = False) -> Any:
-    def method(self: Number, other: Any = None) -> Any:
+    def method(self: ReadNumber, other: Any = None) -> Any:
         if other is None:
-            return Number(self.numbers, (function, self.formula), function(self.value))
-        if type(other) is not Number and type(other) not in (int, float, bool):
+            return ReadNumber(self.numbers, (function, self.formula), function(self.value))
+        if type(other) is not ReadNumber and type(other) not in (int, float, bool):
             return NotImplemented
-        theirs = (other.formula, other.value) if type(other) is Number else (("value", other), other)
+        theirs = (other.formula, other.value) if type(other) is ReadNumber else (("value", other), other)
         (a, x), (b, y) = (theirs, (self.formula, self.value)) if swapped else ((self.formula, self.value), theirs)
         found = function(x, y)
-        made = Number(self.numbers, (function, a, b), found)
+        made = ReadNumber(self.numbers, (function, a, b), found)
         return made if type(found) in (int, float) else self.numbers.told(made)
 
     return method
 
 
 def _told(function: Callable[..., Any]) -> Any:
-    def method(self: Number, *others: Any) -> Any:
-        others = tuple(other.numbers.told(other) if type(other) is Number else other for other in others)
+    def method(self: ReadNumber, *others: Any) -> Any:
+        others = tuple(other.numbers.told(other) if type(other) is ReadNumber else other for other in others)
         return function(self.numbers.told(self), *others)
 
     return method
 
 
 def _compared(function: Callable[..., Any]) -> Any:
-    def method(self: Number, other: Any) -> Any:
-        if type(other) is not Number and type(other) not in (int, float, bool):
+    def method(self: ReadNumber, other: Any) -> Any:
+        if type(other) is not ReadNumber and type(other) not in (int, float, bool):
             return NotImplemented if isinstance(other, Tensor) else function(self.numbers.told(self), other)
-        theirs = (other.formula, other.value) if type(other) is Number else (("value", other), other)
-        return self.numbers.told(Number(self.numbers, (function, self.formula, theirs[0]), function(self.value, theirs[1])))
+        theirs = (other.formula, other.value) if type(other) is ReadNumber else (("value", other), other)
+        return self.numbers.told(ReadNumber(self.numbers, (function, self.formula, theirs[0]), function(self.value, theirs[1])))
 
     return method
 
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-    setattr(Number, f"__{_name}__", _arithmetic(getattr(operator, _name)))
-    setattr(Number, f"__r{_name}__", _arithmetic(getattr(operator, _name), swapped=True))
+    setattr(ReadNumber, f"__{_name}__", _arithmetic(getattr(operator, _name)))
+    setattr(ReadNumber, f"__r{_name}__", _arithmetic(getattr(operator, _name), swapped=True))
 for _name in ("neg", "pos", "abs"):
-    setattr(Number, f"__{_name}__", _arithmetic(getattr(operator, _name)))
+    setattr(ReadNumber, f"__{_name}__", _arithmetic(getattr(operator, _name)))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(Number, f"__{_name}__", _compared(getattr(operator, _name)))
+    setattr(ReadNumber, f"__{_name}__", _compared(getattr(operator, _name)))
 _CONVERSIONS: Mapping[str, Callable[..., Any]] = {
     **{"float": float, "int": int, "index": operator.index, "complex": complex, "round": round},
     **{"floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "divmod": divmod},
 }
 for _name, _function in _CONVERSIONS.items():
-    setattr(Number, f"__{_name}__", _told(_function))
-Number.__bool__ = lambda self: self.numbers.told(Number(self.numbers, (bool, self.formula), bool(self.value)))  # type: ignore[attr-defined]
+    setattr(ReadNumber, f"__{_name}__", _told(_function))
+ReadNumber.__bool__ = lambda self: self.numbers.told(ReadNumber(self.numbers, (bool, self.formula), bool(self.value)))  # type: ignore[attr-defined]
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a `Number`, which takes the class of what it stands for."""
-    return type(value) is Number
+    """Whether a value is a `ReadNumber`, which takes the class of what it stands for."""
+    return type(value) is ReadNumber
 
 
 OF_MATH = (
@@ -195,11 +195,11 @@ def on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of `math` that makes a number of numbers."""
 
     def call(*args: Any) -> Any:
-        numbers = [arg for arg in args if type(arg) is Number]
+        numbers = [arg for arg in args if type(arg) is ReadNumber]
         if not numbers:
             return function(*args)
-        formulas = (arg.formula if type(arg) is Number else ("value", arg) for arg in args)
-        return Number(numbers[0].numbers, (function, *formulas), function(*(a.value if type(a) is Number else a for a in args)))
+        formulas = (arg.formula if type(arg) is ReadNumber else ("value", arg) for arg in args)
+        return ReadNumber(numbers[0].numbers, (function, *formulas), function(*(a.value if type(a) is ReadNumber else a for a in args)))
 
     return call
 
@@ -216,7 +216,7 @@ def _met(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if len(args) == 2 and not kwargs:
         tensor, number = args if isinstance(args[0], Tensor) else reversed(args)
-        if isinstance(tensor, Tensor) and type(number) is Number:
+        if isinstance(tensor, Tensor) and type(number) is ReadNumber:
             if func in _SUBTRACTED_FROM:
                 return _with_tensor(torch.sub, (number, tensor), tensor, number)
             if func in _DIVIDING:  # as torch does it
@@ -227,7 +227,7 @@ def _met(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*(_plain(arg) for arg in args), **{name: _plain(arg) for name, arg in kwargs.items()})
 
 
-def _with_tensor(func: Any, args: tuple[Any, ...], tensor: Tensor, number: Number) -> Tensor:
+def _with_tensor(func: Any, args: tuple[Any, ...], tensor: Tensor, number: ReadNumber) -> Tensor:
     """`func` of a tensor and a number, in the types in which torch computes it with a number of Python."""
     given = number.numbers.tensor(number)
     dtype = torch.result_type(tensor, number.value)
@@ -245,11 +245,11 @@ _ROUNDED = (torch.float16, torch.bfloat16)
 
 
 def _holds(value: Any) -> bool:
-    return type(value) is Number or (type(value) in (tuple, list) and any(_holds(item) for item in value))
+    return type(value) is ReadNumber or (type(value) in (tuple, list) and any(_holds(item) for item in value))
 
 
 def _plain(value: Any) -> Any:
-    if type(value) is Number:
+    if type(value) is ReadNumber:
         return value.numbers.told(value)
     return type(value)(_plain(item) for item in value) if type(value) in (tuple, list) else value
 

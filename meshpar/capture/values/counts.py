@@ -20,11 +20,11 @@ from torch import Tensor
 import meshpar.ops.expect  # noqa: F401  (registers meshpar::expect)
 from meshpar.capture import blame
 
-Numbers = Callable[[Tensor], "Sequence[int] | None"]
+KnownNumbers = Callable[[Tensor], "Sequence[int] | None"]
 """The elements of a tensor for the example, if it is made of the batch alone."""
 
 
-def followed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: Numbers) -> Any:
+def followed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: KnownNumbers) -> Any:
     """What `func(*args, **kwargs)` is at the size that it has for the example; None where it is not ours, or the size would not hold."""
     if func in _CHOICES and not kwargs and len(args) == 2:
         mask = mask_of(*args) if func is Tensor.__getitem__ else _as_wide(*args)
@@ -70,7 +70,7 @@ def _as_wide(tensor: Any, mask: Any) -> Tensor | None:
     return mask_of(tensor, mask.expand(tensor.shape))
 
 
-def _chosen(tensor: Tensor, mask: Tensor, numbers: Numbers) -> Tensor | None:
+def _chosen(tensor: Tensor, mask: Tensor, numbers: KnownNumbers) -> Tensor | None:
     samples, rest = mask.shape[0], tensor.shape[mask.dim() :]
     flat = mask.reshape(samples, -1)
     counts = flat.sum(1)
@@ -89,7 +89,7 @@ def _chosen(tensor: Tensor, mask: Tensor, numbers: Numbers) -> Tensor | None:
     return tensor.reshape(samples, flat.shape[1], *rest).gather(1, places).reshape(samples * each[0], *rest)
 
 
-def _positions(mask: Tensor, numbers: Numbers) -> Tensor | None:
+def _positions(mask: Tensor, numbers: KnownNumbers) -> Tensor | None:
     count = mask.count_nonzero()
     found = numbers(count)
     if found is None:
@@ -103,13 +103,13 @@ def _is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return len(args) == 1 and args[0].dim() == 1 and args[0].numel() > 1 and not any(v for k, v in kwargs.items() if k != "sorted")
 
 
-def _distinct(row: Tensor, numbers: Numbers) -> Tensor | None:
+def _distinct(row: Tensor, numbers: KnownNumbers) -> Tensor | None:
     changes = torch.cat([torch.ones_like(row[:1], dtype=torch.bool), row[1:] != row[:-1]])
     found = _positions(changes, numbers)
     return None if found is None else row[found[:, 0]]
 
 
-def _repeated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: Numbers) -> Tensor | None:
+def _repeated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: KnownNumbers) -> Tensor | None:
     repeats = kwargs.get("repeats", args[1] if len(args) > 1 else args[0])
     if not isinstance(repeats, Tensor) or kwargs.get("output_size") is not None or not args:
         return None

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
-class Ragged:
+class DataSized:
     """A tensor with a size that depends on data: its symbol stands where the number would."""
 
     shape: tuple[int | str, ...]
@@ -65,7 +65,7 @@ def _random(target: OpOverload) -> bool:
 
 def _ragged(node: fx.Node) -> bool:
     info = node.meta.get("info")
-    return any(isinstance(i, Ragged) for i in (info if isinstance(info, tuple) else (info,)))
+    return any(isinstance(i, DataSized) for i in (info if isinstance(info, tuple) else (info,)))
 
 
 class _Lift:
@@ -139,14 +139,14 @@ class _Lift:
         return False
 
     def _count(self, info: Any, mask: Any) -> bool:
-        if not isinstance(info, Ragged) or info.rows is None:
+        if not isinstance(info, DataSized) or info.rows is None:
             return False
         symbol = info.rows[0]
         self.same[symbol] = next((s for s, other in self.masks.items() if _equal(mask, other)), symbol)
         self.masks[symbol] = self.masks.get(self.same[symbol], mask)
         return True
 
-    def _rows_of(self, info: Ragged) -> tuple[str, int] | None:
+    def _rows_of(self, info: DataSized) -> tuple[str, int] | None:
         return info.rows and (self.same.get(info.rows[0], info.rows[0]), info.rows[1])
 
     def mask_of(self, indices: Any) -> fx.Node | None:
@@ -189,7 +189,7 @@ class _Lift:
         infos = infos if isinstance(infos, tuple) else (infos,)
         if not inputs and not _ragged(node):
             return False
-        outputs = [self._rows_of(info) for info in infos if isinstance(info, Ragged)]
+        outputs = [self._rows_of(info) for info in infos if isinstance(info, DataSized)]
         symbols = {self.rows[source][0] for source in inputs} | {rows[0] for rows in outputs if rows}
         if not outputs or None in outputs or len(outputs) != len(infos) or len(symbols) != 1 or not symbols <= set(self.masks):
             self._refuse(node)
@@ -454,4 +454,4 @@ def _dtype(node: Any) -> torch.dtype:
 
 def _symbols(node: fx.Node) -> set[str]:
     info = node.meta["info"]
-    return {n for i in (info if isinstance(info, tuple) else (info,)) if isinstance(i, Ragged) for n in i.shape if isinstance(n, str)}
+    return {n for i in (info if isinstance(info, tuple) else (info,)) if isinstance(i, DataSized) for n in i.shape if isinstance(n, str)}

@@ -82,12 +82,12 @@ def refuse_scaler(origin: Origin) -> NoReturn:
     )
 
 
-class Number(float):
+class NumberApart(float):
     """A number of one parameter: reckoning with that of another one, which other ranks may hold, is refused."""
 
     origin: Origin
 
-    def __new__(cls, value: float, origin: Origin) -> Number:
+    def __new__(cls, value: float, origin: Origin) -> NumberApart:
         number = super().__new__(cls, value)
         number.origin = origin
         return number
@@ -96,16 +96,16 @@ class Number(float):
 def _watched(name: str) -> Callable[..., Any]:
     plain = getattr(float, name)
 
-    def method(self: Number, *others: Any) -> Any:
+    def method(self: NumberApart, *others: Any) -> Any:
         for other in others:
-            if isinstance(other, Number) and other.origin.names != self.origin.names:
+            if isinstance(other, NumberApart) and other.origin.names != self.origin.names:
                 refuse_number(name.strip("_"), joined([self.origin, other.origin]))
         result = plain(self, *others)
-        return Number(result, self.origin) if type(result) is float else result
+        return NumberApart(result, self.origin) if type(result) is float else result
 
     return method
 
 
 for _name in "add radd sub rsub mul rmul truediv rtruediv pow rpow neg abs lt le gt ge eq ne".split():
-    setattr(Number, f"__{_name}__", _watched(f"__{_name}__"))
-Number.__hash__ = float.__hash__  # type: ignore[method-assign]
+    setattr(NumberApart, f"__{_name}__", _watched(f"__{_name}__"))
+NumberApart.__hash__ = float.__hash__  # type: ignore[method-assign]

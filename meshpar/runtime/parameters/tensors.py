@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from meshpar._torch import LocalTensor, OpOverload, dtensor_like, is_view_operator, local_of, pytree, written_names
 from meshpar.errors import ConfigError
-from meshpar.runtime.parameters.apart import Number, Origin, inside_step, joined, refuse_number, refuse_scaler
+from meshpar.runtime.parameters.apart import NumberApart, Origin, inside_step, joined, refuse_number, refuse_scaler
 from meshpar.runtime.parameters.specs import ParameterSpec, from_true, gathered, spec_of, tells_order
 from meshpar.sharding.types import Owned
 from meshpar.simulate import is_simulated
@@ -92,7 +92,7 @@ class ModelTensor(DTensor):
     def item(self) -> Any:
         """The number as Python's; in an optimizer's step one that remembers whose it is."""
         value = super().item()
-        return Number(value, self._origin) if self._origin.apart and isinstance(value, float) and inside_step() else value
+        return NumberApart(value, self._origin) if self._origin.apart and isinstance(value, float) and inside_step() else value
 
     def full_tensor(self, *, grad_placements: Any = None) -> torch.Tensor:
         """The whole in the original order, on every rank; outside of autograd. Collective over the ranks that hold it."""

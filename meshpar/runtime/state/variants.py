@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.capture.state.ambient import TABLE
 from meshpar.capture.state.places import Place, described, same
-from meshpar.compile.program import Program, Programs, Signature
+from meshpar.compile.program import BatchSignature, Program, Programs
 from meshpar.compile.state.following import Shown
 from meshpar.compile.state.held import Held
 from meshpar.errors import CaptureError, ConfigError, PlanError
@@ -27,7 +27,7 @@ from meshpar.runtime.engine import Engine
 from meshpar.runtime.state.alike import Alike
 from meshpar.runtime.state.trainable import Trainable
 
-Key = tuple[Signature, int, str]
+Key = tuple[BatchSignature, int, str]
 """A batch, its number of microbatches, and which parameters require gradients."""
 
 KEPT = 8
@@ -65,7 +65,7 @@ class Variants:
         """The modes of the modules were handed on already."""
         self._shown.modes_are()
 
-    def known(self) -> list[tuple[Signature, int]]:
+    def known(self) -> list[tuple[BatchSignature, int]]:
         """The batches that there are programs for."""
         return [key[:2] for key in self._variants]
 
@@ -90,7 +90,7 @@ class Variants:
         place = Place("", (("sub", ""), ("attr", name)))
         return next((p.captured.state.lost[place] for p, _, _ in self.programs() if place in p.captured.state.lost), None)
 
-    def match(self, signature: Signature, microbatches: int, closer: Callable[[], None] | None) -> tuple[Key, Variant | None]:
+    def match(self, signature: BatchSignature, microbatches: int, closer: Callable[[], None] | None) -> tuple[Key, Variant | None]:
         """The program that holds now, if there is one. `closer`: compares the batches of ranks, if they have not done so before."""
         self._shown.follow()
         self._makes.following.follow()

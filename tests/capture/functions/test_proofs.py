@@ -10,16 +10,16 @@ from torch import Tensor
 
 from meshpar.capture.functions.proofs import nature_of, sizes
 from meshpar.ops.nature import Nature
-from meshpar.ops.own_backward import Example, Function, Unfit
+from meshpar.ops.own_backward import ExampleCall, FunctionForms, Unfit
 from tests.own_functions import AddsLoss, Straight, by_batch, clipped, function, normalised, shifted
 
 
-def looks(*shapes: tuple[int, ...]) -> tuple[Example, ...]:
-    return tuple(Example(shape, torch.float32, torch.device("cpu"), True) for shape in shapes)
+def looks(*shapes: tuple[int, ...]) -> tuple[ExampleCall, ...]:
+    return tuple(ExampleCall(shape, torch.float32, torch.device("cpu"), True) for shape in shapes)
 
 
 def nature(cls: Any, *shapes: tuple[int, ...]) -> Nature:
-    return nature_of(Function(cls, looks(*(shapes or ((4, 6),)))))
+    return nature_of(FunctionForms(cls, looks(*(shapes or ((4, 6),)))))
 
 
 def kept(ctx: Any, x: Tensor, *more: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from meshpar.capture.export import capture
-from meshpar.capture.state.numbers import Number, Numbers, compute, holds, is_number
+from meshpar.capture.state.numbers import Numbers, ReadNumber, compute, holds, is_number
 from meshpar.capture.state.places import ABSENT, Place, same
 from meshpar.capture.state.taken import Ask
 from meshpar.graph.run import run
@@ -18,7 +18,7 @@ from meshpar.graph.run import run
 BETA = Place("", (("sub", ""), ("attr", "beta")))
 
 
-def number(value: Any) -> Number:
+def number(value: Any) -> ReadNumber:
     return Numbers({BETA: value}).of(BETA)
 
 

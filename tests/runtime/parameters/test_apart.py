@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import meshpar as mp
-from meshpar.runtime.parameters.apart import Number, Origin, inside_step
+from meshpar.runtime.parameters.apart import NumberApart, Origin, inside_step
 from tests.pool import Pool
 from tests.runtime.parameters.test_tensors import alone, make, trained
 
@@ -93,8 +93,8 @@ def test_what_is_no_number_is_allowed(gloo: Pool) -> None:
 
 
 def test_a_number_of_one_parameter_remembers_it() -> None:
-    one, other = (Number(2.0, Origin(frozenset({name}), None, True)) for name in ("a", "b"))
-    assert max(1.0, one) ** 2 / 4 == 1.0 and -one + one == 0.0 and isinstance(0.0 + one, Number) and {one: 1}[2.0] == 1
+    one, other = (NumberApart(2.0, Origin(frozenset({name}), None, True)) for name in ("a", "b"))
+    assert max(1.0, one) ** 2 / 4 == 1.0 and -one + one == 0.0 and isinstance(0.0 + one, NumberApart) and {one: 1}[2.0] == 1
     for reckon in (lambda: sum([one, other]), lambda: max(one, other), lambda: one * other, lambda: other - one / 2):
         with pytest.raises(mp.ConfigError, match="of a and 1 more: this rank holds"):
             reckon()

@@ -68,7 +68,7 @@ class Case:
         kind = dtype or type_of(members[0])
         numbers = (torch.randn(len(members), self.small(width), generator=generator, dtype=torch.double) for _ in range(2))
         scale, shift = (n.to(kind).requires_grad_() for n in numbers)
-        calls = Calls()
+        calls = SeenCalls()
         experts = [_Simple(calls, *own) for own in zip(scale.unbind(), shift.unbind(), members, strict=True)]
         calls.owner = owner = self._owner(experts, generator, dtype, calls)
         if trial.twins:
@@ -82,12 +82,12 @@ class Case:
         args, kwargs = self._inputs(Trial((2, 3)), generator, torch.double)
         try:
             owner(*args, **kwargs)
-        except _Seen as seen:
+        except _SeenWidth as seen:
             return seen.width
         raise NotLifted("its members are not called on these inputs", like_experts=False)
 
     def _owner(
-        self, experts: Sequence[nn.Module], generator: torch.Generator, dtype: torch.dtype | None, calls: Calls | None = None
+        self, experts: Sequence[nn.Module], generator: torch.Generator, dtype: torch.dtype | None, calls: SeenCalls | None = None
     ) -> nn.Module:
         instead = {id(member): expert for member, expert in zip(self.members, experts, strict=True)}
         dropping = None if calls is None else calls.drop
@@ -163,7 +163,7 @@ class Double:
     shift: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    calls: Calls
+    calls: SeenCalls
 
     def run(self, loop: Loop | None = None, instead: Any = None) -> Any:
         """The owner's forward; while it runs, the function of `loop` is `instead`."""
@@ -199,7 +199,7 @@ class Double:
 
 
 @dataclass
-class Calls:
+class SeenCalls:
     """What the simple experts saw."""
 
     owner: nn.Module | None = None
@@ -222,7 +222,7 @@ class Calls:
 class _Simple(nn.Module):
     """An expert that is a nonlinear function of each row with random numbers of its own."""
 
-    def __init__(self, calls: Calls, scale: Tensor, shift: Tensor, member: nn.Module) -> None:
+    def __init__(self, calls: SeenCalls, scale: Tensor, shift: Tensor, member: nn.Module) -> None:
         super().__init__()
         self.__dict__["member"] = member  # not a submodule
         self.calls, self.numbers = calls, (scale, shift)
@@ -251,7 +251,7 @@ def _simple(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (wave if wave.shape[-1] == scale.shape[-1] else wave.mean(-1, keepdim=True)) * scale + shift
 
 
-class _Seen(Exception):
+class _SeenWidth(Exception):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
@@ -261,7 +261,7 @@ class _First(nn.Module):
     """An expert that ends the run."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise _Seen(_only(args, kwargs).shape[-1])
+        raise _SeenWidth(_only(args, kwargs).shape[-1])
 
 
 def _only(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from meshpar.capture.experts.body import NotLifted
-from meshpar.capture.experts.lists.doubles import Calls, Double
+from meshpar.capture.experts.lists.doubles import Double, SeenCalls
 from meshpar.capture.experts.lists.loops import Local, Loop, read_after, read_in, watched
 from meshpar.capture.stand_in import close
 from meshpar.ops.experts import combine, dispatch
@@ -158,7 +158,7 @@ class Probe:
     replaced: set[str] = field(default_factory=set)
     """Names that are bound to another object after the loop."""
     times: int = 0
-    calls: Calls = field(default_factory=Calls)
+    calls: SeenCalls = field(default_factory=SeenCalls)
     _objects: dict[str, Any] = field(default_factory=dict)
     _drops: int = 0
 

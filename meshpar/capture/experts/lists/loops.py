@@ -113,7 +113,7 @@ _RETURNED, _SEAM, _VALUES = "_meshpar_returned", "_meshpar_seam", "_meshpar_valu
 
 
 @dataclass(frozen=True)
-class _Found:
+class _LoopTree:
     """A function's tree, and the statements of the loop: `body[first]` to `body[last]`."""
 
     definition: ast.FunctionDef
@@ -122,7 +122,7 @@ class _Found:
     last: int
 
 
-def _find(loop: Loop) -> _Found:
+def _find(loop: Loop) -> _LoopTree:
     definition = _parsed(_function(loop))
     body = _located(definition, loop.lines)
     _name_what_is_returned(body)
@@ -131,7 +131,7 @@ def _find(loop: Loop) -> _Found:
     last = inside[-1] + loop.extension
     if last >= len(body) or isinstance(body[last], ast.Return):
         raise NotLifted(UNFIT)
-    return _Found(definition, body, inside[0], last)
+    return _LoopTree(definition, body, inside[0], last)
 
 
 def _function(loop: Loop) -> types.FunctionType:
@@ -190,7 +190,7 @@ def _loaded(statements: Sequence[ast.stmt], after: int = 0) -> set[str]:
     return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.lineno > after}
 
 
-def _compiled(loop: Loop, found: _Found, statements: Sequence[ast.stmt], seam: Any) -> Any:
+def _compiled(loop: Loop, found: _LoopTree, statements: Sequence[ast.stmt], seam: Any) -> Any:
     """The function with `statements` in place of the loop, in which the name `_SEAM` is `seam`."""
     where = found.body[found.first]
     kept = found.body[found.first : found.last + 1]

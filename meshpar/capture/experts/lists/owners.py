@@ -49,7 +49,7 @@ _TENSORS = 16
 
 
 @dataclass(frozen=True)
-class Lifted:
+class LiftedLoop:
     """Everything there is to know about the loop of an owner."""
 
     container: str
@@ -65,20 +65,20 @@ class Lifted:
 class Lists:
     """What was learnt about lists of experts during one capture."""
 
-    learnt: list[tuple[nn.Module, Any, Lifted | NotLifted]] = field(default_factory=list)
+    learnt: list[tuple[nn.Module, Any, LiftedLoop | NotLifted]] = field(default_factory=list)
 
-    def lifted(self, owner: nn.Module, containers: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lifted | NotLifted:
+    def lifted(self, owner: nn.Module, containers: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LiftedLoop | NotLifted:
         """The loop of `owner` over one of its lists, lifted and proven; or why there is none."""
         signature = _signature(args, kwargs)
         for other, called, known in self.learnt:
             if called == signature and (other is owner or alike(other, owner)):
                 return known
-        found: list[Lifted | NotLifted] = []
+        found: list[LiftedLoop | NotLifted] = []
         for container in containers:
             case = Case(owner, container, args, kwargs)
             found.append(attempt(lambda case=case: _learn(case), "it does not run on a few random tokens"))  # type: ignore[misc]
-        lifted = [one for one in found if isinstance(one, Lifted)]
-        best: Lifted | NotLifted
+        lifted = [one for one in found if isinstance(one, LiftedLoop)]
+        best: LiftedLoop | NotLifted
         if lifted:
             best = replace(lifted[0], left=tuple(one.container for one in lifted[1:]))
         else:
@@ -92,7 +92,7 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return spec, [(leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
 
 
-def run(owner: nn.Module, lifted: Lifted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run(owner: nn.Module, lifted: LiftedLoop, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The owner's forward, with the lifted form in place of its loop."""
     members = members_of(owner.get_submodule(lifted.container))
 
@@ -132,7 +132,7 @@ _ELEMENTS, _TOKENS = 1 << 21, 1 << 10
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Proven:
     """A form that is proven, and in which shapes the experts get their rows: (dims, width)."""
 
     loop: Loop
@@ -141,13 +141,13 @@ class _Found:
     given: tuple[tuple[int, int], ...]
 
 
-def _learn(case: Case) -> Lifted:
+def _learn(case: Case) -> LiftedLoop:
     _check_members(case)
     member, given = case.members[0], case.rows_given()
     recorded = reasoned(lambda: _recorded(member, given, None, {}), "one of its members does not run on a few random rows")
     width = recorded.width if isinstance(recorded, Body) else given
 
-    def found_in(case: Case) -> _Found:
+    def found_in(case: Case) -> _Proven:
         runs = []
         for seed, trial in enumerate(_TRIALS):  # one after another: most owners that are none fail the first, and a double has a size
             runs.append(case.double(width, trial, seed))
@@ -156,11 +156,11 @@ def _learn(case: Case) -> Lifted:
             raise recorded
         return _first_proven(case, width, runs)
 
-    found: _Found | None = None
+    found: _Proven | None = None
     small = replace(case, sizes=reduced([*case.owner.parameters(), *case.owner.buffers()], given, kept=(len(case.members),)))
     if small.sizes:
         tried = reasoned(lambda: found_in(small), "it does not run at other sizes")
-        if isinstance(tried, _Found) and _proven(case, width, tried, _WIDE_PROOFS):
+        if isinstance(tried, _Proven) and _proven(case, width, tried, _WIDE_PROOFS):
             found = tried
         elif isinstance(tried, NotLifted) and not tried.like_experts:
             raise tried
@@ -170,7 +170,7 @@ def _learn(case: Case) -> Lifted:
             raise NotLifted("its members get rows of several widths")
     assert isinstance(recorded, Body)
     body = _body(member, given, recorded, sorted({dims for dims, _ in found.given}))
-    return Lifted(case.container, found.loop, found.form, _typed(case, width, found), body)
+    return LiftedLoop(case.container, found.loop, found.form, _typed(case, width, found), body)
 
 
 def _check_members(case: Case) -> None:
@@ -184,7 +184,7 @@ def _check_members(case: Case) -> None:
         raise NotLifted("its list of experts has hooks", like_experts=False)
 
 
-def _first_proven(case: Case, width: int, runs: Sequence[Double]) -> _Found:
+def _first_proven(case: Case, width: int, runs: Sequence[Double]) -> _Proven:
     """The first form that is proven, of all that fit the runs."""
     chains = [chain for double in runs for chain in double.calls.chains]
     given = tuple(sorted(set().union(*(double.calls.given for double in runs))))
@@ -194,7 +194,7 @@ def _first_proven(case: Case, width: int, runs: Sequence[Double]) -> _Found:
     for loop in loops(case.owner, chains):
         try:
             for form, results in forms(loop, runs):
-                found = _Found(loop, form, results, given)
+                found = _Proven(loop, form, results, given)
                 if _proven(case, width, found, (*_PROOFS, _crowd(case, width))):
                     return found
         except NotLifted as error:
@@ -202,7 +202,7 @@ def _first_proven(case: Case, width: int, runs: Sequence[Double]) -> _Found:
     raise unfit
 
 
-def _proven(case: Case, width: int, found: _Found, trials: Sequence[Trial]) -> bool:
+def _proven(case: Case, width: int, found: _Proven, trials: Sequence[Trial]) -> bool:
     """Whether the owner's forward with the form in place of the loop gives the same values and gradients."""
     for seed, trial in enumerate(trials, 10):
         theirs, their_slopes = _outcome(case.double(width, trial, seed), None)
@@ -212,7 +212,7 @@ def _proven(case: Case, width: int, found: _Found, trials: Sequence[Trial]) -> b
     return True
 
 
-def _outcome(double: Double, found: _Found | None) -> tuple[list[Tensor], list[Tensor | None]]:
+def _outcome(double: Double, found: _Proven | None) -> tuple[list[Tensor], list[Tensor | None]]:
     """What the forward returns and leaves in its module, and the derivatives of that; `found`: in place of the loop."""
     if found is None:
         outputs = double.run()
@@ -226,7 +226,7 @@ def _outcome(double: Double, found: _Found | None) -> tuple[list[Tensor], list[T
     return [value.detach() for value in values], derivatives(values, double.wanted())
 
 
-def _typed(case: Case, width: int, found: _Found) -> tuple[Result, ...]:
+def _typed(case: Case, width: int, found: _Proven) -> tuple[Result, ...]:
     """The results with the types that the loop leaves them in, when the owner runs in its own types."""
     try:
         probe = Probe.of(case.double(width, _TRIALS[0], 0, None), found.loop)
