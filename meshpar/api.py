@@ -21,9 +21,11 @@ from meshpar.init.meta import WeightsFrom
 from meshpar.mesh import agree, check_batch, check_mesh, mesh_sizes
 from meshpar.pipeline.order import schedule_of
 from meshpar.plan import Plan
+from meshpar.roles import ROLES
 from meshpar.runtime.build import build
 from meshpar.runtime.failures import Together
 from meshpar.runtime.model import ParallelModel
+from meshpar.sharding.policy import POLICIES
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
@@ -91,7 +93,7 @@ def _parallelize(
 
 
 def _check_supported(mesh: DeviceMesh) -> None:
-    missing = [name for name, size in mesh_sizes(mesh).items() if name == "cp" and size > 1]
+    missing = [name for name, size in mesh_sizes(mesh).items() if size > 1 and ROLES[name].typed and ROLES[name].divides not in POLICIES]
     if missing:
         raise ConfigError(
             f"parallelize does not support the axes {', '.join(missing)} yet; use pp, dp (or dp_replicate, dp_shard), ep and tp."

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2, prod
 from typing import Any
 
@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from meshpar import roles
 from meshpar._torch import LocalTensor, flatten_mesh, local_tensor_mode, maybe_disable_local_tensor_mode, pytree
 from meshpar.errors import BatchError, ConfigError, MeshparError, PlanError, near, raise_all
 
-AXES = ("pp", "dp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
-DATA_AXES = ("dp", "dp_replicate", "dp_shard", "ep")
 SIMULATED = -1
 
 
@@ -72,7 +71,7 @@ def parse_mesh(spec: str | Mapping[str, int]) -> dict[str, int]:
     complaints += [f"{name}={size}: a size is a whole number of at least 1." for name, size in pairs if isinstance(size, int) and size < 1]
     complaints += _name_complaints([name for name, size in pairs if not isinstance(size, str)])
     sizes = {name: size for name, size in pairs if isinstance(size, int)}
-    if not complaints and (wanted := sorted(sizes, key=AXES.index)) != list(sizes):
+    if not complaints and (wanted := sorted(sizes, key=roles.names().index)) != list(sizes):
         complaints.append(f'axes are given outermost first. Write "{format_mesh({n: sizes[n] for n in wanted})}".')
     raise_all(ConfigError, f'mesh "{spec if isinstance(spec, str) else format_mesh(spec)}":', complaints)
     return sizes
@@ -96,7 +95,7 @@ def check_mesh(mesh: DeviceMesh) -> None:
         names = ", ".join(f'"{n}"' for n in ("pp", "dp", "tp")[-mesh.ndim :])
         raise ConfigError(
             f"the mesh of shape {tuple(mesh.shape)} has no axis names. Build it with init_device_mesh(..., mesh_dim_names=({names})) "
-            f"or with mp.make_mesh; names are {', '.join(AXES)}."
+            f"or with mp.make_mesh; names are {', '.join(roles.names())}."
         )
     parse_mesh(mesh_sizes(mesh))
     if local_tensor_mode() is None and mesh.get_coordinate() is None:
@@ -107,31 +106,34 @@ def check_mesh(mesh: DeviceMesh) -> None:
 
 def axis(mesh: DeviceMesh, name: str) -> Axis:
     """This process on one axis; an axis the mesh does not have is one of size 1 without a group."""
-    if name not in AXES:
-        raise ConfigError(f"there is no mesh axis named {name!r}; axes are {', '.join(AXES)}.{near(name, AXES)}")
+    if name not in roles.ROLES:
+        raise ConfigError(f"there is no mesh axis named {name!r}; axes are {', '.join(roles.names())}.{near(name, roles.names())}")
     names = mesh.mesh_dim_names or ()
     return _axis(mesh, name, name) if name in names else Axis(name, 1, 0, "")
 
 
-def data_axis(mesh: DeviceMesh, *, without: Sequence[str] = ()) -> Axis:
-    """The axis over which batches are split: `dp_replicate x dp_shard x dp x ep` as one, with a process group of its own.
+def stage_axis(mesh: DeviceMesh) -> Axis:
+    """This process on the axis whose ranks run different stages."""
+    return axis(mesh, roles.stage_axis())
 
-    Those named in `without` are left out of it.
-    """
-    flat = data_mesh(mesh, without=without)
-    if flat is None:
-        return Axis("dp", 1, 0, "")
+
+def data_axis(mesh: DeviceMesh) -> Axis:
+    """The axis over which batches are split: all whose ranks have batches of their own as one, with a process group of its own."""
+    names = roles.with_own_batches(mesh.mesh_dim_names or ())
+    return joined_axis(mesh, names) if names else Axis("dp", 1, 0, "")
+
+
+def typed_axes(mesh: DeviceMesh) -> tuple[Axis, ...]:
+    """The axes on which values are typed, in the order in which they are lowered; those that are typed as one are one."""
+    return tuple(replace(joined_axis(mesh, names), name=name) for name, names in roles.typed(mesh.mesh_dim_names or ()).items())
+
+
+def joined_axis(mesh: DeviceMesh, names: Sequence[str]) -> Axis:
+    """Several axes of a mesh as one, with a process group of its own."""
+    with maybe_disable_local_tensor_mode():
+        flat = mesh[names[0]] if len(names) == 1 else flatten_mesh(mesh[tuple(names)], "_".join(names))
     assert flat.mesh_dim_names is not None
     return _axis(flat, flat.mesh_dim_names[0], flat.mesh_dim_names[0])
-
-
-def data_mesh(mesh: DeviceMesh, *, without: Sequence[str] = ()) -> DeviceMesh | None:
-    """The one-dimensional mesh of `data_axis`, or None when no axis of the mesh splits batches."""
-    names = tuple(n for n in mesh.mesh_dim_names or () if n in DATA_AXES and n not in without)
-    if not names:
-        return None
-    with maybe_disable_local_tensor_mode():
-        return mesh[names[0]] if len(names) == 1 else flatten_mesh(mesh[names], "_".join(names))
 
 
 def data_rank(mesh: DeviceMesh) -> tuple[int, int]:
@@ -167,10 +169,10 @@ def rank_grid(mesh: DeviceMesh) -> str:
     """The rank grids as text: dense layers (data = dp x ep), and, with an `ep` axis, expert layers (experts split over ep)."""
     grid = _ranks(mesh)
     sizes = mesh_sizes(mesh)
-    data = [n for n in sizes if n in DATA_AXES]
-    lines = [f"{format_mesh(sizes)}: {grid.numel()} ranks", *_grid_lines("dense layers", grid, sizes, tuple(data))]
-    if sizes.get("ep", 1) > 1:
-        lines += _grid_lines("expert layers", grid, sizes, tuple(n for n in data if n != "ep"))
+    data = roles.with_own_batches(sizes)
+    lines = [f"{format_mesh(sizes)}: {grid.numel()} ranks", *_grid_lines("dense layers", grid, sizes, data)]
+    if any(sizes[n] > 1 for n in roles.dividing("experts", sizes)):
+        lines += _grid_lines("expert layers", grid, sizes, roles.with_own_batches(sizes, without="experts"))
     return "\n".join(lines)
 
 
@@ -266,7 +268,7 @@ def check_batch(batch: Any, mesh: DeviceMesh) -> None:
         odd = _odd_ones({rank: table[rank][32:] for rank in ranks})
         if odd:
             complaints.append(f"{_listed(list(odd))} of {_listed(ranks)}.")
-    same = [n for n in mesh.mesh_dim_names or () if n not in DATA_AXES]
+    same = [n for n in mesh.mesh_dim_names or () if not roles.ROLES[n].own_batches]
     raise_all(
         BatchError,
         f"ranks that differ only on {', '.join(same)} must be fed the same batch (give the data loader mp.data_rank(mesh), not the global "
@@ -304,10 +306,13 @@ def _parse_pair(part: str) -> tuple[str, int | str]:
 
 
 def _name_complaints(names: Sequence[str]) -> list[str]:
-    complaints = [f"unknown axis {n!r}; axes are {', '.join(AXES)}.{near(n, AXES)}" for n in names if n not in AXES]
+    known = roles.names()
+    complaints = [f"unknown axis {n!r}; axes are {', '.join(known)}.{near(n, known)}" for n in names if n not in known]
     complaints += [f"axis {n!r} is given {names.count(n)} times." for n in dict.fromkeys(names) if names.count(n) > 1]
-    if "dp" in names and ("dp_replicate" in names or "dp_shard" in names):
-        complaints.append("dp and dp_replicate / dp_shard are two ways to say the same; use dp, or the other two.")
+    for one, axes in roles.typed(n for n in names if n in known).items():
+        if one in axes and len(set(axes)) > 1:
+            others = [n for n in known if n != one and roles.ROLES[n].typed == one]
+            complaints.append(f"{one} and {' / '.join(others)} are two ways to say the same; use one of the two.")
     return complaints
 
 
@@ -357,8 +362,8 @@ def nearest_meshes(sizes: Mapping[str, int], world: int, *, count: int = 3) -> t
     ({'dp': 1, 'tp': 4}, {'dp': 2, 'tp': 2}, {'dp': 4, 'tp': 1})
     """
     names = list(sizes)
-    if not any(n in DATA_AXES for n in names):
-        names = sorted([*names, "dp"], key=AXES.index)
+    if not roles.with_own_batches(names):
+        names = sorted([*names, roles.dividing("samples")[0]], key=roles.names().index)
 
     def distance(found: Sequence[int]) -> tuple[int, float]:
         pairs = [(f, sizes.get(n, 1)) for n, f in zip(names, found, strict=True)]
@@ -392,7 +397,7 @@ def _ranks(mesh: DeviceMesh) -> torch.Tensor:
 
 def _data_ranks(mesh: DeviceMesh) -> dict[int, int]:
     """Global rank -> its rank on the data axis."""
-    dims = [d for d, n in enumerate(mesh.mesh_dim_names or ()) if n in DATA_AXES]
+    dims = [d for d, n in enumerate(mesh.mesh_dim_names or ()) if roles.ROLES[n].own_batches]
     others = [d for d in range(mesh.ndim) if d not in dims]
     with maybe_disable_local_tensor_mode():
         rows = mesh.mesh.permute(*dims, *others).reshape(prod(mesh.shape[d] for d in dims), -1).tolist()
@@ -419,15 +424,15 @@ def _same_batch_ranks(mesh: DeviceMesh) -> list[list[int]]:
 def _grid_lines(title: str, grid: torch.Tensor, sizes: Mapping[str, int], data: tuple[str, ...], *, most: int = 8) -> list[str]:
     """One table per pipeline stage: a row per data coordinate (and cp, ep), a column per tp rank."""
     names = list(sizes)
-    columns = ["tp"] if "tp" in names else []
-    tables = ["pp"] if "pp" in names else []
+    columns, tables = list(roles.dividing("weights", names)), list(roles.dividing("stages", names))
     kept = [n for n in names if n not in (*data, *columns, *tables)]
     order = [*tables, *data, *kept, *columns]
     label = "edp" if title.startswith("expert") else "data"
     count = prod(sizes[n] for n in data)
     shown = {n: s for n, s in [*((n, sizes[n]) for n in tables), (label, count), *((n, sizes[n]) for n in (*kept, *columns))]}
     lines = [f"{title}: {' x '.join(f'{n}={s}' for n, s in shown.items())}" + (f"   ({label} = {' x '.join(data)})" if data else "")]
-    rows = grid.permute(*(names.index(n) for n in order)).reshape(sizes.get("pp", 1), -1, sizes.get("tp", 1)).tolist()
+    across, along = prod(sizes[n] for n in tables), prod(sizes[n] for n in columns)
+    rows = grid.permute(*(names.index(n) for n in order)).reshape(across, -1, along).tolist()
     labels = _row_labels([(label, count), *((n, sizes[n]) for n in kept)])
     width = len(str(grid.max().item()))
     for stage, table in enumerate(rows):

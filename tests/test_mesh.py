@@ -15,17 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
+from meshpar import roles
 from meshpar._torch import FakeStore
 from meshpar.errors import BatchError, ConfigError, PlanError
 from meshpar.mesh import (
-    AXES,
     Axis,
     agree,
     axis,
     check_batch,
     check_mesh,
     data_axis,
-    data_mesh,
     data_rank,
     format_mesh,
     local_batch,
@@ -34,6 +33,7 @@ from meshpar.mesh import (
     nearest_meshes,
     parse_mesh,
     rank_grid,
+    typed_axes,
 )
 from meshpar.simulate import local_tensors
 
@@ -81,7 +81,7 @@ def test_a_mesh_that_does_not_fit_is_told_which_do() -> None:
 
 @given(st.dictionaries(st.sampled_from(("pp", "dp", "cp", "ep", "tp")), st.integers(1, 8), min_size=1), st.integers(1, 48))
 def test_nearest_meshes_fit_and_start_with_the_mesh_itself(sizes: dict[str, int], world: int) -> None:
-    sizes = {name: sizes[name] for name in AXES if name in sizes}
+    sizes = {name: sizes[name] for name in roles.names() if name in sizes}
     found = nearest_meshes(sizes, world)
     assert found and all(prod(mesh.values()) == world for mesh in found)
     assert len({tuple(mesh.items()) for mesh in found}) == len(found)
@@ -106,7 +106,7 @@ def test_axes_of_a_rank() -> None:
         assert (data.name, data.size, data.rank) == ("dp_ep", 4, 2)
         assert data_axis(mesh) == data
         assert data_rank(mesh) == (2, 4)
-        assert data_mesh(mesh) is data_mesh(mesh)
+        assert [(a.name, a.size) for a in typed_axes(mesh)] == [("dp", 2), ("ep", 2), ("tp", 2)]
 
 
 def test_a_mesh_without_data_axes() -> None:

@@ -26,6 +26,7 @@ from meshpar.errors import ConfigError
 from meshpar.mesh import format_mesh, local_batch, make_mesh, parse_mesh
 from meshpar.proof import launch
 from meshpar.proof.comparable import without_noise
+from meshpar.roles import ROLES
 from meshpar.runtime.parameters.gradients import clip_grad_norm_
 
 TOLERANCE = 1e-3
@@ -115,7 +116,7 @@ def run(demo: Demo) -> Comparison | None:
 
 
 def _check(demo: Demo, sizes: Mapping[str, int]) -> None:
-    data = prod(size for name, size in sizes.items() if name not in ("pp", "cp", "tp"))
+    data = prod(size for name, size in sizes.items() if ROLES[name].own_batches)
     least = data * demo.config.microbatches
     if demo.batch % least:
         fit = max(1, round(demo.batch / least)) * least

@@ -18,8 +18,10 @@ from meshpar.graph.text import fingerprint
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
 from meshpar.plan import AxisPlan, ParameterPlan, Plan, StagePlan
+from meshpar.roles import ROLES, dividing
 from meshpar.sharding.infer import Inference, infer
-from meshpar.sharding.solve import Request, expert_stacks, solve
+from meshpar.sharding.policy import Request, expert_stacks
+from meshpar.sharding.solve import solve
 from meshpar.sharding.types import I, Owned, Type
 
 
@@ -64,18 +66,17 @@ def decide(captured: Captured, request: Decision) -> Plan:
     for name, size in request.axes:
         if size == 1:
             continue
-        data = name != "tp"
+        role = ROLES[name]
         plan = solve(
             graph,
             Request(
                 name,
                 size,
-                inputs=captured.batch_dims if data else {},
+                role.divides,
+                inputs=captured.batch_dims if role.own_batches else {},
                 parameters=frozenset(captured.parameters),
-                pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not data else {},
-                wanted=wanted if not data else {},
-                shard_parameters=not data,
-                experts=name == "ep",
+                pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not role.own_batches else {},
+                wanted=wanted.get(name, {}),
                 owned=request.owned,
                 sequence=request.sequence,
                 outputs=outputs,
@@ -149,28 +150,28 @@ def _pinned_outputs(captured: Captured) -> list[Type | None]:
     return found
 
 
-def _rules(rules: Mapping[str, str], captured: Captured, request: Decision) -> dict[str, int | None]:
-    """User rules as parameter -> dim to cut, None for whole."""
+def _rules(rules: Mapping[str, str], captured: Captured, request: Decision) -> dict[str, dict[str, int | None]]:
+    """User rules as axis -> parameter -> dim to cut, None for whole."""
     names = [*request.others] or list(captured.parameters)
-    known = {axis for axis, _ in request.axes} | {"tp"}
-    complaints, found = [], dict[str, int | None]()
+    weights = dividing("weights")
+    complaints, found = [], {axis: dict[str, int | None]() for axis in weights}
     for pattern, where in rules.items():
         hits = [n for n in (*names, *captured.aliases) if fnmatchcase(n, pattern)]
         if not hits:
             complaints.append(f"rule {pattern!r} matches no parameter.{near(pattern.replace('*', ''), names)}")
         axis, _, dim = where.partition(":")
-        if where != "replicate" and (axis not in known or not dim.lstrip("-").isdigit()):
+        if where != "replicate" and (axis not in weights or not dim.lstrip("-").isdigit()):
             complaints.append(f'rule {pattern!r}: {where!r} is not "tp:DIM" (as in "tp:0") or "replicate".')
             continue
         for hit in hits:
             name = captured.aliases.get(hit, hit)
             shape = request.others[name][0] if name in request.others else None
             if where == "replicate":
-                found[name] = None
+                found |= {one: {**found[one], name: None} for one in weights}
             elif shape is not None and not -len(shape) <= int(dim) < len(shape):
                 complaints.append(f"rule {pattern!r}: {hit} has shape {list(shape)}, it has no dim {dim}.")
             else:
-                found[name] = int(dim) % len(shape or (1,))
+                found[axis][name] = int(dim) % len(shape or (1,))
     raise_all(PlanError, "rules:", complaints)
     return found
 
@@ -188,7 +189,7 @@ def _parameters(
             for axis in axes:
                 plan = axis.nodes[nodes[name].name]
                 placements[axis.axis] = plan.outs[0]
-                why = plan.why if axis.axis == "tp" else why
+                why = plan.why if ROLES[axis.axis].divides == "weights" else why
         elif name in request.pinned:
             placements.update(request.pinned[name].placements)
         found[name] = ParameterPlan(shape, dtype, trainable, placements, why, held.get(name, (0,)))

@@ -14,6 +14,7 @@ from meshpar.graph.captured import Info
 from meshpar.graph.op import op_name
 from meshpar.ops import vocab_parallel
 from meshpar.plan import Comm
+from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_REDUCE, ALL_TO_ALL, conversion, wire_bytes
 from meshpar.sharding.types import Type
 
@@ -43,9 +44,9 @@ def _sent(stage: StageGraph) -> Iterator[Comm]:
     for node in stage.graph.nodes:
         if node.op == "placeholder" and node.name in stage.receives:
             info, module, region = node.meta["info"], node.meta.get("module") or "", node.meta.get("region") or ""
-            yield Comm("send", "pp", "forward", float(info.nbytes), 1, node.name, module, region, stage.index - 1)
+            yield Comm("send", stage_axis(), "forward", float(info.nbytes), 1, node.name, module, region, stage.index - 1)
             if info.requires_grad:
-                yield Comm("send", "pp", "backward", float(info.nbytes), 1, node.name, module, region, stage.index)
+                yield Comm("send", stage_axis(), "backward", float(info.nbytes), 1, node.name, module, region, stage.index)
 
 
 def _entries(node: fx.Node) -> Iterator[Comm]:

@@ -36,7 +36,7 @@ from meshpar.config import ParallelConfig
 from meshpar.errors import BatchError, ConfigError, PlanError
 from meshpar.graph.captured import Captured, Slot
 from meshpar.graph.text import fingerprint
-from meshpar.mesh import DATA_AXES, Axis, agree, axis, data_axis, data_mesh, mesh_sizes
+from meshpar.mesh import Axis, agree, data_axis, mesh_sizes, typed_axes
 from meshpar.passes.attention import SimplifyAttention
 from meshpar.passes.batch_norm import expand_batch_norm
 from meshpar.passes.coalesce import Coalesce
@@ -48,6 +48,7 @@ from meshpar.passes.tally import TALLY, TallyExperts
 from meshpar.passes.weight_gradients import DeferWeightGradients
 from meshpar.pipeline.order import schedule_of
 from meshpar.plan import ParameterPlan, Plan
+from meshpar.roles import ROLES, copying, dividing, with_own_batches
 from meshpar.sharding.types import Owned, Shard
 from meshpar.simulate import is_simulated
 
@@ -222,8 +223,8 @@ class Programs:
             self.pinned = dict(plan.parameters)
         if plan.stages:
             place(captured, plan)
-        axes = axes_of(self.mesh)
-        summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if a.name != "tp"}
+        axes = typed_axes(self.mesh)
+        summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if ROLES[a.name].own_batches}
         graph = lowered(captured, plan, axes, summed)
         if plan.stages and remember:
             return self._staged(signature, captured, plan, graph)
@@ -259,7 +260,7 @@ class Programs:
         if self.given is not None and self.given.graph == fingerprint(captured):
             _check_given(self.given, self.mesh)
             return self.given
-        axes = axes_of(self.mesh)
+        axes = typed_axes(self.mesh)
         request = Decision(
             tuple(mesh_sizes(self.mesh).items()),
             tuple((a.name, a.size) for a in axes),
@@ -282,25 +283,18 @@ class Programs:
         return is_simulated() or dist.get_backend() == "fake" or self.mesh.size() == 1
 
     def _check_experts(self, captured: Captured) -> None:
-        ranks = mesh_sizes(self.mesh).get("ep", 1)
+        (name,) = dividing("experts")
+        ranks = mesh_sizes(self.mesh).get(name, 1)
         if ranks > 1 and not any(node.target is torch.ops.meshpar.grouped_mm.default for node in captured.graph.nodes):
             advice = advise(captured.unrecognised)
             raise ConfigError(
-                f"ep={ranks} divides experts among ranks, and the model has none that could be divided. Use dp={ranks} instead: outside of "
-                f"experts, ep is data parallelism." + (f"\n{advice}" if advice else "")
+                f"{name}={ranks} divides experts among ranks, and the model has none that could be divided. Use dp={ranks} instead: "
+                f"outside of experts, {name} is data parallelism." + (f"\n{advice}" if advice else "")
             )
 
     def _stage_request(self) -> StageRequest:
         assert self.schedule is not None
         return StageRequest(self.schedule.order(1, backward=False).place, self.config.stages)
-
-
-def axes_of(mesh: DeviceMesh) -> tuple[Axis, ...]:
-    """The axes that are typed, in the order they are lowered: the data axes as one, then that of experts, then tensor."""
-    found = []
-    if data_mesh(mesh, without=("ep",)) is not None:
-        found.append(replace(data_axis(mesh, without=("ep",)), name="dp"))
-    return (*found, *(axis(mesh, name) for name in ("ep", "tp") if name in (mesh.mesh_dim_names or ())))
 
 
 def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], summed: Mapping[str, frozenset[str]] | None = None) -> fx.Graph:
@@ -335,14 +329,16 @@ def unmanaged(plan: Plan, axis: str, mesh: DeviceMesh, config: ParallelConfig) -
 
 def left_alone(plan: Plan, mesh: DeviceMesh, config: ParallelConfig) -> frozenset[str]:
     """The parameters that data parallelism does not manage."""
-    data = [n for n in mesh.mesh_dim_names or () if n in DATA_AXES]
+    data = with_own_batches(mesh.mesh_dim_names or ())
     if not data:
         return frozenset()
     ranks = {name: [plan.stages[s].rank for s in p.stages] for name, p in plan.parameters.items() if len(p.stages) > 1}
     found = {name for name, held in ranks.items() if len(set(held)) < len(held)}
     found |= {name for name, p in plan.parameters.items() if not p.shape}  # without dims: nothing to share out
-    if config.data_parallel == "replicate" or set(data) <= {"ep", "dp_replicate"}:
-        found |= {name for name, p in plan.parameters.items() if isinstance(p.placements.get("ep"), (Shard, Owned))}
+    dense = with_own_batches(data, without="experts")
+    if config.data_parallel == "replicate" or set(dense) <= set(copying(dense)):
+        experts = dividing("experts", data)
+        found |= {name for name, p in plan.parameters.items() if any(isinstance(p.placements.get(n), (Shard, Owned)) for n in experts)}
     return frozenset(found)
 
 

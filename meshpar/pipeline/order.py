@@ -8,7 +8,7 @@ from functools import cache
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.config import ParallelConfig
-from meshpar.mesh import axis
+from meshpar.mesh import stage_axis
 from meshpar.pipeline.schedule import Order, forward_order, order
 
 
@@ -36,5 +36,5 @@ def _order(schedule: Schedule, microbatches: int, backward: bool) -> Order:
 
 def schedule_of(mesh: DeviceMesh, config: ParallelConfig) -> Schedule | None:
     """The schedule over the `pp` axis of `mesh`; None without one."""
-    ranks = axis(mesh, "pp").size
+    ranks = stage_axis(mesh).size
     return None if ranks == 1 else Schedule(config.schedule, ranks, ranks * config.stages_per_rank)

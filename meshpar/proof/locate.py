@@ -27,6 +27,7 @@ from torch.fx.node import map_arg
 from meshpar._torch import LocalTensor, maybe_disable_local_tensor_mode
 from meshpar.compile.program import Program
 from meshpar.graph.op import op_name
+from meshpar.roles import typed
 from meshpar.runtime.engine import Inputs
 from meshpar.runtime.model import ParallelModel
 from meshpar.sharding.types import Invariant, Owned, Partial, Ragged, Replicate, Shard, Type
@@ -69,15 +70,20 @@ def _coordinates(pm: ParallelModel) -> dict[int, dict[str, int]]:
     """Rank -> its coordinate on every typed axis; data axes are one, as when they are typed."""
     with maybe_disable_local_tensor_mode():
         names, grid = pm.mesh.mesh_dim_names or (), pm.mesh.mesh
+        sizes = dict(zip(names, grid.shape, strict=True))
         found = {}
         for place in product(*(range(n) for n in grid.shape)):
             at = dict(zip(names, place, strict=True))
-            data = 0
-            for name, n in zip(names, grid.shape, strict=True):
-                if name in ("dp", "dp_replicate", "dp_shard"):
-                    data = data * n + at[name]
-            found[int(grid[place])] = {"dp": data, **{n: at[n] for n in names if n in ("ep", "tp")}}
+            found[int(grid[place])] = {one: _place_on(axes, at, sizes) for one, axes in typed(names).items()}
         return found
+
+
+def _place_on(axes: Sequence[str], at: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+    """The place on several axes as one."""
+    place = 0
+    for name in axes:
+        place = place * sizes[name] + at[name]
+    return place
 
 
 # ---- the two runs ----------------------------------------------------------------------------------------------------------------------

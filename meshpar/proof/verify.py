@@ -31,7 +31,7 @@ from meshpar.capture.hooks.models import attach, of_parameters
 from meshpar.capture.structure import order_of
 from meshpar.config import ParallelConfig, Precision
 from meshpar.errors import CaptureError, ConfigError, MeshparError
-from meshpar.mesh import DATA_AXES, format_mesh, local_batch, make_mesh, mesh_sizes, parse_mesh
+from meshpar.mesh import format_mesh, local_batch, make_mesh, mesh_sizes, parse_mesh
 from meshpar.proof import launch
 from meshpar.proof.comparable import cast, comparable
 from meshpar.proof.locate import first_difference
@@ -50,6 +50,7 @@ from meshpar.proof.reference import (
 )
 from meshpar.proof.reference import reference as reference_of
 from meshpar.proof.reference import unproved as unproved_by
+from meshpar.roles import ROLES, dividing, stage_axis
 from meshpar.runtime.model import ParallelModel
 from meshpar.runtime.parameters.gradients import clip_grad_norm_
 from meshpar.runtime.parameters.specs import full_grad, full_tensor, local_part, spec_of
@@ -161,7 +162,7 @@ def verify(
         found = _on_given_ranks(task, expected.right, given)
     else:
         expected = _expected(task, torch.device("cpu"))
-        if processes or sizes.get("pp", 1) > 1:
+        if processes or sizes.get(stage_axis(), 1) > 1:
             where = "gloo processes"
             found = _merged(launch.run(_on_rank, task, expected.right, sizes, world=prod(sizes.values())))
         else:
@@ -201,7 +202,7 @@ def _task(
         loss_fn,
         dtype,
         TOLERANCE[dtype] if tolerance is None else tolerance,
-        prod(n for name, n in sizes.items() if name in DATA_AXES),
+        prod(n for name, n in sizes.items() if ROLES[name].own_batches),
         of_parameters(model),
     )
 
@@ -454,7 +455,7 @@ def _notes(pm: ParallelModel) -> tuple[str, ...]:
 
 def _where(task: Task, report: Report, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Where values or gradients part first, on simulated ranks of the same mesh without its pipeline."""
-    flat = {name: n for name, n in sizes.items() if name != "pp"} or {"tp": 1}
+    flat = {name: n for name, n in sizes.items() if ROLES[name].typed} or {dividing("weights")[0]: 1}
     task = replace(wide(task), config=replace(task.config, schedule="1f1b", stages=None, virtual_stages=None))
     with simulate(prod(flat.values())), task.conditions():
         mesh = make_mesh(flat, "cpu")
@@ -463,7 +464,7 @@ def _where(task: Task, report: Report, sizes: Mapping[str, int]) -> tuple[str, .
         found = first_difference(pm, state, share(task.batches[0], mesh, packed=packed))
     if found is not None:
         return (found,)
-    if "pp" in sizes:
+    if dividing("stages", sizes):
         return ("within its stages the program is right: what differs comes from cutting it, its schedule, or what stages send and share.",)
     first = [dict(report[q].worst).get("step 1", 0.0) for q in ("loss", "gradient norm")]
     if max(first) <= report.tolerance and report["gradients"].largest <= report.tolerance:

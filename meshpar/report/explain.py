@@ -15,13 +15,11 @@ from torch import fx
 from meshpar.graph.captured import Info
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.op import op_name
-from meshpar.mesh import DATA_AXES
 from meshpar.pipeline.schedule import Order
 from meshpar.pipeline.timing import Costs, bubble, simulate
-from meshpar.plan import Comm, ParameterPlan, Plan
+from meshpar.plan import AxisPlan, Comm, ParameterPlan, Plan
+from meshpar.roles import ROLES, copying, dividing
 from meshpar.sharding.types import Shard, Type, local_shape
-
-TENSOR = "tp"
 
 
 class Readable(str):
@@ -87,7 +85,7 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: s
 
 def _mesh(plan: Plan) -> list[str]:
     sizes = dict(plan.mesh)
-    data = prod(size for name, size in sizes.items() if name in DATA_AXES)
+    data = prod(size for name, size in sizes.items() if ROLES[name].own_batches)
     options = plan.options
     lines = [
         f"Mesh {' x '.join(f'{n}={s}' for n, s in sizes.items())}: {prod(sizes.values())} ranks, {data} of them with samples of their own"
@@ -162,7 +160,7 @@ def _waits(order: Order | None) -> bool:
 
 
 def _data_size(plan: Plan) -> int:
-    return prod(size for name, size in plan.mesh if name in DATA_AXES)
+    return prod(size for name, size in plan.mesh if ROLES[name].own_batches)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------------------------
@@ -179,7 +177,7 @@ class _Row:
 
 
 def _parameters(plan: Plan, graph: fx.Graph) -> list[str]:
-    axes = [a.axis for a in plan.axes if a.axis not in DATA_AXES]
+    axes = [a.axis for a in plan.axes if not ROLES[a.axis].own_batches]
     sizes = dict(plan.mesh)
     rows = _rows(plan, graph)
     heading = ("parameter", "", "shape", *(("on a rank", *(f"over {a}" for a in axes), "because") if axes else ()))
@@ -291,10 +289,11 @@ def _reasons(plan: Plan, graph: fx.Graph) -> dict[str, str]:
 
 
 def _reason(plan: ParameterPlan, kind: str, share: float) -> str:
-    type_ = plan.placements.get(TENSOR)
+    types = (plan.placements.get(name) for name in dividing("weights"))
+    type_ = next((type_ for type_ in types if isinstance(type_, Shard)), None)
     if plan.why in _DECIDERS:
         return _DECIDERS[plan.why]
-    if isinstance(type_, Shard):
+    if type_ is not None:
         return _CUT.get((kind, type_.dim), "cut like the values it is used with")
     if len(plan.shape) < 2:
         return "a vector: little to gain"
@@ -348,10 +347,14 @@ def _block_sizes(plan: Plan) -> Counter[str]:
 
 def _residual(plan: Plan, graph: fx.Graph) -> list[str]:
     """How the values lie that blocks hand to one another."""
-    if plan.axis(TENSOR) is None:
-        return []
-    axis = plan.axis(TENSOR)
-    assert axis is not None
+    return [line for axis in _tensor_axes(plan) for line in _residual_on(axis, graph)]
+
+
+def _tensor_axes(plan: Plan) -> list[AxisPlan]:
+    return [axis for axis in plan.axes if ROLES[axis.axis].divides == "weights"]
+
+
+def _residual_on(axis: AxisPlan, graph: fx.Graph) -> list[str]:
     handed = {t for one in axis.nodes.values() for t in one.handed if isinstance(t, Shard)}
     found: Counter[str] = Counter()
     for node in graph.nodes:
@@ -360,19 +363,18 @@ def _residual(plan: Plan, graph: fx.Graph) -> list[str]:
         if node.op != "call_function" or not isinstance(info, Info) or not info.requires_grad or len(info.shape) < 2:
             continue
         if any(user.op == "call_function" and user.meta.get("region") not in (region, None) for user in node.users):
-            found[f"{_shape(info.shape)} {_held(node, info, handed, axis.size)}"] += 1
-    return (
-        [f"Blocks hand on, on a {TENSOR} rank: " + "; ".join(f"{text} ({n} of them)" for text, n in found.most_common())] if found else []
-    )
+            found[f"{_shape(info.shape)} {_held(node, info, handed, axis)}"] += 1
+    texts = "; ".join(f"{text} ({n} of them)" for text, n in found.most_common())
+    return [f"Blocks hand on, on a {axis.axis} rank: {texts}"] if found else []
 
 
-def _held(node: fx.Node, info: Info, handed: Collection[Shard], size: int) -> str:
+def _held(node: fx.Node, info: Info, handed: Collection[Shard], axis: AxisPlan) -> str:
     """How a value lies that leaves its block: one of the shards that the plan hands on, or whole."""
     conversion = node.meta.get("conversion")
-    if conversion is not None and conversion[0] == TENSOR:
+    if conversion is not None and conversion[0] == axis.axis:
         dims = {conversion[3].dim} if isinstance(conversion[3], Shard) else set()
-    elif TENSOR in node.meta.get("cut", ()):
-        dims = {t.dim for t in handed if t.dim < len(info.shape) and t.local_length(size, 0) == info.shape[t.dim]}
+    elif axis.axis in node.meta.get("cut", ()):
+        dims = {t.dim for t in handed if t.dim < len(info.shape) and t.local_length(axis.size, 0) == info.shape[t.dim]}
     else:
         return "whole"
     if len(dims) != 1:
@@ -424,7 +426,7 @@ def _traffic(comms: Sequence[Comm]) -> _Traffic:
     times: Counter[tuple[str, str, str]] = Counter()
     sizes: dict[tuple[str, str, str], float] = defaultdict(float)
     for comm in comms:
-        where = (comm.axis or TENSOR, comm.phase, comm.kind)
+        where = (comm.axis, comm.phase, comm.kind)
         times[where] += comm.count
         sizes[where] += comm.count * comm.nbytes
     return tuple((*where, times[where], sizes[where]) for where in sorted(times, key=lambda w: (w[0], w[1] != "forward", w[2])))
@@ -433,14 +435,14 @@ def _traffic(comms: Sequence[Comm]) -> _Traffic:
 def _data_parallel(plan: Plan, order: Order | None) -> list[str]:
     """What FSDP2 sends in a step: it is not part of the graph."""
     sizes = dict(plan.mesh)
-    data = prod(size for name, size in sizes.items() if name in DATA_AXES)
-    in_graph = any(c.axis in ("", *DATA_AXES) and c.node.startswith("i_to_r") and c.phase == "backward" for c in plan.ledger)
+    data = prod(size for name, size in sizes.items() if ROLES[name].own_batches)
+    in_graph = any((not c.axis or ROLES[c.axis].own_batches) and c.node.startswith("i_to_r") and c.phase == "backward" for c in plan.ledger)
     mode, microbatches = str(plan.options.get("data_parallel", "")), int(plan.options.get("microbatches", 1))
     if data == 1 or mode not in _SHARED or in_graph:
         return []
     ranks = {stage.rank for stage in plan.stages} or {0}
     whole, trained = max((_held_bytes(plan, sizes, rank, False), _held_bytes(plan, sizes, rank, True)) for rank in ranks)
-    copies = data if mode == "replicate" else sizes.get("dp_replicate", 1)
+    copies = data if mode == "replicate" else prod(sizes[n] for n in copying(sizes))
     shares = data // copies
     gathers = {"zero3": 1 if _waits(order) else 2 * microbatches, "replicate": 0}.get(mode, 1)
     sums = microbatches if mode in ("zero3", "zero2") and not plan.stages else 1
@@ -466,9 +468,10 @@ def _local_bytes(plan: ParameterPlan, sizes: Mapping[str, int]) -> int:
 
 def _repeated(plan: Plan, graph: fx.Graph) -> list[str]:
     """What every tensor rank computes although another one does too."""
-    axis = plan.axis(TENSOR)
-    if axis is None or axis.size == 1:
-        return []
+    return [line for axis in _tensor_axes(plan) if axis.size > 1 for line in _repeated_on(axis, plan, graph)]
+
+
+def _repeated_on(axis: AxisPlan, plan: Plan, graph: fx.Graph) -> list[str]:
     work, moved = Counter[bool](), Counter[bool]()
     ops: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for node in graph.nodes:
@@ -476,7 +479,7 @@ def _repeated(plan: Plan, graph: fx.Graph) -> list[str]:
             continue
         if "conversion" in node.meta or "joined" in node.meta or node.target is operator.getitem:
             continue
-        whole = TENSOR not in node.meta.get("cut", ())
+        whole = axis.axis not in node.meta.get("cut", ())
         cost, size = flops(node), nbytes(node)
         work[whole] += int(cost)
         moved[whole] += int(size)
@@ -484,7 +487,7 @@ def _repeated(plan: Plan, graph: fx.Graph) -> list[str]:
             entry = ops[op_name(node.target)]
             entry[0], entry[1], entry[2] = entry[0] + 1, entry[1] + cost, entry[2] + size
     lines = [
-        f"Repeated on all {axis.size} {TENSOR} ranks: {_percent(work)} of a rank's arithmetic, {_percent(moved)} of the memory it reads "
+        f"Repeated on all {axis.size} {axis.axis} ranks: {_percent(work)} of a rank's arithmetic, {_percent(moved)} of the memory it reads "
         f"and writes (forward)"
     ]
     missing = {note.split(" ")[0] for note in plan.notes if " has no rule" in note}

@@ -13,11 +13,11 @@ from torch import fx
 from meshpar.compile.split import StageGraph
 from meshpar.graph.captured import Info
 from meshpar.graph.op import op_name
-from meshpar.mesh import DATA_AXES
 from meshpar.ops import collectives
 from meshpar.pipeline.schedule import Order
 from meshpar.plan import ParameterPlan, Plan
 from meshpar.report.explain import count, table
+from meshpar.roles import ROLES, copying
 from meshpar.sharding.types import Shard, local_shape
 
 
@@ -75,9 +75,9 @@ def memory(plan: Plan, graph: fx.Graph, stages: Sequence[StageGraph] = (), order
     With a pipeline: of `rank`, when `stages` run in `order`.
     """
     sizes = dict(plan.mesh)
-    replicas = prod(s for n, s in sizes.items() if n in DATA_AXES)
+    replicas = prod(s for n, s in sizes.items() if ROLES[n].own_batches)
     mode = str(plan.options.get("data_parallel", "zero3"))
-    shares = 1 if mode == "replicate" else replicas // sizes.get("dp_replicate", 1)
+    shares = 1 if mode == "replicate" else replicas // prod(sizes[n] for n in copying(sizes))
     own = () if order is None else order.stages_of(rank)
     held = {name: _local(p, sizes) for name, p in plan.parameters.items() if order is None or set(p.stages) & set(own)}
     whole = _twice(plan, held) if replicas > 1 else set[str]()

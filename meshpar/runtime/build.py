@@ -17,11 +17,13 @@ from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
 from meshpar.init.meta import Share, WeightsFrom, materialise
 from meshpar.init.weights import Lazy
-from meshpar.mesh import axis, spread
+from meshpar.mesh import axis, spread, stage_axis
 from meshpar.pipeline.order import Schedule
 from meshpar.pipeline.run import Pipelined
 from meshpar.pipeline.ties import Ties
 from meshpar.plan import ParameterPlan, Plan
+from meshpar.roles import ROLES, dividing
+from meshpar.roles import stage_axis as stages
 from meshpar.runtime import place
 from meshpar.runtime.blocks import Block, Tree
 from meshpar.runtime.data_parallel import DataParallelism
@@ -80,7 +82,7 @@ def build(
     if schedule is None:
         return Whole(trees[0], data[0], program)
     ties = _ties(program.plan, mesh, parameters)
-    return Pipelined(trees, program, data, ties, schedule, axis(mesh, "pp"), torch.device(mesh.device_type))
+    return Pipelined(trees, program, data, ties, schedule, stage_axis(mesh), torch.device(mesh.device_type))
 
 
 @torch.no_grad()
@@ -135,10 +137,10 @@ def _fill(
 
 def without_pipeline(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh of the ranks that run the same stages: what parameters lie on."""
-    names = tuple(n for n in mesh.mesh_dim_names or () if n != "pp")
+    names = tuple(n for n in mesh.mesh_dim_names or () if ROLES[n].typed)
     if len(names) == mesh.ndim:
         return mesh
-    return mesh[names] if names else alone_in(mesh, "pp", "tp")
+    return mesh[names] if names else alone_in(mesh, stages(), dividing("weights")[0])
 
 
 def _own_stages(mesh: DeviceMesh, schedule: Schedule | None) -> tuple[int, ...]:
@@ -149,7 +151,7 @@ def _own_stages(mesh: DeviceMesh, schedule: Schedule | None) -> tuple[int, ...]:
             f"simulated ranks all run one program, the {schedule.stages} stages of a pipeline run different ones: use processes (torchrun, "
             f"or mp.verify, which starts them), or leave pp out of the mesh."
         )
-    return schedule.order(1, backward=False).stages_of(axis(mesh, "pp").rank)
+    return schedule.order(1, backward=False).stages_of(stage_axis(mesh).rank)
 
 
 def _trees(
@@ -203,7 +205,7 @@ def _spec(name: str, plan: ParameterPlan, config: ParallelConfig, own: Sequence[
     dtype: torch.dtype = getattr(torch, plan.dtype)
     if config.precision.param_dtype is not None and dtype.is_floating_point:
         dtype = config.precision.param_dtype
-    placements = {axis: type_ for axis, type_ in plan.placements.items() if isinstance(type_, (Shard, Owned)) and axis in ("ep", "tp")}
+    placements = {n: type_ for n, type_ in plan.placements.items() if isinstance(type_, (Shard, Owned)) and ROLES[n].cuts_parameters}
     return ParameterSpec(name, plan.shape, dtype, plan.trainable, placements, plan.stages[0] not in own)
 
 
@@ -215,7 +217,7 @@ def _is_here(plan: ParameterPlan, mesh: DeviceMesh) -> bool:
 def are_apart(plan: Plan, mesh: DeviceMesh) -> bool:
     """Whether some ranks hold parameters that others have not: stages, or experts that are on one rank each."""
     owned = any(isinstance(type_, Owned) for p in plan.parameters.values() for type_ in p.placements.values())
-    return owned or axis(mesh, "pp").size > 1
+    return owned or stage_axis(mesh).size > 1
 
 
 def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter]) -> Ties:
@@ -224,7 +226,7 @@ def _ties(plan: Plan, mesh: DeviceMesh, parameters: Mapping[str, nn.Parameter]) 
         ranks = tuple(dict.fromkeys(plan.stages[s].rank for s in plan.parameters[name].stages))
         if len(ranks) > 1 and plan.parameters[name].trainable:
             holders[name] = ranks
-    return Ties(axis(mesh, "pp"), holders, {name: parameters[name] for name in holders})
+    return Ties(stage_axis(mesh), holders, {name: parameters[name] for name in holders})
 
 
 def _non_persistent(model: nn.Module) -> tuple[str, ...]:

@@ -27,15 +27,13 @@ from torch.distributed.fsdp import DataParallelMeshDims, FSDPModule, MixedPrecis
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from meshpar import roles
 from meshpar._torch import accumulate_gradients, as_parameter, local_of, mesh_info, reduce_gradients, shard_over
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
-from meshpar.mesh import DATA_AXES
 from meshpar.runtime.blocks import Tree, shared_blocks
 from meshpar.runtime.parameters.specs import mark, spec_of
 from meshpar.sharding.types import Owned
-
-_REPLICATED_AXES = ("dp_replicate",)
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     of `ep` are shared out over the other axes.
     """
     precision = config.precision
-    names = tuple(n for n in mesh.mesh_dim_names or () if n != "pp")
-    data = tuple(n for n in names if n in DATA_AXES)
+    names = tuple(n for n in mesh.mesh_dim_names or () if roles.ROLES[n].typed)
+    data = roles.with_own_batches(names)
     if not data:
         tree.set_compute_dtype(precision.compute_dtype)
         return DataParallelism(tree, config.data_parallel, ())
@@ -133,23 +131,23 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
 
 
 def _dims(data: Sequence[str], mode: Mode) -> DataParallelMeshDims:
-    replicated = tuple(n for n in data if mode == "replicate" or n in _REPLICATED_AXES)
+    replicated = tuple(data) if mode == "replicate" else roles.copying(data)
     shared = tuple(n for n in data if n not in replicated)
     return DataParallelMeshDims(shard=shared or None, replicate=replicated or None)
 
 
 def _experts_apart(mesh: DeviceMesh, data: Sequence[str], mode: Mode) -> Callable[[nn.Parameter], Any] | None:
     """Experts are shared out over the data axes that do not divide them already."""
-    rest = tuple(n for n in data if n != "ep")
-    if "ep" not in data or mode == "replicate" or set(rest) <= set(_REPLICATED_AXES):
+    rest = roles.with_own_batches(data, without="experts")
+    if not (experts := roles.dividing("experts", data)) or mode == "replicate" or set(rest) <= set(roles.copying(rest)):
         return None  # no experts, or nothing to share them out over: then they are left alone
     info = mesh_info(mesh, _dims(rest, mode))
-    at = (mesh.mesh_dim_names or ()).index("ep")
+    at = (mesh.mesh_dim_names or ()).index(experts[0])
 
     def place(parameter: nn.Parameter) -> Any:
         assert isinstance(parameter, DTensor)
         spec = spec_of(parameter)
-        owned = spec is not None and isinstance(spec.placements.get("ep"), Owned)
+        owned = spec is not None and isinstance(spec.placements.get(experts[0]), Owned)
         if parameter.placements[at].is_replicate() and not owned:
             return None
         ranks, shape = info.shard_mesh_size, local_of(parameter).shape

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshpar.mesh import axis, data_axis
+from meshpar.mesh import data_axis, stage_axis
 from meshpar.ops.collectives import p_to_i
 from meshpar.ops.load import Tally, rows
 from meshpar.simulate import is_simulated, local_tensors
@@ -24,9 +24,9 @@ def expert_load(tallies: Sequence[Tally], mesh: DeviceMesh) -> dict[str, torch.T
         if data.size > 1:
             total = p_to_i(total, group=data.group, size=data.size, rank=data.rank)
         found[name] = local_tensors(total)[0] if is_simulated() else total.cpu()
-    stages = axis(mesh, "pp")
+    stages = stage_axis(mesh)
     if stages.size == 1:
         return found
     everyone: list[Any] = [None] * stages.size
-    dist.all_gather_object(everyone, found, group=mesh.get_group("pp"))
+    dist.all_gather_object(everyone, found, group=mesh.get_group(stages.name))
     return {name: load for one in everyone for name, load in one.items()}

@@ -28,6 +28,7 @@ from meshpar.pipeline.schedule import Event, Order, schedule_table
 from meshpar.plan import Comm, Plan
 from meshpar.report.explain import explain
 from meshpar.report.memory import MemoryReport, memory
+from meshpar.roles import ROLES
 from meshpar.runtime.blocks import inlined, print_code
 from meshpar.runtime.build import build, copy_values
 from meshpar.runtime.engine import Engine
@@ -323,7 +324,7 @@ class ParallelModel(nn.Module):
             return value
         placements: list[Placement] = []
         for name in self.mesh.mesh_dim_names or ():
-            found = types.get(name if name in ("ep", "tp") else "dp") if name != "pp" else None
+            found = types.get(ROLES[name].typed or "")
             placements.append(ShardPlacement(found.dim) if isinstance(found, Shard) else Replicate())
         info = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index].meta["info"]
         strides, step = [], 1

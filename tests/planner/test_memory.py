@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meshpar.planner import Mapping, build, memory, state_bytes
+from meshpar.planner import Mapping, PeakMemory, build, memory, state_bytes
 from meshpar.planner.constants import Constants
 from meshpar.planner.hardware import GiB
 from meshpar.planner.memory import fullest, roughly

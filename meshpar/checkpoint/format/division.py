@@ -27,10 +27,9 @@ from meshpar.checkpoint.format.boxes import Box, Cut, Runs, boxes_of, runs_held
 from meshpar.checkpoint.format.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.format.files import ITEMSIZE
 from meshpar.errors import ConfigError, near
+from meshpar.roles import ROLES, dividing, names, stage_axis
 from meshpar.sharding.types import Shard, plain
 
-AXES = ("pp", "dp_replicate", "dp", "dp_shard", "cp", "ep", "tp")
-_DATA_AXES = ("ep", "dp", "dp_shard", "cp")
 _MAX_RANKS = 1 << 20
 
 
@@ -50,14 +49,14 @@ class Grid:
         found: dict[str, int] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
             axis, _, size = item.partition("=")
-            if axis not in AXES:
-                raise ConfigError(f"Mesh {text!r}: {axis!r} is not a mesh axis ({', '.join(AXES)}).{near(axis, AXES)}")
+            if axis not in ROLES:
+                raise ConfigError(f"Mesh {text!r}: {axis!r} is not a mesh axis ({', '.join(names())}).{near(axis, names())}")
             if not (size.isascii() and size.isdigit()) or int(size) < 1 or axis in found:
                 raise ConfigError(f"Mesh {text!r}: expected {axis}=N once, with N of at least 1. Example: tp=4,pp=2.")
             found[axis] = int(size)
         if prod(found.values()) > _MAX_RANKS:
             raise ConfigError(f"Mesh {text!r} has {prod(found.values())} ranks; at most {_MAX_RANKS} are supported.")
-        return cls(tuple((axis, found[axis]) for axis in AXES if axis in found))
+        return cls(tuple((axis, found[axis]) for axis in names() if axis in found))
 
     def __str__(self) -> str:
         return ",".join(f"{axis}={size}" for axis, size in self.axes)
@@ -118,8 +117,8 @@ class Division:
     def first(self, name: str) -> int:
         """The rank that writes the first part of a tensor."""
         layout = self.layouts[name]
-        others = [(axis, size) for axis, size in self.grid.axes if axis != "pp" and not layout.is_cut_by(axis)]
-        stage = {} if layout.is_cut_by("pp") else {"pp": layout.stage}
+        others = [(axis, size) for axis, size in self.grid.axes if axis != stage_axis() and not layout.is_cut_by(axis)]
+        stage = {} if layout.is_cut_by(stage_axis()) else {stage_axis(): layout.stage}
         return self.grid.rank(stage | _spread(name, others))
 
     def _held(self, layout: Layout, shape: Sequence[int]) -> list[tuple[int, Runs]]:
@@ -143,7 +142,7 @@ def _spread(name: str, axes: Sequence[tuple[str, int]]) -> dict[str, int]:
 
 def default_division(tensors: Mapping[str, tuple[str, tuple[int, ...]]], grid: Grid) -> Division:
     """Divide `{name: (dtype, shape)}` over a mesh as the module describes."""
-    stages = _stages(tensors, grid.sizes.get("pp", 1))
+    stages = _stages(tensors, grid.sizes.get(stage_axis(), 1))
     return Division(grid, {name: Layout(_default_cuts(shape, grid), stages[name]) for name, (_, shape) in tensors.items()})
 
 
@@ -182,14 +181,12 @@ def _default_cuts(shape: tuple[int, ...], grid: Grid) -> tuple[Cut, ...]:
     if len(shape) < 2:
         return ()
     cuts = []
-    experts = "ep" in sizes and len(shape) > 2
-    if experts:
-        cuts.append(Cut("ep", plain(0, shape[0])))
-    if "tp" in sizes:
-        cuts.append(Cut("tp", plain(int(experts), shape[int(experts)])))
-    for axis in _DATA_AXES:
-        if axis in sizes and not (axis == "ep" and experts):
-            cuts.append(Cut(axis, plain(0, shape[0])))
+    stacked = len(shape) > 2
+    experts = dividing("experts", sizes) if stacked else ()
+    cuts += [Cut(axis, plain(0, shape[0])) for axis in experts]
+    cuts += [Cut(axis, plain(len(experts), shape[len(experts)])) for axis in dividing("weights", sizes)]
+    shared = [axis for axis in sizes if ROLES[axis].shares_out and axis not in experts]
+    cuts += [Cut(axis, plain(0, shape[0])) for axis in sorted(shared, key=lambda axis: ROLES[axis].divides != "experts")]
     return tuple(cuts)
 
 
@@ -224,7 +221,7 @@ def _cut_from_json(cut: Any, where: str) -> Cut:
         numbers = [dim, repeat, *(n for pair in pairs for n in pair)]
     except (TypeError, ValueError):
         raise CorruptError(f"{where}: {str(cut)[:80]} is not [axis, dim, repeat, [[units, size], ...]].") from None
-    if axis not in AXES or any(type(n) is not int or not 0 <= n < 1 << 60 for n in numbers) or repeat < 1 or repeat * len(pairs) > 1 << 20:
+    if axis not in ROLES or any(type(n) is not int or not 0 <= n < 1 << 60 for n in numbers) or repeat < 1 or repeat * len(pairs) > 1 << 20:
         raise CorruptError(f"{where}: {str(cut)[:80]} is not [axis, dim, repeat, [[units, size], ...]].")
     return Cut(axis, Shard(dim, repeat, pairs))
 
@@ -257,7 +254,7 @@ def division_from_plan(text: str, tensors: Mapping[str, tuple[str, tuple[int, ..
 
 def _resolve(name: str, shape: tuple[int, ...], layout: Layout, grid: Grid) -> Layout:
     unknown = [cut.axis for cut in layout.cuts if cut.axis not in grid.sizes]
-    if unknown or layout.stage >= grid.sizes.get("pp", 1):
+    if unknown or layout.stage >= grid.sizes.get(stage_axis(), 1):
         raise ImpossibleError(
             f"{name}: the plan uses {', '.join(unknown) or f'stage {layout.stage}'}, which the mesh {grid} does not have."
         )

@@ -21,6 +21,7 @@ from meshpar.checkpoint.online.tensors import Content, grid_of
 from meshpar.checkpoint.online.values import encode
 from meshpar.checkpoint.online.writer import PerRank
 from meshpar.errors import CheckpointError
+from meshpar.roles import ROLES, dividing
 from meshpar.runtime.model import ParallelModel
 
 EXTRA, MORE, OWN = "extra/", "tensors/", "rank/"
@@ -177,8 +178,8 @@ def _place(module: nn.Module, tensors: Mapping[str, Any]) -> tuple[Grid, int]:
     mesh = _mesh(module)
     if mesh is None:
         return Grid(), 0
-    names = mesh.mesh_dim_names or ()
-    return grid_of(mesh), mesh.get_local_rank("pp") if "pp" in names else 0
+    stages = dividing("stages", [n for n in mesh.mesh_dim_names or () if n in ROLES])
+    return grid_of(mesh), mesh.get_local_rank(stages[0]) if stages else 0
 
 
 def _mesh(module: nn.Module) -> Any:

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from meshpar._torch import LocalTensor, StridedShard, local_of
 from meshpar.checkpoint.format.boxes import Box, Cut, Run, Runs, local_shape, runs_of
 from meshpar.checkpoint.format.casts import TORCH_DTYPES, Array, word
-from meshpar.checkpoint.format.division import AXES
 from meshpar.checkpoint.format.faults import CorruptError
 from meshpar.errors import CheckpointError, ConfigError
+from meshpar.roles import ROLES
 from meshpar.runtime.parameters.specs import ParameterSpec, is_exact, spec_of
 from meshpar.runtime.parameters.tensors import is_whole
 from meshpar.sharding.types import Shard, plain
@@ -82,7 +82,7 @@ def held(tensor: torch.Tensor | Held, *, like: torch.Tensor | None = None) -> He
     else:
         steps = cuts_of(tensor, spec)
         runs = _runs(shape, steps)
-    found = Held(local_of(tensor).detach(), shape, runs, tuple(Cut(axis, shard) for axis, shard, _, _ in steps if axis in AXES))
+    found = Held(local_of(tensor).detach(), shape, runs, tuple(Cut(axis, shard) for axis, shard, _, _ in steps if axis in ROLES))
     if local_shape(runs) != tuple(found.local.shape):
         raise CorruptError(
             f"The placements {tensor.placements} of a tensor {list(shape)} say that this rank holds {list(local_shape(runs))} of it, "

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from meshpar.checkpoint.format.boxes import Box, boxes_of
 from meshpar.checkpoint.format.casts import cast, castable, word
-from meshpar.checkpoint.format.division import AXES, Grid, Layout
+from meshpar.checkpoint.format.division import Grid, Layout
 from meshpar.checkpoint.format.faults import CorruptError
 from meshpar.checkpoint.format.files import Disk
 from meshpar.checkpoint.format.manifest import Manifest
@@ -37,6 +37,7 @@ from meshpar.checkpoint.online.placed import Held, from_words, held, torch_dtype
 from meshpar.checkpoint.online.ranks import Failure, Group, Ranks, attempt
 from meshpar.checkpoint.online.writer import Local, PerRank, Record, finish, merge, rank_tensor, write_rank
 from meshpar.errors import ConfigError, near
+from meshpar.roles import ROLES
 
 Tensors = Mapping[str, torch.Tensor | Held]
 
@@ -208,9 +209,9 @@ def _grid(tensors: Iterable[torch.Tensor | Held]) -> Grid:
 def grid_of(mesh: Any) -> Grid:
     """The axes of a mesh, if all of them have names of ours."""
     names = mesh.mesh_dim_names
-    if names is None or any(n not in AXES for n in names):
+    if names is None or any(n not in ROLES for n in names):
         return Grid()
-    return Grid(tuple(sorted(zip(names, mesh.shape, strict=True), key=lambda pair: AXES.index(pair[0]))))
+    return Grid(tuple(sorted(zip(names, mesh.shape, strict=True), key=lambda pair: list(ROLES).index(pair[0]))))
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from meshpar._torch import LocalTensor, flatten_mesh, local_of, local_tensor_mode, maybe_disable_local_tensor_mode, root_mesh
 from meshpar.errors import ConfigError
+from meshpar.roles import ROLES
 from meshpar.runtime.parameters.specs import spec_of
 from meshpar.sharding.types import Owned
-
-STAGES = "pp"
-"""The axis whose ranks hold different parameters, not copies."""
 
 
 class OnMesh(Iterator[torch.nn.Parameter]):
@@ -178,7 +176,7 @@ def _counts_here(layout: Layout, mesh: DeviceMesh, place: Sequence[int]) -> bool
     """
     names = mesh.mesh_dim_names or ()
     if layout is None:
-        return all(place[d] == 0 for d in range(mesh.ndim) if not names or names[d] != STAGES)
+        return all(place[d] == 0 for d in range(mesh.ndim) if not names or ROLES[names[d]].typed)
     own, cuts = layout
     rank = int(mesh.mesh[tuple(place)])
     if any(c != 0 for c, cut in zip(_place(own, rank), cuts, strict=True) if not cut):
@@ -187,7 +185,7 @@ def _counts_here(layout: Layout, mesh: DeviceMesh, place: Sequence[int]) -> bool
     for d in range(mesh.ndim):
         line: list[int | slice] = [*place[:d], slice(None), *place[d + 1 :]]
         outside = not bool(torch.isin(mesh.mesh[tuple(line)], mine).all())
-        if outside and place[d] != 0 and (not names or names[d] != STAGES):
+        if outside and place[d] != 0 and (not names or ROLES[names[d]].typed):
             return False
     return True
 

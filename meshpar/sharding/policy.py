@@ -1,0 +1,280 @@
+"""What an axis is for, as the solver asks it: which factors may be cut, how values cross between units, where a parameter may lie.
+
+    divides     values that cross                        factors that may be cut             parameters
+    samples     cut along samples                        the samples                         whole, pending gradients
+    experts     cut along samples                        the samples, the experts            as above; those of experts one part a rank
+    weights     cut along the sequence, or invariant     those of matrices, the sequence     cut along any of them, or whole
+
+A policy is one class, and a row of POLICIES. It decides nothing that costs tell: that is the 0-1 program's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from meshpar.errors import PlanError
+from meshpar.graph.op import Value, info_of, operands, value_of
+from meshpar.roles import Divides
+from meshpar.sharding.extents import shard
+from meshpar.sharding.infer import BoundOp
+from meshpar.sharding.price import Price
+from meshpar.sharding.reading import Reading
+from meshpar.sharding.types import I, Owned, R, Shard, Type, plain
+from meshpar.sharding.typings import Choice, at_rest
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be solved: the axis, and what the user or an earlier solution already fixed."""
+
+    axis: str
+    size: int
+    divides: Divides = "weights"
+    """What the axis divides: its policy."""
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    """Placeholders cut along the axis -> the dim that is cut."""
+    parameters: frozenset[str] = frozenset()
+    """Names of parameters, among the get_attr targets."""
+    pinned: Mapping[str, Type] = field(default_factory=dict)
+    """Parameters whose type is given."""
+    wanted: Mapping[str, int | None] = field(default_factory=dict)
+    """Parameters the user has rules for -> the dim to cut, None for whole."""
+    owned: bool = False
+    """Whether a parameter may lie on one rank alone: experts kept as a list of modules are then divided too."""
+    sequence: bool = True
+    """Whether the residual stream is cut along its sequence where that is possible."""
+    outputs: Sequence[Type | None] = ()
+    """Types the outputs must have; None leaves it to the solver."""
+    price: Price = field(default_factory=Price)
+
+
+class Policy(ABC):
+    """What the solver asks about an axis."""
+
+    even: bool
+    """Whether all ranks must hold equal parts."""
+    experts: frozenset[int] = frozenset()
+    """The factors that are the experts of the model, where the axis splits those."""
+
+    @abstractmethod
+    def crosses(self, value: Value, users: int) -> Type:
+        """The type in which a value is handed from the unit that makes it to the `users` units that use it."""
+
+    @abstractmethod
+    def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
+        """Per unit, the factors that may be cut. `residual`: the types of the values that cross."""
+
+    @abstractmethod
+    def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
+        """Where a parameter may lie. `whole`: what leaving it whole costs; `seeds`: the factors that may be cut where it is used."""
+
+    def fixed(self, call: BoundOp) -> Choice | None:
+        """The one typing of a call that is not for the solver to choose."""
+        return None
+
+
+class SamplesPolicy(Policy):
+    """Samples are cut, parameters stay whole, and their gradients are pending sums."""
+
+    even = True  # what is decided for the next axis, on the shapes of one rank, holds for all
+
+    def __init__(self, request: Request, reading: Reading) -> None:
+        self.request, self.reading = request, reading
+
+    def crosses(self, value: Value, users: int) -> Type:
+        info = info_of(value)
+        for factor in self.reading.batch:
+            for d, one in enumerate(self.reading.inference.dims[value]):
+                cut = self.reading.shard(d, one, factor)
+                if cut is not None:
+                    return cut
+        return I if value[0] in self.reading.depends or not info.requires_grad else at_rest(info, R)
+
+    def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
+        return dict.fromkeys(set(self.reading.units.values()), self.reading.batch)
+
+    def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
+        return (Choice((), (at_rest(node.meta["info"], R),), 0.0, "data"),)
+
+
+class ExpertsPolicy(Policy):
+    """Samples are cut, and the rows of experts go to the ranks that hold these experts."""
+
+    even = True
+
+    def __init__(self, request: Request, reading: Reading) -> None:
+        self.request, self.reading = request, reading
+        self.samples = SamplesPolicy(request, reading)
+        self.experts = self._factors()
+        self.owners = self._owners() if request.owned else {}
+
+    def crosses(self, value: Value, users: int) -> Type:
+        return self.samples.crosses(value, users)
+
+    def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
+        return {unit: (*batch, *sorted(self.experts)) for unit, batch in self.samples.seeds(residual).items()}
+
+    def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
+        if node in self.owners:
+            return (Choice((), (Owned(self.owners[node]),), 0.0, "experts"),)
+        divided = self._of_experts(node)
+        return self.samples.placements(node, whole, seeds) if divided is None else (divided,)
+
+    def fixed(self, call: BoundOp) -> Choice | None:
+        if not call.op.operands or call.op.operands[0] not in self.owners:
+            return None
+        uses = tuple(Owned(self.owners[part]) for part in call.op.operands)
+        return Choice(uses, (plain(0, len(uses)),), 0.0, "experts")
+
+    def _factors(self) -> frozenset[int]:
+        """What stands for the experts: the first dim of their matrices, and of tables looked up by the expert of a row."""
+        found: set[int] = set()
+        for node, call in self.reading.inference.calls.items():
+            infos, table = call.op.infos, -1
+            if call.op.name == "meshpar.grouped_mm":
+                table = 1
+            elif call.op.name == "index" and len(infos) == 2 and infos[1].rows and not infos[0].rows:
+                table = 0
+            if table >= 0 and (one := self.reading.inference.dims[value_of(operands(node)[table])][0]) is not None:
+                found.add(self.reading.inference.extents.find(one))
+        return frozenset(found)
+
+    def _owners(self) -> dict[fx.Node, int]:
+        """The parameters of experts kept as a list of modules -> the rank that has them."""
+        found: dict[fx.Node, int] = {}
+        for parts in expert_stacks(self.reading.graph):
+            if len(parts) % self.reading.size:
+                raise PlanError(f"{self.request.axis}={self.reading.size} does not divide the {len(parts)} experts of {parts[0].target}.")
+            found.update({part: k // (len(parts) // self.reading.size) for k, part in enumerate(parts)})
+        return found
+
+    def _of_experts(self, node: fx.Node) -> Choice | None:
+        """A parameter with one part for each expert is divided among the ranks."""
+        shape = node.meta["info"].shape
+        for d, one in enumerate(self.reading.inference.dims[node, 0]):
+            if one is not None and self.reading.inference.extents.find(one) in self.experts:
+                if shape[d] % self.reading.size:
+                    divisors = ", ".join(str(n) for n in range(1, shape[d] + 1) if shape[d] % n == 0)
+                    raise PlanError(
+                        f"{self.request.axis}={self.reading.size} does not divide the {shape[d]} experts of {node.target} {list(shape)}. "
+                        f"Valid {self.request.axis}: {divisors}."
+                    )
+                return Choice((), (plain(d, shape[d]),), 0.0, "experts")
+            for cut in filter(None, (self.reading.shard(d, one, factor) for factor in self.experts)):  # joined with another dim
+                return Choice((), (cut,), 0.0, "experts")
+        return None
+
+
+class WeightsPolicy(Policy):
+    """Matrices are cut along what they are made of (heads, MLP width, vocabulary, ...), the residual stream along its sequence."""
+
+    even = False
+
+    def __init__(self, request: Request, reading: Reading) -> None:
+        self.request, self.reading = request, reading
+
+    def crosses(self, value: Value, users: int) -> Type:
+        if not (self.request.sequence and info_of(value).requires_grad and users <= 3):
+            return I
+        return self._sequence_type(self.reading.inference.dims[value]) or I
+
+    def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
+        """The factors of a unit's matrices that are not the residual's, and the residual's sequence."""
+        carried, sequence = self._residual_factors(residual)
+        found: dict[str | None, dict[int, None]] = {}
+        for node in self.reading.graph.nodes:
+            if node.op != "get_attr" or node.target not in self.reading.parameters or len(node.meta["info"].shape) < 2:
+                continue
+            for one in self.reading.inference.dims[node, 0]:
+                if one is not None:
+                    for unit in self.reading.units_using(node):
+                        found.setdefault(unit, {}).update(dict.fromkeys(self._outermost(one, carried)))
+        return {u: tuple(dict.fromkeys([*found.get(u, {}), *sequence])) for u in set(self.reading.units.values())}
+
+    def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
+        found = [Choice((), (I,), whole, "whole")]
+        seen: set[Type] = set()
+        for factor in seeds:
+            for d, one in enumerate(self.reading.inference.dims[node, 0]):
+                cut = self.reading.shard(d, one, factor)
+                if cut is not None and cut not in seen:
+                    seen.add(cut)
+                    found.append(Choice((), (cut,), 0.0 if cut.is_contiguous else 1e-11, "matrix"))
+        return self._ruled(node, found) if node.target in self.request.wanted else tuple(found)
+
+    def _sequence_type(self, axes: Sequence[int | None]) -> Shard | None:
+        """A cut along positions: of the dims that are neither samples nor summed over by a matrix, the last one."""
+        find, leaves = self.reading.inference.extents.find, self.reading.inference.extents.leaves
+        if not any(one is not None and self.reading.is_hidden(one) for one in axes):
+            return None
+        for d in reversed(range(len(axes))):
+            one = axes[d]
+            if one is None or self.reading.is_hidden(one):
+                continue
+            for factor in (*reversed(leaves(one)), find(one)):
+                if factor in self.reading.batch or factor in self.reading.hidden:
+                    continue
+                cut = self.reading.shard(d, one, factor)
+                if cut is not None:
+                    return cut
+        return None
+
+    def _residual_factors(self, residual: Mapping[Value, Type]) -> tuple[set[int], list[int]]:
+        """The factors of the residual's hidden size, and those of its sequence that are cut."""
+        find, leaves = self.reading.inference.extents.find, self.reading.inference.extents.leaves
+        carried: set[int] = set()
+        sequence: dict[int, None] = {}
+        for value, type_ in residual.items():
+            if not info_of(value).requires_grad:
+                continue
+            for d, one in enumerate(self.reading.inference.dims[value]):
+                if one is None:
+                    continue
+                if self.reading.is_hidden(one):
+                    carried.update((find(one), *leaves(one)))
+                if isinstance(type_, Shard) and type_.dim == d:
+                    factors = (*reversed(leaves(one)), find(one))
+                    sequence.update(dict.fromkeys([f for f in factors if self.reading.shard(d, one, f) == type_][:1]))
+        return carried, list(sequence)
+
+    def _outermost(self, one: int, carried: set[int]) -> list[int]:
+        """The outermost factor along which a parameter's dim can be cut: heads rather than what is inside a head."""
+        factors = (f for f in self.reading.inference.extents.cuttable(one) if f not in carried)
+        return [f for f in factors if self.reading.shard(0, one, f) is not None][:1]
+
+    def _ruled(self, node: fx.Node, found: Iterable[Choice]) -> tuple[Choice, ...]:
+        """The placements a user's rule allows."""
+        dim, shape = self.request.wanted[str(node.target)], node.meta["info"].shape
+        if dim is None:
+            return (Choice((), (I,), 0.0, "rule"),)
+        fitting = [Choice((), c.outs, c.cost, "rule") for c in found if isinstance(c.outs[0], Shard) and c.outs[0].dim == dim]
+        if not fitting:
+            cut = shard(dim, (1, ((shape[dim], 1),)), self.reading.size)
+            if cut is None:
+                raise PlanError(
+                    f"rule: {self.request.axis}={self.reading.size} cannot cut dim {dim} of {node.target} {list(shape)}; "
+                    f"valid {self.request.axis}: {', '.join(str(d) for d in range(1, shape[dim] + 1) if shape[dim] % d == 0)}."
+                )
+            fitting = [Choice((), (cut,), 0.0, "rule")]
+        return tuple(fitting)
+
+
+POLICIES: dict[Divides, type[SamplesPolicy] | type[ExpertsPolicy] | type[WeightsPolicy]] = {
+    "samples": SamplesPolicy,
+    "experts": ExpertsPolicy,
+    "weights": WeightsPolicy,
+}
+
+
+def expert_stacks(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
+    """The parameters of experts that are kept as a list of modules and used as a stack: those of one role together, in order."""
+    found = []
+    for node in graph.nodes:
+        parts = operands(node) if node.meta.get("expert_stack") else ()
+        if parts and all(part.op == "get_attr" and len(part.users) == 1 for part in parts) and len(set(parts)) == len(parts):
+            found.append(parts)
+    return found
