@@ -118,6 +118,11 @@ def alone(mesh: DeviceMesh, axis: str, name: str) -> DeviceMesh:
     return mesh._unflatten(0, (mesh.size(), 1), (axis, name))[name]
 
 
+def draws(target: object) -> bool:
+    """Whether an operator draws random numbers (torch 2.13: OpOverload is private by its module's name only)."""
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
 def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh that `mesh` is a slice of, or itself (torch 2.13; wait for a public DeviceMesh.root)."""
     return mesh._get_root_mesh()

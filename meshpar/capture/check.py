@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import OpOverload
+from meshpar._torch import draws as draws_numbers
 from meshpar.errors import CaptureError
 from meshpar.graph.captured import Info
 
@@ -55,7 +56,7 @@ def draws(node: fx.Node) -> bool:
     asked = _ASKED.get(node.target._schema.name.removeprefix("aten::"))
     if asked is not None:
         return all(_argument(node, name) for name in asked)
-    return torch.Tag.nondeterministic_seeded in node.target.tags
+    return draws_numbers(node.target)
 
 
 def _argument(node: fx.Node, name: str) -> bool:

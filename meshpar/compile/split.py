@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import fx
 
+from meshpar._torch import draws
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Info
 from meshpar.ops.expect import EXPECT
@@ -287,8 +287,7 @@ def _closure(start: Sequence[fx.Node], sources: Callable[[fx.Node], Sequence[fx.
 
 def _draws(node: fx.Node) -> bool:
     """Whether a node draws other numbers every time it runs: not once it has a key."""
-    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
-    return "key" not in node.kwargs and ("seed" in node.meta or torch.Tag.nondeterministic_seeded in tags)
+    return "key" not in node.kwargs and ("seed" in node.meta or draws(node.target))
 
 
 def _dresses(node: fx.Node) -> bool:

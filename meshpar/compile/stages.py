@@ -28,6 +28,7 @@ from meshpar.graph.captured import Captured, Info
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.op import op_name
 from meshpar.graph.regions import members
+from meshpar.report.text import count
 from meshpar.sharding.price import Price
 
 NARROW, WIDE = 1.25, 4.0
@@ -63,8 +64,8 @@ class Staging:
         total = sum(self.seconds)
         lines = [f"{len(self.seconds)} stages, {self.why}; the most costly takes {self.imbalance:.3f} times the mean"]
         for index, (begin, seconds, held) in enumerate(zip(self.begins, self.seconds, self.memory)):
-            sent = f", hands on {_amount(self.crossing[index])}" if index < len(self.crossing) else ""
-            lines.append(f"  stage {index} from {begin}: {100 * seconds / total:.1f}% of the cost, {_amount(held)}{sent}")
+            sent = f", hands on {count(self.crossing[index], 'B')}" if index < len(self.crossing) else ""
+            lines.append(f"  stage {index} from {begin}: {100 * seconds / total:.1f}% of the cost, {count(held, 'B')}{sent}")
         return "\n".join(lines)
 
 
@@ -351,7 +352,7 @@ def _too_much_memory(facts: _Facts, places: Sequence[int], stages: int) -> str:
         reach = np.maximum(reach[:, None], size).min(axis=0)
     assert facts.memory.limit is not None
     return (
-        f"no cuts into {stages} stages keep every stage within {_amount(facts.memory.limit)}: the best take {_amount(reach[-1])}. "
+        f"no cuts into {stages} stages keep every stage within {count(facts.memory.limit, 'B')}: the best take {count(reach[-1], 'B')}. "
         "Use more stages, smaller microbatches or recompute, or allow more."
     )
 
@@ -511,11 +512,3 @@ def _checked(facts: _Facts, places: list[int], labels: Sequence[str], heading: s
     complaints += [f"nothing is computed from {label} on." for place, label in zip(places, labels) if place >= facts.count]
     raise_all(PlanError, heading, complaints)
     return places
-
-
-def _amount(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.4g} GiB"

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from meshpar._torch import TorchDispatchMode, opaque_initialisers, pytree, takes, without_modes, written_arguments
+from meshpar._torch import TorchDispatchMode, draws, opaque_initialisers, pytree, takes, without_modes, written_arguments
 from meshpar.errors import MeshparError
 from meshpar.init.tape import DEFAULT, Dice, Replay, Tape, TapedOp, TapedView
 
@@ -207,7 +207,7 @@ class Taping(TorchDispatchMode):
     def _without_deferred(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
         if any(t.is_meta for t in tensors):
             return func(*args, **kwargs)
-        written, random = written_arguments(func, args, kwargs), _is_random(func)
+        written, random = written_arguments(func, args, kwargs), draws(func)
         if not written and (random or (not tensors and (func in EMPTY or func in FILLS))):
             meta = func(
                 *pytree.tree_map(_on_meta, args), **_on_device({**kwargs, "device": "cpu"} if takes(func, "device") else kwargs, "meta")
@@ -260,7 +260,7 @@ class Taping(TorchDispatchMode):
         unread = {id(t) for t in written} if blind else set()
         reads = tuple(dict.fromkeys(ref_of(t).number for t in taped if id(t) not in unread))
         covers = tuple(ref_of(t).number for t in written if blind and self._is_whole(t))
-        dice, reseed = self._roll(kwargs.get("generator")) if _is_random(func) else (None, None)
+        dice, reseed = self._roll(kwargs.get("generator")) if draws(func) else (None, None)
         kwargs = {**_on_device(kwargs, "cpu"), **({"generator": dice} if kwargs.get("generator") is not None else {})}
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))) and takes(func, "dtype"):
             kwargs["dtype"] = leaves[0].dtype  # the default dtype may be another when the tape is replayed
@@ -279,7 +279,7 @@ class Taping(TorchDispatchMode):
         args, kwargs = pytree.tree_map(value, (args, kwargs))
         if str(kwargs.get("device")) == "meta":
             kwargs = _on_device(kwargs, "cpu")
-        return self._random_for_real(func, args, kwargs) if _is_random(func) else func(*args, **kwargs)
+        return self._random_for_real(func, args, kwargs) if draws(func) else func(*args, **kwargs)
 
     def _random_for_real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Draw now, after everything random that was deferred."""
@@ -371,10 +371,6 @@ def _replace(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
-
-
-def _is_random(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _reads_data(func: Any, args: tuple[Any, ...]) -> bool:

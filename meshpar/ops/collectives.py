@@ -27,14 +27,12 @@ it up (`reuse=True`: see `passes.reuse`); results may alias it where nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from meshpar.ops.layouts import Segments, largest_move, moves_between, numels, piece_numel
+from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import (
     Primitive,
     all_gather,
@@ -149,85 +147,6 @@ def s_to_s(
     if not _needs_grad(x):
         return all_to_all(x, (*here, *there), (group, size, rank))
     return _Convert.apply(x, all_to_all, all_to_all, (*here, *there), (group, size, rank), (*there, *here))
-
-
-conjugates: Mapping[str, tuple[str | None, str | None]] = {
-    "i_to_r": (None, "all_reduce"),
-    "i_to_r_many": (None, "all_reduce"),
-    "i_to_p": (None, None),
-    "i_to_s": (None, "all_gather"),
-    "r_to_i": (None, None),
-    "r_to_p": (None, None),
-    "r_to_s": (None, None),
-    "p_to_i": ("all_reduce", None),
-    "p_to_r": ("all_reduce", "all_reduce"),
-    "p_to_s": ("reduce_scatter", "all_gather"),
-    "s_to_i": ("all_gather", None),
-    "s_to_r": ("all_gather", "reduce_scatter"),
-    "s_to_p": (None, None),
-    "s_to_s": ("all_to_all", "all_to_all"),
-}
-"""Conversion -> the collective it runs forward and the one it runs backward."""
-
-
-class Traffic(NamedTuple):
-    """One collective: what it is, when it runs ("forward" or "backward"), and the bytes each device sends."""
-
-    kind: str
-    phase: str
-    nbytes: int
-
-
-def traffic(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    size: int,
-    dim: int = 0,
-    repeat: int = 1,
-    segments: Segments = (),
-    to_dim: int = 0,
-    to_repeat: int = 1,
-    to_segments: Segments = (),
-    *,
-    grad: bool = True,
-) -> list[Traffic]:
-    """The collectives that conversion `name` runs, with the bytes per device of the ring algorithms.
-
-    `shape` is the value's shape before this axis cuts it, the layouts are those of the call; `grad=False` leaves the backward out.
-    With n ranks and a tensor of B bytes: all-reduce 2(n-1)/n B, all-gather and reduce-scatter (n-1)/n B, all-to-all (n-1)/n of a
-    rank's share. Uneven shards are padded to the largest, and so counted.
-
-    >>> traffic("p_to_i", (4, 8), torch.float32, 2)
-    [Traffic(kind='all_reduce', phase='forward', nbytes=128)]
-    """
-    if size == 1:
-        return []
-    here, there = (dim, repeat, segments), (to_dim, to_repeat, to_segments)
-    if name == "s_to_s" and here == there:
-        return []
-    forward, backward = conjugates[name]
-    found = [(forward, "forward"), (backward if grad else None, "backward")]
-    return [
-        Traffic(kind, phase, _ring_elements(kind, shape, here, there, size) * dtype.itemsize) for kind, phase in found if kind is not None
-    ]
-
-
-def _ring_elements(kind: str, shape: tuple[int, ...], here: Any, there: Any, size: int) -> int:
-    """Elements that each device sends."""
-    if kind == "all_reduce":
-        return 2 * (size - 1) * -(-prod(shape) // size)
-    if kind in ("all_gather", "reduce_scatter"):
-        return (size - 1) * max(numels(shape, here, size))
-    if kind == "all_to_all":
-        return (size - 1) * _largest_piece(shape, here, there, size)
-    raise ValueError(f"unknown collective {kind!r}")
-
-
-def _largest_piece(shape: tuple[int, ...], here: Any, there: Any, size: int) -> int:
-    if here[0] != there[0]:
-        return piece_numel(shape, here, there, size)
-    return largest_move(moves_between(*here[1:], *there[1:], size)) * prod(n for d, n in enumerate(shape) if d != here[0])
 
 
 def _needs_grad(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshpar._torch import FakeTensorMode, OpOverload, TorchDispatchMode, written_arguments
+from meshpar._torch import FakeTensorMode, OpOverload, TorchDispatchMode, draws, written_arguments
 from meshpar.ops.nature import Nature
 
 _NAMESPACE = "meshpar_function"
@@ -352,7 +352,7 @@ def _tried(function: FunctionForms) -> _ShapeRun:
         function.backward(grads, tensors)
         ran = [op for op in seen.operators if isinstance(op, OpOverload)]
         undifferentiable, fills = function.marks(*tensors)
-    if any(torch.Tag.nondeterministic_seeded in op.tags for op in ran):
+    if any(draws(op) for op in ran):
         raise Unfit("it draws random numbers", HAND_IN)
     if seen.written & memory:
         raise Unfit("it overwrites what it is given")

@@ -10,17 +10,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from meshpar._torch import functional
-from meshpar.ops.collectives import Traffic, refuse_second_derivative
+from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import call, on_rank
 from meshpar.sharding.types import Shard
+
+
+class Traffic(NamedTuple):
+    """One collective: what it is, when it runs ("forward" or "backward"), and the bytes each device sends."""
+
+    kind: str
+    phase: str
+    nbytes: int
 
 
 def embedding(

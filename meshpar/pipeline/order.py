@@ -26,7 +26,7 @@ class Schedule:
 
     def defers(self, microbatches: int) -> bool:
         """Whether weight gradients are put off."""
-        return any(a.kind == "W" for rank in self.order(microbatches).actions for a in rank)
+        return self.order(microbatches).defers()
 
 
 @cache

@@ -102,7 +102,7 @@ class Pipelined(Engine):
         backward: bool,
         scale: torch.Tensor | None = None,
     ) -> _Run:
-        defers = any(a.kind == "W" for rank in actions.actions for a in rank)
+        defers = actions.defers()
         run = _Run(self, cuts, key, parts, actions.place, backward, defers, scale)
         try:
             run.perform(actions.actions[self.axis.rank])

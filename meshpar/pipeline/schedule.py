@@ -70,6 +70,11 @@ class Order:
         """The stages of a rank, in the order of the model."""
         return tuple(stage for stage, at in enumerate(self.place) if at == rank)
 
+    def defers(self, rank: int | None = None) -> bool:
+        """Whether weight gradients are put off, on a rank or on any."""
+        rows = self.actions if rank is None else (self.actions[rank],)
+        return any(action.kind == "W" for row in rows for action in row)
+
     def in_flight(self, rank: int) -> tuple[Mapping[int, int], ...]:
         """After each computation of a rank, how many microbatches each of its stages keeps: forward done, backward (or W) not.
 

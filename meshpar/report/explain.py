@@ -18,17 +18,9 @@ from meshpar.graph.op import op_name
 from meshpar.pipeline.schedule import Order
 from meshpar.pipeline.timing import Costs, bubble, simulate
 from meshpar.plan import AxisPlan, Comm, ParameterPlan, Plan
+from meshpar.report.text import Readable, count, table
 from meshpar.roles import ROLES, copying, dividing
 from meshpar.sharding.types import Shard, Type, local_shape
-
-
-class Readable(str):
-    """A string that shells and notebooks show as it reads."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def explain(
@@ -52,32 +44,6 @@ def explain(
     sections += [_communication(plan, order), _repeated(plan, graph)]
     sections.append(_remarks(inlined or {}, averaged, within, dropped, unrecognised or {}))
     return Readable("\n\n".join("\n".join(lines) for lines in sections if lines))
-
-
-def count(n: float, unit: str = "") -> str:
-    """A number of bytes (or of anything) in three digits: "1.50 MiB" with unit "B".
-
-    >>> count(1572864, "B"), count(12)
-    ('1.50 MiB', '12')
-    """
-    base, prefixes = (
-        (1024.0, ("", "Ki", "Mi", "Gi", "Ti")) if unit == "B" else (1000.0, ("", " thousand", " million", " billion", " trillion"))
-    )
-    index = 0
-    while n >= base and index < len(prefixes) - 1:
-        n, index = n / base, index + 1
-    number = f"{n:.0f}" if index == 0 or n >= 100 else f"{n:.3g}"
-    return f"{number} {prefixes[index]}{unit}".strip() if unit else f"{number}{prefixes[index]}"
-
-
-def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: str = "  ") -> list[str]:
-    """Rows of cells as lines, columns as wide as they must be; those in `right` are flush right. The first row is the heading."""
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(w) if c in right else cell.ljust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append((indent + "  ".join(cells)).rstrip())
-    return lines
 
 
 # ---- mesh ------------------------------------------------------------------------------------------------------------------------------
@@ -136,7 +102,7 @@ def _stages(plan: Plan, order: Order) -> list[str]:
         if len(one.stages) > 1:
             held = f"stages {', '.join(map(str, one.stages))}"
             lines.append(f"  {name} is used by {held}: each has a copy; gradients are summed over them once per step")
-    if plan.options.get("data_parallel") == "zero3" and _data_size(plan) > 1 and _waits(order):
+    if plan.options.get("data_parallel") == "zero3" and _data_size(plan) > 1 and order is not None and order.defers():
         lines.append("  data parallel zero3: parameters stay gathered until the end of the step, for weight gradients are put off")
     idle = [
         r for r in range(order.ranks) if not any(p.trainable and set(order.stages_of(r)) & set(p.stages) for p in plan.parameters.values())
@@ -152,11 +118,6 @@ def _stages(plan: Plan, order: Order) -> list[str]:
 def _around(stage: int) -> tuple[tuple[int, str], tuple[int, str]]:
     """Where the ledger has what goes from a stage to the next, and what comes back."""
     return (stage, "forward"), (stage + 1, "backward")
-
-
-def _waits(order: Order | None) -> bool:
-    """Whether weight gradients are put off."""
-    return order is not None and any(action.kind == "W" for row in order.actions for action in row)
 
 
 def _data_size(plan: Plan) -> int:
@@ -444,7 +405,7 @@ def _data_parallel(plan: Plan, order: Order | None) -> list[str]:
     whole, trained = max((_held_bytes(plan, sizes, rank, False), _held_bytes(plan, sizes, rank, True)) for rank in ranks)
     copies = data if mode == "replicate" else prod(sizes[n] for n in copying(sizes))
     shares = data // copies
-    gathers = {"zero3": 1 if _waits(order) else 2 * microbatches, "replicate": 0}.get(mode, 1)
+    gathers = {"zero3": 1 if order is not None and order.defers() else 2 * microbatches, "replicate": 0}.get(mode, 1)
     sums = microbatches if mode in ("zero3", "zero2") and not plan.stages else 1
     gathered = gathers * whole * (shares - 1) / shares
     summed = sums * trained * (shares - 1) / shares + 2 * trained / shares * (copies - 1) / copies

@@ -16,7 +16,7 @@ from meshpar.graph.op import op_name
 from meshpar.ops import collectives
 from meshpar.pipeline.schedule import Order
 from meshpar.plan import ParameterPlan, Plan
-from meshpar.report.explain import count, table
+from meshpar.report.text import count, table
 from meshpar.roles import ROLES, copying
 from meshpar.sharding.types import Shard, local_shape
 
@@ -86,7 +86,7 @@ def memory(plan: Plan, graph: fx.Graph, stages: Sequence[StageGraph] = (), order
     kept, gathered = _bytes(plan, held, shared), 0
     if shares > 1:
         managed = {name: shape for name, shape in held.items() if name not in whole}
-        by_unit = mode == "zero3" and not (order is not None and _waits(order, rank))
+        by_unit = mode == "zero3" and not (order is not None and order.defers(rank))
         gathered = _largest_two_units(plan, managed) if by_unit else _bytes(plan, managed)
     summed_late = order is not None or mode in ("replicate", "zero1")
     most, in_flight = activations(graph, recompute := str(plan.options.get("recompute", "none"))), dict[int, int]()
@@ -106,11 +106,6 @@ def _twice(plan: Plan, held: Mapping[str, tuple[int, ...]]) -> set[str]:
     """Parameters that two stages of one rank use: every data rank holds them whole."""
     ranks = {name: [plan.stages[s].rank for s in plan.parameters[name].stages] for name in held if plan.stages}
     return {name for name, found in ranks.items() if len(set(found)) < len(found)}
-
-
-def _waits(order: Order, rank: int) -> bool:
-    """Whether weight gradients are put off: then parameters stay gathered."""
-    return any(action.kind == "W" for action in order.actions[rank])
 
 
 def _in_flight(own: Sequence[StageGraph], order: Order, rank: int, recompute: str) -> tuple[int, dict[int, int]]:

@@ -15,6 +15,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from meshpar._torch import draws
+
 Mode = Literal["none", "selective", "full"]
 BlockCode = Callable[..., Any]
 
@@ -53,7 +55,7 @@ def wrap(code: BlockCode, mode: Mode, graph: fx.Graph) -> BlockCode:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
-    return "seed" in node.meta or (isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags)
+    return "seed" in node.meta or draws(node.target)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

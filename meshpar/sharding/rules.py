@@ -606,9 +606,9 @@ RULES: dict[str, Rule] = {
 }
 
 
-def rule_for(op: Op, extra: dict[str, Rule] | None = None) -> Signature | None:
+def rule_for(op: Op) -> Signature | None:
     """The signature of an operator call, or None when it has no rule and must run on invariant values."""
-    rule = (extra or {}).get(op.name) or RULES.get(op.name)
+    rule = RULES.get(op.name)
     if rule is None:
         tags: Sequence[object] = getattr(op.node.target, "tags", ())
         if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags or not op.infos:

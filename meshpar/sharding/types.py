@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +157,3 @@ def local_shape(shape: Sequence[int], type_: Type, size: int, rank: int) -> tupl
     if not isinstance(type_, Shard):
         return tuple(shape)
     return tuple(type_.local_length(size, rank) if d == type_.dim else n for d, n in enumerate(shape))
-
-
-def numel(shape: Sequence[int]) -> int:
-    """The number of elements of a shape."""
-    return prod(shape)

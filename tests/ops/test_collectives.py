@@ -16,6 +16,7 @@ from torch import Tensor
 from meshpar._torch import FakeStore
 from meshpar.ops import collectives as ops
 from meshpar.ops import primitives
+from meshpar.sharding.conversions import CONVERSIONS
 from meshpar.simulate import local_tensors, per_rank, simulate
 from tests.ops.layouts import LAYOUTS, SHAPE, Layout, only, part
 from tests.pool import Pool
@@ -361,34 +362,19 @@ def test_compiles_into_one_graph(fake_group: None, sizes: tuple[int, int]) -> No
 # ----------------------------------------------------------------------------------------------------------------------- traffic
 
 
-def test_traffic_is_that_of_the_ring_algorithms() -> None:
-    shape, layout, nbytes = (8, 4), (0, 1, ((8, 1),)), 8 * 4 * 2
-    for n in (2, 4):
-        count = partial(ops.traffic, shape=shape, dtype=torch.bfloat16, size=n, dim=layout[0], repeat=layout[1], segments=layout[2])
-        once, twice = nbytes * (n - 1) // n, 2 * nbytes * (n - 1) // n
-        assert count("p_to_r") == [("all_reduce", "forward", twice), ("all_reduce", "backward", twice)]
-        assert count("p_to_s") == [("reduce_scatter", "forward", once), ("all_gather", "backward", once)]
-        assert count("s_to_r", grad=False) == [("all_gather", "forward", once)]
-        assert count("r_to_s") == []
-        moved = nbytes // n * (n - 1) // n
-        assert count("s_to_s", to_dim=1, to_repeat=1, to_segments=((4, 1),)) == [
-            ("all_to_all", "forward", moved),
-            ("all_to_all", "backward", moved),
-        ]
-    assert ops.traffic("p_to_i", shape, torch.float32, 1) == []
-
-
-def test_traffic_counts_the_collectives_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of conjugates and the functions cannot drift apart."""
+def test_the_table_of_conversions_says_which_collectives_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table and the functions cannot drift apart."""
     ran: list[str] = []
     real = primitives.call
     monkeypatch.setattr(primitives, "call", lambda op, *args: ran.append(op._schema.name.split("::")[1]) or real(op, *args))
     names = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter", "all_to_all_single": "all_to_all"}
+    sent = {c.op: (c.forward, c.backward) for c in CONVERSIONS.values()}
     table = cases(2)
     with simulate(2):
         for name, layout, xs, gs, *_ in table:
             ran.clear()
             x = spread(xs).requires_grad_()
             torch.autograd.grad(getattr(ops, name)(x, *layout, **axis()), x, spread(gs))
-            expected = [entry.kind for entry in ops.traffic(name, SHAPE, torch.float64, 2, *layout)]
+            stays = name == "s_to_s" and layout[:3] == layout[3:]
+            expected = [] if stays else [kind for kind in sent[name] if kind is not None]
             assert [names.get(op, op) for op in ran] == expected, (name, layout)

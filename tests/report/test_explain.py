@@ -8,7 +8,8 @@ import torch
 from meshpar.cli.look import explained
 from meshpar.config import ParallelConfig
 from meshpar.plan import ParameterPlan, Plan
-from meshpar.report.explain import Readable, _enumerated, _local, _words, count, table
+from meshpar.report.explain import _enumerated, _local, _words
+from meshpar.report.text import Readable, count, table
 from meshpar.runtime.model import ParallelModel
 from meshpar.sharding.types import I, R, Shard, plain
 from tests.capture.models import GPT

@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import meshpar.ops.expect  # noqa: F401  (registers meshpar::expect)
-from meshpar._torch import FakeTensor, OpOverload, enter_autocast, exit_autocast, recorded_as, written_arguments
+from meshpar._torch import FakeTensor, OpOverload, draws, enter_autocast, exit_autocast, recorded_as, written_arguments
 from meshpar.capture import blame
 from meshpar.capture.stand_in import aside, filled
 from meshpar.capture.values import counts
@@ -289,7 +289,7 @@ def _draws(node: fx.Node) -> bool:
     """Whether a node draws numbers, other than which elements to drop."""
     if node.target is aten.scaled_dot_product_attention.default:
         return False
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags and "dropout" not in _op_name(node)
+    return draws(node.target) and "dropout" not in _op_name(node)
 
 
 def _op_name(node: fx.Node) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from meshpar._torch import OpOverload, pytree
+from meshpar._torch import OpOverload, draws, pytree
 from meshpar.capture.simplify import emit
 from meshpar.errors import CaptureError
 from meshpar.graph.captured import Info
@@ -60,7 +60,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _random(target: OpOverload) -> bool:
-    return torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable
+    return draws(target) or target._schema.is_mutable
 
 
 def _ragged(node: fx.Node) -> bool:
