@@ -14,6 +14,7 @@ from math import prod
 
 import torch
 
+from meshpar._torch import draws
 from meshpar.graph.op import Op
 from meshpar.sharding.conversions import CONVERSIONS
 from meshpar.sharding.notation import Dims, Signature, bind
@@ -611,7 +612,7 @@ def rule_for(op: Op) -> Signature | None:
     rule = RULES.get(op.name)
     if rule is None:
         tags: Sequence[object] = getattr(op.node.target, "tags", ())
-        if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags or not op.infos:
+        if torch.Tag.pointwise not in tags or draws(op.node.target) or not op.infos:
             return None
         if op.nature is not None and not op.nature.elementwise:
             return None  # the tag speaks of the forward

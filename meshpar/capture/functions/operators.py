@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from meshpar._torch import OpOverload, pytree
+from meshpar._torch import OpOverload, draws, pytree
 from meshpar.capture.functions.proofs import nature_of
 from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
@@ -60,10 +60,6 @@ def _is_foreign(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.namespace not in _KNOWN
 
 
-def _draws(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in target.tags
-
-
 def _infos(node: fx.Node) -> list[Info]:
     info = node.meta.get("info")
     return [one for one in (info if isinstance(info, tuple) else (info,)) if isinstance(one, Info)]
@@ -72,7 +68,7 @@ def _infos(node: fx.Node) -> list[Info]:
 def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
     operator = _Operator(node.target, node.args, node.kwargs)
     key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: "*")), operator.tensors)
-    if _draws(node.target):
+    if draws(node.target):
         return UNPROVED
     if key not in proved:
         try:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from meshpar._torch import LocalTensor, OpOverload, dtensor_like, is_view_operator, local_of, pytree, written_names
+from meshpar._torch import LocalTensor, OpOverload, draws, dtensor_like, is_view_operator, local_of, pytree, written_names
 from meshpar.errors import ConfigError
 from meshpar.runtime.parameters.apart import NumberApart, Origin, inside_step, joined, refuse_number, refuse_scaler
 from meshpar.runtime.parameters.specs import ParameterSpec, from_true, gathered, spec_of, tells_order
@@ -311,7 +311,7 @@ def _on_whole(func: OpOverload, args: Any, kwargs: Any, found: Sequence[DTensor]
     values = {id(t): _whole_of(t) for t in found}
     result = func(*_swap(args, lambda t: values[id(t)]), **_swap(kwargs, lambda t: values[id(t)]))
     written = _written(func, args, kwargs)
-    if torch.Tag.nondeterministic_seeded in func.tags:
+    if draws(func):
         drawn = [values[id(t)] for t in written] or [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         for value in drawn:
             _from_first(value, next(t for t in found if isinstance(t, ModelTensor)))
