@@ -105,7 +105,7 @@ def test_many_tokens_are_tried_at_small_sizes_only(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Case, "double", noted)
     layer = MoE("dense", width=WIDE, inner=200)
     found = expert_lists.Lists().lifted(layer, ("experts",), (torch.randn(8, 32, WIDE),), {})
-    assert isinstance(found, expert_lists.Lifted)
+    assert isinstance(found, expert_lists.LiftedLoop)
     assert max(tokens for small, tokens in tried if small) == 256 and max(tokens for small, tokens in tried if not small) == 6
 
 
