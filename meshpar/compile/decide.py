@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 from torch import fx
@@ -63,7 +64,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
     graph, axes = captured.graph, list[AxisPlan]()
     whole = infer(graph)
     outputs = _pinned_outputs(captured)
-    for name, size in request.axes:
+    for at, (name, size) in enumerate(request.axes):
         if size == 1:
             continue
         role = ROLES[name]
@@ -80,6 +81,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 owned=request.owned,
                 sequence=request.sequence,
                 outputs=outputs,
+                inner=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].divides == "weights"),
             ),
             whole if graph is captured.graph else None,
         )

@@ -11,6 +11,7 @@ from torch import fx
 
 import meshpar.ops.experts  # noqa: F401  (registers meshpar::grouped_mm)
 from meshpar.graph.captured import Info
+from meshpar.ops import context
 
 aten = torch.ops.aten
 
@@ -80,6 +81,7 @@ _FLOPS: Mapping[Any, Callable[[fx.Node], int]] = {
     aten.baddbmm.default: _product(1),
     aten.addbmm.default: _product(1),
     aten.scaled_dot_product_attention.default: _attention,
+    context.causal_attention: _attention,
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.conv3d.default: _convolution,

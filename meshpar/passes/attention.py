@@ -41,7 +41,7 @@ class SimplifyAttention:
                 continue
             arguments = read(node).arguments
             mask = arguments["attn_mask"]
-            if not isinstance(mask, fx.Node) or arguments["is_causal"]:
+            if not isinstance(mask, fx.Node) or arguments["is_causal"] or (arguments["dropout_p"] and "cut" not in node.meta):
                 continue
             lengths = arguments["query"].meta["info"].shape[-2], arguments["key"].meta["info"].shape[-2]
             if mask not in known:

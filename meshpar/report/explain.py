@@ -138,7 +138,7 @@ class _Row:
 
 
 def _parameters(plan: Plan, graph: fx.Graph) -> list[str]:
-    axes = [a.axis for a in plan.axes if not ROLES[a.axis].own_batches]
+    axes = [a.axis for a in plan.axes if not ROLES[a.axis].sums]
     sizes = dict(plan.mesh)
     rows = _rows(plan, graph)
     heading = ("parameter", "", "shape", *(("on a rank", *(f"over {a}" for a in axes), "because") if axes else ()))
@@ -396,8 +396,8 @@ def _traffic(comms: Sequence[Comm]) -> _Traffic:
 def _data_parallel(plan: Plan, order: Order | None) -> list[str]:
     """What FSDP2 sends in a step: it is not part of the graph."""
     sizes = dict(plan.mesh)
-    data = prod(size for name, size in sizes.items() if ROLES[name].own_batches)
-    in_graph = any((not c.axis or ROLES[c.axis].own_batches) and c.node.startswith("i_to_r") and c.phase == "backward" for c in plan.ledger)
+    data = prod(size for name, size in sizes.items() if ROLES[name].sums)
+    in_graph = any((not c.axis or ROLES[c.axis].sums) and c.node.startswith("i_to_r") and c.phase == "backward" for c in plan.ledger)
     mode, microbatches = str(plan.options.get("data_parallel", "")), int(plan.options.get("microbatches", 1))
     if data == 1 or mode not in _SHARED or in_graph:
         return []

@@ -3,6 +3,7 @@
     divides     values that cross                        factors that may be cut             parameters
     samples     cut along samples                        the samples                         whole, pending gradients
     experts     cut along samples                        the samples, the experts            as above; those of experts one part a rank
+    sequence    cut along the sequence                   the sequence, heads, channels       whole, pending gradients
     weights     cut along the sequence, or invariant     those of matrices, the sequence     cut along any of them, or whole
 
 A policy is one class, and a row of POLICIES. It decides nothing that costs tell: that is the 0-1 program's.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -22,7 +23,7 @@ from meshpar.roles import Divides
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import BoundOp
 from meshpar.sharding.price import Price
-from meshpar.sharding.reading import Reading
+from meshpar.sharding.reading import MATRIX, WITH_MATRICES, Reading
 from meshpar.sharding.types import I, Owned, R, Shard, Type, plain
 from meshpar.sharding.typings import Choice, at_rest
 
@@ -50,6 +51,8 @@ class Request:
     outputs: Sequence[Type | None] = ()
     """Types the outputs must have; None leaves it to the solver."""
     price: Price = field(default_factory=Price)
+    inner: int = 1
+    """Ranks of the axes that are typed after this one and cut the same heads and channels again: what is cut must divide by both."""
 
 
 class Policy(ABC):
@@ -75,6 +78,10 @@ class Policy(ABC):
     def fixed(self, call: BoundOp) -> Choice | None:
         """The one typing of a call that is not for the solver to choose."""
         return None
+
+    def priced(self, call: BoundOp, choice: Choice, unit: float) -> Choice | None:
+        """A typing at the price it has on such an axis; None where it may not be. `unit`: seconds to gather the largest value."""
+        return choice
 
 
 class SamplesPolicy(Policy):
@@ -180,7 +187,7 @@ class WeightsPolicy(Policy):
     def crosses(self, value: Value, users: int) -> Type:
         if not (self.request.sequence and info_of(value).requires_grad and users <= 3):
             return I
-        return self._sequence_type(self.reading.inference.dims[value]) or I
+        return self.reading.along_sequence(self.reading.inference.dims[value]) or I
 
     def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
         """The factors of a unit's matrices that are not the residual's, and the residual's sequence."""
@@ -205,23 +212,6 @@ class WeightsPolicy(Policy):
                     seen.add(cut)
                     found.append(Choice((), (cut,), 0.0 if cut.is_contiguous else 1e-11, "matrix"))
         return self._ruled(node, found) if node.target in self.request.wanted else tuple(found)
-
-    def _sequence_type(self, axes: Sequence[int | None]) -> Shard | None:
-        """A cut along positions: of the dims that are neither samples nor summed over by a matrix, the last one."""
-        find, leaves = self.reading.inference.extents.find, self.reading.inference.extents.leaves
-        if not any(one is not None and self.reading.is_hidden(one) for one in axes):
-            return None
-        for d in reversed(range(len(axes))):
-            one = axes[d]
-            if one is None or self.reading.is_hidden(one):
-                continue
-            for factor in (*reversed(leaves(one)), find(one)):
-                if factor in self.reading.batch or factor in self.reading.hidden:
-                    continue
-                cut = self.reading.shard(d, one, factor)
-                if cut is not None:
-                    return cut
-        return None
 
     def _residual_factors(self, residual: Mapping[Value, Type]) -> tuple[set[int], list[int]]:
         """The factors of the residual's hidden size, and those of its sequence that are cut."""
@@ -263,9 +253,69 @@ class WeightsPolicy(Policy):
         return tuple(fitting)
 
 
-POLICIES: dict[Divides, type[SamplesPolicy] | type[ExpertsPolicy] | type[WeightsPolicy]] = {
+class SequencePolicy(Policy):
+    """Positions are cut, parameters stay whole, and their gradients are pending sums.
+
+    Batches enter whole and are cut where they are used, so that shifts of labels, positions and masks are those of one device. What cannot
+    be cut along positions (a scan, attention by heads) is cut along heads or channels, which an all-to-all brings about.
+    """
+
+    even = True  # what is decided for the next axis, on the shapes of one rank, holds for all
+
+    def __init__(self, request: Request, reading: Reading) -> None:
+        self.request, self.reading = request, reading
+        self.weights = WeightsPolicy(request, reading)
+        self._check_length()
+
+    def crosses(self, value: Value, users: int) -> Type:
+        info = info_of(value)
+        if not info.requires_grad:
+            return I
+        return self.reading.along_sequence(self.reading.inference.dims[value]) or (I if value[0] in self.reading.depends else R)
+
+    def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
+        sequence = self.reading.sequences()
+        found = self.weights.seeds(residual)
+        ranks = self.request.size * self.request.inner
+        size = self.reading.inference.extents.size
+        return {unit: tuple(dict.fromkeys([*sequence, *(f for f in own if size(f) % ranks == 0)])) for unit, own in found.items()}
+
+    def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
+        return (Choice((), (at_rest(node.meta["info"], R),), 0.0, "data"),)
+
+    def priced(self, call: BoundOp, choice: Choice, unit: float) -> Choice | None:
+        """Matrices are used whole (gathering what meets them would grow with the sequence); a product is repeated as the last resort."""
+        if call.op.name not in MATRIX:
+            return choice
+        pairs = zip(call.op.operands, choice.uses, strict=True)
+        if any(operand.op == "get_attr" and operand.target in self.request.parameters and isinstance(use, Shard) for operand, use in pairs):
+            return None if call.op.name in WITH_MATRICES else choice
+        cut = any(isinstance(type_, Shard) for type_ in (*choice.uses, *choice.outs))
+        return choice if cut else replace(choice, cost=choice.cost + _REPEATED * unit)
+
+    def _check_length(self) -> None:
+        """Raises PlanError where the positions of what the model is given cannot be dealt out evenly."""
+        size = self.request.size
+        for node in self.reading.graph.nodes:
+            if node.op != "placeholder" or "info" not in node.meta:
+                continue
+            for d, one in enumerate(self.reading.inference.dims[node, 0]):
+                n = node.meta["info"].shape[d]
+                if one is not None and n % size and self.reading.inference.extents.find(one) in self.reading.positions:
+                    raise PlanError(
+                        f"{self.request.axis}={size} does not divide the {n} positions of {node.target} {list(node.meta['info'].shape)}. "
+                        f"Pad the batch to {-(-n // size) * size} (labels with -100, and an attention mask), or use another "
+                        f"{self.request.axis}: {', '.join(str(k) for k in range(1, min(n, 64) + 1) if n % k == 0)}."
+                    )
+
+
+_REPEATED = 100.0
+"""A product that every rank repeats costs as much as gathering the largest value so many times: toy sizes make arithmetic look free."""
+
+POLICIES: dict[Divides, type[SamplesPolicy] | type[ExpertsPolicy] | type[WeightsPolicy] | type[SequencePolicy]] = {
     "samples": SamplesPolicy,
     "experts": ExpertsPolicy,
+    "sequence": SequencePolicy,
     "weights": WeightsPolicy,
 }
 

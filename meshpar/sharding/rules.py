@@ -149,17 +149,27 @@ def embedding(op: Op) -> Signature | None:
 
 
 def attention(op: Op) -> Signature | None:
+    """Heads may be cut, and queries; keys and values are needed whole. (Random masks are drawn for whole rows.)"""
     q, k = op.shapes[0], op.shapes[1]
+    s = "[s]" if op.arguments.get("is_causal") and op.arguments.get("dropout_p") else "s"
     if len(q) != 4 or len(k) != 4:
-        return row("... [s] [e], ... [t] [e], ... [t] [f], ... [s] [t] -> ... [s] [f]", linear=((2,),))(op)
+        return row(f"... {s} [e], ... [t] [e], ... [t] [f], ... {s} [t] -> ... {s} [f]", linear=((2,),))(op)
     grouped = k[1] not in (1, q[1])  # (a single head is broadcast)
     lead = "b (k g)" if grouped else "b k"
-    mask = "b [h] [s] [t]" if grouped and len(op.shapes) > 3 and op.shapes[3][-3:-2] not in ((), (1,)) else "b k [s] [t]"
+    mask = f"b [h] {s} [t]" if grouped and len(op.shapes) > 3 and op.shapes[3][-3:-2] not in ((), (1,)) else f"b k {s} [t]"
     rest = ""
     if len(op.shapes) > 3:
         terms = mask.split(" ")
         rest = ", " + " ".join(terms[4 - len(op.shapes[3]) :])
-    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f]{rest} -> {lead} [s] [f]", linear=((2,),))(op)
+    return row(f"{lead} {s} [e], b k [t] [e], b k [t] [f]{rest} -> {lead} {s} [f]", linear=((2,),))(op)
+
+
+def attention_of_a_part(op: Op) -> Signature | None:
+    """Queries that an outer axis cut already: heads may be cut."""
+    if len(op.shapes[0]) != 4 or len(op.shapes[1]) != 4:
+        return row("... [s] [e], ... [t] [e], ... [t] [f] -> ... [s] [f]", linear=((2,),))(op)
+    lead = "b (k g)" if op.shapes[1][1] not in (1, op.shapes[0][1]) else "b k"
+    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f] -> {lead} [s] [f]", linear=((2,),))(op)
 
 
 def normalised(op: Op) -> Signature:
@@ -494,6 +504,7 @@ RULES: dict[str, Rule] = {
     "bilinear": row("... i, ... j, o i j, o -> ... o", linear=((0, 3), (1, 3), (2, 3))),
     "cdist": row("... i [c], ... j [c] -> ... i j"),
     "scaled_dot_product_attention": attention,
+    "meshpar.ops.context.causal_attention": attention_of_a_part,
     "convolution": convolution,
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed_convolution),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),

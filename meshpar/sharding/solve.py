@@ -53,6 +53,7 @@ class _Solver:
         make = POLICIES[request.divides]
         self.reading = Reading(graph, inference, size=self.size, even=make.even, inputs=request.inputs, parameters=request.parameters)
         self.policy = make(request, self.reading)
+        self.unit = self.price.collective(wire_bytes(ALL_GATHER, _largest(graph), self.size))
         self.residual = {value: self.policy.crosses(value, len(users)) for value, users in self.reading.crossing.items()}
         self.seeds = self.policy.seeds(self.residual)
         self.found: dict[str, NodePlan] = {}
@@ -167,9 +168,10 @@ class _Solver:
         factors = self.seeds[unit]
         # All that tells one call of a kind from another is how the factors lie in its names.
         patterns = tuple(tuple(self.inference.extents.pattern(one, factor) for one in call.names.values()) for factor in factors)
-        key = call.kind, tuple(p for p in patterns if any(p))
+        held = tuple(operand.op == "get_attr" for operand in call.op.operands)
+        key = call.kind, tuple(p for p in patterns if any(p)), held
         if key not in self.made:
-            self.made[key] = choices(
+            found = choices(
                 call,
                 self.inference,
                 factors,
@@ -179,6 +181,7 @@ class _Solver:
                 experts=self.policy.experts,
                 even=self.policy.even,
             )
+            self.made[key] = tuple(c for one in found if (c := self.policy.priced(call, one, self.unit)) is not None)
         return self.made[key]
 
     def _work(self, call: BoundOp) -> float:
