@@ -23,7 +23,7 @@ from meshpar.roles import Divides
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import BoundOp
 from meshpar.sharding.price import Price
-from meshpar.sharding.reading import MATRIX, WITH_MATRICES, Reading
+from meshpar.sharding.reading import CAUSAL, MATRIX, WITH_MATRICES, Reading
 from meshpar.sharding.types import I, Owned, R, Shard, Type, plain
 from meshpar.sharding.typings import Choice, at_rest
 
@@ -266,6 +266,7 @@ class SequencePolicy(Policy):
         self.request, self.reading = request, reading
         self.weights = WeightsPolicy(request, reading)
         self._check_length()
+        reading.balanced = self._growing()
 
     def crosses(self, value: Value, users: int) -> Type:
         info = info_of(value)
@@ -292,6 +293,17 @@ class SequencePolicy(Policy):
             return None if call.op.name in WITH_MATRICES else choice
         cut = any(isinstance(type_, Shard) for type_ in (*choice.uses, *choice.outs))
         return choice if cut else replace(choice, cost=choice.cost + _REPEATED * unit)
+
+    def _growing(self) -> frozenset[int]:
+        """The sequences along which causal attention grows, where they can be dealt out in twice as many pieces as there are ranks."""
+        found: set[int] = set()
+        for node, call in self.reading.inference.calls.items():
+            if call.op.name in CAUSAL and call.op.arguments.get("is_causal", True):
+                value = value_of(operands(node)[0])
+                one = self.reading.inference.dims[value][-2]
+                found.update(() if one is None else [self.reading.inference.extents.find(one)])
+        size = self.reading.inference.extents.size
+        return frozenset(found) if all(size(one) % (2 * self.request.size) == 0 for one in found) else frozenset()
 
     def _check_length(self) -> None:
         """Raises PlanError where the positions of what the model is given cannot be dealt out evenly."""

@@ -21,6 +21,9 @@ MATRIX = WITH_MATRICES | frozenset(
 )
 """Operators bound by arithmetic."""
 
+CAUSAL = frozenset(("scaled_dot_product_attention", "meshpar.ops.context.causal_attention"))
+"""Attention that may be causal: the later a query, the more keys it sees."""
+
 
 class Reading:
     """What solver and policies know of a graph. Read once, then only asked."""
@@ -35,6 +38,8 @@ class Reading:
         self.batch = self._batch_factors()
         self.depends = self._depends_on_batch()
         self.hidden = self._contracted_with_parameters()
+        self.balanced: frozenset[int] = frozenset()
+        """Factors along which work grows: each rank gets a part of the beginning and one of the end."""
 
     def _crossing(self) -> dict[Value, set[str | None]]:
         """Values used in another unit than they are made in -> the units that use them."""
@@ -131,7 +136,7 @@ class Reading:
     def shard(self, dim: int, one: int | None, factor: int) -> Shard | None:
         """The cut of a dim along one of its factors, if it can be cut so."""
         pattern = None if one is None else self.inference.extents.pattern(one, factor)
-        return None if pattern is None else shard(dim, pattern, self.size, even=self.even)
+        return None if pattern is None else shard(dim, pattern, self.size, even=self.even, balanced=factor in self.balanced)
 
     def units_using(self, node: fx.Node) -> set[str | None]:
         """The units in which a node is used."""
