@@ -472,14 +472,16 @@ def dropout(op: Op) -> Signature:
 
 
 def collective(op: Op) -> Signature:
-    """A conversion on another axis, already written out: it moves dims whole."""
+    """A conversion on another axis, already written out: it moves dims whole, but for those that it cuts, joins or reorders."""
+    layouts = op.node.args[1:] if len(op.infos) == 1 else ()  # (dim, repeat, segments), of a shard before and of one after
+    own = {int(layouts[at]) for at in range(0, len(layouts), 3)}  # type: ignore[arg-type]
     shapes = [i.shape for i in op.infos]
     inputs, outs, sizes, fixed = [], [], {}, []
     for k, shape in enumerate(shapes):
         out = op.outs[min(k, len(op.outs) - 1)]
         assert out is not None
         base = named(f"d{k}_", shape)
-        changed = [i for i, (a, b) in enumerate(zip(shape, out.shape, strict=True)) if a != b]
+        changed = [i for i, (a, b) in enumerate(zip(shape, out.shape, strict=True)) if a != b or i in own]
         sizes.update({f"d{k}_{i}": n for i, n in enumerate(shape)} | {f"n{k}_{i}": out.shape[i] for i in changed})
         fixed += [f"{p}{k}_{i}" for i in changed for p in "dn"]
         inputs.append(tuple((((f"d{k}_{i}",),) if n > 1 else ()) for i, n in enumerate(shape)))
