@@ -7,8 +7,9 @@
       y = sdpa(q, k', v', mask)
 
 A model that looks at its mask to see whether it may be left out cannot do so under capture, and writes a plain causal mask out. With it the
-fast kernels are out of reach, and keys and values of grouped heads are repeated before the call. A mask that comes from numbers alone is
-computed here and compared. It is read after lowering: the pass changes neither types nor the plan.
+fast kernels are out of reach, and keys and values of grouped heads are repeated before the call. What a mask that comes from numbers alone
+lets each query see is read here, of any length where that is an interval (see `passes.intervals`), else from all of it. It is done after
+lowering, where it changes neither types nor the plan; before it where an axis cuts the sequence: a part of a causal mask is not causal.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import fx
 from meshpar._torch import OpOverload, without_modes
 from meshpar.graph.captured import Info
 from meshpar.graph.op import operands, read
+from meshpar.passes.intervals import intervals
 
 aten = torch.ops.aten
 
@@ -32,7 +34,7 @@ class SimplifyAttention:
     """Replace constant causal masks by `is_causal`, and then repeated keys and values by `enable_gqa`. Changes the graph in place."""
 
     most_elements: int = 2**26
-    """Masks larger than this are not looked at."""
+    """Masks larger than this are not looked at in full."""
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         known: dict[fx.Node, bool] = {}
@@ -53,6 +55,8 @@ class SimplifyAttention:
     def _is_causal(self, mask: fx.Node, queries: int, keys: int) -> bool:
         """Whether the mask is known and lets every position see itself and what is before it."""
         info = mask.meta["info"]
+        if info.dtype == torch.bool and info.shape[-2:] == (queries, keys) and (found := intervals(mask)) is not None:
+            return found.is_causal
         nodes = self._constants(mask) if info.dtype == torch.bool and info.shape[-2:] == (queries, keys) else None
         if nodes is None:
             return False

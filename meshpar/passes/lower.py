@@ -82,6 +82,9 @@ class _Lowering:
         infos = info if isinstance(info, tuple) else (info,)
         local = tuple(None if i is None else self._local(i, t) for i, t in zip(infos, plan.outs, strict=True))
         new.meta = {**node.meta, "info": local if isinstance(info, tuple) else local[0]}
+        if "conversion" in node.meta and isinstance(info, Info) and local[0] is not None:
+            *where, sent = node.meta["conversion"]  # on an outer axis: it sends what this rank has on this one
+            new.meta["conversion"] = (*where, _share(sent, info, local[0]))
         new.meta["origin"] = node.meta.get("origin", node.name)
         new.meta["typed"] = (*node.meta.get("typed", ()), (self.axis.name, self.axis.size, plan.outs))
         new.meta["cut"] = tuple(
@@ -257,6 +260,12 @@ class _Lowering:
 
 _OF_THE_CALL = ("seed", "exchange")
 """What is said of a call, not of each of its results."""
+
+
+def _share(sent: Info, whole: Info, local: Info) -> Info:
+    """What a conversion of an outer axis sends, of a value of which this rank holds `local` of `whole`."""
+    shape = (n * part // n_whole if n_whole else n for n, n_whole, part in zip(sent.shape, whole.shape, local.shape, strict=True))
+    return replace(sent, shape=tuple(shape))
 
 
 def _dropping(dispatch: fx.Node) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class Policy(ABC):
     """Whether all ranks must hold equal parts."""
     experts: frozenset[int] = frozenset()
     """The factors that are the experts of the model, where the axis splits those."""
+    slices_early: bool = False
+    """Whether values without gradients of which every use wants the same part are made as that part."""
 
     @abstractmethod
     def crosses(self, value: Value, users: int) -> Type:
@@ -261,6 +263,7 @@ class SequencePolicy(Policy):
     """
 
     even = True  # what is decided for the next axis, on the shapes of one rank, holds for all
+    slices_early = True  # a mask of all pairs of positions would be the largest value by far
 
     def __init__(self, request: Request, reading: Reading) -> None:
         self.request, self.reading = request, reading

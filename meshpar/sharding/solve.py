@@ -20,7 +20,7 @@ from meshpar.graph.op import Value, info_of, op_name, operands, value_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
 from meshpar.sharding.infer import BoundOp, Inference, infer
-from meshpar.sharding.milp import Problem, ProgramStep, choose
+from meshpar.sharding.milp import Problem, ProgramStep, choose, possible
 from meshpar.sharding.policy import POLICIES, Request
 from meshpar.sharding.reading import MATRIX, Reading
 from meshpar.sharding.types import I, Shard, Type, plain
@@ -74,8 +74,43 @@ class _Solver:
         # The root comes last: parameters shared with a block follow the block.
         for unit in sorted(groups, key=lambda u: u is None):
             self._solve_unit(unit, groups[unit], pins)
+        if self.policy.slices_early:
+            self._slice_early(pins)
         outputs = tuple(self._output_type(v, pins) for v in self._output_values())
         return AxisPlan(self.request.axis, self.size, self.found, outputs)
+
+    def _slice_early(self, pins: Mapping[Value, Type]) -> None:
+        """Make values without gradients as the part that all who use them want; then what those are made of, and so on."""
+        returned = {value for value in self._output_values() if value is not None}
+        for node in reversed(self.graph.nodes):
+            value, info = (node, 0), node.meta.get("info")
+            if node.op != "call_function" or not isinstance(info, Info) or info.requires_grad or value in pins or value in returned:
+                continue
+            wanted = {type_ for user in node.users for type_ in self._used(user, node)}
+            if node.target is operator.getitem or self.types[value] != I or len(wanted) != 1:
+                continue
+            (part,) = wanted
+            if isinstance(part, Shard) and (option := self._made_as(node, part)) is not None:
+                if value in self.residual:
+                    self.residual[value] = part
+                self._settle(node, option.uses, option.outs, option.why)
+
+    def _used(self, user: fx.Node, node: fx.Node) -> list[Type]:
+        """The types in which a node uses another one."""
+        plan = self.found.get(user.name)
+        return [I] if plan is None else [type_ for type_, one in zip(plan.uses, operands(user), strict=True) if one is node]
+
+    def _made_as(self, node: fx.Node, part: Shard) -> Choice | None:
+        """The typing that makes a part of parts, or of whole values."""
+        for option in self._options(node, self.reading.units[node], {}):
+            types = zip(option.uses, operands(node), strict=True)
+            if option.outs == (part,) and all(use == self.types[value_of(one)] or self._sliced(use, one) for use, one in types):
+                return option
+        return None
+
+    def _sliced(self, use: Type, operand: fx.Node) -> bool:
+        """Whether a use takes a part of what is whole, which costs nothing."""
+        return isinstance(use, Shard) and self.types[value_of(operand)] == I and possible(I, use, info_of(value_of(operand)))
 
     def _input(self, node: fx.Node) -> None:
         type_: Type = I
