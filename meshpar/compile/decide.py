@@ -43,6 +43,8 @@ class Decision:
     axes: tuple[tuple[str, int], ...]
     """The axes to type, in order: ("dp", 2) for all data axes but `ep` together, then ("ep", 2), then ("tp", 2)."""
     sequence: bool = True
+    context: str = "auto"
+    """How attention is computed where an axis cuts the sequence."""
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
     pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
@@ -81,6 +83,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 owned=request.owned,
                 sequence=request.sequence,
                 outputs=outputs,
+                context=request.context,
                 inner=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].divides == "weights"),
             ),
             whole if graph is captured.graph else None,

@@ -214,7 +214,7 @@ class Programs:
         if scale > 1:
             expand_batch_norm(captured.graph)
         if any(mesh_sizes(self.mesh)[name] > 1 for name in dividing("sequence", mesh_sizes(self.mesh))):
-            SimplifyAttention()(captured.graph)  # a part of a causal mask is not causal: it must be known before anything is cut
+            SimplifyAttention(windows=True)(captured.graph)  # a part of a causal mask is not causal: it is read while it is whole
         return captured
 
     def _program(self, signature: BatchSignature, captured: Captured, *, remember: bool = True) -> Program:
@@ -267,6 +267,7 @@ class Programs:
             tuple(mesh_sizes(self.mesh).items()),
             tuple((a.name, a.size) for a in axes),
             sequence=bool(self.config.sequence_parallel),
+            context=self.config.context,
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
             stages=self._stage_request() if staged else None,
@@ -367,6 +368,7 @@ def _options(config: ParallelConfig) -> dict[str, Any]:
         "recompute": config.recompute,
         "data_parallel": config.data_parallel,
         "sequence_parallel": bool(config.sequence_parallel),
+        "context": config.context,
     }
 
 

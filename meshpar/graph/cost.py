@@ -11,7 +11,7 @@ from torch import fx
 
 import meshpar.ops.experts  # noqa: F401  (registers meshpar::grouped_mm)
 from meshpar.graph.captured import Info
-from meshpar.ops import context
+from meshpar.ops import context, halo, ring
 
 aten = torch.ops.aten
 
@@ -70,6 +70,12 @@ def _attention(node: fx.Node) -> int:
     return 2 * pairs * (query[-1] + value[-1])
 
 
+def _windowed_attention(node: fx.Node) -> int:
+    """Of each query with as many keys as its window has."""
+    query, value = _shape(node.args[0]), _shape(node.args[2])
+    return 2 * prod(query[:-1]) * int(node.kwargs["window"]) * (query[-1] + value[-1])  # type: ignore[call-overload]
+
+
 _FLOPS: Mapping[Any, Callable[[fx.Node], int]] = {
     aten.linear.default: _product(0),
     aten.matmul.default: _product(0),
@@ -82,6 +88,8 @@ _FLOPS: Mapping[Any, Callable[[fx.Node], int]] = {
     aten.addbmm.default: _product(1),
     aten.scaled_dot_product_attention.default: _attention,
     context.causal_attention: _attention,
+    **dict.fromkeys((halo.windowed_attention, halo.halo_attention), _windowed_attention),
+    ring.ring_attention: lambda node: _attention(node) * int(node.kwargs["size"]),  # type: ignore[call-overload]
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.conv3d.default: _convolution,

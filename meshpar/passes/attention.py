@@ -24,6 +24,7 @@ from torch import fx
 from meshpar._torch import OpOverload, without_modes
 from meshpar.graph.captured import Info
 from meshpar.graph.op import operands, read
+from meshpar.ops.halo import windowed_attention
 from meshpar.passes.intervals import intervals
 
 aten = torch.ops.aten
@@ -33,6 +34,8 @@ aten = torch.ops.aten
 class SimplifyAttention:
     """Replace constant causal masks by `is_causal`, and then repeated keys and values by `enable_gqa`. Changes the graph in place."""
 
+    windows: bool = False
+    """Whether sliding windows are written as such, where an axis cuts the sequence."""
     most_elements: int = 2**26
     """Masks larger than this are not looked at in full."""
 
@@ -48,7 +51,9 @@ class SimplifyAttention:
             lengths = arguments["query"].meta["info"].shape[-2], arguments["key"].meta["info"].shape[-2]
             if mask not in known:
                 known[mask] = self._is_causal(mask, *lengths)
-            if known[mask] and mask.meta["info"].shape[-2:] == lengths:
+            if self.windows and not known[mask] and (seen := intervals(mask)) is not None and seen.window is not None:
+                _in_window(node, arguments, seen.window)
+            elif known[mask] and mask.meta["info"].shape[-2:] == lengths:
                 _without_mask(node, arguments)
         return graph
 
@@ -91,16 +96,30 @@ def _elements(node: fx.Node, info: Info) -> int:
 
 
 def _without_mask(node: fx.Node, arguments: dict[str, Any]) -> None:
-    key, value = arguments["key"], arguments["value"]
-    short = _ungrouped(key), _ungrouped(value)
-    grouped = short[0] is not None and short[1] is not None and short[0].meta["info"].shape[1] == short[1].meta["info"].shape[1]
-    if grouped:
-        key, value = short
     before = operands(node)
+    key, value, grouped = _short(arguments)
     node.args = (arguments["query"], key, value, None, arguments["dropout_p"], True)
-    node.kwargs = {"scale": arguments["scale"], "enable_gqa": grouped or arguments["enable_gqa"]}
+    node.kwargs = {"scale": arguments["scale"], "enable_gqa": grouped}
     for operand in before:
         _erase_unused(operand)
+
+
+def _in_window(node: fx.Node, arguments: dict[str, Any], window: int) -> None:
+    before = operands(node)
+    key, value, grouped = _short(arguments)
+    node.target, node.args = windowed_attention, (arguments["query"], key, value)
+    node.kwargs = {"window": window, "scale": arguments["scale"], "enable_gqa": grouped}
+    for operand in before:
+        _erase_unused(operand)
+
+
+def _short(arguments: dict[str, Any]) -> tuple[Any, Any, bool]:
+    """Keys and values, of grouped heads without copies, and whether heads are grouped."""
+    key, value = arguments["key"], arguments["value"]
+    short = _ungrouped(key), _ungrouped(value)
+    if short[0] is not None and short[1] is not None and short[0].meta["info"].shape[1] == short[1].meta["info"].shape[1]:
+        return *short, True
+    return key, value, bool(arguments["enable_gqa"])
 
 
 def _ungrouped(repeated: fx.Node) -> fx.Node | None:

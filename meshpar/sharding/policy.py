@@ -20,10 +20,11 @@ from torch import fx
 from meshpar.errors import PlanError
 from meshpar.graph.op import Value, info_of, operands, value_of
 from meshpar.roles import Divides
+from meshpar.sharding import attention
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import BoundOp
 from meshpar.sharding.price import Price
-from meshpar.sharding.reading import CAUSAL, MATRIX, WITH_MATRICES, Reading
+from meshpar.sharding.reading import ATTENTION, MATRIX, WITH_MATRICES, Reading
 from meshpar.sharding.types import I, Owned, R, Shard, Type, plain
 from meshpar.sharding.typings import Choice, at_rest
 
@@ -51,6 +52,8 @@ class Request:
     outputs: Sequence[Type | None] = ()
     """Types the outputs must have; None leaves it to the solver."""
     price: Price = field(default_factory=Price)
+    context: str = "auto"
+    """How attention is to be computed where the sequence is cut."""
     inner: int = 1
     """Ranks of the axes that are typed after this one and cut the same heads and channels again: what is cut must divide by both."""
 
@@ -81,9 +84,9 @@ class Policy(ABC):
         """The one typing of a call that is not for the solver to choose."""
         return None
 
-    def priced(self, call: BoundOp, choice: Choice, unit: float) -> Choice | None:
-        """A typing at the price it has on such an axis; None where it may not be. `unit`: seconds to gather the largest value."""
-        return choice
+    def revised(self, call: BoundOp, found: Sequence[Choice], work: float, unit: float) -> Sequence[Choice]:
+        """The typings of a call as they are on such an axis. `work`: seconds of the whole call, `unit`: to gather the largest value."""
+        return found
 
 
 class SamplesPolicy(Policy):
@@ -287,21 +290,31 @@ class SequencePolicy(Policy):
     def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
         return (Choice((), (at_rest(node.meta["info"], R),), 0.0, "data"),)
 
-    def priced(self, call: BoundOp, choice: Choice, unit: float) -> Choice | None:
+    def revised(self, call: BoundOp, found: Sequence[Choice], work: float, unit: float) -> Sequence[Choice]:
         """Matrices are used whole (gathering what meets them would grow with the sequence); a product is repeated as the last resort."""
         if call.op.name not in MATRIX:
-            return choice
+            return found
+        kept = [one for one in found if call.op.name not in WITH_MATRICES or not self._cuts_a_matrix(call, one)]
+        if call.op.name in ATTENTION:
+            kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.request.price, work)])
+        return [one if _is_cut(one) else replace(one, cost=one.cost + _REPEATED * unit) for one in kept]
+
+    def _cuts_a_matrix(self, call: BoundOp, choice: Choice) -> bool:
         pairs = zip(call.op.operands, choice.uses, strict=True)
-        if any(operand.op == "get_attr" and operand.target in self.request.parameters and isinstance(use, Shard) for operand, use in pairs):
-            return None if call.op.name in WITH_MATRICES else choice
-        cut = any(isinstance(type_, Shard) for type_ in (*choice.uses, *choice.outs))
-        return choice if cut else replace(choice, cost=choice.cost + _REPEATED * unit)
+        return any(one.op == "get_attr" and one.target in self.request.parameters and isinstance(use, Shard) for one, use in pairs)
+
+    def _asked_for(self, found: Sequence[Choice]) -> list[Choice]:
+        """The typings of the form the user asked for, where there are any."""
+        fitting = [
+            one for one in found if attention.form(one) in (self.request.context, "halo" if self.request.context == "ring" else None)
+        ]
+        return fitting if self.request.context != "auto" and fitting else list(found)
 
     def _growing(self) -> frozenset[int]:
         """The sequences along which causal attention grows, where they can be dealt out in twice as many pieces as there are ranks."""
         found: set[int] = set()
         for node, call in self.reading.inference.calls.items():
-            if call.op.name in CAUSAL and call.op.arguments.get("is_causal", True):
+            if call.op.name in ATTENTION and call.op.arguments.get("is_causal", True):
                 value = value_of(operands(node)[0])
                 one = self.reading.inference.dims[value][-2]
                 found.update(() if one is None else [self.reading.inference.extents.find(one)])
@@ -322,6 +335,10 @@ class SequencePolicy(Policy):
                         f"Pad the batch to {-(-n // size) * size} (labels with -100, and an attention mask), or use another "
                         f"{self.request.axis}: {', '.join(str(k) for k in range(1, min(n, 64) + 1) if n % k == 0)}."
                     )
+
+
+def _is_cut(choice: Choice) -> bool:
+    return any(isinstance(type_, Shard) for type_ in (*choice.uses, *choice.outs))
 
 
 _REPEATED = 100.0

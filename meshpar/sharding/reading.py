@@ -16,13 +16,15 @@ from meshpar.sharding.types import Shard
 
 WITH_MATRICES = frozenset("linear mm bmm addmm baddbmm matmul einsum meshpar.grouped_mm".split())
 """Products whose parameters are matrices, not filters."""
-MATRIX = WITH_MATRICES | frozenset(
-    "convolution conv1d conv2d conv3d scaled_dot_product_attention meshpar.ops.context.causal_attention".split()
+ATTENTION = frozenset("scaled_dot_product_attention meshpar.ops.halo.windowed_attention".split())
+"""Attention of whole sequences."""
+MATRIX = (
+    WITH_MATRICES
+    | ATTENTION
+    | frozenset("convolution conv1d conv2d conv3d".split())
+    | frozenset(f"meshpar.ops.{name}_attention" for name in ("context.causal", "ring.ring", "halo.halo"))
 )
 """Operators bound by arithmetic."""
-
-CAUSAL = frozenset(("scaled_dot_product_attention", "meshpar.ops.context.causal_attention"))
-"""Attention that may be causal: the later a query, the more keys it sees."""
 
 
 class Reading:

@@ -217,7 +217,7 @@ class _Solver:
                 even=self.policy.even,
                 balanced=self.reading.balanced,
             )
-            self.made[key] = tuple(c for one in found if (c := self.policy.priced(call, one, self.unit)) is not None)
+            self.made[key] = tuple(self.policy.revised(call, found, self._work(call), self.unit))
         return self.made[key]
 
     def _work(self, call: BoundOp) -> float:

@@ -103,16 +103,21 @@ class Shard:
 
     def ranges(self, size: int, rank: int) -> tuple[tuple[int, int], ...]:
         """The global index ranges `[start, stop)` that `rank` of `size` holds, in the order it holds them."""
-        pieces: list[tuple[int, int]] = []
-        for start in self._segment_starts():
-            base, units, unit = start
-            low, high = chunk(units, size, rank)
-            low, high = base + low * unit, base + high * unit
-            if pieces and pieces[-1][1] == low:
-                pieces[-1] = (pieces[-1][0], high)
+        found: list[tuple[int, int]] = []
+        for low, high in self.pieces(size, rank):
+            if found and found[-1][1] == low:
+                found[-1] = (found[-1][0], high)
             elif low < high:
-                pieces.append((low, high))
-        return tuple(pieces)
+                found.append((low, high))
+        return tuple(found)
+
+    def pieces(self, size: int, rank: int) -> tuple[tuple[int, int], ...]:
+        """The same, one range for each segment of each stretch: as many on every rank."""
+        found = []
+        for base, units, unit in self._segment_starts():
+            low, high = chunk(units, size, rank)
+            found.append((base + low * unit, base + high * unit))
+        return tuple(found)
 
     def local_length(self, size: int, rank: int) -> int:
         """How many elements of the dim `rank` of `size` holds."""
