@@ -156,7 +156,6 @@ NOTHING: Mapping[str, str] = {
     "no_sync_func": _HOOK,
     "grad_sync_func": _HOOK,
     "param_sync_func": _HOOK,
-    "cp_comm_type": "ring or all-gather is chosen by the plan",
 }
 """Name -> why it has no meaning here."""
 

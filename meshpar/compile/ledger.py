@@ -11,8 +11,8 @@ from torch import fx
 
 from meshpar.compile.split import StageGraph
 from meshpar.graph.captured import Info
-from meshpar.graph.op import op_name
-from meshpar.ops import vocab_parallel
+from meshpar.graph.op import op_name, operands
+from meshpar.ops import halo, ring, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_REDUCE, ALL_TO_ALL, conversion, wire_bytes
@@ -56,12 +56,29 @@ def _entries(node: fx.Node) -> Iterator[Comm]:
         yield from _converted(node, node.meta["joined"])
     if "exchange" in node.meta:
         yield from _exchanged(node, *node.meta["exchange"])
+    if node.target in (ring.ring_attention, halo.halo_attention):
+        yield from _between_parts(node)
     if node.target is vocab_parallel.cross_entropy:
         target: Any = node.args[1]
         where: dict[str, Any] = node.kwargs
         tokens, smoothing = prod(target.meta["info"].shape), where.get("label_smoothing", 0.0)
         for sent in vocab_parallel.cross_entropy_traffic(tokens, node.meta["info"].dtype, where["size"], label_smoothing=smoothing):
             yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), sent.phase, float(sent.nbytes))
+
+
+def _between_parts(node: fx.Node) -> Iterator[Comm]:
+    """Keys and values that go round, or those before a rank's own positions; backward also their gradients."""
+    key, value = (n.meta["info"] for n in operands(node)[1:3])
+    where: dict[str, Any] = node.kwargs
+    sent, size = float(key.nbytes + value.nbytes), where["size"]
+    if node.target is ring.ring_attention:
+        forward, backward = sent * (size - 1), sent * (2 * size - 1)
+    else:
+        pieces: Any = node.args[5]
+        forward = backward = sent * min(1.0, (where["window"] - 1) * len(pieces) / key.shape[2])
+    name = "ring" if node.target is ring.ring_attention else "halo"
+    for phase, count in (("forward", forward), ("backward", backward)):
+        yield _comm(node, name, node.meta.get("axis", ""), phase, count)
 
 
 def _exchanged(node: fx.Node, axis: str, size: int, rows: Info) -> Iterator[Comm]:

@@ -73,7 +73,7 @@ def _attention(node: fx.Node) -> int:
 def _windowed_attention(node: fx.Node) -> int:
     """Of each query with as many keys as its window has."""
     query, value = _shape(node.args[0]), _shape(node.args[2])
-    return 2 * prod(query[:-1]) * int(node.kwargs["window"]) * (query[-1] + value[-1])  # type: ignore[call-overload]
+    return 2 * prod(query[:-1]) * int(node.kwargs["window"]) * (query[-1] + value[-1])  # type: ignore[arg-type]
 
 
 _FLOPS: Mapping[Any, Callable[[fx.Node], int]] = {
@@ -89,7 +89,7 @@ _FLOPS: Mapping[Any, Callable[[fx.Node], int]] = {
     aten.scaled_dot_product_attention.default: _attention,
     context.causal_attention: _attention,
     **dict.fromkeys((halo.windowed_attention, halo.halo_attention), _windowed_attention),
-    ring.ring_attention: lambda node: _attention(node) * int(node.kwargs["size"]),  # type: ignore[call-overload]
+    ring.ring_attention: lambda node: _attention(node) * int(node.kwargs["size"]),  # type: ignore[arg-type]
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.conv3d.default: _convolution,

@@ -305,10 +305,9 @@ class SequencePolicy(Policy):
 
     def _asked_for(self, found: Sequence[Choice]) -> list[Choice]:
         """The typings of the form the user asked for, where there are any."""
-        fitting = [
-            one for one in found if attention.form(one) in (self.request.context, "halo" if self.request.context == "ring" else None)
-        ]
-        return fitting if self.request.context != "auto" and fitting else list(found)
+        asked = self.request.context
+        fitting = [one for one in found if attention.form(one) in (("ring", "halo") if asked == "ring" else (asked,))]
+        return fitting or list(found)
 
     def _growing(self) -> frozenset[int]:
         """The sequences along which causal attention grows, where they can be dealt out in twice as many pieces as there are ranks."""
