@@ -114,8 +114,8 @@ class ParallelConfig:
     sequence_parallel: bool | Literal["auto"] = "auto"
     """Whether the residual stream is split along the sequence over `tp`; "auto" does so where it costs no extra communication."""
     context: Context = "auto"
-    """Attention where `cp` cuts the sequence: "gather" keys and values, "heads" by an all-to-all, or a "ring" (in a sliding window a "halo":
-    only the few keys before a rank's own are fetched). "auto" decides for each layer by price. A layer that cannot have the form that is
+    """Attention where `cp` cuts the sequence: "gather" keys and values, "heads" by an all-to-all, or a "ring" (in a sliding window only the
+    few keys before a rank's own are fetched, its halo). "auto" decides for each layer by price. A layer that cannot have the form that is
     asked for takes another one: `explain()` says which each has."""
     recompute: Recompute = "none"
     """What is computed again in backward, per block: nothing, all but matmul and attention outputs, or everything."""

@@ -24,7 +24,7 @@ def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
 
     Bytes are what each device sends with ring algorithms: an all-reduce of n bytes over t ranks sends 2 n (t-1)/t.
     """
-    return tuple(entry for node in graph.nodes for entry in _entries(node))
+    return tuple(entry for node in graph.nodes for entry in entries(node))
 
 
 def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[Comm, ...]:
@@ -49,7 +49,8 @@ def _sent(stage: StageGraph) -> Iterator[Comm]:
                 yield Comm("send", stage_axis(), "backward", float(info.nbytes), 1, node.name, module, region, stage.index)
 
 
-def _entries(node: fx.Node) -> Iterator[Comm]:
+def entries(node: fx.Node) -> Iterator[Comm]:
+    """What one node sends."""
     if "conversion" in node.meta:
         yield from _converted(node, [node.meta["conversion"]])
     if "joined" in node.meta:

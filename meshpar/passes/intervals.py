@@ -113,6 +113,8 @@ class _Reader:
             return None
         if not bool((over_keys[1:] >= over_keys[:-1]).all()):
             return None
+        if over_keys.dtype == torch.bool:
+            over_queries, over_keys = over_queries.long(), over_keys.long()
         below = torch.searchsorted(over_keys, over_queries)
         through = torch.searchsorted(over_keys, over_queries, right=True)
         none, every = torch.zeros_like(below), torch.full_like(below, self.keys)
