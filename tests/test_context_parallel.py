@@ -123,6 +123,21 @@ def test_meshes(mesh: str, context: Any) -> None:
     mp.verify(Decoder("window", shift="logits"), mesh, batch(), config=mp.ParallelConfig(context=context)).raise_if_failed()
 
 
+def test_heads_are_cut_again_by_an_inner_axis() -> None:
+    """An all-to-all to heads leaves each rank some of them, of which `tp` takes its own: nothing is done twice."""
+    torch.manual_seed(0)
+    config = mp.ParallelConfig(context="heads")
+    mp.verify(Decoder("causal", kv=4), "cp=2,tp=2", batch(), config=config).raise_if_failed()
+    with mp.simulate(4):
+        pm = mp.parallelize(Decoder("causal", kv=4), mp.make_mesh("cp=2,tp=2"), config=config, example=batch())
+        text = str(pm.explain())
+        assert "heads" in text and "Repeated on all 2 cp ranks: 0%" in text and "Repeated on all 2 tp ranks: 0%" in text
+        sent = sum(
+            c.nbytes for c in pm.comms() if c.kind == "all_to_all" and c.axis == "cp" and "blocks" in c.module and c.phase == "forward"
+        )
+        assert sent == 2 * 4 * (B * S * H * 4 // 2) // 4  # 2 blocks of q, k, v and the result: half of half of what this tp rank has
+
+
 @pytest.mark.parametrize("length, layout", [(12, "head-tail"), (14, "contiguous")])
 def test_lengths_that_divide(length: int, layout: str) -> None:
     """14 positions divide by 2 ranks, not by twice as many pieces."""

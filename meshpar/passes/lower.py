@@ -24,7 +24,7 @@ from meshpar.mesh import Axis
 from meshpar.ops import collectives, context, expert_all_to_all, halo, ring, vocab_parallel
 from meshpar.ops.each_rank import each_rank
 from meshpar.plan import AxisPlan, NodePlan
-from meshpar.sharding.conversions import conversion
+from meshpar.sharding.conversions import CONVERSIONS, conversion
 from meshpar.sharding.types import Owned, Partial, Ragged, Shard, Type, local_shape
 from meshpar.sharding.views import slice_bounds
 
@@ -470,6 +470,18 @@ def _attention(call: LocalCall) -> None:
         call.kwargs["causal"] = causal
 
 
+def _exchanged_again(call: LocalCall) -> None:
+    """A conversion of an outer axis whose dims this axis cuts inside of their parts: it moves what this rank has of each."""
+    for at in range(1, len(call.args) - 2, 3):
+        dim = call.args[at]
+        (whole, local), *_ = sorted(
+            ((call.op.infos[0].shape[dim], call.in_shape()[dim]), (call.op.out.shape[dim], call.out_shape()[dim])), reverse=True
+        )
+        if whole != local:
+            ((units, each),) = call.args[at + 2]
+            call.args[at + 2] = ((units * each * local // whole, 1),)
+
+
 LOCAL: dict[str, Callable[[LocalCall], None]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape),
     "squeeze": _squeeze,
@@ -482,6 +494,7 @@ LOCAL: dict[str, Callable[[LocalCall], None]] = {
     "mean": _mean,
     "embedding": _embedding,
     "cross_entropy_loss": _cross_entropy,
+    **dict.fromkeys((f"meshpar.ops.collectives.{one.op}" for one in CONVERSIONS.values()), _exchanged_again),
     **dict.fromkeys(("scaled_dot_product_attention", "meshpar.ops.halo.windowed_attention"), _attention),
     **dict.fromkeys(("convolution", "conv1d", "conv2d", "conv3d"), _convolution),
 }

@@ -238,7 +238,7 @@ class WeightsPolicy(Policy):
 
     def _outermost(self, one: int, carried: set[int]) -> list[int]:
         """The outermost factor along which a parameter's dim can be cut: heads rather than what is inside a head."""
-        factors = (f for f in self.reading.inference.extents.cuttable(one) if f not in carried)
+        factors = (f for f in self.reading.inference.extents.cuttable(one) if f not in carried and f not in self.reading.taken)
         return [f for f in factors if self.reading.shard(0, one, f) is not None][:1]
 
     def _ruled(self, node: fx.Node, found: Iterable[Choice]) -> tuple[Choice, ...]:

@@ -40,6 +40,7 @@ class Reading:
         self.batch = self._batch_factors()
         self.depends = self._depends_on_batch()
         self.hidden = self._contracted_with_parameters()
+        self.taken = self._cut_already()
         self.balanced: frozenset[int] = frozenset()
         """Factors along which work grows: each rank gets a part of the beginning and one of the end."""
 
@@ -91,6 +92,14 @@ class Reading:
             for name, one in call.names.items():
                 if name in of_parameters and name not in kept:
                     found.update((self.inference.extents.find(one), *self.inference.extents.leaves(one)))
+        return found
+
+    def _cut_already(self) -> set[int]:
+        """The factors that conversions of outer axes deal out over their own ranks."""
+        found: set[int] = set()
+        for call in self.inference.calls.values():
+            if call.signature is not None and call.op.name.startswith("meshpar.ops.collectives."):
+                found.update(self.inference.extents.find(one) for name, one in call.names.items() if name in call.signature.fixed)
         return found
 
     def is_hidden(self, one: int) -> bool:

@@ -17,7 +17,7 @@ import torch
 from meshpar._torch import draws
 from meshpar.graph.op import Op
 from meshpar.sharding.conversions import CONVERSIONS
-from meshpar.sharding.notation import Dims, Signature, bind
+from meshpar.sharding.notation import Dim, Dims, Signature, bind
 from meshpar.sharding.views import VIEWS, Rule, fixed_dims, named, sizes_of
 
 
@@ -472,21 +472,58 @@ def dropout(op: Op) -> Signature:
 
 
 def collective(op: Op) -> Signature:
-    """A conversion on another axis, already written out: it moves dims whole, but for those that it cuts, joins or reorders."""
-    layouts = op.node.args[1:] if len(op.infos) == 1 else ()  # (dim, repeat, segments), of a shard before and of one after
-    own = {int(layouts[at]) for at in range(0, len(layouts), 3)}  # type: ignore[arg-type]
+    """A conversion on another axis, already written out. It moves dims whole; one that it cuts or joins evenly can be cut inside of a part.
+
+    heads [8 4] on 2 ranks   s_to_s   [4 8]       the 4 heads that stay here may be cut again, and the 8 before it alike: 2 of each 4
+    """
+    plain = _evenly(op)
     shapes = [i.shape for i in op.infos]
     inputs, outs, sizes, fixed = [], [], {}, []
     for k, shape in enumerate(shapes):
         out = op.outs[min(k, len(op.outs) - 1)]
         assert out is not None
-        base = named(f"d{k}_", shape)
-        changed = [i for i, (a, b) in enumerate(zip(shape, out.shape, strict=True)) if a != b or i in own]
-        sizes.update({f"d{k}_{i}": n for i, n in enumerate(shape)} | {f"n{k}_{i}": out.shape[i] for i in changed})
-        fixed += [f"{p}{k}_{i}" for i in changed for p in "dn"]
-        inputs.append(tuple((((f"d{k}_{i}",),) if n > 1 else ()) for i, n in enumerate(shape)))
-        outs.append(tuple((((f"n{k}_{i}",),) if out.shape[i] > 1 else ()) if i in changed else d for i, d in enumerate(base)))
+        sizes.update({f"d{k}_{i}": min(n, m) for i, (n, m) in enumerate(zip(shape, out.shape, strict=True))})
+        sizes.update({f"n{k}_{i}": m for i, m in enumerate(out.shape)} | {f"c{k}_{i}": n for i, n in plain.items()})
+        before: list[Dim] = []
+        after: list[Dim] = []
+        for i, (n, m) in enumerate(zip(shape, out.shape, strict=True)):
+            own = (f"d{k}_{i}",)
+            parts = (f"c{k}_{i}", *own)
+            if i in plain and min(n, m) > 1:
+                fixed.append(parts[0])
+                before.append((parts if n > m else own,))
+                after.append((parts if m > n else own,))
+            elif i in plain or n != m or i in _dims_of(op):
+                sizes[own[0]] = n
+                fixed += [own[0], f"n{k}_{i}"]
+                before.append((own,) if n > 1 else ())
+                after.append(((f"n{k}_{i}",),) if m > 1 else ())
+            else:
+                before.append((own,) if n > 1 else ())
+                after.append((own,) if n > 1 else ())
+        inputs.append(tuple(before))
+        outs.append(tuple(after))
     return Signature(tuple(inputs), tuple(outs[: len(op.outs)]), sizes, frozenset(fixed), (frozenset(range(len(shapes))),))
+
+
+def _layouts(op: Op) -> list[tuple[int, int, tuple[tuple[int, int], ...]]]:
+    """(dim, repeat, segments) of the shard before a conversion, of the one after it, or of both."""
+    args = op.node.args[1:] if len(op.infos) == 1 else ()
+    return [args[at : at + 3] for at in range(0, len(args), 3)]  # type: ignore[misc]
+
+
+def _dims_of(op: Op) -> set[int]:
+    return {dim for dim, _, _ in _layouts(op)}
+
+
+def _evenly(op: Op) -> dict[int, int]:
+    """Dims that a conversion cuts or joins in as many contiguous parts as there are ranks -> how many."""
+    found = {}
+    for dim, repeat, segments in _layouts(op):
+        size = int(op.arguments["size"])
+        if repeat == 1 and len(segments) == 1 and segments[0][0] % size == 0 and op.infos[0].shape[dim] != op.out.shape[dim]:
+            found[dim] = size
+    return found
 
 
 _COLLECTIVES = ("i_to_r_many", *(c.op for c in CONVERSIONS.values()))
