@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn  # noqa: E402
 from benchmarks.random_programs.programs import draw  # noqa: E402
 from meshpar.capture.export import capture  # noqa: E402
 from meshpar.errors import CaptureError  # noqa: E402
-from meshpar.graph.captured import Info  # noqa: E402
+from meshpar.graph.facts import Info  # noqa: E402
 from meshpar.graph.op import info_of, operands, value_of  # noqa: E402
 from meshpar.mesh import Axis  # noqa: E402
 from meshpar.passes.lower import Lower  # noqa: E402

@@ -10,7 +10,7 @@ from torch import fx
 from meshpar._torch import OpOverload
 from meshpar._torch import draws as draws_numbers
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 
 aten = torch.ops.aten
 

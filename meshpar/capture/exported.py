@@ -14,10 +14,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import map_arg
 
 from meshpar.capture.blame import source_of
-from meshpar.capture.values.selections import DataSized
 from meshpar.errors import CaptureError
 from meshpar.graph import canonical
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import DataSized, Info
 from meshpar.ops.expect import EXPECT
 
 _CALL_NUMBER = re.compile(r"@\d+$")

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from meshpar._torch import OpOverload, enter_autocast, exit_autocast, set_grad_enabled
 from meshpar.capture.blame import source_of
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
 _AUTOCAST = "wrap_with_autocast"

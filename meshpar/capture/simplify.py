@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 
 aten = torch.ops.aten
 

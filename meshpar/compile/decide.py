@@ -12,7 +12,8 @@ from torch import fx
 from meshpar.compile.split import mark, split
 from meshpar.compile.stages import choose
 from meshpar.errors import PlanError, near, raise_all
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
+from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
 from meshpar.graph.text import fingerprint
 from meshpar.mesh import Axis

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from meshpar.compile.split import StageGraph
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
 from meshpar.ops import vocab_parallel
 from meshpar.plan import Comm

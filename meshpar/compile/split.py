@@ -22,7 +22,7 @@ from torch import fx
 
 from meshpar._torch import draws
 from meshpar.errors import PlanError, near, raise_all
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.ops.expect import EXPECT
 
 

@@ -24,8 +24,9 @@ from torch import fx
 
 from meshpar.compile.split import needed, remade
 from meshpar.errors import PlanError, near, raise_all
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
 from meshpar.graph.cost import flops, nbytes
+from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
 from meshpar.graph.regions import members
 from meshpar.report.text import count

@@ -14,28 +14,6 @@ from meshpar.capture.state.taken import State
 from meshpar.ops.hooks import Hook
 
 
-@dataclass(frozen=True, slots=True)
-class Info:
-    """One tensor of the graph: `shape`, `dtype`, and whether a gradient flows through it. Stored as `node.meta["info"]`.
-
-    A node with several results holds a tuple of these (None for a result that is not a tensor).
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-    rows: bool = False
-    """Whether it holds rows sorted by expert (or says where those of each expert end, or which is which): see `capture.rows`."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        n = self.dtype.itemsize
-        for size in self.shape:
-            n *= size
-        return n
-
-
 @dataclass(frozen=True)
 class Captured:
     """The model's forward as one `fx.Graph` of functional ATen ops at fixed shapes.

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 import meshpar.ops.experts  # noqa: F401  (registers meshpar::grouped_mm)
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.ops.nature import KEY, Nature
 
 Value = tuple[fx.Node, int]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 
 _FIRST = torch.ops.meshpar.dispatch.default
 _LAST = torch.ops.meshpar.combine.default

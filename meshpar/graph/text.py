@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from meshpar._torch import FakeTensor, OpOverload
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
+from meshpar.graph.facts import Info
 from meshpar.ops.hooks import stable
 
 _FACTS = ("module", "region", "seed", "expert_stack")

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import OpOverload, without_modes
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.graph.op import operands, read
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name, read
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.graph.op import Op, Value, operands, read, value_of
 from meshpar.mesh import Axis
 from meshpar.ops import collectives, expert_all_to_all, vocab_parallel

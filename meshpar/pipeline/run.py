@@ -29,7 +29,7 @@ from meshpar._torch import resolve_process_group
 from meshpar.compile.program import Program
 from meshpar.compile.split import StageGraph
 from meshpar.errors import MeshparError, StageError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.mesh import Axis
 from meshpar.ops.deferred import WeightGradients
 from meshpar.passes.weight_gradients import QUEUE

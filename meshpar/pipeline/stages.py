@@ -29,7 +29,8 @@ from meshpar.compile.split import StageGraph, mark, shared_parameters
 from meshpar.compile.split import split as split_graph
 from meshpar.compile.stages import Budget, Staging, choose
 from meshpar.errors import BatchError, ConfigError, near
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
+from meshpar.graph.facts import Info
 from meshpar.graph.run import run
 from meshpar.runtime.blocks import Tree, print_code
 from meshpar.runtime.recompute import Mode

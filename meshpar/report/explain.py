@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
 from meshpar.graph.cost import flops, nbytes
+from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
 from meshpar.pipeline.schedule import Order
 from meshpar.pipeline.timing import Costs, bubble, simulate

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from meshpar.compile.split import StageGraph
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
 from meshpar.ops import collectives
 from meshpar.pipeline.schedule import Order

@@ -15,7 +15,7 @@ from math import prod
 from torch import fx
 
 from meshpar.errors import PlanError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.graph.op import Value, info_of, op_name, operands, value_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from meshpar.capture.export import capture
 from meshpar.errors import BatchError, CaptureError, ConfigError
-from meshpar.graph.captured import Info, Slot
+from meshpar.graph.captured import Slot
+from meshpar.graph.facts import Info
 from tests.capture import models
 from tests.capture.models import GPT, TRANSFORMERS, ConvNet, Odd, Translator, ViT, assert_same, causal_lm, perturbed
 

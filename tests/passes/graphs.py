@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 
 
 def info(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) -> Info:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.ops import deferred
 from meshpar.passes.weight_gradients import QUEUE, DeferWeightGradients
 

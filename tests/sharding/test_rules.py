@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 import meshpar.ops.ctc
 import meshpar.ops.expect  # noqa: F401  (both register operators)
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
 from meshpar.plan import AxisPlan, NodePlan

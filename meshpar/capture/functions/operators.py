@@ -17,7 +17,7 @@ from meshpar._torch import OpOverload, draws, pytree
 from meshpar.capture.functions.proofs import nature_of
 from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.ops.nature import KEY, UNPROVED, Nature
 from meshpar.ops.own_backward import ExampleCall, Unfit, function_of_operator, is_backward, nature_of_operator
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -23,24 +22,10 @@ from torch.fx.node import map_arg
 from meshpar._torch import OpOverload, draws, pytree
 from meshpar.capture.simplify import emit
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import DataSized, Info
 from meshpar.ops.ctc import CTC_LOSS
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, slots=True)
-class DataSized:
-    """A tensor with a size that depends on data: its symbol stands where the number would."""
-
-    shape: tuple[int | str, ...]
-    dtype: torch.dtype
-
-    @property
-    def rows(self) -> tuple[str, int] | None:
-        """The symbol and its dim, if there is one."""
-        found = [(n, d) for d, n in enumerate(self.shape) if isinstance(n, str)]
-        return found[0] if len(found) == 1 else None
 
 
 def lift(graph: fx.Graph) -> None:
