@@ -26,7 +26,7 @@ from benchmarks.random_programs.programs import draw  # noqa: E402
 from meshpar.capture.export import capture  # noqa: E402
 from meshpar.errors import CaptureError  # noqa: E402
 from meshpar.graph.facts import Info  # noqa: E402
-from meshpar.graph.op import info_of, operands, value_of  # noqa: E402
+from meshpar.graph.op import operands, value_info, value_of  # noqa: E402
 from meshpar.mesh import Axis  # noqa: E402
 from meshpar.passes.lower import Lower  # noqa: E402
 from meshpar.plan import AxisPlan, NodePlan  # noqa: E402
@@ -88,7 +88,7 @@ class Typings(fx.Interpreter):
 
 def difference(node: fx.Node, args: tuple[Any, Any], result: Any, choice: Choice, size: int) -> str:
     """What is wrong with one typing of one call, run on parts; "" when nothing is."""
-    infos = [info_of(value_of(o)) for o in operands(node)]
+    infos = [value_info(value_of(o)) for o in operands(node)]
     parts = [_run(node, args, infos, choice, size, rank) for rank in range(size)]
     several = isinstance(result, (tuple, list))
     for index, (want, type_) in enumerate(zip(result if several else [result], choice.outs, strict=True)):

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from meshpar.capture.blame import source_of
 from meshpar.errors import CaptureError
 from meshpar.graph import canonical
-from meshpar.graph.facts import DataSized, Info
+from meshpar.graph.facts import DataSized, Info, info_of
 from meshpar.ops.expect import EXPECT
 
 _CALL_NUMBER = re.compile(r"@\d+$")
@@ -140,7 +140,7 @@ def _keeps_bounds(new: fx.Node, name: str | None) -> bool:
         old = old.all_input_nodes[0]
     if old.op != "get_attr" or old.target != name or old is new or not _bounded(new):
         return False
-    info, where = old.meta["info"], new.meta["source"]
+    info, where = info_of(old), new.meta["source"]
     graph = new.graph
     with graph.inserting_after(new):
         same = graph.call_function(torch.ops.aten.eq.Tensor, (new, old))

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import info_of
 from meshpar.graph.op import op_name, operands
 from meshpar.ops.expect import EXPECT
 from meshpar.passes.batch_norm import takes_statistics
@@ -64,7 +65,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     for index, (node, users) in enumerate(terms.denominators.items()):
         with graph.inserting_before(next(iter(graph.nodes))):
             slot = graph.placeholder(f"denominator_{index}")
-        slot.meta = {"info": node.meta["info"], "module": node.meta.get("module"), "region": None}
+        slot.meta = {"info": info_of(node), "module": node.meta.get("module"), "region": None}
         for user in users:
             user.replace_input_with(node, slot)
     _order_placeholders(graph, captured.inputs, len(terms.denominators))
@@ -86,7 +87,7 @@ class _Terms:
         self.graph, self.microbatches = graph, microbatches
         self.denominators: dict[fx.Node, list[fx.Node]] = {}
         self.averaged: dict[str, None] = {}
-        self.trainable = _depends_on(graph, lambda n: n.op == "get_attr" and n.meta["info"].requires_grad)
+        self.trainable = _depends_on(graph, lambda n: n.op == "get_attr" and info_of(n).requires_grad)
         self.batch = _depends_on(graph, lambda n: n.op == "placeholder")
         self.split = _depends_on(graph, lambda n: n.op == "placeholder" and str(n.target) in split)
         self.numbers = _made_of(graph, numbers)
@@ -99,7 +100,7 @@ class _Terms:
         """The node that holds this term of the step's loss."""
         name = op_name(node.target) if node.op == "call_function" else ""
         given = self._operands(node)
-        inner = [a for a in given if a.meta["info"].shape == () or name in _THROUGH]
+        inner = [a for a in given if info_of(a).shape == () or name in _THROUGH]
         if name in ("add", "sub") and len(inner) == len(given) == 2:
             return self._again(node, {a: self.rewrite(a) for a in inner})
         if name in _THROUGH or (name in ("mul", "div") and len(given) == 1):
@@ -121,7 +122,7 @@ class _Terms:
             return term
         after: list[fx.Node] = []
         while not _is_additive(count):
-            if len(operands(count)) != 1 or operands(count)[0].meta["info"].shape != ():
+            if len(operands(count)) != 1 or info_of(operands(count)[0]).shape != ():
                 return None
             after.append(count)
             count = operands(count)[0]
@@ -149,7 +150,7 @@ class _Terms:
         return False
 
     def _is_count(self, value: Any) -> bool:
-        return isinstance(value, fx.Node) and value in self.batch and value not in self.trainable and value.meta["info"].shape == ()
+        return isinstance(value, fx.Node) and value in self.batch and value not in self.trainable and info_of(value).shape == ()
 
     def _average(self, node: fx.Node) -> fx.Node:
         self.averaged[_place(node)] = None

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from meshpar.compile.split import StageGraph
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, gives_several, info_of
 from meshpar.graph.op import op_name
 from meshpar.ops import vocab_parallel
 from meshpar.plan import Comm
@@ -43,7 +43,7 @@ def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[C
 def _sent(stage: StageGraph) -> Iterator[Comm]:
     for node in stage.graph.nodes:
         if node.op == "placeholder" and node.name in stage.receives:
-            info, module, region = node.meta["info"], node.meta.get("module") or "", node.meta.get("region") or ""
+            info, module, region = info_of(node), node.meta.get("module") or "", node.meta.get("region") or ""
             yield Comm("send", stage_axis(), "forward", float(info.nbytes), 1, node.name, module, region, stage.index - 1)
             if info.requires_grad:
                 yield Comm("send", stage_axis(), "backward", float(info.nbytes), 1, node.name, module, region, stage.index)
@@ -59,15 +59,15 @@ def _entries(node: fx.Node) -> Iterator[Comm]:
     if node.target is vocab_parallel.cross_entropy:
         target: Any = node.args[1]
         where: dict[str, Any] = node.kwargs
-        tokens, smoothing = prod(target.meta["info"].shape), where.get("label_smoothing", 0.0)
-        for sent in vocab_parallel.cross_entropy_traffic(tokens, node.meta["info"].dtype, where["size"], label_smoothing=smoothing):
+        tokens, smoothing = prod(info_of(target).shape), where.get("label_smoothing", 0.0)
+        for sent in vocab_parallel.cross_entropy_traffic(tokens, info_of(node).dtype, where["size"], label_smoothing=smoothing):
             yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), sent.phase, float(sent.nbytes))
 
 
 def _exchanged(node: fx.Node, axis: str, size: int, rows: Info) -> Iterator[Comm]:
     """Rows of experts, and before them their numbers (4 bytes for each expert): a share (size - 1) / size of them stays not here."""
     share = (size - 1) / size
-    if isinstance(node.meta["info"], tuple):
+    if gives_several(node):
         yield _comm(node, ALL_TO_ALL, axis, "forward", 4.0 * size * node.meta["info"][1].shape[0] * share)
     for phase in ("forward", "backward") if rows.requires_grad else ("forward",):
         yield _comm(node, ALL_TO_ALL, axis, phase, rows.nbytes * share)

@@ -22,7 +22,7 @@ from torch import fx
 
 from meshpar._torch import draws
 from meshpar.errors import PlanError, near, raise_all
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, infos_of
 from meshpar.ops.expect import EXPECT
 
 
@@ -316,8 +316,7 @@ def _grows(node: fx.Node, sources: Sequence[fx.Node]) -> bool:
 
 
 def _nbytes(node: fx.Node) -> int:
-    info = node.meta.get("info")
-    return sum(i.nbytes for i in (info if isinstance(info, tuple) else (info,)) if i is not None)
+    return sum(i.nbytes for i in infos_of(node) if i is not None)
 
 
 def _sources(node: fx.Node) -> Sequence[fx.Node]:

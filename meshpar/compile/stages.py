@@ -26,7 +26,7 @@ from meshpar.compile.split import needed, remade
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Captured
 from meshpar.graph.cost import flops, nbytes
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, gives_several, info_of, infos_of
 from meshpar.graph.op import op_name
 from meshpar.graph.regions import members
 from meshpar.report.text import count
@@ -129,7 +129,7 @@ class _Seconds:
     def __call__(self, node: fx.Node) -> float:
         work, moved = flops(node), _moved(node)
         spent = self.price.compute(work, moved)
-        infos = [source.meta.get("info") for source in node.all_input_nodes]
+        infos = [info for source in node.all_input_nodes for info in infos_of(source)]
         again = sum(isinstance(i, Info) and i.requires_grad and len(i.shape) > 1 for i in infos)
         if again:
             products = 2.5 if node.target is _SDPA else min(again, 2)
@@ -148,8 +148,7 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def _nbytes(node: fx.Node) -> int:
-    info = node.meta.get("info")
-    return sum(i.nbytes for i in (info if isinstance(info, tuple) else (info,)) if isinstance(i, Info))
+    return sum(i.nbytes for i in infos_of(node) if isinstance(i, Info))
 
 
 class _Facts:
@@ -197,7 +196,7 @@ class _Facts:
         change = np.zeros((2, self.count + 2), dtype=np.int64)
         ends = {node: self.count for node in returned}
         for node in self.calls:
-            items = [u for u in node.users if u.target is operator.getitem] if isinstance(node.meta.get("info"), tuple) else [node]
+            items = [u for u in node.users if u.target is operator.getitem] if gives_several(node) else [node]
             for value in items:
                 users = [self.place(user) for user in value.users if user in self.index]
                 last = max([*users, ends.get(value, 0)], default=0)
@@ -212,7 +211,7 @@ class _Facts:
         found = []
         for node in graph.nodes:
             if node.op == "get_attr" and str(node.target) in parameters:
-                info, before = node.meta["info"], -1
+                info, before = info_of(node), -1
                 held = round(info.nbytes * (self.memory.state if info.requires_grad else 1.0))
                 for use in sorted(set(self._users(node))):
                     found.append((use, before, held))

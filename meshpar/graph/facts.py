@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +42,21 @@ class DataSized:
         """The symbol and its dim, if there is one."""
         found = [(n, d) for d, n in enumerate(self.shape) if isinstance(n, str)]
         return found[0] if len(found) == 1 else None
+
+
+def info_of(node: fx.Node) -> Info:
+    """The one tensor that a node gives."""
+    info = node.meta["info"]
+    assert isinstance(info, Info), f"{node.format_node()} gives {info}"
+    return info
+
+
+def infos_of(node: fx.Node) -> tuple[Info | None, ...]:
+    """All that a node gives, in order; (None,) where nothing of it is known."""
+    info = node.meta.get("info")
+    return info if isinstance(info, tuple) else (info,)
+
+
+def gives_several(node: fx.Node) -> bool:
+    """Whether the results of a node are picked by `getitem`."""
+    return isinstance(node.meta.get("info"), tuple)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, infos_of
 from meshpar.ops.nature import KEY, Nature
 
 Value = tuple[fx.Node, int]
@@ -85,15 +85,14 @@ def op_name(target: Any) -> str:
 
 
 def read(node: fx.Node) -> Op:
-    """Read a `call_function` node whose values carry `meta["info"]`."""
+    """Read a `call_function` node whose values are described."""
     nodes = operands(node)
-    outs = node.meta["info"]
     return Op(
         node,
         op_name(node.target),
         nodes,
         tuple(n.meta["info"] for n in nodes),
-        outs if isinstance(outs, tuple) else (outs,),
+        infos_of(node),
         _arguments(node),
     )
 
@@ -132,8 +131,9 @@ def value_of(node: fx.Node) -> Value:
     return node, 0
 
 
-def info_of(value: Value) -> Info:
+def value_info(value: Value) -> Info:
     """Shape and dtype of a value."""
     node, index = value
-    info = node.meta["info"]
-    return info[index] if isinstance(info, tuple) else info
+    info = infos_of(node)[index]
+    assert info is not None
+    return info

@@ -11,7 +11,7 @@ from torch import fx
 
 from meshpar._torch import FakeTensor, OpOverload
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, infos_of
 from meshpar.ops.hooks import stable
 
 _FACTS = ("module", "region", "seed", "expert_stack")
@@ -89,8 +89,7 @@ def _operator(node: fx.Node) -> str:
 
 
 def _type(node: fx.Node) -> str:
-    info = node.meta.get("info")
-    return ", ".join(_shape(one) for one in (info if isinstance(info, tuple) else (info,)))
+    return ", ".join(_shape(one) for one in infos_of(node))
 
 
 def _shape(info: Any) -> str:

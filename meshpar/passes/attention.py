@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import OpOverload, without_modes
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, info_of
 from meshpar.graph.op import operands, read
 
 aten = torch.ops.aten
@@ -43,16 +43,16 @@ class SimplifyAttention:
             mask = arguments["attn_mask"]
             if not isinstance(mask, fx.Node) or arguments["is_causal"]:
                 continue
-            lengths = arguments["query"].meta["info"].shape[-2], arguments["key"].meta["info"].shape[-2]
+            lengths = info_of(arguments["query"]).shape[-2], info_of(arguments["key"]).shape[-2]
             if mask not in known:
                 known[mask] = self._is_causal(mask, *lengths)
-            if known[mask] and mask.meta["info"].shape[-2:] == lengths:
+            if known[mask] and info_of(mask).shape[-2:] == lengths:
                 _without_mask(node, arguments)
         return graph
 
     def _is_causal(self, mask: fx.Node, queries: int, keys: int) -> bool:
         """Whether the mask is known and lets every position see itself and what is before it."""
-        info = mask.meta["info"]
+        info = info_of(mask)
         nodes = self._constants(mask) if info.dtype == torch.bool and info.shape[-2:] == (queries, keys) else None
         if nodes is None:
             return False
@@ -89,7 +89,7 @@ def _elements(node: fx.Node, info: Info) -> int:
 def _without_mask(node: fx.Node, arguments: dict[str, Any]) -> None:
     key, value = arguments["key"], arguments["value"]
     short = _ungrouped(key), _ungrouped(value)
-    grouped = short[0] is not None and short[1] is not None and short[0].meta["info"].shape[1] == short[1].meta["info"].shape[1]
+    grouped = short[0] is not None and short[1] is not None and info_of(short[0]).shape[1] == info_of(short[1]).shape[1]
     if grouped:
         key, value = short
     before = operands(node)
@@ -107,10 +107,10 @@ def _ungrouped(repeated: fx.Node) -> fx.Node | None:
         return None
     original = wide.args[0]
     assert isinstance(expanded, fx.Node) and isinstance(original, fx.Node)
-    shape, long = original.meta["info"].shape, expanded.meta["info"].shape
+    shape, long = info_of(original).shape, info_of(expanded).shape
     if len(shape) != 4 or (long[0], long[1], long[3], long[4]) != shape:
         return None
-    return original if repeated.meta["info"].shape == (shape[0], shape[1] * long[2], *shape[2:]) else None
+    return original if info_of(repeated).shape == (shape[0], shape[1] * long[2], *shape[2:]) else None
 
 
 def _erase_unused(node: fx.Node) -> None:

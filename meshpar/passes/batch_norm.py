@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, info_of
 from meshpar.graph.op import op_name, read
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ class _Expansion:
     def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
         self.graph, self.node, self.arguments = graph, node, read(node).arguments
         self.x: fx.Node = self.arguments["input"]
-        self.info: Info = self.x.meta["info"]
+        self.info = info_of(self.x)
         self.wide = torch.float32 if self.info.dtype in (torch.float16, torch.bfloat16) else self.info.dtype
 
     def run(self) -> None:
@@ -86,7 +86,7 @@ class _Expansion:
 
     def _running(self, name: str, value: fx.Node, factor: float) -> fx.Node:
         old, momentum = self.arguments[name], float(self.arguments["momentum"])
-        shape = value.meta["info"].shape
+        shape = info_of(value).shape
         fresh = self._emit(aten.detach.default, (value,), shape, grad=False)
         fresh = self._emit(aten.mul.Tensor, (fresh, momentum * factor), shape, grad=False)
         kept = self._emit(aten.mul.Tensor, (old, 1.0 - momentum), shape, grad=False)
@@ -99,9 +99,9 @@ class _Expansion:
         return self._emit(aten.reshape.default, (value, list(shape)), shape)
 
     def _cast(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-        if value.meta["info"].dtype == dtype:
+        if info_of(value).dtype == dtype:
             return value
-        made = self._emit(aten._to_copy.default, (value,), value.meta["info"].shape, dtype=dtype)
+        made = self._emit(aten._to_copy.default, (value,), info_of(value).shape, dtype=dtype)
         made.kwargs = {"dtype": dtype}
         return made
 
@@ -109,8 +109,8 @@ class _Expansion:
         self, target: Any, args: tuple[Any, ...], shape: tuple[int, ...], *, dtype: torch.dtype | None = None, grad: bool | None = None
     ) -> fx.Node:
         operands = [a for a in args if isinstance(a, fx.Node)]
-        flows = any(o.meta["info"].requires_grad for o in operands) if grad is None else grad
+        flows = any(info_of(o).requires_grad for o in operands) if grad is None else grad
         made = self.graph.call_function(target, args)
         made.meta = {k: v for k, v in self.node.meta.items() if k in ("module", "region", "source", "nn_module_stack")}
-        made.meta["info"] = Info(tuple(shape), dtype or operands[0].meta["info"].dtype, flows)
+        made.meta["info"] = Info(tuple(shape), dtype or info_of(operands[0]).dtype, flows)
         return made

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.facts import Info
-from meshpar.graph.op import Op, Value, operands, read, value_of
+from meshpar.graph.facts import Info, gives_several, info_of
+from meshpar.graph.op import Op, Value, operands, read, value_info, value_of
 from meshpar.mesh import Axis
 from meshpar.ops import collectives, expert_all_to_all, vocab_parallel
 from meshpar.ops.each_rank import each_rank
@@ -110,7 +110,7 @@ class _Lowering:
                 self.held[node, index] = item
 
     def _value_node(self, node: fx.Node, index: int) -> fx.Node:
-        if not isinstance(node.meta["info"], tuple):
+        if not gives_several(node):
             return node
         return next(u for u in node.users if u.target is operator.getitem and u.args[1] == index)
 
@@ -132,7 +132,7 @@ class _Lowering:
             return start
         key = (value, type_, unit)
         if key not in self.converted:
-            self.converted[key] = self._convert(start, operand.meta["info"], before, type_)
+            self.converted[key] = self._convert(start, info_of(operand), before, type_)
         return self.converted[key]
 
     def _handed(self, value: Value) -> Type | None:
@@ -214,7 +214,7 @@ class _Lowering:
         x, ends, perm = dispatch(h, index, E)      x', ends', *route = send_rows(x, ends, group=..., size=2, rank=0)
         """
         args = (*(self._as(a, t) for a, t in zip(operands(node), plan.uses, strict=True)), *node.args[2:])
-        x, ends, perm = node.meta["info"]
+        x, ends, perm = (value_info((node, k)) for k in range(3))
         sorted_, cut = self.new.call_function(DISPATCH, args), plan.outs[2]
         here = (replace(x, shape=(self._local(perm, cut).shape[0], *x.shape[1:])), ends, self._local(perm, cut))
         sorted_.meta = _unplaced(node.meta) | {"info": here, "cut": (*node.meta.get("cut", ()), self.axis.name)}
@@ -242,9 +242,9 @@ class _Lowering:
         """The rows of this rank's tokens, back from the ranks of their experts."""
         perm = value_of(operands(node)[1])
         back = self.new.call_function(expert_all_to_all.return_rows, (rows, *self.routes[perm]), self._where() | _dropping(perm[0]))
-        here = self.held[perm].meta["info"].shape[0]
+        here = info_of(self.held[perm]).shape[0]
         back.meta = {k: v for k, v in node.meta.items() if k in ("region", "module", "source", "stage")}
-        info = rows.meta["info"]
+        info = info_of(rows)
         back.meta["info"] = replace(info, shape=(here, *info.shape[1:]))
         back.meta.update(cut=rows.meta.get("cut", ()), exchange=(self.axis.name, self.axis.size, back.meta["info"]))
         return back

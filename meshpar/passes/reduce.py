@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from meshpar.graph.facts import info_of
 from meshpar.mesh import Axis
 from meshpar.ops import collectives
 from meshpar.sharding.types import I, R
@@ -26,12 +27,12 @@ class ReduceGradients:
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         for node in list(graph.nodes):
-            if node.op == "get_attr" and node.target in self.parameters and node.meta["info"].requires_grad:
+            if node.op == "get_attr" and node.target in self.parameters and info_of(node).requires_grad:
                 self._reduce(graph, node)
         return graph
 
     def _reduce(self, graph: fx.Graph, node: fx.Node) -> None:
-        info = node.meta["info"]
+        info = info_of(node)
         by_region: dict[str | None, list[fx.Node]] = {}
         for user in list(node.users):
             by_region.setdefault(user.meta.get("region"), []).append(user)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from meshpar.graph.facts import info_of
 from meshpar.ops import deferred
 from meshpar.passes.inputs import add_input
 
@@ -63,12 +64,10 @@ class DeferWeightGradients:
         return self._is_parameter(value) and len(_shape(value)) == 2
 
     def _is_parameter(self, value: object) -> bool:
-        return (
-            isinstance(value, fx.Node) and value.op == "get_attr" and value.target in self.parameters and value.meta["info"].requires_grad
-        )
+        return isinstance(value, fx.Node) and value.op == "get_attr" and value.target in self.parameters and info_of(value).requires_grad
 
 
 def _shape(value: object) -> tuple[int, ...]:
     assert isinstance(value, fx.Node)
-    shape: tuple[int, ...] = value.meta["info"].shape
+    shape: tuple[int, ...] = info_of(value).shape
     return shape

@@ -29,7 +29,7 @@ from meshpar._torch import resolve_process_group
 from meshpar.compile.program import Program
 from meshpar.compile.split import StageGraph
 from meshpar.errors import MeshparError, StageError
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, info_of
 from meshpar.mesh import Axis
 from meshpar.ops.deferred import WeightGradients
 from meshpar.passes.weight_gradients import QUEUE
@@ -115,7 +115,7 @@ class Pipelined(Engine):
     def _from_last_stage(self, values: Sequence[torch.Tensor], last: StageGraph) -> tuple[torch.Tensor, ...]:
         """What the ranks of the last stage computed, on every rank of the pipeline."""
         source = self.schedule.order(1, backward=False).place[last.index]
-        infos = [n.meta["info"] for n in _results(last)]
+        infos = [info_of(n) for n in _results(last)]
         found = []
         for i, info in enumerate(infos):
             value = values[i].contiguous() if values else torch.empty(info.shape, dtype=info.dtype, device=self.device)
@@ -132,12 +132,12 @@ def _results(cut: StageGraph) -> list[Any]:
 
 def _sent(cut: StageGraph) -> list[Info]:
     output = next(n for n in reversed(cut.graph.nodes) if n.op == "output")
-    return [n.meta["info"] for n in output.args[0][: len(cut.sends)]]
+    return [info_of(n) for n in output.args[0][: len(cut.sends)]]
 
 
 def _received(cut: StageGraph) -> list[Info]:
     nodes = [n for n in cut.graph.nodes if n.op == "placeholder"]
-    return [n.meta["info"] for n in nodes[: len(cut.receives)]]
+    return [info_of(n) for n in nodes[: len(cut.receives)]]
 
 
 def _group(axis: Axis) -> dist.ProcessGroup:

@@ -30,7 +30,7 @@ from meshpar.compile.split import split as split_graph
 from meshpar.compile.stages import Budget, Staging, choose
 from meshpar.errors import BatchError, ConfigError, near
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, info_of
 from meshpar.graph.run import run
 from meshpar.runtime.blocks import Tree, print_code
 from meshpar.runtime.recompute import Mode
@@ -134,11 +134,11 @@ class Stage(nn.Module):
         self.__dict__.update(_tree=tree, _stage=stage, _common=common)
         self.training = common.training
         nodes = list(stage.graph.nodes)
-        infos = [node.meta["info"] for node in nodes if node.op == "placeholder"]
+        infos = [info_of(node) for node in nodes if node.op == "placeholder"]
         self._received: tuple[Info, ...] = tuple(infos[: len(stage.receives)])
         self._given: dict[str, Info] = dict(zip(stage.inputs, infos[len(stage.receives) :]))
         count = len(stage.sends) + len(stage.outputs)
-        self._returned: tuple[Info, ...] = tuple(value.meta["info"] for value in nodes[-1].args[0][:count])
+        self._returned: tuple[Info, ...] = tuple(info_of(value) for value in nodes[-1].args[0][:count])
 
     # -- what it is ------------------------------------------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class Stage(nn.Module):
     @property
     def shared_parameters(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]:
         """Parameters that several stages hold, of the whole model: the stages, the shape and the dtype."""
-        infos = {str(n.target): n.meta["info"] for n in self._common.captured.graph.nodes if n.op == "get_attr"}
+        infos = {str(n.target): info_of(n) for n in self._common.captured.graph.nodes if n.op == "get_attr"}
         return {name: (users, infos[name].shape, infos[name].dtype) for name, users in self._common.shared.items()}
 
     @property

@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 
 from meshpar._torch import LocalTensor, maybe_disable_local_tensor_mode
 from meshpar.compile.program import Program
+from meshpar.graph.facts import gives_several, info_of
 from meshpar.graph.op import op_name
 from meshpar.roles import typed
 from meshpar.runtime.engine import Inputs
@@ -119,7 +120,7 @@ class _Both:
                     return self._whole(node)
                 found = self.state.get(str(node.target), constants.get(str(node.target)))
                 assert found is not None
-                return found.detach().clone().requires_grad_(node.meta["info"].requires_grad)
+                return found.detach().clone().requires_grad_(info_of(node).requires_grad)
 
             def keep(edge: Edge, gradient: torch.Tensor) -> None:
                 self.edges[edge] = self.edges[edge] + gradient if edge in self.edges else gradient.clone()
@@ -138,7 +139,7 @@ class _Both:
             if name not in self.state:
                 return constants[name]
             parts = {rank: self.part(self.state[name], node.meta.get("typed", ()), rank, 0) for rank in self.at}
-            found = _joined(parts).requires_grad_(node.meta["info"].requires_grad)
+            found = _joined(parts).requires_grad_(info_of(node).requires_grad)
             self.leaves[node] = found
             return found
 
@@ -155,7 +156,7 @@ class _Both:
         lowered = next(n for n in self.program.graph.nodes if n.op == "placeholder" and n.target == node.target)
         if not isinstance(value, torch.Tensor):
             return value
-        parts, shape = local_tensors(value), node.meta["info"].shape
+        parts, shape = local_tensors(value), info_of(node).shape
         whole = torch.empty(shape, dtype=value.dtype)
         places = torch.arange(whole.numel()).reshape(shape)
         for rank, part in parts.items():
@@ -266,7 +267,7 @@ def _place(both: _Both, node: fx.Node) -> _Place | None:
     index: Any = node.meta.get("index", node.args[1] if _is_item(node) else 0)
     if origin is None or any(isinstance(_one(types, index), Ragged | Owned) for _, _, types in typed):
         return None
-    if isinstance(origin.meta.get("info"), tuple):
+    if gives_several(origin):
         origin = next((u for u in origin.users if u.target is operator.getitem and u.args[1] == index), None)
     return None if origin is None else _Place(origin, typed, index)
 
@@ -326,7 +327,7 @@ def _backward(both: _Both) -> str | None:
 def _expected(both: _Both, operand: fx.Node, user: fx.Node) -> torch.Tensor | None:
     """The gradient of a value towards one use, as the captured graph has it; None where that is not known."""
     place = _place(both, operand)
-    if place is None or not place.node.meta["info"].requires_grad or user.op == "output":
+    if place is None or not info_of(place.node).requires_grad or user.op == "output":
         return None
     if "joined" in user.meta:
         items = [u for u in user.users if u.args[1] == user.all_input_nodes.index(operand)]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from meshpar.graph.cost import flops, nbytes
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, infos_of
 from meshpar.graph.op import op_name
 from meshpar.pipeline.schedule import Order
 from meshpar.pipeline.timing import Costs, bubble, simulate
@@ -465,8 +465,7 @@ def _repeated_on(axis: AxisPlan, plan: Plan, graph: fx.Graph) -> list[str]:
 
 
 def _differentiable(node: fx.Node) -> bool:
-    info = node.meta["info"]
-    return any(i is not None and i.requires_grad for i in (info if isinstance(info, tuple) else (info,)))
+    return any(i is not None and i.requires_grad for i in infos_of(node))
 
 
 def _percent(found: Counter[bool]) -> str:

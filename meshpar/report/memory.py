@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from meshpar.compile.split import StageGraph
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, info_of
 from meshpar.graph.op import op_name
 from meshpar.ops import collectives
 from meshpar.pipeline.schedule import Order
@@ -116,7 +116,7 @@ def _in_flight(own: Sequence[StageGraph], order: Order, rank: int, recompute: st
     kept, again = dict[int, int](), [0]
     for stage in own:
         lasting, passing = _lasting(stage.graph, recompute)
-        received = [n.meta["info"].nbytes for n in stage.graph.nodes if n.op == "placeholder" and n.name in stage.receives]
+        received = [info_of(n).nbytes for n in stage.graph.nodes if n.op == "placeholder" and n.name in stage.receives]
         kept[stage.index] = lasting + sum(received)
         again.append(passing)
     moments = order.in_flight(rank)

@@ -17,6 +17,7 @@ from meshpar.compile.program import BatchSignature, Program, Programs, flatten, 
 from meshpar.compile.state.following import show
 from meshpar.config import ParallelConfig
 from meshpar.errors import BatchError, ConfigError
+from meshpar.graph.facts import info_of
 from meshpar.init.weights import tensor_groups
 from meshpar.mesh import check_batch, check_whole
 from meshpar.ops.load import Tally
@@ -326,7 +327,7 @@ class ParallelModel(nn.Module):
         for name in self.mesh.mesh_dim_names or ():
             found = types.get(ROLES[name].typed or "")
             placements.append(ShardPlacement(found.dim) if isinstance(found, Shard) else Replicate())
-        info = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index].meta["info"]
+        info = info_of(next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index])
         strides, step = [], 1
         for n in reversed(info.shape):
             strides.append(step)

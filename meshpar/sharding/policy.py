@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from meshpar.errors import PlanError
-from meshpar.graph.op import Value, info_of, operands, value_of
+from meshpar.graph.facts import info_of
+from meshpar.graph.op import Value, operands, value_info, value_of
 from meshpar.roles import Divides
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import BoundOp
@@ -86,7 +87,7 @@ class SamplesPolicy(Policy):
         self.request, self.reading = request, reading
 
     def crosses(self, value: Value, users: int) -> Type:
-        info = info_of(value)
+        info = value_info(value)
         for factor in self.reading.batch:
             for d, one in enumerate(self.reading.inference.dims[value]):
                 cut = self.reading.shard(d, one, factor)
@@ -98,7 +99,7 @@ class SamplesPolicy(Policy):
         return dict.fromkeys(set(self.reading.units.values()), self.reading.batch)
 
     def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
-        return (Choice((), (at_rest(node.meta["info"], R),), 0.0, "data"),)
+        return (Choice((), (at_rest(info_of(node), R),), 0.0, "data"),)
 
 
 class ExpertsPolicy(Policy):
@@ -154,7 +155,7 @@ class ExpertsPolicy(Policy):
 
     def _of_experts(self, node: fx.Node) -> Choice | None:
         """A parameter with one part for each expert is divided among the ranks."""
-        shape = node.meta["info"].shape
+        shape = info_of(node).shape
         for d, one in enumerate(self.reading.inference.dims[node, 0]):
             if one is not None and self.reading.inference.extents.find(one) in self.experts:
                 if shape[d] % self.reading.size:
@@ -178,7 +179,7 @@ class WeightsPolicy(Policy):
         self.request, self.reading = request, reading
 
     def crosses(self, value: Value, users: int) -> Type:
-        if not (self.request.sequence and info_of(value).requires_grad and users <= 3):
+        if not (self.request.sequence and value_info(value).requires_grad and users <= 3):
             return I
         return self._sequence_type(self.reading.inference.dims[value]) or I
 
@@ -187,7 +188,7 @@ class WeightsPolicy(Policy):
         carried, sequence = self._residual_factors(residual)
         found: dict[str | None, dict[int, None]] = {}
         for node in self.reading.graph.nodes:
-            if node.op != "get_attr" or node.target not in self.reading.parameters or len(node.meta["info"].shape) < 2:
+            if node.op != "get_attr" or node.target not in self.reading.parameters or len(info_of(node).shape) < 2:
                 continue
             for one in self.reading.inference.dims[node, 0]:
                 if one is not None:
@@ -229,7 +230,7 @@ class WeightsPolicy(Policy):
         carried: set[int] = set()
         sequence: dict[int, None] = {}
         for value, type_ in residual.items():
-            if not info_of(value).requires_grad:
+            if not value_info(value).requires_grad:
                 continue
             for d, one in enumerate(self.reading.inference.dims[value]):
                 if one is None:
@@ -248,7 +249,7 @@ class WeightsPolicy(Policy):
 
     def _ruled(self, node: fx.Node, found: Iterable[Choice]) -> tuple[Choice, ...]:
         """The placements a user's rule allows."""
-        dim, shape = self.request.wanted[str(node.target)], node.meta["info"].shape
+        dim, shape = self.request.wanted[str(node.target)], info_of(node).shape
         if dim is None:
             return (Choice((), (I,), 0.0, "rule"),)
         fitting = [Choice((), c.outs, c.cost, "rule") for c in found if isinstance(c.outs[0], Shard) and c.outs[0].dim == dim]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from meshpar.graph.facts import info_of
 from meshpar.graph.op import Value, operands, value_of
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import Inference
@@ -93,7 +94,7 @@ def _units(graph: fx.Graph, parameters: frozenset[str]) -> dict[fx.Node, str | N
     """The unit each node is solved with: its block when that holds at least two matrices, else the root (None)."""
     matrices: Counter[str] = Counter()
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target in parameters and len(node.meta["info"].shape) >= 2:
+        if node.op == "get_attr" and node.target in parameters and len(info_of(node).shape) >= 2:
             for region in {u.meta.get("region") for u in node.users}:
                 if region is not None:
                     matrices[region] += 1

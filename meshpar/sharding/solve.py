@@ -15,8 +15,8 @@ from math import prod
 from torch import fx
 
 from meshpar.errors import PlanError
-from meshpar.graph.facts import Info
-from meshpar.graph.op import Value, info_of, op_name, operands, value_of
+from meshpar.graph.facts import Info, info_of
+from meshpar.graph.op import Value, op_name, operands, value_info, value_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
 from meshpar.sharding.infer import BoundOp, Inference, infer
@@ -80,7 +80,7 @@ class _Solver:
         type_: Type = I
         if node.target in self.request.inputs:
             dim = self.request.inputs[str(node.target)]
-            type_ = Shard(dim, 1, ((node.meta["info"].shape[dim], 1),))
+            type_ = Shard(dim, 1, ((info_of(node).shape[dim], 1),))
         self._settle(node, (), (type_,), "input")
 
     def _settle(self, node: fx.Node, uses: tuple[Type, ...], outs: tuple[Type, ...], why: str) -> None:
@@ -149,7 +149,7 @@ class _Solver:
             for type_ in self._needed((node, result), pins)
         )
         # Other results cross in the type the policy set; inputs, buffers and shared parameters are settled by now.
-        outside = tuple((info_of(v), self.residual.get(v) or self.types[v]) for v in given)
+        outside = tuple((value_info(v), self.residual.get(v) or self.types[v]) for v in given)
         return Problem(tuple(steps), outside, wanted, self.size)
 
     def _needed(self, value: Value, pins: Mapping[Value, Type]) -> Iterable[Type]:
@@ -192,12 +192,12 @@ class _Solver:
     def _whole_prices(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, float]:
         """What leaving each parameter whole costs: its memory; and for a matrix that matters, so much that it is the last resort."""
         mine = [n for n in nodes if n.op == "get_attr"]
-        total = sum(prod(n.meta["info"].shape) for n in mine)
+        total = sum(prod(info_of(n).shape) for n in mine)
         largest = max((i.nbytes for n in nodes if n.op == "call_function" for i in _infos(n)), default=0)
         unit = self.price.collective(wire_bytes(ALL_GATHER, largest, self.size))
         found = {}
         for node in mine:
-            info: Info = node.meta["info"]
+            info = info_of(node)
             share = prod(info.shape) / total
             matters = len(info.shape) >= 2 and share >= _MATTERS
             found[node] = self.price.touch(2.0 * info.nbytes) + (_WHOLE * share * unit if matters else 0.0)

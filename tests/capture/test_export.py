@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meshpar.capture.export import capture
 from meshpar.errors import BatchError, CaptureError, ConfigError
 from meshpar.graph.captured import Slot
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, info_of
 from tests.capture import models
 from tests.capture.models import GPT, TRANSFORMERS, ConvNet, Odd, Translator, ViT, assert_same, causal_lm, perturbed
 
@@ -24,7 +24,7 @@ def test_the_smallest() -> None:
     (x, weight, bias, linear, output) = captured.graph.nodes
     assert (x.op, x.target, weight.op, weight.target, bias.target) == ("placeholder", "input", "get_attr", "weight", "bias")
     assert linear.target is torch.ops.aten.linear.default
-    assert linear.meta["info"] == Info((8, 2), torch.float32, True)
+    assert info_of(linear) == Info((8, 2), torch.float32, True)
     assert output.args == ((linear,),)
     assert (captured.parameters, captured.loss, captured.batch_dims) == (("weight", "bias"), None, {"input": 0})
 
@@ -101,7 +101,7 @@ def test_mutation_and_no_grad() -> None:
     captured = assert_same(perturbed(Odd()), (torch.randn(5, 6, dtype=torch.double),), {})
     assert set(captured.mutations) == {"scale", "steps"}
     assert [leaf for leaf in captured.out_leaves if not isinstance(leaf, Slot)] == ["odd", 3, None]
-    assert not next(node for node in captured.graph.nodes if node.target == "frozen").meta["info"].requires_grad
+    assert not info_of(next(node for node in captured.graph.nodes if node.target == "frozen")).requires_grad
     assert [tuple(value.shape) for value in captured.constants.values()] == [(), (6,)]
 
 
@@ -145,7 +145,7 @@ def test_meta_model_and_scale() -> None:
     before = {name: id(p) for name, p in model.named_parameters()}
     ids = torch.randint(0, 37, (8, 12))
     captured = capture(model, (ids,), {"targets": ids}, divide=4, scale=6)
-    assert all(node.meta["info"].shape == (12, 12) for node in captured.graph.nodes if node.op == "placeholder")
+    assert all(info_of(node).shape == (12, 12) for node in captured.graph.nodes if node.op == "placeholder")
     assert {name: id(p) for name, p in model.named_parameters()} == before and all(p.is_meta for p in model.parameters())
     assert not any("meta" in str(node.kwargs.get("device")) for node in captured.graph.nodes)
 
@@ -164,7 +164,7 @@ def test_batch_dims() -> None:
     args = {"x": torch.zeros(4, 3), "state": torch.zeros(3, 4), "table": torch.zeros(7), "flag": True}
     captured = capture(Late(), (), args, scale=2, batch_dims={"state": 1})
     assert captured.batch_dims == {"x": 0, "state": 1}
-    assert [node.meta["info"].shape for node in captured.graph.nodes if node.op == "placeholder"] == [(8, 3), (3, 8), (7,)]
+    assert [info_of(node).shape for node in captured.graph.nodes if node.op == "placeholder"] == [(8, 3), (3, 8), (7,)]
     with pytest.raises(
         BatchError, match="3 microbatches do not divide the samples of a local batch: x has 4.* Numbers that do: .1, 2, 4.."
     ):

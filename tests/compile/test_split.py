@@ -16,6 +16,7 @@ from meshpar.compile.denominators import split_denominators
 from meshpar.compile.split import mark, shared_parameters, split
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import gives_several, info_of, infos_of
 from meshpar.mesh import Axis
 from meshpar.ops.collectives import i_to_r_many
 from meshpar.passes.attention import SimplifyAttention
@@ -196,18 +197,18 @@ def test_any_graph_with_any_marks(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 4))
     marks = st.one_of(st.none(), st.integers(0, count - 1))
     for _ in range(data.draw(st.integers(1, 14))):
-        values = [n for n in graph.nodes if not isinstance(n.meta["info"], tuple)]
+        values = [n for n in graph.nodes if not gives_several(n)]
         target = data.draw(st.sampled_from((aten.mul.Tensor, aten.sub.Tensor, aten.sin.default, aten.t.default, aten.split.Tensor)))
         args: tuple[Any, ...] = tuple(data.draw(st.sampled_from(values)) for _ in range(2 if "Tensor" in str(target) else 1))
-        flows = any(a.meta["info"].requires_grad for a in args)
+        flows = any(info_of(a).requires_grad for a in args)
         if target is aten.split.Tensor:
             node = put(graph, "call_function", target, (args[0], 4), info(4, 4, grad=flows))
-            node.meta["info"] = (info(4, 4, grad=args[0].meta["info"].requires_grad),)
-            put(graph, "call_function", operator.getitem, (node, 0), node.meta["info"][0], **_marked(data.draw(marks)))
+            node.meta["info"] = (info(4, 4, grad=info_of(args[0]).requires_grad),)
+            put(graph, "call_function", operator.getitem, (node, 0), infos_of(node)[0], **_marked(data.draw(marks)))
         else:
             node = put(graph, "call_function", target, args, info(4, 4, grad=flows))
         node.meta |= _marked(data.draw(marks))
-    values = [n for n in graph.nodes if not isinstance(n.meta["info"], tuple)]
+    values = [n for n in graph.nodes if not gives_several(n)]
     outputs = data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=4))
     graph.output(tuple(outputs))
     wanted = data.draw(st.sets(st.integers(0, len(outputs) - 1), min_size=1))
@@ -281,7 +282,7 @@ def test_joined_conversions_are_cut_apart() -> None:
     weights = [put(graph, "get_attr", f"w{i}", (), info(4)) for i in range(3)]
     many = put(graph, "call_function", i_to_r_many, tuple(weights), info(4))
     many.kwargs = {"group": "g", "size": 2, "rank": 0}
-    many.meta |= {"info": tuple(w.meta["info"] for w in weights), "joined": ("j0", "j1", "j2")}
+    many.meta |= {"info": tuple(info_of(w) for w in weights), "joined": ("j0", "j1", "j2")}
     items = []
     for i in range(3):
         items.append(graph.call_function(operator.getitem, (many, i)))

@@ -17,7 +17,7 @@ from meshpar._torch import OpOverload, draws, pytree
 from meshpar.capture.functions.proofs import nature_of
 from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Info, info_of, infos_of
 from meshpar.ops.nature import KEY, UNPROVED, Nature
 from meshpar.ops.own_backward import ExampleCall, Unfit, function_of_operator, is_backward, nature_of_operator
 
@@ -61,8 +61,7 @@ def _is_foreign(node: fx.Node) -> bool:
 
 
 def _infos(node: fx.Node) -> list[Info]:
-    info = node.meta.get("info")
-    return [one for one in (info if isinstance(info, tuple) else (info,)) if isinstance(one, Info)]
+    return [one for one in infos_of(node) if isinstance(one, Info)]
 
 
 def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
@@ -93,7 +92,7 @@ class _Operator:
     def tensors(self) -> tuple[ExampleCall, ...]:
         """What its operands look like, in the order in which they are written."""
         nodes = [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, fx.Node)]
-        infos = [node.meta["info"] for node in nodes]
+        infos = [info_of(node) for node in nodes]
         return tuple(ExampleCall(info.shape, info.dtype, torch.device("cpu"), info.requires_grad) for info in infos)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -94,7 +94,7 @@ class _Lift:
         """Where rows are chosen: positions of a mask, or a mask as an index."""
         source = node.args[0] if node.args else None
         if node.target in (aten.where.default, aten.nonzero_numpy.default):
-            return self._count(node.meta["info"][0], source)
+            return self._count(_info(node)[0], source)
         if (
             node.target is operator.getitem
             and isinstance(source, fx.Node)
@@ -102,23 +102,23 @@ class _Lift:
         ):
             self._replace(node, self._positions(node, source.args[0], int(node.args[1])), 0)  # type: ignore[arg-type]
             return True
-        if node.target is aten.masked_select.default and isinstance(source, fx.Node) and self._count(node.meta["info"], node.args[1]):
+        if node.target is aten.masked_select.default and isinstance(source, fx.Node) and self._count(_info(node), node.args[1]):
             if _shape(source) != _shape(node.args[1]):
                 self._refuse(node)
             flat = [prod(_shape(source))]
             self._replace(node, emit(node, aten.reshape.default, (source, flat), Info((flat[0],), _dtype(source), False)), 0)
             return True
-        if node.target is aten.nonzero.default and self._count(node.meta["info"], source):
+        if node.target is aten.nonzero.default and self._count(_info(node), source):
             columns = [self._positions(node, source, d) for d in range(len(_shape(source)))]
             info = Info((prod(_shape(source)), len(columns)), torch.int64, False)
             self._replace(node, emit(node, aten.stack.default, (columns, 1), info), 0)
             return True
         if node.target is aten.index.Tensor and _ragged(node) and self.mask_of(node.args[1]) is not None:
             mask = self.mask_of(node.args[1])
-            self._count(node.meta["info"], mask)
+            self._count(_info(node), mask)
             assert isinstance(source, fx.Node) and mask is not None
             shape = (prod(_shape(mask)), *_shape(source)[len(_shape(mask)) :])
-            info = Info(shape, node.meta["info"].dtype, False)
+            info = Info(shape, _info(node).dtype, False)
             self._replace(node, emit(node, aten.reshape.default, (source, list(shape)), info), 0)
             return True
         return False
@@ -182,7 +182,7 @@ class _Lift:
             self._refuse(node)
         size = self._size(symbols.pop())
         fixed = tuple(Info(tuple(size if isinstance(n, str) else n for n in info.shape), info.dtype, False) for info in infos)
-        node.meta["info"] = fixed if isinstance(node.meta["info"], tuple) else fixed[0]
+        node.meta["info"] = fixed if isinstance(_info(node), tuple) else fixed[0]
         self.rows[node] = outputs[0]  # type: ignore[assignment]
         return True
 
@@ -213,7 +213,7 @@ class _Lift:
 
     def masked(self, node: fx.Node, value: fx.Node, symbol: str) -> fx.Node:
         """`value` with zeros in the rows that were not chosen."""
-        return emit(node, aten.where.ScalarOther, (self.chosen(node, value, symbol), value, 0), value.meta["info"])
+        return emit(node, aten.where.ScalarOther, (self.chosen(node, value, symbol), value, 0), _info(value))
 
 
 def _index_add(lift: _Lift, node: fx.Node, symbol: str) -> bool:
@@ -258,8 +258,8 @@ def _difference(lift: _Lift, node: fx.Node, target: fx.Node, indices: Any, value
         for old, new in (values.args[:2], values.args[1::-1]):
             if _reads(old, target, indices) and isinstance(new, fx.Node) and new in lift.rows and _shape(new) == _shape(values):
                 return new
-    read_back = emit(node, aten.index.Tensor, (target, indices), values.meta["info"])
-    difference = emit(node, aten.sub.Tensor, (values, read_back), values.meta["info"])
+    read_back = emit(node, aten.index.Tensor, (target, indices), _info(values))
+    difference = emit(node, aten.sub.Tensor, (values, read_back), _info(values))
     lift.rows[difference] = lift.rows[values]
     return difference
 
@@ -280,7 +280,7 @@ def _sum(lift: _Lift, node: fx.Node, symbol: str) -> bool:
 def _mean(lift: _Lift, node: fx.Node, symbol: str) -> bool:
     """A mean over the chosen rows: their sum over their number."""
     args: Any = node.args
-    value, info, kwargs = args[0], node.meta["info"], dict(node.kwargs)
+    value, info, kwargs = args[0], _info(node), dict(node.kwargs)
     shape, rows = _shape(value), lift.rows[value][1]
     dims = sorted({int(d) % len(shape) for d in args[1]} if len(args) > 1 and args[1] else range(len(shape)))
     if rows not in dims:
@@ -309,7 +309,7 @@ def _distance(lift: _Lift, node: fx.Node, symbol: str) -> bool:
         or _shape(x) != _shape(y)
     ):
         return False
-    each = emit(node, node.target, (x, y, 0, *args[3:]), Info(_shape(x), node.meta["info"].dtype, False), kwargs)
+    each = emit(node, node.target, (x, y, 0, *args[3:]), Info(_shape(x), _info(node).dtype, False), kwargs)
     lift.rows[each] = lift.rows[x]
     node.target, node.args, node.kwargs = (aten.mean.default if reduction == 1 else aten.sum.default), (each,), {}
     return _mean(lift, node, symbol) if reduction == 1 else _sum(lift, node, symbol)
@@ -325,7 +325,7 @@ def _label_loss(lift: _Lift, node: fx.Node, symbol: str) -> bool:
         return False
     ignore = args[4] if len(args) > 4 else node.kwargs.get("ignore_index", -100)
     chosen = lift.chosen(node, labels, symbol)
-    node.update_arg(1, emit(node, aten.where.ScalarOther, (chosen, labels, ignore), labels.meta["info"]))
+    node.update_arg(1, emit(node, aten.where.ScalarOther, (chosen, labels, ignore), _info(labels)))
     return True
 
 
@@ -376,7 +376,7 @@ def _always(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
 def _reshape(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    before, after = _shape(source)[: lift.rows[source][1]], node.meta["info"].shape[: out[1]]
+    before, after = _shape(source)[: lift.rows[source][1]], _info(node).shape[: out[1]]
     return prod(before) == prod(after)
 
 
@@ -401,7 +401,7 @@ def _other_dims(position: int) -> Callable[[_Lift, fx.Node, tuple[str, int]], bo
 
 
 def _layer_norm(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
-    return out[1] < len(node.meta["info"].shape) - len(node.args[1])  # type: ignore[arg-type]
+    return out[1] < len(_info(node).shape) - len(node.args[1])  # type: ignore[arg-type]
 
 
 def _look_up(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
@@ -429,12 +429,17 @@ _RULES: Mapping[Any, Callable[[_Lift, fx.Node, tuple[str, int]], bool]] = {
 """Operators that treat rows alone, and when."""
 
 
+def _info(node: Any) -> Any:
+    """What a node gives, whose size may depend on data."""
+    return node.meta["info"]
+
+
 def _shape(node: Any) -> tuple[int, ...]:
-    return node.meta["info"].shape
+    return _info(node).shape
 
 
 def _dtype(node: Any) -> torch.dtype:
-    return node.meta["info"].dtype
+    return _info(node).dtype
 
 
 def _symbols(node: fx.Node) -> set[str]:
