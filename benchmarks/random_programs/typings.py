@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn  # noqa: E402
 from benchmarks.random_programs.programs import draw  # noqa: E402
 from meshpar.capture.export import capture  # noqa: E402
 from meshpar.errors import CaptureError  # noqa: E402
-from meshpar.graph.facts import Info  # noqa: E402
+from meshpar.graph.facts import Facts, Info, facts, set_facts  # noqa: E402
 from meshpar.graph.op import operands, value_info, value_of  # noqa: E402
 from meshpar.mesh import Axis  # noqa: E402
 from meshpar.passes.lower import Lower  # noqa: E402
@@ -117,7 +117,7 @@ def _run(node: fx.Node, args: tuple[Any, Any], infos: list[Info], choice: Choice
             index = len(mine)
             mine.append(part(value, choice.uses[index], size, rank))
             made = graph.placeholder(f"x{index}")
-            made.meta["info"] = infos[index]
+            set_facts(made, Facts(infos[index]))
             plan[made.name] = NodePlan((), (choice.uses[index],), "")
             return made
         if isinstance(value, (list, tuple)):
@@ -125,7 +125,7 @@ def _run(node: fx.Node, args: tuple[Any, Any], infos: list[Info], choice: Choice
         return {k: placed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     call = graph.call_function(node.target, placed(args[0]), placed(args[1]))
-    call.meta = dict(node.meta)
+    set_facts(call, facts(node))
     plan[call.name] = NodePlan(choice.uses, choice.outs, "")
     graph.output(())
     lowered = Lower(AxisPlan("tp", size, plan, ()), Axis("tp", size, rank, ""))(graph)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.facts import Info, info_of
+from meshpar.graph.facts import Info, facts, info_of, set_facts
 
 aten = torch.ops.aten
 
@@ -286,8 +286,7 @@ def emit(before: fx.Node, target: Any, args: tuple[Any, ...], info: Info, kwargs
     """A new node in front of `before`, with its origin."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, dict(kwargs or {}))
-    node.meta = {**before.meta, "info": info}
-    return node
+    return set_facts(node, facts(before).beside(info))
 
 
 def _operand(node: fx.Node) -> fx.Node:

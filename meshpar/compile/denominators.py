@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import info_of
+from meshpar.graph.facts import facts, info_of, set_facts
 from meshpar.graph.op import op_name, operands
 from meshpar.ops.expect import EXPECT
 from meshpar.passes.batch_norm import takes_statistics
@@ -51,9 +51,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in captured.graph.nodes:
-        new = graph.node_copy(node, lambda n: mapping[n])
-        new.meta = dict(node.meta)
-        mapping[node] = new
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     added, mixing = share_out(graph, microbatches, captured.batch_dims)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     terms = _Terms(graph, microbatches, captured.batch_dims, frozenset(captured.state.inputs))
@@ -65,7 +63,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     for index, (node, users) in enumerate(terms.denominators.items()):
         with graph.inserting_before(next(iter(graph.nodes))):
             slot = graph.placeholder(f"denominator_{index}")
-        slot.meta = {"info": info_of(node), "module": node.meta.get("module"), "region": None}
+        set_facts(slot, facts(node).beside(info_of(node)).outside())
         for user in users:
             user.replace_input_with(node, slot)
     _order_placeholders(graph, captured.inputs, len(terms.denominators))
@@ -79,7 +77,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
 
 def _place(node: fx.Node) -> str:
     """Where in the user's model: the submodule, or the line where the model itself does it."""
-    return str(node.meta.get("module") or node.meta.get("source") or "the model")
+    return str(facts(node).module or facts(node).source or "the model")
 
 
 class _Terms:
@@ -130,7 +128,6 @@ class _Terms:
         for node in reversed(after):
             with self.graph.inserting_before(term):
                 copied = self.graph.node_copy(node, lambda n, last=last: last)  # type: ignore[misc]
-            copied.meta = dict(node.meta)
             last, user = copied, copied if user is term else user
         if after:
             term.args = (term.args[0], last)
@@ -156,17 +153,14 @@ class _Terms:
         self.averaged[_place(node)] = None
         with self.graph.inserting_after(node):
             new = self.graph.call_function(aten.mul.Tensor, (node, 1.0 / self.microbatches))
-        new.meta = {k: v for k, v in node.meta.items() if k in ("info", "module", "region", "source")}
-        return new
+        return set_facts(new, facts(node).beside(info_of(node)))
 
     def _again(self, node: fx.Node, changed: dict[fx.Node, fx.Node]) -> fx.Node:
         if all(a is b for a, b in changed.items()):
             return node
         last = max(changed.values(), key=lambda n: list(self.graph.nodes).index(n))
         with self.graph.inserting_after(last):
-            new = self.graph.node_copy(node, lambda n: changed.get(n, n))
-        new.meta = dict(node.meta)
-        return new
+            return self.graph.node_copy(node, lambda n: changed.get(n, n))
 
 
 def _is_additive(value: fx.Node) -> bool:
@@ -204,8 +198,7 @@ def _counting(captured: Captured, graph: fx.Graph, denominators: dict[fx.Node, l
         if node.op == "output":
             counts.output(tuple(mapping[n] for n in denominators))
             continue
-        mapping[node] = counts.node_copy(node, lambda n: mapping[n])
-        mapping[node].meta = {**node.meta, "region": None}
+        mapping[node] = set_facts(counts.node_copy(node, lambda n: mapping[n]), facts(node).outside())
     counts.eliminate_dead_code(_is_kept)
     return replace(captured, graph=counts, mutations=(), loss=None, out_leaves=())
 

@@ -347,7 +347,6 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         mapping[node] = new.node_copy(node, lambda n: mapping[n])
-        mapping[node].meta = dict(node.meta)
     return new
 
 

@@ -23,10 +23,7 @@ class Captured:
     first the tensors of the model's output in the order of `out_spec`, then the loss if it was computed outside the model, then one new
     value per entry of `mutations`.
 
-    `node.meta`: "info" (`Info` or a tuple of them), "module" (name of the submodule that ran it, "" for the root), "region" (the name of
-    the block it belongs to, None outside), "source" ("file.py:line"), "seed" (a running number) on nodes that draw random numbers, and
-    "expert_stack" (True) on every `aten.stack` of the parameters of experts that the model keeps as a list: one `get_attr` per expert, in
-    order.
+    What is known of each node besides: see `graph.facts`.
     """
 
     graph: fx.Graph

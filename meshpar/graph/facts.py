@@ -1,19 +1,31 @@
-"""What is known of the values of a graph."""
+"""What is known of a node of a graph, as one frozen record; a new node's record is derived from an old one's, never put together by hand.
+
+    facts(node)                                        what is known of it
+    set_facts(new, facts(old))                         the same call in another graph (`node_copy` keeps them by itself)
+    set_facts(new, facts(old).beside(info))            another value, computed at the same place of the model
+    set_facts(new, facts(old).outside())               the same, but no part of a block
+    set_facts(item, facts(call).item(1, info))         one of the results of a call
+    set_facts(new, facts(old).lowered(...))            the part of the value that a rank holds
+    set_facts(new, facts(old).converted(...))          the value in another type
+
+The record stands under one key of `node.meta`. While a model is captured, torch's own keys ("val", "nn_module_stack", ...) are beside it;
+graphs of ours have no other.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
+from meshpar.ops.nature import Nature
+from meshpar.sharding.types import Partial, Ragged, Shard, Type
+
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """One tensor of the graph: `shape`, `dtype`, and whether a gradient flows through it. Stored as `node.meta["info"]`.
-
-    A node with several results holds a tuple of these (None for a result that is not a tensor).
-    """
+    """One tensor of the graph: `shape`, `dtype`, and whether a gradient flows through it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -32,7 +44,7 @@ class Info:
 
 @dataclass(frozen=True, slots=True)
 class DataSized:
-    """A tensor with a size that depends on data: its symbol stands where the number would."""
+    """While a model is captured: a tensor with a size that depends on data. Its symbol stands where the number would."""
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
@@ -44,19 +56,156 @@ class DataSized:
         return found[0] if len(found) == 1 else None
 
 
+Results = Info | DataSized | tuple[Info | DataSized | None, ...] | None
+"""What a node gives: one tensor, or several (None for a result that is none), or nothing that is known of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a conversion does: between which types, on the `axis` of `size` ranks, of a value that is `whole` on this axis."""
+
+    axis: str
+    size: int
+    before: Type
+    after: Type
+    whole: Info
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What an exchange of experts' rows sends: `rows`, as a rank has them, over the `axis` of `size` ranks."""
+
+    axis: str
+    size: int
+    rows: Info
+
+
+@dataclass(frozen=True, slots=True)
+class PartOf:
+    """Whose value a node of a lowered graph holds: what it takes to compare the two."""
+
+    origin: str
+    """The name of the captured node."""
+    typed: tuple[tuple[str, int, tuple[Type, ...]], ...] = ()
+    """For every axis so far: its name, its size, and the types of all results of the captured node (or that of this one alone)."""
+    index: int = 0
+    """Which of the results it is."""
+
+    def converted(self, change: Change) -> PartOf:
+        """The same value, of another type on one axis."""
+        typed = tuple(
+            (axis, size, tuple(change.after if t == change.before else t for t in types) if axis == change.axis else types)
+            for axis, size, types in self.typed
+        )
+        return replace(self, typed=typed)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that is known of a node besides its operator and its arguments."""
+
+    info: Results = None
+    """What it gives."""
+
+    # where it comes from and where it runs
+
+    module: str | None = None
+    """The submodule that ran it, "" for the model itself; of a parameter, the one that holds it."""
+    region: str | None = None
+    """The block that it belongs to; None outside of blocks."""
+    source: str | None = None
+    """The line that ran it, as "file.py:line"."""
+    stage: int | None = None
+    """The stage of the pipeline that a plan wants it on."""
+
+    # what its operator does not say
+
+    seed: int | None = None
+    """A running number, on calls that draw random numbers."""
+    nature: Nature | None = None
+    """What is known of the backward, where it is not torch's own. Without one it is the derivative: linear."""
+    expert_stack: bool = False
+    """On an `aten.stack` of the parameters of experts that the model keeps as a list: one `get_attr` for each expert, in order."""
+    statistics: bool = False
+    """On the mean of a batch norm that was written out."""
+
+    # what lowering made of it
+
+    part_of: PartOf | None = None
+    """Whose value it holds."""
+    cut: tuple[str, ...] = ()
+    """The axes on which its ranks hold something different each."""
+    axis: str | None = None
+    """The axis that it was last made a call on local sizes for."""
+    conversion: Change | None = None
+    """On a call that converts a value from one type to another."""
+    joined: tuple[Change, ...] = ()
+    """On one call that stands for several conversions: what each of its results was."""
+    exchange: Exchange | None = None
+    """On a call that sends experts' rows to other ranks, or back."""
+
+    # while it is captured
+
+    stack: tuple[str, ...] = ()
+    """The modules that were running, outermost first."""
+    symbol: str | None = None
+    """On a number that depends on data: its name in sizes."""
+
+    def beside(self, info: Results) -> Facts:
+        """Of another value that is computed at the same place."""
+        return Facts(info, self.module, self.region, self.source, self.stage, stack=self.stack)
+
+    def outside(self) -> Facts:
+        """Of the same call, as no part of a block."""
+        return replace(self, region=None)
+
+    def item(self, index: int, info: Info | None) -> Facts:
+        """Of one of the results: what is said of the call itself is not said of it."""
+        part = self.part_of and replace(self.part_of, index=index)
+        return replace(self.beside(info), part_of=part, cut=self.cut)
+
+    def lowered(self, name: str, axis: tuple[str, int], types: tuple[Type, ...], info: Results) -> Facts:
+        """Of the part that a rank holds once the value has these `types` on one `axis` (name, size) more. `name`: the node's own."""
+        part = self.part_of or PartOf(name)
+        different = any(isinstance(t, (Shard, Partial, Ragged)) for t in types)
+        cut = tuple(sorted({*self.cut, axis[0]})) if different else self.cut
+        return replace(self, info=info, part_of=replace(part, typed=(*part.typed, (*axis, types))), cut=cut)
+
+    def converted(self, change: Change, info: Info, *, at: Facts) -> Facts:
+        """Of the same value in another type, converted where `at` is, which asks for it."""
+        part = self.part_of and self.part_of.converted(change)
+        return replace(at.beside(info), stage=None, part_of=part, cut=self.cut, conversion=change)
+
+
+_KEY = "facts"
+_NONE = Facts()
+
+
+def facts(node: fx.Node) -> Facts:
+    """What is known of a node; nothing, of one that nobody said anything of."""
+    found: Facts = node.meta.get(_KEY, _NONE)
+    return found
+
+
+def set_facts(node: fx.Node, known: Facts) -> fx.Node:
+    """Replace what is known of a node; returns the node."""
+    node.meta[_KEY] = known
+    return node
+
+
 def info_of(node: fx.Node) -> Info:
     """The one tensor that a node gives."""
-    info = node.meta["info"]
+    info = facts(node).info
     assert isinstance(info, Info), f"{node.format_node()} gives {info}"
     return info
 
 
 def infos_of(node: fx.Node) -> tuple[Info | None, ...]:
-    """All that a node gives, in order; (None,) where nothing of it is known."""
-    info = node.meta.get("info")
-    return info if isinstance(info, tuple) else (info,)
+    """All that a node gives, in order; (None,) where that is nothing known."""
+    info = facts(node).info
+    return info if isinstance(info, tuple) else (info,)  # type: ignore[return-value]
 
 
 def gives_several(node: fx.Node) -> bool:
     """Whether the results of a node are picked by `getitem`."""
-    return isinstance(node.meta.get("info"), tuple)
+    return isinstance(facts(node).info, tuple)

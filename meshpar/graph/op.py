@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from meshpar.graph.facts import Info, infos_of
-from meshpar.ops.nature import KEY, Nature
+from meshpar.graph.facts import Info, facts, info_of, infos_of
+from meshpar.ops.nature import Nature
 
 Value = tuple[fx.Node, int]
 """One tensor of the graph: the node that makes it and which of its results it is."""
@@ -37,8 +37,7 @@ class Op:
     @property
     def nature(self) -> Nature | None:
         """What is known of its backward, where that is its own."""
-        found: Nature | None = self.node.meta.get(KEY)
-        return found
+        return facts(self.node).nature
 
     @property
     def out(self) -> Info:
@@ -91,7 +90,7 @@ def read(node: fx.Node) -> Op:
         node,
         op_name(node.target),
         nodes,
-        tuple(n.meta["info"] for n in nodes),
+        tuple(info_of(n) for n in nodes),
         infos_of(node),
         _arguments(node),
     )
@@ -111,7 +110,7 @@ def kind_of(node: fx.Node) -> tuple[Any, ...]:
         return value
 
     written = plain(node.args), plain(node.kwargs)
-    return node.target, written, tuple(n.meta["info"] for n in places), node.meta["info"]
+    return node.target, written, tuple(facts(n).info for n in places), facts(node).info
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import OpOverload, without_modes
-from meshpar.graph.facts import Info, info_of
+from meshpar.graph.facts import Info, facts, info_of
 from meshpar.graph.op import operands, read
 
 aten = torch.ops.aten
@@ -72,8 +72,8 @@ class SimplifyAttention:
             node = todo.pop()
             if node in found:
                 continue
-            info = node.meta.get("info")
-            if node.op != "call_function" or not isinstance(node.target, OpOverload) or "seed" in node.meta:
+            info = facts(node).info
+            if node.op != "call_function" or not isinstance(node.target, OpOverload) or facts(node).seed is not None:
                 return None
             if node.target.namespace != "aten" or not isinstance(info, Info) or _elements(node, info) > self.most_elements:
                 return None

@@ -11,22 +11,19 @@ The types do the rest: a mean over cut samples is a pending sum, and using it de
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from meshpar.graph.facts import Info, info_of
+from meshpar.graph.facts import Info, facts, info_of, set_facts
 from meshpar.graph.op import op_name, read
 
 aten = torch.ops.aten
 
 _WITH_STATS = "_native_batch_norm_legit_functional"
 _WITHOUT = "_native_batch_norm_legit"
-
-
-STATISTICS = "batch_statistics"
-"""The key of `node.meta` that marks the mean of a batch norm that was written out."""
 
 
 def expand_batch_norm(graph: fx.Graph) -> int:
@@ -41,7 +38,7 @@ def expand_batch_norm(graph: fx.Graph) -> int:
 def takes_statistics(node: fx.Node) -> bool:
     """Whether a node computes something about all samples it sees that a part of them would not give: a batch norm, written out or not,
     or how often a row of a table is looked up."""
-    if STATISTICS in node.meta or _is_batch_norm(node):
+    if facts(node).statistics or _is_batch_norm(node):
         return True
     return node.op == "call_function" and op_name(node.target) == "embedding" and bool(read(node).arguments["scale_grad_by_freq"])
 
@@ -65,7 +62,7 @@ class _Expansion:
             count *= shape[d]
         x = self._cast(self.x, self.wide)
         mean = self._emit(aten.mean.dim, (x, dims), shape[1:2])
-        mean.meta[STATISTICS] = True
+        set_facts(mean, replace(facts(mean), statistics=True))
         centred = self._emit(aten.sub.Tensor, (x, self._along(mean)), shape)
         square = self._emit(aten.mul.Tensor, (centred, centred), shape)
         var = self._emit(aten.mean.dim, (square, dims), shape[1:2])
@@ -111,6 +108,4 @@ class _Expansion:
         operands = [a for a in args if isinstance(a, fx.Node)]
         flows = any(info_of(o).requires_grad for o in operands) if grad is None else grad
         made = self.graph.call_function(target, args)
-        made.meta = {k: v for k, v in self.node.meta.items() if k in ("module", "region", "source", "nn_module_stack")}
-        made.meta["info"] = Info(tuple(shape), dtype or info_of(operands[0]).dtype, flows)
-        return made
+        return set_facts(made, facts(self.node).beside(Info(tuple(shape), dtype or info_of(operands[0]).dtype, flows)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from meshpar.graph.facts import facts, set_facts
 from meshpar.ops import load
 from meshpar.passes.inputs import add_input
 
@@ -31,10 +32,10 @@ class TallyExperts:
         tally = add_input(graph, TALLY)
         taken: dict[str, int] = {}
         for node in nodes:
-            name = str(node.meta.get("module") or node.name)
+            name = str(facts(node).module or node.name)
             taken[name] = taken.get(name, 0) + 1
             with graph.inserting_after(tally):
                 at = graph.call_function(load.slot, (tally, name if taken[name] == 1 else f"{name}#{taken[name]}"))
-            at.meta = {"module": "", "region": None}
+            set_facts(at, facts(tally))
             node.target, node.args = load.dispatch, (*node.args[:3], at, *node.args[3:])
         return graph

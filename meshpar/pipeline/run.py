@@ -29,7 +29,7 @@ from meshpar._torch import resolve_process_group
 from meshpar.compile.program import Program
 from meshpar.compile.split import StageGraph
 from meshpar.errors import MeshparError, StageError
-from meshpar.graph.facts import Info, info_of
+from meshpar.graph.facts import Info, facts, info_of
 from meshpar.mesh import Axis
 from meshpar.ops.deferred import WeightGradients
 from meshpar.passes.weight_gradients import QUEUE
@@ -336,9 +336,7 @@ _WORDS = {
 
 
 def _explain(action: Action, cut: StageGraph, error: Exception) -> str:
-    modules = list(
-        dict.fromkeys(m for n in cut.graph.nodes if n.op == "call_function" and (m := n.meta.get("region") or n.meta.get("module")))
-    )
+    modules = list(dict.fromkeys(m for n in cut.graph.nodes if n.op == "call_function" and (m := facts(n).region or facts(n).module)))
     where = f" ({modules[0]}{f' to {modules[-1]}' if len(modules) > 1 else ''})" if modules else ""
     trace = "".join(traceback.format_exception(error)).rstrip().replace("\n", "\n  ")
     return f"stage {action.stage}{where}, microbatch {action.microbatch}, {_WORDS[action.kind]}: {type(error).__name__}: {error}\n  {trace}"

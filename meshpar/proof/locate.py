@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 
 from meshpar._torch import LocalTensor, maybe_disable_local_tensor_mode
 from meshpar.compile.program import Program
-from meshpar.graph.facts import gives_several, info_of
+from meshpar.graph.facts import Change, facts, gives_several, info_of
 from meshpar.graph.op import op_name
 from meshpar.roles import typed
 from meshpar.runtime.engine import Inputs
@@ -138,7 +138,7 @@ class _Both:
                 return self.inputs[name]
             if name not in self.state:
                 return constants[name]
-            parts = {rank: self.part(self.state[name], node.meta.get("typed", ()), rank, 0) for rank in self.at}
+            parts = {rank: self.part(self.state[name], _typed(node), rank, 0) for rank in self.at}
             found = _joined(parts).requires_grad_(info_of(node).requires_grad)
             self.leaves[node] = found
             return found
@@ -160,7 +160,7 @@ class _Both:
         whole = torch.empty(shape, dtype=value.dtype)
         places = torch.arange(whole.numel()).reshape(shape)
         for rank, part in parts.items():
-            whole.view(-1)[self.part(places, lowered.meta.get("typed", ()), rank, 0).reshape(-1)] = part.reshape(-1)
+            whole.view(-1)[self.part(places, _typed(lowered), rank, 0).reshape(-1)] = part.reshape(-1)
         return whole
 
     def part(self, whole: torch.Tensor, typed: Typed, rank: int, index: int) -> torch.Tensor:
@@ -259,12 +259,10 @@ class _Place:
 
 def _place(both: _Both, node: fx.Node) -> _Place | None:
     """Where the value of a lowered node comes from; None where that is not known, or ranks hold it in no simple way."""
-    if "origin" not in node.meta:
-        before = node.all_input_nodes[0] if "conversion" in node.meta and node.all_input_nodes else None
-        found = None if before is None else _place(both, before)
-        return None if found is None else _Place(found.node, _with(found.typed, node.meta["conversion"], 3), found.index)
-    origin, typed = both.captured.get(node.meta["origin"]), node.meta["typed"]
-    index: Any = node.meta.get("index", node.args[1] if _is_item(node) else 0)
+    part = facts(node).part_of
+    if part is None:
+        return None
+    origin, typed, index = both.captured.get(part.origin), part.typed, part.index
     if origin is None or any(isinstance(_one(types, index), Ragged | Owned) for _, _, types in typed):
         return None
     if gives_several(origin):
@@ -272,14 +270,21 @@ def _place(both: _Both, node: fx.Node) -> _Place | None:
     return None if origin is None else _Place(origin, typed, index)
 
 
-def _is_item(node: fx.Node) -> bool:
-    """Whether a node is one of several results of an operator (not of conversions that were joined)."""
-    return node.target is operator.getitem and "joined" not in node.all_input_nodes[0].meta
+def _typed(node: fx.Node) -> Typed:
+    """How ranks hold the value of a node, where that is known."""
+    part = facts(node).part_of
+    return () if part is None else part.typed
 
 
-def _with(typed: Typed, conversion: tuple[Any, ...], side: int) -> Typed:
-    """The types before (2) or after (3) a conversion."""
-    return tuple((axis, size, (conversion[side],) if axis == conversion[0] else types) for axis, size, types in typed)
+def _origin(both: _Both, node: fx.Node) -> fx.Node | None:
+    """The captured node whose value a node holds."""
+    part = facts(node).part_of
+    return None if part is None else both.captured.get(part.origin)
+
+
+def _before(typed: Typed, change: Change) -> Typed:
+    """The types before a conversion."""
+    return tuple((axis, size, (change.before,) if axis == change.axis else types) for axis, size, types in typed)
 
 
 def _forward(both: _Both) -> str | None:
@@ -308,9 +313,8 @@ def _backward(both: _Both) -> str | None:
             place, wanted = _place(both, operand), _expected(both, operand, user)
             if place is None or wanted is None:
                 continue
-            joined = user.meta.get("joined")
-            change = joined[at] if joined else user.meta.get("conversion")
-            typed = place.typed if change is None else _with(place.typed, change, 2)
+            change = facts(user).joined[at] if facts(user).joined else facts(user).conversion
+            typed = place.typed if change is None else _before(place.typed, change)
             parts = both.local_edges.get((operand.name, user.name))
             if parts is None:
                 parts = {r: torch.zeros_like(both.part(wanted, typed, r, place.index)) for r in both.at}
@@ -329,12 +333,12 @@ def _expected(both: _Both, operand: fx.Node, user: fx.Node) -> torch.Tensor | No
     place = _place(both, operand)
     if place is None or not info_of(place.node).requires_grad or user.op == "output":
         return None
-    if "joined" in user.meta:
+    if facts(user).joined:
         items = [u for u in user.users if u.args[1] == user.all_input_nodes.index(operand)]
         return _sum(both, items[0]) if items else None
-    if "conversion" in user.meta:
+    if facts(user).conversion is not None:
         return _sum(both, user)
-    use = both.captured.get(user.meta.get("origin", ""))
+    use = _origin(both, user)
     if use is None or place.node not in use.all_input_nodes:
         return None
     found = both.edges.get((place.node.name, use.name))
@@ -371,16 +375,17 @@ def _sums(both: _Both) -> str | None:
 
 def _did(both: _Both, node: fx.Node) -> str:
     """What a node of the lowered graph does, in words of the model."""
-    change = node.meta.get("conversion")
-    if change is None and "joined" in node.meta:
+    change, joined = facts(node).conversion, facts(node).joined
+    if joined:
         names = [str(n.target) for n in node.all_input_nodes]
-        return f"the sum over {node.meta['joined'][0][0]} of the gradients of {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        return f"the sum over {joined[0].axis} of the gradients of {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
     if change is not None:
         place = _place(both, node)
         whose = "a value" if place is None else _value(place.node)
-        return f"the conversion of {whose} from {change[2]} to {change[3]} on {change[0]} ({getattr(node.target, '__name__', node.target)})"
+        types = f"from {change.before} to {change.after} on {change.axis}"
+        return f"the conversion of {whose} {types} ({getattr(node.target, '__name__', node.target)})"
     rule = "; ".join(_ruled(both, node))
-    return f"{_value(both.captured.get(node.meta.get('origin', ''), node))}{f', by its rule {rule}' if rule else ''}"
+    return f"{_value(_origin(both, node) or node)}{f', by its rule {rule}' if rule else ''}"
 
 
 def _value(node: fx.Node) -> str:
@@ -389,14 +394,14 @@ def _value(node: fx.Node) -> str:
     if node.op == "placeholder":
         return f"the input {node.target}"
     name = op_name(node.target) if hasattr(node.target, "_schema") else getattr(node.target, "__name__", str(node.target))
-    source = node.meta.get("source")
-    return f"{name} in {node.meta.get('module') or 'the model'}{f' ({source})' if source else ''}"
+    source = facts(node).source
+    return f"{name} in {facts(node).module or 'the model'}{f' ({source})' if source else ''}"
 
 
 def _ruled(both: _Both, node: fx.Node) -> Iterator[str]:
     """ "tp: S(2), S(1) -> P", for every axis on which anything is cut."""
     places = [_place(both, n) for n in _operands(node)]
-    for number, (axis, _, outs) in enumerate(node.meta.get("typed", ())):
+    for number, (axis, _, outs) in enumerate(_typed(node)):
         uses = [_one(p.typed[number][2], p.index) for p in places if p is not None and len(p.typed) > number]
         if any(not isinstance(t, Invariant) for t in (*uses, *outs)):
             yield f"{axis}: {', '.join(map(str, uses))} -> {', '.join(map(str, outs))}"
@@ -405,7 +410,7 @@ def _ruled(both: _Both, node: fx.Node) -> Iterator[str]:
 def _operands(node: fx.Node) -> Iterator[fx.Node]:
     """What the captured operator was called with: an operator may have become several calls."""
     for operand in node.all_input_nodes:
-        if operand.op != "call_function" or "origin" in operand.meta or "conversion" in operand.meta:
+        if operand.op != "call_function" or facts(operand).part_of is not None or facts(operand).conversion is not None:
             yield operand
         else:
             yield from _operands(operand)

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from meshpar.graph.cost import flops, nbytes
-from meshpar.graph.facts import Info, infos_of
+from meshpar.graph.facts import Info, facts, infos_of
 from meshpar.graph.op import op_name
 from meshpar.pipeline.schedule import Order
 from meshpar.pipeline.timing import Costs, bubble, simulate
@@ -279,10 +279,10 @@ def _kind_of_use(node: fx.Node) -> str:
         name = op_name(user.target).rpartition(".")[2]
         if name in ("embedding", "linear", "grouped_mm"):
             return name
-        if "joined" in user.meta:  # several values at once: go on with this one's result
+        if facts(user).joined:  # several values at once: go on with this one's result
             index = user.args.index(seen)
             user = next((u for u in user.users if u.args[1] == index), user)
-        elif "conversion" not in user.meta and name not in _THROUGH:
+        elif facts(user).conversion is None and name not in _THROUGH:
             return ""
         seen = user
     return ""
@@ -319,11 +319,10 @@ def _residual_on(axis: AxisPlan, graph: fx.Graph) -> list[str]:
     handed = {t for one in axis.nodes.values() for t in one.handed if isinstance(t, Shard)}
     found: Counter[str] = Counter()
     for node in graph.nodes:
-        info = node.meta.get("info")
-        region = node.meta.get("region")
+        info, region = facts(node).info, facts(node).region
         if node.op != "call_function" or not isinstance(info, Info) or not info.requires_grad or len(info.shape) < 2:
             continue
-        if any(user.op == "call_function" and user.meta.get("region") not in (region, None) for user in node.users):
+        if any(user.op == "call_function" and facts(user).region not in (region, None) for user in node.users):
             found[f"{_shape(info.shape)} {_held(node, info, handed, axis)}"] += 1
     texts = "; ".join(f"{text} ({n} of them)" for text, n in found.most_common())
     return [f"Blocks hand on, on a {axis.axis} rank: {texts}"] if found else []
@@ -331,10 +330,10 @@ def _residual_on(axis: AxisPlan, graph: fx.Graph) -> list[str]:
 
 def _held(node: fx.Node, info: Info, handed: Collection[Shard], axis: AxisPlan) -> str:
     """How a value lies that leaves its block: one of the shards that the plan hands on, or whole."""
-    conversion = node.meta.get("conversion")
-    if conversion is not None and conversion[0] == axis.axis:
-        dims = {conversion[3].dim} if isinstance(conversion[3], Shard) else set()
-    elif axis.axis in node.meta.get("cut", ()):
+    change = facts(node).conversion
+    if change is not None and change.axis == axis.axis:
+        dims = {change.after.dim} if isinstance(change.after, Shard) else set()
+    elif axis.axis in facts(node).cut:
         dims = {t.dim for t in handed if t.dim < len(info.shape) and t.local_length(axis.size, 0) == info.shape[t.dim]}
     else:
         return "whole"
@@ -436,11 +435,11 @@ def _repeated_on(axis: AxisPlan, plan: Plan, graph: fx.Graph) -> list[str]:
     work, moved = Counter[bool](), Counter[bool]()
     ops: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for node in graph.nodes:
-        if node.op != "call_function" or "info" not in node.meta or not _differentiable(node):
+        if node.op != "call_function" or facts(node).info is None or not _differentiable(node):
             continue
-        if "conversion" in node.meta or "joined" in node.meta or node.target is operator.getitem:
+        if facts(node).conversion is not None or facts(node).joined or node.target is operator.getitem:
             continue
-        whole = axis.axis not in node.meta.get("cut", ())
+        whole = axis.axis not in facts(node).cut
         cost, size = flops(node), nbytes(node)
         work[whole] += int(cost)
         moved[whole] += int(size)

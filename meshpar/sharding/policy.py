@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from meshpar.errors import PlanError
-from meshpar.graph.facts import info_of
+from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import Value, operands, value_info, value_of
 from meshpar.roles import Divides
 from meshpar.sharding.extents import shard
@@ -275,7 +275,7 @@ def expert_stacks(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
     """The parameters of experts that are kept as a list of modules and used as a stack: those of one role together, in order."""
     found = []
     for node in graph.nodes:
-        parts = operands(node) if node.meta.get("expert_stack") else ()
+        parts = operands(node) if facts(node).expert_stack else ()
         if parts and all(part.op == "get_attr" and len(part.users) == 1 for part in parts) and len(set(parts)) == len(parts):
             found.append(parts)
     return found

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from meshpar.graph.facts import info_of
+from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import Value, operands, value_of
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import Inference
@@ -95,14 +95,14 @@ def _units(graph: fx.Graph, parameters: frozenset[str]) -> dict[fx.Node, str | N
     matrices: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in parameters and len(info_of(node).shape) >= 2:
-            for region in {u.meta.get("region") for u in node.users}:
+            for region in {facts(u).region for u in node.users}:
                 if region is not None:
                     matrices[region] += 1
     units: dict[fx.Node, str | None] = {}
     for node in graph.nodes:
         if node.op == "call_function":
-            region = node.meta.get("region")
-            units[node] = region if matrices[region] >= 2 else None
+            region = facts(node).region
+            units[node] = region if region is not None and matrices[region] >= 2 else None
     for node in graph.nodes:
         if node.op == "get_attr":
             users = {units.get(u) for u in node.users}

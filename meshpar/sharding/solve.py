@@ -15,7 +15,7 @@ from math import prod
 from torch import fx
 
 from meshpar.errors import PlanError
-from meshpar.graph.facts import Info, info_of
+from meshpar.graph.facts import Info, facts, info_of, infos_of
 from meshpar.graph.op import Value, op_name, operands, value_info, value_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
@@ -121,7 +121,7 @@ class _Solver:
         for node, step in zip(nodes, problem.steps, strict=True):
             rows = any(o is not None and o.rows for o in step.outs)
             if self.policy.experts and rows and not any(E in option.outs for option in step.options):
-                where = f"{node.meta.get('module') or 'the model'} ({node.meta.get('source') or node.name})"
+                where = f"{facts(node).module or 'the model'} ({facts(node).source or node.name})"
                 return PlanError(
                     f"{self.request.axis}={self.size}: {op_name(node.target)} in {where} works on the rows of experts and needs all of "
                     f"them at once, or has no rule (mp.add_rule): rows cannot be sent to the ranks of their experts. Rewrite it row by "
@@ -140,8 +140,7 @@ class _Solver:
                 for operand in operands(node):
                     value = value_of(operand)
                     places.append((index[value[0]], value[1]) if value[0] in index else given.setdefault(value, len(given)))
-            info = node.meta["info"]
-            steps.append(ProgramStep(self._options(node, unit, whole), tuple(places), info if isinstance(info, tuple) else (info,)))
+            steps.append(ProgramStep(self._options(node, unit, whole), tuple(places), infos_of(node)))
         wanted = tuple(
             (i, result, type_)
             for node, i in index.items()
@@ -212,10 +211,9 @@ class _Solver:
 
 
 def _infos(node: fx.Node) -> list[Info]:
-    info = node.meta["info"]
-    return [i for i in (info if isinstance(info, tuple) else (info,)) if i is not None]
+    return [i for i in infos_of(node) if i is not None]
 
 
 def _largest(graph: fx.Graph) -> int:
-    infos = (n.meta.get("info") for n in graph.nodes if n.op == "call_function")
+    infos = (facts(n).info for n in graph.nodes if n.op == "call_function")
     return max((i.nbytes for i in infos if isinstance(i, Info)), default=0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meshpar.capture.export import capture
 from meshpar.errors import BatchError, CaptureError, ConfigError
 from meshpar.graph.captured import Slot
-from meshpar.graph.facts import Info, info_of
+from meshpar.graph.facts import Info, facts, info_of
 from tests.capture import models
 from tests.capture.models import GPT, TRANSFORMERS, ConvNet, Odd, Translator, ViT, assert_same, causal_lm, perturbed
 
@@ -34,10 +34,8 @@ def test_causal_language_models(kind: str) -> None:
     model, batch = causal_lm(kind)
     captured = assert_same(perturbed(model), (), batch, tolerance=1e-6 if kind == "gptj" else 1e-10)  # it computes attention in float32
     assert captured.inputs == ("input_ids", "labels")
-    assert all(
-        "info" in node.meta and "module" in node.meta and "source" in node.meta for node in captured.graph.nodes if node.op != "output"
-    )
-    regions = [r for r in dict.fromkeys(node.meta["region"] for node in captured.graph.nodes if node.op == "call_function") if r]
+    assert all(facts(node).info is not None and facts(node).module is not None for node in captured.graph.nodes if node.op != "output")
+    regions = [r for r in dict.fromkeys(facts(node).region for node in captured.graph.nodes if node.op == "call_function") if r]
     assert len(regions) == 2 and all(region.endswith(f".{i}") for i, region in enumerate(regions))
 
 
@@ -123,7 +121,7 @@ def test_requires_grad_is_what_autograd_says(kind: str) -> None:
             else node.target(*args, **kwargs)
         )
         if isinstance(values[node], Tensor):
-            info = node.meta["info"]
+            info = facts(node).info
             assert (tuple(values[node].shape), values[node].dtype, values[node].requires_grad) == (
                 info.shape,
                 info.dtype,
@@ -135,7 +133,7 @@ def test_dropout_is_numbered_and_reproducible() -> None:
     model = perturbed(GPT(dropout=0.3))
     ids = torch.randint(0, 37, (4, 12))
     captured = assert_same(model, (ids, ids), {}, loss=lambda output: output[1], seed=7)
-    seeds = [node.meta["seed"] for node in captured.graph.nodes if "seed" in node.meta]
+    seeds = [facts(node).seed for node in captured.graph.nodes if facts(node).seed is not None]
     assert seeds == [0, 1, 2]
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import meshpar as mp
 from meshpar.capture.export import capture
 from meshpar.errors import CaptureError
-from meshpar.graph.facts import info_of
+from meshpar.graph.facts import facts, info_of
 from meshpar.graph.run import run
 from tests.capture.models import assert_same
 
@@ -44,7 +44,7 @@ def test_sections() -> None:
     torch.manual_seed(0)
     captured = assert_same(Sections(), (torch.randn(3, 4),), {})
     calls = [node for node in captured.graph.nodes if node.op == "call_function"]
-    assert all(node.meta["source"].startswith("test_grad.py:") for node in calls)
+    assert all(facts(node).source.startswith("test_grad.py:") for node in calls)
     assert any(info_of(node).dtype == torch.bfloat16 for node in calls)
     assert not any("autocast" in str(node.target) or "grad" in str(node.target) for node in calls)
 

@@ -14,7 +14,7 @@ from meshpar.compile.split import mark, shared_parameters, split
 from meshpar.compile.stages import Budget, Staging, choose
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import gives_several, info_of
+from meshpar.graph.facts import facts, gives_several, info_of
 from meshpar.sharding.price import Price
 from tests.compile.staged import captured_model
 from tests.models import tiny
@@ -123,7 +123,7 @@ def test_deterministic_and_printable() -> None:
 
 def test_another_cost() -> None:
     def cost(node: fx.Node) -> float:
-        return float(node.meta["module"].startswith("layers.0") and node.target is torch.ops.aten.linear.default)
+        return float(facts(node).module.startswith("layers.0") and node.target is torch.ops.aten.linear.default)
 
     found = choose(captured(32, 32, 32), 2, cost=cost)
     assert found.seconds == (1.0, 1.0) and found.starts[0] in ("relu", "linear_1"), "inside the only layer that costs anything"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from meshpar.graph.facts import Info
+from meshpar.graph.facts import Facts, Info, set_facts
 from meshpar.ops import deferred
 from meshpar.passes.weight_gradients import QUEUE, DeferWeightGradients
 
@@ -22,9 +22,9 @@ def graph_of(target: Any, shapes: dict[str, Sequence[int]], arguments: Sequence[
     made: dict[str, fx.Node] = {}
     for name, shape in sorted(shapes.items(), key=lambda item: "." in item[0]):
         made[name] = graph.get_attr(name) if "." in name else graph.placeholder(name)
-        made[name].meta = {"info": Info(tuple(shape), torch.float64, grad)}
+        set_facts(made[name], Facts(Info(tuple(shape), torch.float64, grad)))
     call = graph.call_function(target, tuple(made.get(a, a) if isinstance(a, str) else a for a in arguments))
-    call.meta = {"info": Info((2, 3), torch.float64, True), "region": None}
+    set_facts(call, Facts(Info((2, 3), torch.float64, True)))
     graph.output((call,))
     return graph
 

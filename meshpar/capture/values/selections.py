@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.fx.node import map_arg
 from meshpar._torch import OpOverload, draws, pytree
 from meshpar.capture.simplify import emit
 from meshpar.errors import CaptureError
-from meshpar.graph.facts import DataSized, Info
+from meshpar.graph.facts import DataSized, Info, facts, set_facts
 from meshpar.ops.ctc import CTC_LOSS
 
 aten = torch.ops.aten
@@ -30,7 +31,7 @@ aten = torch.ops.aten
 
 def lift(graph: fx.Graph) -> None:
     """Give every selection of rows in `graph` a fixed shape. Raises CaptureError where an operator mixes the chosen rows."""
-    if any(_ragged(node) or "symbol" in node.meta for node in graph.nodes):
+    if any(_ragged(node) or facts(node).symbol is not None for node in graph.nodes):
         _Lift(graph).run()
 
 
@@ -49,7 +50,7 @@ def _random(target: OpOverload) -> bool:
 
 
 def _ragged(node: fx.Node) -> bool:
-    info = node.meta.get("info")
+    info = _info(node)
     return any(isinstance(i, DataSized) for i in (info if isinstance(info, tuple) else (info,)))
 
 
@@ -78,10 +79,10 @@ class _Lift:
 
     def _number(self, node: fx.Node) -> bool:
         """A size as a number: it becomes the number of all rows."""
-        if "symbol" not in node.meta:
+        symbol = facts(node).symbol
+        if symbol is None:
             return False
-        known = node.meta["symbol"] in self.masks
-        value = self._size(node.meta["symbol"]) if known else None
+        value = self._size(symbol) if symbol in self.masks else None
         if value is None and node.op == "call_function" and not node.all_input_nodes and not isinstance(node.target, OpOverload):
             value = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
         if value is not None:
@@ -170,7 +171,7 @@ class _Lift:
     def _carry(self, node: fx.Node) -> bool:
         """An operator on rows, each alone."""
         inputs = [source for source in node.all_input_nodes if source in self.rows]
-        infos = node.meta.get("info")
+        infos = _info(node)
         infos = infos if isinstance(infos, tuple) else (infos,)
         if not inputs and not _ragged(node):
             return False
@@ -182,7 +183,7 @@ class _Lift:
             self._refuse(node)
         size = self._size(symbols.pop())
         fixed = tuple(Info(tuple(size if isinstance(n, str) else n for n in info.shape), info.dtype, False) for info in infos)
-        node.meta["info"] = fixed if isinstance(_info(node), tuple) else fixed[0]
+        set_facts(node, replace(facts(node), info=fixed if isinstance(_info(node), tuple) else fixed[0]))
         self.rows[node] = outputs[0]  # type: ignore[assignment]
         return True
 
@@ -197,7 +198,7 @@ class _Lift:
         return rule is not None and rule(self, node, out)
 
     def _refuse(self, node: fx.Node) -> None:
-        where = f"{node.meta['module'] or 'the model'} ({node.meta['source'] or 'source unknown'})"
+        where = f"{facts(node).module or 'the model'} ({facts(node).source or 'source unknown'})"
         raise CaptureError(
             f"{node.target} in {where} mixes rows chosen by a mask, whose number depends on data.\n"
             "  Compute all rows and use torch.where(mask, value, 0) instead."
@@ -431,7 +432,7 @@ _RULES: Mapping[Any, Callable[[_Lift, fx.Node, tuple[str, int]], bool]] = {
 
 def _info(node: Any) -> Any:
     """What a node gives, whose size may depend on data."""
-    return node.meta["info"]
+    return facts(node).info
 
 
 def _shape(node: Any) -> tuple[int, ...]:
@@ -443,5 +444,5 @@ def _dtype(node: Any) -> torch.dtype:
 
 
 def _symbols(node: fx.Node) -> set[str]:
-    info = node.meta["info"]
+    info = _info(node)
     return {n for i in (info if isinstance(info, tuple) else (info,)) if isinstance(i, DataSized) for n in i.shape if isinstance(n, str)}
