@@ -20,10 +20,11 @@ import torch
 from torch import fx
 
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import facts, info_of, set_facts
+from meshpar.graph.facts import Extra, facts, info_of, set_facts
 from meshpar.graph.op import op_name, operands
 from meshpar.ops.expect import EXPECT
 from meshpar.passes.batch_norm import takes_statistics
+from meshpar.passes.inputs import add_input, extra_inputs
 from meshpar.passes.own_terms import share_out
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ class Split:
 
     captured: Captured
     counts: Captured | None
-    """Returns the denominators of one microbatch, in the order of the placeholders `denominator_0`, ... ; None when there are none."""
+    """Returns the denominators of one microbatch, in the order in which the other graph takes them; None when there are none."""
     averaged: tuple[str, ...]
     """Terms of the loss that are averaged over microbatches, by the submodule, or the source line, that computes them."""
     within: tuple[str, ...] = ()
@@ -60,16 +61,13 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     values[captured.loss] = loss
     output.args = (tuple(values),)
     counts = _counting(captured, graph, terms.denominators) if terms.denominators else None
-    for index, (node, users) in enumerate(terms.denominators.items()):
-        with graph.inserting_before(next(iter(graph.nodes))):
-            slot = graph.placeholder(f"denominator_{index}")
-        set_facts(slot, facts(node).beside(info_of(node)).outside())
+    for node, users in terms.denominators.items():
+        slot = add_input(graph, Extra.DENOMINATOR, facts(node).beside(info_of(node)).outside())
         for user in users:
             user.replace_input_with(node, slot)
-    _order_placeholders(graph, captured.inputs, len(terms.denominators))
     graph.eliminate_dead_code(lambda node: _is_kept(node) or node.target is EXPECT)
     graph.lint()
-    names = (*captured.inputs, *(f"denominator_{i}" for i in range(len(terms.denominators))))
+    names = (*captured.inputs, *extra_inputs(graph).denominators)
     within = dict.fromkeys([*(_place(node) for node in graph.nodes if takes_statistics(node)), *mixing])
     averaged = tuple(dict.fromkeys([*terms.averaged, *added]))
     return Split(replace(captured, graph=graph, inputs=names), counts, averaged, tuple(within))
@@ -201,18 +199,6 @@ def _counting(captured: Captured, graph: fx.Graph, denominators: dict[fx.Node, l
         mapping[node] = set_facts(counts.node_copy(node, lambda n: mapping[n]), facts(node).outside())
     counts.eliminate_dead_code(_is_kept)
     return replace(captured, graph=counts, mutations=(), loss=None, out_leaves=())
-
-
-def _order_placeholders(graph: fx.Graph, inputs: tuple[str, ...], count: int) -> None:
-    """Inputs first, in their order, then the denominators."""
-    wanted = [*inputs, *(f"denominator_{i}" for i in range(count))]
-    by_name = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
-    anchor = next(iter(graph.nodes))
-    for name in wanted:
-        if by_name[name] is not anchor:
-            anchor.prepend(by_name[name])
-        else:
-            anchor = anchor.next
 
 
 def _is_kept(node: fx.Node) -> bool:

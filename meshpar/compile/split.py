@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -24,6 +25,7 @@ from meshpar._torch import draws
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.facts import Info, facts, infos_of, set_facts
 from meshpar.ops.expect import EXPECT
+from meshpar.passes.inputs import ExtraInputs, extra_inputs
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class StageGraph:
     """Which values of the whole graph's output this stage returns: the last stage all that are wanted, the others none."""
     mutations: tuple[str, ...]
     """The buffers whose new values this stage computes or is handed."""
+
+    @cached_property
+    def extra(self) -> ExtraInputs:
+        """Which of the inputs are no tensors of the batch."""
+        return extra_inputs(self.graph)
 
 
 def mark(graph: fx.Graph, starts: Sequence[str]) -> None:

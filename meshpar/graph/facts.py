@@ -15,6 +15,7 @@ graphs of ours have no other.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from torch import fx
@@ -100,6 +101,19 @@ class PartOf:
         return replace(self, typed=typed)
 
 
+class Extra(Enum):
+    """What a graph is handed beside the batch: the kind of an input, and the name that it has where that is free."""
+
+    DENOMINATOR = "denominator"
+    """A count of the whole step, by which a term of the loss is divided. There may be several; they are numbered."""
+    RANDOM_KEY = "random_key"
+    """An integer that the runtime changes with every forward; random numbers follow from it."""
+    EXPERT_TALLY = "expert_tally"
+    """A `Tally`, where experts' loads are noted."""
+    WEIGHT_GRADIENTS = "weight_gradients"
+    """A `WeightGradients`, the queue of gradients that wait, or None where nothing does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """All that is known of a node besides its operator and its arguments."""
@@ -128,6 +142,8 @@ class Facts:
     """On an `aten.stack` of the parameters of experts that the model keeps as a list: one `get_attr` for each expert, in order."""
     statistics: bool = False
     """On the mean of a batch norm that was written out."""
+    extra: Extra | None = None
+    """On an input that is no tensor of the batch: what it is."""
 
     # what lowering made of it
 

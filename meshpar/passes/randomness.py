@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from meshpar.graph.facts import facts, set_facts
+from meshpar.graph.facts import Extra, Facts, facts, set_facts
 from meshpar.mesh import Axis
 from meshpar.ops.random import derive, drawn
 from meshpar.passes.inputs import add_input
-
-KEY = "random_key"
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class SeedRandom:
         nodes = [n for n in graph.nodes if n.op == "call_function" and facts(n).seed is not None]
         if not nodes:
             return graph
-        key = add_input(graph, KEY)
+        key = add_input(graph, Extra.RANDOM_KEY)
         by_region: dict[str | None, list[fx.Node]] = {}
         for node in nodes:
             by_region.setdefault(facts(node).region, []).append(node)
@@ -45,7 +43,7 @@ class SeedRandom:
         """A block gets a key of its own, so that blocks of one structure keep one code."""
         with graph.inserting_after(key):
             own = graph.call_function(derive, (key, place))
-        return set_facts(own, facts(key))
+        return set_facts(own, Facts(module=""))
 
     def _seed(self, node: fx.Node, key: fx.Node, number: int) -> None:
         shards = tuple((a.group, a.size, a.rank) for a in self.axes if a.name in facts(node).cut)

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from meshpar.graph.facts import info_of
+from meshpar.graph.facts import Extra, info_of
 from meshpar.ops import deferred
 from meshpar.passes.inputs import add_input
 
 aten = torch.ops.aten
-
-QUEUE = "weight_gradients"
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class DeferWeightGradients:
         found = [(node, made) for node in graph.nodes if (made := self._deferred(node)) is not None]
         if not found:
             return graph
-        queue = add_input(graph, QUEUE)
+        queue = add_input(graph, Extra.WEIGHT_GRADIENTS)
         for node, (target, args) in found:
             before = node.all_input_nodes
             node.target, node.args, node.kwargs = target, (*args, queue), {}

@@ -32,6 +32,7 @@ from meshpar.errors import BatchError, ConfigError, near
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Info, info_of
 from meshpar.graph.run import run
+from meshpar.passes.inputs import extra_inputs
 from meshpar.runtime.blocks import Tree, print_code
 from meshpar.runtime.recompute import Mode
 from meshpar.sharding.price import Price
@@ -256,7 +257,8 @@ class Stage(nn.Module):
         parts = [{n: x.chunk(count, dims[n])[i] if n in dims else x for n, x in batch.items()} for i in range(count)]
         with torch.no_grad():
             found = [run(counts, dict(self._tree.named_buffers()), part) for part in parts]
-        return {f"denominator_{i}": torch.stack(values).sum(0) for i, values in enumerate(zip(*found))}
+        names = extra_inputs(self._common.counted.captured.graph).denominators
+        return {name: torch.stack(values).sum(0) for name, values in zip(names, zip(*found), strict=True)}
 
     def _check(self, positional: int, given: Mapping[str, Tensor]) -> None:
         known = self._common.captured.inputs

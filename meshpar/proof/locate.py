@@ -51,7 +51,7 @@ def first_difference(pm: ParallelModel, state: Mapping[str, torch.Tensor], batch
     `state` (whole, by name). Call inside `simulate`, in float64.
     """
     program, inputs = _first_microbatch(pm, batch)
-    if program.is_random:
+    if program.extra.random_key is not None:
         return None
     both = _Both(program, _coordinates(pm), inputs, state)
     return _forward(both) or _backward(both) or _sums(both)
@@ -63,8 +63,7 @@ def _first_microbatch(pm: ParallelModel, batch: Mapping[str, Any] | tuple[Any, .
     tensors, variant = pm._program(args, kwargs, count)
     program = variant.program
     parts = [pm._inputs(program, part, i) for i, part in enumerate(pm._microbatches(program, tensors, count))]
-    counted = {f"denominator_{i}": value for i, value in enumerate(pm._engine.count(program, parts))}
-    return program, {**parts[0], **counted}
+    return program, {**parts[0], **pm._engine.count(program, parts)}
 
 
 def _coordinates(pm: ParallelModel) -> dict[int, dict[str, int]]:

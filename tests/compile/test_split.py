@@ -23,7 +23,7 @@ from meshpar.ops.collectives import i_to_r_many
 from meshpar.passes.attention import SimplifyAttention
 from meshpar.passes.coalesce import Coalesce
 from meshpar.passes.lower import Lower
-from meshpar.passes.randomness import KEY, SeedRandom
+from meshpar.passes.randomness import SeedRandom
 from meshpar.sharding.types import I, R
 from meshpar.simulate import per_rank, simulate
 from tests.compile.staged import backward, captured_model, check, compare, run_graph, run_stages, starts_of, state_of
@@ -249,7 +249,7 @@ def test_lowered_graphs(name: str, count: int) -> None:
         graph = SimplifyAttention()(Lower(plan.axes[0], axis)(captured.graph))
         graph = SeedRandom((axis,))(Coalesce(frozenset(captured.parameters))(graph))
         stages = split(graph, count, parameters=captured.parameters, wanted=[captured.loss or 0])
-        inputs: dict[str, Any] = {**batch, KEY: 17}
+        inputs: dict[str, Any] = {**batch, "random_key": 17}
         check(stages, [str(n.target) for n in graph.nodes if n.op == "placeholder"])
         loss_at = captured.loss or 0
         whole, parts = _local(model, captured, plan), _local(model, captured, plan)

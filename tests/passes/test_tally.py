@@ -9,7 +9,8 @@ from torch import fx
 
 from meshpar.graph.facts import Facts, facts, set_facts
 from meshpar.ops import load
-from meshpar.passes.tally import TALLY, TallyExperts
+from meshpar.passes.inputs import extra_inputs
+from meshpar.passes.tally import TallyExperts
 
 
 def graph_of(modules: list[str]) -> fx.Graph:
@@ -26,7 +27,7 @@ def graph_of(modules: list[str]) -> fx.Graph:
 
 def test_every_dispatch_notes_its_ends() -> None:
     graph = TallyExperts()(graph_of(["a", "b", "b"]))
-    assert [n.target for n in graph.nodes if n.op == "placeholder"] == ["h", "index", TALLY]
+    assert [n.target for n in graph.nodes if n.op == "placeholder"] == ["h", "index", extra_inputs(graph).expert_tally]
     tally = load.Tally()
     run = fx.GraphModule(torch.nn.Module(), graph)
     run(torch.randn(4, 2), torch.tensor([[0], [2], [2], [0]]), tally)

@@ -11,7 +11,8 @@ from torch import fx
 
 from meshpar.graph.facts import Facts, Info, set_facts
 from meshpar.ops import deferred
-from meshpar.passes.weight_gradients import QUEUE, DeferWeightGradients
+from meshpar.passes.inputs import extra_inputs
+from meshpar.passes.weight_gradients import DeferWeightGradients
 
 aten = torch.ops.aten
 
@@ -44,7 +45,7 @@ def test_what_waits(name: str) -> None:
     graph = DeferWeightGradients(frozenset({"m.w", "m.b"}))(graph_of(target, shapes, arguments))
     (call,) = (n for n in graph.nodes if n.op == "call_function")
     assert call.target is wanted
-    assert (QUEUE in [n.target for n in graph.nodes if n.op == "placeholder"]) == (wanted is not target)
+    assert (extra_inputs(graph).weight_gradients is not None) == (wanted is not target)
 
 
 def test_what_is_frozen_has_nothing_to_wait_for() -> None:
