@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from meshpar.compile.place import place
 from meshpar.compile.split import mark, split
 from meshpar.compile.stages import choose
 from meshpar.errors import PlanError, near, raise_all
@@ -64,6 +65,9 @@ def decide(captured: Captured, request: Decision) -> Plan:
     graph, axes = captured.graph, list[AxisPlan]()
     whole = infer(graph)
     outputs = _pinned_outputs(captured)
+    stages, held = _stages(captured, request)
+    if stages:
+        place(graph, stages, held)
     for name, size in request.axes:
         if size == 1:
             continue
@@ -87,7 +91,6 @@ def decide(captured: Captured, request: Decision) -> Plan:
         axes.append(_for_all_owners(plan, captured.graph, axes))
         if name != request.axes[-1][0]:
             graph = Lower(plan, Axis(name, size, 0, name))(graph)
-    stages, held = _stages(captured, request)
     return Plan(
         request.mesh,
         fingerprint(captured),

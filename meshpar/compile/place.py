@@ -6,27 +6,31 @@ its parameters: a call runs where what it reads is, as early as possible.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
 
 from meshpar.compile.split import mark
 from meshpar.errors import PlanError, raise_all
-from meshpar.graph.captured import Captured
 from meshpar.graph.facts import facts, set_facts
-from meshpar.plan import Plan
+from meshpar.plan import StagePlan
 
 
-def place(captured: Captured, plan: Plan) -> None:
-    """Set the `stage` of every call of `captured`. Raises PlanError where a parameter is used on a stage that does not hold it."""
-    starts = [stage.start for stage in plan.stages[1:]]
+def place(graph: fx.Graph, stages: Sequence[StagePlan], held: Mapping[str, tuple[int, ...]]) -> None:
+    """Set the `stage` of every call of a captured graph. `held`: parameter -> the stages that hold it.
+
+    To be done before any axis is typed: which conversions there are depends on it, and a plan names the calls of what earlier axes became.
+    Raises PlanError where a parameter is used on a stage that does not hold it.
+    """
+    starts = [stage.start for stage in stages[1:]]
     if all(starts):
-        mark(captured.graph, starts)
+        mark(graph, starts)
     else:
-        _follow(captured.graph, {name: p.stages for name, p in plan.parameters.items()})
+        _follow(graph, held)
 
 
-def _follow(graph: fx.Graph, held: dict[str, tuple[int, ...]]) -> None:
+def _follow(graph: fx.Graph, held: Mapping[str, tuple[int, ...]]) -> None:
     complaints = []
     reads: dict[fx.Node, tuple[tuple[str, tuple[int, ...]], ...]] = {}
     for node in graph.nodes:

@@ -218,7 +218,7 @@ class Programs:
         if remember and not self.pinned:
             self.pinned = dict(plan.parameters)
         if plan.stages:
-            place(captured, plan)
+            place(captured.graph, plan.stages, {name: p.stages for name, p in plan.parameters.items()})
         axes = typed_axes(self.mesh)
         summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if ROLES[a.name].own_batches}
         graph = lowered(captured, plan, axes, summed)
