@@ -188,7 +188,8 @@ class Facts:
         return replace(self, info=info, part_of=replace(part, typed=(*part.typed, (*axis, types))), cut=cut)
 
     def converted(self, change: Change, info: Info, *, at: Facts) -> Facts:
-        """Of the same value in another type, converted where `at` is, which asks for it."""
+        """Of the same value in another type, converted where `at` is, which asks for it: in its block, and on whichever stage of the
+        pipeline lets less be sent (it has no `stage` of its own, see `compile.split`)."""
         part = self.part_of and self.part_of.converted(change)
         return replace(at.beside(info), stage=None, part_of=part, cut=self.cut, conversion=change)
 
