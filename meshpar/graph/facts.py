@@ -14,6 +14,7 @@ graphs of ours have no other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -63,7 +64,10 @@ Results = Info | DataSized | tuple[Info | DataSized | None, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a conversion does: between which types, on the `axis` of `size` ranks, of a value that is `whole` on this axis."""
+    """What a conversion does: between which types, on the `axis` of `size` ranks, of a value that is `whole` on this axis.
+
+    (Whole as far as ranks of this axis are concerned: later axes may cut it.)
+    """
 
     axis: str
     size: int
@@ -180,12 +184,21 @@ class Facts:
         part = self.part_of and replace(self.part_of, index=index)
         return replace(self.beside(info), part_of=part, cut=self.cut)
 
-    def lowered(self, name: str, axis: tuple[str, int], types: tuple[Type, ...], info: Results) -> Facts:
-        """Of the part that a rank holds once the value has these `types` on one `axis` (name, size) more. `name`: the node's own."""
+    def lowered(self, name: str, axis: tuple[str, int], types: tuple[Type, ...], held: Callable[[Info, Type], Info]) -> Facts:
+        """Of the part that a rank holds once the value has these `types` on one `axis` (name, size) more.
+
+        `name`: the node's own. `held`: what a rank has of a tensor of a type. What is sent over earlier axes becomes smaller too.
+        """
         part = self.part_of or PartOf(name)
+        infos = self.info if isinstance(self.info, tuple) else (self.info,)
+        local = tuple(held(i, t) if isinstance(i, Info) else None for i, t in zip(infos, types, strict=True))
+        change = self.conversion and replace(self.conversion, whole=held(self.conversion.whole, types[0]))
+        exchange = self.exchange and replace(self.exchange, rows=held(self.exchange.rows, types[0]))
         different = any(isinstance(t, (Shard, Partial, Ragged)) for t in types)
         cut = tuple(sorted({*self.cut, axis[0]})) if different else self.cut
-        return replace(self, info=info, part_of=replace(part, typed=(*part.typed, (*axis, types))), cut=cut)
+        info = local if isinstance(self.info, tuple) else local[0]
+        part = replace(part, typed=(*part.typed, (*axis, types)))
+        return replace(self, info=info, part_of=part, cut=cut, conversion=change, exchange=exchange)
 
     def converted(self, change: Change, info: Info, *, at: Facts) -> Facts:
         """Of the same value in another type, converted where `at` is, which asks for it: in its block, and on whichever stage of the

@@ -77,9 +77,7 @@ class _Lowering:
 
     def _made(self, node: fx.Node, new: fx.Node, plan: NodePlan) -> None:
         """Remember what `new` holds, and convert at once what other blocks will ask for in another type."""
-        local = tuple(None if i is None else self._local(i, t) for i, t in zip(infos_of(node), plan.outs, strict=True))
-        here = local if gives_several(node) else local[0]
-        set_facts(new, facts(node).lowered(node.name, (self.axis.name, self.axis.size), plan.outs, here))
+        set_facts(new, facts(node).lowered(node.name, (self.axis.name, self.axis.size), plan.outs, self._local))
         for index, type_ in enumerate(plan.outs):
             value = (node, index)
             self.types[value] = type_
@@ -87,7 +85,7 @@ class _Lowering:
             if not gives_several(node):
                 self.held[value] = new
         if gives_several(node):
-            self._items(node, new, local)
+            self._items(node, new, infos_of(new))
         for index, handed in enumerate(plan.handed):
             if handed is not None and (node, index) in self.held:
                 self._as(self._value_node(node, index), handed)

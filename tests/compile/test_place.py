@@ -17,7 +17,7 @@ from meshpar.compile.place import place
 from meshpar.compile.program import lowered
 from meshpar.compile.split import StageGraph, split
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import facts
+from meshpar.graph.facts import facts, gives_several, info_of
 from meshpar.mesh import mesh_sizes, typed_axes
 from meshpar.ops.load import Tally
 from meshpar.plan import Plan
@@ -142,3 +142,21 @@ def test_every_call_of_a_plan_is_the_one_that_it_was_made_for(simulated: Any) ->
     assert all(converted), "each stage has conversions on the data axis"
     known = {name for axis in plan.axes if axis.axis == "tp" for name in axis.nodes}
     assert any(name.startswith("p_to_") for name in known)
+
+
+@pytest.mark.parametrize(("kind", "mesh"), [(Flat, "dp=2,tp=2"), (Routed, "ep=2,tp=2")])
+def test_what_later_axes_cut_is_not_sent_whole(kind: type[nn.Module], mesh: str, simulated: Any) -> None:
+    """The ledger counts what a rank has of the mean and of the rows, not what it would have without tp."""
+    torch.manual_seed(0)
+    batch = {"ids": torch.randint(16, (4, 6)), "labels": torch.randint(16, (4, 6))}
+    with simulated(4):
+        _, _, stages = staged(kind().double(), batch, mesh, False)
+    seen = []
+    for node in (n for stage in stages for n in stage.graph.nodes if n.op == "call_function"):
+        change, exchange = facts(node).conversion, facts(node).exchange
+        if change is not None and change.axis != "tp" and not isinstance(change.after, Shard) and not isinstance(change.before, Shard):
+            assert change.whole.shape == info_of(node).shape
+            seen.append(change.whole.shape)
+        elif exchange is not None and not gives_several(node):
+            assert exchange.rows.shape == info_of(node).shape
+    assert (1, 6, 4) in seen, "the mean, half of it on each tp rank"

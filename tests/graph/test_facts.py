@@ -58,10 +58,12 @@ def test_an_item_is_not_the_call() -> None:
 
 
 def test_lowered_is_the_same_call_on_one_axis_more() -> None:
-    found = FULL.lowered("mul", ("tp", 4), (plain(0, 4),), LESS)
+    found = FULL.lowered("mul", ("tp", 4), (plain(0, 4),), lambda info, type_: LESS)
     assert found.part_of == PartOf("linear_2", (("dp", 2, (P,)), ("tp", 4, (plain(0, 4),)))) and found.cut == ("dp", "tp")
-    assert said(found) == said(FULL)
-    assert Facts(INFO).lowered("mul", ("tp", 4), (R,), INFO) == Facts(INFO, part_of=PartOf("mul", (("tp", 4, (R,)),)))
+    assert said(found) == said(FULL) and found.info == LESS
+    assert found.conversion is not None and found.conversion.whole == LESS, "less is sent on the axes before"
+    assert found.exchange is not None and found.exchange.rows == LESS
+    assert Facts(INFO).lowered("mul", ("tp", 4), (R,), lambda info, type_: info) == Facts(INFO, part_of=PartOf("mul", (("tp", 4, (R,)),)))
 
 
 def test_converted_is_the_value_where_it_is_asked_for() -> None:
