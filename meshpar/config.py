@@ -12,6 +12,7 @@ from meshpar.errors import ConfigError, near, raise_all
 
 MiB = 2**20
 
+Context = Literal["auto", "gather", "heads", "ring"]
 ScheduleName = Literal["gpipe", "1f1b", "looped-bfs", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"]
 Recompute = Literal["none", "selective", "full"]
 DataParallel = Literal["replicate", "zero1", "zero2", "zero3"]
@@ -26,6 +27,7 @@ SCHEDULES: Mapping[str, tuple[int, int | None]] = {
     "dualpipev": (2, 2),
 }
 """Pipeline schedule -> the fewest and the most stages it puts on one rank (None: no limit)."""
+CONTEXT = ("auto", "gather", "heads", "ring")
 RECOMPUTE = ("none", "selective", "full")
 DATA_PARALLEL = ("replicate", "zero1", "zero2", "zero3")
 
@@ -111,6 +113,10 @@ class ParallelConfig:
     """Layers per stage, or the modules at which stages 1, 2, ... begin; None balances cost."""
     sequence_parallel: bool | Literal["auto"] = "auto"
     """Whether the residual stream is split along the sequence over `tp`; "auto" does so where it costs no extra communication."""
+    context: Context = "auto"
+    """Attention where `cp` cuts the sequence: "gather" keys and values, "heads" by an all-to-all, or a "ring" (in a sliding window only the
+    few keys before a rank's own are fetched, its halo). "auto" decides for each layer by price. A layer that cannot have the form that is
+    asked for takes another one: `explain()` says which each has."""
     recompute: Recompute = "none"
     """What is computed again in backward, per block: nothing, all but matmul and attention outputs, or everything."""
     data_parallel: DataParallel = "zero3"
@@ -175,6 +181,7 @@ class ParallelConfig:
             f"{name}={value!r}: one of {', '.join(allowed)}.{near(str(value), allowed)}"
             for name, value, allowed in (
                 ("schedule", self.schedule, tuple(SCHEDULES)),
+                ("context", self.context, CONTEXT),
                 ("recompute", self.recompute, RECOMPUTE),
                 ("data_parallel", self.data_parallel, DATA_PARALLEL),
             )

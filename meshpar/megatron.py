@@ -41,6 +41,8 @@ def _sharding(value: Any) -> tuple[str, Any]:
     return "data_parallel", _SHARDING.get(value, value)
 
 
+_CONTEXT = {"p2p": "ring", "all_gather": "gather", "a2a": "heads"}
+
 FIELDS: Mapping[str, Callable[[Any], tuple[str, Any]]] = {
     "sequence_parallel": lambda value: ("sequence_parallel", bool(value)),
     "virtual_pipeline_model_parallel_size": _virtual,
@@ -52,6 +54,7 @@ FIELDS: Mapping[str, Callable[[Any], tuple[str, Any]]] = {
     "bucket_size": lambda value: ("bucket_bytes", None if value is None else value * _BYTES_PER_GRADIENT),
     "overlap_grad_reduce": lambda value: ("overlap_grad_reduce", bool(value)),
     "overlap_param_gather": lambda value: ("overlap_param_gather", bool(value)),
+    "cp_comm_type": lambda value: ("context", _CONTEXT.get(value, "auto") if isinstance(value, str) else None),
     "tp_comm_overlap": lambda value: ("overlap_tensor_parallel", bool(value)),
     "async_tensor_model_parallel_allreduce": lambda value: ("overlap_tensor_parallel", bool(value)),
     "num_microbatches": lambda value: ("microbatches", value),
@@ -156,7 +159,6 @@ NOTHING: Mapping[str, str] = {
     "no_sync_func": _HOOK,
     "grad_sync_func": _HOOK,
     "param_sync_func": _HOOK,
-    "cp_comm_type": "ring or all-gather is chosen by the plan",
 }
 """Name -> why it has no meaning here."""
 

@@ -1,13 +1,13 @@
 """What each mesh axis does: one row an axis, outermost first. No other file compares an axis with a name.
 
-    axis           divides     own batches   parameters             typed as
-    pp             stages      no            each rank its own      -
-    dp             samples     yes           shared out             dp
-    dp_replicate   samples     yes           a copy on every rank   dp
-    dp_shard       samples     yes           shared out             dp
-    cp             sequence    no            shared out             cp
-    ep             experts     yes           shared out, or cut     ep
-    tp             weights     no            cut                    tp
+    axis           divides     own batches   gradients   parameters             typed as
+    pp             stages      no            its own     each rank its own      -
+    dp             samples     yes           summed      shared out             dp
+    dp_replicate   samples     yes           summed      a copy on every rank   dp
+    dp_shard       samples     yes           summed      shared out             dp
+    cp             sequence    no            summed      shared out             cp
+    ep             experts     yes           summed      shared out, or cut     ep
+    tp             weights     no            its own     cut                    tp
 
 The axis that talks most is innermost, inside the fastest links. Values are typed on one axis after the other, in the order of the rows;
 axes that are typed as one are one axis to the solver and to lowering. A new axis is a row here, and, where it divides something new, a
@@ -29,7 +29,9 @@ class Role:
 
     divides: Divides
     own_batches: bool = False
-    """Whether its ranks are fed batches of their own: gradients of what they share are pending sums."""
+    """Whether its ranks are fed batches of their own."""
+    sums: bool = False
+    """Whether gradients of what its ranks share are pending sums: each saw samples, or positions, of its own."""
     shares_out: bool = False
     """Whether data parallelism shares parameters, gradients and optimizer state out over it."""
     typed: str | None = None
@@ -43,11 +45,11 @@ class Role:
 
 ROLES: dict[str, Role] = {
     "pp": Role("stages"),
-    "dp": Role("samples", own_batches=True, shares_out=True, typed="dp"),
-    "dp_replicate": Role("samples", own_batches=True, typed="dp"),
-    "dp_shard": Role("samples", own_batches=True, shares_out=True, typed="dp"),
-    "cp": Role("sequence", shares_out=True, typed="cp"),
-    "ep": Role("experts", own_batches=True, shares_out=True, typed="ep"),
+    "dp": Role("samples", own_batches=True, sums=True, shares_out=True, typed="dp"),
+    "dp_replicate": Role("samples", own_batches=True, sums=True, typed="dp"),
+    "dp_shard": Role("samples", own_batches=True, sums=True, shares_out=True, typed="dp"),
+    "cp": Role("sequence", sums=True, shares_out=True, typed="cp"),
+    "ep": Role("experts", own_batches=True, sums=True, shares_out=True, typed="ep"),
     "tp": Role("weights", typed="tp"),
 }
 
@@ -72,9 +74,14 @@ def with_own_batches(among: Iterable[str], *, without: Divides | None = None) ->
     return tuple(name for name in among if ROLES[name].own_batches and ROLES[name].divides != without)
 
 
+def summing(among: Iterable[str], *, without: Divides | None = None) -> tuple[str, ...]:
+    """Those of the axes over which gradients are summed, except those that divide `without`."""
+    return tuple(name for name in among if ROLES[name].sums and ROLES[name].divides != without)
+
+
 def copying(among: Iterable[str]) -> tuple[str, ...]:
-    """Those of the data axes on every rank of which data parallelism keeps a copy."""
-    return tuple(name for name in among if ROLES[name].own_batches and not ROLES[name].shares_out)
+    """Those of the axes that gradients are summed over on every rank of which data parallelism keeps a copy."""
+    return tuple(name for name in among if ROLES[name].sums and not ROLES[name].shares_out)
 
 
 def typed(among: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 from torch import fx
@@ -44,6 +45,8 @@ class Decision:
     axes: tuple[tuple[str, int], ...]
     """The axes to type, in order: ("dp", 2) for all data axes but `ep` together, then ("ep", 2), then ("tp", 2)."""
     sequence: bool = True
+    context: str = "auto"
+    """How attention is computed where an axis cuts the sequence."""
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
     pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
@@ -68,7 +71,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
     stages, held = _stages(captured, request)
     if stages:
         place(graph, stages, held)
-    for name, size in request.axes:
+    for at, (name, size) in enumerate(request.axes):
         if size == 1:
             continue
         role = ROLES[name]
@@ -85,6 +88,8 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 owned=request.owned,
                 sequence=request.sequence,
                 outputs=outputs,
+                context=request.context,
+                inner=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].divides == "weights"),
             ),
             whole if graph is captured.graph else None,
         )

@@ -11,8 +11,8 @@ from torch import fx
 
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
-from meshpar.graph.op import op_name, value_info
-from meshpar.ops import vocab_parallel
+from meshpar.graph.op import op_name, operands, value_info
+from meshpar.ops import halo, ring, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_REDUCE, ALL_TO_ALL, conversion, wire_bytes
@@ -23,7 +23,7 @@ def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
 
     Bytes are what each device sends with ring algorithms: an all-reduce of n bytes over t ranks sends 2 n (t-1)/t.
     """
-    return tuple(entry for node in graph.nodes for entry in _entries(node))
+    return tuple(entry for node in graph.nodes for entry in entries(node))
 
 
 def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[Comm, ...]:
@@ -48,7 +48,8 @@ def _sent(stage: StageGraph) -> Iterator[Comm]:
                 yield Comm("send", stage_axis(), "backward", float(info.nbytes), 1, node.name, module, region, stage.index)
 
 
-def _entries(node: fx.Node) -> Iterator[Comm]:
+def entries(node: fx.Node) -> Iterator[Comm]:
+    """What one node sends."""
     known = facts(node)
     if known.conversion is not None:
         yield from _converted(node, [known.conversion])
@@ -56,12 +57,29 @@ def _entries(node: fx.Node) -> Iterator[Comm]:
         yield from _converted(node, known.joined)
     if known.exchange is not None:
         yield from _exchanged(node, known.exchange)
+    if node.target in (ring.ring_attention, halo.halo_attention):
+        yield from _between_parts(node)
     if node.target is vocab_parallel.cross_entropy:
         target: Any = node.args[1]
         where: dict[str, Any] = node.kwargs
         tokens, smoothing = prod(info_of(target).shape), where.get("label_smoothing", 0.0)
         for sent in vocab_parallel.cross_entropy_traffic(tokens, info_of(node).dtype, where["size"], label_smoothing=smoothing):
             yield _comm(node, ALL_REDUCE, known.axis or "", sent.phase, float(sent.nbytes))
+
+
+def _between_parts(node: fx.Node) -> Iterator[Comm]:
+    """Keys and values that go round, or those before a rank's own positions; backward also their gradients."""
+    key, value = (info_of(n) for n in operands(node)[1:3])
+    where: dict[str, Any] = node.kwargs
+    sent, size = float(key.nbytes + value.nbytes), where["size"]
+    if node.target is ring.ring_attention:
+        forward, backward = sent * (size - 1), sent * (2 * size - 1)
+    else:
+        pieces: Any = node.args[5]
+        forward = backward = sent * min(1.0, (where["window"] - 1) * len(pieces) / key.shape[2])
+    name = "ring" if node.target is ring.ring_attention else "halo"
+    for phase, count in (("forward", forward), ("backward", backward)):
+        yield _comm(node, name, facts(node).axis or "", phase, count)
 
 
 def _exchanged(node: fx.Node, exchange: Exchange) -> Iterator[Comm]:

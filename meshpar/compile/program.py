@@ -49,7 +49,7 @@ from meshpar.passes.tally import TallyExperts
 from meshpar.passes.weight_gradients import DeferWeightGradients
 from meshpar.pipeline.order import schedule_of
 from meshpar.plan import ParameterPlan, Plan
-from meshpar.roles import ROLES, copying, dividing, with_own_batches
+from meshpar.roles import ROLES, copying, dividing, summing
 from meshpar.sharding.types import Owned, Shard
 from meshpar.simulate import is_simulated
 
@@ -209,6 +209,8 @@ class Programs:
             )
         if scale > 1:
             expand_batch_norm(captured.graph)
+        if any(mesh_sizes(self.mesh)[name] > 1 for name in dividing("sequence", mesh_sizes(self.mesh))):
+            SimplifyAttention(windows=True)(captured.graph)  # a part of a causal mask is not causal: it is read while it is whole
         return captured
 
     def _program(self, signature: BatchSignature, captured: Captured, *, remember: bool = True) -> Program:
@@ -220,7 +222,7 @@ class Programs:
         if plan.stages:
             place(captured.graph, plan.stages, {name: p.stages for name, p in plan.parameters.items()})
         axes = typed_axes(self.mesh)
-        summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if ROLES[a.name].own_batches}
+        summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if ROLES[a.name].sums}
         graph = lowered(captured, plan, axes, summed)
         if plan.stages and remember:
             return self._staged(signature, captured, plan, graph)
@@ -261,6 +263,7 @@ class Programs:
             tuple(mesh_sizes(self.mesh).items()),
             tuple((a.name, a.size) for a in axes),
             sequence=bool(self.config.sequence_parallel),
+            context=self.config.context,
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
             stages=self._stage_request() if staged else None,
@@ -325,13 +328,13 @@ def unmanaged(plan: Plan, axis: str, mesh: DeviceMesh, config: ParallelConfig) -
 
 def left_alone(plan: Plan, mesh: DeviceMesh, config: ParallelConfig) -> frozenset[str]:
     """The parameters that data parallelism does not manage."""
-    data = with_own_batches(mesh.mesh_dim_names or ())
+    data = summing(mesh.mesh_dim_names or ())
     if not data:
         return frozenset()
     ranks = {name: [plan.stages[s].rank for s in p.stages] for name, p in plan.parameters.items() if len(p.stages) > 1}
     found = {name for name, held in ranks.items() if len(set(held)) < len(held)}
     found |= {name for name, p in plan.parameters.items() if not p.shape}  # without dims: nothing to share out
-    dense = with_own_batches(data, without="experts")
+    dense = summing(data, without="experts")
     if config.data_parallel == "replicate" or set(dense) <= set(copying(dense)):
         experts = dividing("experts", data)
         found |= {name for name, p in plan.parameters.items() if any(isinstance(p.placements.get(n), (Shard, Owned)) for n in experts)}
@@ -360,6 +363,7 @@ def _options(config: ParallelConfig) -> dict[str, Any]:
         "recompute": config.recompute,
         "data_parallel": config.data_parallel,
         "sequence_parallel": bool(config.sequence_parallel),
+        "context": config.context,
     }
 
 

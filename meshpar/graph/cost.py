@@ -11,6 +11,7 @@ from torch import fx
 
 import meshpar.ops.experts  # noqa: F401  (registers meshpar::grouped_mm)
 from meshpar.graph.facts import infos_of
+from meshpar.ops import context, halo, ring
 
 aten = torch.ops.aten
 
@@ -64,6 +65,12 @@ def _attention(node: fx.Node) -> int:
     return 2 * pairs * (query[-1] + value[-1])
 
 
+def _windowed_attention(node: fx.Node) -> int:
+    """Of each query with as many keys as its window has."""
+    query, value = _shape(node.args[0]), _shape(node.args[2])
+    return 2 * prod(query[:-1]) * int(node.kwargs["window"]) * (query[-1] + value[-1])  # type: ignore[arg-type]
+
+
 _FLOPS: Mapping[Any, Callable[[fx.Node], int]] = {
     aten.linear.default: _product(0),
     aten.matmul.default: _product(0),
@@ -75,6 +82,9 @@ _FLOPS: Mapping[Any, Callable[[fx.Node], int]] = {
     aten.baddbmm.default: _product(1),
     aten.addbmm.default: _product(1),
     aten.scaled_dot_product_attention.default: _attention,
+    context.causal_attention: _attention,
+    **dict.fromkeys((halo.windowed_attention, halo.halo_attention), _windowed_attention),
+    ring.ring_attention: lambda node: _attention(node) * int(node.kwargs["size"]),  # type: ignore[arg-type]
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.conv3d.default: _convolution,

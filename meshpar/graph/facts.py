@@ -192,8 +192,9 @@ class Facts:
         part = self.part_of or PartOf(name)
         infos = self.info if isinstance(self.info, tuple) else (self.info,)
         local = tuple(held(i, t) if isinstance(i, Info) else None for i, t in zip(infos, types, strict=True))
-        change = self.conversion and replace(self.conversion, whole=held(self.conversion.whole, types[0]))
-        exchange = self.exchange and replace(self.exchange, rows=held(self.exchange.rows, types[0]))
+        change, exchange, first = self.conversion, self.exchange, (infos[0], local[0])
+        change = change and replace(change, whole=_share(change.whole, *first))
+        exchange = exchange and replace(exchange, rows=_share(exchange.rows, *first))
         different = any(isinstance(t, (Shard, Partial, Ragged)) for t in types)
         cut = tuple(sorted({*self.cut, axis[0]})) if different else self.cut
         info = local if isinstance(self.info, tuple) else local[0]
@@ -205,6 +206,13 @@ class Facts:
         pipeline lets less be sent (it has no `stage` of its own, see `compile.split`)."""
         part = self.part_of and self.part_of.converted(change)
         return replace(at.beside(info), stage=None, part_of=part, cut=self.cut, conversion=change)
+
+
+def _share(sent: Info, whole: Results, local: Info | None) -> Info:
+    """What is sent over an earlier axis, of a value of which this rank holds `local` of `whole`."""
+    assert isinstance(whole, Info) and local is not None
+    shape = (n * part // n_whole if n_whole else n for n, n_whole, part in zip(sent.shape, whole.shape, local.shape, strict=True))
+    return replace(sent, shape=tuple(shape))
 
 
 _KEY = "facts"

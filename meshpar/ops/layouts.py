@@ -48,7 +48,7 @@ def _cuts(segments: Segments, size: int) -> tuple[tuple[tuple[int, int], ...], .
 def _cached_cuts(segments: Segments, size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     starts = [0]
     for units, unit in segments:
-        starts.append(starts[-1] + units * unit)
+        starts.append(starts[-1] + abs(units) * unit)
     bounds = [[chunk(units, size, rank) for units, _ in segments] for rank in range(size)]
     return tuple(
         tuple((starts[i] + low * segments[i][1], starts[i] + high * segments[i][1]) for i, (low, high) in enumerate(row)) for row in bounds
@@ -79,8 +79,8 @@ def join(parts: Sequence[Tensor], layout: Any, size: int) -> Tensor:
     cuts = _cuts(segments, size)
     places = [0] * size
     pieces = []
-    for segment in range(len(segments)):
-        for rank in range(size):
+    for segment, (units, _) in enumerate(segments):
+        for rank in range(size) if units >= 0 else reversed(range(size)):
             low, high = cuts[rank][segment]
             stretches, along = _stretched(parts[rank], dim, repeat)
             pieces.append(stretches.narrow(along, places[rank], high - low))

@@ -5,11 +5,12 @@ All have one signature, `(x, layout, axis) -> y`: `layout` is () or the fields o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from meshpar._torch import LocalTensor, below_autograd, functional, is_view
 from meshpar.ops.layouts import (
@@ -142,6 +143,35 @@ def _exchange(parts: Tensor, size: int, group: str) -> Tensor:
     """Piece q of dim 0 (of `size` equal pieces) goes to rank q."""
     split = [parts.shape[0] // size] * size
     return call(functional.all_to_all_single.default, parts, split, split, group)
+
+
+def rotated(x: Tensor, axis: Any) -> Tensor:
+    """What the neighbour before had: every rank sends its `x` (one dim) to the next one, the last to the first."""
+    group, size, rank = axis
+    if size == 1:
+        return x
+    if rank < 0:
+        parts = on_rank(lambda r, x: torch.cat([x if q == (r + 1) % size else torch.zeros_like(x) for q in range(size)]), axis, x)
+        found: Tensor = on_rank(lambda r, y: y.unflatten(0, (size, -1))[(r - 1) % size].clone(), axis, _exchange(parts, size, group))
+        return found
+    sent, received = ([x.shape[0] if q == at % size else 0 for q in range(size)] for at in (rank + 1, rank - 1))
+    return call(functional.all_to_all_single.default, x.contiguous(), received, sent, group)
+
+
+def exchanged(parts: tuple[Tensor, ...], received: Sequence[Sequence[int]], axis: Any) -> Tensor:
+    """The rows that all ranks have for this one, one rank's after the other's. `parts`: by rank, the rows `[n, c]` that go there.
+
+    `received`: for each rank of the axis, how many rows come from each.
+    """
+    group, size, rank = axis
+    if rank >= 0:
+        sent = [part.shape[0] for part in parts]
+        return call(functional.all_to_all_single.default, torch.cat(parts), list(received[rank]), sent, group)
+    most = max(max(counts) for counts in received)
+    even = on_rank(lambda _, *parts: torch.cat([pad(part, (0, 0, 0, most - part.shape[0])) for part in parts]), axis, *parts)
+    moved = _exchange(even, size, group)
+    found: Tensor = on_rank(lambda r, y: torch.cat([y[q * most : q * most + count] for q, count in enumerate(received[r])]), axis, moved)
+    return found
 
 
 def on_rank(fn: Callable[..., Any], axis: tuple[str, int, int], *tensors: Tensor) -> Any:

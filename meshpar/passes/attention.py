@@ -7,8 +7,9 @@
       y = sdpa(q, k', v', mask)
 
 A model that looks at its mask to see whether it may be left out cannot do so under capture, and writes a plain causal mask out. With it the
-fast kernels are out of reach, and keys and values of grouped heads are repeated before the call. A mask that comes from numbers alone is
-computed here and compared. It is read after lowering: the pass changes neither types nor the plan.
+fast kernels are out of reach, and keys and values of grouped heads are repeated before the call. What a mask that comes from numbers alone
+lets each query see is read here, of any length where that is an interval (see `passes.intervals`), else from all of it. It is done after
+lowering, where it changes neither types nor the plan; before it where an axis cuts the sequence: a part of a causal mask is not causal.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch import fx
 from meshpar._torch import OpOverload, without_modes
 from meshpar.graph.facts import Info, facts, info_of
 from meshpar.graph.op import operands, read
+from meshpar.ops.halo import windowed_attention
+from meshpar.passes.intervals import intervals
 
 aten = torch.ops.aten
 
@@ -31,8 +34,10 @@ aten = torch.ops.aten
 class SimplifyAttention:
     """Replace constant causal masks by `is_causal`, and then repeated keys and values by `enable_gqa`. Changes the graph in place."""
 
+    windows: bool = False
+    """Whether sliding windows are written as such, where an axis cuts the sequence."""
     most_elements: int = 2**26
-    """Masks larger than this are not looked at."""
+    """Masks larger than this are not looked at in full."""
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         known: dict[fx.Node, bool] = {}
@@ -41,18 +46,22 @@ class SimplifyAttention:
                 continue
             arguments = read(node).arguments
             mask = arguments["attn_mask"]
-            if not isinstance(mask, fx.Node) or arguments["is_causal"]:
+            if not isinstance(mask, fx.Node) or arguments["is_causal"] or (arguments["dropout_p"] and facts(node).part_of is None):
                 continue
             lengths = info_of(arguments["query"]).shape[-2], info_of(arguments["key"]).shape[-2]
             if mask not in known:
                 known[mask] = self._is_causal(mask, *lengths)
-            if known[mask] and info_of(mask).shape[-2:] == lengths:
+            if self.windows and not known[mask] and (seen := intervals(mask)) is not None and seen.window is not None:
+                _in_window(node, arguments, seen.window)
+            elif known[mask] and info_of(mask).shape[-2:] == lengths:
                 _without_mask(node, arguments)
         return graph
 
     def _is_causal(self, mask: fx.Node, queries: int, keys: int) -> bool:
         """Whether the mask is known and lets every position see itself and what is before it."""
         info = info_of(mask)
+        if info.dtype == torch.bool and info.shape[-2:] == (queries, keys) and (found := intervals(mask)) is not None:
+            return found.is_causal
         nodes = self._constants(mask) if info.dtype == torch.bool and info.shape[-2:] == (queries, keys) else None
         if nodes is None:
             return False
@@ -87,16 +96,30 @@ def _elements(node: fx.Node, info: Info) -> int:
 
 
 def _without_mask(node: fx.Node, arguments: dict[str, Any]) -> None:
-    key, value = arguments["key"], arguments["value"]
-    short = _ungrouped(key), _ungrouped(value)
-    grouped = short[0] is not None and short[1] is not None and info_of(short[0]).shape[1] == info_of(short[1]).shape[1]
-    if grouped:
-        key, value = short
     before = operands(node)
+    key, value, grouped = _short(arguments)
     node.args = (arguments["query"], key, value, None, arguments["dropout_p"], True)
-    node.kwargs = {"scale": arguments["scale"], "enable_gqa": grouped or arguments["enable_gqa"]}
+    node.kwargs = {"scale": arguments["scale"], "enable_gqa": grouped}
     for operand in before:
         _erase_unused(operand)
+
+
+def _in_window(node: fx.Node, arguments: dict[str, Any], window: int) -> None:
+    before = operands(node)
+    key, value, grouped = _short(arguments)
+    node.target, node.args = windowed_attention, (arguments["query"], key, value)
+    node.kwargs = {"window": window, "scale": arguments["scale"], "enable_gqa": grouped}
+    for operand in before:
+        _erase_unused(operand)
+
+
+def _short(arguments: dict[str, Any]) -> tuple[Any, Any, bool]:
+    """Keys and values, of grouped heads without copies, and whether heads are grouped."""
+    key, value = arguments["key"], arguments["value"]
+    short = _ungrouped(key), _ungrouped(value)
+    if short[0] is not None and short[1] is not None and info_of(short[0]).shape[1] == info_of(short[1]).shape[1]:
+        return *short, True
+    return key, value, bool(arguments["enable_gqa"])
 
 
 def _ungrouped(repeated: fx.Node) -> fx.Node | None:

@@ -21,7 +21,7 @@ from torch import fx
 from meshpar.graph.facts import Change, Exchange, Info, facts, gives_several, info_of, infos_of, set_facts
 from meshpar.graph.op import Op, Value, operands, read, value_info, value_of
 from meshpar.mesh import Axis
-from meshpar.ops import collectives, expert_all_to_all, vocab_parallel
+from meshpar.ops import collectives, context, expert_all_to_all, halo, ring, vocab_parallel
 from meshpar.ops.each_rank import each_rank
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import conversion
@@ -416,6 +416,19 @@ def _convolution(call: LocalCall) -> None:
         call.set("groups", call.in_shape(1)[0])
 
 
+def _attention(call: LocalCall) -> None:
+    """Queries that are cut are not the first ones: what they may see follows from their positions."""
+    cut, a = call.in_shard(), call.op.arguments
+    window, causal = a.get("window"), a.get("is_causal", True)
+    if cut is None or cut.dim != len(call.op.infos[0].shape) - 2 or (call.plan.why not in ("ring", "halo") and not causal):
+        return
+    call.args = [*call.args[:3], cut.dim, cut.repeat, cut.segments]
+    call.kwargs = {"window": window, "scale": a["scale"], "enable_gqa": a["enable_gqa"], **call.where()}
+    call.target = {"halo": halo.halo_attention, "ring": ring.ring_attention}.get(call.plan.why, context.causal_attention)
+    if call.plan.why == "ring":
+        call.kwargs["causal"] = causal
+
+
 LOCAL: dict[str, Callable[[LocalCall], None]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape),
     "squeeze": _squeeze,
@@ -428,5 +441,6 @@ LOCAL: dict[str, Callable[[LocalCall], None]] = {
     "mean": _mean,
     "embedding": _embedding,
     "cross_entropy_loss": _cross_entropy,
+    **dict.fromkeys(("scaled_dot_product_attention", "meshpar.ops.halo.windowed_attention"), _attention),
     **dict.fromkeys(("convolution", "conv1d", "conv2d", "conv3d"), _convolution),
 }

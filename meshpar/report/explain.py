@@ -18,6 +18,7 @@ from meshpar.graph.op import op_name
 from meshpar.pipeline.schedule import Order
 from meshpar.pipeline.timing import Costs, bubble, simulate
 from meshpar.plan import AxisPlan, Comm, ParameterPlan, Plan
+from meshpar.report.context import attention
 from meshpar.report.text import Readable, count, table
 from meshpar.roles import ROLES, copying, dividing
 from meshpar.sharding.types import Shard, Type, local_shape
@@ -41,7 +42,7 @@ def explain(
     `unrecognised`: modules that look like layers of experts and are none, with the reason. `order`: that of a pipeline.
     """
     sections = [_mesh(plan), [] if order is None else _stages(plan, order), _parameters(plan, graph), _residual(plan, graph)]
-    sections += [_communication(plan, order), _repeated(plan, graph)]
+    sections += [_communication(plan, order), attention(plan, graph), _repeated(plan, graph)]
     sections.append(_remarks(inlined or {}, averaged, within, dropped, unrecognised or {}))
     return Readable("\n\n".join("\n".join(lines) for lines in sections if lines))
 
@@ -138,7 +139,7 @@ class _Row:
 
 
 def _parameters(plan: Plan, graph: fx.Graph) -> list[str]:
-    axes = [a.axis for a in plan.axes if not ROLES[a.axis].own_batches]
+    axes = [a.axis for a in plan.axes if not ROLES[a.axis].sums]
     sizes = dict(plan.mesh)
     rows = _rows(plan, graph)
     heading = ("parameter", "", "shape", *(("on a rank", *(f"over {a}" for a in axes), "because") if axes else ()))
@@ -395,8 +396,8 @@ def _traffic(comms: Sequence[Comm]) -> _Traffic:
 def _data_parallel(plan: Plan, order: Order | None) -> list[str]:
     """What FSDP2 sends in a step: it is not part of the graph."""
     sizes = dict(plan.mesh)
-    data = prod(size for name, size in sizes.items() if ROLES[name].own_batches)
-    in_graph = any((not c.axis or ROLES[c.axis].own_batches) and c.node.startswith("i_to_r") and c.phase == "backward" for c in plan.ledger)
+    data = prod(size for name, size in sizes.items() if ROLES[name].sums)
+    in_graph = any((not c.axis or ROLES[c.axis].sums) and c.node.startswith("i_to_r") and c.phase == "backward" for c in plan.ledger)
     mode, microbatches = str(plan.options.get("data_parallel", "")), int(plan.options.get("microbatches", 1))
     if data == 1 or mode not in _SHARED or in_graph:
         return []
@@ -427,8 +428,9 @@ def _local_bytes(plan: ParameterPlan, sizes: Mapping[str, int]) -> int:
 
 
 def _repeated(plan: Plan, graph: fx.Graph) -> list[str]:
-    """What every tensor rank computes although another one does too."""
-    return [line for axis in _tensor_axes(plan) if axis.size > 1 for line in _repeated_on(axis, plan, graph)]
+    """What every rank of an axis that cuts weights or the sequence computes although another one does too."""
+    axes = [axis for axis in plan.axes if ROLES[axis.axis].divides in ("weights", "sequence")]
+    return [line for axis in axes if axis.size > 1 for line in _repeated_on(axis, plan, graph)]
 
 
 def _repeated_on(axis: AxisPlan, plan: Plan, graph: fx.Graph) -> list[str]:
@@ -457,10 +459,22 @@ def _repeated_on(axis: AxisPlan, plan: Plan, graph: fx.Graph) -> list[str]:
                 f"  {name} has no sharding rule: {n:.0f} calls run whole, {count(cost)} operations, {count(size, 'B')} read and written"
             )
     known = {line.split(" ")[2] for line in lines[1:]}
+    if ROLES[axis.axis].divides == "sequence":
+        lines += _products(axis, graph)
     lines += [f"  {note}" for note in plan.notes if note.split(" ")[0] not in known]
     if missing:
         lines.append("  mp.add_rule teaches meshpar an operator")
     return lines
+
+
+def _products(axis: AxisPlan, graph: fx.Graph) -> list[str]:
+    """The products that every rank of an axis repeats, by the kind of module."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
+    for node in graph.nodes:
+        if node.op == "call_function" and axis.axis not in facts(node).cut and (cost := flops(node)):
+            entry = found[op_name(node.target), re.sub(r"\d+", "*", facts(node).module or "the model")]
+            entry[0], entry[1] = entry[0] + 1, entry[1] + cost
+    return [f"  {name} in {module}: {n:.0f} times, {count(cost)} operations" for (name, module), (n, cost) in found.items()]
 
 
 def _differentiable(node: fx.Node) -> bool:

@@ -75,7 +75,7 @@ def memory(plan: Plan, graph: fx.Graph, stages: Sequence[StageGraph] = (), order
     With a pipeline: of `rank`, when `stages` run in `order`.
     """
     sizes = dict(plan.mesh)
-    replicas = prod(s for n, s in sizes.items() if ROLES[n].own_batches)
+    replicas = prod(s for n, s in sizes.items() if ROLES[n].sums)
     mode = str(plan.options.get("data_parallel", "zero3"))
     shares = 1 if mode == "replicate" else replicas // prod(sizes[n] for n in copying(sizes))
     own = () if order is None else order.stages_of(rank)

@@ -97,7 +97,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     """
     precision = config.precision
     names = tuple(n for n in mesh.mesh_dim_names or () if roles.ROLES[n].typed)
-    data = roles.with_own_batches(names)
+    data = roles.summing(names)
     if not data:
         tree.set_compute_dtype(precision.compute_dtype)
         return DataParallelism(tree, config.data_parallel, ())
@@ -138,7 +138,7 @@ def _dims(data: Sequence[str], mode: Mode) -> DataParallelMeshDims:
 
 def _experts_apart(mesh: DeviceMesh, data: Sequence[str], mode: Mode) -> Callable[[nn.Parameter], Any] | None:
     """Experts are shared out over the data axes that do not divide them already."""
-    rest = roles.with_own_batches(data, without="experts")
+    rest = roles.summing(data, without="experts")
     if not (experts := roles.dividing("experts", data)) or mode == "replicate" or set(rest) <= set(roles.copying(rest)):
         return None  # no experts, or nothing to share them out over: then they are left alone
     info = mesh_info(mesh, _dims(rest, mode))

@@ -176,13 +176,18 @@ def join(patterns: Sequence[Pattern]) -> Pattern:
     return 1, tuple(segment for repeat, segments in patterns for _ in range(repeat) for segment in segments)
 
 
-def shard(dim: int, pattern: Pattern, size: int, *, even: bool = False) -> Shard | None:
+def shard(dim: int, pattern: Pattern, size: int, *, even: bool = False, balanced: bool = False) -> Shard | None:
     """The shard of `dim` over `size` ranks with this pattern in its shortest form, or None when it cannot be cut so.
 
     Even segments are written with single elements as units, so that equal distributions are equal shards. Uneven ones are allowed where a
     contiguous dim is cut between single elements and nobody is left with nothing (a vocabulary of 131); not where all must be `even`.
+
+    `balanced`: each segment in two halves, the second dealt out from the last rank to the first: what grows along it is shared alike.
     """
     repeat, segments = pattern
+    if balanced:
+        halves = tuple((sign * units * each // 2, 1) for units, each in segments for sign in (1, -1))
+        return Shard(dim, repeat, halves) if all(units % (2 * size) == 0 for units, _ in segments) else None
     if all(units % size == 0 for units, _ in segments):
         return Shard(dim, repeat, tuple((units * each, 1) for units, each in segments)) if segments else None
     if not even and repeat == 1 and len(segments) == 1 and segments[0][1] == 1:

@@ -3,6 +3,7 @@
     divides     values that cross                        factors that may be cut             parameters
     samples     cut along samples                        the samples                         whole, pending gradients
     experts     cut along samples                        the samples, the experts            as above; those of experts one part a rank
+    sequence    cut along the sequence                   the sequence, heads, channels       whole, pending gradients
     weights     cut along the sequence, or invariant     those of matrices, the sequence     cut along any of them, or whole
 
 A policy is one class, and a row of POLICIES. It decides nothing that costs tell: that is the 0-1 program's.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -20,10 +21,11 @@ from meshpar.errors import PlanError
 from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import Value, operands, value_info, value_of
 from meshpar.roles import Divides
+from meshpar.sharding import attention
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import BoundOp
 from meshpar.sharding.price import Price
-from meshpar.sharding.reading import Reading
+from meshpar.sharding.reading import ATTENTION, MATRIX, WITH_MATRICES, Reading
 from meshpar.sharding.types import I, Owned, R, Shard, Type, plain
 from meshpar.sharding.typings import Choice, at_rest
 
@@ -51,6 +53,10 @@ class Request:
     outputs: Sequence[Type | None] = ()
     """Types the outputs must have; None leaves it to the solver."""
     price: Price = field(default_factory=Price)
+    context: str = "auto"
+    """How attention is to be computed where the sequence is cut."""
+    inner: int = 1
+    """Ranks of the axes that are typed after this one and cut the same heads and channels again: what is cut must divide by both."""
 
 
 class Policy(ABC):
@@ -60,6 +66,8 @@ class Policy(ABC):
     """Whether all ranks must hold equal parts."""
     experts: frozenset[int] = frozenset()
     """The factors that are the experts of the model, where the axis splits those."""
+    slices_early: bool = False
+    """Whether values without gradients of which every use wants the same part are made as that part."""
 
     @abstractmethod
     def crosses(self, value: Value, users: int) -> Type:
@@ -76,6 +84,10 @@ class Policy(ABC):
     def fixed(self, call: BoundOp) -> Choice | None:
         """The one typing of a call that is not for the solver to choose."""
         return None
+
+    def revised(self, call: BoundOp, found: Sequence[Choice], work: float, unit: float) -> Sequence[Choice]:
+        """The typings of a call as they are on such an axis. `work`: seconds of the whole call, `unit`: to gather the largest value."""
+        return found
 
 
 class SamplesPolicy(Policy):
@@ -181,7 +193,7 @@ class WeightsPolicy(Policy):
     def crosses(self, value: Value, users: int) -> Type:
         if not (self.request.sequence and value_info(value).requires_grad and users <= 3):
             return I
-        return self._sequence_type(self.reading.inference.dims[value]) or I
+        return self.reading.along_sequence(self.reading.inference.dims[value]) or I
 
     def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
         """The factors of a unit's matrices that are not the residual's, and the residual's sequence."""
@@ -206,23 +218,6 @@ class WeightsPolicy(Policy):
                     seen.add(cut)
                     found.append(Choice((), (cut,), 0.0 if cut.is_contiguous else 1e-11, "matrix"))
         return self._ruled(node, found) if node.target in self.request.wanted else tuple(found)
-
-    def _sequence_type(self, axes: Sequence[int | None]) -> Shard | None:
-        """A cut along positions: of the dims that are neither samples nor summed over by a matrix, the last one."""
-        find, leaves = self.reading.inference.extents.find, self.reading.inference.extents.leaves
-        if not any(one is not None and self.reading.is_hidden(one) for one in axes):
-            return None
-        for d in reversed(range(len(axes))):
-            one = axes[d]
-            if one is None or self.reading.is_hidden(one):
-                continue
-            for factor in (*reversed(leaves(one)), find(one)):
-                if factor in self.reading.batch or factor in self.reading.hidden:
-                    continue
-                cut = self.reading.shard(d, one, factor)
-                if cut is not None:
-                    return cut
-        return None
 
     def _residual_factors(self, residual: Mapping[Value, Type]) -> tuple[set[int], list[int]]:
         """The factors of the residual's hidden size, and those of its sequence that are cut."""
@@ -264,9 +259,95 @@ class WeightsPolicy(Policy):
         return tuple(fitting)
 
 
-POLICIES: dict[Divides, type[SamplesPolicy] | type[ExpertsPolicy] | type[WeightsPolicy]] = {
+class SequencePolicy(Policy):
+    """Positions are cut, parameters stay whole, and their gradients are pending sums.
+
+    Batches enter whole and are cut where they are used, so that shifts of labels, positions and masks are those of one device. What cannot
+    be cut along positions (a scan, attention by heads) is cut along heads or channels, which an all-to-all brings about.
+    """
+
+    even = True  # what is decided for the next axis, on the shapes of one rank, holds for all
+    slices_early = True  # a mask of all pairs of positions would be the largest value by far
+
+    def __init__(self, request: Request, reading: Reading) -> None:
+        self.request, self.reading = request, reading
+        self.weights = WeightsPolicy(request, reading)
+        self._check_length()
+        reading.balanced = self._growing()
+
+    def crosses(self, value: Value, users: int) -> Type:
+        info = value_info(value)
+        if not info.requires_grad:
+            return I
+        return self.reading.along_sequence(self.reading.inference.dims[value]) or (I if value[0] in self.reading.depends else R)
+
+    def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
+        sequence = self.reading.sequences()
+        found = self.weights.seeds(residual)
+        ranks = self.request.size * self.request.inner
+        size = self.reading.inference.extents.size
+        return {unit: tuple(dict.fromkeys([*sequence, *(f for f in own if size(f) % ranks == 0)])) for unit, own in found.items()}
+
+    def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
+        return (Choice((), (at_rest(info_of(node), R),), 0.0, "data"),)
+
+    def revised(self, call: BoundOp, found: Sequence[Choice], work: float, unit: float) -> Sequence[Choice]:
+        """Matrices are used whole (gathering what meets them would grow with the sequence); a product is repeated as the last resort."""
+        if call.op.name not in MATRIX:
+            return found
+        kept = [one for one in found if call.op.name not in WITH_MATRICES or not self._cuts_a_matrix(call, one)]
+        if call.op.name in ATTENTION:
+            kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.request.price, work)])
+        return [one if _is_cut(one) else replace(one, cost=one.cost + _REPEATED * unit) for one in kept]
+
+    def _cuts_a_matrix(self, call: BoundOp, choice: Choice) -> bool:
+        pairs = zip(call.op.operands, choice.uses, strict=True)
+        return any(one.op == "get_attr" and one.target in self.request.parameters and isinstance(use, Shard) for one, use in pairs)
+
+    def _asked_for(self, found: Sequence[Choice]) -> list[Choice]:
+        """The typings of the form the user asked for, where there are any."""
+        asked = self.request.context
+        fitting = [one for one in found if attention.form(one) in (("ring", "halo") if asked == "ring" else (asked,))]
+        return fitting or list(found)
+
+    def _growing(self) -> frozenset[int]:
+        """The sequences along which causal attention grows, where they can be dealt out in twice as many pieces as there are ranks."""
+        found: set[int] = set()
+        for node, call in self.reading.inference.calls.items():
+            if call.op.name in ATTENTION and call.op.arguments.get("is_causal", True):
+                value = value_of(operands(node)[0])
+                one = self.reading.inference.dims[value][-2]
+                found.update(() if one is None else [self.reading.inference.extents.find(one)])
+        size = self.reading.inference.extents.size
+        return frozenset(found) if all(size(one) % (2 * self.request.size) == 0 for one in found) else frozenset()
+
+    def _check_length(self) -> None:
+        """Raises PlanError where the positions of what the model is given cannot be dealt out evenly."""
+        size = self.request.size
+        for node in self.reading.graph.nodes:
+            if node.op != "placeholder" or facts(node).info is None:
+                continue
+            for d, one in enumerate(self.reading.inference.dims[node, 0]):
+                n = info_of(node).shape[d]
+                if one is not None and n % size and self.reading.inference.extents.find(one) in self.reading.positions:
+                    raise PlanError(
+                        f"{self.request.axis}={size} does not divide the {n} positions of {node.target} {list(info_of(node).shape)}. "
+                        f"Pad the batch to {-(-n // size) * size} (labels with -100, and an attention mask), or use another "
+                        f"{self.request.axis}: {', '.join(str(k) for k in range(1, min(n, 64) + 1) if n % k == 0)}."
+                    )
+
+
+def _is_cut(choice: Choice) -> bool:
+    return any(isinstance(type_, Shard) for type_ in (*choice.uses, *choice.outs))
+
+
+_REPEATED = 100.0
+"""A product that every rank repeats costs as much as gathering the largest value so many times: toy sizes make arithmetic look free."""
+
+POLICIES: dict[Divides, type[SamplesPolicy] | type[ExpertsPolicy] | type[WeightsPolicy] | type[SequencePolicy]] = {
     "samples": SamplesPolicy,
     "experts": ExpertsPolicy,
+    "sequence": SequencePolicy,
     "weights": WeightsPolicy,
 }
 

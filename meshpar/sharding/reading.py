@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 from torch import fx
 
 from meshpar.graph.facts import facts, info_of
-from meshpar.graph.op import Value, operands, value_of
+from meshpar.graph.op import Value, operands, value_info, value_of
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import Inference
 from meshpar.sharding.types import Shard
 
-MATRIX = frozenset(
-    "linear mm bmm addmm baddbmm matmul einsum convolution conv1d conv2d conv3d scaled_dot_product_attention meshpar.grouped_mm".split()
+WITH_MATRICES = frozenset("linear mm bmm addmm baddbmm matmul einsum meshpar.grouped_mm".split())
+"""Products whose parameters are matrices, not filters."""
+ATTENTION = frozenset("scaled_dot_product_attention meshpar.ops.halo.windowed_attention".split())
+"""Attention of whole sequences."""
+MATRIX = (
+    WITH_MATRICES
+    | ATTENTION
+    | frozenset("convolution conv1d conv2d conv3d".split())
+    | frozenset(f"meshpar.ops.{name}_attention" for name in ("context.causal", "ring.ring", "halo.halo"))
 )
 """Operators bound by arithmetic."""
 
@@ -33,6 +41,8 @@ class Reading:
         self.batch = self._batch_factors()
         self.depends = self._depends_on_batch()
         self.hidden = self._contracted_with_parameters()
+        self.balanced: frozenset[int] = frozenset()
+        """Factors along which work grows: each rank gets a part of the beginning and one of the end."""
 
     def _crossing(self) -> dict[Value, set[str | None]]:
         """Values used in another unit than they are made in -> the units that use them."""
@@ -71,8 +81,16 @@ class Reading:
             if not any(n.op == "get_attr" for n in call.op.operands):
                 continue
             kept = {n for dims in call.signature.outputs for dim in dims for segment in dim for n in segment}
+            of_parameters = {
+                name
+                for operand, dims in zip(call.op.operands, call.signature.inputs, strict=True)
+                if operand.op == "get_attr"
+                for dim in dims
+                for segment in dim
+                for name in segment
+            }
             for name, one in call.names.items():
-                if name not in kept:
+                if name in of_parameters and name not in kept:
                     found.update((self.inference.extents.find(one), *self.inference.extents.leaves(one)))
         return found
 
@@ -80,10 +98,48 @@ class Reading:
         """Whether a dim is, or holds, a size that a matrix of the model sums over."""
         return self.inference.extents.find(one) in self.hidden or any(leaf in self.hidden for leaf in self.inference.extents.leaves(one))
 
+    def along_sequence(self, axes: Sequence[int | None]) -> Shard | None:
+        """A cut along positions: of the dims that are neither samples nor summed over by a matrix, the last one that can be cut."""
+        for d, one, factor in self._positions(axes):
+            if (cut := self.shard(d, one, factor)) is not None:
+                return cut
+        return None
+
+    def sequences(self) -> tuple[int, ...]:
+        """The factors along which `along_sequence` cuts any value of the graph."""
+        found: dict[int, None] = {}
+        for value, axes in self.inference.dims.items():
+            if value[0].op == "call_function" and value_info(value).requires_grad:
+                cuts = (f for d, one, f in self._positions(axes) if self.shard(d, one, f) is not None)
+                found.update(dict.fromkeys([*cuts][:1]))
+        return tuple(found)
+
+    @cached_property
+    def positions(self) -> frozenset[int]:
+        """The factors along which values that cross would be cut if their number were right."""
+        found: dict[int, None] = {}
+        for value in self.crossing:
+            if value_info(value).requires_grad:
+                found.update(dict.fromkeys([f for _, _, f in self._positions(self.inference.dims[value])][:1]))
+        return frozenset(found)
+
+    def _positions(self, axes: Sequence[int | None]) -> Iterator[tuple[int, int, int]]:
+        """(dim, extent, factor) of what may be positions, the likeliest first."""
+        find, leaves = self.inference.extents.find, self.inference.extents.leaves
+        if not any(one is not None and self.is_hidden(one) for one in axes):
+            return
+        for d in reversed(range(len(axes))):
+            one = axes[d]
+            if one is None or self.is_hidden(one):
+                continue
+            for factor in (*reversed(leaves(one)), find(one)):
+                if factor not in self.batch and factor not in self.hidden:
+                    yield d, one, factor
+
     def shard(self, dim: int, one: int | None, factor: int) -> Shard | None:
         """The cut of a dim along one of its factors, if it can be cut so."""
         pattern = None if one is None else self.inference.extents.pattern(one, factor)
-        return None if pattern is None else shard(dim, pattern, self.size, even=self.even)
+        return None if pattern is None else shard(dim, pattern, self.size, even=self.even, balanced=factor in self.balanced)
 
     def units_using(self, node: fx.Node) -> set[str | None]:
         """The units in which a node is used."""

@@ -149,17 +149,27 @@ def embedding(op: Op) -> Signature | None:
 
 
 def attention(op: Op) -> Signature | None:
+    """Heads may be cut, and queries; keys and values are needed whole. (Random masks are drawn for whole rows.)"""
     q, k = op.shapes[0], op.shapes[1]
+    s = "[s]" if op.arguments.get("is_causal") and op.arguments.get("dropout_p") else "s"
     if len(q) != 4 or len(k) != 4:
-        return row("... [s] [e], ... [t] [e], ... [t] [f], ... [s] [t] -> ... [s] [f]", linear=((2,),))(op)
+        return row(f"... {s} [e], ... [t] [e], ... [t] [f], ... {s} [t] -> ... {s} [f]", linear=((2,),))(op)
     grouped = k[1] not in (1, q[1])  # (a single head is broadcast)
     lead = "b (k g)" if grouped else "b k"
-    mask = "b [h] [s] [t]" if grouped and len(op.shapes) > 3 and op.shapes[3][-3:-2] not in ((), (1,)) else "b k [s] [t]"
+    mask = f"b [h] {s} [t]" if grouped and len(op.shapes) > 3 and op.shapes[3][-3:-2] not in ((), (1,)) else f"b k {s} [t]"
     rest = ""
     if len(op.shapes) > 3:
         terms = mask.split(" ")
         rest = ", " + " ".join(terms[4 - len(op.shapes[3]) :])
-    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f]{rest} -> {lead} [s] [f]", linear=((2,),))(op)
+    return row(f"{lead} {s} [e], b k [t] [e], b k [t] [f]{rest} -> {lead} {s} [f]", linear=((2,),))(op)
+
+
+def attention_of_a_part(op: Op) -> Signature | None:
+    """Queries that an outer axis cut already: heads may be cut."""
+    if len(op.shapes[0]) != 4 or len(op.shapes[1]) != 4:
+        return row("... [s] [e], ... [t] [e], ... [t] [f] -> ... [s] [f]", linear=((2,),))(op)
+    lead = "b (k g)" if op.shapes[1][1] not in (1, op.shapes[0][1]) else "b k"
+    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f] -> {lead} [s] [f]", linear=((2,),))(op)
 
 
 def normalised(op: Op) -> Signature:
@@ -462,14 +472,16 @@ def dropout(op: Op) -> Signature:
 
 
 def collective(op: Op) -> Signature:
-    """A conversion on another axis, already written out: it moves dims whole."""
+    """A conversion on another axis, already written out: it moves dims whole, but for those that it cuts, joins or reorders."""
+    layouts = op.node.args[1:] if len(op.infos) == 1 else ()  # (dim, repeat, segments), of a shard before and of one after
+    own = {int(layouts[at]) for at in range(0, len(layouts), 3)}  # type: ignore[arg-type]
     shapes = [i.shape for i in op.infos]
     inputs, outs, sizes, fixed = [], [], {}, []
     for k, shape in enumerate(shapes):
         out = op.outs[min(k, len(op.outs) - 1)]
         assert out is not None
         base = named(f"d{k}_", shape)
-        changed = [i for i, (a, b) in enumerate(zip(shape, out.shape, strict=True)) if a != b]
+        changed = [i for i, (a, b) in enumerate(zip(shape, out.shape, strict=True)) if a != b or i in own]
         sizes.update({f"d{k}_{i}": n for i, n in enumerate(shape)} | {f"n{k}_{i}": out.shape[i] for i in changed})
         fixed += [f"{p}{k}_{i}" for i in changed for p in "dn"]
         inputs.append(tuple((((f"d{k}_{i}",),) if n > 1 else ()) for i, n in enumerate(shape)))
@@ -494,6 +506,8 @@ RULES: dict[str, Rule] = {
     "bilinear": row("... i, ... j, o i j, o -> ... o", linear=((0, 3), (1, 3), (2, 3))),
     "cdist": row("... i [c], ... j [c] -> ... i j"),
     "scaled_dot_product_attention": attention,
+    "meshpar.ops.halo.windowed_attention": attention,
+    **dict.fromkeys((f"meshpar.ops.{name}_attention" for name in ("context.causal", "ring.ring", "halo.halo")), attention_of_a_part),
     "convolution": convolution,
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed_convolution),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),

@@ -20,10 +20,10 @@ from meshpar.graph.op import Value, op_name, operands, value_info, value_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
 from meshpar.sharding.infer import BoundOp, Inference, infer
-from meshpar.sharding.milp import Problem, ProgramStep, choose
+from meshpar.sharding.milp import Problem, ProgramStep, choose, possible
 from meshpar.sharding.policy import POLICIES, Request
 from meshpar.sharding.reading import MATRIX, Reading
-from meshpar.sharding.types import I, Shard, Type
+from meshpar.sharding.types import I, Shard, Type, plain
 from meshpar.sharding.typings import Choice, E, choices
 
 _FREE = frozenset(
@@ -53,6 +53,7 @@ class _Solver:
         make = POLICIES[request.divides]
         self.reading = Reading(graph, inference, size=self.size, even=make.even, inputs=request.inputs, parameters=request.parameters)
         self.policy = make(request, self.reading)
+        self.unit = self.price.collective(wire_bytes(ALL_GATHER, _largest(graph), self.size))
         self.residual = {value: self.policy.crosses(value, len(users)) for value, users in self.reading.crossing.items()}
         self.seeds = self.policy.seeds(self.residual)
         self.found: dict[str, NodePlan] = {}
@@ -73,8 +74,43 @@ class _Solver:
         # The root comes last: parameters shared with a block follow the block.
         for unit in sorted(groups, key=lambda u: u is None):
             self._solve_unit(unit, groups[unit], pins)
+        if self.policy.slices_early:
+            self._slice_early(pins)
         outputs = tuple(self._output_type(v, pins) for v in self._output_values())
         return AxisPlan(self.request.axis, self.size, self.found, outputs)
+
+    def _slice_early(self, pins: Mapping[Value, Type]) -> None:
+        """Make values without gradients as the part that all who use them want; then what those are made of, and so on."""
+        returned = {value for value in self._output_values() if value is not None}
+        for node in reversed(self.graph.nodes):
+            value, info = (node, 0), facts(node).info
+            if node.op != "call_function" or not isinstance(info, Info) or info.requires_grad or value in pins or value in returned:
+                continue
+            wanted = {type_ for user in node.users for type_ in self._used(user, node)}
+            if node.target is operator.getitem or self.types[value] != I or len(wanted) != 1:
+                continue
+            (part,) = wanted
+            if isinstance(part, Shard) and (option := self._made_as(node, part)) is not None:
+                if value in self.residual:
+                    self.residual[value] = part
+                self._settle(node, option.uses, option.outs, option.why)
+
+    def _used(self, user: fx.Node, node: fx.Node) -> list[Type]:
+        """The types in which a node uses another one."""
+        plan = self.found.get(user.name)
+        return [I] if plan is None else [type_ for type_, one in zip(plan.uses, operands(user), strict=True) if one is node]
+
+    def _made_as(self, node: fx.Node, part: Shard) -> Choice | None:
+        """The typing that makes a part of parts, or of whole values."""
+        for option in self._options(node, self.reading.units[node], {}):
+            types = zip(option.uses, operands(node), strict=True)
+            if option.outs == (part,) and all(use == self.types[value_of(one)] or self._sliced(use, one) for use, one in types):
+                return option
+        return None
+
+    def _sliced(self, use: Type, operand: fx.Node) -> bool:
+        """Whether a use takes a part of what is whole, which costs nothing."""
+        return isinstance(use, Shard) and self.types[value_of(operand)] == I and possible(I, use, value_info(value_of(operand)))
 
     def _input(self, node: fx.Node) -> None:
         type_: Type = I
@@ -103,7 +139,7 @@ class _Solver:
         if value is None:
             return I
         found = pins.get(value) or self.residual.get(value) or self.types[value]
-        return found if isinstance(found, Shard) else I
+        return _in_order(found) if isinstance(found, Shard) else I
 
     def _solve_unit(self, unit: str | None, nodes: list[fx.Node], pins: Mapping[Value, Type]) -> None:
         problem = self._problem(unit, nodes, pins)
@@ -166,9 +202,10 @@ class _Solver:
         factors = self.seeds[unit]
         # All that tells one call of a kind from another is how the factors lie in its names.
         patterns = tuple(tuple(self.inference.extents.pattern(one, factor) for one in call.names.values()) for factor in factors)
-        key = call.kind, tuple(p for p in patterns if any(p))
+        held = tuple(operand.op == "get_attr" for operand in call.op.operands)
+        key = call.kind, tuple(p for p in patterns if any(p)), held
         if key not in self.made:
-            self.made[key] = choices(
+            found = choices(
                 call,
                 self.inference,
                 factors,
@@ -177,7 +214,9 @@ class _Solver:
                 self._work(call),
                 experts=self.policy.experts,
                 even=self.policy.even,
+                balanced=self.reading.balanced,
             )
+            self.made[key] = tuple(self.policy.revised(call, found, self._work(call), self.unit))
         return self.made[key]
 
     def _work(self, call: BoundOp) -> float:
@@ -208,6 +247,13 @@ class _Solver:
             return (Choice((), (self.request.pinned[str(node.target)],), 0.0, "rule"),)
         seeds = dict.fromkeys(f for unit in sorted(self.reading.units_using(node), key=str) for f in self.seeds[unit])
         return self.policy.placements(node, whole, seeds)
+
+
+def _in_order(cut: Shard) -> Type:
+    """The cut with which a value leaves the model: what is dealt out from both ends is put in order first."""
+    if all(units > 0 for units, _ in cut.segments):
+        return cut
+    return plain(cut.dim, cut.length) if cut.repeat == 1 else I
 
 
 def _infos(node: fx.Node) -> list[Info]:

@@ -69,14 +69,18 @@ class Shard:
 
     The dim is read as `repeat` equal stretches, each a row of segments `(units, size)`: `units` indivisible pieces of `size` elements.
     Every segment is cut into contiguous chunks of whole units as `torch.chunk` does (the first ranks get one more when it is uneven).
+    A segment of `-units` is dealt out from the last rank to the first.
 
         Shard(0, 1, ((8, 1),))                        a plain shard of 8 rows
         Shard(0, 1, ((8, 64),))                       8 heads of 64 rows, never cut inside a head
         Shard(1, 4, ((12, 1),))                       dim 1 is "(b s)" with b = 4, the 12 positions of each sample are cut
         Shard(0, 1, ((8, 64), (2, 64), (2, 64)))      q | k | v rows of one fused weight with 8 query and 2 key/value heads
+        Shard(1, 1, ((8, 1), (-8, 1)))                16 positions, of which rank 0 of 4 has the first two and the last two
 
     >>> Shard(0, 1, ((4, 2), (2, 1))).ranges(2, 1)
     ((4, 8), (9, 10))
+    >>> [Shard(0, 1, ((4, 1), (-4, 1))).ranges(2, rank) for rank in range(2)]
+    [((0, 2), (6, 8)), ((2, 6),)]
     """
 
     dim: int
@@ -84,7 +88,7 @@ class Shard:
     segments: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
-        inner = "|".join(str(u) if z == 1 else f"{u}x{z}" for u, z in self.segments)
+        inner = "|".join((str(abs(u)) if z == 1 else f"{abs(u)}x{z}") + "~" * (u < 0) for u, z in self.segments)
         return f"S({self.dim})" if self.is_contiguous else f"S({self.dim}: {f'{self.repeat}*' if self.repeat > 1 else ''}[{inner}])"
 
     @property
@@ -95,20 +99,25 @@ class Shard:
     @property
     def length(self) -> int:
         """The global size of the dim."""
-        return self.repeat * sum(units * size for units, size in self.segments)
+        return self.repeat * sum(abs(units) * size for units, size in self.segments)
 
     def ranges(self, size: int, rank: int) -> tuple[tuple[int, int], ...]:
         """The global index ranges `[start, stop)` that `rank` of `size` holds, in the order it holds them."""
-        pieces: list[tuple[int, int]] = []
-        for start in self._segment_starts():
-            base, units, unit = start
-            low, high = chunk(units, size, rank)
-            low, high = base + low * unit, base + high * unit
-            if pieces and pieces[-1][1] == low:
-                pieces[-1] = (pieces[-1][0], high)
+        found: list[tuple[int, int]] = []
+        for low, high in self.pieces(size, rank):
+            if found and found[-1][1] == low:
+                found[-1] = (found[-1][0], high)
             elif low < high:
-                pieces.append((low, high))
-        return tuple(pieces)
+                found.append((low, high))
+        return tuple(found)
+
+    def pieces(self, size: int, rank: int) -> tuple[tuple[int, int], ...]:
+        """The same, one range for each segment of each stretch: as many on every rank."""
+        found = []
+        for base, units, unit in self._segment_starts():
+            low, high = chunk(units, size, rank)
+            found.append((base + low * unit, base + high * unit))
+        return tuple(found)
 
     def local_length(self, size: int, rank: int) -> int:
         """How many elements of the dim `rank` of `size` holds."""
@@ -127,7 +136,7 @@ class Shard:
         for _ in range(self.repeat):
             for units, unit in self.segments:
                 starts.append((base, units, unit))
-                base += units * unit
+                base += abs(units) * unit
         return starts
 
 
@@ -136,11 +145,13 @@ I, R, P = Invariant(), Replicate(), Partial()
 
 
 def chunk(length: int, size: int, rank: int) -> tuple[int, int]:
-    """The range `[start, stop)` of `length` items that `torch.chunk` gives to `rank` of `size`.
+    """The range `[start, stop)` of `length` items that `torch.chunk` gives to `rank` of `size`; of `-length`, from the last on.
 
     >>> [chunk(5, 4, r) for r in range(4)]
     [(0, 2), (2, 4), (4, 5), (5, 5)]
     """
+    if length < 0:
+        return chunk(-length, size, size - 1 - rank)
     step = -(-length // size)
     return min(rank * step, length), min((rank + 1) * step, length)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from meshpar.graph.facts import Info
 from meshpar.graph.op import value_of
-from meshpar.sharding.extents import shard
+from meshpar.sharding.extents import Pattern, shard
 from meshpar.sharding.infer import BoundOp, Inference, pattern_in
 from meshpar.sharding.notation import Dim, Dims, Signature
 from meshpar.sharding.price import Price
@@ -17,6 +17,8 @@ from meshpar.sharding.types import I, P, R, Ragged, Shard, Type, plain
 
 DISPATCH, COMBINE = "meshpar.dispatch", "meshpar.combine"
 E = Ragged()
+Cutting = Callable[[int, Pattern, int], "Shard | None"]
+"""How the axis cuts a dim in which a factor lies with some pattern; None where it cannot."""
 SEES_GRADIENT = frozenset({"meshpar.hooked", "meshpar.hooked_parts"})
 """Operators whose backward is not linear in the gradient: it must not be a pending sum."""
 
@@ -46,12 +48,18 @@ def choices(
     *,
     experts: frozenset[int] = frozenset(),
     even: bool = False,
+    balanced: frozenset[int] = frozenset(),
 ) -> tuple[Choice, ...]:
     """All typings of a call when any of `factors` may be cut over `size` ranks. `work`: seconds of the whole operator.
 
     `experts`: factors that are the experts of the model, where the axis splits those. `even`: whether all ranks must hold equal parts.
+    `balanced`: factors of which every rank gets a part of the beginning and one of the end.
     """
-    every = _typings(call, inference, factors, size, price, work, experts, even)
+
+    def cutting(dim: int, pattern: Pattern, factor: int) -> Shard | None:
+        return shard(dim, pattern, size, even=even, balanced=factor in balanced)
+
+    every = _typings(call, inference, factors, size, cutting, price, work, experts)
     return tuple(one for choice in every if (one := _obeying(choice, call)) is not None)
 
 
@@ -74,10 +82,10 @@ def _typings(
     inference: Inference,
     factors: Iterable[int],
     size: int,
+    cutting: Cutting,
     price: Price,
     work: float,
     experts: frozenset[int],
-    even: bool,
 ) -> tuple[Choice, ...]:
     found = [_whole(call, work)]
     differentiable = any(o is not None and o.requires_grad for o in call.op.outs)
@@ -90,7 +98,7 @@ def _typings(
         seen: set[tuple[tuple[Type, ...], tuple[Type, ...]]] = {(c.uses, c.outs) for c in found}
         for factor in factors:
             for group in _groups(call, inference, factor):
-                one = _cut(call, inference, group, factor, size, work, even)
+                one = _cut(call, inference, group, factor, cutting, work / size)
                 if one is not None and (one.uses, one.outs) not in seen:
                     seen.add((one.uses, one.outs))
                     found.append(one)
@@ -165,10 +173,10 @@ def _groups(call: BoundOp, inference: Inference, factor: int) -> list[frozenset[
     return out
 
 
-def _cut(call: BoundOp, inference: Inference, group: frozenset[str], factor: int, size: int, work: float, even: bool) -> Choice | None:
+def _cut(call: BoundOp, inference: Inference, group: frozenset[str], factor: int, cutting: Cutting, work: float) -> Choice | None:
     signature = call.signature
     assert signature is not None
-    typed = [_type(call, inference, labels, group, factor, size, even) for labels in signature.inputs]
+    typed = [_type(call, inference, labels, group, factor, cutting) for labels in signature.inputs]
     uses = [at_rest(info, t) for info, t in zip(call.op.infos, typed, strict=True) if t is not None]
     if len(uses) < len(typed):
         return None
@@ -179,7 +187,7 @@ def _cut(call: BoundOp, inference: Inference, group: frozenset[str], factor: int
         if out is None:
             outs.append(I)
             continue
-        type_ = _type(call, inference, signature.outputs[index], group, factor, size, even)
+        type_ = _type(call, inference, signature.outputs[index], group, factor, cutting)
         if type_ is None:
             return None
         if 0 in out.shape and not isinstance(type_, Shard):
@@ -202,17 +210,17 @@ def _cut(call: BoundOp, inference: Inference, group: frozenset[str], factor: int
                 uses = [P if i in together and i not in held else t for i, t in enumerate(uses)]
     if P in outs and any(isinstance(t, Shard) for t in outs) and call.op.name != DISPATCH:
         return None
-    return Choice(tuple(uses), tuple(outs), work / size, " ".join(sorted(group)))
+    return Choice(tuple(uses), tuple(outs), work, " ".join(sorted(group)))
 
 
-def _type(call: BoundOp, inference: Inference, labels: Dims, group: frozenset[str], factor: int, size: int, even: bool) -> Type | None:
+def _type(call: BoundOp, inference: Inference, labels: Dims, group: frozenset[str], factor: int, cutting: Cutting) -> Type | None:
     """The shard of one tensor when `group` is cut; R when it holds none of its names; None when that cannot be."""
     found: Type = R
     for d, dim in enumerate(labels):
         if not any(n in group for segment in dim for n in segment):
             continue
         pattern = pattern_in(call, inference.extents, dim, group, factor)
-        cut = shard(d, pattern, size, even=even) if pattern is not None else None
+        cut = cutting(d, pattern, factor) if pattern is not None else None
         if cut is None or isinstance(found, Shard):
             return None
         found = cut

@@ -1,0 +1,183 @@
+"""Which keys each query may see, where that is an interval that follows from numbers alone: found without a table of all pairs.
+
+    arange(s)[:, None] >= arange(s)                                     query i sees the keys [0, i + 1)            causal
+    ... & (arange(s) > arange(s)[:, None] - w)                          query i sees the keys [i + 1 - w, i + 1)    a sliding window
+
+A mask is made of vectors, of one number for each query or key, by comparisons, which make it large. The vectors are computed; a comparison
+with keys in ascending order is an interval for each query, by binary search, and `and` intersects intervals. So a mask of 131,072 x 131,072
+costs a few sorted look-ups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from meshpar._torch import OpOverload, draws, without_modes
+from meshpar.graph.facts import Info, facts, info_of
+from meshpar.graph.op import op_name
+
+SMALL = 2**22
+"""Values of at most so many elements are computed; larger ones must be intervals."""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Query i sees the keys `start[i]` to `stop[i] - 1`; none where `stop[i] <= start[i]`."""
+
+    start: torch.Tensor
+    stop: torch.Tensor
+    keys: int
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every query sees its own position and all before it."""
+        own = torch.arange(1, len(self.stop) + 1).clamp(max=self.keys)
+        return bool((self.start <= 0).all() and (self.stop.clamp(max=self.keys) == own).all())
+
+    @property
+    def window(self) -> int | None:
+        """w where every query sees its own position and the w - 1 before it, as far as there are any; None for anything else."""
+        own = torch.arange(len(self.stop))
+        width = int((own + 1 - self.start.clamp(min=0)).max())
+        wanted = (own + 1 - width).clamp(min=0)
+        right = bool((self.stop.clamp(max=self.keys) == (own + 1).clamp(max=self.keys)).all() and (self.start.clamp(min=0) == wanted).all())
+        return width if right else None
+
+    def __and__(self, other: Intervals) -> Intervals:
+        return Intervals(torch.maximum(self.start, other.start), torch.minimum(self.stop, other.stop), self.keys)
+
+
+def intervals(mask: fx.Node) -> Intervals | None:
+    """The intervals of a mask of booleans `[..., queries, keys]`, equal in all leading dims; None for what is not known to be such."""
+    info = info_of(mask)
+    if info.dtype != torch.bool or len(info.shape) < 2:
+        return None
+    with without_modes(), torch.no_grad():
+        found = _Reader(info.shape[-2], info.shape[-1]).read(mask)
+    return found if isinstance(found, Intervals) else None
+
+
+class _Reader:
+    def __init__(self, queries: int, keys: int) -> None:
+        self.queries, self.keys = queries, keys
+        self.known: dict[fx.Node, Any] = {}
+
+    def read(self, last: fx.Node) -> Any:
+        """A tensor for a small value, Intervals for a large one, None for what is not known. (Without recursion: masks may be deep.)"""
+        stack = [last]
+        while stack:
+            node = stack[-1]
+            waiting = [n for n in node.all_input_nodes if n not in self.known] if _is_plain(node) else []
+            if waiting:
+                stack += waiting
+                continue
+            stack.pop()
+            if node not in self.known:
+                self.known[node] = self._value(node) if _is_plain(node) else None
+        return self.known[last]
+
+    def _value(self, node: fx.Node) -> Any:
+        inputs = [self.known[n] for n in node.all_input_nodes]
+        if any(value is None for value in inputs):
+            return None
+        info = info_of(node)
+        if all(isinstance(value, torch.Tensor) for value in inputs) and prod(info.shape) <= SMALL and not self._is_table(info):
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.known.__getitem__)
+            return node.target(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))  # type: ignore[operator]
+        handler = _LARGE.get(op_name(node.target)) if self._is_table(info) else None
+        return handler(self, node, inputs) if handler else None
+
+    def _is_table(self, info: Info) -> bool:
+        return info.shape[-2:] == (self.queries, self.keys) and self.queries > 1 and self.keys > 1
+
+    def all_keys(self) -> Intervals:
+        """Every query sees every key."""
+        return Intervals(torch.zeros(self.queries, dtype=torch.int64), torch.full((self.queries,), self.keys), self.keys)
+
+    def compared(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
+        """A vector over queries against one over keys, in ascending order."""
+        name = op_name(node.target)
+        if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+            return None
+        left, right = (self.known[a] for a in node.args)  # type: ignore[index]
+        over_queries, over_keys = _vector(left, -2, self.queries), _vector(right, -1, self.keys)
+        if over_queries is None or over_keys is None:
+            over_queries, over_keys, name = _vector(right, -2, self.queries), _vector(left, -1, self.keys), _SWAPPED[name]
+        if over_queries is None or over_keys is None or over_queries.dtype != over_keys.dtype:
+            return None
+        if not bool((over_keys[1:] >= over_keys[:-1]).all()):
+            return None
+        if over_keys.dtype == torch.bool:
+            over_queries, over_keys = over_queries.long(), over_keys.long()
+        below = torch.searchsorted(over_keys, over_queries)
+        through = torch.searchsorted(over_keys, over_queries, right=True)
+        none, every = torch.zeros_like(below), torch.full_like(below, self.keys)
+        seen = {"ge": (none, through), "gt": (none, below), "le": (below, every), "lt": (through, every), "eq": (below, through)}
+        return Intervals(*seen[name], self.keys)
+
+    def both(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
+        """What both see."""
+        found = self.all_keys()
+        for value in (self.known[n] for n in node.args if isinstance(n, fx.Node)):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.bool and bool(value.all()):
+                continue
+            if not isinstance(value, Intervals):
+                return None
+            found = found & value
+        return found
+
+    def same(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
+        """The same for more samples or heads."""
+        if isinstance(inputs[0], Intervals):
+            return inputs[0]
+        return self.all_keys() if inputs[0].dtype == torch.bool and bool(inputs[0].all()) else None
+
+    def ones(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
+        """Nothing is hidden."""
+        return self.all_keys() if info_of(node).dtype == torch.bool else None
+
+    def below_diagonal(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
+        """`tril`."""
+        diagonal = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        if not isinstance(inputs[0], Intervals):
+            return None
+        stop = (torch.arange(self.queries) + 1 + diagonal).clamp(0, self.keys)
+        return inputs[0] & Intervals(torch.zeros_like(stop), stop, self.keys)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a node is an operator of torch on numbers that are known: neither the batch, nor a parameter, nor drawn."""
+    target = node.target
+    return (
+        node.op == "call_function"
+        and isinstance(target, OpOverload)
+        and target.namespace == "aten"
+        and not draws(target)
+        and facts(node).seed is None
+        and isinstance(facts(node).info, Info)
+    )
+
+
+def _vector(value: Any, dim: int, size: int) -> torch.Tensor | None:
+    """The numbers along one of the last two dims of a tensor that varies along no other, by value; None for another tensor."""
+    if not isinstance(value, torch.Tensor) or value.dim() < -dim or value.shape[dim] != size:
+        return None
+    along = value.movedim(dim, -1).reshape(-1, size)
+    return along[0].contiguous() if bool((along == along[:1]).all()) else None
+
+
+_SWAPPED = {"ge": "le", "gt": "lt", "le": "ge", "lt": "gt", "eq": "eq"}
+_LARGE: Mapping[str, Callable[[_Reader, fx.Node, list[Any]], Intervals | None]] = {
+    **dict.fromkeys(_SWAPPED, _Reader.compared),
+    **dict.fromkeys(("__and__", "bitwise_and", "logical_and"), _Reader.both),
+    **dict.fromkeys(("expand", "clone", "alias", "detach"), _Reader.same),
+    **dict.fromkeys(("ones", "new_ones", "ones_like"), _Reader.ones),
+    "tril": _Reader.below_diagonal,
+}
+"""Operators that make a large mask, and what each query sees then."""

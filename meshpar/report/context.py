@@ -1,0 +1,82 @@
+"""Which form attention has in every layer where an axis cuts the sequence, and what it sends."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import fx
+
+from meshpar.compile.ledger import entries
+from meshpar.graph.cost import flops
+from meshpar.graph.facts import facts, info_of
+from meshpar.graph.op import op_name
+from meshpar.ops import context, halo, ring
+from meshpar.ops.random import draw
+from meshpar.plan import AxisPlan, Plan
+from meshpar.report.text import count, table
+from meshpar.roles import ROLES
+from meshpar.sharding.reading import ATTENTION
+from meshpar.sharding.types import Shard
+
+_FORMS = {
+    context.causal_attention: "gather",
+    ring.ring_attention: "ring",
+    halo.halo_attention: "halo",
+}
+_SAYS = {
+    "gather": "a rank's queries meet all keys and values",
+    "heads": "a rank has some of the heads, of all positions",
+    "ring": "keys and values go round",
+    "halo": "the keys and values just before a rank's own are fetched",
+    "whole": "every rank computes all of it",
+}
+
+
+def attention(plan: Plan, graph: fx.Graph) -> list[str]:
+    """One line for each kind of layer: its form, and the bytes a rank sends for it in a forward."""
+    return [line for axis in plan.axes if ROLES[axis.axis].divides == "sequence" for line in _over(axis, graph)]
+
+
+def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
+    found: Counter[tuple[str, str, int]] = Counter()
+    for node in graph.nodes:
+        if (form := _form(node, axis)) is not None:
+            sent = sum(e.nbytes for one in _before(node) for e in entries(one) if e.axis == axis.axis and e.phase == "forward")
+            found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, int(sent)] += 1
+    rows = [(f"  {module}", f"x{times}", form, _SAYS[form], count(sent, "B")) for (module, form, sent), times in found.items()]
+    return (
+        [f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward", *table(rows, right=(4,))]
+        if rows
+        else []
+    )
+
+
+def _form(node: fx.Node, axis: AxisPlan) -> str | None:
+    """The form of a node that is attention."""
+    if node.op != "call_function":
+        return None
+    if node.target in _FORMS:
+        return _FORMS[node.target]
+    drawn = node.target is draw and node.args  # with dropout
+    if op_name(node.args[0] if drawn else node.target) not in ATTENTION:
+        return None
+    part = facts(node).part_of
+    outs = next((outs for name, _, outs in part.typed if name == axis.axis), ()) if part is not None else ()
+    if not outs or not isinstance(outs[0], Shard):
+        return "whole"
+    return "gather" if outs[0].dim == len(info_of(node).shape) - 2 else "heads"
+
+
+def _before(node: fx.Node) -> Iterator[fx.Node]:
+    """The node, and what brings it its queries, keys and values: back to the products that make them."""
+    yield node
+    todo, seen = list(node.all_input_nodes[:3]), {node}
+    while todo:
+        one = todo.pop()
+        if one in seen or one.op != "call_function" or flops(one) > 0:
+            continue
+        seen.add(one)
+        yield one
+        todo += one.all_input_nodes

@@ -1,0 +1,211 @@
+"""Context parallelism: a decoder whose sequence is cut over `cp` is the decoder on one device, with every trap that was seen elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import meshpar as mp
+from meshpar.errors import ConfigError, PlanError
+from meshpar.graph.facts import Info, facts
+from meshpar.simulate import local_tensors
+
+B, S, H, V = 4, 16, 32, 37
+
+
+class Attention(nn.Module):
+    """4 query heads on 2 of keys and values. `kind` says what a query sees."""
+
+    def __init__(self, kind: str, kv: int = 2) -> None:
+        super().__init__()
+        self.kind, self.kv = kind, kv
+        self.q, self.k, self.v, self.o = nn.Linear(H, H), nn.Linear(H, 8 * kv), nn.Linear(H, 8 * kv), nn.Linear(H, H)
+        self.bias = nn.Parameter(torch.randn(4, 2 * S) / 4) if kind == "bias" else None
+        self.sink = nn.Parameter(torch.randn(4)) if kind == "sink" else None
+
+    def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        b, s, _ = x.shape
+        q = self.q(x).view(b, s, 4, 8).transpose(1, 2)
+        k, v = (layer(x).view(b, s, self.kv, 8).transpose(1, 2).repeat_interleave(4 // self.kv, 1) for layer in (self.k, self.v))
+        out = self._attend(q, k, v, self._seen(s, padding))
+        return self.o(out.transpose(1, 2).reshape(b, s, H))
+
+    def _seen(self, s: int, padding: Tensor | None) -> Tensor | None:
+        at = torch.arange(s)
+        causal = at <= at[:, None]
+        if self.kind == "window":
+            causal = causal & (at > at[:, None] - 5)
+        elif self.kind == "documents":  # of lengths 7 and 9: one begins on a rank and ends on another
+            causal = causal & ((at >= 7) == (at >= 7)[:, None])
+        elif self.kind == "prefix":
+            causal = causal | (at < 3)
+        elif self.kind == "all":
+            return None
+        return causal if padding is None else causal & padding[:, None, None, :].bool()
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        if self.kind == "is_causal":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.bias is not None:  # by distance, trained
+            at = torch.arange(q.shape[2])
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self._added(seen) + self.bias[:, (at[:, None] - at) % (2 * S)])
+        if self.sink is None and self.kind != "softcap":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        scores = q @ k.transpose(-1, -2) / 8**0.5
+        scores = 20 * torch.tanh(scores / 20) + self._added(seen)
+        if self.sink is None:
+            return scores.softmax(-1) @ v
+        sink = self.sink.view(1, 4, 1, 1).expand(q.shape[0], 4, q.shape[2], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+
+    def _added(self, seen: Tensor | None) -> Tensor:
+        assert seen is not None
+        return torch.where(seen, 0.0, -1e9)
+
+
+class Decoder(nn.Module):
+    """Two blocks, positions, a tied head; the loss shifts the labels inside."""
+
+    def __init__(self, kind: str = "causal", *, kv: int = 2, shift: str = "labels", dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(V, H), nn.Embedding(64, H)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": Attention(kind, kv), "n": nn.LayerNorm(H), "m": nn.Linear(H, H)}) for _ in range(2))
+        self.head = nn.Linear(H, V, bias=False)
+        self.head.weight = self.embed.weight
+        self.shift, self.dropout = shift, nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, labels: Tensor, padding: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed(ids) + self.place(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = x + self.dropout(block["a"](block["n"](x), padding))  # type: ignore[index]
+            x = x + torch.tanh(block["m"](x))  # type: ignore[index]
+        logits = self.head(x)
+        if self.shift == "labels":
+            labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            return {"loss": F.cross_entropy(logits.reshape(-1, V), labels.reshape(-1)), "logits": logits}
+        return {"loss": F.cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1)), "logits": logits}
+
+
+def batch(samples: int = B, length: int = S, *, padding: bool = False) -> dict[str, Tensor]:
+    """Labels are ignored in other numbers on every part of the sequence."""
+    torch.manual_seed(1)
+    ids = torch.randint(0, V, (samples, length))
+    labels = ids.masked_fill(torch.rand(samples, length) < torch.linspace(0, 0.9, length), -100)
+    found = {"ids": ids, "labels": labels}
+    if padding:
+        found["padding"] = (torch.arange(length) < torch.tensor([[length], [length - 3], [5], [length // 2]])).long()
+    return found
+
+
+KINDS = ["causal", "is_causal", "all", "window", "documents", "prefix", "bias", "sink", "softcap"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_query_sees(kind: str) -> None:
+    torch.manual_seed(0)
+    mp.verify(Decoder(kind), "cp=2", batch(padding=kind in ("causal", "softcap"))).raise_if_failed()
+
+
+@pytest.mark.parametrize("context", ["gather", "heads", "ring"])
+@pytest.mark.parametrize("kind, kv", [("causal", 2), ("window", 4), ("all", 1), ("is_causal", 4)])
+def test_forms(kind: str, kv: int, context: Any) -> None:
+    torch.manual_seed(0)
+    mp.verify(Decoder(kind, kv=kv), "cp=4", batch(), config=mp.ParallelConfig(context=context)).raise_if_failed()
+
+
+@pytest.mark.parametrize("mesh", ["cp=2,tp=2", "dp=2,cp=2", "dp=2,cp=2,tp=2", "dp_replicate=2,dp_shard=2,cp=2"])
+@pytest.mark.parametrize("context", ["auto", "ring"])
+def test_meshes(mesh: str, context: Any) -> None:
+    torch.manual_seed(0)
+    mp.verify(Decoder("window", shift="logits"), mesh, batch(), config=mp.ParallelConfig(context=context)).raise_if_failed()
+
+
+@pytest.mark.parametrize("length, layout", [(12, "head-tail"), (14, "contiguous")])
+def test_lengths_that_divide(length: int, layout: str) -> None:
+    """14 positions divide by 2 ranks, not by twice as many pieces."""
+    torch.manual_seed(0)
+    mp.verify(Decoder(), "cp=2", batch(length=length)).raise_if_failed()
+    with mp.simulate(2):
+        pm = mp.parallelize(Decoder(), mp.make_mesh("cp=2"), example=batch(length=length))
+        cuts = [t for node in pm.plan.axis("cp").nodes.values() for t in node.outs if getattr(t, "segments", ())]  # type: ignore[union-attr]
+        assert any(units < 0 for cut in cuts for units, _ in cut.segments) == (layout == "head-tail")
+
+
+def test_a_length_that_does_not_divide_is_refused_with_one_that_does() -> None:
+    with mp.simulate(4), pytest.raises(PlanError, match=r"cp=4 does not divide the 15 positions of ids .*Pad the batch to 16"):
+        mp.parallelize(Decoder(), mp.make_mesh("cp=4"), example=batch(length=15))
+
+
+def test_what_leaves_the_model_is_in_true_order() -> None:
+    torch.manual_seed(0)
+    model = Decoder().double()
+    right = model(**batch())["logits"]
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("cp=2"), example=batch())
+        out = pm(**batch())
+        for logits in local_tensors(out["logits"].full_tensor()).values():
+            torch.testing.assert_close(logits, right, rtol=1e-12, atol=1e-12)
+
+
+def test_parts_of_masks_are_made_as_parts() -> None:
+    """No rank makes a table of all pairs of positions."""
+    with mp.simulate(2):
+        pm = mp.parallelize(Decoder("prefix"), mp.make_mesh("cp=2"), example=batch())
+        shapes = {info.shape for node in pm._first.graph.nodes if isinstance(info := facts(node).info, Info)}
+        assert not any(shape[-2:] == (S, S) for shape in shapes) and any(shape[-2:] == (S // 2, S) for shape in shapes)
+
+
+def test_dropout_with_a_causal_call_is_not_taken_for_a_local_causal_one() -> None:
+    """With random masks drawn inside it attention has all positions of some heads, or none is cut."""
+
+    class Drawn(Attention):
+        def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.5 if self.training else 0.0)
+
+    torch.manual_seed(0)
+    model = Decoder("is_causal", kv=4)
+    for block in model.blocks:
+        block["a"].__class__ = Drawn  # type: ignore[index]
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("cp=2"), config=mp.ParallelConfig(context="gather"), example=batch())
+        assert "gather" not in str(pm.explain()).split("Attention over")[1].split("Repeated")[0]
+
+
+def test_the_report_names_forms_bytes_and_what_is_repeated() -> None:
+    with mp.simulate(4):
+        pm = mp.parallelize(Decoder("window", kv=4), mp.make_mesh("cp=4"), config=mp.ParallelConfig(context="ring"), example=batch())
+        text, key = str(pm.explain()), B * 4 * (S // 4) * 8 * 4
+        assert "blocks.*.a  x2  halo" in text and "Repeated on all 4 cp ranks: 0%" in text
+        sent = [c for c in pm.comms() if c.kind == "halo"]
+        assert {(c.axis, c.phase) for c in sent} == {("cp", "forward"), ("cp", "backward")} and len(sent) == 4
+        assert all(c.nbytes == 2 * key for c in sent)  # a window of 5 before each of two pieces of 2: more than what a rank has
+        pm = mp.parallelize(Decoder("causal", kv=4), mp.make_mesh("cp=4"), config=mp.ParallelConfig(context="ring"), example=batch())
+        sent = [c for c in pm.comms() if c.kind == "ring"]
+        assert [c.nbytes for c in sent if c.phase == "forward"] == [3 * 2 * key] * 2
+        assert [c.nbytes for c in sent if c.phase == "backward"] == [7 * 2 * key] * 2
+
+
+def test_what_is_asked_for_is_checked() -> None:
+    with pytest.raises(ConfigError, match="context='rings': one of auto, gather, heads, ring"):
+        mp.ParallelConfig(context="rings")  # type: ignore[arg-type]
+    assert mp.ParallelConfig.from_megatron({"cp_comm_type": "p2p"}).context == "ring"
+
+
+@pytest.mark.parametrize(
+    "mesh, config",
+    [
+        ("cp=2", {"data_parallel": "zero3", "microbatches": 2, "context": "ring"}),
+        ("cp=2", {"data_parallel": "replicate", "recompute": "full"}),
+        ("pp=2,cp=2", {"microbatches": 2, "schedule": "zbv", "context": "ring"}),
+        ("dp=2,cp=2", {"data_parallel": "zero1", "recompute": "selective"}),
+    ],
+    ids=["zero3", "replicate", "pipeline", "zero1"],
+)
+def test_processes(mesh: str, config: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    report = mp.verify(Decoder("window"), mesh, batch(8), config=mp.ParallelConfig(**config), processes=True)
+    report.raise_if_failed()
