@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import meshpar as mp
 from meshpar.errors import ConfigError, PlanError
+from meshpar.graph.facts import Info, facts
 from meshpar.simulate import local_tensors
 
 B, S, H, V = 4, 16, 32, 37
@@ -169,7 +170,7 @@ def test_parts_of_masks_are_made_as_parts() -> None:
     """No rank makes a table of all pairs of positions."""
     with mp.simulate(2):
         pm = mp.parallelize(Decoder("prefix"), mp.make_mesh("cp=2"), example=batch())
-        shapes = {node.meta["info"].shape for node in pm._first.graph.nodes if hasattr(node.meta.get("info"), "shape")}
+        shapes = {info.shape for node in pm._first.graph.nodes if isinstance(info := facts(node).info, Info)}
         assert not any(shape[-2:] == (S, S) for shape in shapes) and any(shape[-2:] == (S // 2, S) for shape in shapes)
 
 

@@ -25,8 +25,8 @@ from torch import Tensor, fx, nn  # noqa: E402
 from benchmarks.random_programs.programs import draw  # noqa: E402
 from meshpar.capture.export import capture  # noqa: E402
 from meshpar.errors import CaptureError  # noqa: E402
-from meshpar.graph.captured import Info  # noqa: E402
-from meshpar.graph.op import info_of, operands, value_of  # noqa: E402
+from meshpar.graph.facts import Facts, Info, facts, set_facts  # noqa: E402
+from meshpar.graph.op import operands, value_info, value_of  # noqa: E402
 from meshpar.mesh import Axis  # noqa: E402
 from meshpar.passes.lower import Lower  # noqa: E402
 from meshpar.plan import AxisPlan, NodePlan  # noqa: E402
@@ -88,7 +88,7 @@ class Typings(fx.Interpreter):
 
 def difference(node: fx.Node, args: tuple[Any, Any], result: Any, choice: Choice, size: int) -> str:
     """What is wrong with one typing of one call, run on parts; "" when nothing is."""
-    infos = [info_of(value_of(o)) for o in operands(node)]
+    infos = [value_info(value_of(o)) for o in operands(node)]
     parts = [_run(node, args, infos, choice, size, rank) for rank in range(size)]
     several = isinstance(result, (tuple, list))
     for index, (want, type_) in enumerate(zip(result if several else [result], choice.outs, strict=True)):
@@ -117,7 +117,7 @@ def _run(node: fx.Node, args: tuple[Any, Any], infos: list[Info], choice: Choice
             index = len(mine)
             mine.append(part(value, choice.uses[index], size, rank))
             made = graph.placeholder(f"x{index}")
-            made.meta["info"] = infos[index]
+            set_facts(made, Facts(infos[index]))
             plan[made.name] = NodePlan((), (choice.uses[index],), "")
             return made
         if isinstance(value, (list, tuple)):
@@ -125,7 +125,7 @@ def _run(node: fx.Node, args: tuple[Any, Any], infos: list[Info], choice: Choice
         return {k: placed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     call = graph.call_function(node.target, placed(args[0]), placed(args[1]))
-    call.meta = dict(node.meta)
+    set_facts(call, facts(node))
     plan[call.name] = NodePlan(choice.uses, choice.outs, "")
     graph.output(())
     lowered = Lower(AxisPlan("tp", size, plan, ()), Axis("tp", size, rank, ""))(graph)

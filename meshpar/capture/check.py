@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -10,7 +11,7 @@ from torch import fx
 from meshpar._torch import OpOverload
 from meshpar._torch import draws as draws_numbers
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info, facts, set_facts
 
 aten = torch.ops.aten
 
@@ -21,7 +22,7 @@ def refuse(graph: fx.Graph) -> None:
     if not found:
         return
     lines = [
-        f"  {node.target} in {node.meta['module'] or 'the model'} ({node.meta['source'] or 'source unknown'}): {reason}."
+        f"  {node.target} in {facts(node).module or 'the model'} ({facts(node).source or 'source unknown'}): {reason}."
         for node, reason in found
     ]
     raise CaptureError("\n".join(["The forward cannot become a graph of fixed shapes:", *dict.fromkeys(lines)]))
@@ -32,7 +33,7 @@ def _objection(node: fx.Node) -> str | None:
         return "it overwrites a tensor; write y = x.op() instead of x.op_()"
     if node.target is aten.as_strided_scatter.default:
         return "it writes through as_strided; write to slices or indices instead"
-    info = node.meta.get("info")
+    info = facts(node).info
     if not (isinstance(info, Info) or (isinstance(info, tuple) and all(i is None or isinstance(i, Info) for i in info))):
         return (
             "its result, or the size of it, depends on values; use torch.where, masked_fill or a fixed size, or pass numbers as arguments"
@@ -41,11 +42,11 @@ def _objection(node: fx.Node) -> str | None:
 
 
 def number_seeds(graph: fx.Graph) -> None:
-    """Set `node.meta["seed"]` = 0, 1, ... on the nodes that draw random numbers."""
+    """Set the `seed` 0, 1, ... of the nodes that draw random numbers."""
     count = 0
     for node in graph.nodes:
         if node.op == "call_function" and draws(node):
-            node.meta["seed"] = count
+            set_facts(node, replace(facts(node), seed=count))
             count += 1
 
 

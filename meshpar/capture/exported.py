@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import map_arg
 
 from meshpar.capture.blame import source_of
-from meshpar.capture.values.selections import DataSized
 from meshpar.errors import CaptureError
 from meshpar.graph import canonical
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import DataSized, Facts, Info, facts, info_of, set_facts
 from meshpar.ops.expect import EXPECT
 
 _CALL_NUMBER = re.compile(r"@\d+$")
@@ -115,20 +114,15 @@ def _call(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node], pre
     stack = [_CALL_NUMBER.sub("", path).removeprefix(prefix) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     stack = ["" if path == prefix.rstrip(".") else path for path in stack]
     _describe(copy, node, module=stack[-1] if stack else "")
-    copy.meta["stack"] = tuple(dict.fromkeys(stack))
-    return copy
+    return set_facts(copy, replace(facts(copy), stack=tuple(dict.fromkeys(stack))))
 
 
 def _describe(copy: fx.Node, node: fx.Node, *, module: str) -> None:
     value = node.meta.get("val")
-    if isinstance(value, tuple | list):
-        copy.meta["info"] = tuple(_info(item) for item in value)
-    elif isinstance(value, torch.Tensor):
-        copy.meta["info"] = _info(value)
-    elif isinstance(value, torch.SymInt):
-        copy.meta["symbol"] = str(value)
-    copy.meta["module"] = module
-    copy.meta["source"] = source_of(node.meta.get("custom", {}).get("source") or node.meta.get("stack_trace"))
+    info = tuple(_info(item) for item in value) if isinstance(value, tuple | list) else _info(value)
+    symbol = str(value) if isinstance(value, torch.SymInt) else None
+    source = source_of(node.meta.get("custom", {}).get("source") or node.meta.get("stack_trace"))
+    set_facts(copy, Facts(info, module, source=source, symbol=symbol))
 
 
 def _keeps_bounds(new: fx.Node, name: str | None) -> bool:
@@ -141,7 +135,7 @@ def _keeps_bounds(new: fx.Node, name: str | None) -> bool:
         old = old.all_input_nodes[0]
     if old.op != "get_attr" or old.target != name or old is new or not _bounded(new):
         return False
-    info, where = old.meta["info"], new.meta["source"]
+    info, where = info_of(old), facts(new).source
     graph = new.graph
     with graph.inserting_after(new):
         same = graph.call_function(torch.ops.aten.eq.Tensor, (new, old))
@@ -150,7 +144,7 @@ def _keeps_bounds(new: fx.Node, name: str | None) -> bool:
     with graph.inserting_after(every):
         check = graph.call_function(EXPECT, (every, [1], f" at {where}, whether {name} keeps the bounds that it is clamped to"))
     for node, shape in ((same, info.shape), (every, ()), (check, ())):
-        node.meta = {**new.meta, "info": Info(shape, torch.bool, False)}
+        set_facts(node, facts(new).beside(Info(shape, torch.bool, False)))
     new.replace_all_uses_with(old, delete_user_cb=lambda user: user is not same)
     return True
 

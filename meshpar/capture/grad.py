@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from meshpar._torch import OpOverload, enter_autocast, exit_autocast, set_grad_enabled
 from meshpar.capture.blame import source_of
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info, facts, gives_several, infos_of, set_facts
 
 _SET_GRAD = "wrap_with_set_grad_enabled"
 _AUTOCAST = "wrap_with_autocast"
@@ -208,14 +209,15 @@ class GradWatch(TorchFunctionMode):
 def propagate(graph: fx.Graph, leaves: Mapping[str, bool]) -> None:
     """Set `requires_grad` of every `Info` in `graph`, given that of the placeholders and `get_attr` targets."""
     for node in graph.nodes:
-        info = node.meta.get("info")
+        info = facts(node).info
         if info is None:
             continue
         if node.op in ("placeholder", "get_attr"):
             needs = leaves.get(str(node.target), False)
         else:
             needs = not _stops(node) and any(_needs(source, node) for source in node.all_input_nodes)
-        node.meta["info"] = tuple(_with(i, needs) for i in info) if isinstance(info, tuple) else _with(info, needs)
+        given = tuple(_with(i, needs) for i in infos_of(node))
+        set_facts(node, replace(facts(node), info=given if gives_several(node) else given[0]))
 
 
 def _stops(node: fx.Node) -> bool:
@@ -223,11 +225,9 @@ def _stops(node: fx.Node) -> bool:
 
 
 def _needs(source: fx.Node, node: fx.Node) -> bool:
-    info = source.meta.get("info")
-    if not isinstance(info, tuple):
-        return info is not None and info.requires_grad
-    index = node.args[1] if len(node.args) > 1 else None
-    picked = [info[index]] if isinstance(index, int) else info
+    infos = infos_of(source)
+    index = node.args[1] if gives_several(source) and len(node.args) > 1 else None
+    picked = [infos[index]] if isinstance(index, int) else infos
     return any(i is not None and i.requires_grad for i in picked)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info, facts, info_of, set_facts
 
 aten = torch.ops.aten
 
@@ -54,10 +54,10 @@ def skip_copies(node: fx.Node) -> fx.Node | None:
     if node.target is aten.clone.default:
         return _operand(node) if _format(node) in (None, torch.preserve_format) or _only_viewed(node) else None
     if node.target is aten.detach.default:
-        return None if _info(_operand(node)).requires_grad else _operand(node)
+        return None if info_of(_operand(node)).requires_grad else _operand(node)
     if node.target is aten._to_copy.default:
         same = (
-            _info(node).dtype == _info(_operand(node)).dtype
+            info_of(node).dtype == info_of(_operand(node)).dtype
             and not node.kwargs.get("device")
             and _format(node) in (None, torch.preserve_format)
         )
@@ -90,7 +90,7 @@ def skip_idle_views(node: fx.Node) -> fx.Node | None:
         return None
     if node.target is aten.slice.Tensor and len(node.args) > 4 and node.args[4] != 1:
         return None
-    if node.target is aten.permute.default and list(_integers(node.args[1])) != list(range(len(_info(node).shape))):
+    if node.target is aten.permute.default and list(_integers(node.args[1])) != list(range(len(info_of(node).shape))):
         return None
     return _operand(node)
 
@@ -100,18 +100,18 @@ def without_empty_parts(node: fx.Node) -> fx.Node | None:
     if node.target is not aten.cat.default:
         return None
     given: Any = node.args[0]
-    parts = [part for part in given if _info(part).shape != (0,)]
+    parts = [part for part in given if info_of(part).shape != (0,)]
     if len(parts) == len(given) or not parts:
         return None
     if len(parts) == 1 and _same(node, parts[0]):
         return _as_node(parts[0])
-    return emit(node, aten.cat.default, (parts, *node.args[1:]), _info(node))
+    return emit(node, aten.cat.default, (parts, *node.args[1:]), info_of(node))
 
 
 def views_as_reshape(node: fx.Node) -> fx.Node | None:
     """view and its kin -> reshape: the strides of a shard may differ from the whole tensor's."""
     if node.target in (aten.view.default, aten._unsafe_view.default, aten.view_copy.default, aten._reshape_alias.default):
-        return emit(node, aten.reshape.default, (_operand(node), list(_info(node).shape)), _info(node))
+        return emit(node, aten.reshape.default, (_operand(node), list(info_of(node).shape)), info_of(node))
     return None
 
 
@@ -121,26 +121,26 @@ def masked_writes(node: fx.Node) -> fx.Node | None:
         return None
     given: Any = node.args[1]
     mask, value = given[0] if len(given) == 1 else None, _as_node(node.args[2])
-    if not isinstance(mask, fx.Node) or _info(mask).dtype != torch.bool:
+    if not isinstance(mask, fx.Node) or info_of(mask).dtype != torch.bool:
         return None
-    rest = _info(node).shape[len(_info(mask).shape) :]
-    if len(_info(value).shape) > len(rest) or _info(value).dtype != _info(node).dtype:
+    rest = info_of(node).shape[len(info_of(mask).shape) :]
+    if len(info_of(value).shape) > len(rest) or info_of(value).dtype != info_of(node).dtype:
         return None
-    shape = (*_info(mask).shape, *(1 for _ in rest))
+    shape = (*info_of(mask).shape, *(1 for _ in rest))
     wide = emit(node, aten.reshape.default, (mask, list(shape)), Info(shape, torch.bool, False))
-    return emit(node, aten.where.self, (wide, value, _operand(node)), _info(node))
+    return emit(node, aten.where.self, (wide, value, _operand(node)), info_of(node))
 
 
 def transposes(node: fx.Node) -> fx.Node | None:
     """t, numpy_T, mT -> transpose or permute."""
-    rank = len(_info(_operand(node)).shape) if node.target in _TRANSPOSES else 0
+    rank = len(info_of(_operand(node)).shape) if node.target in _TRANSPOSES else 0
     if node.target not in _TRANSPOSES:
         return None
     if rank < 2:
         return _operand(node)
     if node.target is aten.numpy_T.default and rank > 2:
-        return emit(node, aten.permute.default, (_operand(node), list(range(rank - 1, -1, -1))), _info(node))
-    return emit(node, aten.transpose.int, (_operand(node), rank - 2, rank - 1), _info(node))
+        return emit(node, aten.permute.default, (_operand(node), list(range(rank - 1, -1, -1))), info_of(node))
+    return emit(node, aten.transpose.int, (_operand(node), rank - 2, rank - 1), info_of(node))
 
 
 def copies_as_expand(node: fx.Node) -> fx.Node | None:
@@ -149,7 +149,7 @@ def copies_as_expand(node: fx.Node) -> fx.Node | None:
         return None
     value = node.args[1]
     assert isinstance(value, fx.Node)
-    want, have = _info(node), _info(value)
+    want, have = info_of(node), info_of(value)
     if have.dtype != want.dtype:
         value = emit(node, aten._to_copy.default, (value,), Info(have.shape, want.dtype, want.requires_grad), {"dtype": want.dtype})
     return value if have.shape == want.shape else emit(node, aten.expand.default, (value, list(want.shape)), want)
@@ -162,7 +162,8 @@ def broadcasts_as_expand(node: fx.Node) -> fx.Node | None:
         return None
     operands: Any = source.args[0]
     operand = operands[node.args[1]]
-    return _as_node(operand) if _same(node, operand) else emit(node, aten.expand.default, (operand, list(_info(node).shape)), _info(node))
+    info = info_of(node)
+    return _as_node(operand) if _same(node, operand) else emit(node, aten.expand.default, (operand, list(info.shape)), info)
 
 
 def dense_lookups(node: fx.Node) -> fx.Node | None:
@@ -170,7 +171,7 @@ def dense_lookups(node: fx.Node) -> fx.Node | None:
     if node.target is not aten.embedding.default or not _argument(node, 4, "sparse", False):
         return None
     padding, scaled = _argument(node, 2, "padding_idx", -1), _argument(node, 3, "scale_grad_by_freq", False)
-    return emit(node, node.target, (*node.args[:2], padding, scaled), _info(node))
+    return emit(node, node.target, (*node.args[:2], padding, scaled), info_of(node))
 
 
 def losses_by_element(node: fx.Node) -> fx.Node | None:
@@ -183,10 +184,10 @@ def losses_by_element(node: fx.Node) -> fx.Node | None:
         return None
     args = [*node.args[:position]] + ([None] * (position - len(node.args)))
     kwargs = {key: value for key, value in node.kwargs.items() if key != "reduction"}
-    shape = torch.broadcast_shapes(*(_info(part).shape for part in node.all_input_nodes))
-    info = Info(tuple(shape), _info(node).dtype, _info(node).requires_grad)
+    shape = torch.broadcast_shapes(*(info_of(part).shape for part in node.all_input_nodes))
+    info = Info(tuple(shape), info_of(node).dtype, info_of(node).requires_grad)
     each = emit(node, node.target, (*args, 0, *node.args[position + 1 :]), info, kwargs)
-    return emit(node, aten.mean.default if reduction == 1 else aten.sum.default, (each,), _info(node))
+    return emit(node, aten.mean.default if reduction == 1 else aten.sum.default, (each,), info_of(node))
 
 
 def losses_by_count(node: fx.Node) -> fx.Node | None:
@@ -195,29 +196,29 @@ def losses_by_count(node: fx.Node) -> fx.Node | None:
         return None
     logits, target, weight = _operand(node), node.args[1], _argument(node, 2, "weight", None)
     assert isinstance(target, fx.Node)
-    if _info(target).dtype.is_floating_point:
+    if info_of(target).dtype.is_floating_point:
         return None
-    loss = _info(node)
+    loss = info_of(node)
     wide = Info((), torch.float32 if loss.dtype == torch.float16 else loss.dtype, loss.requires_grad)  # a sum of labels overflows float16
     if wide.dtype != loss.dtype:
-        logits = emit(node, aten._to_copy.default, (logits,), Info(_info(logits).shape, wide.dtype, True), {"dtype": wide.dtype})
+        logits = emit(node, aten._to_copy.default, (logits,), Info(info_of(logits).shape, wide.dtype, True), {"dtype": wide.dtype})
     ignore = _argument(node, 4, "ignore_index", -100)
     rest = (_argument(node, 5, "label_smoothing", 0.0),) if node.target is aten.cross_entropy_loss.default else ()
     total = emit(node, node.target, (logits, target, weight, 2, ignore, *rest), wide)
     count = _labels(node, target, ignore) if weight is None else _label_weights(node, target, weight, ignore)
-    if _info(count).dtype != wide.dtype:
+    if info_of(count).dtype != wide.dtype:
         count = emit(node, aten._to_copy.default, (count,), Info((), wide.dtype, False), {"dtype": wide.dtype})
     mean = emit(node, aten.div.Tensor, (total, count), wide)
     return mean if wide.dtype == loss.dtype else emit(node, aten._to_copy.default, (mean,), loss, {"dtype": loss.dtype})
 
 
 def _labels(node: fx.Node, target: fx.Node, ignore: int) -> fx.Node:
-    valid = emit(node, aten.ne.Scalar, (target, ignore), Info(_info(target).shape, torch.bool, False))
+    valid = emit(node, aten.ne.Scalar, (target, ignore), Info(info_of(target).shape, torch.bool, False))
     return emit(node, aten.sum.default, (valid,), Info((), torch.int64, False))
 
 
 def _label_weights(node: fx.Node, target: fx.Node, weight: fx.Node, ignore: int) -> fx.Node:
-    shape, dtype = _info(target).shape, _info(weight).dtype
+    shape, dtype = info_of(target).shape, info_of(weight).dtype
     ignored = emit(node, aten.eq.Scalar, (target, ignore), Info(shape, torch.bool, False))
     safe = emit(node, aten.masked_fill.Scalar, (target, ignored, 0), Info(shape, torch.int64, False))
     each = emit(node, aten.embedding.default, (_column(node, weight), safe), Info((*shape, 1), dtype, False))
@@ -227,7 +228,7 @@ def _label_weights(node: fx.Node, target: fx.Node, weight: fx.Node, ignore: int)
 
 
 def _column(node: fx.Node, weight: fx.Node) -> fx.Node:
-    info = _info(weight)
+    info = info_of(weight)
     return emit(node, aten.reshape.default, (weight, [*info.shape, 1]), Info((*info.shape, 1), info.dtype, info.requires_grad))
 
 
@@ -285,8 +286,7 @@ def emit(before: fx.Node, target: Any, args: tuple[Any, ...], info: Info, kwargs
     """A new node in front of `before`, with its origin."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, dict(kwargs or {}))
-    node.meta = {**before.meta, "info": info}
-    return node
+    return set_facts(node, facts(before).beside(info))
 
 
 def _operand(node: fx.Node) -> fx.Node:
@@ -298,14 +298,8 @@ def _as_node(value: Any) -> fx.Node:
     return value
 
 
-def _info(node: Any) -> Info:
-    info = node.meta["info"]
-    assert isinstance(info, Info), node.format_node()
-    return info
-
-
 def _same(node: fx.Node, other: fx.Node) -> bool:
-    return _info(node).shape == _info(other).shape and _info(node).dtype == _info(other).dtype
+    return info_of(node).shape == info_of(other).shape and info_of(node).dtype == info_of(other).dtype
 
 
 def _format(node: fx.Node) -> Any:

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import fx
 
+from meshpar.compile.place import place
 from meshpar.compile.split import mark, split
 from meshpar.compile.stages import choose
 from meshpar.errors import PlanError, near, raise_all
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
+from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
 from meshpar.graph.text import fingerprint
 from meshpar.mesh import Axis
@@ -66,6 +68,9 @@ def decide(captured: Captured, request: Decision) -> Plan:
     graph, axes = captured.graph, list[AxisPlan]()
     whole = infer(graph)
     outputs = _pinned_outputs(captured)
+    stages, held = _stages(captured, request)
+    if stages:
+        place(graph, stages, held)
     for at, (name, size) in enumerate(request.axes):
         if size == 1:
             continue
@@ -91,7 +96,6 @@ def decide(captured: Captured, request: Decision) -> Plan:
         axes.append(_for_all_owners(plan, captured.graph, axes))
         if name != request.axes[-1][0]:
             graph = Lower(plan, Axis(name, size, 0, name))(graph)
-    stages, held = _stages(captured, request)
     return Plan(
         request.mesh,
         fingerprint(captured),

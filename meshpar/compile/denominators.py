@@ -20,9 +20,11 @@ import torch
 from torch import fx
 
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import Extra, facts, info_of, set_facts
 from meshpar.graph.op import op_name, operands
 from meshpar.ops.expect import EXPECT
 from meshpar.passes.batch_norm import takes_statistics
+from meshpar.passes.inputs import add_input, extra_inputs
 from meshpar.passes.own_terms import share_out
 
 aten = torch.ops.aten
@@ -37,7 +39,7 @@ class Split:
 
     captured: Captured
     counts: Captured | None
-    """Returns the denominators of one microbatch, in the order of the placeholders `denominator_0`, ... ; None when there are none."""
+    """Returns the denominators of one microbatch, in the order in which the other graph takes them; None when there are none."""
     averaged: tuple[str, ...]
     """Terms of the loss that are averaged over microbatches, by the submodule, or the source line, that computes them."""
     within: tuple[str, ...] = ()
@@ -50,9 +52,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in captured.graph.nodes:
-        new = graph.node_copy(node, lambda n: mapping[n])
-        new.meta = dict(node.meta)
-        mapping[node] = new
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     added, mixing = share_out(graph, microbatches, captured.batch_dims)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     terms = _Terms(graph, microbatches, captured.batch_dims, frozenset(captured.state.inputs))
@@ -61,16 +61,13 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     values[captured.loss] = loss
     output.args = (tuple(values),)
     counts = _counting(captured, graph, terms.denominators) if terms.denominators else None
-    for index, (node, users) in enumerate(terms.denominators.items()):
-        with graph.inserting_before(next(iter(graph.nodes))):
-            slot = graph.placeholder(f"denominator_{index}")
-        slot.meta = {"info": node.meta["info"], "module": node.meta.get("module"), "region": None}
+    for node, users in terms.denominators.items():
+        slot = add_input(graph, Extra.DENOMINATOR, facts(node).beside(info_of(node)).outside())
         for user in users:
             user.replace_input_with(node, slot)
-    _order_placeholders(graph, captured.inputs, len(terms.denominators))
     graph.eliminate_dead_code(lambda node: _is_kept(node) or node.target is EXPECT)
     graph.lint()
-    names = (*captured.inputs, *(f"denominator_{i}" for i in range(len(terms.denominators))))
+    names = (*captured.inputs, *extra_inputs(graph).denominators)
     within = dict.fromkeys([*(_place(node) for node in graph.nodes if takes_statistics(node)), *mixing])
     averaged = tuple(dict.fromkeys([*terms.averaged, *added]))
     return Split(replace(captured, graph=graph, inputs=names), counts, averaged, tuple(within))
@@ -78,7 +75,7 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
 
 def _place(node: fx.Node) -> str:
     """Where in the user's model: the submodule, or the line where the model itself does it."""
-    return str(node.meta.get("module") or node.meta.get("source") or "the model")
+    return str(facts(node).module or facts(node).source or "the model")
 
 
 class _Terms:
@@ -86,7 +83,7 @@ class _Terms:
         self.graph, self.microbatches = graph, microbatches
         self.denominators: dict[fx.Node, list[fx.Node]] = {}
         self.averaged: dict[str, None] = {}
-        self.trainable = _depends_on(graph, lambda n: n.op == "get_attr" and n.meta["info"].requires_grad)
+        self.trainable = _depends_on(graph, lambda n: n.op == "get_attr" and info_of(n).requires_grad)
         self.batch = _depends_on(graph, lambda n: n.op == "placeholder")
         self.split = _depends_on(graph, lambda n: n.op == "placeholder" and str(n.target) in split)
         self.numbers = _made_of(graph, numbers)
@@ -99,7 +96,7 @@ class _Terms:
         """The node that holds this term of the step's loss."""
         name = op_name(node.target) if node.op == "call_function" else ""
         given = self._operands(node)
-        inner = [a for a in given if a.meta["info"].shape == () or name in _THROUGH]
+        inner = [a for a in given if info_of(a).shape == () or name in _THROUGH]
         if name in ("add", "sub") and len(inner) == len(given) == 2:
             return self._again(node, {a: self.rewrite(a) for a in inner})
         if name in _THROUGH or (name in ("mul", "div") and len(given) == 1):
@@ -121,7 +118,7 @@ class _Terms:
             return term
         after: list[fx.Node] = []
         while not _is_additive(count):
-            if len(operands(count)) != 1 or operands(count)[0].meta["info"].shape != ():
+            if len(operands(count)) != 1 or info_of(operands(count)[0]).shape != ():
                 return None
             after.append(count)
             count = operands(count)[0]
@@ -129,7 +126,6 @@ class _Terms:
         for node in reversed(after):
             with self.graph.inserting_before(term):
                 copied = self.graph.node_copy(node, lambda n, last=last: last)  # type: ignore[misc]
-            copied.meta = dict(node.meta)
             last, user = copied, copied if user is term else user
         if after:
             term.args = (term.args[0], last)
@@ -149,23 +145,20 @@ class _Terms:
         return False
 
     def _is_count(self, value: Any) -> bool:
-        return isinstance(value, fx.Node) and value in self.batch and value not in self.trainable and value.meta["info"].shape == ()
+        return isinstance(value, fx.Node) and value in self.batch and value not in self.trainable and info_of(value).shape == ()
 
     def _average(self, node: fx.Node) -> fx.Node:
         self.averaged[_place(node)] = None
         with self.graph.inserting_after(node):
             new = self.graph.call_function(aten.mul.Tensor, (node, 1.0 / self.microbatches))
-        new.meta = {k: v for k, v in node.meta.items() if k in ("info", "module", "region", "source")}
-        return new
+        return set_facts(new, facts(node).beside(info_of(node)))
 
     def _again(self, node: fx.Node, changed: dict[fx.Node, fx.Node]) -> fx.Node:
         if all(a is b for a, b in changed.items()):
             return node
         last = max(changed.values(), key=lambda n: list(self.graph.nodes).index(n))
         with self.graph.inserting_after(last):
-            new = self.graph.node_copy(node, lambda n: changed.get(n, n))
-        new.meta = dict(node.meta)
-        return new
+            return self.graph.node_copy(node, lambda n: changed.get(n, n))
 
 
 def _is_additive(value: fx.Node) -> bool:
@@ -203,22 +196,9 @@ def _counting(captured: Captured, graph: fx.Graph, denominators: dict[fx.Node, l
         if node.op == "output":
             counts.output(tuple(mapping[n] for n in denominators))
             continue
-        mapping[node] = counts.node_copy(node, lambda n: mapping[n])
-        mapping[node].meta = {**node.meta, "region": None}
+        mapping[node] = set_facts(counts.node_copy(node, lambda n: mapping[n]), facts(node).outside())
     counts.eliminate_dead_code(_is_kept)
     return replace(captured, graph=counts, mutations=(), loss=None, out_leaves=())
-
-
-def _order_placeholders(graph: fx.Graph, inputs: tuple[str, ...], count: int) -> None:
-    """Inputs first, in their order, then the denominators."""
-    wanted = [*inputs, *(f"denominator_{i}" for i in range(count))]
-    by_name = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
-    anchor = next(iter(graph.nodes))
-    for name in wanted:
-        if by_name[name] is not anchor:
-            anchor.prepend(by_name[name])
-        else:
-            anchor = anchor.next
 
 
 def _is_kept(node: fx.Node) -> bool:

@@ -10,13 +10,12 @@ from typing import Any
 from torch import fx
 
 from meshpar.compile.split import StageGraph
-from meshpar.graph.captured import Info
-from meshpar.graph.op import op_name, operands
+from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
+from meshpar.graph.op import op_name, operands, value_info
 from meshpar.ops import halo, ring, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_REDUCE, ALL_TO_ALL, conversion, wire_bytes
-from meshpar.sharding.types import Type
 
 
 def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
@@ -43,7 +42,7 @@ def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[C
 def _sent(stage: StageGraph) -> Iterator[Comm]:
     for node in stage.graph.nodes:
         if node.op == "placeholder" and node.name in stage.receives:
-            info, module, region = node.meta["info"], node.meta.get("module") or "", node.meta.get("region") or ""
+            info, module, region = info_of(node), facts(node).module or "", facts(node).region or ""
             yield Comm("send", stage_axis(), "forward", float(info.nbytes), 1, node.name, module, region, stage.index - 1)
             if info.requires_grad:
                 yield Comm("send", stage_axis(), "backward", float(info.nbytes), 1, node.name, module, region, stage.index)
@@ -51,25 +50,26 @@ def _sent(stage: StageGraph) -> Iterator[Comm]:
 
 def entries(node: fx.Node) -> Iterator[Comm]:
     """What one node sends."""
-    if "conversion" in node.meta:
-        yield from _converted(node, [node.meta["conversion"]])
-    if "joined" in node.meta:
-        yield from _converted(node, node.meta["joined"])
-    if "exchange" in node.meta:
-        yield from _exchanged(node, *node.meta["exchange"])
+    known = facts(node)
+    if known.conversion is not None:
+        yield from _converted(node, [known.conversion])
+    if known.joined:
+        yield from _converted(node, known.joined)
+    if known.exchange is not None:
+        yield from _exchanged(node, known.exchange)
     if node.target in (ring.ring_attention, halo.halo_attention):
         yield from _between_parts(node)
     if node.target is vocab_parallel.cross_entropy:
         target: Any = node.args[1]
         where: dict[str, Any] = node.kwargs
-        tokens, smoothing = prod(target.meta["info"].shape), where.get("label_smoothing", 0.0)
-        for sent in vocab_parallel.cross_entropy_traffic(tokens, node.meta["info"].dtype, where["size"], label_smoothing=smoothing):
-            yield _comm(node, ALL_REDUCE, node.meta.get("axis", ""), sent.phase, float(sent.nbytes))
+        tokens, smoothing = prod(info_of(target).shape), where.get("label_smoothing", 0.0)
+        for sent in vocab_parallel.cross_entropy_traffic(tokens, info_of(node).dtype, where["size"], label_smoothing=smoothing):
+            yield _comm(node, ALL_REDUCE, known.axis or "", sent.phase, float(sent.nbytes))
 
 
 def _between_parts(node: fx.Node) -> Iterator[Comm]:
     """Keys and values that go round, or those before a rank's own positions; backward also their gradients."""
-    key, value = (n.meta["info"] for n in operands(node)[1:3])
+    key, value = (info_of(n) for n in operands(node)[1:3])
     where: dict[str, Any] = node.kwargs
     sent, size = float(key.nbytes + value.nbytes), where["size"]
     if node.target is ring.ring_attention:
@@ -79,28 +79,29 @@ def _between_parts(node: fx.Node) -> Iterator[Comm]:
         forward = backward = sent * min(1.0, (where["window"] - 1) * len(pieces) / key.shape[2])
     name = "ring" if node.target is ring.ring_attention else "halo"
     for phase, count in (("forward", forward), ("backward", backward)):
-        yield _comm(node, name, node.meta.get("axis", ""), phase, count)
+        yield _comm(node, name, facts(node).axis or "", phase, count)
 
 
-def _exchanged(node: fx.Node, axis: str, size: int, rows: Info) -> Iterator[Comm]:
+def _exchanged(node: fx.Node, exchange: Exchange) -> Iterator[Comm]:
     """Rows of experts, and before them their numbers (4 bytes for each expert): a share (size - 1) / size of them stays not here."""
+    axis, size, rows = exchange.axis, exchange.size, exchange.rows
     share = (size - 1) / size
-    if isinstance(node.meta["info"], tuple):
-        yield _comm(node, ALL_TO_ALL, axis, "forward", 4.0 * size * node.meta["info"][1].shape[0] * share)
+    if gives_several(node):
+        yield _comm(node, ALL_TO_ALL, axis, "forward", 4.0 * size * value_info((node, 1)).shape[0] * share)
     for phase in ("forward", "backward") if rows.requires_grad else ("forward",):
         yield _comm(node, ALL_TO_ALL, axis, phase, rows.nbytes * share)
 
 
-def _converted(node: fx.Node, members: Sequence[tuple[str, int, Type, Type, Info]]) -> Iterator[Comm]:
+def _converted(node: fx.Node, members: Sequence[Change]) -> Iterator[Comm]:
     """The collectives of one conversion, or of several that travel as one."""
-    axis, size, before, after, first = members[0]
-    found = conversion(before, after)
+    first = members[0]
+    found = conversion(first.before, first.after)
     assert found is not None
-    for phase, kind in (("forward", found.forward), ("backward", found.backward if first.requires_grad else None)):
+    for phase, kind in (("forward", found.forward), ("backward", found.backward if first.whole.requires_grad else None)):
         if kind is not None:
-            yield _comm(node, kind, axis, phase, wire_bytes(kind, sum(info.nbytes for *_, info in members), size))
+            yield _comm(node, kind, first.axis, phase, wire_bytes(kind, sum(one.whole.nbytes for one in members), first.size))
 
 
 def _comm(node: fx.Node, kind: str, axis: str, phase: str, nbytes: float) -> Comm:
     name = op_name(node.target).rpartition(".")[2]
-    return Comm(kind, axis, phase, nbytes, 1, name, node.meta.get("module") or "", node.meta.get("region") or "")
+    return Comm(kind, axis, phase, nbytes, 1, name, facts(node).module or "", facts(node).region or "")

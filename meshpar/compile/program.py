@@ -40,11 +40,12 @@ from meshpar.mesh import Axis, agree, data_axis, mesh_sizes, typed_axes
 from meshpar.passes.attention import SimplifyAttention
 from meshpar.passes.batch_norm import expand_batch_norm
 from meshpar.passes.coalesce import Coalesce
+from meshpar.passes.inputs import ExtraInputs, extra_inputs
 from meshpar.passes.lower import Lower
-from meshpar.passes.randomness import KEY, SeedRandom
+from meshpar.passes.randomness import SeedRandom
 from meshpar.passes.reduce import ReduceGradients
 from meshpar.passes.reuse import Reuse
-from meshpar.passes.tally import TALLY, TallyExperts
+from meshpar.passes.tally import TallyExperts
 from meshpar.passes.weight_gradients import DeferWeightGradients
 from meshpar.pipeline.order import schedule_of
 from meshpar.plan import ParameterPlan, Plan
@@ -97,14 +98,9 @@ class Program:
         return tuple(str(n.target) for n in self.graph.nodes if n.op == "placeholder")
 
     @cached_property
-    def is_random(self) -> bool:
-        """Whether the graph takes a key for its random numbers, as its last input."""
-        return any(n.op == "placeholder" and n.name == KEY for n in self.graph.nodes)
-
-    @cached_property
-    def has_experts(self) -> bool:
-        """Whether the graph takes a tally of experts' loads."""
-        return TALLY in self.inputs
+    def extra(self) -> ExtraInputs:
+        """What the graph takes beside the batch."""
+        return extra_inputs(self.graph)
 
     @property
     def key(self) -> str:
@@ -224,7 +220,7 @@ class Programs:
         if remember and not self.pinned:
             self.pinned = dict(plan.parameters)
         if plan.stages:
-            place(captured, plan)
+            place(captured.graph, plan.stages, {name: p.stages for name, p in plan.parameters.items()})
         axes = typed_axes(self.mesh)
         summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if ROLES[a.name].sums}
         graph = lowered(captured, plan, axes, summed)
@@ -350,7 +346,6 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         mapping[node] = new.node_copy(node, lambda n: mapping[n])
-        mapping[node].meta = dict(node.meta)
     return new
 
 

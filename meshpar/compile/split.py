@@ -1,4 +1,4 @@
-"""Cuts a graph into one graph per pipeline stage: decides nothing, every call says by `meta["stage"]` where it wants to run.
+"""Cuts a graph into one graph per pipeline stage: decides nothing, every call says by its `stage` where it wants to run.
 
     before                               after, marked at "b"
       mask = triu(ids)                     stage 0 (ids):      mask = triu(ids);  a = embed(w, ids, mask)     -> a
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import fx
 
 from meshpar._torch import draws
 from meshpar.errors import PlanError, near, raise_all
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info, facts, infos_of, set_facts
 from meshpar.ops.expect import EXPECT
+from meshpar.passes.inputs import ExtraInputs, extra_inputs
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,14 @@ class StageGraph:
     mutations: tuple[str, ...]
     """The buffers whose new values this stage computes or is handed."""
 
+    @cached_property
+    def extra(self) -> ExtraInputs:
+        """Which of the inputs are no tensors of the batch."""
+        return extra_inputs(self.graph)
+
 
 def mark(graph: fx.Graph, starts: Sequence[str]) -> None:
-    """Set `meta["stage"]` of every call to the number of `starts` (names of calls) at or before it.
+    """Set the `stage` of every call to the number of `starts` (names of calls) at or before it.
 
     Raises PlanError for names that are no call of the graph, or that are given twice.
 
@@ -68,7 +75,7 @@ def mark(graph: fx.Graph, starts: Sequence[str]) -> None:
     stage = 0
     for node in calls:
         stage += node.name in seen
-        node.meta["stage"] = stage
+        set_facts(node, replace(facts(node), stage=stage))
 
 
 def split(
@@ -79,7 +86,7 @@ def split(
     mutations: Sequence[str] = (),
     wanted: Collection[int] | None = None,
 ) -> tuple[StageGraph, ...]:
-    """Cut `graph` by `meta["stage"]` into `stages` graphs; the given graph is left alone.
+    """Cut `graph` by the `stage` of its calls into `stages` graphs; the given graph is left alone.
 
     `parameters` holds the `get_attr` targets that are trained; every stage that uses one reads it itself. `mutations` names the buffers
     whose new values are the last outputs of the graph. `wanted`: which of the outputs before them the last stage returns (None: all);
@@ -178,7 +185,7 @@ class _Splitter:
                 continue
             sources = [source for source in node.all_input_nodes if source not in self.copied]
             least = max((self.stage[source] for source in sources), default=0)
-            marked = node.meta.get("stage")
+            marked = facts(node).stage
             if node.target is operator.getitem or (marked is None and sources and not _grows(node, sources)):
                 place = least
             else:
@@ -223,8 +230,8 @@ class _Splitter:
         readers = [s for s in range(self.stages) if name in reads and reads[name] in needs[s]]
         if isinstance(value, fx.Node) and value in self.stage:
             return [*readers, self.stage[value]]
-        marked = value.meta.get("stage", 0) if isinstance(value, fx.Node) else 0
-        return readers or [marked]
+        marked = facts(value).stage if isinstance(value, fx.Node) else None
+        return readers or [marked or 0]
 
     def _check_order(self, name: str, reader: int, home: int) -> None:
         if reader < home:
@@ -254,8 +261,7 @@ class _Splitter:
         graph = fx.Graph()
         made: dict[fx.Node, fx.Node] = {}
         for node in handed[stage]:
-            made[node] = graph.create_node("placeholder", node.name, name=node.name)
-            made[node].meta = dict(node.meta)
+            made[node] = set_facts(graph.create_node("placeholder", node.name, name=node.name), facts(node))
         ordered = sorted((node for node in needs if node not in made), key=self.index.__getitem__)
         inputs = [node for node in ordered if node.op == "placeholder"]
         for node in (*inputs, *(node for node in ordered if node.op != "placeholder")):
@@ -287,15 +293,15 @@ def _closure(start: Sequence[fx.Node], sources: Callable[[fx.Node], Sequence[fx.
 
 def _draws(node: fx.Node) -> bool:
     """Whether a node draws other numbers every time it runs: not once it has a key."""
-    return "key" not in node.kwargs and ("seed" in node.meta or draws(node.target))
+    return "key" not in node.kwargs and (facts(node).seed is not None or draws(node.target))
 
 
 def _dresses(node: fx.Node) -> bool:
     """Whether a call on parameters alone only prepares one for its use, and makes it no smaller."""
-    if "conversion" in node.meta or "joined" in node.meta or node.target is operator.getitem:
+    if facts(node).conversion is not None or facts(node).joined or node.target is operator.getitem:
         return True
-    info, sources = node.meta.get("info"), node.all_input_nodes
-    if len(sources) != 1 or not isinstance(info, Info) or not isinstance(before := sources[0].meta.get("info"), Info):
+    info, sources = facts(node).info, node.all_input_nodes
+    if len(sources) != 1 or not isinstance(info, Info) or not isinstance(before := facts(sources[0]).info, Info):
         return False
     return prod(info.shape) >= prod(before.shape)
 
@@ -304,7 +310,7 @@ def _wishes(calls: Sequence[fx.Node]) -> dict[fx.Node, int]:
     """Every call's mark, or else the earliest one among those that use it."""
     found: dict[fx.Node, int] = {}
     for node in reversed(calls):
-        marked = node.meta.get("stage")
+        marked = facts(node).stage
         wishes = [found[user] for user in node.users if user in found] if marked is None else [marked]
         if wishes:
             found[node] = min(wishes)
@@ -316,32 +322,30 @@ def _grows(node: fx.Node, sources: Sequence[fx.Node]) -> bool:
 
 
 def _nbytes(node: fx.Node) -> int:
-    info = node.meta.get("info")
-    return sum(i.nbytes for i in (info if isinstance(info, tuple) else (info,)) if i is not None)
+    return sum(i.nbytes for i in infos_of(node) if i is not None)
 
 
 def _sources(node: fx.Node) -> Sequence[fx.Node]:
     """What a node reads. One result of a joined conversion is made from one of its operands alone."""
-    if "joined" in node.meta:
+    if facts(node).joined:
         return ()
-    if node.target is operator.getitem and "joined" in (joined := node.all_input_nodes[0]).meta:
+    if node.target is operator.getitem and facts(joined := node.all_input_nodes[0]).joined:
         return (joined, joined.args[int(node.args[1])])  # type: ignore[arg-type, return-value]
     return node.all_input_nodes
 
 
 def _copy(graph: fx.Graph, node: fx.Node, needs: Collection[fx.Node], made: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """The node in a stage's graph. A joined conversion keeps only the parameters that this stage uses."""
-    joined = node if "joined" in node.meta else node.all_input_nodes[0] if node.target is operator.getitem else None
-    if joined is None or "joined" not in joined.meta:
-        new = graph.node_copy(node, made.__getitem__)
-        new.meta = dict(node.meta)
-        return new
+    joined = node if facts(node).joined else node.all_input_nodes[0] if node.target is operator.getitem else None
+    if joined is None or not facts(joined).joined:
+        return graph.node_copy(node, made.__getitem__)
     items = sorted({int(user.args[1]) for user in joined.users if user in needs})  # type: ignore[arg-type]
     args: tuple[Any, ...] = tuple(made[joined.args[i]] for i in items)  # type: ignore[index]
     if node is not joined:
         args = (made[joined], items.index(int(node.args[1])))  # type: ignore[arg-type]
     new = graph.create_node("call_function", node.target, args, dict(node.kwargs), node.name)
-    new.meta = dict(node.meta)
+    known = facts(node)
     if node is joined:
-        new.meta.update({key: tuple(node.meta[key][i] for i in items) for key in ("info", "joined")})
-    return new
+        infos = infos_of(node)
+        known = replace(known, info=tuple(infos[i] for i in items), joined=tuple(known.joined[i] for i in items))
+    return set_facts(new, known)

@@ -24,8 +24,9 @@ from torch import fx
 
 from meshpar.compile.split import needed, remade
 from meshpar.errors import PlanError, near, raise_all
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
 from meshpar.graph.cost import flops, nbytes
+from meshpar.graph.facts import Info, facts, gives_several, info_of, infos_of
 from meshpar.graph.op import op_name
 from meshpar.graph.regions import members
 from meshpar.report.text import count
@@ -104,16 +105,16 @@ def choose(
     """
     if stages < 1:
         raise PlanError(f"stages={stages}: at least 1.")
-    facts = _Facts(captured, wanted, cost or _Seconds(price or Price()), memory or Budget())
+    ground = _Ground(captured, wanted, cost or _Seconds(price or Price()), memory or Budget())
     if where is None:
-        return _balanced(facts, stages)
+        return _balanced(ground, stages)
     if all(isinstance(part, str) for part in where):
-        places = _at_modules(facts, stages, [str(part) for part in where])
+        places = _at_modules(ground, stages, [str(part) for part in where])
         why = "as named"
     else:
-        places = _by_layers(facts, stages, [int(part) for part in where])
+        places = _by_layers(ground, stages, [int(part) for part in where])
         why = f"{', '.join(map(str, where))} blocks each"
-    return facts.staging([0, *places, facts.count], why)
+    return ground.staging([0, *places, ground.count], why)
 
 
 # -- what a stage costs ------------------------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class _Seconds:
     def __call__(self, node: fx.Node) -> float:
         work, moved = flops(node), _moved(node)
         spent = self.price.compute(work, moved)
-        infos = [source.meta.get("info") for source in node.all_input_nodes]
+        infos = [facts(source).info for source in node.all_input_nodes]
         again = sum(isinstance(i, Info) and i.requires_grad and len(i.shape) > 1 for i in infos)
         if again:
             products = 2.5 if node.target is _SDPA else min(again, 2)
@@ -147,11 +148,10 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def _nbytes(node: fx.Node) -> int:
-    info = node.meta.get("info")
-    return sum(i.nbytes for i in (info if isinstance(info, tuple) else (info,)) if isinstance(i, Info))
+    return sum(i.nbytes for i in infos_of(node) if isinstance(i, Info))
 
 
-class _Facts:
+class _Ground:
     """The calls that stages are made of, and what lies between any two places. Place p is before the p-th of them.
 
     Costs are whole femtoseconds, so that equal blocks cost exactly the same wherever they are.
@@ -196,7 +196,7 @@ class _Facts:
         change = np.zeros((2, self.count + 2), dtype=np.int64)
         ends = {node: self.count for node in returned}
         for node in self.calls:
-            items = [u for u in node.users if u.target is operator.getitem] if isinstance(node.meta.get("info"), tuple) else [node]
+            items = [u for u in node.users if u.target is operator.getitem] if gives_several(node) else [node]
             for value in items:
                 users = [self.place(user) for user in value.users if user in self.index]
                 last = max([*users, ends.get(value, 0)], default=0)
@@ -211,7 +211,7 @@ class _Facts:
         found = []
         for node in graph.nodes:
             if node.op == "get_attr" and str(node.target) in parameters:
-                info, before = node.meta["info"], -1
+                info, before = info_of(node), -1
                 held = round(info.nbytes * (self.memory.state if info.requires_grad else 1.0))
                 for use in sorted(set(self._users(node))):
                     found.append((use, before, held))
@@ -259,8 +259,7 @@ class _Facts:
 
     def region(self, place: int) -> str | None:
         """The block a call belongs to."""
-        found: str | None = self.calls[place].meta.get("region")
-        return found
+        return facts(self.calls[place]).region
 
     def is_boundary(self, place: int) -> bool:
         """Whether a block begins or ends here."""
@@ -271,53 +270,51 @@ class _Facts:
         region, node = self.region(place), self.calls[place]
         if region is not None and self.is_boundary(place):
             return region
-        return f"{node.name} ({node.meta.get('module') or 'the model itself'})"
+        return f"{node.name} ({facts(node).module or 'the model itself'})"
 
 
 def _kept(node: fx.Node) -> int:
     """Bytes that backward keeps of a call: its results, unless they are views of others."""
-    info = node.meta.get("info")
-    infos = info if isinstance(info, tuple) else (info,)
-    flows = any(isinstance(i, Info) and i.requires_grad for i in infos)
+    flows = any(isinstance(i, Info) and i.requires_grad for i in infos_of(node))
     return _nbytes(node) if flows and nbytes(node) else 0
 
 
 # -- the most even cuts --------------------------------------------------------------------------------------------------------------------
 
 
-def _balanced(facts: _Facts, stages: int) -> Staging:
+def _balanced(ground: _Ground, stages: int) -> Staging:
     """Cuts between blocks, or else at narrow places, or else at wider ones: whichever first comes near the best."""
-    kinds = _kinds(facts, stages)
+    kinds = _kinds(ground, stages)
     best, why = list[int](), ""
     for kind, places in reversed(kinds.items()):
-        chosen = _search(facts, [0, *places, facts.count], stages) if len(places) >= stages - 1 else None
-        if chosen is not None and _largest(facts, chosen) <= NEARLY.get(kind, 1.0) * _largest(facts, best or chosen):
+        chosen = _search(ground, [0, *places, ground.count], stages) if len(places) >= stages - 1 else None
+        if chosen is not None and _largest(ground, chosen) <= NEARLY.get(kind, 1.0) * _largest(ground, best or chosen):
             best, why = chosen, f"balanced by cost {kind}"
     if best:
-        return facts.staging(best, why)
+        return ground.staging(best, why)
     places = kinds["wherever it is not too wide"]
     if len(places) + 1 < stages:
         raise PlanError(
             f"stages={stages}: this graph has {len(places)} places to cut (where not too much crosses, outside attention), "
             f"so at most {len(places) + 1} stages are possible."
         )
-    raise PlanError(_too_much_memory(facts, [0, *places, facts.count], stages))
+    raise PlanError(_too_much_memory(ground, [0, *places, ground.count], stages))
 
 
-def _largest(facts: _Facts, places: Sequence[int]) -> float:
-    return float(max(facts.cost[b] - facts.cost[a] for a, b in pairwise(places)))
+def _largest(ground: _Ground, places: Sequence[int]) -> float:
+    return float(max(ground.cost[b] - ground.cost[a] for a, b in pairwise(places)))
 
 
-def _search(facts: _Facts, places: Sequence[int], stages: int) -> list[int] | None:
+def _search(ground: _Ground, places: Sequence[int], stages: int) -> list[int] | None:
     """The cuts whose most costly stage costs least; among those, the most even ones that hand on least.
 
     Dynamic programming over (stage, place), twice: `reach[i]` is the least largest cost, then the least sum, of stages that end at place i.
     """
-    cost, held, kept = facts.spans(places)
+    cost, held, kept = ground.spans(places)
     count = len(places)
     legal = [(cost > 0) & np.triu(np.ones((count, count), dtype=bool), 1) for _ in range(stages)]
-    if facts.memory.limit is not None:
-        legal = [ok & (held + kept * facts.in_flight(s, stages) <= facts.memory.limit) for s, ok in enumerate(legal)]
+    if ground.memory.limit is not None:
+        legal = [ok & (held + kept * ground.in_flight(s, stages) <= ground.memory.limit) for s, ok in enumerate(legal)]
     reach = np.full(count, np.inf)
     reach[0] = 0.0
     for ok in legal:
@@ -325,9 +322,9 @@ def _search(facts: _Facts, places: Sequence[int], stages: int) -> list[int] | No
     bound = reach[-1]
     if not np.isfinite(bound):
         return None
-    mean = facts.cost[-1] / stages
-    widest = max(1, int(facts.crossing.max()))
-    price = (cost / mean) ** 2 + 1e-6 * (facts.crossing[np.asarray(places)] / widest)[None, :]
+    mean = ground.cost[-1] / stages
+    widest = max(1, int(ground.crossing.max()))
+    price = (cost / mean) ** 2 + 1e-6 * (ground.crossing[np.asarray(places)] / widest)[None, :]
     reach = np.full(count, np.inf)
     reach[0] = 0.0
     back = []
@@ -342,17 +339,17 @@ def _search(facts: _Facts, places: Sequence[int], stages: int) -> list[int] | No
     return chosen[::-1]
 
 
-def _too_much_memory(facts: _Facts, places: Sequence[int], stages: int) -> str:
+def _too_much_memory(ground: _Ground, places: Sequence[int], stages: int) -> str:
     """What the limit would have to be."""
-    _, held, kept = facts.spans(places)
+    _, held, kept = ground.spans(places)
     reach = np.full(len(places), np.inf)
     reach[0] = 0.0
     for stage in range(stages):
-        size = np.where(np.triu(np.ones_like(held, dtype=bool), 1), held + kept * facts.in_flight(stage, stages), np.inf)
+        size = np.where(np.triu(np.ones_like(held, dtype=bool), 1), held + kept * ground.in_flight(stage, stages), np.inf)
         reach = np.maximum(reach[:, None], size).min(axis=0)
-    assert facts.memory.limit is not None
+    assert ground.memory.limit is not None
     return (
-        f"no cuts into {stages} stages keep every stage within {count(facts.memory.limit, 'B')}: the best take {count(reach[-1], 'B')}. "
+        f"no cuts into {stages} stages keep every stage within {count(ground.memory.limit, 'B')}: the best take {count(reach[-1], 'B')}. "
         "Use more stages, smaller microbatches or recompute, or allow more."
     )
 
@@ -360,49 +357,49 @@ def _too_much_memory(facts: _Facts, places: Sequence[int], stages: int) -> str:
 # -- narrow places -------------------------------------------------------------------------------------------------------------------------
 
 
-def _kinds(facts: _Facts, stages: int) -> dict[str, list[int]]:
+def _kinds(ground: _Ground, stages: int) -> dict[str, list[int]]:
     """The places to choose from, those that are preferred first.
 
     What crosses is compared with what crosses within half a stage, and on to the next ends of blocks.
     """
-    mean = float(facts.cost[-1]) / stages
-    inner = [p for p in range(1, facts.count) if min(facts.cost[p], facts.cost[-1] - facts.cost[p]) > 0.1 * mean]
+    mean = float(ground.cost[-1]) / stages
+    inner = [p for p in range(1, ground.count) if min(ground.cost[p], ground.cost[-1] - ground.cost[p]) > 0.1 * mean]
     kinds: dict[str, list[int]] = {"between blocks": [], "at narrow places": [], "wherever it is not too wide": []}
-    boundaries = [p for p in inner if facts.is_boundary(p)]
-    bytes_, values, forbidden = _Fewest(facts.crossing), _Fewest(facts.values), _attention(facts)
-    lows = np.searchsorted(facts.cost, facts.cost - mean / 2).tolist()
-    highs = np.searchsorted(facts.cost, facts.cost + mean / 2, side="right").tolist()
+    boundaries = [p for p in inner if ground.is_boundary(p)]
+    bytes_, values, forbidden = _Fewest(ground.crossing), _Fewest(ground.values), _attention(ground)
+    lows = np.searchsorted(ground.cost, ground.cost - mean / 2).tolist()
+    highs = np.searchsorted(ground.cost, ground.cost + mean / 2, side="right").tolist()
     for p in inner:
         if p in forbidden:
             continue
         before, after = bisect_right(boundaries, p), bisect_left(boundaries, p)
         low = max(inner[0], min(lows[p], p, *boundaries[max(0, before - 1) : before]))
         high = min(inner[-1], max(highs[p] - 1, p, *boundaries[after : after + 1]))
-        width, few = facts.crossing[p] / max(1, bytes_(low, high)), facts.values[p] <= values(low, high)
+        width, few = ground.crossing[p] / max(1, bytes_(low, high)), ground.values[p] <= values(low, high)
         if width <= WIDE:
             kinds["wherever it is not too wide"].append(p)
-            if facts.is_boundary(p):
+            if ground.is_boundary(p):
                 kinds["between blocks"].append(p)
-            if facts.is_boundary(p) or (width <= NARROW and few):
+            if ground.is_boundary(p) or (width <= NARROW and few):
                 kinds["at narrow places"].append(p)
     steps = {"between blocks": 0.05 * mean}
-    return {kind: _distinct(facts, places, max(steps.get(kind, 0.0), _step(facts, places))) for kind, places in kinds.items()}
+    return {kind: _distinct(ground, places, max(steps.get(kind, 0.0), _step(ground, places))) for kind, places in kinds.items()}
 
 
-def _step(facts: _Facts, places: Sequence[int]) -> float:
+def _step(ground: _Ground, places: Sequence[int]) -> float:
     """The cost between places that keeps them few enough to compare all pairs."""
-    return float(facts.cost[-1]) / PLACES if len(places) > PLACES else 0.0
+    return float(ground.cost[-1]) / PLACES if len(places) > PLACES else 0.0
 
 
-def _distinct(facts: _Facts, places: Sequence[int], step: float) -> list[int]:
+def _distinct(ground: _Ground, places: Sequence[int], step: float) -> list[int]:
     """Of places that at most `step` of cost lies between, one: where a block begins or ends, and there or else the narrowest."""
 
     def rank(place: int) -> tuple[bool, int, bool, int]:
-        return not facts.is_boundary(place), int(facts.crossing[place]), facts.region(place) is None, place
+        return not ground.is_boundary(place), int(ground.crossing[place]), ground.region(place) is None, place
 
     groups: list[list[int]] = []
     for place in places:
-        if groups and facts.cost[place] - facts.cost[groups[-1][0]] <= step:
+        if groups and ground.cost[place] - ground.cost[groups[-1][0]] <= step:
             groups[-1].append(place)
         else:
             groups.append([place])
@@ -425,14 +422,14 @@ class _Fewest:
         return int(min(table[low], table[high + 1 - 2**level]))
 
 
-def _attention(facts: _Facts) -> set[int]:
+def _attention(ground: _Ground) -> set[int]:
     """Places between the projections before an attention and the one after it: a stretch around every softmax, up to products with
     parameters, inside one block."""
     forbidden: set[int] = set()
-    for place, node in enumerate(facts.calls):
+    for place, node in enumerate(ground.calls):
         if op_name(node.target) in _SOFTMAX:
-            low = _projections(facts, node, lambda n: n.all_input_nodes, min)
-            high = _projections(facts, node, lambda n: tuple(n.users), max)
+            low = _projections(ground, node, lambda n: n.all_input_nodes, min)
+            high = _projections(ground, node, lambda n: tuple(n.users), max)
             forbidden.update(range(min(low, place) + 1, max(high, place) + 1))
     return forbidden
 
@@ -441,32 +438,32 @@ _SOFTMAX = frozenset({"scaled_dot_product_attention", "softmax", "_softmax", "_s
 
 
 def _projections(
-    facts: _Facts, start: fx.Node, towards: Callable[[fx.Node], Sequence[fx.Node]], far: Callable[[Sequence[int]], int]
+    ground: _Ground, start: fx.Node, towards: Callable[[fx.Node], Sequence[fx.Node]], far: Callable[[Sequence[int]], int]
 ) -> int:
     """The place of the farthest of the first products with a parameter that are met on the way; that of `start` where there are none."""
-    region, seen, stack, met = start.meta.get("region"), {start}, [start], list[int]()
+    region, seen, stack, met = facts(start).region, {start}, [start], list[int]()
     while stack:
         for node in towards(stack.pop()):
-            if node in seen or node.op != "call_function" or node in facts.copied or node.meta.get("region") != region:
+            if node in seen or node.op != "call_function" or node in ground.copied or facts(node).region != region:
                 continue
             seen.add(node)
-            if node not in facts.index and node.target is not operator.getitem:
+            if node not in ground.index and node.target is not operator.getitem:
                 continue
-            if flops(node) and any(source in facts.copied for source in node.all_input_nodes[:3] if source.op == "get_attr"):
-                met.append(facts.index[node])
+            if flops(node) and any(source in ground.copied for source in node.all_input_nodes[:3] if source.op == "get_attr"):
+                met.append(ground.index[node])
             else:
                 stack.append(node)
-    return far(met) if met else facts.index[start]
+    return far(met) if met else ground.index[start]
 
 
 # -- as told -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _by_layers(facts: _Facts, stages: int, layers: Sequence[int]) -> list[int]:
+def _by_layers(ground: _Ground, stages: int, layers: Sequence[int]) -> list[int]:
     """The places after the first layers[0] blocks, after layers[1] more, ..."""
     lists: dict[str, dict[str, None]] = {}
-    for place in range(facts.count):
-        if (region := facts.region(place)) is not None:
+    for place in range(ground.count):
+        if (region := ground.region(place)) is not None:
             lists.setdefault(next(members(region))[0], {})[region] = None
     longest = max(lists.values(), key=len, default={})
     everything = list(dict.fromkeys(region for found in lists.values() for region in found))
@@ -480,18 +477,18 @@ def _by_layers(facts: _Facts, stages: int, layers: Sequence[int]) -> list[int]:
         both = f", together {len(everything)}" if len(lists) > 1 else ""
         complaints.append(f"{list(layers)} is {asked} blocks, but {known}{both}. The numbers must add up to one of these.")
     raise_all(PlanError, "layers per stage:", complaints)
-    first = {region: next(p for p in range(facts.count) if facts.region(p) == region) for region in blocks}
-    behind = max(p for p in range(facts.count) if facts.region(p) in first) + 1
+    first = {region: next(p for p in range(ground.count) if ground.region(p) == region) for region in blocks}
+    behind = max(p for p in range(ground.count) if ground.region(p) in first) + 1
     after = list(accumulate(layers[:-1]))
     places = [first[blocks[n]] if n < len(blocks) else behind for n in after]
-    return _checked(facts, places, [f"after {n} blocks" for n in after], "layers per stage:")
+    return _checked(ground, places, [f"after {n} blocks" for n in after], "layers per stage:")
 
 
-def _at_modules(facts: _Facts, stages: int, names: Sequence[str]) -> list[int]:
+def _at_modules(ground: _Ground, stages: int, names: Sequence[str]) -> list[int]:
     """The place of the first call of each module."""
     first: dict[str, int] = {}
-    for place, node in enumerate(facts.calls):
-        parts = (node.meta.get("module") or "").split(".")
+    for place, node in enumerate(ground.calls):
+        parts = (facts(node).module or "").split(".")
         for n in range(1, len(parts) + 1):
             first.setdefault(".".join(parts[:n]), place)
     complaints = []
@@ -499,16 +496,16 @@ def _at_modules(facts: _Facts, stages: int, names: Sequence[str]) -> list[int]:
         complaints.append(f"{list(names)} has {len(names)} names for {stages} stages: name where stages 1 to {stages - 1} begin.")
     complaints += [f"{name!r} is no module that computes anything.{near(name, first)}" for name in names if name not in first]
     raise_all(PlanError, "stages at modules:", complaints)
-    return _checked(facts, [first[name] for name in names], [repr(name) for name in names], "stages at modules:")
+    return _checked(ground, [first[name] for name in names], [repr(name) for name in names], "stages at modules:")
 
 
-def _checked(facts: _Facts, places: list[int], labels: Sequence[str], heading: str) -> list[int]:
+def _checked(ground: _Ground, places: list[int], labels: Sequence[str], heading: str) -> list[int]:
     """Every stage needs something to compute."""
     complaints = [
         f"the stage that begins {'at ' if label.startswith(chr(39)) else ''}{label} would begin no later than the one before it."
         for place, before, label in zip(places, [0, *places], labels)
         if place <= before
     ]
-    complaints += [f"nothing is computed from {label} on." for place, label in zip(places, labels) if place >= facts.count]
+    complaints += [f"nothing is computed from {label} on." for place, label in zip(places, labels) if place >= ground.count]
     raise_all(PlanError, heading, complaints)
     return places

@@ -14,28 +14,6 @@ from meshpar.capture.state.taken import State
 from meshpar.ops.hooks import Hook
 
 
-@dataclass(frozen=True, slots=True)
-class Info:
-    """One tensor of the graph: `shape`, `dtype`, and whether a gradient flows through it. Stored as `node.meta["info"]`.
-
-    A node with several results holds a tuple of these (None for a result that is not a tensor).
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-    rows: bool = False
-    """Whether it holds rows sorted by expert (or says where those of each expert end, or which is which): see `capture.rows`."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        n = self.dtype.itemsize
-        for size in self.shape:
-            n *= size
-        return n
-
-
 @dataclass(frozen=True)
 class Captured:
     """The model's forward as one `fx.Graph` of functional ATen ops at fixed shapes.
@@ -45,10 +23,7 @@ class Captured:
     first the tensors of the model's output in the order of `out_spec`, then the loss if it was computed outside the model, then one new
     value per entry of `mutations`.
 
-    `node.meta`: "info" (`Info` or a tuple of them), "module" (name of the submodule that ran it, "" for the root), "region" (the name of
-    the block it belongs to, None outside), "source" ("file.py:line"), "seed" (a running number) on nodes that draw random numbers, and
-    "expert_stack" (True) on every `aten.stack` of the parameters of experts that the model keeps as a list: one `get_attr` per expert, in
-    order.
+    What is known of each node besides: see `graph.facts`.
     """
 
     graph: fx.Graph

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 import meshpar.ops.experts  # noqa: F401  (registers meshpar::grouped_mm)
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import infos_of
 from meshpar.ops import context, halo, ring
 
 aten = torch.ops.aten
@@ -33,16 +33,11 @@ def nbytes(node: fx.Node) -> float:
 
 
 def _bytes(node: fx.Node) -> int:
-    info = node.meta.get("info")
-    infos = info if isinstance(info, tuple) else (info,)
-    return sum(i.nbytes for i in infos if i is not None)
+    return sum(i.nbytes for i in infos_of(node) if i is not None)
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    info = value.meta["info"]
-    info = next(i for i in info if i is not None) if isinstance(info, tuple) else info
-    assert isinstance(info, Info)
-    return info.shape
+    return next(i for i in infos_of(value) if i is not None).shape
 
 
 def _product(operand: int) -> Callable[[fx.Node], int]:

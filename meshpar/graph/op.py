@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from meshpar.graph.captured import Info
-from meshpar.ops.nature import KEY, Nature
+from meshpar.graph.facts import Info, facts, info_of, infos_of
+from meshpar.ops.nature import Nature
 
 Value = tuple[fx.Node, int]
 """One tensor of the graph: the node that makes it and which of its results it is."""
@@ -37,8 +37,7 @@ class Op:
     @property
     def nature(self) -> Nature | None:
         """What is known of its backward, where that is its own."""
-        found: Nature | None = self.node.meta.get(KEY)
-        return found
+        return facts(self.node).nature
 
     @property
     def out(self) -> Info:
@@ -85,15 +84,14 @@ def op_name(target: Any) -> str:
 
 
 def read(node: fx.Node) -> Op:
-    """Read a `call_function` node whose values carry `meta["info"]`."""
+    """Read a `call_function` node whose values are described."""
     nodes = operands(node)
-    outs = node.meta["info"]
     return Op(
         node,
         op_name(node.target),
         nodes,
-        tuple(n.meta["info"] for n in nodes),
-        outs if isinstance(outs, tuple) else (outs,),
+        tuple(info_of(n) for n in nodes),
+        infos_of(node),
         _arguments(node),
     )
 
@@ -112,7 +110,7 @@ def kind_of(node: fx.Node) -> tuple[Any, ...]:
         return value
 
     written = plain(node.args), plain(node.kwargs)
-    return node.target, written, tuple(n.meta["info"] for n in places), node.meta["info"]
+    return node.target, written, tuple(facts(n).info for n in places), facts(node).info
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -132,8 +130,9 @@ def value_of(node: fx.Node) -> Value:
     return node, 0
 
 
-def info_of(value: Value) -> Info:
+def value_info(value: Value) -> Info:
     """Shape and dtype of a value."""
     node, index = value
-    info = node.meta["info"]
-    return info[index] if isinstance(info, tuple) else info
+    info = infos_of(node)[index]
+    assert info is not None
+    return info

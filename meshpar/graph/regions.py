@@ -4,42 +4,49 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx
 
+from meshpar.graph.facts import facts, set_facts
+
 
 def assign(graph: fx.Graph) -> None:
-    """Set `node.meta["region"]`: the outermost `<list>.<int>` on its module stack whose list has two or more members in the graph.
+    """Set the `region` of every node: the outermost `<list>.<int>` on its module stack whose list has two or more members in the graph.
 
-    Parameters and buffers get the region of all their users, or None where these differ. Reads and removes `meta["stack"]`.
+    Parameters and buffers get the region of all their users, or None where these differ. Reads and removes their `stack`.
     """
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    stacks = {node: node.meta.pop("stack", ()) for node in calls}
+    stacks = {node: facts(node).stack for node in calls}
     lists = _lists(set(stacks.values()))
     known: dict[tuple[str, ...], str | None] = {}
     for node in calls:
         stack = stacks[node]
         if stack not in known:
             known[stack] = _region(stack, lists)
-        node.meta["region"] = known[stack]
+        set_facts(node, replace(facts(node), region=known[stack], stack=()))
     _fill(calls)
     for node in graph.nodes:
         if node.op != "call_function":
-            found = {user.meta.get("region") for user in node.users}
-            node.meta["region"] = found.pop() if node.op == "get_attr" and len(found) == 1 else None
+            found = {facts(user).region for user in node.users}
+            _put(node, found.pop() if node.op == "get_attr" and len(found) == 1 else None)
+
+
+def _put(node: fx.Node, region: str | None) -> None:
+    set_facts(node, replace(facts(node), region=region))
 
 
 def _fill(calls: Sequence[fx.Node]) -> None:
     """What the root computes between two operators of a block belongs to the block: a `ModuleDict` is never called itself."""
     spans: dict[str, list[int]] = {}
     for place, node in enumerate(calls):
-        if node.meta["region"] is not None:
-            spans.setdefault(node.meta["region"], [place, place])[1] = place
+        if (own := facts(node).region) is not None:
+            spans.setdefault(own, [place, place])[1] = place
     after = -1
     for region, (first, last) in spans.items():
-        if first > after and all(n.meta["region"] in (None, region) for n in calls[first:last]):
+        if first > after and all(facts(n).region in (None, region) for n in calls[first:last]):
             for node in calls[first:last]:
-                node.meta["region"] = region
+                _put(node, region)
         after = max(after, last)
 
 

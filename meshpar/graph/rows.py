@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import facts, gives_several, infos_of, set_facts
 
 _FIRST = torch.ops.meshpar.dispatch.default
 _LAST = torch.ops.meshpar.combine.default
@@ -25,10 +25,5 @@ def mark(graph: fx.Graph) -> None:
             continue
         if node.target is _FIRST or any(source in found for source in node.all_input_nodes):
             found.add(node)
-            node.meta["info"] = _marked(node.meta["info"])
-
-
-def _marked(info: object) -> object:
-    if isinstance(info, tuple):
-        return tuple(_marked(one) for one in info)
-    return replace(info, rows=True) if isinstance(info, Info) else info
+            marked = tuple(info and replace(info, rows=True) for info in infos_of(node))
+            set_facts(node, replace(facts(node), info=marked if gives_several(node) else marked[0]))

@@ -10,10 +10,9 @@ import torch
 from torch import fx
 
 from meshpar._torch import FakeTensor, OpOverload
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
+from meshpar.graph.facts import Info, facts, infos_of
 from meshpar.ops.hooks import stable
-
-_FACTS = ("module", "region", "seed", "expert_stack")
 
 
 def lines(captured: Captured) -> list[str]:
@@ -21,11 +20,14 @@ def lines(captured: Captured) -> list[str]:
 
     Two captures with equal lines are made into the same program.
     """
-    graph = [
-        f"{n.op} {n.name} {n.target} {n.args} {n.kwargs} {n.meta.get('info')} {[n.meta.get(fact) for fact in _FACTS]}"
-        for n in captured.graph.nodes
-    ]
+    graph = [f"{n.op} {n.name} {n.target} {n.args} {n.kwargs} {facts(n).info} {_compared(n)}" for n in captured.graph.nodes]
     return [stable(line) for line in graph] + [f"{name} = {value}" for name, value in _interface(captured).items()]
+
+
+def _compared(node: fx.Node) -> list[object]:
+    """What decisions depend on, besides operator and shapes."""
+    known = facts(node)
+    return [known.module, known.region, known.seed, known.expert_stack or None]
 
 
 def shown(captured: Captured) -> list[str]:
@@ -69,14 +71,14 @@ def _shown(node: fx.Node) -> str:
     if node.op == "output":
         return f"the results: {_value(node.args[0])}"
     given = [_value(value) for value in node.args] + [f"{name}={_value(value)}" for name, value in node.kwargs.items()]
-    where = f"at {node.meta.get('source') or 'a line unknown'} in {node.meta.get('module') or 'the model'}"
+    where = f"at {facts(node).source or 'a line unknown'} in {facts(node).module or 'the model'}"
     return f"{_operator(node)}({', '.join(given)}) -> {_type(node)} {where}"
 
 
 def _value(value: Any) -> str:
     """An argument: what is computed by the operator that does."""
     if isinstance(value, fx.Node):
-        return str(value.target) if value.op != "call_function" else f"{_operator(value)} of {value.meta.get('source') or 'a line unknown'}"
+        return str(value.target) if value.op != "call_function" else f"{_operator(value)} of {facts(value).source or 'a line unknown'}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(_value(one) for one in value)}]"
     return str(value)
@@ -88,8 +90,7 @@ def _operator(node: fx.Node) -> str:
 
 
 def _type(node: fx.Node) -> str:
-    info = node.meta.get("info")
-    return ", ".join(_shape(one) for one in (info if isinstance(info, tuple) else (info,)))
+    return ", ".join(_shape(one) for one in infos_of(node))
 
 
 def _shape(info: Any) -> str:

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KEY = "backward"
-"""The key of `node.meta` that holds the Nature of a call. A call without one has a backward of torch's own: the derivative, linear."""
-
 
 @dataclass(frozen=True, slots=True)
 class Nature:

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import OpOverload, without_modes
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info, facts, info_of
 from meshpar.graph.op import operands, read
 from meshpar.ops.halo import windowed_attention
 from meshpar.passes.intervals import intervals
@@ -46,20 +46,20 @@ class SimplifyAttention:
                 continue
             arguments = read(node).arguments
             mask = arguments["attn_mask"]
-            if not isinstance(mask, fx.Node) or arguments["is_causal"] or (arguments["dropout_p"] and "cut" not in node.meta):
+            if not isinstance(mask, fx.Node) or arguments["is_causal"] or (arguments["dropout_p"] and facts(node).part_of is None):
                 continue
-            lengths = arguments["query"].meta["info"].shape[-2], arguments["key"].meta["info"].shape[-2]
+            lengths = info_of(arguments["query"]).shape[-2], info_of(arguments["key"]).shape[-2]
             if mask not in known:
                 known[mask] = self._is_causal(mask, *lengths)
             if self.windows and not known[mask] and (seen := intervals(mask)) is not None and seen.window is not None:
                 _in_window(node, arguments, seen.window)
-            elif known[mask] and mask.meta["info"].shape[-2:] == lengths:
+            elif known[mask] and info_of(mask).shape[-2:] == lengths:
                 _without_mask(node, arguments)
         return graph
 
     def _is_causal(self, mask: fx.Node, queries: int, keys: int) -> bool:
         """Whether the mask is known and lets every position see itself and what is before it."""
-        info = mask.meta["info"]
+        info = info_of(mask)
         if info.dtype == torch.bool and info.shape[-2:] == (queries, keys) and (found := intervals(mask)) is not None:
             return found.is_causal
         nodes = self._constants(mask) if info.dtype == torch.bool and info.shape[-2:] == (queries, keys) else None
@@ -81,8 +81,8 @@ class SimplifyAttention:
             node = todo.pop()
             if node in found:
                 continue
-            info = node.meta.get("info")
-            if node.op != "call_function" or not isinstance(node.target, OpOverload) or "seed" in node.meta:
+            info = facts(node).info
+            if node.op != "call_function" or not isinstance(node.target, OpOverload) or facts(node).seed is not None:
                 return None
             if node.target.namespace != "aten" or not isinstance(info, Info) or _elements(node, info) > self.most_elements:
                 return None
@@ -117,7 +117,7 @@ def _short(arguments: dict[str, Any]) -> tuple[Any, Any, bool]:
     """Keys and values, of grouped heads without copies, and whether heads are grouped."""
     key, value = arguments["key"], arguments["value"]
     short = _ungrouped(key), _ungrouped(value)
-    if short[0] is not None and short[1] is not None and short[0].meta["info"].shape[1] == short[1].meta["info"].shape[1]:
+    if short[0] is not None and short[1] is not None and info_of(short[0]).shape[1] == info_of(short[1]).shape[1]:
         return *short, True
     return key, value, bool(arguments["enable_gqa"])
 
@@ -130,10 +130,10 @@ def _ungrouped(repeated: fx.Node) -> fx.Node | None:
         return None
     original = wide.args[0]
     assert isinstance(expanded, fx.Node) and isinstance(original, fx.Node)
-    shape, long = original.meta["info"].shape, expanded.meta["info"].shape
+    shape, long = info_of(original).shape, info_of(expanded).shape
     if len(shape) != 4 or (long[0], long[1], long[3], long[4]) != shape:
         return None
-    return original if repeated.meta["info"].shape == (shape[0], shape[1] * long[2], *shape[2:]) else None
+    return original if info_of(repeated).shape == (shape[0], shape[1] * long[2], *shape[2:]) else None
 
 
 def _erase_unused(node: fx.Node) -> None:

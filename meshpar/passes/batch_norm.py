@@ -11,22 +11,19 @@ The types do the rest: a mean over cut samples is a pending sum, and using it de
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info, facts, info_of, set_facts
 from meshpar.graph.op import op_name, read
 
 aten = torch.ops.aten
 
 _WITH_STATS = "_native_batch_norm_legit_functional"
 _WITHOUT = "_native_batch_norm_legit"
-
-
-STATISTICS = "batch_statistics"
-"""The key of `node.meta` that marks the mean of a batch norm that was written out."""
 
 
 def expand_batch_norm(graph: fx.Graph) -> int:
@@ -41,7 +38,7 @@ def expand_batch_norm(graph: fx.Graph) -> int:
 def takes_statistics(node: fx.Node) -> bool:
     """Whether a node computes something about all samples it sees that a part of them would not give: a batch norm, written out or not,
     or how often a row of a table is looked up."""
-    if STATISTICS in node.meta or _is_batch_norm(node):
+    if facts(node).statistics or _is_batch_norm(node):
         return True
     return node.op == "call_function" and op_name(node.target) == "embedding" and bool(read(node).arguments["scale_grad_by_freq"])
 
@@ -54,7 +51,7 @@ class _Expansion:
     def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
         self.graph, self.node, self.arguments = graph, node, read(node).arguments
         self.x: fx.Node = self.arguments["input"]
-        self.info: Info = self.x.meta["info"]
+        self.info = info_of(self.x)
         self.wide = torch.float32 if self.info.dtype in (torch.float16, torch.bfloat16) else self.info.dtype
 
     def run(self) -> None:
@@ -65,7 +62,7 @@ class _Expansion:
             count *= shape[d]
         x = self._cast(self.x, self.wide)
         mean = self._emit(aten.mean.dim, (x, dims), shape[1:2])
-        mean.meta[STATISTICS] = True
+        set_facts(mean, replace(facts(mean), statistics=True))
         centred = self._emit(aten.sub.Tensor, (x, self._along(mean)), shape)
         square = self._emit(aten.mul.Tensor, (centred, centred), shape)
         var = self._emit(aten.mean.dim, (square, dims), shape[1:2])
@@ -86,7 +83,7 @@ class _Expansion:
 
     def _running(self, name: str, value: fx.Node, factor: float) -> fx.Node:
         old, momentum = self.arguments[name], float(self.arguments["momentum"])
-        shape = value.meta["info"].shape
+        shape = info_of(value).shape
         fresh = self._emit(aten.detach.default, (value,), shape, grad=False)
         fresh = self._emit(aten.mul.Tensor, (fresh, momentum * factor), shape, grad=False)
         kept = self._emit(aten.mul.Tensor, (old, 1.0 - momentum), shape, grad=False)
@@ -99,9 +96,9 @@ class _Expansion:
         return self._emit(aten.reshape.default, (value, list(shape)), shape)
 
     def _cast(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-        if value.meta["info"].dtype == dtype:
+        if info_of(value).dtype == dtype:
             return value
-        made = self._emit(aten._to_copy.default, (value,), value.meta["info"].shape, dtype=dtype)
+        made = self._emit(aten._to_copy.default, (value,), info_of(value).shape, dtype=dtype)
         made.kwargs = {"dtype": dtype}
         return made
 
@@ -109,8 +106,6 @@ class _Expansion:
         self, target: Any, args: tuple[Any, ...], shape: tuple[int, ...], *, dtype: torch.dtype | None = None, grad: bool | None = None
     ) -> fx.Node:
         operands = [a for a in args if isinstance(a, fx.Node)]
-        flows = any(o.meta["info"].requires_grad for o in operands) if grad is None else grad
+        flows = any(info_of(o).requires_grad for o in operands) if grad is None else grad
         made = self.graph.call_function(target, args)
-        made.meta = {k: v for k, v in self.node.meta.items() if k in ("module", "region", "source", "nn_module_stack")}
-        made.meta["info"] = Info(tuple(shape), dtype or operands[0].meta["info"].dtype, flows)
-        return made
+        return set_facts(made, facts(self.node).beside(Info(tuple(shape), dtype or info_of(operands[0]).dtype, flows)))

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
+from meshpar.graph.facts import facts, info_of, set_facts
 from meshpar.ops import collectives
 
 
@@ -29,7 +30,7 @@ class Coalesce:
         groups: dict[tuple[object, ...], list[fx.Node]] = {}
         for node in graph.nodes:
             if node.target is collectives.i_to_r and self._is_small_parameter(node.args[0]):
-                key = (node.meta.get("region"), node.kwargs["group"], node.meta["info"].dtype)
+                key = (facts(node).region, node.kwargs["group"], info_of(node).dtype)
                 groups.setdefault(key, []).append(node)
         for nodes in groups.values():
             if len(nodes) > 1:
@@ -41,7 +42,7 @@ class Coalesce:
             isinstance(value, fx.Node)
             and value.op == "get_attr"
             and value.target in self.parameters
-            and value.meta["info"].nbytes <= self.most_bytes
+            and info_of(value).nbytes <= self.most_bytes
         )
 
 
@@ -49,12 +50,10 @@ def _join(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     first = nodes[0]
     with graph.inserting_before(first):
         many = graph.call_function(collectives.i_to_r_many, tuple(n.args[0] for n in nodes), dict(first.kwargs))
-        many.meta = {k: v for k, v in first.meta.items() if k not in ("conversion", "info")}
-        many.meta["info"] = tuple(n.meta["info"] for n in nodes)
-        many.meta["joined"] = tuple(n.meta["conversion"] for n in nodes)
+        changes = tuple(change for n in nodes if (change := facts(n).conversion) is not None)
+        set_facts(many, replace(facts(first).beside(tuple(info_of(n) for n in nodes)), cut=facts(first).cut, joined=changes))
         for index, node in enumerate(nodes):
             item = graph.call_function(operator.getitem, (many, index))
-            item.meta = {k: v for k, v in node.meta.items() if k != "conversion"}
-            node.replace_all_uses_with(item)
+            node.replace_all_uses_with(set_facts(item, replace(facts(node), conversion=None)))
     for node in nodes:
         graph.erase_node(node)

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import OpOverload, draws, without_modes
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info, facts, info_of
 from meshpar.graph.op import op_name
 
 SMALL = 2**22
@@ -55,7 +55,7 @@ class Intervals:
 
 def intervals(mask: fx.Node) -> Intervals | None:
     """The intervals of a mask of booleans `[..., queries, keys]`, equal in all leading dims; None for what is not known to be such."""
-    info = mask.meta["info"]
+    info = info_of(mask)
     if info.dtype != torch.bool or len(info.shape) < 2:
         return None
     with without_modes(), torch.no_grad():
@@ -86,7 +86,7 @@ class _Reader:
         inputs = [self.known[n] for n in node.all_input_nodes]
         if any(value is None for value in inputs):
             return None
-        info = node.meta["info"]
+        info = info_of(node)
         if all(isinstance(value, torch.Tensor) for value in inputs) and prod(info.shape) <= SMALL and not self._is_table(info):
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.known.__getitem__)
             return node.target(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))  # type: ignore[operator]
@@ -140,7 +140,7 @@ class _Reader:
 
     def ones(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
         """Nothing is hidden."""
-        return self.all_keys() if node.meta["info"].dtype == torch.bool else None
+        return self.all_keys() if info_of(node).dtype == torch.bool else None
 
     def below_diagonal(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
         """`tril`."""
@@ -159,8 +159,8 @@ def _is_plain(node: fx.Node) -> bool:
         and isinstance(target, OpOverload)
         and target.namespace == "aten"
         and not draws(target)
-        and "seed" not in node.meta
-        and isinstance(node.meta.get("info"), Info)
+        and facts(node).seed is None
+        and isinstance(facts(node).info, Info)
     )
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
-from meshpar.graph.op import Op, Value, operands, read, value_of
+from meshpar.graph.facts import Change, Exchange, Info, facts, gives_several, info_of, infos_of, set_facts
+from meshpar.graph.op import Op, Value, operands, read, value_info, value_of
 from meshpar.mesh import Axis
 from meshpar.ops import collectives, context, expert_all_to_all, halo, ring, vocab_parallel
 from meshpar.ops.each_rank import each_rank
@@ -36,8 +36,7 @@ DISPATCH, COMBINE = torch.ops.meshpar.dispatch.default, torch.ops.meshpar.combin
 class Lower:
     """Lower a graph on one axis. `axis` says which rank this is; simulated ranks (-1) share the graph of rank 0.
 
-    `node.meta` of the result: "origin", the name of the captured node whose value it holds, and "typed", (axis, size, types of its results)
-    for every axis so far ("index" says which result, of a conversion of one of several): what it takes to compare the two.
+    The nodes of the result know whose value they hold, and as what: what it takes to compare the two.
     """
 
     plan: AxisPlan
@@ -78,28 +77,15 @@ class _Lowering:
 
     def _made(self, node: fx.Node, new: fx.Node, plan: NodePlan) -> None:
         """Remember what `new` holds, and convert at once what other blocks will ask for in another type."""
-        info = node.meta["info"]
-        infos = info if isinstance(info, tuple) else (info,)
-        local = tuple(None if i is None else self._local(i, t) for i, t in zip(infos, plan.outs, strict=True))
-        new.meta = {**node.meta, "info": local if isinstance(info, tuple) else local[0]}
-        if "conversion" in node.meta and isinstance(info, Info) and local[0] is not None:
-            *where, sent = node.meta["conversion"]  # on an outer axis: it sends what this rank has on this one
-            new.meta["conversion"] = (*where, _share(sent, info, local[0]))
-        new.meta["origin"] = node.meta.get("origin", node.name)
-        new.meta["typed"] = (*node.meta.get("typed", ()), (self.axis.name, self.axis.size, plan.outs))
-        new.meta["cut"] = tuple(
-            sorted(
-                {*node.meta.get("cut", ()), *([self.axis.name] if any(isinstance(t, (Shard, Partial, Ragged)) for t in plan.outs) else [])}
-            )
-        )
+        set_facts(new, facts(node).lowered(node.name, (self.axis.name, self.axis.size), plan.outs, self._local))
         for index, type_ in enumerate(plan.outs):
             value = (node, index)
             self.types[value] = type_
             self.home[value] = _unit(node)
-            if not isinstance(info, tuple):
+            if not gives_several(node):
                 self.held[value] = new
-        if isinstance(info, tuple):
-            self._items(node, new, local)
+        if gives_several(node):
+            self._items(node, new, infos_of(new))
         for index, handed in enumerate(plan.handed):
             if handed is not None and (node, index) in self.held:
                 self._as(self._value_node(node, index), handed)
@@ -108,12 +94,10 @@ class _Lowering:
         used = {u.args[1] for u in node.users if u.target is operator.getitem}
         for index, info in enumerate(local):
             if info is not None and index in used:
-                item = self.new.call_function(operator.getitem, (new, index))
-                item.meta = {k: v for k, v in new.meta.items() if k not in _OF_THE_CALL} | {"info": info}
-                self.held[node, index] = item
+                self.held[node, index] = self._item(new, index, info)
 
     def _value_node(self, node: fx.Node, index: int) -> fx.Node:
-        if not isinstance(node.meta["info"], tuple):
+        if not gives_several(node):
             return node
         return next(u for u in node.users if u.target is operator.getitem and u.args[1] == index)
 
@@ -135,7 +119,7 @@ class _Lowering:
             return start
         key = (value, type_, unit)
         if key not in self.converted:
-            self.converted[key] = self._convert(start, operand.meta["info"], before, type_)
+            self.converted[key] = self._convert(start, info_of(operand), before, type_)
         return self.converted[key]
 
     def _handed(self, value: Value) -> Type | None:
@@ -150,15 +134,8 @@ class _Lowering:
             if isinstance(type_, Shard):
                 layouts += [type_.dim, type_.repeat, type_.segments]
         node = self.new.call_function(getattr(collectives, found.op), (start, *layouts), self._where())
-        node.meta = {k: v for k, v in self.current.meta.items() if k in ("region", "module", "source")}
-        node.meta.update(info=self._local(info, after), conversion=(self.axis.name, self.axis.size, before, after, info))
-        node.meta["cut"] = start.meta.get("cut", ())
-        if "origin" in start.meta:
-            other = tuple(after if out == before else out for out in start.meta["typed"][-1][2])
-            node.meta["origin"] = start.meta["origin"]
-            node.meta["index"] = start.args[1] if start.target is operator.getitem else start.meta.get("index", 0)
-            node.meta["typed"] = (*start.meta["typed"][:-1], (self.axis.name, self.axis.size, other))
-        return node
+        change = Change(self.axis.name, self.axis.size, before, after, info)
+        return set_facts(node, facts(start).converted(change, self._local(info, after), at=facts(self.current)))
 
     def _where(self) -> dict[str, Any]:
         return {"group": self.axis.group, "size": self.axis.size, "rank": self.axis.rank}
@@ -168,7 +145,7 @@ class _Lowering:
     def _output(self, node: fx.Node) -> None:
         returned: Any = node.args[0]
         values = [self._as(v, t) if isinstance(v, fx.Node) else v for v, t in zip(returned, self.plan.outputs, strict=True)]
-        self.new.output(tuple(values)).meta = dict(node.meta)
+        set_facts(self.new.output(tuple(values)), facts(node))
 
     def _call(self, node: fx.Node) -> None:
         plan = self.plan.nodes[node.name]
@@ -185,11 +162,11 @@ class _Lowering:
         call = self._localised(node, plan, self.shape_rank, args, kwargs)
         new = self.new.call_function(*self._each_rank(call, node, args, kwargs))
         if call.scale is not None:
-            new.meta = _unplaced(node.meta) | {"info": self._local(call.op.out, plan.outs[0])}
+            set_facts(new, replace(facts(node).beside(self._local(call.op.out, plan.outs[0])), cut=facts(node).cut))
             new = self.new.call_function(aten.mul.Tensor, (new, call.scale))
         self._made(node, new, plan)
         if call.target is not node.target:
-            new.meta["axis"] = self.axis.name
+            set_facts(new, replace(facts(new), axis=self.axis.name))
 
     def _localised(self, node: fx.Node, plan: NodePlan, rank: int, args: Any, kwargs: Any) -> LocalCall:
         call = LocalCall(read(node), plan, self.axis, rank, node.target, list(args), dict(kwargs))
@@ -204,7 +181,7 @@ class _Lowering:
         """
         mine = (call.target, tuple(call.args), call.kwargs)
         cut = [t for t in (*call.plan.uses, *call.plan.outs) if isinstance(t, Shard)]
-        if self.axis.rank >= 0 or all(t.is_even(self.axis.size) for t in cut) or "group" in call.kwargs or "seed" in node.meta:
+        if self.axis.rank >= 0 or all(t.is_even(self.axis.size) for t in cut) or "group" in call.kwargs or facts(node).seed is not None:
             return mine
         calls = [self._localised(node, call.plan, rank, args, kwargs) for rank in range(self.axis.size)]
         return each_rank, (call.target, *((tuple(one.args), one.kwargs) for one in calls)), {"group": self.axis.group}
@@ -217,16 +194,16 @@ class _Lowering:
         x, ends, perm = dispatch(h, index, E)      x', ends', *route = send_rows(x, ends, group=..., size=2, rank=0)
         """
         args = (*(self._as(a, t) for a, t in zip(operands(node), plan.uses, strict=True)), *node.args[2:])
-        x, ends, perm = node.meta["info"]
+        x, ends, perm = (value_info((node, k)) for k in range(3))
         sorted_, cut = self.new.call_function(DISPATCH, args), plan.outs[2]
         here = (replace(x, shape=(self._local(perm, cut).shape[0], *x.shape[1:])), ends, self._local(perm, cut))
-        sorted_.meta = _unplaced(node.meta) | {"info": here, "cut": (*node.meta.get("cut", ()), self.axis.name)}
+        set_facts(sorted_, replace(facts(node).beside(here), cut=(*facts(node).cut, self.axis.name)))
         at_home = [self._item(sorted_, k, info) for k, info in enumerate(here)]
         sent = self.new.call_function(expert_all_to_all.send_rows, tuple(at_home[:2]), self._where() | _dropping(node))
         number = replace(perm, rows=False, dtype=torch.int64)
         route = (replace(number, shape=(2, self.axis.size + 1)), *[replace(number, shape=here[2].shape)] * 2)
         infos = (self._local(x, Ragged()), self._local(ends, Ragged()), *route)
-        sent.meta = {**sorted_.meta, "info": infos, "exchange": (self.axis.name, self.axis.size, here[0])}
+        set_facts(sent, replace(facts(sorted_), info=infos, exchange=Exchange(self.axis.name, self.axis.size, here[0])))
         items = [self._item(sent, k, info) for k, info in enumerate(infos)]
         self.routes[node, 2] = tuple(items[2:])
         for index, (held, type_) in enumerate(zip((*items[:2], at_home[2]), plan.outs, strict=True)):
@@ -245,27 +222,14 @@ class _Lowering:
         """The rows of this rank's tokens, back from the ranks of their experts."""
         perm = value_of(operands(node)[1])
         back = self.new.call_function(expert_all_to_all.return_rows, (rows, *self.routes[perm]), self._where() | _dropping(perm[0]))
-        here = self.held[perm].meta["info"].shape[0]
-        back.meta = {k: v for k, v in node.meta.items() if k in ("region", "module", "source", "stage")}
-        info = rows.meta["info"]
-        back.meta["info"] = replace(info, shape=(here, *info.shape[1:]))
-        back.meta.update(cut=rows.meta.get("cut", ()), exchange=(self.axis.name, self.axis.size, back.meta["info"]))
-        return back
+        here = info_of(self.held[perm]).shape[0]
+        info = replace(info_of(rows), shape=(here, *info_of(rows).shape[1:]))
+        exchange = Exchange(self.axis.name, self.axis.size, info)
+        return set_facts(back, replace(facts(node).beside(info), cut=facts(rows).cut, exchange=exchange))
 
     def _item(self, node: fx.Node, index: int, info: Info) -> fx.Node:
         item = self.new.call_function(operator.getitem, (node, index))
-        item.meta = {k: v for k, v in node.meta.items() if k not in _OF_THE_CALL} | {"info": info}
-        return item
-
-
-_OF_THE_CALL = ("seed", "exchange")
-"""What is said of a call, not of each of its results."""
-
-
-def _share(sent: Info, whole: Info, local: Info) -> Info:
-    """What a conversion of an outer axis sends, of a value of which this rank holds `local` of `whole`."""
-    shape = (n * part // n_whole if n_whole else n for n, n_whole, part in zip(sent.shape, whole.shape, local.shape, strict=True))
-    return replace(sent, shape=tuple(shape))
+        return set_facts(item, facts(node).item(index, info))
 
 
 def _dropping(dispatch: fx.Node) -> dict[str, Any]:
@@ -273,17 +237,12 @@ def _dropping(dispatch: fx.Node) -> dict[str, Any]:
     return {"dropping": True} if len(dispatch.args) > 3 and dispatch.args[3] else {}
 
 
-def _unplaced(meta: dict[str, Any]) -> dict[str, Any]:
-    """What is said of a node, for one that does not hold its value."""
-    return {key: value for key, value in meta.items() if key not in ("origin", "typed", "index")}
-
-
 ConversionUnit = tuple[str | None, int | None]
 """A block, on a stage of the pipeline: what shares the conversions it asks for."""
 
 
 def _unit(node: fx.Node) -> ConversionUnit:
-    return node.meta.get("region"), node.meta.get("stage")
+    return facts(node).region, facts(node).stage
 
 
 def _map(value: Any, change: Callable[[fx.Node], fx.Node]) -> Any:

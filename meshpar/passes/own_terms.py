@@ -15,8 +15,8 @@ from math import prod
 from torch import fx
 
 from meshpar.errors import PlanError, raise_all
+from meshpar.graph.facts import facts
 from meshpar.graph.op import Op, read, value_of
-from meshpar.ops.nature import KEY, Nature
 from meshpar.ops.own_backward import function_of_operator, nature_of_operator
 from meshpar.sharding.infer import Inference, infer
 
@@ -26,14 +26,14 @@ def share_out(graph: fx.Graph, microbatches: int, split: Mapping[str, int]) -> t
 
     Returns the modules of terms that are averaged, and of calls that mix the samples of a microbatch. Raises PlanError for what is neither.
     """
-    calls = [node for node in graph.nodes if node.op == "call_function" and KEY in node.meta]
+    calls = [node for node in graph.nodes if node.op == "call_function" and facts(node).nature is not None]
     if not calls:
         return (), ()
     samples = _Samples(graph, split)
     averaged, within, complaints = dict[str, None](), dict[str, None](), list[str]()
     for node in calls:
-        call = _Call(read(node), node.meta[KEY], samples)
-        where = str(node.meta.get("module") or node.name)
+        call = _Call(read(node), samples)
+        where = str(facts(node).module or node.name)
         if call.adds:
             if call.can_be_shared:
                 node.args = (*node.args, 1.0 / microbatches)
@@ -51,7 +51,7 @@ def share_out(graph: fx.Graph, microbatches: int, split: Mapping[str, int]) -> t
 
 
 def _told(node: fx.Node, what: str, microbatches: int) -> str:
-    where = f"{node.meta.get('module') or 'the model'} ({node.meta.get('source') or 'source unknown'})"
+    where = f"{facts(node).module or 'the model'} ({facts(node).source or 'source unknown'})"
     return (
         f"the backward of {function_of_operator(node.target)} in {where} {what}: over {microbatches} microbatches, whose gradients are "
         "summed, it would give something else. Use microbatches=1, or write what it does as a term of the loss."
@@ -84,7 +84,9 @@ class _Samples:
 class _Call:
     """A call with a backward of its own, and where its samples are."""
 
-    def __init__(self, op: Op, nature: Nature, samples: _Samples) -> None:
+    def __init__(self, op: Op, samples: _Samples) -> None:
+        nature = op.nature
+        assert nature is not None
         self.op, self.nature = op, nature
         needing = [i for i, info in enumerate(op.infos) if info.requires_grad]
         self.adding = [i for i in needing if i in nature.shared and i in nature.adding]

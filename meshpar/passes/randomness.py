@@ -13,27 +13,26 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from meshpar.graph.facts import Extra, Facts, facts, set_facts
 from meshpar.mesh import Axis
 from meshpar.ops.random import derive, drawn
 from meshpar.passes.inputs import add_input
 
-KEY = "random_key"
-
 
 @dataclass(frozen=True)
 class SeedRandom:
-    """Seed every node that capture marked with a number (`meta["seed"]`)."""
+    """Seed every node that capture marked with a number (`Facts.seed`)."""
 
     axes: Sequence[Axis]
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
-        nodes = [n for n in graph.nodes if n.op == "call_function" and "seed" in n.meta]
+        nodes = [n for n in graph.nodes if n.op == "call_function" and facts(n).seed is not None]
         if not nodes:
             return graph
-        key = add_input(graph, KEY)
+        key = add_input(graph, Extra.RANDOM_KEY)
         by_region: dict[str | None, list[fx.Node]] = {}
         for node in nodes:
-            by_region.setdefault(node.meta.get("region"), []).append(node)
+            by_region.setdefault(facts(node).region, []).append(node)
         for place, (region, members) in enumerate(by_region.items()):
             own = key if region is None else self._derived(graph, key, place)
             for number, node in enumerate(members):
@@ -44,11 +43,10 @@ class SeedRandom:
         """A block gets a key of its own, so that blocks of one structure keep one code."""
         with graph.inserting_after(key):
             own = graph.call_function(derive, (key, place))
-        own.meta = {"module": "", "region": None}
-        return own
+        return set_facts(own, Facts(module=""))
 
     def _seed(self, node: fx.Node, key: fx.Node, number: int) -> None:
-        shards = tuple((a.group, a.size, a.rank) for a in self.axes if a.name in node.meta.get("cut", ()))
+        shards = tuple((a.group, a.size, a.rank) for a in self.axes if a.name in facts(node).cut)
         assert callable(node.target)
         target, leading = drawn(node.target)
         node.target = target

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from meshpar.graph.facts import facts
 from meshpar.ops import collectives, deferred
 
 aten = torch.ops.aten
@@ -53,12 +54,7 @@ class Reuse:
 def _is_own_result(node: fx.Node) -> bool:
     """Whether what `node` reads is a product of its own block that nothing else reads."""
     read = node.args[0]
-    return (
-        isinstance(read, fx.Node)
-        and read.target in _PRODUCTS
-        and len(read.users) == 1
-        and read.meta.get("region") == node.meta.get("region")
-    )
+    return isinstance(read, fx.Node) and read.target in _PRODUCTS and len(read.users) == 1 and facts(read).region == facts(node).region
 
 
 def _makes_gradient(user: fx.Node, node: fx.Node) -> bool:

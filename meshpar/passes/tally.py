@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from meshpar.graph.facts import Extra, Facts, facts, set_facts
 from meshpar.ops import load
 from meshpar.passes.inputs import add_input
-
-TALLY = "expert_tally"
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,13 @@ class TallyExperts:
         nodes = [n for n in graph.nodes if n.target is torch.ops.meshpar.dispatch.default]
         if not nodes:
             return graph
-        tally = add_input(graph, TALLY)
+        tally = add_input(graph, Extra.EXPERT_TALLY)
         taken: dict[str, int] = {}
         for node in nodes:
-            name = str(node.meta.get("module") or node.name)
+            name = str(facts(node).module or node.name)
             taken[name] = taken.get(name, 0) + 1
             with graph.inserting_after(tally):
                 at = graph.call_function(load.slot, (tally, name if taken[name] == 1 else f"{name}#{taken[name]}"))
-            at.meta = {"module": "", "region": None}
+            set_facts(at, Facts(module=""))
             node.target, node.args = load.dispatch, (*node.args[:3], at, *node.args[3:])
         return graph

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from meshpar.graph.facts import Extra, info_of
 from meshpar.ops import deferred
 from meshpar.passes.inputs import add_input
 
 aten = torch.ops.aten
-
-QUEUE = "weight_gradients"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class DeferWeightGradients:
         found = [(node, made) for node in graph.nodes if (made := self._deferred(node)) is not None]
         if not found:
             return graph
-        queue = add_input(graph, QUEUE)
+        queue = add_input(graph, Extra.WEIGHT_GRADIENTS)
         for node, (target, args) in found:
             before = node.all_input_nodes
             node.target, node.args, node.kwargs = target, (*args, queue), {}
@@ -63,12 +62,10 @@ class DeferWeightGradients:
         return self._is_parameter(value) and len(_shape(value)) == 2
 
     def _is_parameter(self, value: object) -> bool:
-        return (
-            isinstance(value, fx.Node) and value.op == "get_attr" and value.target in self.parameters and value.meta["info"].requires_grad
-        )
+        return isinstance(value, fx.Node) and value.op == "get_attr" and value.target in self.parameters and info_of(value).requires_grad
 
 
 def _shape(value: object) -> tuple[int, ...]:
     assert isinstance(value, fx.Node)
-    shape: tuple[int, ...] = value.meta["info"].shape
+    shape: tuple[int, ...] = info_of(value).shape
     return shape

@@ -29,10 +29,9 @@ from meshpar._torch import resolve_process_group
 from meshpar.compile.program import Program
 from meshpar.compile.split import StageGraph
 from meshpar.errors import MeshparError, StageError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info, facts, info_of
 from meshpar.mesh import Axis
 from meshpar.ops.deferred import WeightGradients
-from meshpar.passes.weight_gradients import QUEUE
 from meshpar.pipeline.order import Schedule
 from meshpar.pipeline.schedule import COMPUTE, Action, Event, Order
 from meshpar.pipeline.sends import Sends
@@ -65,7 +64,8 @@ class Pipelined(Engine):
     def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
         """All outputs of a program, without gradients; the last stage computes them and hands them to all."""
         with torch.no_grad():
-            run = self._run(program.all_stages, every_output(program), [inputs], self.schedule.order(1, backward=False), backward=False)
+            actions = self.schedule.order(1, backward=False)
+            run = self._run(program.all_stages, every_output(program), [inputs], actions, backward=False, keeps=True)
         return self._from_last_stage(run.outputs, program.all_stages[-1])
 
     def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -101,9 +101,11 @@ class Pipelined(Engine):
         *,
         backward: bool,
         scale: torch.Tensor | None = None,
+        keeps: bool = False,
     ) -> _Run:
+        """One pass; the last stage adds up the losses, or `keeps` what it returns."""
         defers = actions.defers()
-        run = _Run(self, cuts, key, parts, actions.place, backward, defers, scale)
+        run = _Run(self, cuts, key, parts, actions.place, backward, defers, scale, keeps)
         try:
             run.perform(actions.actions[self.axis.rank])
         except Exception:
@@ -115,7 +117,7 @@ class Pipelined(Engine):
     def _from_last_stage(self, values: Sequence[torch.Tensor], last: StageGraph) -> tuple[torch.Tensor, ...]:
         """What the ranks of the last stage computed, on every rank of the pipeline."""
         source = self.schedule.order(1, backward=False).place[last.index]
-        infos = [n.meta["info"] for n in _results(last)]
+        infos = [info_of(n) for n in _results(last)]
         found = []
         for i, info in enumerate(infos):
             value = values[i].contiguous() if values else torch.empty(info.shape, dtype=info.dtype, device=self.device)
@@ -132,12 +134,12 @@ def _results(cut: StageGraph) -> list[Any]:
 
 def _sent(cut: StageGraph) -> list[Info]:
     output = next(n for n in reversed(cut.graph.nodes) if n.op == "output")
-    return [n.meta["info"] for n in output.args[0][: len(cut.sends)]]
+    return [info_of(n) for n in output.args[0][: len(cut.sends)]]
 
 
 def _received(cut: StageGraph) -> list[Info]:
     nodes = [n for n in cut.graph.nodes if n.op == "placeholder"]
-    return [n.meta["info"] for n in nodes[: len(cut.receives)]]
+    return [info_of(n) for n in nodes[: len(cut.receives)]]
 
 
 def _group(axis: Axis) -> dist.ProcessGroup:
@@ -171,8 +173,9 @@ class _Run:
         backward: bool,
         defers: bool,
         scale: torch.Tensor | None,
+        keeps: bool,
     ) -> None:
-        self.scale = scale
+        self.scale, self.keeps = scale, keeps
         self.engine, self.cuts, self.key, self.parts, self.place = engine, cuts, key, parts, place
         self.backward, self.defers = backward, defers
         self.outputs: list[torch.Tensor] = []
@@ -225,7 +228,9 @@ class _Run:
             flight.received = tuple(
                 value.requires_grad_(self.backward and info.requires_grad) for value, info in zip(self.values.pop(at), infos, strict=True)
             )
-        inputs = {**self.parts[action.microbatch], QUEUE: flight.later if self.defers else None}
+        inputs = dict(self.parts[action.microbatch])
+        if cut.extra.weight_gradients is not None:
+            inputs[cut.extra.weight_gradients] = flight.later if self.defers else None
         outputs = self.engine.trees[stage].run(self.key, *flight.received, *(inputs[name] for name in cut.inputs))
         sends, own = outputs[: len(cut.sends)], outputs[len(cut.sends) :]
         if self.backward:
@@ -233,7 +238,7 @@ class _Run:
             self.flights[at] = flight
         if stage < len(self.cuts) - 1:
             self._hand("F", (stage + 1, action.microbatch), tuple(value.detach() for value in sends))
-        elif self.key.endswith("_all"):
+        elif self.keeps:
             self.outputs = list(own)
         else:
             flight.loss = own[0] if self.backward else None
@@ -336,9 +341,7 @@ _WORDS = {
 
 
 def _explain(action: Action, cut: StageGraph, error: Exception) -> str:
-    modules = list(
-        dict.fromkeys(m for n in cut.graph.nodes if n.op == "call_function" and (m := n.meta.get("region") or n.meta.get("module")))
-    )
+    modules = list(dict.fromkeys(m for n in cut.graph.nodes if n.op == "call_function" and (m := facts(n).region or facts(n).module)))
     where = f" ({modules[0]}{f' to {modules[-1]}' if len(modules) > 1 else ''})" if modules else ""
     trace = "".join(traceback.format_exception(error)).rstrip().replace("\n", "\n  ")
     return f"stage {action.stage}{where}, microbatch {action.microbatch}, {_WORDS[action.kind]}: {type(error).__name__}: {error}\n  {trace}"

@@ -29,8 +29,10 @@ from meshpar.compile.split import StageGraph, mark, shared_parameters
 from meshpar.compile.split import split as split_graph
 from meshpar.compile.stages import Budget, Staging, choose
 from meshpar.errors import BatchError, ConfigError, near
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
+from meshpar.graph.facts import Info, info_of
 from meshpar.graph.run import run
+from meshpar.passes.inputs import extra_inputs
 from meshpar.runtime.blocks import Tree, print_code
 from meshpar.runtime.recompute import Mode
 from meshpar.sharding.price import Price
@@ -133,11 +135,11 @@ class Stage(nn.Module):
         self.__dict__.update(_tree=tree, _stage=stage, _common=common)
         self.training = common.training
         nodes = list(stage.graph.nodes)
-        infos = [node.meta["info"] for node in nodes if node.op == "placeholder"]
+        infos = [info_of(node) for node in nodes if node.op == "placeholder"]
         self._received: tuple[Info, ...] = tuple(infos[: len(stage.receives)])
         self._given: dict[str, Info] = dict(zip(stage.inputs, infos[len(stage.receives) :]))
         count = len(stage.sends) + len(stage.outputs)
-        self._returned: tuple[Info, ...] = tuple(value.meta["info"] for value in nodes[-1].args[0][:count])
+        self._returned: tuple[Info, ...] = tuple(info_of(value) for value in nodes[-1].args[0][:count])
 
     # -- what it is ------------------------------------------------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ class Stage(nn.Module):
     @property
     def shared_parameters(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]:
         """Parameters that several stages hold, of the whole model: the stages, the shape and the dtype."""
-        infos = {str(n.target): n.meta["info"] for n in self._common.captured.graph.nodes if n.op == "get_attr"}
+        infos = {str(n.target): info_of(n) for n in self._common.captured.graph.nodes if n.op == "get_attr"}
         return {name: (users, infos[name].shape, infos[name].dtype) for name, users in self._common.shared.items()}
 
     @property
@@ -255,7 +257,8 @@ class Stage(nn.Module):
         parts = [{n: x.chunk(count, dims[n])[i] if n in dims else x for n, x in batch.items()} for i in range(count)]
         with torch.no_grad():
             found = [run(counts, dict(self._tree.named_buffers()), part) for part in parts]
-        return {f"denominator_{i}": torch.stack(values).sum(0) for i, values in enumerate(zip(*found))}
+        names = extra_inputs(self._common.counted.captured.graph).denominators
+        return {name: torch.stack(values).sum(0) for name, values in zip(names, zip(*found), strict=True)}
 
     def _check(self, positional: int, given: Mapping[str, Tensor]) -> None:
         known = self._common.captured.inputs

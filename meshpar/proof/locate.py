@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 
 from meshpar._torch import LocalTensor, maybe_disable_local_tensor_mode
 from meshpar.compile.program import Program
+from meshpar.graph.facts import Change, facts, gives_several, info_of
 from meshpar.graph.op import op_name
 from meshpar.roles import typed
 from meshpar.runtime.engine import Inputs
@@ -50,7 +51,7 @@ def first_difference(pm: ParallelModel, state: Mapping[str, torch.Tensor], batch
     `state` (whole, by name). Call inside `simulate`, in float64.
     """
     program, inputs = _first_microbatch(pm, batch)
-    if program.is_random:
+    if program.extra.random_key is not None:
         return None
     both = _Both(program, _coordinates(pm), inputs, state)
     return _forward(both) or _backward(both) or _sums(both)
@@ -62,8 +63,7 @@ def _first_microbatch(pm: ParallelModel, batch: Mapping[str, Any] | tuple[Any, .
     tensors, variant = pm._program(args, kwargs, count)
     program = variant.program
     parts = [pm._inputs(program, part, i) for i, part in enumerate(pm._microbatches(program, tensors, count))]
-    counted = {f"denominator_{i}": value for i, value in enumerate(pm._engine.count(program, parts))}
-    return program, {**parts[0], **counted}
+    return program, {**parts[0], **pm._engine.count(program, parts)}
 
 
 def _coordinates(pm: ParallelModel) -> dict[int, dict[str, int]]:
@@ -119,7 +119,7 @@ class _Both:
                     return self._whole(node)
                 found = self.state.get(str(node.target), constants.get(str(node.target)))
                 assert found is not None
-                return found.detach().clone().requires_grad_(node.meta["info"].requires_grad)
+                return found.detach().clone().requires_grad_(info_of(node).requires_grad)
 
             def keep(edge: Edge, gradient: torch.Tensor) -> None:
                 self.edges[edge] = self.edges[edge] + gradient if edge in self.edges else gradient.clone()
@@ -137,8 +137,8 @@ class _Both:
                 return self.inputs[name]
             if name not in self.state:
                 return constants[name]
-            parts = {rank: self.part(self.state[name], node.meta.get("typed", ()), rank, 0) for rank in self.at}
-            found = _joined(parts).requires_grad_(node.meta["info"].requires_grad)
+            parts = {rank: self.part(self.state[name], _typed(node), rank, 0) for rank in self.at}
+            found = _joined(parts).requires_grad_(info_of(node).requires_grad)
             self.leaves[node] = found
             return found
 
@@ -155,11 +155,11 @@ class _Both:
         lowered = next(n for n in self.program.graph.nodes if n.op == "placeholder" and n.target == node.target)
         if not isinstance(value, torch.Tensor):
             return value
-        parts, shape = local_tensors(value), node.meta["info"].shape
+        parts, shape = local_tensors(value), info_of(node).shape
         whole = torch.empty(shape, dtype=value.dtype)
         places = torch.arange(whole.numel()).reshape(shape)
         for rank, part in parts.items():
-            whole.view(-1)[self.part(places, lowered.meta.get("typed", ()), rank, 0).reshape(-1)] = part.reshape(-1)
+            whole.view(-1)[self.part(places, _typed(lowered), rank, 0).reshape(-1)] = part.reshape(-1)
         return whole
 
     def part(self, whole: torch.Tensor, typed: Typed, rank: int, index: int) -> torch.Tensor:
@@ -258,27 +258,32 @@ class _Place:
 
 def _place(both: _Both, node: fx.Node) -> _Place | None:
     """Where the value of a lowered node comes from; None where that is not known, or ranks hold it in no simple way."""
-    if "origin" not in node.meta:
-        before = node.all_input_nodes[0] if "conversion" in node.meta and node.all_input_nodes else None
-        found = None if before is None else _place(both, before)
-        return None if found is None else _Place(found.node, _with(found.typed, node.meta["conversion"], 3), found.index)
-    origin, typed = both.captured.get(node.meta["origin"]), node.meta["typed"]
-    index: Any = node.meta.get("index", node.args[1] if _is_item(node) else 0)
+    part = facts(node).part_of
+    if part is None:
+        return None
+    origin, typed, index = both.captured.get(part.origin), part.typed, part.index
     if origin is None or any(isinstance(_one(types, index), Ragged | Owned) for _, _, types in typed):
         return None
-    if isinstance(origin.meta.get("info"), tuple):
+    if gives_several(origin):
         origin = next((u for u in origin.users if u.target is operator.getitem and u.args[1] == index), None)
     return None if origin is None else _Place(origin, typed, index)
 
 
-def _is_item(node: fx.Node) -> bool:
-    """Whether a node is one of several results of an operator (not of conversions that were joined)."""
-    return node.target is operator.getitem and "joined" not in node.all_input_nodes[0].meta
+def _typed(node: fx.Node) -> Typed:
+    """How ranks hold the value of a node, where that is known."""
+    part = facts(node).part_of
+    return () if part is None else part.typed
 
 
-def _with(typed: Typed, conversion: tuple[Any, ...], side: int) -> Typed:
-    """The types before (2) or after (3) a conversion."""
-    return tuple((axis, size, (conversion[side],) if axis == conversion[0] else types) for axis, size, types in typed)
+def _origin(both: _Both, node: fx.Node) -> fx.Node | None:
+    """The captured node whose value a node holds."""
+    part = facts(node).part_of
+    return None if part is None else both.captured.get(part.origin)
+
+
+def _before(typed: Typed, change: Change) -> Typed:
+    """The types before a conversion."""
+    return tuple((axis, size, (change.before,) if axis == change.axis else types) for axis, size, types in typed)
 
 
 def _forward(both: _Both) -> str | None:
@@ -307,9 +312,8 @@ def _backward(both: _Both) -> str | None:
             place, wanted = _place(both, operand), _expected(both, operand, user)
             if place is None or wanted is None:
                 continue
-            joined = user.meta.get("joined")
-            change = joined[at] if joined else user.meta.get("conversion")
-            typed = place.typed if change is None else _with(place.typed, change, 2)
+            change = facts(user).joined[at] if facts(user).joined else facts(user).conversion
+            typed = place.typed if change is None else _before(place.typed, change)
             parts = both.local_edges.get((operand.name, user.name))
             if parts is None:
                 parts = {r: torch.zeros_like(both.part(wanted, typed, r, place.index)) for r in both.at}
@@ -326,14 +330,14 @@ def _backward(both: _Both) -> str | None:
 def _expected(both: _Both, operand: fx.Node, user: fx.Node) -> torch.Tensor | None:
     """The gradient of a value towards one use, as the captured graph has it; None where that is not known."""
     place = _place(both, operand)
-    if place is None or not place.node.meta["info"].requires_grad or user.op == "output":
+    if place is None or not info_of(place.node).requires_grad or user.op == "output":
         return None
-    if "joined" in user.meta:
+    if facts(user).joined:
         items = [u for u in user.users if u.args[1] == user.all_input_nodes.index(operand)]
         return _sum(both, items[0]) if items else None
-    if "conversion" in user.meta:
+    if facts(user).conversion is not None:
         return _sum(both, user)
-    use = both.captured.get(user.meta.get("origin", ""))
+    use = _origin(both, user)
     if use is None or place.node not in use.all_input_nodes:
         return None
     found = both.edges.get((place.node.name, use.name))
@@ -370,16 +374,17 @@ def _sums(both: _Both) -> str | None:
 
 def _did(both: _Both, node: fx.Node) -> str:
     """What a node of the lowered graph does, in words of the model."""
-    change = node.meta.get("conversion")
-    if change is None and "joined" in node.meta:
+    change, joined = facts(node).conversion, facts(node).joined
+    if joined:
         names = [str(n.target) for n in node.all_input_nodes]
-        return f"the sum over {node.meta['joined'][0][0]} of the gradients of {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        return f"the sum over {joined[0].axis} of the gradients of {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
     if change is not None:
         place = _place(both, node)
         whose = "a value" if place is None else _value(place.node)
-        return f"the conversion of {whose} from {change[2]} to {change[3]} on {change[0]} ({getattr(node.target, '__name__', node.target)})"
+        types = f"from {change.before} to {change.after} on {change.axis}"
+        return f"the conversion of {whose} {types} ({getattr(node.target, '__name__', node.target)})"
     rule = "; ".join(_ruled(both, node))
-    return f"{_value(both.captured.get(node.meta.get('origin', ''), node))}{f', by its rule {rule}' if rule else ''}"
+    return f"{_value(_origin(both, node) or node)}{f', by its rule {rule}' if rule else ''}"
 
 
 def _value(node: fx.Node) -> str:
@@ -388,14 +393,14 @@ def _value(node: fx.Node) -> str:
     if node.op == "placeholder":
         return f"the input {node.target}"
     name = op_name(node.target) if hasattr(node.target, "_schema") else getattr(node.target, "__name__", str(node.target))
-    source = node.meta.get("source")
-    return f"{name} in {node.meta.get('module') or 'the model'}{f' ({source})' if source else ''}"
+    source = facts(node).source
+    return f"{name} in {facts(node).module or 'the model'}{f' ({source})' if source else ''}"
 
 
 def _ruled(both: _Both, node: fx.Node) -> Iterator[str]:
     """ "tp: S(2), S(1) -> P", for every axis on which anything is cut."""
     places = [_place(both, n) for n in _operands(node)]
-    for number, (axis, _, outs) in enumerate(node.meta.get("typed", ())):
+    for number, (axis, _, outs) in enumerate(_typed(node)):
         uses = [_one(p.typed[number][2], p.index) for p in places if p is not None and len(p.typed) > number]
         if any(not isinstance(t, Invariant) for t in (*uses, *outs)):
             yield f"{axis}: {', '.join(map(str, uses))} -> {', '.join(map(str, outs))}"
@@ -404,7 +409,7 @@ def _ruled(both: _Both, node: fx.Node) -> Iterator[str]:
 def _operands(node: fx.Node) -> Iterator[fx.Node]:
     """What the captured operator was called with: an operator may have become several calls."""
     for operand in node.all_input_nodes:
-        if operand.op != "call_function" or "origin" in operand.meta or "conversion" in operand.meta:
+        if operand.op != "call_function" or facts(operand).part_of is not None or facts(operand).conversion is not None:
             yield operand
         else:
             yield from _operands(operand)

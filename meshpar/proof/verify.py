@@ -31,6 +31,7 @@ from meshpar.capture.hooks.models import attach, of_parameters
 from meshpar.capture.structure import order_of
 from meshpar.config import ParallelConfig, Precision
 from meshpar.errors import CaptureError, ConfigError, MeshparError
+from meshpar.graph.facts import facts
 from meshpar.mesh import format_mesh, local_batch, make_mesh, mesh_sizes, parse_mesh
 from meshpar.proof import launch
 from meshpar.proof.comparable import cast, comparable
@@ -442,9 +443,9 @@ def _scalar_distance(value: torch.Tensor, wanted: float) -> float:
 def _notes(pm: ParallelModel) -> tuple[str, ...]:
     """What explains a difference that is no mistake."""
     notes = []
-    drawn = [n for n in pm._first.graph.nodes if "seed" in n.meta]
+    drawn = [n for n in pm._first.graph.nodes if facts(n).seed is not None]
     if drawn:
-        where = ", ".join(dict.fromkeys(str(n.meta.get("source") or n.meta.get("module") or "the model") for n in drawn[:3]))
+        where = ", ".join(dict.fromkeys(str(facts(n).source or facts(n).module or "the model") for n in drawn[:3]))
         notes.append(f"the model still draws random numbers ({where}), which differ between the two programs: switch them off to compare.")
     if pm._first.averaged:
         notes.append(f"terms of the loss that are averaged over microbatches, not over the whole batch: {', '.join(pm._first.averaged)}.")

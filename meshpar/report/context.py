@@ -10,6 +10,7 @@ from torch import fx
 
 from meshpar.compile.ledger import entries
 from meshpar.graph.cost import flops
+from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import op_name
 from meshpar.ops import context, halo, ring
 from meshpar.ops.random import draw
@@ -43,7 +44,7 @@ def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
     for node in graph.nodes:
         if (form := _form(node, axis)) is not None:
             sent = sum(e.nbytes for one in _before(node) for e in entries(one) if e.axis == axis.axis and e.phase == "forward")
-            found[re.sub(r"\d+", "*", node.meta.get("module") or "the model"), form, int(sent)] += 1
+            found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, int(sent)] += 1
     rows = [(f"  {module}", f"x{times}", form, _SAYS[form], count(sent, "B")) for (module, form, sent), times in found.items()]
     return (
         [f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward", *table(rows, right=(4,))]
@@ -61,10 +62,11 @@ def _form(node: fx.Node, axis: AxisPlan) -> str | None:
     drawn = node.target is draw and node.args  # with dropout
     if op_name(node.args[0] if drawn else node.target) not in ATTENTION:
         return None
-    outs = next((outs for name, _, outs in node.meta.get("typed", ()) if name == axis.axis), ())
+    part = facts(node).part_of
+    outs = next((outs for name, _, outs in part.typed if name == axis.axis), ()) if part is not None else ()
     if not outs or not isinstance(outs[0], Shard):
         return "whole"
-    return "gather" if outs[0].dim == len(node.meta["info"].shape) - 2 else "heads"
+    return "gather" if outs[0].dim == len(info_of(node).shape) - 2 else "heads"
 
 
 def _before(node: fx.Node) -> Iterator[fx.Node]:

@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
 from meshpar.graph.cost import flops, nbytes
+from meshpar.graph.facts import Info, facts, infos_of
 from meshpar.graph.op import op_name
 from meshpar.pipeline.schedule import Order
 from meshpar.pipeline.timing import Costs, bubble, simulate
@@ -280,10 +280,10 @@ def _kind_of_use(node: fx.Node) -> str:
         name = op_name(user.target).rpartition(".")[2]
         if name in ("embedding", "linear", "grouped_mm"):
             return name
-        if "joined" in user.meta:  # several values at once: go on with this one's result
+        if facts(user).joined:  # several values at once: go on with this one's result
             index = user.args.index(seen)
             user = next((u for u in user.users if u.args[1] == index), user)
-        elif "conversion" not in user.meta and name not in _THROUGH:
+        elif facts(user).conversion is None and name not in _THROUGH:
             return ""
         seen = user
     return ""
@@ -320,11 +320,10 @@ def _residual_on(axis: AxisPlan, graph: fx.Graph) -> list[str]:
     handed = {t for one in axis.nodes.values() for t in one.handed if isinstance(t, Shard)}
     found: Counter[str] = Counter()
     for node in graph.nodes:
-        info = node.meta.get("info")
-        region = node.meta.get("region")
+        info, region = facts(node).info, facts(node).region
         if node.op != "call_function" or not isinstance(info, Info) or not info.requires_grad or len(info.shape) < 2:
             continue
-        if any(user.op == "call_function" and user.meta.get("region") not in (region, None) for user in node.users):
+        if any(user.op == "call_function" and facts(user).region not in (region, None) for user in node.users):
             found[f"{_shape(info.shape)} {_held(node, info, handed, axis)}"] += 1
     texts = "; ".join(f"{text} ({n} of them)" for text, n in found.most_common())
     return [f"Blocks hand on, on a {axis.axis} rank: {texts}"] if found else []
@@ -332,10 +331,10 @@ def _residual_on(axis: AxisPlan, graph: fx.Graph) -> list[str]:
 
 def _held(node: fx.Node, info: Info, handed: Collection[Shard], axis: AxisPlan) -> str:
     """How a value lies that leaves its block: one of the shards that the plan hands on, or whole."""
-    conversion = node.meta.get("conversion")
-    if conversion is not None and conversion[0] == axis.axis:
-        dims = {conversion[3].dim} if isinstance(conversion[3], Shard) else set()
-    elif axis.axis in node.meta.get("cut", ()):
+    change = facts(node).conversion
+    if change is not None and change.axis == axis.axis:
+        dims = {change.after.dim} if isinstance(change.after, Shard) else set()
+    elif axis.axis in facts(node).cut:
         dims = {t.dim for t in handed if t.dim < len(info.shape) and t.local_length(axis.size, 0) == info.shape[t.dim]}
     else:
         return "whole"
@@ -438,11 +437,11 @@ def _repeated_on(axis: AxisPlan, plan: Plan, graph: fx.Graph) -> list[str]:
     work, moved = Counter[bool](), Counter[bool]()
     ops: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for node in graph.nodes:
-        if node.op != "call_function" or "info" not in node.meta or not _differentiable(node):
+        if node.op != "call_function" or facts(node).info is None or not _differentiable(node):
             continue
-        if "conversion" in node.meta or "joined" in node.meta or node.target is operator.getitem:
+        if facts(node).conversion is not None or facts(node).joined or node.target is operator.getitem:
             continue
-        whole = axis.axis not in node.meta.get("cut", ())
+        whole = axis.axis not in facts(node).cut
         cost, size = flops(node), nbytes(node)
         work[whole] += int(cost)
         moved[whole] += int(size)
@@ -472,15 +471,14 @@ def _products(axis: AxisPlan, graph: fx.Graph) -> list[str]:
     """The products that every rank of an axis repeats, by the kind of module."""
     found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
     for node in graph.nodes:
-        if node.op == "call_function" and axis.axis not in node.meta.get("cut", ()) and (cost := flops(node)):
-            entry = found[op_name(node.target), re.sub(r"\d+", "*", node.meta.get("module") or "the model")]
+        if node.op == "call_function" and axis.axis not in facts(node).cut and (cost := flops(node)):
+            entry = found[op_name(node.target), re.sub(r"\d+", "*", facts(node).module or "the model")]
             entry[0], entry[1] = entry[0] + 1, entry[1] + cost
     return [f"  {name} in {module}: {n:.0f} times, {count(cost)} operations" for (name, module), (n, cost) in found.items()]
 
 
 def _differentiable(node: fx.Node) -> bool:
-    info = node.meta["info"]
-    return any(i is not None and i.requires_grad for i in (info if isinstance(info, tuple) else (info,)))
+    return any(i is not None and i.requires_grad for i in infos_of(node))
 
 
 def _percent(found: Counter[bool]) -> str:

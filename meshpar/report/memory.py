@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from meshpar.compile.split import StageGraph
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info, facts, info_of, infos_of
 from meshpar.graph.op import op_name
 from meshpar.ops import collectives
 from meshpar.pipeline.schedule import Order
@@ -116,7 +116,7 @@ def _in_flight(own: Sequence[StageGraph], order: Order, rank: int, recompute: st
     kept, again = dict[int, int](), [0]
     for stage in own:
         lasting, passing = _lasting(stage.graph, recompute)
-        received = [n.meta["info"].nbytes for n in stage.graph.nodes if n.op == "placeholder" and n.name in stage.receives]
+        received = [info_of(n).nbytes for n in stage.graph.nodes if n.op == "placeholder" and n.name in stage.receives]
         kept[stage.index] = lasting + sum(received)
         again.append(passing)
     moments = order.in_flight(rank)
@@ -189,16 +189,16 @@ def _lasting(graph: fx.Graph, recompute: str) -> tuple[int, int]:
     if recompute == "none":
         return sum(_saved(graph.nodes).values()), 0
     nodes = list(graph.nodes)
-    saved = _saved([n for n in nodes if not n.meta.get("region")])
+    saved = _saved([n for n in nodes if not facts(n).region])
     blocks: dict[str, list[fx.Node]] = {}
     for node in nodes:
-        if node.meta.get("region"):
-            blocks.setdefault(node.meta["region"], []).append(node)
+        if region := facts(node).region:
+            blocks.setdefault(region, []).append(node)
     most = 0
-    for region, own in blocks.items():
+    for block, own in blocks.items():
         for node in own:
             for source in node.all_input_nodes:
-                if source.meta.get("region") != region:
+                if facts(source).region != block:
                     _add(saved, source)
             if recompute == "selective" and _name(node) in _KEPT_BY_SELECTIVE:
                 _add(saved, node)
@@ -231,10 +231,7 @@ def _add(saved: dict[tuple[fx.Node, int], int], node: fx.Node) -> None:
     """Count the memory behind a value once."""
     while node.op == "call_function" and _name(node) in _VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    info = node.meta.get("info")
-    if node.op != "call_function" or info is None:
-        return
-    for index, one in enumerate(info if isinstance(info, tuple) else (info,)):
+    for index, one in enumerate(infos_of(node) if node.op == "call_function" else ()):
         if isinstance(one, Info):
             saved[node, index] = one.nbytes
 
@@ -244,5 +241,4 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_trained(node: fx.Node) -> bool:
-    info = node.meta.get("info")
-    return any(isinstance(i, Info) and i.requires_grad for i in (info if isinstance(info, tuple) else (info,)))
+    return any(isinstance(i, Info) and i.requires_grad for i in infos_of(node))

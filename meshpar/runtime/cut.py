@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from meshpar.graph.facts import facts, set_facts
 from meshpar.ops.expect import EXPECT
 from meshpar.runtime.recompute import is_random
 
@@ -59,7 +60,7 @@ def cut(
     mutated: Collection[str] = (),
     key: str = "",
 ) -> Cut:
-    """Cut `graph` by `node.meta["region"]`.
+    """Cut `graph` by the `region` of its nodes.
 
     `aliases` maps every other name of a tied parameter to the name the graph uses; buffers in `mutated` are read by the root alone, before
     anything runs. A region that cannot be a block (its nodes do not lie together, or it holds a parameter that the root needs) is inlined.
@@ -87,7 +88,7 @@ class _Cutter:
         self.index = {node: i for i, node in enumerate(graph.nodes)}
         self.calls = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         self.output = next(n for n in graph.nodes if n.op == "output")
-        self.owner: dict[fx.Node, str | None] = {n: n.meta.get("region") for n in self.calls if n.target is not EXPECT}
+        self.owner: dict[fx.Node, str | None] = {n: facts(n).region for n in self.calls if n.target is not EXPECT}
         self.owner |= {n: None for n in self.calls if n.target is EXPECT}  # a block is run for its results alone
         self.inlined: dict[str, str] = {}
 
@@ -264,14 +265,12 @@ class _Build:
     def placeholder(self, node: fx.Node, name: str) -> None:
         new = self.graph.create_node("placeholder", name, name=name.replace(".", "_"))
         new.target = new.name
-        new.meta = dict(node.meta)
-        self.made[node] = new
+        self.made[node] = set_facts(new, facts(node))
 
     def copy(self, node: fx.Node) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.made.__getitem__)
         new = self.graph.create_node(node.op, node.target, args, kwargs)
-        new.meta = dict(node.meta)
-        self.made[node] = new
+        self.made[node] = set_facts(new, facts(node))
 
     def call(self, path: str, key: str, arguments: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> None:
         called = self.graph.call_module(path, (key, *(self.made[a] for a in arguments)))

@@ -43,13 +43,13 @@ class Engine(ABC):
             captured = program.counts.captured
             self._counting.add_program(program.counts.key, program.counts.graph, constants=captured.constants)
 
-    def count(self, program: Program, parts: Sequence[Inputs]) -> list[torch.Tensor]:
-        """The denominators of a step: sums over its microbatches, and over all data ranks."""
+    def count(self, program: Program, parts: Sequence[Inputs]) -> dict[str, torch.Tensor]:
+        """The denominators of a step, as inputs of the program: sums over its microbatches, and over all data ranks."""
         if program.counts is None:
-            return []
+            return {}
         with torch.no_grad():
             counted = [self._counting.run(program.counts.key, *arguments(program.counts, part)) for part in parts]
-        return [sum(c[i] for c in counted) for i in range(len(counted[0]))]  # type: ignore[misc]
+        return {name: torch.stack(found).sum(0) for name, found in zip(program.extra.denominators, zip(*counted), strict=True)}
 
     @abstractmethod
     def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:

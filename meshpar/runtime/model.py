@@ -17,12 +17,11 @@ from meshpar.compile.program import BatchSignature, Program, Programs, flatten, 
 from meshpar.compile.state.following import show
 from meshpar.config import ParallelConfig
 from meshpar.errors import BatchError, ConfigError
+from meshpar.graph.facts import info_of
 from meshpar.init.weights import tensor_groups
 from meshpar.mesh import check_batch, check_whole
 from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
-from meshpar.passes.randomness import KEY
-from meshpar.passes.tally import TALLY
 from meshpar.pipeline.run import Pipelined
 from meshpar.pipeline.schedule import Event, Order, schedule_table
 from meshpar.plan import Comm, Plan
@@ -277,7 +276,7 @@ class ParallelModel(nn.Module):
             )
         parts = [self._inputs(program, part, i) for i, part in enumerate(self._microbatches(program, tensors, count))]
         with without_autocast():
-            counted = {f"denominator_{i}": value for i, value in enumerate(self._engine.count(program, parts))}
+            counted = self._engine.count(program, parts)
             total = self._engine.step(program, [{**part, **counted} for part in parts], backward=backward, scale=scale)
         self.random.advance()
         self._variants.done(variant)
@@ -286,10 +285,12 @@ class ParallelModel(nn.Module):
     def _inputs(self, program: Program, tensors: Sequence[torch.Tensor], microbatch: int) -> dict[str, Any]:
         """The values of a graph's placeholders, by name."""
         found: dict[str, Any] = dict(zip(program.captured.inputs, tensors, strict=False))
-        if program.has_experts:
+        if program.extra.expert_tally is not None:
             self._tallies = [*(self._tallies if microbatch else ()), Tally()]
-            found[TALLY] = self._tallies[-1]
-        return {**found, KEY: self.random.key(microbatch)} if program.is_random else found
+            found[program.extra.expert_tally] = self._tallies[-1]
+        if program.extra.random_key is not None:
+            found[program.extra.random_key] = self.random.key(microbatch)
+        return found
 
     def _microbatches(self, program: Program, tensors: list[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
         if count == 1:
@@ -326,7 +327,7 @@ class ParallelModel(nn.Module):
         for name in self.mesh.mesh_dim_names or ():
             found = types.get(ROLES[name].typed or "")
             placements.append(ShardPlacement(found.dim) if isinstance(found, Shard) else Replicate())
-        info = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index].meta["info"]
+        info = info_of(next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index])
         strides, step = [], 1
         for n in reversed(info.shape):
             strides.append(step)

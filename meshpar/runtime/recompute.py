@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from meshpar._torch import draws
+from meshpar.graph.facts import facts
 
 Mode = Literal["none", "selective", "full"]
 BlockCode = Callable[..., Any]
@@ -55,7 +56,7 @@ def wrap(code: BlockCode, mode: Mode, graph: fx.Graph) -> BlockCode:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
-    return "seed" in node.meta or draws(node.target)
+    return facts(node).seed is not None or draws(node.target)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

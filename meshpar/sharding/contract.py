@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.sharding.types import Type
 
 StepSource = tuple[int, int] | int

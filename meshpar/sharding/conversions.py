@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.sharding.price import Price
 from meshpar.sharding.types import Invariant, Partial, Replicate, Shard, Type
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import Op, Value, kind_of, read, value_of
 from meshpar.sharding.extents import Extents, Pattern, join, nest
 from meshpar.sharding.notation import Dim, Signature
@@ -45,8 +46,8 @@ def infer(graph: fx.Graph) -> Inference:
     signatures: dict[tuple[object, ...], Signature | None] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
-            if "info" in node.meta:
-                dims[node, 0] = _fresh(extents, node.meta["info"].shape)
+            if facts(node).info is not None:
+                dims[node, 0] = _fresh(extents, info_of(node).shape)
         elif node.op == "call_function" and node.target is not operator.getitem:
             call = _call(extents, dims, node, signatures)
             calls[node] = call

@@ -14,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
 from meshpar.errors import PlanError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.sharding.contract import Group, StepSource, Way, contract
 from meshpar.sharding.conversions import ALL_GATHER, cost, wire_bytes
 from meshpar.sharding.price import Price

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from meshpar.errors import PlanError
-from meshpar.graph.op import Value, info_of, operands, value_of
+from meshpar.graph.facts import facts, info_of
+from meshpar.graph.op import Value, operands, value_info, value_of
 from meshpar.roles import Divides
 from meshpar.sharding import attention
 from meshpar.sharding.extents import shard
@@ -98,7 +99,7 @@ class SamplesPolicy(Policy):
         self.request, self.reading = request, reading
 
     def crosses(self, value: Value, users: int) -> Type:
-        info = info_of(value)
+        info = value_info(value)
         for factor in self.reading.batch:
             for d, one in enumerate(self.reading.inference.dims[value]):
                 cut = self.reading.shard(d, one, factor)
@@ -110,7 +111,7 @@ class SamplesPolicy(Policy):
         return dict.fromkeys(set(self.reading.units.values()), self.reading.batch)
 
     def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
-        return (Choice((), (at_rest(node.meta["info"], R),), 0.0, "data"),)
+        return (Choice((), (at_rest(info_of(node), R),), 0.0, "data"),)
 
 
 class ExpertsPolicy(Policy):
@@ -166,7 +167,7 @@ class ExpertsPolicy(Policy):
 
     def _of_experts(self, node: fx.Node) -> Choice | None:
         """A parameter with one part for each expert is divided among the ranks."""
-        shape = node.meta["info"].shape
+        shape = info_of(node).shape
         for d, one in enumerate(self.reading.inference.dims[node, 0]):
             if one is not None and self.reading.inference.extents.find(one) in self.experts:
                 if shape[d] % self.reading.size:
@@ -190,7 +191,7 @@ class WeightsPolicy(Policy):
         self.request, self.reading = request, reading
 
     def crosses(self, value: Value, users: int) -> Type:
-        if not (self.request.sequence and info_of(value).requires_grad and users <= 3):
+        if not (self.request.sequence and value_info(value).requires_grad and users <= 3):
             return I
         return self.reading.along_sequence(self.reading.inference.dims[value]) or I
 
@@ -199,7 +200,7 @@ class WeightsPolicy(Policy):
         carried, sequence = self._residual_factors(residual)
         found: dict[str | None, dict[int, None]] = {}
         for node in self.reading.graph.nodes:
-            if node.op != "get_attr" or node.target not in self.reading.parameters or len(node.meta["info"].shape) < 2:
+            if node.op != "get_attr" or node.target not in self.reading.parameters or len(info_of(node).shape) < 2:
                 continue
             for one in self.reading.inference.dims[node, 0]:
                 if one is not None:
@@ -224,7 +225,7 @@ class WeightsPolicy(Policy):
         carried: set[int] = set()
         sequence: dict[int, None] = {}
         for value, type_ in residual.items():
-            if not info_of(value).requires_grad:
+            if not value_info(value).requires_grad:
                 continue
             for d, one in enumerate(self.reading.inference.dims[value]):
                 if one is None:
@@ -243,7 +244,7 @@ class WeightsPolicy(Policy):
 
     def _ruled(self, node: fx.Node, found: Iterable[Choice]) -> tuple[Choice, ...]:
         """The placements a user's rule allows."""
-        dim, shape = self.request.wanted[str(node.target)], node.meta["info"].shape
+        dim, shape = self.request.wanted[str(node.target)], info_of(node).shape
         if dim is None:
             return (Choice((), (I,), 0.0, "rule"),)
         fitting = [Choice((), c.outs, c.cost, "rule") for c in found if isinstance(c.outs[0], Shard) and c.outs[0].dim == dim]
@@ -275,7 +276,7 @@ class SequencePolicy(Policy):
         reading.balanced = self._growing()
 
     def crosses(self, value: Value, users: int) -> Type:
-        info = info_of(value)
+        info = value_info(value)
         if not info.requires_grad:
             return I
         return self.reading.along_sequence(self.reading.inference.dims[value]) or (I if value[0] in self.reading.depends else R)
@@ -288,7 +289,7 @@ class SequencePolicy(Policy):
         return {unit: tuple(dict.fromkeys([*sequence, *(f for f in own if size(f) % ranks == 0)])) for unit, own in found.items()}
 
     def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:
-        return (Choice((), (at_rest(node.meta["info"], R),), 0.0, "data"),)
+        return (Choice((), (at_rest(info_of(node), R),), 0.0, "data"),)
 
     def revised(self, call: BoundOp, found: Sequence[Choice], work: float, unit: float) -> Sequence[Choice]:
         """Matrices are used whole (gathering what meets them would grow with the sequence); a product is repeated as the last resort."""
@@ -324,13 +325,13 @@ class SequencePolicy(Policy):
         """Raises PlanError where the positions of what the model is given cannot be dealt out evenly."""
         size = self.request.size
         for node in self.reading.graph.nodes:
-            if node.op != "placeholder" or "info" not in node.meta:
+            if node.op != "placeholder" or facts(node).info is None:
                 continue
             for d, one in enumerate(self.reading.inference.dims[node, 0]):
-                n = node.meta["info"].shape[d]
+                n = info_of(node).shape[d]
                 if one is not None and n % size and self.reading.inference.extents.find(one) in self.reading.positions:
                     raise PlanError(
-                        f"{self.request.axis}={size} does not divide the {n} positions of {node.target} {list(node.meta['info'].shape)}. "
+                        f"{self.request.axis}={size} does not divide the {n} positions of {node.target} {list(info_of(node).shape)}. "
                         f"Pad the batch to {-(-n // size) * size} (labels with -100, and an attention mask), or use another "
                         f"{self.request.axis}: {', '.join(str(k) for k in range(1, min(n, 64) + 1) if n % k == 0)}."
                     )
@@ -355,7 +356,7 @@ def expert_stacks(graph: fx.Graph) -> list[tuple[fx.Node, ...]]:
     """The parameters of experts that are kept as a list of modules and used as a stack: those of one role together, in order."""
     found = []
     for node in graph.nodes:
-        parts = operands(node) if node.meta.get("expert_stack") else ()
+        parts = operands(node) if facts(node).expert_stack else ()
         if parts and all(part.op == "get_attr" and len(part.users) == 1 for part in parts) and len(set(parts)) == len(parts):
             found.append(parts)
     return found

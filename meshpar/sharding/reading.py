@@ -9,7 +9,8 @@ from functools import cached_property
 
 from torch import fx
 
-from meshpar.graph.op import Value, info_of, operands, value_of
+from meshpar.graph.facts import facts, info_of
+from meshpar.graph.op import Value, operands, value_info, value_of
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import Inference
 from meshpar.sharding.types import Shard
@@ -117,7 +118,7 @@ class Reading:
         """The factors along which `along_sequence` cuts any value of the graph."""
         found: dict[int, None] = {}
         for value, axes in self.inference.dims.items():
-            if value[0].op == "call_function" and info_of(value).requires_grad:
+            if value[0].op == "call_function" and value_info(value).requires_grad:
                 cuts = (f for d, one, f in self._positions(axes) if self.shard(d, one, f) is not None)
                 found.update(dict.fromkeys([*cuts][:1]))
         return tuple(found)
@@ -127,7 +128,7 @@ class Reading:
         """The factors along which values that cross would be cut if their number were right."""
         found: dict[int, None] = {}
         for value in self.crossing:
-            if info_of(value).requires_grad:
+            if value_info(value).requires_grad:
                 found.update(dict.fromkeys([f for _, _, f in self._positions(self.inference.dims[value])][:1]))
         return frozenset(found)
 
@@ -158,15 +159,15 @@ def _units(graph: fx.Graph, parameters: frozenset[str]) -> dict[fx.Node, str | N
     """The unit each node is solved with: its block when that holds at least two matrices, else the root (None)."""
     matrices: Counter[str] = Counter()
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target in parameters and len(node.meta["info"].shape) >= 2:
-            for region in {u.meta.get("region") for u in node.users}:
+        if node.op == "get_attr" and node.target in parameters and len(info_of(node).shape) >= 2:
+            for region in {facts(u).region for u in node.users}:
                 if region is not None:
                     matrices[region] += 1
     units: dict[fx.Node, str | None] = {}
     for node in graph.nodes:
         if node.op == "call_function":
-            region = node.meta.get("region")
-            units[node] = region if matrices[region] >= 2 else None
+            region = facts(node).region
+            units[node] = region if region is not None and matrices[region] >= 2 else None
     for node in graph.nodes:
         if node.op == "get_attr":
             users = {units.get(u) for u in node.users}

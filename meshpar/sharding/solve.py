@@ -15,8 +15,8 @@ from math import prod
 from torch import fx
 
 from meshpar.errors import PlanError
-from meshpar.graph.captured import Info
-from meshpar.graph.op import Value, info_of, op_name, operands, value_of
+from meshpar.graph.facts import Info, facts, info_of, infos_of
+from meshpar.graph.op import Value, op_name, operands, value_info, value_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
 from meshpar.sharding.infer import BoundOp, Inference, infer
@@ -83,7 +83,7 @@ class _Solver:
         """Make values without gradients as the part that all who use them want; then what those are made of, and so on."""
         returned = {value for value in self._output_values() if value is not None}
         for node in reversed(self.graph.nodes):
-            value, info = (node, 0), node.meta.get("info")
+            value, info = (node, 0), facts(node).info
             if node.op != "call_function" or not isinstance(info, Info) or info.requires_grad or value in pins or value in returned:
                 continue
             wanted = {type_ for user in node.users for type_ in self._used(user, node)}
@@ -110,13 +110,13 @@ class _Solver:
 
     def _sliced(self, use: Type, operand: fx.Node) -> bool:
         """Whether a use takes a part of what is whole, which costs nothing."""
-        return isinstance(use, Shard) and self.types[value_of(operand)] == I and possible(I, use, info_of(value_of(operand)))
+        return isinstance(use, Shard) and self.types[value_of(operand)] == I and possible(I, use, value_info(value_of(operand)))
 
     def _input(self, node: fx.Node) -> None:
         type_: Type = I
         if node.target in self.request.inputs:
             dim = self.request.inputs[str(node.target)]
-            type_ = Shard(dim, 1, ((node.meta["info"].shape[dim], 1),))
+            type_ = Shard(dim, 1, ((info_of(node).shape[dim], 1),))
         self._settle(node, (), (type_,), "input")
 
     def _settle(self, node: fx.Node, uses: tuple[Type, ...], outs: tuple[Type, ...], why: str) -> None:
@@ -157,7 +157,7 @@ class _Solver:
         for node, step in zip(nodes, problem.steps, strict=True):
             rows = any(o is not None and o.rows for o in step.outs)
             if self.policy.experts and rows and not any(E in option.outs for option in step.options):
-                where = f"{node.meta.get('module') or 'the model'} ({node.meta.get('source') or node.name})"
+                where = f"{facts(node).module or 'the model'} ({facts(node).source or node.name})"
                 return PlanError(
                     f"{self.request.axis}={self.size}: {op_name(node.target)} in {where} works on the rows of experts and needs all of "
                     f"them at once, or has no rule (mp.add_rule): rows cannot be sent to the ranks of their experts. Rewrite it row by "
@@ -176,8 +176,7 @@ class _Solver:
                 for operand in operands(node):
                     value = value_of(operand)
                     places.append((index[value[0]], value[1]) if value[0] in index else given.setdefault(value, len(given)))
-            info = node.meta["info"]
-            steps.append(ProgramStep(self._options(node, unit, whole), tuple(places), info if isinstance(info, tuple) else (info,)))
+            steps.append(ProgramStep(self._options(node, unit, whole), tuple(places), infos_of(node)))
         wanted = tuple(
             (i, result, type_)
             for node, i in index.items()
@@ -185,7 +184,7 @@ class _Solver:
             for type_ in self._needed((node, result), pins)
         )
         # Other results cross in the type the policy set; inputs, buffers and shared parameters are settled by now.
-        outside = tuple((info_of(v), self.residual.get(v) or self.types[v]) for v in given)
+        outside = tuple((value_info(v), self.residual.get(v) or self.types[v]) for v in given)
         return Problem(tuple(steps), outside, wanted, self.size)
 
     def _needed(self, value: Value, pins: Mapping[Value, Type]) -> Iterable[Type]:
@@ -231,12 +230,12 @@ class _Solver:
     def _whole_prices(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, float]:
         """What leaving each parameter whole costs: its memory; and for a matrix that matters, so much that it is the last resort."""
         mine = [n for n in nodes if n.op == "get_attr"]
-        total = sum(prod(n.meta["info"].shape) for n in mine)
+        total = sum(prod(info_of(n).shape) for n in mine)
         largest = max((i.nbytes for n in nodes if n.op == "call_function" for i in _infos(n)), default=0)
         unit = self.price.collective(wire_bytes(ALL_GATHER, largest, self.size))
         found = {}
         for node in mine:
-            info: Info = node.meta["info"]
+            info = info_of(node)
             share = prod(info.shape) / total
             matters = len(info.shape) >= 2 and share >= _MATTERS
             found[node] = self.price.touch(2.0 * info.nbytes) + (_WHOLE * share * unit if matters else 0.0)
@@ -258,10 +257,9 @@ def _in_order(cut: Shard) -> Type:
 
 
 def _infos(node: fx.Node) -> list[Info]:
-    info = node.meta["info"]
-    return [i for i in (info if isinstance(info, tuple) else (info,)) if i is not None]
+    return [i for i in infos_of(node) if i is not None]
 
 
 def _largest(graph: fx.Graph) -> int:
-    infos = (n.meta.get("info") for n in graph.nodes if n.op == "call_function")
+    infos = (facts(n).info for n in graph.nodes if n.op == "call_function")
     return max((i.nbytes for i in infos if isinstance(i, Info)), default=0)

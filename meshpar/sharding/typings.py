@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.graph.op import value_of
 from meshpar.sharding.extents import Pattern, shard
 from meshpar.sharding.infer import BoundOp, Inference, pattern_in

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from meshpar.capture.export import capture
 from meshpar.errors import BatchError, CaptureError, ConfigError
-from meshpar.graph.captured import Info, Slot
+from meshpar.graph.captured import Slot
+from meshpar.graph.facts import Info, facts, info_of
 from tests.capture import models
 from tests.capture.models import GPT, TRANSFORMERS, ConvNet, Odd, Translator, ViT, assert_same, causal_lm, perturbed
 
@@ -23,7 +24,7 @@ def test_the_smallest() -> None:
     (x, weight, bias, linear, output) = captured.graph.nodes
     assert (x.op, x.target, weight.op, weight.target, bias.target) == ("placeholder", "input", "get_attr", "weight", "bias")
     assert linear.target is torch.ops.aten.linear.default
-    assert linear.meta["info"] == Info((8, 2), torch.float32, True)
+    assert info_of(linear) == Info((8, 2), torch.float32, True)
     assert output.args == ((linear,),)
     assert (captured.parameters, captured.loss, captured.batch_dims) == (("weight", "bias"), None, {"input": 0})
 
@@ -33,10 +34,8 @@ def test_causal_language_models(kind: str) -> None:
     model, batch = causal_lm(kind)
     captured = assert_same(perturbed(model), (), batch, tolerance=1e-6 if kind == "gptj" else 1e-10)  # it computes attention in float32
     assert captured.inputs == ("input_ids", "labels")
-    assert all(
-        "info" in node.meta and "module" in node.meta and "source" in node.meta for node in captured.graph.nodes if node.op != "output"
-    )
-    regions = [r for r in dict.fromkeys(node.meta["region"] for node in captured.graph.nodes if node.op == "call_function") if r]
+    assert all(facts(node).info is not None and facts(node).module is not None for node in captured.graph.nodes if node.op != "output")
+    regions = [r for r in dict.fromkeys(facts(node).region for node in captured.graph.nodes if node.op == "call_function") if r]
     assert len(regions) == 2 and all(region.endswith(f".{i}") for i, region in enumerate(regions))
 
 
@@ -100,7 +99,7 @@ def test_mutation_and_no_grad() -> None:
     captured = assert_same(perturbed(Odd()), (torch.randn(5, 6, dtype=torch.double),), {})
     assert set(captured.mutations) == {"scale", "steps"}
     assert [leaf for leaf in captured.out_leaves if not isinstance(leaf, Slot)] == ["odd", 3, None]
-    assert not next(node for node in captured.graph.nodes if node.target == "frozen").meta["info"].requires_grad
+    assert not info_of(next(node for node in captured.graph.nodes if node.target == "frozen")).requires_grad
     assert [tuple(value.shape) for value in captured.constants.values()] == [(), (6,)]
 
 
@@ -122,7 +121,7 @@ def test_requires_grad_is_what_autograd_says(kind: str) -> None:
             else node.target(*args, **kwargs)
         )
         if isinstance(values[node], Tensor):
-            info = node.meta["info"]
+            info = facts(node).info
             assert (tuple(values[node].shape), values[node].dtype, values[node].requires_grad) == (
                 info.shape,
                 info.dtype,
@@ -134,7 +133,7 @@ def test_dropout_is_numbered_and_reproducible() -> None:
     model = perturbed(GPT(dropout=0.3))
     ids = torch.randint(0, 37, (4, 12))
     captured = assert_same(model, (ids, ids), {}, loss=lambda output: output[1], seed=7)
-    seeds = [node.meta["seed"] for node in captured.graph.nodes if "seed" in node.meta]
+    seeds = [facts(node).seed for node in captured.graph.nodes if facts(node).seed is not None]
     assert seeds == [0, 1, 2]
 
 
@@ -144,7 +143,7 @@ def test_meta_model_and_scale() -> None:
     before = {name: id(p) for name, p in model.named_parameters()}
     ids = torch.randint(0, 37, (8, 12))
     captured = capture(model, (ids,), {"targets": ids}, divide=4, scale=6)
-    assert all(node.meta["info"].shape == (12, 12) for node in captured.graph.nodes if node.op == "placeholder")
+    assert all(info_of(node).shape == (12, 12) for node in captured.graph.nodes if node.op == "placeholder")
     assert {name: id(p) for name, p in model.named_parameters()} == before and all(p.is_meta for p in model.parameters())
     assert not any("meta" in str(node.kwargs.get("device")) for node in captured.graph.nodes)
 
@@ -163,7 +162,7 @@ def test_batch_dims() -> None:
     args = {"x": torch.zeros(4, 3), "state": torch.zeros(3, 4), "table": torch.zeros(7), "flag": True}
     captured = capture(Late(), (), args, scale=2, batch_dims={"state": 1})
     assert captured.batch_dims == {"x": 0, "state": 1}
-    assert [node.meta["info"].shape for node in captured.graph.nodes if node.op == "placeholder"] == [(8, 3), (3, 8), (7,)]
+    assert [info_of(node).shape for node in captured.graph.nodes if node.op == "placeholder"] == [(8, 3), (3, 8), (7,)]
     with pytest.raises(
         BatchError, match="3 microbatches do not divide the samples of a local batch: x has 4.* Numbers that do: .1, 2, 4.."
     ):

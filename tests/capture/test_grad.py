@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import meshpar as mp
 from meshpar.capture.export import capture
 from meshpar.errors import CaptureError
+from meshpar.graph.facts import facts, info_of
 from meshpar.graph.run import run
 from tests.capture.models import assert_same
 
@@ -43,8 +44,8 @@ def test_sections() -> None:
     torch.manual_seed(0)
     captured = assert_same(Sections(), (torch.randn(3, 4),), {})
     calls = [node for node in captured.graph.nodes if node.op == "call_function"]
-    assert all(node.meta["source"].startswith("test_grad.py:") for node in calls)
-    assert any(node.meta["info"].dtype == torch.bfloat16 for node in calls)
+    assert all(facts(node).source.startswith("test_grad.py:") for node in calls)
+    assert any(info_of(node).dtype == torch.bfloat16 for node in calls)
     assert not any("autocast" in str(node.target) or "grad" in str(node.target) for node in calls)
 
 
@@ -94,13 +95,13 @@ def test_frozen_parameters_and_integers() -> None:
 
     captured = capture(Frozen(), (torch.ones(2, 4),))
     (values,) = captured.graph.output_node().args
-    assert [value.meta["info"].requires_grad for value in values] == [False, True, False, False, False, False, True]  # type: ignore[union-attr]
+    assert [info_of(value).requires_grad for value in values] == [False, True, False, False, False, False, True]  # type: ignore[union-attr]
 
 
 def test_an_input_that_needs_a_gradient() -> None:
     captured = capture(nn.ReLU(), (torch.ones(2, 4, requires_grad=True),))
     (values,) = captured.graph.output_node().args
-    assert values[0].meta["info"].requires_grad  # type: ignore[union-attr,index]
+    assert info_of(values[0]).requires_grad  # type: ignore[union-attr,index]
 
 
 class Doubled(torch.autograd.Function):
@@ -297,7 +298,7 @@ def test_checkpointing_inside_the_model_is_transparent() -> None:
         model = Checkpointed()
         captured = capture(model, (torch.randn(3, 4),))
         assert [str(node.target) for node in captured.graph.nodes if node.op == "call_function"].count("aten.linear.default") == 2
-        assert all(node.meta["info"].requires_grad for node in captured.graph.nodes if node.op == "call_function")
+        assert all(info_of(node).requires_grad for node in captured.graph.nodes if node.op == "call_function")
     Checkpointed.reentrant = False
     assert_same(Checkpointed(), (torch.randn(3, 4),), {})
 

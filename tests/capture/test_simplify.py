@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from meshpar.capture.export import capture
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import info_of
 from meshpar.graph.run import run
 
 
@@ -102,7 +103,7 @@ def test_cross_entropy_is_a_sum_over_a_count(weight: Tensor | None, smoothing: f
     (result,) = captured.graph.output_node().args[0]  # type: ignore[misc]
     assert result.target is torch.ops.aten.div.Tensor
     total, count = result.args
-    assert total.args[3] == 2 and not count.meta["info"].requires_grad
+    assert total.args[3] == 2 and not info_of(count).requires_grad
 
 
 def test_cross_entropy_left_alone() -> None:

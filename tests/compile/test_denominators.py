@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from meshpar.compile.denominators import split_denominators
 from meshpar.graph.run import run
+from meshpar.passes.inputs import extra_inputs
 from tests.sharding.models import captured_of
 
 PARTS = 3
@@ -51,7 +52,7 @@ def _step(model: Net, parts: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, t
     counted = {}
     if split.counts is not None:
         sums = [sum(one) for one in zip(*(run(split.counts, state, part) for part in parts), strict=True)]
-        counted = {f"denominator_{i}": n for i, n in enumerate(sums)}
+        counted = dict(zip(extra_inputs(split.captured.graph).denominators, sums, strict=True))
     loss = sum(run(split.captured, state, part | counted)[split.captured.loss or 0] for part in parts)
     assert isinstance(loss, Tensor)
     return loss.detach(), torch.autograd.grad(loss, state["first.weight"])[0], split.averaged

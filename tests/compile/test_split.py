@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ from meshpar.compile.denominators import split_denominators
 from meshpar.compile.split import mark, shared_parameters, split
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import Change, Facts, facts, gives_several, info_of, infos_of, set_facts
 from meshpar.mesh import Axis
 from meshpar.ops.collectives import i_to_r_many
 from meshpar.passes.attention import SimplifyAttention
 from meshpar.passes.coalesce import Coalesce
 from meshpar.passes.lower import Lower
-from meshpar.passes.randomness import KEY, SeedRandom
+from meshpar.passes.randomness import SeedRandom
+from meshpar.sharding.types import I, R
 from meshpar.simulate import per_rank, simulate
 from tests.compile.staged import backward, captured_model, check, compare, run_graph, run_stages, starts_of, state_of
 from tests.passes.graphs import info, put
@@ -55,9 +58,9 @@ def test_before_and_after() -> None:
     assert (first.receives, first.inputs, first.sends, first.outputs) == ((), ("ids",), ("linear",), ())
     assert [n.name for n in second.graph.nodes] == ["linear", "ids", "v", "triu", "relu", "linear_1", "mul", "output"]
     assert (second.receives, second.inputs, second.sends, second.outputs) == (("linear",), ("ids",), (), (0,))
-    metas = {n.name: n.meta for n in graph.nodes}
+    known = {n.name: facts(n) for n in graph.nodes}
     for stage in (first, second):
-        assert all(n.meta == metas[n.name] for n in stage.graph.nodes if n.op != "output")
+        assert all(facts(n) == known[n.name] for n in stage.graph.nodes if n.op != "output")
 
 
 def test_marks_are_raised_to_what_is_read() -> None:
@@ -65,7 +68,7 @@ def test_marks_are_raised_to_what_is_read() -> None:
     mark(graph, ["linear"])
     for node in graph.nodes:
         if node.name == "relu":
-            node.meta["stage"] = 0
+            set_facts(node, replace(facts(node), stage=0))
     assert [[n.name for n in s.graph.nodes if n.op == "call_function"] for s in split(graph, 2, parameters={"w", "v"})] == [
         [],
         ["triu", "linear", "relu", "linear_1", "mul"],
@@ -148,7 +151,7 @@ def test_a_buffer_read_before_the_stage_that_updates_it() -> None:
 def test_constants_of_the_batch_are_made_again_and_tied_weights_are_read_twice() -> None:
     model, batch, captured = captured_model("llama_tied")
     blocks = [
-        next(n.name for n in captured.graph.nodes if n.op == "call_function" and n.meta["region"] == f"model.layers.{i}") for i in (1, 2)
+        next(n.name for n in captured.graph.nodes if n.op == "call_function" and facts(n).region == f"model.layers.{i}") for i in (1, 2)
     ]
     stages = compare(model, captured, batch, 3, blocks)
     assert [len(s.sends) for s in stages] == [1, 1, 0], "the hidden state alone crosses"
@@ -196,18 +199,18 @@ def test_any_graph_with_any_marks(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 4))
     marks = st.one_of(st.none(), st.integers(0, count - 1))
     for _ in range(data.draw(st.integers(1, 14))):
-        values = [n for n in graph.nodes if not isinstance(n.meta["info"], tuple)]
+        values = [n for n in graph.nodes if not gives_several(n)]
         target = data.draw(st.sampled_from((aten.mul.Tensor, aten.sub.Tensor, aten.sin.default, aten.t.default, aten.split.Tensor)))
         args: tuple[Any, ...] = tuple(data.draw(st.sampled_from(values)) for _ in range(2 if "Tensor" in str(target) else 1))
-        flows = any(a.meta["info"].requires_grad for a in args)
+        flows = any(info_of(a).requires_grad for a in args)
         if target is aten.split.Tensor:
             node = put(graph, "call_function", target, (args[0], 4), info(4, 4, grad=flows))
-            node.meta["info"] = (info(4, 4, grad=args[0].meta["info"].requires_grad),)
-            put(graph, "call_function", operator.getitem, (node, 0), node.meta["info"][0], **_marked(data.draw(marks)))
+            set_facts(node, replace(facts(node), info=(info(4, 4, grad=info_of(args[0]).requires_grad),)))
+            put(graph, "call_function", operator.getitem, (node, 0), infos_of(node)[0], **_marked(data.draw(marks)))
         else:
             node = put(graph, "call_function", target, args, info(4, 4, grad=flows))
-        node.meta |= _marked(data.draw(marks))
-    values = [n for n in graph.nodes if not isinstance(n.meta["info"], tuple)]
+        set_facts(node, replace(facts(node), **_marked(data.draw(marks))))
+    values = [n for n in graph.nodes if not gives_several(n)]
     outputs = data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=4))
     graph.output(tuple(outputs))
     wanted = data.draw(st.sets(st.integers(0, len(outputs) - 1), min_size=1))
@@ -246,7 +249,7 @@ def test_lowered_graphs(name: str, count: int) -> None:
         graph = SimplifyAttention()(Lower(plan.axes[0], axis)(captured.graph))
         graph = SeedRandom((axis,))(Coalesce(frozenset(captured.parameters))(graph))
         stages = split(graph, count, parameters=captured.parameters, wanted=[captured.loss or 0])
-        inputs: dict[str, Any] = {**batch, KEY: 17}
+        inputs: dict[str, Any] = {**batch, "random_key": 17}
         check(stages, [str(n.target) for n in graph.nodes if n.op == "placeholder"])
         loss_at = captured.loss or 0
         whole, parts = _local(model, captured, plan), _local(model, captured, plan)
@@ -281,11 +284,12 @@ def test_joined_conversions_are_cut_apart() -> None:
     weights = [put(graph, "get_attr", f"w{i}", (), info(4)) for i in range(3)]
     many = put(graph, "call_function", i_to_r_many, tuple(weights), info(4))
     many.kwargs = {"group": "g", "size": 2, "rank": 0}
-    many.meta |= {"info": tuple(w.meta["info"] for w in weights), "joined": ("j0", "j1", "j2")}
+    changes = tuple(Change("tp", 2, I, R, info_of(w)) for w in weights)
+    set_facts(many, replace(facts(many), info=tuple(info_of(w) for w in weights), joined=changes))
     items = []
     for i in range(3):
         items.append(graph.call_function(operator.getitem, (many, i)))
-        items[-1].meta = {"info": info(4), "region": None}
+        set_facts(items[-1], Facts(info(4)))
     a = put(graph, "call_function", aten.relu.default, (items[1],), info(4), stage=0)
     a = put(graph, "call_function", aten.sum.default, (a,), info(), stage=0)
     b = put(graph, "call_function", aten.mul.Tensor, (items[2], a), info(4), stage=1)
@@ -294,8 +298,8 @@ def test_joined_conversions_are_cut_apart() -> None:
     check((first, second), ())
     assert [n.target for n in first.graph.nodes if n.op == "get_attr"] == ["w1"]
     assert [n.target for n in second.graph.nodes if n.op == "get_attr"] == ["w0", "w2"]
-    joined = next(n for n in second.graph.nodes if "joined" in n.meta)
-    assert joined.meta["joined"] == ("j0", "j2") and joined.kwargs == many.kwargs
+    joined = next(n for n in second.graph.nodes if facts(n).joined)
+    assert facts(joined).joined == (changes[0], changes[2]) and joined.kwargs == many.kwargs
     assert [(n.name, n.args) for n in second.graph.nodes if n.name.startswith("getitem")] == [
         ("getitem", (joined, 0)),
         ("getitem_2", (joined, 1)),

@@ -14,6 +14,7 @@ from meshpar.compile.split import mark, shared_parameters, split
 from meshpar.compile.stages import Budget, Staging, choose
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import facts, gives_several, info_of
 from meshpar.sharding.price import Price
 from tests.compile.staged import captured_model
 from tests.models import tiny
@@ -96,7 +97,7 @@ def test_no_cut_inside_attention(name: str, stages: int) -> None:
     for part in split(graph.graph, stages, parameters=graph.parameters, wanted=[graph.loss or 0]):
         names = {n.name: n for n in graph.graph.nodes}
         for sent in part.sends:
-            assert len(names[sent].meta["info"].shape) != 4 or names[sent].meta["info"].shape[0] == 1, f"{sent} is split into heads"
+            assert len(info_of(names[sent]).shape) != 4 or info_of(names[sent]).shape[0] == 1, f"{sent} is split into heads"
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 6])
@@ -108,7 +109,7 @@ def test_models_without_a_list_of_equal_blocks(name: str, stages: int) -> None:
     assert found.imbalance < 1.5
     mark(graph.graph, found.starts)
     parts = split(graph.graph, stages, parameters=graph.parameters, mutations=graph.mutations)
-    sizes = {n.name: n.meta["info"].nbytes for n in graph.graph.nodes if n.op == "call_function" and not isinstance(n.meta["info"], tuple)}
+    sizes = {n.name: info_of(n).nbytes for n in graph.graph.nodes if n.op == "call_function" and not gives_several(n)}
     assert tuple(sum(sizes[name] for name in part.sends) for part in parts[:-1]) == found.crossing
 
 
@@ -122,7 +123,7 @@ def test_deterministic_and_printable() -> None:
 
 def test_another_cost() -> None:
     def cost(node: fx.Node) -> float:
-        return float(node.meta["module"].startswith("layers.0") and node.target is torch.ops.aten.linear.default)
+        return float(facts(node).module.startswith("layers.0") and node.target is torch.ops.aten.linear.default)
 
     found = choose(captured(32, 32, 32), 2, cost=cost)
     assert found.seconds == (1.0, 1.0) and found.starts[0] in ("relu", "linear_1"), "inside the only layer that costs anything"
@@ -149,7 +150,7 @@ def test_shared_parameters_are_counted_once_per_stage() -> None:
     assert len(shared_parameters(parts, graph.parameters)) >= 16
     no_state = choose(graph, 3, memory=Budget(state=0.0, microbatches=1))
     for part, with_state, without in zip(parts, found.memory, no_state.memory):
-        reads = {str(n.target): n.meta["info"].nbytes for n in part.graph.nodes if n.op == "get_attr" and n.target in graph.parameters}
+        reads = {str(n.target): info_of(n).nbytes for n in part.graph.nodes if n.op == "get_attr" and n.target in graph.parameters}
         assert with_state - without == sum(reads.values())
 
 

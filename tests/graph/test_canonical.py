@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from meshpar.capture.export import capture
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import facts
 from meshpar.graph.text import fingerprint, lines, shown
 from tests.capture.models import assert_same
 from tests.graph.orders import NAMES, OTHER, SAME, Base, Dropouts, Names, Outputs, Tables
@@ -46,8 +47,8 @@ def test_outputs_keep_their_keys() -> None:
 
 def test_dropouts_have_the_seed_of_what_uses_them() -> None:
     def users(order: Names) -> dict[int, str]:
-        nodes = [node for node in captured(Dropouts, order).graph.nodes if "seed" in node.meta]
-        return {node.meta["seed"]: str(next(iter(node.users))) for node in nodes}
+        nodes = [node for node in captured(Dropouts, order).graph.nodes if facts(node).seed is not None]
+        return {facts(node).seed: str(next(iter(node.users))) for node in nodes}
 
     assert users(NAMES) == users(NAMES[::-1]) and len(users(NAMES)) == 3
 

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from meshpar.capture.export import capture
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import facts
 
 
 def regions(captured: Captured) -> list[str | None]:
-    return list(dict.fromkeys(node.meta["region"] for node in captured.graph.nodes if node.op == "call_function"))
+    return list(dict.fromkeys(facts(node).region for node in captured.graph.nodes if node.op == "call_function"))
 
 
 class Outer(nn.Module):
@@ -34,7 +35,7 @@ class Outer(nn.Module):
 def test_outermost_lists_of_two_or_more() -> None:
     captured = capture(Outer(), (torch.randn(2, 4),))
     assert regions(captured) == [None, "stages.0", "stages.1", "table.0", "table.1"]
-    weights = {str(node.target): node.meta["region"] for node in captured.graph.nodes if node.op == "get_attr"}
+    weights = {str(node.target): facts(node).region for node in captured.graph.nodes if node.op == "get_attr"}
     assert (weights["stages.1.0.bias"], weights["stem.0.bias"], weights["table.0.a.weight"]) == ("stages.1", None, "table.0")
 
 
@@ -54,7 +55,7 @@ def test_a_shared_parameter_belongs_to_no_region() -> None:
             return self.layers[1](self.layers[0](x))
 
     captured = capture(Shared(), (torch.randn(2, 4),))
-    assert [node.meta["region"] for node in captured.graph.nodes if node.op == "get_attr"] == [None]
+    assert [facts(node).region for node in captured.graph.nodes if node.op == "get_attr"] == [None]
     assert captured.parameters == ("layers.0.weight",) and captured.aliases == {"layers.1.weight": "layers.0.weight"}
 
 
@@ -72,5 +73,5 @@ def test_a_block_called_twice_keeps_its_name() -> None:
 
     captured = capture(Twice(), (torch.randn(2, 4),))
     calls = [node for node in captured.graph.nodes if node.op == "call_function"]
-    assert [node.meta["region"] for node in calls] == ["layers.0", "layers.1"] * 2
-    assert [node.meta["module"] for node in calls] == ["layers.0", "layers.1"] * 2
+    assert [facts(node).region for node in calls] == ["layers.0", "layers.1"] * 2
+    assert [facts(node).module for node in calls] == ["layers.0", "layers.1"] * 2

@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Facts, Info, set_facts
 
 
 def info(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) -> Info:
     return Info(shape, dtype, grad)
 
 
-def put(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...], facts: Info, **meta: Any) -> fx.Node:
+def put(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...], gives: Info, **known: Any) -> fx.Node:
     """One more node at the end of the graph."""
     node = graph.create_node(op, target, args, name=target if isinstance(target, str) else _name(target))
-    node.meta = {"info": facts, "module": "", "region": None, **meta}
-    return node
+    return set_facts(node, Facts(gives, "", **known))
 
 
 def calls(graph: fx.Graph) -> list[str]:

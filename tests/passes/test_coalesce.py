@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from meshpar.compile.ledger import ledger
+from meshpar.graph.facts import Change
 from meshpar.ops import collectives
 from meshpar.passes.coalesce import Coalesce
 from meshpar.sharding.types import I, R
@@ -17,8 +18,8 @@ def _graph(regions: dict[str, str | None]) -> fx.Graph:
     graph, used = fx.Graph(), []
     weights = [put(graph, "get_attr", name, (), info(8)) for name in regions]
     for weight, region in zip(weights, regions.values(), strict=True):
-        meta = {"region": region, "conversion": ("tp", 2, I, R, info(8))}
-        node = put(graph, "call_function", collectives.i_to_r, (weight,), info(8), **meta)
+        change = Change("tp", 2, I, R, info(8))
+        node = put(graph, "call_function", collectives.i_to_r, (weight,), info(8), region=region, conversion=change)
         node.kwargs = {"group": "tp", "size": 2, "rank": 0}
         used.append(node)
     graph.output(tuple(used))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Facts, Info, set_facts
 from meshpar.passes.intervals import Intervals, intervals
 
 LONG = 65536
@@ -21,7 +21,7 @@ def read(make: Callable[[], torch.Tensor]) -> Intervals | None:
         graph = make_fx(make, tracing_mode="fake")().graph
     for node in graph.nodes:
         if "val" in node.meta and isinstance(node.meta["val"], torch.Tensor):
-            node.meta["info"] = Info(tuple(node.meta["val"].shape), node.meta["val"].dtype, False)
+            set_facts(node, Facts(Info(tuple(node.meta["val"].shape), node.meta["val"].dtype, False)))
     last = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
     assert isinstance(last, fx.Node)
     return intervals(last)

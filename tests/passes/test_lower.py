@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx
 
+from meshpar.graph.facts import info_of
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
 from meshpar.plan import AxisPlan, NodePlan
@@ -47,7 +48,7 @@ def test_before_and_after(rank: int) -> None:
     assert calls(new) == ["i_to_r = i_to_r(x)", "linear = linear(i_to_r, w)", "reshape = reshape(linear, [4, 12, -1, 8])"]
     conversion = next(n for n in new.nodes if n.name == "i_to_r")
     assert conversion.kwargs == {"group": "group", "size": 2, "rank": rank}
-    assert [n.meta["info"].shape for n in new.nodes if n.op != "output"] == [(4, 12, 32), (32, 32), (4, 12, 32), (4, 12, 32), (4, 12, 4, 8)]
+    assert [info_of(n).shape for n in new.nodes if n.op != "output"] == [(4, 12, 32), (32, 32), (4, 12, 32), (4, 12, 32), (4, 12, 4, 8)]
 
 
 def test_a_value_used_twice_is_converted_once() -> None:

@@ -7,7 +7,8 @@ from torch import fx
 
 from meshpar.mesh import Axis
 from meshpar.ops import random
-from meshpar.passes.randomness import KEY, SeedRandom
+from meshpar.passes.inputs import extra_inputs
+from meshpar.passes.randomness import SeedRandom
 from tests.passes.graphs import info, put
 
 aten = torch.ops.aten
@@ -30,11 +31,11 @@ def _random(graph: fx.Graph) -> list[fx.Node]:
 
 def test_the_key_is_one_more_input() -> None:
     graph = _graph((None, ("tp",)), (None, ()))
-    assert [n.name for n in graph.nodes if n.op == "placeholder"] == ["x", KEY]
+    assert [n.name for n in graph.nodes if n.op == "placeholder"] == ["x", "random_key"]
     first, second = _random(graph)
     assert first.kwargs["shards"] == (("tensor", 2, 0),) and second.kwargs["shards"] == ()
     assert [n.kwargs["number"] for n in (first, second)] == [0, 1]
-    assert first.kwargs["key"].name == KEY
+    assert first.kwargs["key"].name == extra_inputs(graph).random_key
 
 
 def test_without_random_operators_nothing_changes() -> None:

@@ -7,8 +7,10 @@ import operator
 import torch
 from torch import fx
 
+from meshpar.graph.facts import Facts, facts, set_facts
 from meshpar.ops import load
-from meshpar.passes.tally import TALLY, TallyExperts
+from meshpar.passes.inputs import extra_inputs
+from meshpar.passes.tally import TallyExperts
 
 
 def graph_of(modules: list[str]) -> fx.Graph:
@@ -17,7 +19,7 @@ def graph_of(modules: list[str]) -> fx.Graph:
     found = []
     for name in modules:
         node = graph.call_function(torch.ops.meshpar.dispatch.default, (h, index, 3))
-        node.meta = {"module": name, "region": name}
+        set_facts(node, Facts(module=name, region=name))
         found.append(graph.call_function(operator.getitem, (node, 0)))
     graph.output(tuple(found))
     return graph
@@ -25,7 +27,7 @@ def graph_of(modules: list[str]) -> fx.Graph:
 
 def test_every_dispatch_notes_its_ends() -> None:
     graph = TallyExperts()(graph_of(["a", "b", "b"]))
-    assert [n.target for n in graph.nodes if n.op == "placeholder"] == ["h", "index", TALLY]
+    assert [n.target for n in graph.nodes if n.op == "placeholder"] == ["h", "index", extra_inputs(graph).expert_tally]
     tally = load.Tally()
     run = fx.GraphModule(torch.nn.Module(), graph)
     run(torch.randn(4, 2), torch.tensor([[0], [2], [2], [0]]), tally)
@@ -34,7 +36,7 @@ def test_every_dispatch_notes_its_ends() -> None:
 
 def test_blocks_do_not_hold_names() -> None:
     for node in TallyExperts()(graph_of(["a", "b"])).nodes:
-        if node.meta.get("region"):
+        if facts(node).region:
             assert not any(isinstance(arg, str) for arg in node.args)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import fx
 
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Facts, Info, set_facts
 from meshpar.ops import deferred
-from meshpar.passes.weight_gradients import QUEUE, DeferWeightGradients
+from meshpar.passes.inputs import extra_inputs
+from meshpar.passes.weight_gradients import DeferWeightGradients
 
 aten = torch.ops.aten
 
@@ -22,9 +23,9 @@ def graph_of(target: Any, shapes: dict[str, Sequence[int]], arguments: Sequence[
     made: dict[str, fx.Node] = {}
     for name, shape in sorted(shapes.items(), key=lambda item: "." in item[0]):
         made[name] = graph.get_attr(name) if "." in name else graph.placeholder(name)
-        made[name].meta = {"info": Info(tuple(shape), torch.float64, grad)}
+        set_facts(made[name], Facts(Info(tuple(shape), torch.float64, grad)))
     call = graph.call_function(target, tuple(made.get(a, a) if isinstance(a, str) else a for a in arguments))
-    call.meta = {"info": Info((2, 3), torch.float64, True), "region": None}
+    set_facts(call, Facts(Info((2, 3), torch.float64, True)))
     graph.output((call,))
     return graph
 
@@ -44,7 +45,7 @@ def test_what_waits(name: str) -> None:
     graph = DeferWeightGradients(frozenset({"m.w", "m.b"}))(graph_of(target, shapes, arguments))
     (call,) = (n for n in graph.nodes if n.op == "call_function")
     assert call.target is wanted
-    assert (QUEUE in [n.target for n in graph.nodes if n.op == "placeholder"]) == (wanted is not target)
+    assert (extra_inputs(graph).weight_gradients is not None) == (wanted is not target)
 
 
 def test_what_is_frozen_has_nothing_to_wait_for() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from meshpar._torch import without_modes
 from meshpar.capture.export import capture
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import facts, set_facts
 from meshpar.mesh import axis
 from meshpar.ops import collectives
 from meshpar.runtime.blocks import Tree, build
@@ -110,12 +111,12 @@ def lower(captured: Captured, mesh: DeviceMesh) -> fx.Graph:
             if weight.endswith("fused.weight"):
                 with graph.inserting_before(node):
                     f = graph.call_function(collectives.i_to_r, (node.args[0],), how)
-                f.meta = dict(node.meta)
+                set_facts(f, facts(node))
                 node.update_arg(0, f)
             elif weight.endswith(("down.weight", "gate.weight")):
                 with graph.inserting_after(node):
                     g = graph.call_function(collectives.p_to_i, (node,), how)
-                g.meta = dict(node.meta)
+                set_facts(g, facts(node))
                 node.replace_all_uses_with(g, delete_user_cb=lambda user, g=g: user is not g)
         elif node.target is torch.ops.aten.split_with_sizes.default:
             node.update_arg(1, [size // tp.size for size in node.args[1]])

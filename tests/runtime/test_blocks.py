@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from meshpar.capture.export import capture
+from meshpar.graph.facts import facts, set_facts
 from meshpar.runtime.blocks import Tree, block_paths, build, inlined, print_code, shared_blocks
 from meshpar.runtime.cut import cut
 from tests.runtime.models import Layer, make_batch, make_net
@@ -196,7 +198,7 @@ def test_values_are_freed_when_eager_would_free_them() -> None:
     x = graph.placeholder("x")
     for i in range(6):
         x = graph.call_function(spy, (x,))
-        x.meta["region"] = f"layers.{i}"
+        set_facts(x, replace(facts(x), region=f"layers.{i}"))
     graph.output((x,))
     tree = build(graph, {})
     with torch.no_grad():
@@ -218,7 +220,7 @@ def linear_graph(steps: list[tuple[str, str, tuple[str, ...]]], outputs: tuple[s
         made[name] = made[inputs[0]]
         for other in inputs[1:] or inputs[:1]:
             made[name] = graph.call_function(aten.add.Tensor, (made[name], made[other]))
-            made[name].meta["region"] = region or None
+            set_facts(made[name], replace(facts(made[name]), region=region or None))
     graph.output(tuple(made[name] for name in outputs))
     return graph
 
@@ -287,12 +289,12 @@ def test_constants_move_to_the_block_that_uses_them_or_to_the_root() -> None:
     x, w = graph.placeholder("x"), graph.get_attr("l.0.w")
     own = graph.call_function(aten.cos.default, (x,))  # computed outside, used by one block
     both = graph.call_function(aten.sin.default, (x,))  # computed inside one block, used by two
-    both.meta["region"] = "l.0"
+    set_facts(both, replace(facts(both), region="l.0"))
     a = graph.call_function(aten.mul.Tensor, (w, own))
     b = graph.call_function(aten.mul.Tensor, (a, both))
     c = graph.call_function(aten.mul.Tensor, (b, both))
     for node, region in ((a, "l.0"), (b, "l.0"), (c, "l.1")):
-        node.meta["region"] = region
+        set_facts(node, replace(facts(node), region=region))
     graph.output((c,))
     made = cut(graph, ["l.0.w"])
     assert "cos" in str(made.blocks["l.0"].graph) and "sin" not in str(made.blocks["l.0"].graph)

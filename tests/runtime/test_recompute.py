@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from meshpar.capture.export import capture
+from meshpar.graph.facts import facts, set_facts
 from meshpar.runtime.blocks import Tree, build
 from meshpar.runtime.recompute import wrap
 from tests.pool import Pool
@@ -112,7 +114,7 @@ def test_random_numbers_are_the_same_the_second_time() -> None:
     z = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.sin.default, (x,)), graph.call_function(lambda t: t[0], (y,))))
     for node in graph.nodes:
         if node.op == "call_function":
-            node.meta["region"] = "l.0"
+            set_facts(node, replace(facts(node), region="l.0"))
     graph.output((z,))
     results = []
     for mode in ("none", "full"):

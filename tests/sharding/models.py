@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from meshpar.capture.export import capture
 from meshpar.compile.decide import Decision, decide
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import info_of
 from meshpar.mesh import Axis
 from meshpar.passes.coalesce import Coalesce
 from meshpar.passes.lower import Lower
@@ -78,7 +79,7 @@ def captured_of(model: nn.Module, batch: Mapping[str, Any]) -> Captured:
 
 def decided(graph: Captured, size: int = 2, *, axis: str = "tp", sequence: bool = True, rules: Mapping[str, str] | None = None) -> Plan:
     """The plan of a graph on one axis."""
-    nodes = {str(n.target): n.meta["info"] for n in graph.graph.nodes if n.op == "get_attr"}
+    nodes = {str(n.target): info_of(n) for n in graph.graph.nodes if n.op == "get_attr"}
     others = {n: (nodes[n].shape, "float32", True) for n in graph.parameters}
     return decide(graph, Decision(((axis, size),), ((axis, size),), sequence=sequence, rules=rules or {}, others=others))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meshpar.errors import PlanError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.sharding.milp import Problem, ProgramStep, choose, possible
 from meshpar.sharding.price import Price
 from meshpar.sharding.types import I, P, R, Type, plain

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 import meshpar.ops.ctc
 import meshpar.ops.expect  # noqa: F401  (both register operators)
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Facts, Info, set_facts
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
 from meshpar.plan import AxisPlan, NodePlan
@@ -250,14 +250,14 @@ def _graph(target: Any, args: tuple[Any, ...]) -> tuple[fx.Graph, list[Tensor]]:
         if isinstance(value, Tensor):
             tensors.append(value)
             node = graph.placeholder(f"x{len(tensors)}")
-            node.meta["info"] = _info(value)
+            set_facts(node, Facts(_info(value)))
             return node
         return [placed(v) for v in value] if isinstance(value, list) else value
 
     placed_args = tuple(placed(a) for a in args)
     node = graph.call_function(target, placed_args)
     out = target(*args)
-    node.meta["info"] = tuple(_info(o) for o in out) if isinstance(out, (tuple, list)) else _info(out)
+    set_facts(node, Facts(tuple(_info(o) for o in out) if isinstance(out, (tuple, list)) else _info(out)))
     graph.output((node,))
     return graph, tensors
 
@@ -279,7 +279,6 @@ def _check(graph: fx.Graph, node: fx.Node, tensors: Sequence[Tensor], expected: 
                 single.output((mapping[node],) if len(choice.outs) == 1 else ())
             else:
                 mapping[n] = single.node_copy(n, mapping.__getitem__)
-                mapping[n].meta = dict(n.meta)
         lowered = Lower(AxisPlan("tp", SIZE, plan, choice.outs if len(choice.outs) == 1 else ()), axis)(single)
         made = next(n for n in reversed(lowered.nodes) if n.op == "call_function")
         lowered.erase_node(next(n for n in reversed(lowered.nodes) if n.op == "output"))

@@ -8,6 +8,7 @@ import pytest
 
 from meshpar.compile.ledger import ledger
 from meshpar.errors import PlanError
+from meshpar.graph.facts import facts
 from meshpar.plan import Plan
 from meshpar.sharding.types import I, Shard, Type, plain
 from tests.sharding.models import HEADS, HIDDEN, VOCABULARY, WIDTH, captured, decided, lowered
@@ -63,9 +64,7 @@ def test_without_sequence_a_block_has_two_all_reduces(region: str) -> None:
 def test_equal_blocks_get_equal_plans(plan: Plan) -> None:
     (axis,) = plan.axes
     nodes = [n for n in captured().graph.nodes if n.op == "call_function"]
-    first, second = (
-        [axis.nodes[n.name] for n in nodes if n.meta.get("region") == r and n.name in axis.nodes] for r in ("layers.0", "layers.1")
-    )
+    first, second = ([axis.nodes[n.name] for n in nodes if facts(n).region == r and n.name in axis.nodes] for r in ("layers.0", "layers.1"))
     assert first and first == second
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from meshpar.capture.experts import stacks as expert_stacks
 from meshpar.capture.experts.body import NotLifted
 from meshpar.capture.experts.lists import owners as expert_lists
 from meshpar.errors import CaptureError, ConfigError
+from meshpar.graph.facts import facts, set_facts
 from meshpar.ops.experts import combine, dispatch, grouped_mm, row_expert
 
 _NAME = "meshpar"
@@ -230,12 +231,12 @@ def _project(self: Any, name: str, x: Tensor, offsets: Tensor, expert: Tensor | 
 
 
 def mark_stacks(graph: fx.Graph) -> None:
-    """Set `node.meta["expert_stack"]` = True on every `aten.stack` of the parameters of experts kept as a list, one per expert in order."""
+    """Set `expert_stack` on every `aten.stack` of the parameters of experts kept as a list, one per expert in order."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target is torch.ops.aten.stack.default:
             parts: Any = node.args[0]
             if all(part.op == "get_attr" for part in parts) and (len(node.args) < 2 or node.args[1] == 0) and _reaches_rows(node):
-                node.meta["expert_stack"] = True
+                set_facts(node, replace(facts(node), expert_stack=True))
 
 
 def _reaches_rows(node: fx.Node, depth: int = 0) -> bool:

@@ -7,7 +7,7 @@ their backward. Whether it is linear nobody says: it is tried on drawn values, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from meshpar._torch import OpOverload, draws, pytree
 from meshpar.capture.functions.proofs import nature_of
 from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
-from meshpar.ops.nature import KEY, UNPROVED, Nature
+from meshpar.graph.facts import Info, facts, info_of, infos_of, set_facts
+from meshpar.ops.nature import UNPROVED, Nature
 from meshpar.ops.own_backward import ExampleCall, Unfit, function_of_operator, is_backward, nature_of_operator
 
 _KNOWN = frozenset("aten prim prims meshpar c10d _c10d_functional higher_order".split())
@@ -26,7 +26,7 @@ _KNOWN = frozenset("aten prim prims meshpar c10d _c10d_functional higher_order".
 
 
 def mark(graph: fx.Graph, in_cpp: Sequence[str] = ()) -> None:
-    """Set `node.meta["backward"]` of the calls with a backward of their own. `in_cpp`: Functions in C++ that ran.
+    """Set the `nature` of the calls with a backward of their own. `in_cpp`: Functions in C++ that ran.
 
     Raises CaptureError for a Function in C++ that belongs to no operator, for a backward that is another each time, and for one that runs
     in forward, where autograd goes through it once more.
@@ -45,11 +45,11 @@ def mark(graph: fx.Graph, in_cpp: Sequence[str] = ()) -> None:
         if known is None and any(info.requires_grad for info in _infos(node)):
             known = _proved(node, proved)
         if known is not None:
-            node.meta[KEY] = known
+            set_facts(node, replace(facts(node), nature=known))
 
 
 def _differentiated_twice(node: fx.Node) -> CaptureError:
-    where = f"{node.meta.get('module') or 'The model'} ({node.meta.get('source') or 'source unknown'})"
+    where = f"{facts(node).module or 'The model'} ({facts(node).source or 'source unknown'})"
     return CaptureError(
         f"{where} differentiates inside forward what {function_of_operator(node.target)} gives, an autograd.Function whose backward is its "
         "own: the derivative of that backward is not known.\n  Write the gradient that is wanted as tensor operations in forward."
@@ -61,8 +61,7 @@ def _is_foreign(node: fx.Node) -> bool:
 
 
 def _infos(node: fx.Node) -> list[Info]:
-    info = node.meta.get("info")
-    return [one for one in (info if isinstance(info, tuple) else (info,)) if isinstance(one, Info)]
+    return [one for one in infos_of(node) if isinstance(one, Info)]
 
 
 def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
@@ -75,7 +74,7 @@ def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
             proved[key] = aside(lambda: nature_of(operator))
         except Unfit as error:
             raise CaptureError(
-                f"{node.target} in {node.meta.get('module') or 'the model'} ({node.meta.get('source') or 'source unknown'}): {error}.\n"
+                f"{node.target} in {facts(node).module or 'the model'} ({facts(node).source or 'source unknown'}): {error}.\n"
                 f"  {error.instead}"
             ) from error
     return proved[key]
@@ -93,7 +92,7 @@ class _Operator:
     def tensors(self) -> tuple[ExampleCall, ...]:
         """What its operands look like, in the order in which they are written."""
         nodes = [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, fx.Node)]
-        infos = [node.meta["info"] for node in nodes]
+        infos = [info_of(node) for node in nodes]
         return tuple(ExampleCall(info.shape, info.dtype, torch.device("cpu"), info.requires_grad) for info in infos)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:

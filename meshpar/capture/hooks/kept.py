@@ -33,7 +33,7 @@ from meshpar.capture.blame import here, is_users
 from meshpar.capture.hooks.trial import judged
 from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.ops.hooks import PARTS, WHOLE, Hook, Stale, learn, of_torch
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from meshpar._torch import FakeTensor, FakeTensorMode, pytree
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Info
 from meshpar.ops.hooks import Hook, HookCall, HookWatch, alone, refuse_reading, replaced
 
 _LINEAR = frozenset({"aten::mul", "aten::div", "aten::neg", "aten::clone", "aten::detach", "aten::alias"})

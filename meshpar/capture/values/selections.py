@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -23,29 +23,15 @@ from torch.fx.node import map_arg
 from meshpar._torch import OpOverload, draws, pytree
 from meshpar.capture.simplify import emit
 from meshpar.errors import CaptureError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import DataSized, Info, facts, set_facts
 from meshpar.ops.ctc import CTC_LOSS
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True, slots=True)
-class DataSized:
-    """A tensor with a size that depends on data: its symbol stands where the number would."""
-
-    shape: tuple[int | str, ...]
-    dtype: torch.dtype
-
-    @property
-    def rows(self) -> tuple[str, int] | None:
-        """The symbol and its dim, if there is one."""
-        found = [(n, d) for d, n in enumerate(self.shape) if isinstance(n, str)]
-        return found[0] if len(found) == 1 else None
-
-
 def lift(graph: fx.Graph) -> None:
     """Give every selection of rows in `graph` a fixed shape. Raises CaptureError where an operator mixes the chosen rows."""
-    if any(_ragged(node) or "symbol" in node.meta for node in graph.nodes):
+    if any(_ragged(node) or facts(node).symbol is not None for node in graph.nodes):
         _Lift(graph).run()
 
 
@@ -64,7 +50,7 @@ def _random(target: OpOverload) -> bool:
 
 
 def _ragged(node: fx.Node) -> bool:
-    info = node.meta.get("info")
+    info = _info(node)
     return any(isinstance(i, DataSized) for i in (info if isinstance(info, tuple) else (info,)))
 
 
@@ -93,10 +79,10 @@ class _Lift:
 
     def _number(self, node: fx.Node) -> bool:
         """A size as a number: it becomes the number of all rows."""
-        if "symbol" not in node.meta:
+        symbol = facts(node).symbol
+        if symbol is None:
             return False
-        known = node.meta["symbol"] in self.masks
-        value = self._size(node.meta["symbol"]) if known else None
+        value = self._size(symbol) if symbol in self.masks else None
         if value is None and node.op == "call_function" and not node.all_input_nodes and not isinstance(node.target, OpOverload):
             value = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
         if value is not None:
@@ -109,7 +95,7 @@ class _Lift:
         """Where rows are chosen: positions of a mask, or a mask as an index."""
         source = node.args[0] if node.args else None
         if node.target in (aten.where.default, aten.nonzero_numpy.default):
-            return self._count(node.meta["info"][0], source)
+            return self._count(_info(node)[0], source)
         if (
             node.target is operator.getitem
             and isinstance(source, fx.Node)
@@ -117,23 +103,23 @@ class _Lift:
         ):
             self._replace(node, self._positions(node, source.args[0], int(node.args[1])), 0)  # type: ignore[arg-type]
             return True
-        if node.target is aten.masked_select.default and isinstance(source, fx.Node) and self._count(node.meta["info"], node.args[1]):
+        if node.target is aten.masked_select.default and isinstance(source, fx.Node) and self._count(_info(node), node.args[1]):
             if _shape(source) != _shape(node.args[1]):
                 self._refuse(node)
             flat = [prod(_shape(source))]
             self._replace(node, emit(node, aten.reshape.default, (source, flat), Info((flat[0],), _dtype(source), False)), 0)
             return True
-        if node.target is aten.nonzero.default and self._count(node.meta["info"], source):
+        if node.target is aten.nonzero.default and self._count(_info(node), source):
             columns = [self._positions(node, source, d) for d in range(len(_shape(source)))]
             info = Info((prod(_shape(source)), len(columns)), torch.int64, False)
             self._replace(node, emit(node, aten.stack.default, (columns, 1), info), 0)
             return True
         if node.target is aten.index.Tensor and _ragged(node) and self.mask_of(node.args[1]) is not None:
             mask = self.mask_of(node.args[1])
-            self._count(node.meta["info"], mask)
+            self._count(_info(node), mask)
             assert isinstance(source, fx.Node) and mask is not None
             shape = (prod(_shape(mask)), *_shape(source)[len(_shape(mask)) :])
-            info = Info(shape, node.meta["info"].dtype, False)
+            info = Info(shape, _info(node).dtype, False)
             self._replace(node, emit(node, aten.reshape.default, (source, list(shape)), info), 0)
             return True
         return False
@@ -185,7 +171,7 @@ class _Lift:
     def _carry(self, node: fx.Node) -> bool:
         """An operator on rows, each alone."""
         inputs = [source for source in node.all_input_nodes if source in self.rows]
-        infos = node.meta.get("info")
+        infos = _info(node)
         infos = infos if isinstance(infos, tuple) else (infos,)
         if not inputs and not _ragged(node):
             return False
@@ -197,7 +183,7 @@ class _Lift:
             self._refuse(node)
         size = self._size(symbols.pop())
         fixed = tuple(Info(tuple(size if isinstance(n, str) else n for n in info.shape), info.dtype, False) for info in infos)
-        node.meta["info"] = fixed if isinstance(node.meta["info"], tuple) else fixed[0]
+        set_facts(node, replace(facts(node), info=fixed if isinstance(_info(node), tuple) else fixed[0]))
         self.rows[node] = outputs[0]  # type: ignore[assignment]
         return True
 
@@ -212,7 +198,7 @@ class _Lift:
         return rule is not None and rule(self, node, out)
 
     def _refuse(self, node: fx.Node) -> None:
-        where = f"{node.meta['module'] or 'the model'} ({node.meta['source'] or 'source unknown'})"
+        where = f"{facts(node).module or 'the model'} ({facts(node).source or 'source unknown'})"
         raise CaptureError(
             f"{node.target} in {where} mixes rows chosen by a mask, whose number depends on data.\n"
             "  Compute all rows and use torch.where(mask, value, 0) instead."
@@ -228,7 +214,7 @@ class _Lift:
 
     def masked(self, node: fx.Node, value: fx.Node, symbol: str) -> fx.Node:
         """`value` with zeros in the rows that were not chosen."""
-        return emit(node, aten.where.ScalarOther, (self.chosen(node, value, symbol), value, 0), value.meta["info"])
+        return emit(node, aten.where.ScalarOther, (self.chosen(node, value, symbol), value, 0), _info(value))
 
 
 def _index_add(lift: _Lift, node: fx.Node, symbol: str) -> bool:
@@ -273,8 +259,8 @@ def _difference(lift: _Lift, node: fx.Node, target: fx.Node, indices: Any, value
         for old, new in (values.args[:2], values.args[1::-1]):
             if _reads(old, target, indices) and isinstance(new, fx.Node) and new in lift.rows and _shape(new) == _shape(values):
                 return new
-    read_back = emit(node, aten.index.Tensor, (target, indices), values.meta["info"])
-    difference = emit(node, aten.sub.Tensor, (values, read_back), values.meta["info"])
+    read_back = emit(node, aten.index.Tensor, (target, indices), _info(values))
+    difference = emit(node, aten.sub.Tensor, (values, read_back), _info(values))
     lift.rows[difference] = lift.rows[values]
     return difference
 
@@ -295,7 +281,7 @@ def _sum(lift: _Lift, node: fx.Node, symbol: str) -> bool:
 def _mean(lift: _Lift, node: fx.Node, symbol: str) -> bool:
     """A mean over the chosen rows: their sum over their number."""
     args: Any = node.args
-    value, info, kwargs = args[0], node.meta["info"], dict(node.kwargs)
+    value, info, kwargs = args[0], _info(node), dict(node.kwargs)
     shape, rows = _shape(value), lift.rows[value][1]
     dims = sorted({int(d) % len(shape) for d in args[1]} if len(args) > 1 and args[1] else range(len(shape)))
     if rows not in dims:
@@ -324,7 +310,7 @@ def _distance(lift: _Lift, node: fx.Node, symbol: str) -> bool:
         or _shape(x) != _shape(y)
     ):
         return False
-    each = emit(node, node.target, (x, y, 0, *args[3:]), Info(_shape(x), node.meta["info"].dtype, False), kwargs)
+    each = emit(node, node.target, (x, y, 0, *args[3:]), Info(_shape(x), _info(node).dtype, False), kwargs)
     lift.rows[each] = lift.rows[x]
     node.target, node.args, node.kwargs = (aten.mean.default if reduction == 1 else aten.sum.default), (each,), {}
     return _mean(lift, node, symbol) if reduction == 1 else _sum(lift, node, symbol)
@@ -340,7 +326,7 @@ def _label_loss(lift: _Lift, node: fx.Node, symbol: str) -> bool:
         return False
     ignore = args[4] if len(args) > 4 else node.kwargs.get("ignore_index", -100)
     chosen = lift.chosen(node, labels, symbol)
-    node.update_arg(1, emit(node, aten.where.ScalarOther, (chosen, labels, ignore), labels.meta["info"]))
+    node.update_arg(1, emit(node, aten.where.ScalarOther, (chosen, labels, ignore), _info(labels)))
     return True
 
 
@@ -391,7 +377,7 @@ def _always(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
 def _reshape(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    before, after = _shape(source)[: lift.rows[source][1]], node.meta["info"].shape[: out[1]]
+    before, after = _shape(source)[: lift.rows[source][1]], _info(node).shape[: out[1]]
     return prod(before) == prod(after)
 
 
@@ -416,7 +402,7 @@ def _other_dims(position: int) -> Callable[[_Lift, fx.Node, tuple[str, int]], bo
 
 
 def _layer_norm(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
-    return out[1] < len(node.meta["info"].shape) - len(node.args[1])  # type: ignore[arg-type]
+    return out[1] < len(_info(node).shape) - len(node.args[1])  # type: ignore[arg-type]
 
 
 def _look_up(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
@@ -444,14 +430,19 @@ _RULES: Mapping[Any, Callable[[_Lift, fx.Node, tuple[str, int]], bool]] = {
 """Operators that treat rows alone, and when."""
 
 
+def _info(node: Any) -> Any:
+    """What a node gives, whose size may depend on data."""
+    return facts(node).info
+
+
 def _shape(node: Any) -> tuple[int, ...]:
-    return node.meta["info"].shape
+    return _info(node).shape
 
 
 def _dtype(node: Any) -> torch.dtype:
-    return node.meta["info"].dtype
+    return _info(node).dtype
 
 
 def _symbols(node: fx.Node) -> set[str]:
-    info = node.meta["info"]
+    info = _info(node)
     return {n for i in (info if isinstance(info, tuple) else (info,)) if isinstance(i, DataSized) for n in i.shape if isinstance(n, str)}

@@ -13,7 +13,8 @@ import meshpar as mp
 from meshpar.capture.export import capture
 from meshpar.capture.functions.operators import mark
 from meshpar.errors import CaptureError
-from meshpar.ops.nature import KEY, Nature
+from meshpar.graph.facts import facts
+from meshpar.ops.nature import Nature
 from tests.own_functions import Calls
 
 LIBRARY = torch.library.Library("meshpar_tests", "DEF")
@@ -53,7 +54,7 @@ def test_an_operator_is_tried_and_kept(kind: str) -> None:
     call, nature = CASES[kind]
     x = torch.randn(4, 6, 8)
     captured = capture(Calls(call), (x,))
-    assert [node.meta[KEY] for node in captured.graph.nodes if KEY in node.meta] == [nature]
+    assert [known for node in captured.graph.nodes if (known := facts(node).nature) is not None] == [nature]
     mp.verify(Calls(call), "dp=2,tp=2", {"x": x}).raise_if_failed()
 
 

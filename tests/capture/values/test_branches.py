@@ -14,6 +14,7 @@ import meshpar as mp
 from meshpar.capture.export import capture
 from meshpar.compile.split import mark, split
 from meshpar.errors import BatchError, CaptureError
+from meshpar.graph.facts import facts
 from meshpar.graph.run import run
 from meshpar.ops.expect import EXPECT, expect
 from tests.capture.models import assert_same, perturbed
@@ -235,7 +236,7 @@ def test_a_compiled_check_stays(backend: str) -> None:
 def test_a_stage_keeps_its_checks() -> None:
     captured = capture(Guarded(), (), {"ids": torch.randint(12, (4, 6)), "labels": torch.randint(12, (4, 6))})
     checks = [node.name for node in captured.graph.nodes if node.target is EXPECT]
-    second = next(n.name for n in captured.graph.nodes if n.op == "call_function" and n.meta["module"] == "blocks.1.0")
+    second = next(n.name for n in captured.graph.nodes if n.op == "call_function" and facts(n).module == "blocks.1.0")
     mark(captured.graph, [second])
     stages = split(captured.graph, 2, parameters=captured.parameters)
     found = [[node.name for node in stage.graph.nodes if node.target is EXPECT] for stage in stages]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import meshpar as mp
 from meshpar.capture.export import capture
 from meshpar.errors import CaptureError
+from meshpar.graph.facts import facts
 from tests.capture.models import assert_same, perturbed
 
 
@@ -65,7 +66,7 @@ class Experts(nn.Module):
 def test_loops_over_experts(style: str) -> None:
     torch.manual_seed(0)
     captured = assert_same(perturbed(Experts(style)), (torch.randn(2, 5, 8, dtype=torch.double),), {})
-    assert all(isinstance(n, int) for node in captured.graph.nodes for n in getattr(node.meta.get("info"), "shape", ()))
+    assert all(isinstance(n, int) for node in captured.graph.nodes for n in getattr(facts(node).info, "shape", ()))
 
 
 def test_masked_losses() -> None:

@@ -13,6 +13,7 @@ import meshpar as mp
 from meshpar.capture.export import capture
 from meshpar.errors import BatchError
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import facts, infos_of
 from meshpar.graph.run import run
 from tests.capture.models import assert_same, perturbed
 from tests.capture.moe import H, Model, SwiGLU, tokens
@@ -85,7 +86,7 @@ def test_masks(layer: nn.Module) -> None:
     captured = assert_same(perturbed(Model(layer)), (), tokens(3, 5))
     assert names(captured).count("meshpar.dispatch.default") == 1
     assert names(captured).count("meshpar.grouped_mm.default") == 3
-    rows = next(node.meta["info"][0].shape[0] for node in captured.graph.nodes if str(node.target) == "meshpar.dispatch.default")
+    rows = next(infos_of(node)[0].shape[0] for node in captured.graph.nodes if str(node.target) == "meshpar.dispatch.default")
     assert rows == 3 * 5 * (2 if getattr(layer, "kind", "") == "two" else 1)
     assert not [name for name in names(captured) if "nonzero" in name]
 
@@ -251,8 +252,8 @@ class Fixed(nn.Module):
 def test_a_trial_run_that_fails_inside_a_module() -> None:
     torch.manual_seed(0)
     captured = assert_same(perturbed(Model(Fixed(), Marked("two"))), (), tokens(3, 5))
-    found = {node.meta["module"] for node in captured.graph.nodes if "conv" in str(node.target)}
-    routers = {node.meta["module"] for node in captured.graph.nodes if node.target is torch.ops.aten.softmax.int}
+    found = {facts(node).module for node in captured.graph.nodes if "conv" in str(node.target)}
+    routers = {facts(node).module for node in captured.graph.nodes if node.target is torch.ops.aten.softmax.int}
     assert routers == {"layers.1"}
     assert captured.experts == {"layers.1": "list"}
     assert found == {f"layers.0.chain.{i}.conv" for i in range(3)}

@@ -13,6 +13,7 @@ from meshpar.capture.experts.lists import owners as expert_lists
 from meshpar.capture.experts.lists.loops import UNFIT
 from meshpar.capture.export import capture
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import facts
 from tests.capture.models import assert_same, perturbed
 from tests.capture.moe import LIFTED, H, Model, MoE, SwiGLU, tokens
 
@@ -28,7 +29,7 @@ def test_every_way_to_loop(style: str) -> None:
     targets = names(captured)
     assert targets.count("meshpar.dispatch.default") == targets.count("meshpar.combine.default") == 1
     assert targets.count("meshpar.grouped_mm.default") == 3
-    stacks = [node for node in captured.graph.nodes if node.meta.get("expert_stack")]
+    stacks = [node for node in captured.graph.nodes if facts(node).expert_stack]
     assert {tuple(part.target for part in node.args[0]) for node in stacks} == {
         tuple(f"layers.0.experts.{e}.{name}" for e in range(4)) for name in ("w1.weight", "w2.weight", "w3.weight", "w3.bias")
     }

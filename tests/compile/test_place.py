@@ -1,0 +1,162 @@
+"""Stages and typed axes together: what a plan says of the conversions of one axis holds for the graph as its stages want it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import meshpar as mp
+from meshpar._torch import without_modes
+from meshpar.capture.export import capture
+from meshpar.compile.decide import Decision, StageRequest, decide
+from meshpar.compile.place import place
+from meshpar.compile.program import lowered
+from meshpar.compile.split import StageGraph, split
+from meshpar.graph.captured import Captured
+from meshpar.graph.facts import facts, gives_several, info_of
+from meshpar.mesh import mesh_sizes, typed_axes
+from meshpar.ops.load import Tally
+from meshpar.plan import Plan
+from meshpar.sharding.types import Shard
+from meshpar.simulate import local_tensors, per_rank
+from tests.compile.staged import backward, run_stages
+
+
+class Flat(nn.Module):
+    """No blocks. Every layer reads a mean over the samples; the last reads the first value; the table is used at both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.a, self.b, self.c, self.d = (nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(4))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        first = x = self.table(ids)
+        mean = x.mean(0, keepdim=True)
+        for layer in (self.a, self.b, self.c, self.d):
+            x = x + layer(x - mean) * torch.sigmoid(mean.sum(-1, keepdim=True))
+        return F.cross_entropy(F.linear(x * first, self.table.weight).flatten(0, 1), labels.flatten())
+
+
+class Routed(nn.Module):
+    """The same with experts in each half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = Flat()
+        self.one, self.two = Experts(), Experts()
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        flat = self.flat
+        first = x = flat.table(ids)
+        mean = x.mean(0, keepdim=True)
+        x = self.one(flat.a(x - mean)) + mean
+        x = self.two(flat.c(x - mean) + first) + mean
+        return F.cross_entropy(F.linear(x, flat.table.weight).flatten(0, 1), labels.flatten())
+
+
+class Experts(nn.Module):
+    """Four experts, of which every token takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 8, 12) * 0.3), nn.Parameter(torch.randn(4, 12, 8) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        weights, index = self.router(flat).softmax(-1).topk(1)
+        rows, ends, perm = torch.ops.meshpar.dispatch(flat, index, 4)
+        rows = torch.ops.meshpar.grouped_mm(torch.tanh(torch.ops.meshpar.grouped_mm(rows, self.up, ends)), self.down, ends)
+        return x + torch.ops.meshpar.combine(rows, perm, weights).view_as(x)
+
+
+def staged(model: nn.Module, batch: dict[str, Tensor], mesh: str, follow: bool) -> tuple[Captured, Plan, tuple[StageGraph, ...]]:
+    """The graph of a model as simulated ranks run it, by two stages. `follow`: stages are those of an earlier plan's parameters."""
+    there = mp.make_mesh(mesh)
+    others = {n: (tuple(p.shape), "float64", True) for n, p in model.named_parameters()}
+    ask: dict[str, Any] = {"axes": tuple((a.name, a.size) for a in typed_axes(there)), "others": others, "stages": StageRequest((0, 1))}
+    sizes = (("pp", 2), *mesh_sizes(there).items())
+    with without_modes():
+        graphs = [capture(model, (), batch) for _ in range(3)]
+    plan = decide(graphs[0], Decision(sizes, **ask))
+    if follow:
+        plan = decide(graphs[1], Decision(sizes, **ask, pinned=plan.parameters))
+    captured = graphs[2]  # another rank's: it obeys the plan
+    place(captured.graph, plan.stages, {n: p.stages for n, p in plan.parameters.items()})
+    axes = typed_axes(there)
+    data = {a.name: frozenset(captured.parameters) for a in axes if a.name != "tp"}
+    cut = {(a.name, n) for a in axes for n, p in plan.parameters.items() if isinstance(p.placements.get(a.name), Shard)}
+    graph = lowered(captured, plan, axes, {a: frozenset(n for n in names if (a, n) not in cut) for a, names in data.items()})
+    return captured, plan, split(graph, 2, parameters=captured.parameters)
+
+
+def part(whole: Tensor, placements: Any, rank: int, names: dict[str, int]) -> Tensor:
+    """What one of 2 x 2 simulated ranks holds."""
+    for axis, type_ in placements.items():
+        if isinstance(type_, Shard):
+            ranges = type_.ranges(2, rank // names[axis] % 2)
+            whole = torch.cat([whole.narrow(type_.dim, a, b - a) for a, b in ranges], type_.dim)
+    return whole.clone()
+
+
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize(("kind", "mesh"), [(Flat, "dp=2,tp=2"), (Routed, "dp=2,tp=2"), (Routed, "ep=2,tp=2")])
+def test_stages_on_two_axes(kind: type[nn.Module], mesh: str, follow: bool, simulated: Any) -> None:
+    torch.manual_seed(0)
+    model = kind().double()
+    batch = {"ids": torch.randint(16, (4, 6)), "labels": torch.randint(16, (4, 6))}
+    loss = model(**batch)
+    loss.backward()
+    with simulated(4):
+        captured, plan, stages = staged(model, batch, mesh, follow)
+        places = {axis.axis: 2 if axis.axis != "tp" else 1 for axis in plan.axes}
+        state = {}
+        for name, p in model.named_parameters():
+            placed = plan.parameters[name].placements
+            state[name] = per_rank(lambda rank, p=p, placed=placed: part(p.detach(), placed, rank, places)).requires_grad_()
+        local: dict[str, Any] = {n: per_rank(lambda rank, x=x: x.chunk(2)[rank // 2].clone()) for n, x in batch.items()}
+        local |= {name: Tally() for stage in stages if (name := stage.extra.expert_tally) is not None}
+        outputs, _, crossings = run_stages(stages, state | dict(captured.constants), local)
+        backward(outputs[captured.loss or 0], stages, crossings)
+        for rank, found in local_tensors(outputs[captured.loss or 0]).items():
+            torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0, msg=f"loss on rank {rank}")
+        for name in captured.parameters:
+            p = model.get_parameter(name)
+            for rank, found in local_tensors(state[name].grad).items():
+                wanted = part(p.grad, plan.parameters[name].placements, rank, places)  # type: ignore[arg-type]
+                torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-13, msg=f"{name} on rank {rank}")
+
+
+def test_every_call_of_a_plan_is_the_one_that_it_was_made_for(simulated: Any) -> None:
+    """Both stages ask for the mean: each converts it, and so does the plan's graph."""
+    torch.manual_seed(0)
+    batch = {"ids": torch.randint(16, (4, 6)), "labels": torch.randint(16, (4, 6))}
+    with simulated(4):
+        _, plan, stages = staged(Flat().double(), batch, "dp=2,tp=2", False)
+    converted = [[n.name for n in s.graph.nodes if (c := facts(n).conversion) is not None and c.axis == "dp"] for s in stages]
+    assert all(converted), "each stage has conversions on the data axis"
+    known = {name for axis in plan.axes if axis.axis == "tp" for name in axis.nodes}
+    assert any(name.startswith("p_to_") for name in known)
+
+
+@pytest.mark.parametrize(("kind", "mesh"), [(Flat, "dp=2,tp=2"), (Routed, "ep=2,tp=2")])
+def test_what_later_axes_cut_is_not_sent_whole(kind: type[nn.Module], mesh: str, simulated: Any) -> None:
+    """The ledger counts what a rank has of the mean and of the rows, not what it would have without tp."""
+    torch.manual_seed(0)
+    batch = {"ids": torch.randint(16, (4, 6)), "labels": torch.randint(16, (4, 6))}
+    with simulated(4):
+        _, _, stages = staged(kind().double(), batch, mesh, False)
+    seen = []
+    for node in (n for stage in stages for n in stage.graph.nodes if n.op == "call_function"):
+        change, exchange = facts(node).conversion, facts(node).exchange
+        if change is not None and change.axis != "tp" and not isinstance(change.after, Shard) and not isinstance(change.before, Shard):
+            assert change.whole.shape == info_of(node).shape
+            seen.append(change.whole.shape)
+        elif exchange is not None and not gives_several(node):
+            assert exchange.rows.shape == info_of(node).shape
+    assert (1, 6, 4) in seen, "the mean, half of it on each tp rank"
