@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import fx
 
-from meshpar._torch import draws
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Info
+from meshpar.graph.operators import draws
 from meshpar.ops.expect import EXPECT
 
 
@@ -287,7 +287,7 @@ def _closure(start: Sequence[fx.Node], sources: Callable[[fx.Node], Sequence[fx.
 
 def _draws(node: fx.Node) -> bool:
     """Whether a node draws other numbers every time it runs: not once it has a key."""
-    return "key" not in node.kwargs and ("seed" in node.meta or draws(node.target))
+    return "key" not in node.kwargs and ("seed" in node.meta or draws(node))
 
 
 def _dresses(node: fx.Node) -> bool:

@@ -15,20 +15,11 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from meshpar._torch import draws
+from meshpar.graph.operators import ARITHMETIC, draws, operator_of
 
 Mode = Literal["none", "selective", "full"]
 BlockCode = Callable[..., Any]
 
-_EXPENSIVE = frozenset(
-    """
-    aten::mm aten::addmm aten::bmm aten::baddbmm aten::_scaled_mm aten::_grouped_mm aten::_int_mm aten::convolution aten::mv aten::dot
-    aten::_scaled_dot_product_flash_attention aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_cudnn_attention
-    aten::_scaled_dot_product_efficient_attention aten::_scaled_dot_product_fused_attention_overrideable aten::_flash_attention_forward
-    aten::_efficient_attention_forward aten::_scaled_dot_product_attention_math_for_mps
-    """.split()
-)
-"""Operators whose result is saved, by the name autograd's backend sees."""
 _COLLECTIVES = ("_c10d_functional::", "c10d_functional::", "_dtensor::")
 
 
@@ -55,12 +46,11 @@ def wrap(code: BlockCode, mode: Mode, graph: fx.Graph) -> BlockCode:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
-    return "seed" in node.meta or draws(node.target)
+    return "seed" in node.meta or draws(node)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = op.name().split(".")[0]
-    keep = name in _EXPENSIVE or name.startswith(_COLLECTIVES)
+    keep = operator_of(op).kind in ARITHMETIC or op.name().startswith(_COLLECTIVES)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
