@@ -35,6 +35,7 @@ OperatorKind = Literal[
     "recurrent", "view", "copy", "join", "write", "elementwise", "random", "created", "experts", "collective", "other",
 ]  # fmt: skip
 Saves = Literal["operands", "others", "results", "operands and results", "indices", "nothing"]
+MatrixDim = Literal["outputs", "inputs", "rows", "features", "experts"]
 ARITHMETIC: frozenset[OperatorKind] = frozenset({"product", "attention", "convolution"})
 """Kinds bound by arithmetic: worth keeping when the rest is computed again."""
 
@@ -55,8 +56,8 @@ class OperatorRow:
     """Floating-point operations of a call, forward; None: too few to count."""
     factors: tuple[int, int] | None = None
     """Of a product whose backward reads its factors alone and gives each a gradient of its own: their places among the arguments."""
-    matrix: tuple[str, ...] = ()
-    """What the dims of the parameter it is used with are to it."""
+    matrix: tuple[MatrixDim, ...] = ()
+    """What the dims of the parameter that it is used with are to it."""
     draws: bool | None = None
     """Whether it draws random numbers; None: what torch's tag says."""
     only_if: tuple[str, ...] = ()
@@ -112,6 +113,7 @@ def add_rule(
     saves: Saves | None = None,
     flops: Flops | None = None,
     factors: tuple[int, int] | None = None,
+    matrix: tuple[MatrixDim, ...] | None = None,
     draws: bool | None = None,
     only_if: Iterable[str] | None = None,
     local: Localise | None = None,
@@ -127,6 +129,7 @@ def add_rule(
     `saves`      what its backward reads: "operands" (the default), "results", "indices", "nothing", ...
     `flops`      a function of the call (`call.shapes`, `call.out.shape`, `call.arguments`): floating-point operations, forward
     `factors`    of a product, the places of the arguments whose gradients are new tensors: all-reduces of them run in place
+    `matrix`     what the dims of its parameter are to it, for `explain()`: "outputs", "inputs", "rows", "features", "experts"
     `draws`      it draws random numbers (default: what torch's tag says), `only_if` these arguments are neither zero nor False
     `local`      changes a call to what it is on a rank, for an operator that is told sizes (`meshpar.sharding.local`)
     `additive`   its results for parts of the batch add up;   `weighs`: its rows add up to one, as those of a softmax
@@ -140,10 +143,20 @@ def add_rule(
     ... )
     """
     bind(text, [], [])
-    for word, known in ((kind, get_args(OperatorKind)), (saves, get_args(Saves))):
+    dims = [(dim, get_args(MatrixDim)) for dim in matrix or ()]
+    for word, known in ((kind, get_args(OperatorKind)), (saves, get_args(Saves)), *dims):
         if word is not None and word not in known:
             raise ValueError(f"add_rule({name!r}): {word!r} is none of {', '.join(known)}.")
-    facts: dict[str, Any] = {"kind": kind, "view": view, "saves": saves, "flops": flops, "factors": factors, "draws": draws, "local": local}
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "view": view,
+        "saves": saves,
+        "flops": flops,
+        "factors": factors,
+        "matrix": matrix,
+        "draws": draws,
+        "local": local,
+    }
     facts |= {"only_if": None if only_if is None else tuple(only_if), "additive": additive, "weighs": weighs}
     given = {fact: value for fact, value in facts.items() if value is not None}
     OPERATORS[name] = replace(OPERATORS.get(name, _UNKNOWN), rule=row(text, linear=linear), **given)
@@ -291,6 +304,7 @@ _ELEMENT_BY_ELEMENT: dict[str, OperatorRow] = {
     **_rows("meshpar.hooked", rules.uncut),
     **_rows("meshpar.hooked_parts", rules.pointwise),
     **_rows("_to_copy to", rules.elementwise(rules.widened), kind="copy", saves="nothing"),
+    **_rows("broadcast_tensors", rules.pointwise, kind="copy"),
     **_rows("type_as", rules.elementwise(rules.widened), kind="copy"),
     **_rows("clone", rules.elementwise(rules.first), kind="copy", saves="nothing"),
 }

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from meshpar.capture.check import number_seeds
+from meshpar.cli.look import explained
 from meshpar.compile.denominators import split_denominators
-from meshpar.compile.stages import _attention, _Facts
+from meshpar.compile.stages import Budget, _attention, _Facts
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.op import op_name
 from meshpar.graph.operators import OPERATORS, OperatorRow, add_rule, draws, operator_of
@@ -277,17 +278,21 @@ def test_reuse() -> None:
     assert marked(PROJECT) and marked(aten.mm.default) and not marked(aten.mul.Tensor)
 
 
+def test_explain() -> None:
+    def reason(**facts: Any) -> str:
+        known(**facts)
+        text = explained(Net(), {"x": torch.randn(4, 8, 16)}, "tp=2").explain()
+        return next(line for line in text.splitlines() if "layers.*.up" in line)
+
+    assert "its share of the outputs" in reason(**all_facts(), matrix=("inputs", "outputs"))
+    assert "like the values it is used with" in reason(**all_facts(), matrix=())
+
+
 @pytest.mark.parametrize("weighs", [True, False])
 def test_stages_are_not_cut_inside_what_weighs(weighs: bool) -> None:
     known(**all_facts(), weighs=weighs)
     captured = captured_of(Net(), {"x": torch.randn(4, 8, 16)})
-    assert bool(_attention(_Facts(captured, None, lambda node: 1.0, _budget()))) == weighs
-
-
-def _budget() -> Any:
-    from meshpar.compile.stages import Budget
-
-    return Budget()
+    assert bool(_attention(_Facts(captured, None, lambda node: 1.0, Budget()))) == weighs
 
 
 class Counting(nn.Module):
