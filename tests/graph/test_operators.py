@@ -14,6 +14,7 @@ from meshpar.capture.check import number_seeds
 from meshpar.cli.look import explained
 from meshpar.compile.denominators import split_denominators
 from meshpar.compile.stages import Budget, _attention, _Facts
+from meshpar.graph import operators
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.op import op_name
 from meshpar.graph.operators import OPERATORS, OperatorRow, add_rule, draws, operator_of
@@ -27,6 +28,7 @@ from meshpar.runtime.recompute import wrap
 from meshpar.sharding.infer import infer
 from meshpar.sharding.local import LocalCall
 from meshpar.sharding.policy import Request
+from meshpar.sharding.price import Price
 from meshpar.sharding.solve import _Solver, solve
 from meshpar.sharding.types import I, Shard
 from tests.passes.graphs import info, put
@@ -154,6 +156,11 @@ def test_arguments_that_stop_random_numbers_exist(name: str) -> None:
     assert any(set(row.only_if) <= {a.name for a in schema.arguments} for schema in schemas)
 
 
+def test_no_operator_belongs_to_two_families() -> None:
+    families = [value for name, value in vars(operators).items() if name[:1] == "_" and name[1:].isupper() and isinstance(value, dict)]
+    assert len(families) == 10 and sum(map(len, families)) == len(OPERATORS)
+
+
 def test_an_operator_without_a_row_is_known_by_torch_s_tags() -> None:
     assert operator_of(aten.erf.default).kind == "elementwise" and operator_of(aten.multinomial.default).kind == "random"
     assert operator_of(PROJECT) == OperatorRow() and op_name(PROJECT) == NAME
@@ -199,6 +206,30 @@ def test_the_solver_prices_arithmetic_and_views() -> None:
         return solver._work(solver.inference.calls[call_of(graph)])
 
     assert work(flops=lambda call: 1e12) > 10 * work(flops=lambda call: 0) > work(view=True) == 0
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(16, 8, 3), nn.ConvTranspose1d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = self.conv(x.reshape(1, 16, 4, 8))
+        heads = x.reshape(4, 2, 4, 16)
+        attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        return self.up(image[:, :, 0]).sum() + attended.sum() + torch.einsum("bsh,bth->bst", x, x).sum()
+
+
+@pytest.mark.parametrize(
+    "target", [aten.conv2d.default, aten.conv_transpose1d.default, aten.scaled_dot_product_attention.default, aten.einsum.default], ids=str
+)
+def test_the_solver_counts_arithmetic_as_everybody_does(target: Any) -> None:
+    """It multiplied all sizes of a rule: of a convolution those of the image before, of the window and of the image after."""
+    graph = graph_of(Mixed())
+    solver, node = _Solver(graph, Request("tp", 2), infer(graph)), call_of(graph, target)
+    solver.price = Price(flops=1.0, memory=1e30)
+    times = 3 if node.meta["info"].requires_grad else 1
+    assert solver._work(solver.inference.calls[node]) == pytest.approx(times * flops(node)) and flops(node) > 0
 
 
 def test_memory() -> None:
