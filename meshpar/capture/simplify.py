@@ -12,7 +12,7 @@ from torch import fx
 from meshpar._torch import OpOverload
 from meshpar.graph.captured import Info
 from meshpar.graph.op import op_name
-from meshpar.graph.operators import operator_of
+from meshpar.graph.operators import OperatorKind, operator_of
 
 aten = torch.ops.aten
 
@@ -178,7 +178,7 @@ def dense_lookups(node: fx.Node) -> fx.Node | None:
 
 def losses_by_element(node: fx.Node) -> fx.Node | None:
     """mse_loss(x, y, mean) -> mean(mse_loss(x, y, none)): a mean over a sharded dim is then an ordinary mean."""
-    position = _place(node, "reduction") if operator_of(node.target).kind == "loss" else None
+    position = _place(node, "reduction") if _is_torchs(node, "loss") else None
     if position is None:
         return None
     reduction = _argument(node, position, "reduction", 1)
@@ -194,7 +194,7 @@ def losses_by_element(node: fx.Node) -> fx.Node | None:
 
 def losses_by_count(node: fx.Node) -> fx.Node | None:
     """cross_entropy_loss(mean) -> a sum divided by the number (or weight) of labels that count, which can be had for the global batch."""
-    if operator_of(node.target).kind != "label loss" or _argument(node, 3, "reduction", 1) != 1:
+    if not _is_torchs(node, "label loss") or _argument(node, 3, "reduction", 1) != 1:
         return None
     logits, target, weight = _operand(node), node.args[1], _argument(node, 2, "weight", None)
     assert isinstance(target, fx.Node)
@@ -301,6 +301,11 @@ def _only_viewed(node: fx.Node) -> bool:
 
 def _integers(value: Any) -> list[int]:
     return [int(item) for item in value]
+
+
+def _is_torchs(node: fx.Node, kind: OperatorKind) -> bool:
+    """Whether a call is of a kind, and its arguments mean what they mean to torch."""
+    return isinstance(node.target, OpOverload) and node.target.namespace == "aten" and operator_of(node.target).kind == kind
 
 
 def _place(node: fx.Node, name: str) -> int | None:

@@ -189,11 +189,11 @@ def _passes_on(node: fx.Node) -> bool:
 
 def _adds_up(node: fx.Node) -> bool:
     """Whether what a call gives for parts of the samples adds up to what it gives for all: a sum, a loss that takes no mean."""
-    return operator_of(node.target).additive and read(node).arguments.get("reduction", _SUM) == _SUM
+    return operator_of(node.target).additive and read(node).arguments.get("reduction") in _SUMS
 
 
-_SUM = 2
-"""What torch's losses call their reduction by a sum."""
+_SUMS = (None, 2, "sum")
+"""What a reduction by a sum is called: by nothing, by torch's own losses, by other people's."""
 
 
 def _made_of(graph: fx.Graph, names: Collection[str]) -> set[fx.Node]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import meshpar as mp
 from meshpar.capture.check import number_seeds
 from meshpar.cli.look import explained
 from meshpar.compile.denominators import split_denominators
@@ -337,6 +338,13 @@ class Counting(nn.Module):
         return torch.ops.table.total((x @ self.w).flatten()) / (x > 0).sum()
 
 
+@pytest.mark.parametrize("kind", ["loss", "label loss"])
+def test_only_torch_s_own_losses_are_written_out(kind: str) -> None:
+    """Of other people's, nobody knows what their arguments mean."""
+    known(kind=kind)
+    assert sum(node.target is PROJECT for node in graph_of().nodes) == 4
+
+
 @pytest.mark.parametrize("additive", [True, False])
 def test_denominators(additive: bool) -> None:
     add_rule("table.total", "i -> ", linear=[(0,)], additive=additive)
@@ -370,6 +378,15 @@ def test_lowering() -> None:
     assert lowered() == [4]
     add_rule("table.fill", "-> n", local=local)
     assert lowered() == [2]
+
+
+def test_a_described_operator_is_exact() -> None:
+    """All readers together: cut, overwritten in place, kept by recompute, and the numbers are those of one device."""
+    known(**all_facts())
+    for sequence in (True, False):
+        config = mp.ParallelConfig(recompute="selective", sequence_parallel=sequence)
+        report = mp.verify(Net(), "dp=2,tp=2", {"x": torch.randn(4, 8, 16)}, config=config)
+        assert report.ok, report
 
 
 # -- add_rule ----------------------------------------------------------------------------------------------------------------------------
