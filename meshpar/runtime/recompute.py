@@ -15,7 +15,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from meshpar.graph.operators import ARITHMETIC, draws, operator_of
+from meshpar.graph.op import op_name
+from meshpar.graph.operators import ARITHMETIC, OPERATORS, draws
 
 Mode = Literal["none", "selective", "full"]
 BlockCode = Callable[..., Any]
@@ -50,7 +51,8 @@ def is_random(node: fx.Node) -> bool:
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = operator_of(op).kind in ARITHMETIC or op.name().startswith(_COLLECTIVES)
+    row = OPERATORS.get(op_name(op))
+    keep = row.kind in ARITHMETIC if row is not None else op.name().startswith(_COLLECTIVES)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
