@@ -126,8 +126,8 @@ def test_losses_of_chosen_rows(loss: Callable[[Tensor, Tensor], Tensor]) -> None
 @pytest.mark.parametrize("label", [3, -1])
 def test_one_row_to_choose(label: int) -> None:
     """Dims of one element have no name in a rule."""
-    batch = {"x": torch.randn(1, 1, 4, dtype=torch.double), "labels": torch.tensor([[label]])}
-    assert_same(perturbed(Scoring(lambda y, labels: y[labels >= 0].tanh().square().sum())), (), batch)
+    batch = {"x": torch.randn(2, 3, 4, dtype=torch.double), "labels": torch.full((2, 3), label)}
+    assert_same(perturbed(Scoring(lambda y, labels: y[0, :1][labels[0, :1] >= 0].tanh().square().sum() + y.sum())), (), batch)
 
 
 class Spelling(nn.Module):
