@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from meshpar.capture.experts.seam import register_experts
     from meshpar.config import ParallelConfig, Precision
     from meshpar.errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
+    from meshpar.graph.operators import add_rule
     from meshpar.init.fit import Weights
     from meshpar.init.meta import meta
     from meshpar.mesh import data_rank, local_batch, make_mesh, rank_grid
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from meshpar.runtime.parameters.gradients import clip_grad_norm_, grad_norm
     from meshpar.runtime.parameters.scaler import GradScaler
     from meshpar.runtime.parameters.specs import full_grad, full_tensor
-    from meshpar.sharding.rules import add_rule
     from meshpar.simulate import simulate
 
 _HOME = {
@@ -45,7 +45,7 @@ _HOME = {
     "meta": "init.meta",
     "ParallelModel": "runtime.model",
     **dict.fromkeys(("full_grad", "full_tensor"), "runtime.parameters.specs"),
-    "add_rule": "sharding.rules",
+    "add_rule": "graph.operators",
     "register_experts": "capture.experts.seam",
     **dict.fromkeys(("Report", "VerificationError", "verify"), "proof.verify"),
 }

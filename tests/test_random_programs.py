@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.random_programs import run, typings
 from benchmarks.random_programs.programs import Program, draw, shortest
 from meshpar.capture.export import capture
-from meshpar.sharding import rules
+from meshpar.graph.operators import OPERATORS
+from meshpar.sharding.rules import row
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -41,7 +44,7 @@ def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ("v1 = torch.softmax(self.m1(x), 1)", "loss = v1.pow(2).sum()")
     program = Program(0, ("self.m1 = nn.Linear(4, 6)",), lines, (("x", "torch.randn(4, 4, dtype=torch.double)"),))
     assert not checked(program).wrong
-    monkeypatch.setitem(rules.RULES, "softmax", rules.row("a b -> a b"))
+    monkeypatch.setitem(OPERATORS, "softmax", replace(OPERATORS["softmax"], rule=row("a b -> a b")))
     assert any("softmax" in line and "other values" in line for line in checked(program).wrong)
     assert run.outcome(program, run.Setting("tp=2", {}))[0] == "wrong"
 

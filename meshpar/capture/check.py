@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import fx
 
 from meshpar._torch import OpOverload
-from meshpar._torch import draws as draws_numbers
 from meshpar.errors import CaptureError
 from meshpar.graph.facts import Info, facts, set_facts
+from meshpar.graph.operators import draws
 
 aten = torch.ops.aten
 
@@ -48,32 +47,3 @@ def number_seeds(graph: fx.Graph) -> None:
         if node.op == "call_function" and draws(node):
             set_facts(node, replace(facts(node), seed=count))
             count += 1
-
-
-def draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers."""
-    if not isinstance(node.target, OpOverload):
-        return False
-    asked = _ASKED.get(node.target._schema.name.removeprefix("aten::"))
-    if asked is not None:
-        return all(_argument(node, name) for name in asked)
-    return draws_numbers(node.target)
-
-
-def _argument(node: fx.Node, name: str) -> bool:
-    """Whether an argument is neither zero nor False, as far as is known."""
-    assert isinstance(node.target, OpOverload)
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name:
-            value = node.args[position] if position < len(node.args) else node.kwargs.get(name, argument.default_value)
-            return isinstance(value, fx.Node) or value is None or bool(value)
-    raise KeyError(name)
-
-
-_ASKED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("dropout", "native_dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), ("p", "train")),
-    "scaled_dot_product_attention": ("dropout_p",),
-    **dict.fromkeys(("rrelu", "rrelu_with_noise"), ("training",)),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("dropout", "train")),
-}
-"""Operators that draw only if all of these arguments are neither zero nor False."""

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from meshpar._torch import OpOverload
 from meshpar.graph.facts import Info, facts, info_of, set_facts
+from meshpar.graph.op import op_name
+from meshpar.graph.operators import OperatorKind, operator_of
 
 aten = torch.ops.aten
 
@@ -67,7 +70,7 @@ def skip_copies(node: fx.Node) -> fx.Node | None:
 
 def skip_neutral(node: fx.Node) -> fx.Node | None:
     """x + 0, x - 0, x * 1, x / 1 where neither type nor shape changes."""
-    neutral = _NEUTRAL.get(node.target)
+    neutral = _NEUTRAL.get(op_name(node.target))
     if neutral is None or len(node.args) < 2 or isinstance(node.args[1], fx.Node) or node.args[1] != neutral:
         return None
     return _operand(node) if _same(node, _operand(node)) else None
@@ -86,7 +89,7 @@ def skip_idle_dropout(node: fx.Node) -> fx.Node | None:
 
 def skip_idle_views(node: fx.Node) -> fx.Node | None:
     """Views that change nothing."""
-    if node.target not in _VIEWS or not _same(node, _operand(node)):
+    if op_name(node.target) not in _IDLE or not _same(node, _operand(node)):
         return None
     if node.target is aten.slice.Tensor and len(node.args) > 4 and node.args[4] != 1:
         return None
@@ -133,9 +136,9 @@ def masked_writes(node: fx.Node) -> fx.Node | None:
 
 def transposes(node: fx.Node) -> fx.Node | None:
     """t, numpy_T, mT -> transpose or permute."""
-    rank = len(info_of(_operand(node)).shape) if node.target in _TRANSPOSES else 0
-    if node.target not in _TRANSPOSES:
+    if op_name(node.target) not in _TRANSPOSES:
         return None
+    rank = len(info_of(_operand(node)).shape)
     if rank < 2:
         return _operand(node)
     if node.target is aten.numpy_T.default and rank > 2:
@@ -176,7 +179,7 @@ def dense_lookups(node: fx.Node) -> fx.Node | None:
 
 def losses_by_element(node: fx.Node) -> fx.Node | None:
     """mse_loss(x, y, mean) -> mean(mse_loss(x, y, none)): a mean over a sharded dim is then an ordinary mean."""
-    position = _ELEMENTWISE_LOSSES.get(node.target)
+    position = _place(node, "reduction") if _is_torchs(node, "loss") else None
     if position is None:
         return None
     reduction = _argument(node, position, "reduction", 1)
@@ -192,7 +195,7 @@ def losses_by_element(node: fx.Node) -> fx.Node | None:
 
 def losses_by_count(node: fx.Node) -> fx.Node | None:
     """cross_entropy_loss(mean) -> a sum divided by the number (or weight) of labels that count, which can be had for the global batch."""
-    if node.target not in _LABEL_LOSSES or _argument(node, 3, "reduction", 1) != 1:
+    if not _is_torchs(node, "label loss") or _argument(node, 3, "reduction", 1) != 1:
         return None
     logits, target, weight = _operand(node), node.args[1], _argument(node, 2, "weight", None)
     assert isinstance(target, fx.Node)
@@ -248,30 +251,10 @@ CLEANUPS: tuple[Cleanup, ...] = (
     losses_by_count,
 )
 
-_NEUTRAL: Mapping[Any, int] = {
-    aten.add.Tensor: 0,
-    aten.add.Scalar: 0,
-    aten.sub.Tensor: 0,
-    aten.sub.Scalar: 0,
-    aten.mul.Tensor: 1,
-    aten.mul.Scalar: 1,
-    aten.div.Tensor: 1,
-    aten.div.Scalar: 1,
-}
-_VIEWS = frozenset({aten.reshape.default, aten.expand.default, aten.slice.Tensor, aten.permute.default})
-_TRANSPOSES = frozenset({aten.t.default, aten.numpy_T.default, aten.mT.default, aten.matrix_H.default})
-_ELEMENTWISE_LOSSES: Mapping[Any, int] = {
-    aten.mse_loss.default: 2,
-    aten.l1_loss.default: 2,
-    aten.smooth_l1_loss.default: 2,
-    aten.huber_loss.default: 2,
-    aten.soft_margin_loss.default: 2,
-    aten.kl_div.default: 2,
-    aten.binary_cross_entropy.default: 3,
-    aten.binary_cross_entropy_with_logits.default: 4,
-}
-"""Losses of one number per element -> the position of their `reduction`."""
-_LABEL_LOSSES = frozenset({aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default})
+_NEUTRAL: Mapping[str, int] = {"add": 0, "sub": 0, "mul": 1, "div": 1}
+_IDLE = frozenset({"reshape", "expand", "slice", "permute"})
+"""Views that change nothing where they keep the shape, but for the order of a permutation and the step of a slice."""
+_TRANSPOSES = frozenset({"t", "numpy_T", "mT", "matrix_H"})
 
 
 def forget_device_numbers(graph: fx.Graph) -> None:
@@ -312,6 +295,17 @@ def _only_viewed(node: fx.Node) -> bool:
 
 def _integers(value: Any) -> list[int]:
     return [int(item) for item in value]
+
+
+def _is_torchs(node: fx.Node, kind: OperatorKind) -> bool:
+    """Whether a call is of a kind, and its arguments mean what they mean to torch."""
+    return isinstance(node.target, OpOverload) and node.target.namespace == "aten" and operator_of(node.target).kind == kind
+
+
+def _place(node: fx.Node, name: str) -> int | None:
+    """The place of an argument; None for an operator that has none of this name."""
+    assert isinstance(node.target, OpOverload)
+    return next((place for place, argument in enumerate(node.target._schema.arguments) if argument.name == name), None)
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

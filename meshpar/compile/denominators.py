@@ -14,23 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import Extra, facts, info_of, set_facts
-from meshpar.graph.op import op_name, operands
+from meshpar.graph.facts import Extra, Info, facts, info_of, set_facts
+from meshpar.graph.op import op_name, operands, read
+from meshpar.graph.operators import operator_of
 from meshpar.ops.expect import EXPECT
 from meshpar.passes.batch_norm import takes_statistics
 from meshpar.passes.inputs import add_input, extra_inputs
 from meshpar.passes.own_terms import share_out
 
 aten = torch.ops.aten
-
-_THROUGH = {"_to_copy", "to", "neg", "reshape", "view", "squeeze", "unsqueeze", "clone", "alias"}
-_SUMS = {"sum", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"}
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,11 @@ class _Terms:
         """The node that holds this term of the step's loss."""
         name = op_name(node.target) if node.op == "call_function" else ""
         given = self._operands(node)
-        inner = [a for a in given if info_of(a).shape == () or name in _THROUGH]
+        through = _passes_on(node)
+        inner = [a for a in given if info_of(a).shape == () or through]
         if name in ("add", "sub") and len(inner) == len(given) == 2:
             return self._again(node, {a: self.rewrite(a) for a in inner})
-        if name in _THROUGH or (name in ("mul", "div") and len(given) == 1):
+        if (through and given) or (name in ("mul", "div") and len(given) == 1):
             first = given[0]
             return self._again(node, {first: self.rewrite(first)})
         if name == "div" and self._is_count(node.args[1]) and self._is_sum(node.args[0]):
@@ -135,11 +135,11 @@ class _Terms:
     def _is_sum(self, value: Any) -> bool:
         while isinstance(value, fx.Node) and value.op == "call_function":
             name, given = op_name(value.target), self._operands(value)
-            if name in _SUMS:
+            if _adds_up(value):
                 return True
             if name in ("add", "sub"):
                 return all(self._is_sum(v) for v in given)
-            if not (name in _THROUGH or (name in ("mul", "div") and len(given) == 1)):
+            if not ((_passes_on(value) and given) or (name in ("mul", "div") and len(given) == 1)):
                 return False
             value = given[0]
         return False
@@ -166,9 +166,27 @@ def _is_additive(value: fx.Node) -> bool:
     name = op_name(value.target) if value.op == "call_function" else ""
     if name in ("add", "sub"):
         return len(operands(value)) == 2 and all(_is_additive(v) for v in operands(value))
-    if name in _THROUGH or (name in ("mul", "div") and len(operands(value)) == 1):
+    if _passes_on(value) or (name in ("mul", "div") and len(operands(value)) == 1):
         return _is_additive(operands(value)[0])
-    return name in ("sum", "count_nonzero")
+    return value.op == "call_function" and operator_of(value.target).kind == "reduction" and _adds_up(value)
+
+
+def _passes_on(node: fx.Node) -> bool:
+    """Whether a call hands on the elements of one value, all of them and nothing else, or these negated."""
+    if node.op != "call_function" or len(operands(node)) != 1:
+        return False
+    before, after = facts(operands(node)[0]).info, facts(node).info
+    moves = operator_of(node.target).kind in ("view", "copy") and isinstance(before, Info) and isinstance(after, Info)
+    return op_name(node.target) == "neg" or (moves and prod(before.shape) == prod(after.shape))  # type: ignore[union-attr]
+
+
+def _adds_up(node: fx.Node) -> bool:
+    """Whether what a call gives for parts of the samples adds up to what it gives for all: a sum, a loss that takes no mean."""
+    return operator_of(node.target).additive and read(node).arguments.get("reduction") in _SUMS
+
+
+_SUMS = (None, 2, "sum")
+"""What a reduction by a sum is called: by nothing, by torch's own losses, by other people's."""
 
 
 def _made_of(graph: fx.Graph, names: Collection[str]) -> set[fx.Node]:

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import fx
 
-from meshpar._torch import draws
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.facts import Info, facts, infos_of, set_facts
+from meshpar.graph.operators import draws
 from meshpar.ops.expect import EXPECT
 from meshpar.passes.inputs import ExtraInputs, extra_inputs
 
@@ -293,7 +293,7 @@ def _closure(start: Sequence[fx.Node], sources: Callable[[fx.Node], Sequence[fx.
 
 def _draws(node: fx.Node) -> bool:
     """Whether a node draws other numbers every time it runs: not once it has a key."""
-    return "key" not in node.kwargs and (facts(node).seed is not None or draws(node.target))
+    return "key" not in node.kwargs and (facts(node).seed is not None or draws(node))
 
 
 def _dresses(node: fx.Node) -> bool:

@@ -18,7 +18,6 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import fx
 
@@ -27,7 +26,7 @@ from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Captured
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.facts import Info, facts, gives_several, info_of, infos_of
-from meshpar.graph.op import op_name
+from meshpar.graph.operators import operator_of
 from meshpar.graph.regions import members
 from meshpar.report.text import count
 from meshpar.sharding.price import Price
@@ -127,24 +126,15 @@ class _Seconds:
     price: Price
 
     def __call__(self, node: fx.Node) -> float:
-        work, moved = flops(node), _moved(node)
+        work, moved = flops(node), nbytes(node)
         spent = self.price.compute(work, moved)
         infos = [facts(source).info for source in node.all_input_nodes]
         again = sum(isinstance(i, Info) and i.requires_grad and len(i.shape) > 1 for i in infos)
         if again:
-            products = 2.5 if node.target is _SDPA else min(again, 2)
+            products = 2.5 if operator_of(node.target).kind == "attention" else min(again, 2)
             written = sum(i.nbytes for i in infos if isinstance(i, Info) and i.requires_grad)
             spent += self.price.compute(products * work, moved + written)
         return spent
-
-
-def _moved(node: fx.Node) -> float:
-    """Bytes read and written forward: of a table that is looked up in, only the rows that are found."""
-    return 2.0 * _nbytes(node) if op_name(node.target) in _LOOKUPS else nbytes(node)
-
-
-_LOOKUPS = frozenset({"embedding", "index", "index_select", "gather"})
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def _nbytes(node: fx.Node) -> int:
@@ -427,14 +417,11 @@ def _attention(ground: _Ground) -> set[int]:
     parameters, inside one block."""
     forbidden: set[int] = set()
     for place, node in enumerate(ground.calls):
-        if op_name(node.target) in _SOFTMAX:
+        if operator_of(node.target).weighs:
             low = _projections(ground, node, lambda n: n.all_input_nodes, min)
             high = _projections(ground, node, lambda n: tuple(n.users), max)
             forbidden.update(range(min(low, place) + 1, max(high, place) + 1))
     return forbidden
-
-
-_SOFTMAX = frozenset({"scaled_dot_product_attention", "softmax", "_softmax", "_safe_softmax"})
 
 
 def _projections(

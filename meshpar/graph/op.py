@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
@@ -74,6 +75,7 @@ def _nodes(value: Any) -> Iterator[fx.Node]:
             yield from _nodes(one)
 
 
+@lru_cache(maxsize=4096)  # asked for every operator that runs under selective recompute
 def op_name(target: Any) -> str:
     """The operator's name without namespace "aten" and without overload."""
     schema = getattr(target, "_schema", None)

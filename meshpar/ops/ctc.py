@@ -66,4 +66,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 ctc_loss.register_autograd(_backward, setup_context=_keep)
-CTC_LOSS = torch.ops.meshpar.ctc_loss.default

@@ -19,14 +19,15 @@ import torch
 from torch import fx
 
 from meshpar.graph.facts import Change, Exchange, Info, facts, gives_several, info_of, infos_of, set_facts
-from meshpar.graph.op import Op, Value, operands, read, value_info, value_of
+from meshpar.graph.op import Value, operands, read, value_info, value_of
+from meshpar.graph.operators import operator_of
 from meshpar.mesh import Axis
-from meshpar.ops import collectives, context, expert_all_to_all, halo, ring, vocab_parallel
+from meshpar.ops import collectives, expert_all_to_all
 from meshpar.ops.each_rank import each_rank
 from meshpar.plan import AxisPlan, NodePlan
-from meshpar.sharding.conversions import CONVERSIONS, conversion
-from meshpar.sharding.types import Owned, Partial, Ragged, Shard, Type, local_shape
-from meshpar.sharding.views import slice_bounds
+from meshpar.sharding.conversions import conversion
+from meshpar.sharding.local import LocalCall
+from meshpar.sharding.types import Owned, Ragged, Shard, Type, local_shape
 
 aten = torch.ops.aten
 DISPATCH, COMBINE = torch.ops.meshpar.dispatch.default, torch.ops.meshpar.combine.default
@@ -170,8 +171,9 @@ class _Lowering:
 
     def _localised(self, node: fx.Node, plan: NodePlan, rank: int, args: Any, kwargs: Any) -> LocalCall:
         call = LocalCall(read(node), plan, self.axis, rank, node.target, list(args), dict(kwargs))
-        if any(isinstance(t, (Shard, Ragged)) for t in (*plan.uses, *plan.outs)):
-            LOCAL.get(call.op.name, _unchanged)(call)
+        local = operator_of(node.target).local
+        if local is not None and any(isinstance(t, (Shard, Ragged)) for t in (*plan.uses, *plan.outs)):
+            local(call)
         return call
 
     def _each_rank(self, call: LocalCall, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -254,206 +256,3 @@ def _map(value: Any, change: Callable[[fx.Node], fx.Node]) -> Any:
     if isinstance(value, dict):
         return {k: _map(v, change) for k, v in value.items()}
     return value
-
-
-# -- how single operators speak of local sizes -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class LocalCall:
-    """One call being lowered: what it was, how it is typed, and the call it becomes."""
-
-    op: Op
-    plan: NodePlan
-    axis: Axis
-    rank: int
-    target: Any
-    args: list[Any]
-    kwargs: dict[str, Any]
-    scale: float | None = None
-    """A factor applied to the result."""
-
-    def out_shape(self, index: int = 0) -> tuple[int, ...]:
-        """The local shape of a result."""
-        out = self.op.outs[index]
-        assert out is not None
-        return local_shape(out.shape, self.plan.outs[index], self.axis.size, self.rank)
-
-    def in_shape(self, index: int = 0) -> tuple[int, ...]:
-        """The local shape of an operand."""
-        return local_shape(self.op.infos[index].shape, self.plan.uses[index], self.axis.size, self.rank)
-
-    def out_shard(self) -> Shard | None:
-        """The shard of the first result, if it is one."""
-        found = self.plan.outs[0]
-        return found if isinstance(found, Shard) else None
-
-    def in_shard(self, index: int = 0) -> Shard | None:
-        """The shard of an operand, if it is one."""
-        found = self.plan.uses[index]
-        return found if isinstance(found, Shard) else None
-
-    def sizes(self) -> list[int]:
-        """The local shape of the result as a reshape wants it: -1 for the cut dim, which may differ between ranks, or for the rows."""
-        cut, rows = self.out_shard(), self.op.out.rows
-        free = 0 if rows else cut.dim if cut else -1
-        return [-1 if d == free else n for d, n in enumerate(self.out_shape())]
-
-    def set(self, name: str, value: Any) -> None:
-        """Set an argument by its schema name."""
-        for place, argument in enumerate(self.target._schema.arguments):
-            if argument.name == name:
-                if place < len(self.args):
-                    self.args[place] = value
-                else:
-                    self.kwargs[name] = value
-                return
-        raise KeyError(name)
-
-    def where(self) -> dict[str, Any]:
-        """The axis as keyword arguments of our own operators."""
-        return {"group": self.axis.group, "size": self.axis.size, "rank": self.axis.rank}
-
-
-def _unchanged(call: LocalCall) -> None:
-    """Most operators read their sizes off their operands."""
-
-
-def _reshape(call: LocalCall) -> None:
-    call.target, call.args, call.kwargs = aten.reshape.default, [call.args[0], call.sizes()], {}
-
-
-def _squeeze(call: LocalCall) -> None:
-    """Only the dims of the whole value that go: a rank may hold a single element of others."""
-    shape, chosen = call.op.infos[0].shape, call.op.dims()
-    call.target, call.args, call.kwargs = aten.squeeze.dims, [call.args[0], [d for d in chosen if shape[d] == 1]], {}
-
-
-def _expand(call: LocalCall) -> None:
-    out, before = call.out_shape(), call.in_shape()
-    shift = len(out) - len(before)
-    call.set("size", [-1 if d >= shift and before[d - shift] == n else n for d, n in enumerate(out)])
-
-
-def _created(call: LocalCall) -> None:
-    call.set("size", list(call.out_shape()))
-
-
-def _split(call: LocalCall) -> None:
-    dim = call.op.dim()
-    widths = [call.out_shape(k)[dim] for k in range(len(call.op.outs))]
-    call.target, call.args, call.kwargs = aten.split_with_sizes.default, [call.args[0], widths, dim], {}
-
-
-def _slice(call: LocalCall) -> None:
-    """The bounds of a slice among what this rank holds of the dim."""
-    dim, cut = call.op.dim(), call.in_shard()
-    if cut is None or cut.dim != dim:
-        return
-    bounds = slice_bounds(call.op)
-    assert bounds is not None
-    held = cut.ranges(call.axis.size, call.rank)
-    start, stop = (sum(max(0, min(high, b) - low) for low, high in held) for b in bounds)
-    whole = call.op.out.shape[dim] == call.op.infos[0].shape[dim]
-    call.target, call.args, call.kwargs = aten.slice.Tensor, [call.args[0], dim, start, 2**63 - 1 if whole else stop], {}
-
-
-def _ratio(call: LocalCall) -> None:
-    out, before = call.out_shape(), call.in_shape()
-    shift = len(out) - len(before)
-    call.set("repeats", [n // max(1, before[d - shift]) if d >= shift else n for d, n in enumerate(out)])
-
-
-def _interleave(call: LocalCall) -> None:
-    dim = call.op.dim()
-    call.args, call.kwargs = [call.args[0], call.out_shape()[dim] // max(1, call.in_shape()[dim]), dim], {}
-
-
-def _mean(call: LocalCall) -> None:
-    """A mean over a cut dim is the sum of the rank's part over the global count."""
-    if not isinstance(call.plan.outs[0], Partial) or call.in_shard() is None:
-        return
-    count = 1
-    for d in call.op.dims():
-        count *= call.op.infos[0].shape[d]
-    keep, dtype = bool(call.op.arguments.get("keepdim", False)), call.op.arguments.get("dtype")
-    call.target = aten.sum.dim_IntList
-    call.args, call.kwargs = [call.args[0], list(call.op.dims()), keep], {"dtype": dtype} if dtype else {}
-    call.scale = 1.0 / count
-
-
-def _embedding(call: LocalCall) -> None:
-    cut = call.in_shard(0)
-    if cut is None or cut.dim != 0:
-        return
-    padding = call.op.arguments.get("padding_idx", -1)
-    call.target = vocab_parallel.embedding
-    call.args = [call.args[1], call.args[0], padding, cut.dim, cut.repeat, cut.segments]
-    call.kwargs = call.where()
-
-
-def _cross_entropy(call: LocalCall) -> None:
-    cut, logits = call.in_shard(0), call.op.infos[0].shape
-    class_dim = 0 if len(logits) == 1 else 1
-    if cut is None or cut.dim != class_dim:
-        return
-    a = call.op.arguments
-    call.target = vocab_parallel.cross_entropy
-    weight = call.args[2] if len(call.args) > 2 else call.kwargs.get("weight")
-    call.kwargs = {
-        "reduction": "sum" if a["reduction"] == 2 else "none",
-        "ignore_index": a["ignore_index"],
-        "label_smoothing": a["label_smoothing"],
-        **call.where(),
-    }
-    call.args = [*call.args[:2], weight, cut.dim, cut.repeat, cut.segments]
-
-
-def _convolution(call: LocalCall) -> None:
-    groups = int(call.op.arguments.get("groups", 1))
-    weight = call.in_shard(1)
-    if groups > 1 and weight is not None and weight.dim == 0:
-        call.set("groups", call.in_shape(1)[0])
-
-
-def _attention(call: LocalCall) -> None:
-    """Queries that are cut are not the first ones: what they may see follows from their positions."""
-    cut, a = call.in_shard(), call.op.arguments
-    window, causal = a.get("window"), a.get("is_causal", True)
-    if cut is None or cut.dim != len(call.op.infos[0].shape) - 2 or (call.plan.why not in ("ring", "halo") and not causal):
-        return
-    call.args = [*call.args[:3], cut.dim, cut.repeat, cut.segments]
-    call.kwargs = {"window": window, "scale": a["scale"], "enable_gqa": a["enable_gqa"], **call.where()}
-    call.target = {"halo": halo.halo_attention, "ring": ring.ring_attention}.get(call.plan.why, context.causal_attention)
-    if call.plan.why == "ring":
-        call.kwargs["causal"] = causal
-
-
-def _exchanged_again(call: LocalCall) -> None:
-    """A conversion of an outer axis whose dims this axis cuts inside of their parts: it moves what this rank has of each."""
-    for at in range(1, len(call.args) - 2, 3):
-        dim = call.args[at]
-        (whole, local), *_ = sorted(
-            ((call.op.infos[0].shape[dim], call.in_shape()[dim]), (call.op.out.shape[dim], call.out_shape()[dim])), reverse=True
-        )
-        if whole != local:
-            ((units, each),) = call.args[at + 2]
-            call.args[at + 2] = ((units * each * local // whole, 1),)
-
-
-LOCAL: dict[str, Callable[[LocalCall], None]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape),
-    "squeeze": _squeeze,
-    **dict.fromkeys(("expand", "broadcast_to"), _expand),
-    **dict.fromkeys(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn"), _created),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
-    "slice": _slice,
-    "repeat": _ratio,
-    "repeat_interleave": _interleave,
-    "mean": _mean,
-    "embedding": _embedding,
-    "cross_entropy_loss": _cross_entropy,
-    **dict.fromkeys((f"meshpar.ops.collectives.{one.op}" for one in CONVERSIONS.values()), _exchanged_again),
-    **dict.fromkeys(("scaled_dot_product_attention", "meshpar.ops.halo.windowed_attention"), _attention),
-    **dict.fromkeys(("convolution", "conv1d", "conv2d", "conv3d"), _convolution),
-}

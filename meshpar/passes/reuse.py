@@ -13,26 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from meshpar.graph.facts import facts
-from meshpar.ops import collectives, deferred
-
-aten = torch.ops.aten
-_PRODUCTS = {
-    aten.linear.default: (0, 1),
-    aten.mm.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.matmul.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    deferred.linear: (0, 1),
-    deferred.matmul: (0, 1),
-}
-"""Products, and the places of their factors. What is added to a product may get the product's own gradient, not a new one."""
-_VIEWS = frozenset(
-    {aten.view.default, aten.reshape.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default}
-)
+from meshpar.graph.operators import operator_of
+from meshpar.ops import collectives
 
 
 @dataclass(frozen=True)
@@ -54,14 +39,23 @@ class Reuse:
 def _is_own_result(node: fx.Node) -> bool:
     """Whether what `node` reads is a product of its own block that nothing else reads."""
     read = node.args[0]
-    return isinstance(read, fx.Node) and read.target in _PRODUCTS and len(read.users) == 1 and facts(read).region == facts(node).region
+    return (
+        isinstance(read, fx.Node)
+        and read.op == "call_function"
+        and operator_of(read.target).factors is not None
+        and len(read.users) == 1
+        and facts(read).region == facts(node).region
+    )
 
 
 def _makes_gradient(user: fx.Node, node: fx.Node) -> bool:
     """Whether the gradient that `user` has for `node` is a tensor of its own, or a view of one."""
-    if user.target in _VIEWS:
+    if user.op != "call_function":
+        return False
+    row = operator_of(user.target)
+    if row.kind == "view":
         return bool(user.users) and all(_makes_gradient(u, user) for u in user.users)
-    places = _PRODUCTS.get(user.target)
+    places = row.factors
     if places is None or node in user.kwargs.values():
         return False
     return all(arg is not node or place in places for place, arg in enumerate(user.args))

@@ -10,16 +10,23 @@ before                                after
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 
 from meshpar.graph.facts import Extra, info_of
+from meshpar.graph.op import op_name
+from meshpar.graph.operators import operator_of
 from meshpar.ops import deferred
 from meshpar.passes.inputs import add_input
 
-aten = torch.ops.aten
+_LATER: Mapping[str, Callable[..., Tensor]] = {
+    "linear": deferred.linear,
+    **dict.fromkeys(("mm", "matmul", "addmm"), deferred.matmul),
+    "meshpar.grouped_mm": deferred.grouped_mm,
+}
+"""Products -> the same with a queue."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +50,25 @@ class DeferWeightGradients:
 
     def _deferred(self, node: fx.Node) -> tuple[object, tuple[object, ...]] | None:
         """What to call instead, without the queue."""
-        if node.target is aten.linear.default and self._is_parameter(node.args[1]):
-            return deferred.linear, (*node.args[:2], node.args[2] if len(node.args) > 2 else None)
-        if node.target in (aten.mm.default, aten.matmul.default) and self._is_matrix(node.args[1]):
-            return deferred.matmul, (*node.args[:2], None)
-        if node.target is aten.addmm.default and self._is_matrix(node.args[2]) and not node.kwargs and len(_shape(node.args[0])) == 1:
-            return deferred.matmul, (*node.args[1:3], node.args[0])
-        if node.target is torch.ops.meshpar.grouped_mm.default:
-            x, weight, offsets = node.args
-            if self._is_parameter(weight):
-                return deferred.grouped_mm, (x, weight, offsets, False)
-            if isinstance(weight, fx.Node) and weight.target is aten.transpose.int and self._is_parameter(weight.args[0]):
-                dims = sorted(d % 3 for d in weight.args[1:])  # type: ignore[operator]
-                return (deferred.grouped_mm, (x, weight.args[0], offsets, True)) if dims == [1, 2] else None
+        later, factors = _LATER.get(op_name(node.target)), operator_of(node.target).factors
+        if node.op != "call_function" or later is None or factors is None:
+            return None
+        x, weight = (node.args[place] for place in factors)
+        if later is deferred.linear:
+            bias = node.args[2] if len(node.args) > 2 else None
+            return (later, (x, weight, bias)) if self._is_parameter(weight) else None
+        if later is deferred.grouped_mm:
+            return self._grouped(x, weight, node.args[2])
+        added = node.args[0] if factors[0] else None
+        plain = added is None or (not node.kwargs and len(_shape(added)) == 1)
+        return (later, (x, weight, added)) if plain and self._is_matrix(weight) else None
+
+    def _grouped(self, x: object, weight: object, offsets: object) -> tuple[object, tuple[object, ...]] | None:
+        if self._is_parameter(weight):
+            return deferred.grouped_mm, (x, weight, offsets, False)
+        if isinstance(weight, fx.Node) and op_name(weight.target) == "transpose" and self._is_parameter(weight.args[0]):
+            dims = sorted(d % 3 for d in weight.args[1:])  # type: ignore[operator]
+            return (deferred.grouped_mm, (x, weight.args[0], offsets, True)) if dims == [1, 2] else None
         return None
 
     def _is_matrix(self, value: object) -> bool:

@@ -11,13 +11,12 @@ from torch import fx
 from meshpar.compile.ledger import entries
 from meshpar.graph.cost import flops
 from meshpar.graph.facts import facts, info_of
-from meshpar.graph.op import op_name
+from meshpar.graph.operators import operator_of
 from meshpar.ops import context, halo, ring
 from meshpar.ops.random import draw
 from meshpar.plan import AxisPlan, Plan
 from meshpar.report.text import count, table
 from meshpar.roles import ROLES
-from meshpar.sharding.reading import ATTENTION
 from meshpar.sharding.types import Shard
 
 _FORMS = {
@@ -60,7 +59,7 @@ def _form(node: fx.Node, axis: AxisPlan) -> str | None:
     if node.target in _FORMS:
         return _FORMS[node.target]
     drawn = node.target is draw and node.args  # with dropout
-    if op_name(node.args[0] if drawn else node.target) not in ATTENTION:
+    if not operator_of(node.args[0] if drawn else node.target).sequences:
         return None
     part = facts(node).part_of
     outs = next((outs for name, _, outs in part.typed if name == axis.axis), ()) if part is not None else ()

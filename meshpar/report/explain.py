@@ -15,6 +15,7 @@ from torch import fx
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.facts import Info, facts, infos_of
 from meshpar.graph.op import op_name
+from meshpar.graph.operators import operator_of
 from meshpar.pipeline.schedule import Order
 from meshpar.pipeline.timing import Costs, bubble, simulate
 from meshpar.plan import AxisPlan, Comm, ParameterPlan, Plan
@@ -243,20 +244,20 @@ def _words(shape: Sequence[int], type_: Type | None) -> str:
 
 def _reasons(plan: Plan, graph: fx.Graph) -> dict[str, str]:
     """Parameter -> who decided, and what for."""
-    kinds = {str(n.target): _kind_of_use(n) for n in graph.nodes if n.op == "get_attr"}
+    matrices = {str(n.target): _matrix(n) for n in graph.nodes if n.op == "get_attr"}
     blocks = _block_sizes(plan)
     return {
-        name: _reason(one, kinds.get(name, ""), prod(one.shape) / max(1, blocks[_block(name)])) for name, one in plan.parameters.items()
+        name: _reason(one, matrices.get(name, ()), prod(one.shape) / max(1, blocks[_block(name)])) for name, one in plan.parameters.items()
     }
 
 
-def _reason(plan: ParameterPlan, kind: str, share: float) -> str:
+def _reason(plan: ParameterPlan, matrix: tuple[str, ...], share: float) -> str:
     types = (plan.placements.get(name) for name in dividing("weights"))
     type_ = next((type_ for type_ in types if isinstance(type_, Shard)), None)
     if plan.why in _DECIDERS:
         return _DECIDERS[plan.why]
     if type_ is not None:
-        return _CUT.get((kind, type_.dim), "cut like the values it is used with")
+        return _CUT[matrix[type_.dim]] if type_.dim < len(matrix) else "cut like the values it is used with"
     if len(plan.shape) < 2:
         return "a vector: little to gain"
     return f"cutting it costs more than it saves ({100 * share:.1g}% of its block)"
@@ -265,31 +266,29 @@ def _reason(plan: ParameterPlan, kind: str, share: float) -> str:
 _DECIDERS = {"rule": "your rule", "pinned": "as it was placed before", "data": "", "not used by the graph": "the forward does not use it"}
 
 _CUT = {
-    ("linear", 0): "each rank computes its share of the outputs",
-    ("linear", 1): "each rank sums over its share of the inputs",
-    ("embedding", 0): "each rank looks up its share of the rows",
-    ("embedding", 1): "each rank looks up its share of the features",
-    ("grouped_mm", 0): "each rank holds its share of the experts",
+    "outputs": "each rank computes its share of the outputs",
+    "inputs": "each rank sums over its share of the inputs",
+    "rows": "each rank looks up its share of the rows",
+    "features": "each rank looks up its share of the features",
+    "experts": "each rank holds its share of the experts",
 }
+"""What it means to cut a dim, by what the dim is to the operator."""
 
 
-def _kind_of_use(node: fx.Node) -> str:
-    """The operator that consumes a parameter, seen through conversions and views."""
+def _matrix(node: fx.Node) -> tuple[str, ...]:
+    """What the dims of a parameter are to the operator that consumes it, seen through conversions and views."""
     seen = node
     while (user := next((u for u in seen.users if u.op == "call_function"), None)) is not None:
-        name = op_name(user.target).rpartition(".")[2]
-        if name in ("embedding", "linear", "grouped_mm"):
-            return name
+        row = operator_of(user.target)
+        if row.matrix:
+            return row.matrix
         if facts(user).joined:  # several values at once: go on with this one's result
             index = user.args.index(seen)
             user = next((u for u in user.users if u.args[1] == index), user)
-        elif facts(user).conversion is None and name not in _THROUGH:
-            return ""
+        elif facts(user).conversion is None and row.kind not in ("view", "copy"):
+            return ()
         seen = user
-    return ""
-
-
-_THROUGH = frozenset("view reshape transpose t permute unsqueeze squeeze _to_copy to clone".split())
+    return ()
 
 
 def _block(name: str) -> str:

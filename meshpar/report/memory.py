@@ -12,8 +12,7 @@ from torch import fx
 
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Info, facts, info_of, infos_of
-from meshpar.graph.op import op_name
-from meshpar.ops import collectives
+from meshpar.graph.operators import ARITHMETIC, operator_of
 from meshpar.pipeline.schedule import Order
 from meshpar.plan import ParameterPlan, Plan
 from meshpar.report.text import count, table
@@ -161,23 +160,6 @@ def _unit(name: str) -> str:
 
 # ---- activations -----------------------------------------------------------------------------------------------------------------------
 
-_SAVES: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("add", "sub", "neg", "sum", "mean", "clone", "_to_copy", "to", "cat", "stack", "contiguous", "constant_pad_nd", "slice_scatter"),
-        "",
-    ),
-    **dict.fromkeys(("exp", "sqrt", "rsqrt", "tanh", "sigmoid", "softmax", "_softmax", "_log_softmax", "log_softmax", "relu"), "out"),
-    **dict.fromkeys(("embedding", "gather", "index_select"), "index"),
-    "scaled_dot_product_attention": "in out",
-}
-"""What the backward of an operator reads: its operands ("in"), its results ("out"), nothing, or integers only. Others: their operands."""
-
-_VIEWS = frozenset(
-    "view reshape _unsafe_view expand permute transpose t unsqueeze squeeze select slice split split_with_sizes chunk unbind detach alias "
-    "flatten unflatten movedim swapaxes getitem i_to_r i_to_r_many r_to_i".split()
-)
-_KEPT_BY_SELECTIVE = frozenset("linear mm bmm addmm baddbmm matmul scaled_dot_product_attention grouped_mm".split())
-
 
 def activations(graph: fx.Graph, recompute: str = "none") -> int:
     """Bytes that backward reads again: each tensor once, however many views and operators share it; parameters and inputs not counted."""
@@ -200,7 +182,7 @@ def _lasting(graph: fx.Graph, recompute: str) -> tuple[int, int]:
             for source in node.all_input_nodes:
                 if facts(source).region != block:
                     _add(saved, source)
-            if recompute == "selective" and _name(node) in _KEPT_BY_SELECTIVE:
+            if recompute == "selective" and operator_of(node.target).kind in ARITHMETIC:
                 _add(saved, node)
         most = max(most, sum(_saved(own).values()))  # one block at a time is computed again
     return sum(saved.values()), most
@@ -209,35 +191,29 @@ def _lasting(graph: fx.Graph, recompute: str) -> tuple[int, int]:
 def _saved(nodes: Any) -> dict[tuple[fx.Node, int], int]:
     saved: dict[tuple[fx.Node, int], int] = {}
     for node in nodes:
-        if node.op == "call_function" and _name(node) not in _VIEWS and _is_trained(node):
+        if node.op == "call_function" and not operator_of(node.target).view and _is_trained(node):
             for kept in _reads(node):
                 _add(saved, kept)
     return saved
 
 
 def _reads(node: fx.Node) -> Iterator[fx.Node]:
-    what = _SAVES.get(_name(node), "in" if getattr(node.target, "__module__", "") != collectives.__name__ else "")
-    if _name(node) in ("mul", "div") and len(node.all_input_nodes) == 1:
-        return  # by a number
-    if "in" in what.split():
-        yield from node.all_input_nodes
-    if "out" in what.split():
+    what, given = operator_of(node.target).saves, node.all_input_nodes
+    if what in ("operands", "operands and results") or (what == "others" and len(given) > 1):
+        yield from given
+    if what in ("results", "operands and results"):
         yield node
-    if what == "index":
-        yield from (n for n in node.all_input_nodes if not _is_trained(n))
+    if what == "indices":
+        yield from (n for n in given if not _is_trained(n))
 
 
 def _add(saved: dict[tuple[fx.Node, int], int], node: fx.Node) -> None:
     """Count the memory behind a value once."""
-    while node.op == "call_function" and _name(node) in _VIEWS and node.all_input_nodes:
+    while node.op == "call_function" and operator_of(node.target).view and node.all_input_nodes:
         node = node.all_input_nodes[0]
     for index, one in enumerate(infos_of(node) if node.op == "call_function" else ()):
         if isinstance(one, Info):
             saved[node, index] = one.nbytes
-
-
-def _name(node: fx.Node) -> str:
-    return op_name(node.target).rpartition(".")[2]
 
 
 def _is_trained(node: fx.Node) -> bool:

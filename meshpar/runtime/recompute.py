@@ -15,21 +15,13 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from meshpar._torch import draws
 from meshpar.graph.facts import facts
+from meshpar.graph.op import op_name
+from meshpar.graph.operators import ARITHMETIC, OPERATORS, draws
 
 Mode = Literal["none", "selective", "full"]
 BlockCode = Callable[..., Any]
 
-_EXPENSIVE = frozenset(
-    """
-    aten::mm aten::addmm aten::bmm aten::baddbmm aten::_scaled_mm aten::_grouped_mm aten::_int_mm aten::convolution aten::mv aten::dot
-    aten::_scaled_dot_product_flash_attention aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_cudnn_attention
-    aten::_scaled_dot_product_efficient_attention aten::_scaled_dot_product_fused_attention_overrideable aten::_flash_attention_forward
-    aten::_efficient_attention_forward aten::_scaled_dot_product_attention_math_for_mps
-    """.split()
-)
-"""Operators whose result is saved, by the name autograd's backend sees."""
 _COLLECTIVES = ("_c10d_functional::", "c10d_functional::", "_dtensor::")
 
 
@@ -56,12 +48,12 @@ def wrap(code: BlockCode, mode: Mode, graph: fx.Graph) -> BlockCode:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
-    return facts(node).seed is not None or draws(node.target)
+    return facts(node).seed is not None or draws(node)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = op.name().split(".")[0]
-    keep = name in _EXPENSIVE or name.startswith(_COLLECTIVES)
+    row = OPERATORS.get(op_name(op))
+    keep = row.kind in ARITHMETIC if row is not None else op.name().startswith(_COLLECTIVES)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

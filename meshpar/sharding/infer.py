@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import fx
 
 from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import Op, Value, kind_of, read, value_of
+from meshpar.graph.operators import OPERATORS, operator_of
 from meshpar.sharding.extents import Extents, Pattern, join, nest
-from meshpar.sharding.notation import Dim, Signature
-from meshpar.sharding.rules import rule_for
+from meshpar.sharding.notation import Dim, Dims, Signature
 
 Axes = tuple[int | None, ...]
 """The extent of every dim of a value; None for dims of size 1."""
@@ -54,6 +55,38 @@ def infer(graph: fx.Graph) -> Inference:
     return Inference(extents, dims, calls)
 
 
+def signature_of(op: Op) -> Signature | None:
+    """What the rule of an operator says of a call, or None where it has none and must run on invariant values."""
+    rule = operator_of(op.node.target).rule
+    if rule is None or (op.name not in OPERATORS and _only_forward(op)):
+        return None
+    if "dim" in op.arguments and op.infos and not op.infos[0].shape:
+        return None  # along the dim that a number is taken to have: nothing to cut
+    found = rule(op)
+    return found if found is not None and _fits(found, op) else None
+
+
+def _only_forward(op: Op) -> bool:
+    """Whether torch's tag, by which an operator without a row is known, speaks of its forward alone."""
+    return not op.infos or (op.nature is not None and not op.nature.elementwise)
+
+
+def _fits(found: Signature, op: Op) -> bool:
+    return (
+        len(found.inputs) == len(op.infos)
+        and all(_spells(dims, i.shape, found) for dims, i in zip(found.inputs, op.infos, strict=True))
+        and len(found.outputs) >= sum(o is not None for o in op.outs)
+        and all(o is None or _spells(dims, o.shape, found) for dims, o in zip(found.outputs, op.outs, strict=False))
+    )
+
+
+def _spells(dims: Dims, shape: Sequence[int], found: Signature) -> bool:
+    """Whether the names of every dim make up its size."""
+    return len(dims) == len(shape) and all(
+        not dim or sum(prod(found.sizes[name] for name in segment) for segment in dim) == n for dim, n in zip(dims, shape, strict=True)
+    )
+
+
 def _fresh(extents: Extents, shape: tuple[int, ...]) -> Axes:
     return tuple(extents.new(n) if n > 1 else None for n in shape)
 
@@ -61,7 +94,7 @@ def _fresh(extents: Extents, shape: tuple[int, ...]) -> Axes:
 def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node, signatures: dict[tuple[object, ...], Signature | None]) -> BoundOp:
     op, kind = read(node), kind_of(node)
     if kind not in signatures:
-        signatures[kind] = rule_for(op)
+        signatures[kind] = signature_of(op)
     signature = signatures[kind]
     names: dict[str, int] = {}
     if signature is not None:

@@ -20,12 +20,13 @@ from torch import fx
 from meshpar.errors import PlanError
 from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import Value, operands, value_info, value_of
+from meshpar.graph.operators import ARITHMETIC, operator_of
 from meshpar.roles import Divides
 from meshpar.sharding import attention
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import BoundOp
 from meshpar.sharding.price import Price
-from meshpar.sharding.reading import ATTENTION, MATRIX, WITH_MATRICES, Reading
+from meshpar.sharding.reading import Reading
 from meshpar.sharding.types import I, Owned, R, Shard, Type, plain
 from meshpar.sharding.typings import Choice, at_rest
 
@@ -293,10 +294,10 @@ class SequencePolicy(Policy):
 
     def revised(self, call: BoundOp, found: Sequence[Choice], work: float, unit: float) -> Sequence[Choice]:
         """Matrices are used whole (gathering what meets them would grow with the sequence); a product is repeated as the last resort."""
-        if call.op.name not in MATRIX:
+        if (row := operator_of(call.op.node.target)).kind not in ARITHMETIC:
             return found
-        kept = [one for one in found if call.op.name not in WITH_MATRICES or not self._cuts_a_matrix(call, one)]
-        if call.op.name in ATTENTION:
+        kept = [one for one in found if row.kind != "product" or not self._cuts_a_matrix(call, one)]
+        if row.sequences:
             kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.request.price, work)])
         return [one if _is_cut(one) else replace(one, cost=one.cost + _REPEATED * unit) for one in kept]
 
@@ -314,7 +315,7 @@ class SequencePolicy(Policy):
         """The sequences along which causal attention grows, where they can be dealt out in twice as many pieces as there are ranks."""
         found: set[int] = set()
         for node, call in self.reading.inference.calls.items():
-            if call.op.name in ATTENTION and call.op.arguments.get("is_causal", True):
+            if operator_of(call.op.node.target).sequences and call.op.arguments.get("is_causal", True):
                 value = value_of(operands(node)[0])
                 one = self.reading.inference.dims[value][-2]
                 found.update(() if one is None else [self.reading.inference.extents.find(one)])

@@ -11,21 +11,10 @@ from torch import fx
 
 from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import Value, operands, value_info, value_of
+from meshpar.graph.operators import ARITHMETIC, operator_of
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import Inference
 from meshpar.sharding.types import Shard
-
-WITH_MATRICES = frozenset("linear mm bmm addmm baddbmm matmul einsum meshpar.grouped_mm".split())
-"""Products whose parameters are matrices, not filters."""
-ATTENTION = frozenset("scaled_dot_product_attention meshpar.ops.halo.windowed_attention".split())
-"""Attention of whole sequences."""
-MATRIX = (
-    WITH_MATRICES
-    | ATTENTION
-    | frozenset("convolution conv1d conv2d conv3d".split())
-    | frozenset(f"meshpar.ops.{name}_attention" for name in ("context.causal", "ring.ring", "halo.halo"))
-)
-"""Operators bound by arithmetic."""
 
 
 class Reading:
@@ -77,7 +66,7 @@ class Reading:
         """Factors a matrix of the model sums over: the hidden size of the residual stream is one of them."""
         found: set[int] = set()
         for call in self.inference.calls.values():
-            if call.signature is None or call.op.name not in MATRIX:
+            if call.signature is None or operator_of(call.op.node.target).kind not in ARITHMETIC:
                 continue
             if not any(n.op == "get_attr" for n in call.op.operands):
                 continue

@@ -1,24 +1,20 @@
-"""The table of rules: what every operator allows, one line each.
+"""Rules: what operators allow, as functions of a call. Which operator obeys which is said in its row of `graph.operators`.
 
-A row is notation (see `notation`) plus the sets of operands in which the operator is linear. Pointwise operators, reductions and
-rearrangements are families, found by torch's own tags and by name. An operator without a rule still runs correctly: on invariant values.
-
-Users add rows with `add_rule("mylib.my_op", "n [c], [c] -> n [c]")`.
+Most are one line of notation (see `notation`) plus the sets of operands in which the operator is linear. Those below depend on arguments.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from math import prod
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
-from meshpar._torch import draws
+from meshpar.graph.flops import spelled
 from meshpar.graph.op import Op
-from meshpar.sharding.conversions import CONVERSIONS
 from meshpar.sharding.notation import Dim, Dims, Signature, bind
-from meshpar.sharding.views import VIEWS, Rule, fixed_dims, named, sizes_of
+from meshpar.sharding.views import Rule, fixed_dims, named, sizes_of
 
 
 def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[str] = (), counts: Iterable[tuple[int, str]] = ()) -> Rule:
@@ -37,11 +33,6 @@ def row(text: str, *, linear: Iterable[Iterable[int]] = (), gathers: Iterable[st
 
 # -- pointwise ---------------------------------------------------------------------------------------------------------------------------
 
-_JOINTLY = {"add", "sub", "rsub", "add_", "sub_", "subtract"}
-_EACH = {"mul", "mul_", "multiply"}
-_FIRST = {"div", "div_", "neg", "to", "_to_copy", "type_as", "clone", "positive", "real", "conj"}
-_CHOICE = {"where"}
-
 
 def pointwise(op: Op) -> Signature:
     """Dims aligned from the right; a dim of size 1 against a larger one is broadcast. (The example of `type_as` may have more dims.)"""
@@ -51,7 +42,17 @@ def pointwise(op: Op) -> Signature:
     for shape in op.shapes:
         shift = len(out) - len(shape)
         inputs.append(tuple(names[i + shift] if i + shift >= 0 and n == out[i + shift] else () for i, n in enumerate(shape)))
-    return Signature(tuple(inputs), (names,) * len(op.outs), sizes_of("d", out), frozenset(), tuple(frozenset(g) for g in _linear(op)))
+    return Signature(tuple(inputs), (names,) * len(op.outs), sizes_of("d", out))
+
+
+def elementwise(linear: Linear) -> Rule:
+    """As `pointwise`, linear in the sets of operands that `linear` says."""
+    return lambda op: replace(pointwise(op), linear=tuple(frozenset(group) for group in linear(op)))
+
+
+def pointwise_or(rule: Rule) -> Rule:
+    """`pointwise` in the forms that carry torch's tag (`max` of two tensors), else `rule` (`max` along a dim)."""
+    return lambda op: pointwise(op) if torch.Tag.pointwise in getattr(op.node.target, "tags", ()) else rule(op)
 
 
 def uncut(op: Op) -> Signature:
@@ -61,22 +62,41 @@ def uncut(op: Op) -> Signature:
     return Signature(names, names, sizes, frozenset(sizes))
 
 
-def _linear(op: Op) -> list[set[int]]:
-    count = len(op.infos)
-    if op.name in _JOINTLY:
-        tensors = [a for a in ("self", "other") if isinstance(op.arguments.get(a), torch.fx.Node)]
-        return [set(range(count))] if len(tensors) == 2 else []
-    if op.name in _EACH:
-        return [{i} for i in range(count)] if op.node.args[0] is not op.node.args[-1] else []
-    if op.name in {"div", "divide", "true_divide"}:
-        return [{0}] if isinstance(op.arguments.get("self"), torch.fx.Node) and op.arguments.get("rounding_mode") is None else []
-    if op.name in {"_to_copy", "to", "type_as"}:
-        return [{0}] if _widens(op) else []
-    if op.name in _FIRST:
-        return [{0}]
-    if op.name in _CHOICE and count == 3:
-        return [{1, 2}]
+Linear = Callable[[Op], list[set[int]]]
+"""Sets of operands in which a call is linear."""
+
+
+def nowhere(op: Op) -> list[set[int]]:
     return []
+
+
+def jointly(op: Op) -> list[set[int]]:
+    """x + y, of two tensors: a number added to a pending sum would be added by every rank."""
+    tensors = [a for a in ("self", "other") if isinstance(op.arguments.get(a), torch.fx.Node)]
+    return [set(range(len(op.infos)))] if len(tensors) == 2 else []
+
+
+def each(op: Op) -> list[set[int]]:
+    """x * y: in x and in y, unless they are the same."""
+    return [{i} for i in range(len(op.infos))] if op.node.args[0] is not op.node.args[-1] else []
+
+
+def first(op: Op) -> list[set[int]]:
+    return [{0}]
+
+
+def quotient(op: Op) -> list[set[int]]:
+    """x / y: in x, unless it is rounded."""
+    return [{0}] if isinstance(op.arguments.get("self"), torch.fx.Node) and op.arguments.get("rounding_mode") is None else []
+
+
+def widened(op: Op) -> list[set[int]]:
+    return [{0}] if _widens(op) else []
+
+
+def choice(op: Op) -> list[set[int]]:
+    """where(mask, x, y): in x and y together."""
+    return [{1, 2}] if len(op.infos) == 3 else []
 
 
 def _widens(op: Op) -> bool:
@@ -87,21 +107,31 @@ def _widens(op: Op) -> bool:
 
 # -- reductions --------------------------------------------------------------------------------------------------------------------------
 
-_SUMS = {"sum", "mean", "nansum", "count_nonzero"}
-
 
 def reduction(op: Op) -> Signature:
-    """Sums leave a pending sum when a summed dim is sharded; other reductions need the whole dim."""
+    """Reduced dims are needed whole."""
+    found = counted(op)
+    return replace(found, fixed=frozenset(f"d{i}" for i in op.dims()))
+
+
+def summed(op: Op) -> Signature:
+    """Sums and means: linear, and a pending sum where a summed dim is sharded."""
+    return replace(counted(op), linear=(frozenset({0}),))
+
+
+def counted(op: Op) -> Signature:
+    """Sums of something made of each element: a pending sum where a summed dim is sharded."""
     shape = op.infos[0].shape
     gone = set(op.dims())
     base = named("d", shape)
     keep = op.out.shape
     kept = tuple(base[i] if i not in gone else () for i in range(len(shape)))
     out: Dims = kept if len(keep) == len(shape) else tuple(d for i, d in enumerate(kept) if i not in gone)
-    summed = op.name in _SUMS
-    fixed = frozenset() if summed else frozenset(f"d{i}" for i in gone)
-    linear = (frozenset({0}),) if op.name in {"sum", "mean"} else ()
-    return Signature((base,), (out,) * len(op.outs), sizes_of("d", shape), fixed, linear)
+    return Signature((base,), (out,) * len(op.outs), sizes_of("d", shape))
+
+
+along_dim = fixed_dims(lambda op: [op.dim()], linear=False)
+"""softmax and cumulative operators: along one dim, which is needed whole."""
 
 
 # -- rows that need the arguments --------------------------------------------------------------------------------------------------------
@@ -129,18 +159,8 @@ def einsum(op: Op) -> Signature | None:
     left, arrow, out = str(op.arguments["equation"]).replace(" ", "").partition("->")
     if not arrow:
         return None
-    text = ", ".join(" ".join(t) for t in _spelled(left.split(","), op.shapes)) + " -> " + " ".join(_spelled([out], [op.out.shape])[0])
-    return row(text, linear=tuple((i,) for i in range(len(op.infos))))(op)
-
-
-def _spelled(terms: Sequence[str], shapes: Sequence[Sequence[int]]) -> list[list[str]]:
-    """Each term of an einsum, letter by letter; the dims of "..." are counted from the right."""
-    found = []
-    for term, shape in zip(terms, shapes, strict=True):
-        before, dots, after = term.partition("...")
-        more = len(shape) - len(before) - len(after)
-        found.append([*before, *(f"dots{more - i}" for i in range(more if dots else 0)), *after])
-    return found
+    terms = [" ".join(spelled(term, len(shape))) for term, shape in zip([*left.split(","), out], [*op.shapes, op.out.shape], strict=True)]
+    return row(f"{', '.join(terms[:-1])} -> {terms[-1]}", linear=tuple((i,) for i in range(len(op.infos))))(op)
 
 
 def embedding(op: Op) -> Signature | None:
@@ -524,183 +544,3 @@ def _evenly(op: Op) -> dict[int, int]:
         if repeat == 1 and len(segments) == 1 and segments[0][0] % size == 0 and op.infos[0].shape[dim] != op.out.shape[dim]:
             found[dim] = size
     return found
-
-
-_COLLECTIVES = ("i_to_r_many", *(c.op for c in CONVERSIONS.values()))
-
-RULES: dict[str, Rule] = {
-    # matrices
-    "linear": row("... i, o i, o -> ... o", linear=((0, 2), (1, 2))),
-    "mm": row("i k, k j -> i j", linear=((0,), (1,))),
-    "bmm": row("b i k, b k j -> b i j", linear=((0,), (1,))),
-    "addmm": added("n o", "n i, i o -> n o"),
-    "baddbmm": added("b i j", "b i k, b k j -> b i j"),
-    "matmul": matmul,
-    "mv": row("i k, k -> i", linear=((0,), (1,))),
-    "dot": row("k, k -> ", linear=((0,), (1,))),
-    "outer": row("i, j -> i j", linear=((0,), (1,))),
-    "einsum": einsum,
-    "bilinear": row("... i, ... j, o i j, o -> ... o", linear=((0, 3), (1, 3), (2, 3))),
-    "cdist": row("... i [c], ... j [c] -> ... i j"),
-    "scaled_dot_product_attention": attention,
-    "meshpar.ops.halo.windowed_attention": attention,
-    **dict.fromkeys((f"meshpar.ops.{name}_attention" for name in ("context.causal", "ring.ring", "halo.halo")), attention_of_a_part),
-    "convolution": convolution,
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed_convolution),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
-    # lookups
-    "embedding": embedding,
-    "index": index,
-    "index_select": index_select,
-    **dict.fromkeys(("gather", "take_along_dim"), gather),
-    **dict.fromkeys(("scatter", "scatter_add"), scatter),
-    "one_hot": one_hot,
-    **dict.fromkeys(("slice_scatter", "select_scatter"), written),
-    # experts: a rank's tokens have its rows, the ends of every expert's rows add up; the matrices of every expert are cut alike
-    "meshpar.dispatch": row("t [h], t [k] -> (t k) [h], [x], (t k)"),
-    "meshpar.grouped_mm": row("n i, [x] i o, [x] -> n o", linear=((0,), (1,)), counts=((2, "n"),)),
-    "meshpar.row_expert": row_expert,
-    "meshpar.expect": whole,
-    "meshpar.ctc_loss": ctc_loss,
-    "meshpar.combine": row("(t k) h, (t k), t [k] -> t h", linear=((0,), (2,))),
-    "meshpar.ops.expert_all_to_all.send_rows": row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)),
-    "meshpar.ops.expert_all_to_all.return_rows": row("[n] h, [s] [r], [m], [m] -> [n] h", linear=((0,),)),
-    # norms, softmax
-    **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), normalised),
-    **dict.fromkeys(
-        (
-            "_native_batch_norm_legit_functional",
-            "_native_batch_norm_legit",
-            "_native_batch_norm_legit_no_training",
-            "native_batch_norm",
-            "batch_norm",
-        ),
-        batch_norm,
-    ),
-    "group_norm": group_norm,
-    "_weight_norm": weight_norm,
-    **dict.fromkeys(
-        ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumprod", "logcumsumexp", "cummax", "cummin"),
-        fixed_dims(lambda op: [op.dim()], linear=False),
-    ),
-    # losses
-    "cross_entropy_loss": cross_entropy,
-    **dict.fromkeys(("nll_loss", "nll_loss_nd", "nll_loss2d"), label_loss),
-    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div"), loss_by_element),
-    **dict.fromkeys(("binary_cross_entropy", "binary_cross_entropy_with_logits"), loss_by_element),
-    # activations and layers of their own kind
-    "glu": glu,
-    "prelu": prelu,
-    "unfold": unfolded,
-    "im2col": row("... c [h] [w] -> ... (c k) [l]", linear=((0,),)),
-    "col2im": row("... (c k) [l] -> ... c [h] [w]", linear=((0,),)),
-    "fft_fftn": fixed_dims(lambda op: op.dims(), linear=True),
-    "index_add": index_add,
-    "diff": differences,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
-    "lstm_cell": row("b [i], b [h], b [h], [g] [i], [g] [h], [g], [g] -> b [h], b [h]"),
-    **dict.fromkeys(("gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), row("b [i], b [h], [g] [i], [g] [h], [g], [g] -> b [h]")),
-    "cosine_similarity": cosine_similarity,
-    # reductions
-    **dict.fromkeys(
-        (
-            "sum",
-            "mean",
-            "nansum",
-            "amax",
-            "amin",
-            "any",
-            "all",
-            "logsumexp",
-            "var",
-            "std",
-            "var_mean",
-            "std_mean",
-            "prod",
-            "kthvalue",
-            "mode",
-        ),
-        reduction,
-    ),
-    **dict.fromkeys(("max", "min", "argmax", "argmin", "linalg_vector_norm", "norm", "count_nonzero", "median"), reduction),
-    # shape-preserving with one dim needed whole
-    **dict.fromkeys(("topk", "sort", "argsort"), searched),
-    **dict.fromkeys(("pad", "constant_pad_nd"), padding),
-    **dict.fromkeys(
-        ("max_pool2d", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool2d", "max_pool2d_with_indices", "upsample_nearest2d"), pooling
-    ),
-    **dict.fromkeys(("_adaptive_avg_pool2d", "adaptive_avg_pool1d", "max_pool1d"), pooling),
-    **dict.fromkeys(("avg_pool3d", "max_pool3d", "adaptive_avg_pool3d", "max_pool3d_with_indices", "adaptive_max_pool2d"), pooling),
-    **dict.fromkeys(
-        ("upsample_nearest1d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest3d"), pooling
-    ),
-    # these carry no pointwise tag, or not in every form
-    **dict.fromkeys(
-        ("_to_copy", "to", "type_as", "where", "masked_fill", "copy", "complex", "polar", "log_sigmoid", "hardswish"), pointwise
-    ),
-    **dict.fromkeys(("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"), pointwise),
-    # other names for operators that carry one
-    **dict.fromkeys(("multiply", "divide", "true_divide", "subtract", "greater", "greater_equal", "less", "less_equal"), pointwise),
-    "meshpar.hooked": uncut,
-    "meshpar.hooked_parts": pointwise,
-    "view_as_complex": row("... [c] -> ..."),
-    "view_as_real": row("... -> ... [c]"),
-    # random
-    **dict.fromkeys(("dropout", "native_dropout", "bernoulli", "rand_like", "randn_like"), dropout),
-    # created
-    **dict.fromkeys(
-        ("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"),
-        created,
-    ),
-    **dict.fromkeys(("scalar_tensor", "new_empty", "randn", "rand"), created),
-    **VIEWS,
-    **dict.fromkeys((f"meshpar.ops.collectives.{n}" for n in _COLLECTIVES), collective),
-}
-
-
-def rule_for(op: Op) -> Signature | None:
-    """The signature of an operator call, or None when it has no rule and must run on invariant values."""
-    rule = RULES.get(op.name)
-    if rule is None:
-        tags: Sequence[object] = getattr(op.node.target, "tags", ())
-        if torch.Tag.pointwise not in tags or draws(op.node.target) or not op.infos:
-            return None
-        if op.nature is not None and not op.nature.elementwise:
-            return None  # the tag speaks of the forward
-        rule = pointwise
-    elif "dim" in op.arguments and op.infos and not op.infos[0].shape:
-        return None  # along the dim that a number is taken to have: nothing to cut
-    elif op.infos and op.name in _POINTWISE_FIRST and torch.Tag.pointwise in getattr(op.node.target, "tags", ()):
-        rule = pointwise
-    found = rule(op)
-    return found if found is not None and _fits(found, op) else None
-
-
-_POINTWISE_FIRST = {"max", "min", "clone"}
-
-
-def _fits(found: Signature, op: Op) -> bool:
-    return (
-        len(found.inputs) == len(op.infos)
-        and all(_spells(dims, i.shape, found) for dims, i in zip(found.inputs, op.infos, strict=True))
-        and len(found.outputs) >= sum(o is not None for o in op.outs)
-        and all(o is None or _spells(dims, o.shape, found) for dims, o in zip(found.outputs, op.outs, strict=False))
-    )
-
-
-def _spells(dims: Dims, shape: Sequence[int], found: Signature) -> bool:
-    """Whether the names of every dim make up its size."""
-    return len(dims) == len(shape) and all(
-        not dim or sum(prod(found.sizes[name] for name in segment) for segment in dim) == n for dim, n in zip(dims, shape, strict=True)
-    )
-
-
-def add_rule(name: str, text: str, *, linear: Iterable[Iterable[int]] = ()) -> None:
-    """Teach meshpar an operator: `name` is "namespace.op", `text` its rule, `linear` the operand sets it is linear in.
-
-    Raises ValueError when the text is not a rule.
-
-    >>> add_rule("mylib.scale_rows", "n c, n -> n c", linear=[(0,), (1,)])
-    """
-    bind(text, [], [])
-    RULES[name] = row(text, linear=linear)

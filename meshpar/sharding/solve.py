@@ -17,20 +17,15 @@ from torch import fx
 from meshpar.errors import PlanError
 from meshpar.graph.facts import Info, facts, info_of, infos_of
 from meshpar.graph.op import Value, op_name, operands, value_info, value_of
+from meshpar.graph.operators import ARITHMETIC, operator_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
 from meshpar.sharding.infer import BoundOp, Inference, infer
 from meshpar.sharding.milp import Problem, ProgramStep, choose, possible
 from meshpar.sharding.policy import POLICIES, Request
-from meshpar.sharding.reading import MATRIX, Reading
+from meshpar.sharding.reading import Reading
 from meshpar.sharding.types import I, Shard, Type, plain
 from meshpar.sharding.typings import Choice, E, choices
-
-_FREE = frozenset(
-    "view reshape _unsafe_view transpose permute expand unsqueeze squeeze t slice select split split_with_sizes chunk unbind".split()
-    + ["detach", "alias"]
-)
-"""Operators that touch no memory."""
 
 _WHOLE = 300.0
 """Leaving all matrices of a block whole costs as much as gathering its largest activation this many times."""
@@ -222,9 +217,11 @@ class _Solver:
     def _work(self, call: BoundOp) -> float:
         infos = [i for i in (*call.op.infos, *call.op.outs) if i is not None]
         grad = 3.0 if any(i.requires_grad for i in infos) else 1.0
-        if call.op.name in _FREE:
+        row = operator_of(call.op.node.target)
+        if row.view:
             return 0.0
-        flops = 2.0 * prod(call.signature.sizes.values()) if call.signature and call.op.name in MATRIX else 0.0
+        # Of all sizes: what a convolution does at most, so that none is repeated to save a message.
+        flops = 2.0 * prod(call.signature.sizes.values()) if call.signature and row.kind in ARITHMETIC else 0.0
         return grad * self.price.compute(flops, sum(i.nbytes for i in infos))
 
     def _whole_prices(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, float]:

@@ -278,9 +278,9 @@ def repeat_interleave(op: Op) -> Signature | None:
     return signature(op, [base], [out], {**sizes, "copy": times})
 
 
-VIEWS: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), reshape),
-    **dict.fromkeys(("squeeze", "squeeze_", "unsqueeze"), squeeze),
+    **dict.fromkeys(("squeeze", "unsqueeze"), squeeze),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), permuted(_transpose)),
     **dict.fromkeys(("mT", "adjoint", "mH"), permuted(_last_two)),
     **dict.fromkeys(("t", "numpy_T"), permuted(lambda op: list(range(len(op.infos[0].shape)))[::-1])),
@@ -301,5 +301,6 @@ VIEWS: dict[str, Rule] = {
     ),
     "repeat": repeat,
     "repeat_interleave": repeat_interleave,
-    **dict.fromkeys(("clone", "alias", "detach", "contiguous", "lift_fresh_copy"), fixed_dims(lambda op: ())),
+    **dict.fromkeys(("alias", "detach", "contiguous", "lift_fresh_copy"), fixed_dims(lambda op: ())),
 }
+"""The rules of operators that only rearrange; the rest of what is known of these is in `graph.operators`."""

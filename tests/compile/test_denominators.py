@@ -30,6 +30,7 @@ class Net(nn.Module):
             "ce": lambda: F.cross_entropy(y.flatten(0, 1), labels.flatten()),
             "scaled": lambda: 0.5 * F.cross_entropy(y.flatten(0, 1), labels.flatten(), reduction="sum") / (labels != -100).sum(),
             "penalty": lambda: 0.1 * self.first.weight.pow(2).sum(),
+            "soft": lambda: F.cross_entropy(y.flatten(0, 1), x.flatten(0, 1)[:, :1].sigmoid().expand(-1, 5)) / (labels != -100).sum(),
             "balance": lambda: y.mean((0, 1)).pow(2).sum(),
         }
         return sum((found[t]() for t in self.terms[1:]), found[self.terms[0]]())
@@ -86,6 +87,16 @@ def test_other_terms_are_averaged_and_named() -> None:
     balance = [_reference(_with(model, "balance"), [p]) for p in parts]
     torch.testing.assert_close(loss, ce + sum(b[0] for b in balance) / PARTS)
     torch.testing.assert_close(grad, ce_grad + sum(b[1] for b in balance) / PARTS)
+    assert len(averaged) == 1
+
+
+def test_a_mean_over_samples_is_no_sum_whatever_it_is_divided_by() -> None:
+    """Cross entropy with probabilities stays a mean: over the count of the step it would be a third of what it is."""
+    model, parts = Net("soft").double(), _batches()
+    loss, grad, averaged = _step(model, parts)
+    each = [_reference(model, [p]) for p in parts]
+    torch.testing.assert_close(loss, sum(e[0] for e in each) / PARTS)
+    torch.testing.assert_close(grad, sum(e[1] for e in each) / PARTS)
     assert len(averaged) == 1
 
 

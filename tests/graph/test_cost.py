@@ -37,6 +37,19 @@ def test_counts_by_hand() -> None:
     assert found["transpose"] == found["slice"] == (0, 0)
 
 
+class Products(nn.Module):
+    def forward(self, x: Tensor, v: Tensor, image: Tensor) -> tuple[Tensor, ...]:
+        return torch.einsum("bij,bkj->bik", x, x), torch.mv(x[0], v), torch.dot(v, v), x[:, v.argsort()], x.unfold(1, 2, 2)
+
+
+def test_every_product_counts_and_every_view_is_free() -> None:
+    """The solver knew einsum as a product, this file did not; unfold was a view here and nowhere else; a look-up read its whole table."""
+    found = costs(Products(), torch.randn(2, 8, 4), torch.randn(4), torch.randn(2, 4, 6, 6))
+    assert found["einsum"][0] == 2 * 2 * 8 * 8 * 4 and found["mv"][0] == 2 * 8 * 4 and found["dot"][0] == 2 * 4
+    assert found["unfold"] == (0, 0)
+    assert found["index"] == (0, 2 * 4 * 2 * 4 * 4)
+
+
 def test_a_transformer_is_six_n_d() -> None:
     """Kaplan et al. 2020: forward is 2 N per token plus attention's 4 * length * width per layer."""
     model = GPT(width=16, layers=3, vocab=37)

@@ -76,6 +76,18 @@ def test_gradients_of_products_alone() -> None:
     assert marked(graph, call(graph, aten.linear.default, r, w), call(graph, aten.mm.default, seen, w)) == [True]
 
 
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [(aten.slice.Tensor, (0, 0, 2)), (aten.squeeze.dims, ([0],)), (aten.expand.default, ([4, 4],)), (aten.select.int, (0, 1))],
+    ids=str,
+)
+def test_gradients_through_any_view(target: Any, args: tuple[Any, ...]) -> None:
+    """What is a view is said once: some passed here and others did not."""
+    graph, x, w = start()
+    seen = call(graph, target, call(graph, collectives.i_to_r, x), *args)
+    assert marked(graph, call(graph, aten.linear.default, seen, w)) == [True]
+
+
 @pytest.mark.parametrize(("target", "place"), [(aten.add.Tensor, 0), (aten.addmm.default, 0), (aten.linear.default, 2)])
 def test_a_gradient_that_may_be_another_ones_too(target: Any, place: int) -> None:
     """The gradient of a sum goes to both summands as one tensor."""

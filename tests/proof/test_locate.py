@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 
 from meshpar.compile.state.held import Held
 from meshpar.config import ParallelConfig
+from meshpar.graph.operators import OPERATORS
 from meshpar.mesh import make_mesh
 from meshpar.ops import collectives, vocab_parallel
-from meshpar.passes import lower
 from meshpar.proof.comparable import comparable
 from meshpar.proof.locate import first_difference
 from meshpar.proof.reference import Task
 from meshpar.proof.verify import parallel, share, verify
-from meshpar.sharding import rules
+from meshpar.sharding.local import LocalCall
+from meshpar.sharding.rules import row
 from meshpar.simulate import simulate
 from tests.capture.models import GPT
 from tests.proof.test_verify import Gate, ids, squares
@@ -76,17 +78,18 @@ def untouched(original: Any, *xs: Tensor, **kwargs: Any) -> Any:
 
 def wrong_softmax(patch: pytest.MonkeyPatch) -> None:
     for name in ("softmax", "_softmax"):
-        patch.setitem(rules.RULES, name, rules.row("... c -> ... c"))  # it sums over c
+        patch.setitem(OPERATORS, name, replace(OPERATORS[name], rule=row("... c -> ... c")))  # it sums over c
 
 
 def wrong_mean(patch: pytest.MonkeyPatch) -> None:
-    original = lower.LOCAL["mean"]
+    original = OPERATORS["mean"].local
+    assert original is not None
 
-    def planted(call: lower.LocalCall) -> None:
+    def planted(call: LocalCall) -> None:
         original(call)
         call.scale = None if call.scale is None else call.scale * 3
 
-    patch.setitem(lower.LOCAL, "mean", planted)
+    patch.setitem(OPERATORS, "mean", replace(OPERATORS["mean"], local=planted))
 
 
 TENSOR = ParallelConfig(sequence_parallel=False)

@@ -13,13 +13,12 @@ from torch import Tensor, fx
 import meshpar.ops.ctc
 import meshpar.ops.expect  # noqa: F401  (both register operators)
 from meshpar.graph.facts import Facts, Info, set_facts
+from meshpar.graph.operators import OPERATORS, add_rule
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
 from meshpar.plan import AxisPlan, NodePlan
-from meshpar.sharding import rules
 from meshpar.sharding.infer import infer
 from meshpar.sharding.price import Price
-from meshpar.sharding.rules import add_rule
 from meshpar.sharding.types import I, Partial, Shard, Type
 from meshpar.sharding.typings import Choice, choices
 
@@ -237,7 +236,7 @@ def test_every_typing_computes_the_operator(target: Any, args: tuple[Any, ...], 
 
 def test_a_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail: softmax must not be cut along its own dim."""
-    monkeypatch.setitem(rules.RULES, "softmax", rules.RULES["softmax"])  # put back afterwards
+    monkeypatch.setitem(OPERATORS, "softmax", OPERATORS["softmax"])  # put back afterwards
     add_rule("softmax", "a b -> a b")
     with pytest.raises(AssertionError):
         test_every_typing_computes_the_operator(aten.softmax.int, (x(4, 6), -1), 1)

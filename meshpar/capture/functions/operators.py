@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from meshpar._torch import OpOverload, draws, pytree
+from meshpar._torch import OpOverload, pytree
 from meshpar.capture.functions.proofs import nature_of
 from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
 from meshpar.graph.facts import Info, facts, info_of, infos_of, set_facts
+from meshpar.graph.operators import draws
 from meshpar.ops.nature import UNPROVED, Nature
 from meshpar.ops.own_backward import ExampleCall, Unfit, function_of_operator, is_backward, nature_of_operator
 
@@ -67,7 +68,7 @@ def _infos(node: fx.Node) -> list[Info]:
 def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
     operator = _Operator(node.target, node.args, node.kwargs)
     key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: "*")), operator.tensors)
-    if draws(node.target):
+    if draws(node):
         return UNPROVED
     if key not in proved:
         try:

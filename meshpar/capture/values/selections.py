@@ -11,7 +11,7 @@ rows per expert as there are choices.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -20,11 +20,13 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from meshpar._torch import OpOverload, draws, pytree
+from meshpar._torch import OpOverload, pytree
 from meshpar.capture.simplify import emit
 from meshpar.errors import CaptureError
 from meshpar.graph.facts import DataSized, Info, facts, set_facts
-from meshpar.ops.ctc import CTC_LOSS
+from meshpar.graph.op import op_name, read
+from meshpar.graph.operators import draws
+from meshpar.sharding.infer import signature_of
 
 aten = torch.ops.aten
 
@@ -39,14 +41,14 @@ def _equal(a: Any, b: Any) -> bool:
     """Whether two values are made in the same way."""
     if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return a is b or (not isinstance(a, fx.Node) and type(a) is type(b) and bool(a == b))
-    if a.op != "call_function" or a.target is not b.target or (isinstance(a.target, OpOverload) and _random(a.target)):
+    if a.op != "call_function" or a.target is not b.target or _random(a):
         return False
     (left, spec), (right, other) = (pytree.tree_flatten((one.args, one.kwargs)) for one in (a, b))
     return spec == other and all(_equal(x, y) for x, y in zip(left, right, strict=True))
 
 
-def _random(target: OpOverload) -> bool:
-    return draws(target) or target._schema.is_mutable
+def _random(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and (draws(node) or node.target._schema.is_mutable)
 
 
 def _ragged(node: fx.Node) -> bool:
@@ -159,7 +161,7 @@ class _Lift:
 
     def _put_back(self, node: fx.Node) -> bool:
         """Where rows leave the selection again."""
-        handler = _SINKS.get(node.target)
+        handler = _SINKS.get(op_name(node.target))
         inputs = [source for source in node.all_input_nodes if source in self.rows]
         if handler is None or not inputs or _ragged(node):
             return False
@@ -179,23 +181,26 @@ class _Lift:
         symbols = {self.rows[source][0] for source in inputs} | {rows[0] for rows in outputs if rows}
         if not outputs or None in outputs or len(outputs) != len(infos) or len(symbols) != 1 or not symbols <= set(self.masks):
             self._refuse(node)
-        if not self._row_by_row(node, outputs[0]):  # type: ignore[arg-type]
-            self._refuse(node)
         size = self._size(symbols.pop())
         fixed = tuple(Info(tuple(size if isinstance(n, str) else n for n in info.shape), info.dtype, False) for info in infos)
         set_facts(node, replace(facts(node), info=fixed if isinstance(_info(node), tuple) else fixed[0]))
+        if not self._row_by_row(node, outputs):  # type: ignore[arg-type]
+            self._refuse(node)
         self.rows[node] = outputs[0]  # type: ignore[assignment]
         return True
 
-    def _row_by_row(self, node: fx.Node, out: tuple[str, int]) -> bool:
-        if node.target is operator.getitem:
+    def _row_by_row(self, node: fx.Node, outs: Sequence[tuple[str, int]]) -> bool:
+        """Whether each row of the results is made of one row of the operands: rows may be cut, and come out where they went in."""
+        if node.target is operator.getitem or self._size(outs[0][0]) == 1:
             return True
-        if not isinstance(node.target, OpOverload):
+        op = read(node)
+        found = signature_of(op)
+        if found is None:
             return False
-        if torch.Tag.pointwise in node.target.tags:
-            return True
-        rule = _RULES.get(node.target.overloadpacket)
-        return rule is not None and rule(self, node, out)
+        given = [dims[self.rows[value][1]] for value, dims in zip(op.operands, found.inputs, strict=True) if value in self.rows]
+        made = [dims[dim] for dims, (_, dim) in zip(found.outputs, outs, strict=True)]
+        rows = made[0]
+        return len(rows) == 1 and len(rows[0]) == 1 and rows[0][0] not in found.fixed and all(one == rows for one in (*given, *made))
 
     def _refuse(self, node: fx.Node) -> None:
         where = f"{facts(node).module or 'the model'} ({facts(node).source or 'source unknown'})"
@@ -356,78 +361,16 @@ def _counts_rows(node: Any, mask: fx.Node) -> bool:
     return [int(d) % 2 for d in node.args[1]] == [1]  # type: ignore[union-attr, arg-type]
 
 
-_SINKS: Mapping[Any, Callable[[_Lift, fx.Node, str], bool]] = {
-    aten.index_add.default: _index_add,
-    aten.index_put.default: _index_put,
-    aten.sum.default: _sum,
-    aten.sum.dim_IntList: _sum,
-    aten.mean.default: _mean,
-    aten.mean.dim: _mean,
-    **dict.fromkeys((aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default), _label_loss),
-    CTC_LOSS: _ctc_loss,
-    **dict.fromkeys((aten.l1_loss.default, aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default), _distance),
+_SINKS: Mapping[str, Callable[[_Lift, fx.Node, str], bool]] = {
+    "index_add": _index_add,
+    "index_put": _index_put,
+    "sum": _sum,
+    "mean": _mean,
+    **dict.fromkeys(("cross_entropy_loss", "nll_loss", "nll_loss_nd"), _label_loss),
+    "meshpar.ctc_loss": _ctc_loss,
+    **dict.fromkeys(("l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss"), _distance),
 }
 """Operators that take chosen rows and give a tensor of fixed shape."""
-
-
-def _always(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
-    return True
-
-
-def _reshape(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    before, after = _shape(source)[: lift.rows[source][1]], _info(node).shape[: out[1]]
-    return prod(before) == prod(after)
-
-
-def _matrix(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
-    """Rows times a matrix: the dim summed over, and the other operands, hold no rows."""
-    position = 1 if node.target in (aten.addmm.default,) else 0
-    rows: Any = node.args[position]
-    others = [source for source in node.all_input_nodes if source is not rows]
-    return rows in lift.rows and lift.rows[rows][1] < len(_shape(rows)) - 1 and not any(o in lift.rows for o in others)
-
-
-def _other_dims(position: int) -> Callable[[_Lift, fx.Node, tuple[str, int]], bool]:
-    """The dims named by argument `position` are not the rows'."""
-
-    def rule(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
-        source = next(s for s in node.all_input_nodes if s in lift.rows)
-        named = node.args[position] if len(node.args) > position else None
-        dims = named if isinstance(named, list | tuple) else [named]
-        return named is not None and all(int(d) % len(_shape(source)) != lift.rows[source][1] for d in dims)  # type: ignore[arg-type]
-
-    return rule
-
-
-def _layer_norm(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
-    return out[1] < len(_info(node).shape) - len(node.args[1])  # type: ignore[arg-type]
-
-
-def _look_up(lift: _Lift, node: fx.Node, out: tuple[str, int]) -> bool:
-    """A table read at one position per row."""
-    indices: Any = [node.args[1]] if node.target is aten.embedding.default else node.args[1]
-    return node.args[0] not in lift.rows and all(index is None or lift.rows.get(index, (0, 1))[1] == 0 for index in indices)
-
-
-_RULES: Mapping[Any, Callable[[_Lift, fx.Node, tuple[str, int]], bool]] = {
-    **dict.fromkeys((aten.clone, aten._to_copy, aten.alias, aten.detach, aten.dropout, aten.native_dropout, aten.type_as), _always),
-    **dict.fromkeys(
-        (aten.zeros, aten.ones, aten.full, aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros_like, aten.ones_like), _always
-    ),
-    **dict.fromkeys(
-        (aten.gelu, aten.silu, aten.relu, aten.sigmoid, aten.tanh, aten.where, aten.masked_fill, aten.broadcast_tensors), _always
-    ),
-    **dict.fromkeys((aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.expand, aten.t), _always),
-    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view), _reshape),
-    **dict.fromkeys((aten.linear, aten.matmul, aten.mm, aten.addmm), _matrix),
-    **dict.fromkeys((aten.slice, aten.select, aten.softmax, aten.log_softmax, aten.cat, aten.sum, aten.mean, aten.amax), _other_dims(1)),
-    **dict.fromkeys((aten.split, aten.split_with_sizes), _other_dims(2)),
-    **dict.fromkeys((aten.layer_norm, aten.rms_norm), _layer_norm),
-    **dict.fromkeys((aten.index, aten.embedding), _look_up),
-}
-"""Operators that treat rows alone, and when."""
 
 
 def _info(node: Any) -> Any:

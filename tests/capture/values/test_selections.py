@@ -94,6 +94,10 @@ CHOSEN: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda y, labels: y[labels > 9].sum() + F.cross_entropy(y[labels > 9], labels[labels > 9], reduction="sum") + y.sum(),  # none
     lambda y, labels: (y.masked_select(y > 0) ** 2).sum(),
     lambda y, labels: _masked_distances(y, labels),
+    lambda y, labels: (y[labels >= 0].cumsum(-1) * y[labels >= 0].flip(-1)).sum() + y[labels >= 0].std(-1).sum(),
+    lambda y, labels: y[labels >= 0].topk(2).values.sum() + y[labels >= 0].sort(-1).values[:, 0].sum() + y[labels >= 0].norm(dim=-1).sum(),
+    lambda y, labels: torch.bmm(y[labels >= 0].unsqueeze(1), y[labels >= 0].unsqueeze(2)).sum(),
+    lambda y, labels: torch.cat([y[labels >= 0], y[labels >= 0].sin()], -1).square().sum() + y[labels >= 0][:, [0, 2]].sum(),
 ]
 
 
@@ -118,6 +122,15 @@ def test_losses_of_chosen_rows(loss: Callable[[Tensor, Tensor], Tensor]) -> None
     torch.manual_seed(0)
     labels = torch.tensor([[0, -1, 3], [-1, -1, 4]])
     assert_same(perturbed(Scoring(loss)), (), {"x": torch.randn(2, 3, 4, dtype=torch.double), "labels": labels})
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_one_row_to_choose(label: int) -> None:
+    """Dims of one element have no name in a rule."""
+    batch = {"x": torch.randn(2, 3, 4, dtype=torch.double), "labels": torch.full((2, 3), label)}
+    model = Scoring(lambda y, labels: y[0, :1][labels[0, :1] >= 0].tanh().square().sum() + y.sum())
+    captured = assert_same(perturbed(model), (), batch)
+    assert not any(node.target is torch.ops.meshpar.expect.default for node in captured.graph.nodes), "any number of rows will do"
 
 
 class Spelling(nn.Module):
@@ -177,6 +190,10 @@ def test_lengths_of_other_targets_are_as_many_as_in_the_example() -> None:
         (lambda x: (x[x[:, 0] > 0].t() @ x[x[:, 0] > 0]).sum(), "mixes rows"),
         (lambda x: x[x[:, 0] > 0].softmax(0).sum(), "mixes rows"),
         (lambda x: x[x[:, 0] > 0].norm(dim=0).sum(), "mixes rows"),
+        (lambda x: x[x[:, 0] > 0].flip(0).square().sum(), "mixes rows"),
+        (lambda x: x[x[:, 0] > 0].sort(0).values.sum(), "mixes rows"),
+        (lambda x: torch.cat([x[x[:, 0] > 0], x[x[:, 0] > 0]]).sum(), "mixes rows"),
+        (lambda x: x[x[:, 0] > 0].t().reshape(-1, len(x.T)).square().sum(), "mixes rows"),
     ],
 )
 def test_what_mixes_rows_is_refused(function: Callable[..., Any], reason: str) -> None:
