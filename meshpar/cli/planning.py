@@ -108,7 +108,7 @@ def _show(found: DryRun, said: tuple[Any, ...]) -> None:
     )
     fit = "" if found.fits else ": IT DOES NOT FIT"
     for title, heading, rows in (
-        (f"Memory at the fullest moment, GiB of {found.limit / GiB:.0f} usable{fit}", MEMORY, map(memory_row, found.ranks)),
+        (f"Memory at the fullest moment, of {found.limit / GiB:.0f} GiB usable{fit}", MEMORY, map(memory_row, found.ranks)),
         ("Communication of a rank in a step", LEDGER, map(ledger_row, found.ledger)),
     ):
         table = Table(*heading, title=title, title_justify="left")

@@ -6,9 +6,9 @@ then another as the last: what happens once per step (gathers that last, the sum
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -27,13 +27,14 @@ from meshpar.errors import ConfigError
 from meshpar.graph.captured import Info
 from meshpar.graph.op import op_name
 from meshpar.mesh import make_mesh, parse_mesh
+from meshpar.ops import random
 from meshpar.ops.deferred import WeightGradients
 from meshpar.ops.load import Tally
 from meshpar.passes.randomness import KEY
 from meshpar.passes.tally import TALLY
 from meshpar.passes.weight_gradients import QUEUE
 from meshpar.runtime.blocks import Tree
-from meshpar.runtime.build import all_trees
+from meshpar.runtime.build import trees_of
 from meshpar.runtime.data_parallel import DataParallelism
 from meshpar.runtime.parameters.specs import spec_of
 
@@ -118,9 +119,28 @@ def absent(mesh: str | Mapping[str, int]) -> Iterator[DeviceMesh]:
 def rehearse(programs: Programs, program: Program, model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> tuple[Rehearsed, ...]:
     """Every stage of `program`, on the fake process group that `mesh` is of."""
     cuts = program.stages or (StageGraph(0, program.graph, (), program.inputs, (), (), ()),)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        trees, data = all_trees(model, mesh, config, program, programs.schedule)
-        return tuple(_stage(cut, trees[cut.index], data[cut.index], program, programs, config) for cut in cuts)
+    first: dict[Hashable, int] = {}
+    like = [first.setdefault(likeness(cut), cut.index) for cut in cuts]
+    memory = FakeTensorMode(allow_non_fake_inputs=True)
+    trees, data = trees_of(model, mesh, config, program, programs.schedule, memory, tuple(first.values()))
+    with memory:
+        done = {i: _stage(cuts[i], trees[i], data[i], program, programs, config) for i in first.values()}
+    return tuple(replace(done[i], index=cut.index, graph=cut.graph) for i, cut in zip(like, cuts, strict=True))
+
+
+def likeness(cut: StageGraph) -> Hashable:
+    """What stages that ask the same of a machine have in common: calls, shapes and blocks, but no names and no random numbers."""
+    number: dict[fx.Node, int] = {}
+    blocks: dict[Any, int] = {}
+    found: list[Hashable] = []
+    for node in cut.graph.nodes:
+        number[node] = len(number)
+        target = node.target if node.op == "call_function" else ""
+        drawn = getattr(target, "__module__", "") == random.__name__
+        args, kwargs = fx.map_arg((node.args, {} if drawn else node.kwargs), number.__getitem__)
+        block = blocks.setdefault(node.meta.get("region"), len(blocks))
+        found.append((node.op, str(target), "" if drawn else repr((args, kwargs)), repr(node.meta.get("info")), block))
+    return (*found, len(cut.receives), len(cut.sends), len(cut.mutations))
 
 
 def _stage(cut: StageGraph, tree: Tree, data: DataParallelism, program: Program, programs: Programs, config: ParallelConfig) -> Rehearsed:

@@ -114,7 +114,7 @@ class DryRun:
     def _lines(self) -> Iterator[str]:
         yield f"{self.gpus} x {self.hardware.name} as {self.mesh}, {self.software}, {self.precision}"
         yield ""
-        yield f"Memory at the fullest moment, GiB of {self.limit / GiB:.0f} usable{'' if self.fits else ': IT DOES NOT FIT'}"
+        yield f"Memory at the fullest moment, of {self.limit / GiB:.0f} GiB usable{'' if self.fits else ': IT DOES NOT FIT'}"
         yield from table([MEMORY, *map(memory_row, self.ranks)], right=tuple(range(2, len(MEMORY))))
         yield ""
         yield "Communication of a rank in a step"
@@ -145,9 +145,9 @@ def memory_row(one: RankNeeds) -> tuple[str, ...]:
     return (
         str(one.rank),
         ", ".join(map(str, one.stages)),
-        *(f"{size / GiB:.2f}" for size in sizes),
+        *(count(round(size), "B") for size in sizes),
         ", ".join(map(str, one.in_flight)),
-        *(f"{size / GiB:.2f}" for size in (one.buffers, one.logits, one.reserve, one.peak)),
+        *(count(round(size), "B") for size in (one.buffers, one.logits, one.reserve, one.peak)),
     )
 
 

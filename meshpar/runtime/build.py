@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -83,25 +84,31 @@ def build(
     return Pipelined(trees, program, data, ties, schedule, stage_axis(mesh), torch.device(mesh.device_type))
 
 
-def all_trees(
-    model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, program: Program, schedule: Schedule | None
+def trees_of(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    program: Program,
+    schedule: Schedule | None,
+    memory: AbstractContextManager[Any],
+    stages: Sequence[int],
 ) -> tuple[dict[int, Tree], dict[int, DataParallelism]]:
-    """The trees of all stages, as the rank with this one's other coordinates has them, and their data parallelism. Values are whatever is
-    in memory: under a `FakeTensorMode` there is none."""
+    """The trees of some `stages`, as the ranks with this one's other coordinates have them, and their data parallelism.
+
+    Tensors are allocated inside of `memory`, such as a `FakeTensorMode`; their values are whatever is there.
+    """
     forget_meshes()
-    own = tuple(range(len(program.stages))) if program.stages else (0,)
     plans = {n: p for n, p in program.plan.parameters.items() if _is_here(p, mesh)}
-    specs = {name: _spec(name, plan, config, own) for name, plan in plans.items()}
-    parameters = {name: place.empty(spec, without_pipeline(mesh)) for name, spec in specs.items()}
-    buffers = {name: torch.empty_like(b, device=mesh.device_type) for name, b in model.named_buffers()}
+    specs = {name: _spec(name, plan, config, stages) for name, plan in plans.items()}
+    buffers = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers()}
     trees: dict[int, Tree] = {}
-    for stage in own:  # a parameter of several stages: each has its own
-        trees |= _trees(
-            model, config, program, (stage,), {n: nn.Parameter(p.detach(), p.requires_grad) for n, p in parameters.items()}, buffers
-        )
+    for stage in stages:  # each has parameters of its own, also those that several use
+        parameters = {name: place.empty(spec, without_pipeline(mesh)) for name, spec in specs.items() if stage in plans[name].stages}
+        trees |= _trees(model, config, program, (stage,), parameters, buffers)
     data = _data_parallel(trees, mesh, config, program, schedule)
     for tree in trees.values():
-        place.allocate(tree, mesh.device_type)
+        with memory:
+            place.allocate(tree, mesh.device_type)
         mark_all(tree, specs)
         adopt(tree, specs, apart=are_apart(program.plan, mesh))
     return trees, data
