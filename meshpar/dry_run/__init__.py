@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meshpar import roles
 from meshpar.api import Example, check_supported, example_of
 from meshpar.compile.program import Program, Programs
 from meshpar.config import ParallelConfig
@@ -27,7 +28,7 @@ from meshpar.dry_run.memory import needs
 from meshpar.dry_run.reader import workload
 from meshpar.dry_run.rehearsal import Rehearsed, absent, rehearse
 from meshpar.dry_run.result import DryRun
-from meshpar.mesh import DATA_AXES, format_mesh, parse_mesh, rank_grid
+from meshpar.mesh import format_mesh, parse_mesh, rank_grid
 from meshpar.pipeline.order import Schedule
 from meshpar.pipeline.timing import Costs, simulate
 from meshpar.planner import Cluster, Constants, Hardware, Stack
@@ -116,14 +117,14 @@ def _priced(
         return max(event.end for event in events)
 
     time = timed(work, speed, Memo(), pipeline=None if order is None else lasts)
-    data = prod(size for name, size in sizes.items() if name in DATA_AXES)
-    shared = data // sizes.get("dp_replicate", 1)
+    axes = work.axes
+    shared = axes["dp"].size // prod(sizes[name] for name in roles.copying(sizes))
     memory = needs(
         stages,
         order,
         config.microbatches,
         stack=None if software.name == OURS else software,
-        data=(config.data_parallel, shared, max(1, shared // sizes.get("ep", 1))),
+        data=(config.data_parallel, shared, max(1, shared // axes["ep"].size)),
         constants=constants,
     )
     precision = _precision(work)

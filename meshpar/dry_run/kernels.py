@@ -102,7 +102,7 @@ _GROUPED: Mapping[str, Callable[[Sequence[Any], Any], int]] = {
     "meshpar.grouped_outer": lambda args, out: 2 * prod(args[0].shape) * args[1].shape[-1],
     "aten._grouped_mm": lambda args, out: 2 * prod(out.shape) * args[0].shape[-1],
 }
-_NOTHING = ("prim.", "profiler.", "_c10d_functional.wait", "c10d.barrier", "c10d.monitored")
+_NOTHING = ("prim.", "profiler.", "_c10d_functional.wait", "c10d.barrier", "c10d.monitored", "c10d.send", "c10d.recv")
 _FREE = frozenset(
     """aten.empty aten.new_empty aten.empty_like aten.empty_strided aten.new_empty_strided aten.detach aten.alias aten.lift_fresh
     aten.is_same_size aten.set_

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from meshpar import roles
 from meshpar.config import ParallelConfig, Translation
 from meshpar.errors import ConfigError, raise_all
 from meshpar.megatron import megatron_mesh
-from meshpar.mesh import DATA_AXES, parse_mesh
+from meshpar.mesh import parse_mesh
 from meshpar.planner import Transformer
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -110,10 +112,8 @@ def _flat(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data(mesh: str) -> int:
-    count = 1
-    for name, size in parse_mesh(mesh).items():
-        count *= size if name in DATA_AXES else 1
-    return count
+    sizes = parse_mesh(mesh)
+    return prod(sizes[name] for name in roles.with_own_batches(sizes))
 
 
 def _sizes(given: Mapping[str, Any]) -> Transformer:
@@ -145,7 +145,7 @@ def _remarks(given: Mapping[str, Any], config: ParallelConfig, mesh: str, dp: in
     yield f"num_microbatches = global_batch_size / (micro_batch_size x data parallel size) = {batch} / ({b} x {dp}) = {m}"
     if (asked := given.get("num_microbatches")) not in (None, m):
         yield f"num_microbatches={asked} is not what follows from the batch sizes: {m} is used."
-    p, v = parse_mesh(mesh).get("pp", 1), config.stages_per_rank
+    p, v = parse_mesh(mesh).get(roles.stage_axis(), 1), config.stages_per_rank
     if p > 1:
         yield f"the bubble is (p - 1) / (v m) = ({p} - 1) / ({v} x {m}) = {100 * (p - 1) / (v * m):.2f} % of the work"
     if p > 1 and v > 1 and m % p:

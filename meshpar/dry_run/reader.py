@@ -11,19 +11,26 @@ import torch.distributed as dist
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshpar import roles
 from meshpar._torch import resolve_process_group
 from meshpar.compile.program import Program
 from meshpar.dry_run.rehearsal import Rehearsed
 from meshpar.dry_run.tape import Sounding
 from meshpar.graph.captured import Captured, Info
 from meshpar.graph.cost import flops
-from meshpar.mesh import DATA_AXES, mesh_sizes
+from meshpar.mesh import mesh_sizes
 from meshpar.pipeline.order import Schedule
 from meshpar.planner import AxisSpan, Collective, Layer, Operator, StageLoad, Workload
 from meshpar.planner.workload import Phase
 
 PHASES: Mapping[str, Phase] = {"forward": "forward", "recompute": "recompute", "backward": "input", "weight": "weight"}
 """Of a tape -> of the planner. Where weight gradients are not put off, backward is one phase."""
+
+
+PLANNERS: Mapping[roles.Divides, str] = {"stages": "pp", "sequence": "cp", "experts": "ep", "weights": "tp"}
+"""What an axis divides -> the planner's name for it."""
+DATA, ALONE = "dp", "edp"
+"""All axes whose ranks have batches of their own, and those of them that do not divide experts."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +40,27 @@ class Groups:
     mesh: DeviceMesh
 
     def spans(self) -> dict[str, AxisSpan]:
-        """Every axis of the mesh, and the data axes together."""
-        sizes = mesh_sizes(self.mesh)
-        found = {name: self._span((name,)) for name in sizes if name != "dp"}
-        data = tuple(n for n in sizes if n in DATA_AXES)
-        alone = tuple(n for n in data if n != "ep")
-        return {**found, "dp": self._span(data), "edp": self._span(alone), "tp": self._span(tuple(n for n in ("tp",) if n in sizes))}
+        """Every axis of the mesh by the planner's name for it, and the data axes together, with experts and without."""
+        names = tuple(mesh_sizes(self.mesh))
+        found = {axis: self._span(roles.dividing(what, names)) for what, axis in PLANNERS.items()}
+        found |= {name: self._span((name,)) for name in names}
+        return {
+            **found,
+            DATA: self._span(roles.with_own_batches(names)),
+            ALONE: self._span(roles.with_own_batches(names, without="experts")),
+        }
 
     def axis_of(self, group: str) -> str:
-        """The axis over which a group communicates."""
+        """The planner's axis over which a group communicates."""
+        sizes = {name: size for name, size in mesh_sizes(self.mesh).items() if size > 1}
         ranks = dist.get_process_group_ranks(resolve_process_group(group))
-        at = [(self.mesh.mesh == rank).nonzero()[0].tolist() for rank in (ranks[0], *ranks[1:])]
-        names = self.mesh.mesh_dim_names or ()
-        spanned = tuple(name for dim, name in enumerate(names) if len({place[dim] for place in at}) > 1)
-        if spanned and set(spanned) <= set(DATA_AXES) and spanned != ("ep",):
-            whole = {n for n, size in mesh_sizes(self.mesh).items() if n in DATA_AXES and size > 1}
-            return "dp" if set(spanned) == whole else "edp" if set(spanned) == whole - {"ep"} else spanned[0]
-        return spanned[0] if spanned else "tp"
+        at = [(self.mesh.mesh == rank).nonzero()[0].tolist() for rank in ranks]
+        spanned = {name for dim, name in enumerate(self.mesh.mesh_dim_names or ()) if len({place[dim] for place in at}) > 1}
+        if len(spanned) == 1 and (axis := PLANNERS.get(roles.ROLES[next(iter(spanned))].divides)) is not None:
+            return axis
+        if spanned and spanned == set(roles.with_own_batches(sizes)):
+            return DATA
+        return ALONE if spanned == set(roles.with_own_batches(sizes, without="experts")) else next(iter(spanned), PLANNERS["weights"])
 
     def _span(self, names: tuple[str, ...]) -> AxisSpan:
         """An axis made of some: as many ranks as they have together, as far apart as on the innermost of them."""
@@ -86,8 +97,6 @@ def workload(
     options = program.plan.options
     step = model_flops(program.captured, program.graph)
     tokens = tokens_of(program.captured)
-    if "pp" not in axes:
-        axes["pp"] = AxisSpan("pp", 1, 1)
     return Workload(
         tuple(_stage(one, groups, fused=fused, regathers=regathers) for one in stages),
         ranks,
@@ -126,7 +135,9 @@ def _stage(one: Rehearsed, groups: Groups, *, fused: bool, regathers: bool) -> S
 
 
 CollectiveKey = tuple[str, str, Phase, float]
-_DATA = ("dp", "edp", "dp_shard", "dp_replicate")
+_DATA = (DATA, ALONE, *(name for name, role in roles.ROLES.items() if role.divides == "samples"))
+BEHIND: Mapping[str, str] = {"tp": "matrix"}
+"""Axis -> what its collectives may hide behind, where the stack does."""
 
 
 def _collectives(calls: Iterable[Sounding], groups: Groups) -> Counter[CollectiveKey]:
@@ -144,7 +155,7 @@ def _collectives(calls: Iterable[Sounding], groups: Groups) -> Counter[Collectiv
 
 def _collective(key: CollectiveKey, count: float) -> Collective:
     kind, axis, phase, size = key
-    behind = "compute" if axis in _DATA else "matrix" if axis == "tp" else ""
+    behind = "compute" if axis in _DATA else BEHIND.get(axis, "")
     name = "parameters and gradients" if axis in _DATA and size > 64 else "values"
     return Collective(name, kind, axis, phase, size, count, behind)
 

@@ -55,9 +55,9 @@ def predicted(kind: str, mesh: str, options: Mapping[str, Any]) -> list[int]:
     """The same by pipeline rank."""
     from math import prod
 
-    from meshpar.mesh import DATA_AXES, parse_mesh
+    from meshpar.mesh import parse_mesh
 
-    data = prod(size for name, size in parse_mesh(mesh).items() if name in DATA_AXES)
+    data = prod(size for name, size in parse_mesh(mesh).items() if name.startswith("dp") or name == "ep")
     part = {name: x[: SAMPLES // data] for name, x in batch().items()}
     found = mp.dry_run(model_of(kind), mesh, mp.ParallelConfig(**options), example=part)
     return [round(one.peak - one.optimizer - one.reserve) for one in found.ranks]
