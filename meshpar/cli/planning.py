@@ -100,7 +100,7 @@ def _show(found: DryRun, said: tuple[Any, ...]) -> None:
     from meshpar.dry_run.result import LEDGER, MEMORY, ledger_row, memory_row
     from meshpar.planner.hardware import GiB
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(150, Console().width), soft_wrap=True)
     for line in said:
         console.print(f"  {line}", markup=False)
     console.print(

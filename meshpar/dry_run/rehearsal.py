@@ -207,6 +207,9 @@ class _Stage:
         forwards = tape.mark()
         inputs_done = self._backward(tape, roots, grads, later, last)
         del roots, grads
+        for x in inputs:
+            if isinstance(x, torch.Tensor):
+                x.grad = None  # sent on
         return _pass(tape, begun, forwards, inputs_done, given)
 
     def _roots(self, outputs: tuple[torch.Tensor, ...]) -> tuple[list[Any], list[Any]]:
