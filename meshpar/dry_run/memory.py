@@ -82,7 +82,10 @@ def _actions(order: Order | None, rank: int, microbatches: int) -> Iterator[tupl
         for _ in range(min(microbatches, 3)):  # the first, one between, the last
             yield from (("F", 0), ("B", 0))
         return
-    yield from ((a.kind, a.stage) for a in order.actions[rank] if a.kind in ("F", "B", "I", "W"))
+    yield from ((a.kind, a.stage) for a in order.actions[rank] if a.kind in _ACTS)
+
+
+_ACTS = ("F", "B", "I", "W", "RECV_F", "RECV_B", "SEND_F", "SEND_B")
 
 
 class _Level:
@@ -93,6 +96,8 @@ class _Level:
         self.last = microbatches - 1
         self.done: Counter[tuple[str, int]] = Counter()
         self.activations = self.gathered = self.gradients = 0
+        self.moving = 0
+        """What has arrived and is not used yet, or is made and not sent yet."""
         self.flying: Counter[int] = Counter()
         self.most: Counter[int] = Counter()
         self.peak = (0, 0, 0)
@@ -100,9 +105,12 @@ class _Level:
 
     @property
     def total(self) -> int:
-        return self.activations + self.gathered + self.gradients
+        return self.activations + self.gathered + self.gradients + self.moving
 
     def act(self, kind: str, stage: int) -> None:
+        if "_" in kind:
+            self._move(kind, self.stages[stage])
+            return
         one, turn = self.stages[stage], self.done[kind, stage]
         p = one.first if turn == 0 else one.last if turn == self.last else one.middle
         self.done[kind, stage] += 1
@@ -111,20 +119,39 @@ class _Level:
     def _note(self, above: int) -> None:
         self.peak = max(self.peak, (self.total + above, self.activations, self.gradients))
 
+    def _move(self, kind: str, one: Rehearsed) -> None:
+        """A send lets go what a stage made, a receive makes room before it is wanted."""
+        values, sending = kind.endswith("F"), kind.startswith("SEND")
+        size = one.sent if values == sending else one.received
+        self.moving += -size if sending else size
+        self._note(0)
+
+    def _meets(self, stage: int) -> bool:
+        """Whether a neighbouring stage is on this rank: then nothing moves."""
+        return stage in self.stages
+
     def _forward(self, one: Rehearsed, p: Pass) -> None:
+        self.moving -= 0 if self._meets(one.index - 1) else one.received
         self._note(one.received + p.forward_peak)
+        self.moving += 0 if self._meets(one.index + 1) else one.sent
         self.activations += one.received + one.middle.forward.rest
         self.gathered += p.forward.gathered
         self.flying[one.index] += 1
         self.most[one.index] = max(self.most[one.index], self.flying[one.index])
 
-    def _backward(self, one: Rehearsed, p: Pass) -> None:
+    def _gradients_move(self, one: Rehearsed, p: Pass) -> None:
+        """Gradients of what was sent arrived before, those of what was received go on."""
+        self.moving -= 0 if self._meets(one.index + 1) else one.sent
         self._note(p.backward_peak - p.forward.total)
+        self.moving += 0 if self._meets(one.index - 1) else one.received
+
+    def _backward(self, one: Rehearsed, p: Pass) -> None:
+        self._gradients_move(one, p)
         self.activations -= one.received + one.middle.forward.rest
         self._settle(one, p)
 
     def _inputs(self, one: Rehearsed, p: Pass) -> None:
-        self._note(p.backward_peak - p.forward.total)
+        self._gradients_move(one, p)
         self.activations += p.waiting - p.forward.total - one.received
 
     def _weights(self, one: Rehearsed, p: Pass) -> None:
