@@ -22,7 +22,7 @@ from meshpar._torch import FakeStore, FakeTensorMode, local_of
 from meshpar.compile.program import Program, Programs
 from meshpar.compile.split import StageGraph
 from meshpar.config import ParallelConfig
-from meshpar.dry_run.tape import Sounding, Tape, TapeMark, alive, levels
+from meshpar.dry_run.tape import MachineTape, Sounding, TapeMark, alive, levels
 from meshpar.errors import ConfigError
 from meshpar.graph.captured import Info
 from meshpar.graph.op import op_name
@@ -149,7 +149,7 @@ def _stage(cut: StageGraph, tree: Tree, data: DataParallelism, program: Program,
     received = [n.meta["info"] for n in _placeholders(cut) if n.name in cut.receives]
     sent = [n.meta["info"] for n in _outputs(cut.graph)[: len(cut.sends)]]
     stage = _Stage(cut, tree, data, program, programs.schedule is not None, _defers(programs, config))
-    with Tape() as tape:
+    with MachineTape() as tape:
         first = stage.run(tape, first=True, last=config.microbatches == 1)
         middle = stage.run(tape, first=False, last=False) if config.microbatches > 2 else first
         last = stage.run(tape, first=False, last=True) if config.microbatches > 1 else first
@@ -190,7 +190,7 @@ class _Stage:
     def __init__(self, cut: StageGraph, tree: Tree, data: DataParallelism, program: Program, staged: bool, defers: bool) -> None:
         self.cut, self.tree, self.data, self.program, self.staged, self.defers = cut, tree, data, program, staged, defers
 
-    def run(self, tape: Tape, *, first: bool, last: bool) -> Pass:
+    def run(self, tape: MachineTape, *, first: bool, last: bool) -> Pass:
         """One microbatch: forward, then backward, then, where they are put off, the gradients of weights."""
         later = WeightGradients()
         inputs = [_input(node, later if self.defers else None) for node in _placeholders(self.cut)]
@@ -222,7 +222,7 @@ class _Stage:
         edges = [torch.autograd.graph.get_gradient_edge(v) for v in sends if v.requires_grad]
         return edges, [(v.shape, v.dtype) for v in sends if v.requires_grad]
 
-    def _backward(self, tape: Tape, roots: list[Any], grads: list[Any], later: WeightGradients, last: bool) -> TapeMark:
+    def _backward(self, tape: MachineTape, roots: list[Any], grads: list[Any], later: WeightGradients, last: bool) -> TapeMark:
         """Backward; returns when the gradients of inputs were there."""
         tape.phase = "backward"
         if self.defers:
@@ -242,7 +242,7 @@ class _Stage:
         return done
 
 
-def _pass(tape: Tape, begun: TapeMark, forwards: TapeMark, inputs_done: TapeMark, given: set[int]) -> Pass:
+def _pass(tape: MachineTape, begun: TapeMark, forwards: TapeMark, inputs_done: TapeMark, given: set[int]) -> Pass:
     changes = tape.storages.changes
     level = [0, *levels(changes, without=given)]
     start = level[begun[1]]

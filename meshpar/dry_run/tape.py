@@ -1,6 +1,6 @@
 """What a program asks of the machine, as it runs: every kernel with its shapes, every collective, every byte that comes and goes.
 
-    with FakeTensorMode(), Tape() as tape:      # or on real tensors: then the bytes are those that the process allocates
+    with FakeTensorMode(), MachineTape() as tape:      # or on real tensors: then the bytes are those that the process allocates
         loss = run(...)
         tape.phase = "backward"
         loss.backward()
@@ -82,7 +82,7 @@ class Storages:
         self._resize(number, 0)
 
 
-class Tape(TorchDispatchMode):
+class MachineTape(TorchDispatchMode):
     """Records while it is entered. `phase` says what runs now; `mark()` is the present moment."""
 
     def __init__(self) -> None:

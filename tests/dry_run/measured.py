@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 import meshpar as mp
 from meshpar._torch import local_of
 from meshpar.dry_run.decoder import Decoder
-from meshpar.dry_run.tape import Tape, levels
+from meshpar.dry_run.tape import MachineTape, levels
 from meshpar.planner import Transformer
 
 DENSE = Transformer(layers=8, hidden=64, heads=4, kv_heads=2, ffn=192, vocab=512)
@@ -42,7 +42,7 @@ def measured(kind: str, mesh: str, options: Mapping[str, Any]) -> int:
     pm.train_step(**local)
     for parameter in pm.parameters():
         parameter.grad = None
-    with Tape() as tape:
+    with MachineTape() as tape:
         given = {tape.number(x) for x in local.values()}
         for tensor in (*pm.parameters(), *pm.buffers()):
             tape.number(local_of(tensor) if isinstance(tensor, DTensor) else tensor)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from meshpar.dry_run.kernels import Kernel
-from meshpar.dry_run.tape import Tape
+from meshpar.dry_run.tape import MachineTape
 from meshpar.ops import experts
 
 
 def kernels(run: Any) -> list[Kernel]:
-    with Tape() as tape:
+    with MachineTape() as tape:
         run()
     return [call.kernel for call in tape.calls]
 

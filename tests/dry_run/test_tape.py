@@ -6,11 +6,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from meshpar._torch import FakeTensorMode
-from meshpar.dry_run.tape import Tape, alive, levels
+from meshpar.dry_run.tape import MachineTape, alive, levels
 
 
 def test_bytes_come_and_go() -> None:
-    with Tape() as tape:
+    with MachineTape() as tape:
         x = torch.zeros(10)
         y = x + 1
         del x
@@ -21,7 +21,7 @@ def test_bytes_come_and_go() -> None:
 
 
 def test_storages_that_are_resized() -> None:
-    with FakeTensorMode(), Tape() as tape:
+    with FakeTensorMode(), MachineTape() as tape:
         x = torch.zeros(10)
         x.untyped_storage().resize_(0)
         x.untyped_storage().resize_(80)
@@ -30,7 +30,7 @@ def test_storages_that_are_resized() -> None:
 
 def test_what_is_computed_again_is_known_from_backward() -> None:
     x = torch.randn(4, 4, requires_grad=True)
-    with Tape() as tape:
+    with MachineTape() as tape:
         y = checkpoint(lambda x: (x @ x).exp(), x, use_reentrant=False)
         assert isinstance(y, torch.Tensor)
         loss = y.sum()
@@ -43,7 +43,7 @@ def test_what_is_computed_again_is_known_from_backward() -> None:
 def test_a_peak_is_that_of_real_memory_whatever_is_fake() -> None:
     def step(device: str) -> list[int]:
         x, w = torch.zeros(8, 16, device=device), torch.zeros(32, 16, device=device, requires_grad=True)
-        with Tape() as tape:
+        with MachineTape() as tape:
             y = torch.nn.functional.gelu(torch.nn.functional.linear(x, w)).square().sum()
             tape.phase = "backward"
             y.backward()
