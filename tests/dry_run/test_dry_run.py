@@ -128,8 +128,9 @@ def test_memory_is_what_gloo_ranks_allocate(gloo: Pool, kind: str, mesh: str, op
     wanted = gloo.run(measured, kind, mesh, options, world=4, timeout=200)
     found = predicted(kind, mesh, options)
     ranks = len(wanted) // len(found)
+    near = 0.05 if kind == "experts" else 0.02  # a dry run routes evenly, a router does not
     for at, size in enumerate(found):
-        assert size == pytest.approx(max(wanted[at * ranks : (at + 1) * ranks]), rel=0.02)
+        assert size == pytest.approx(max(wanted[at * ranks : (at + 1) * ranks]), rel=near)
 
 
 def test_what_is_measured_is_a_whole_step() -> None:
