@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from meshpar.api import parallelize
     from meshpar.capture.experts.seam import register_experts
     from meshpar.config import ParallelConfig, Precision
+    from meshpar.dry_run import DryRun, dry_run
+    from meshpar.dry_run.searching import search
     from meshpar.errors import BatchError, CaptureError, CheckpointError, ConfigError, MeshparError, PlanError, RankError, StageError
     from meshpar.graph.operators import add_rule
     from meshpar.init.fit import Weights
@@ -38,6 +40,8 @@ _HOME = {
         "errors",
     ),
     **dict.fromkeys(("data_rank", "local_batch", "make_mesh", "rank_grid"), "mesh"),
+    "DryRun": "dry_run",
+    "search": "dry_run.searching",
     "Plan": "plan",
     **dict.fromkeys(("clip_grad_norm_", "grad_norm"), "runtime.parameters.gradients"),
     "GradScaler": "runtime.parameters.scaler",
@@ -49,7 +53,7 @@ _HOME = {
     "register_experts": "capture.experts.seam",
     **dict.fromkeys(("Report", "VerificationError", "verify"), "proof.verify"),
 }
-_NAMESAKES = ("simulate",)
+_NAMESAKES = ("dry_run", "simulate")
 """Functions called like the module they live in."""
 _MODULES = {
     **{name: name for name in ("checkpoint", "ops", "pipeline")},
@@ -61,6 +65,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "DryRun",
     "GradScaler",
     "MeshparError",
     "ParallelConfig",
@@ -77,6 +82,7 @@ __all__ = [
     "checkpoint",
     "clip_grad_norm_",
     "data_rank",
+    "dry_run",
     "full_grad",
     "full_tensor",
     "grad_norm",
@@ -90,6 +96,7 @@ __all__ = [
     "rank_grid",
     "register_experts",
     "schedule",
+    "search",
     "simulate",
     "timing",
     "verify",

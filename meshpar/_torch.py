@@ -399,6 +399,36 @@ def under_saved_tensors() -> tuple[Any, str]:
     return _C._autograd, "_push_saved_tensors_default_hooks"
 
 
+def saving_is_watched() -> bool:
+    """Whether hooks on what autograd saves are in force: in backward, only while a checkpoint computes its forward again.
+
+    torch 2.13; wait as above.
+    """
+    return _C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def group_behind(group: Any) -> ProcessGroup:
+    """The process group that an operator was given: its name, or the group as a script object (torch 2.13; wait for one form of both)."""
+    return _resolve_process_group(GroupName(group)) if isinstance(group, str) else ProcessGroup.unbox(group)
+
+
+@contextmanager
+def storages_resized(tell: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Inside, `tell` is called after every `storage.resize_`, which no dispatch mode sees (torch 2.13; wait for one that does)."""
+    resize = torch.UntypedStorage.resize_
+
+    def told(storage: torch.UntypedStorage, size: int) -> Any:
+        done = resize(storage, size)
+        tell(storage)
+        return done
+
+    torch.UntypedStorage.resize_ = told  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
 def global_hooks() -> tuple[Mapping[int, Callable[..., Any]], ...]:
     """The hooks registered for all modules at once (torch 2.13; wait for a public look at them)."""
     from torch.nn.modules import module

@@ -6,6 +6,7 @@ model ── capture ──> graph ── rules + solver ──> Plan ── low
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     example: Example | None = None,
-    config: ParallelConfig | None = None,
+    config: ParallelConfig | str | Path | None = None,
     rules: Mapping[str, str] | None = None,
     plan: Plan | None = None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
@@ -44,10 +45,11 @@ def parallelize(
     """A module that trains `model` over all axes of `mesh` and computes the same function, gradients included.
 
     `example`: one data rank's local batch, keyword arguments as a dict or positional ones as a tuple; may be left out when the model
-    offers `dummy_inputs`. `rules`: pattern of parameter names -> "tp:DIM" or "replicate", constraints on the solver. `plan`: an earlier
-    plan for the same graph and mesh, obeyed as it is. `loss_fn(output, batch)`: the loss, where the model returns none. `weights`:
-    safetensors to fill a model built on `meta` (or any other) from; each rank reads only its bytes. `mp.Weights(path, ...)` says what is
-    accepted where a file does not fit the model: a new head, old buffers, another dtype. The given model is left as it is.
+    offers `dummy_inputs`. `config`: a ParallelConfig, or a file that `meshpar plan` wrote. `rules`: pattern of parameter names ->
+    "tp:DIM" or "replicate", constraints on the solver. `plan`: an earlier plan for the same graph and mesh, obeyed as it is.
+    `loss_fn(output, batch)`: the loss, where the model returns none. `weights`: safetensors to fill a model built on `meta` (or any other)
+    from; each rank reads only its bytes. `mp.Weights(path, ...)` says what is accepted where a file does not fit the model: a new head,
+    old buffers, another dtype. The given model is left as it is.
 
     Attributes that forward reads (also of objects, closures and globals) may change between steps, alike on every rank: set them on the
     model, on the module returned (`pm.beta = 0.5`, `pm.get_submodule(path)`) or on `pm.original_module`. A number that only enters
@@ -61,11 +63,11 @@ def parallelize(
         loss = pm.train_step(**batch)
     """
     check_mesh(mesh)
-    _check_supported(mesh)
-    config = config or ParallelConfig()
+    check_supported(mesh)
+    config = ParallelConfig.from_toml(config) if isinstance(config, (str, Path)) else config or ParallelConfig()
     if (schedule := schedule_of(mesh, config)) is not None:
         schedule.order(config.microbatches)  # what it does not allow is told before anything is captured
-    args, kwargs = _example(model, example)
+    args, kwargs = example_of(model, example)
     together = Together(mesh)
     with together.section("parallelize"):
         return _parallelize(model, mesh, args, kwargs, config, rules, plan, loss_fn, weights, together)
@@ -92,7 +94,8 @@ def _parallelize(
     return ParallelModel(engine, mesh, config, programs, program, together)
 
 
-def _check_supported(mesh: DeviceMesh) -> None:
+def check_supported(mesh: DeviceMesh) -> None:
+    """Raise ConfigError for axes that programs cannot be made for yet."""
     missing = [name for name, size in mesh_sizes(mesh).items() if size > 1 and ROLES[name].typed and ROLES[name].divides not in POLICIES]
     if missing:
         raise ConfigError(
@@ -100,7 +103,8 @@ def _check_supported(mesh: DeviceMesh) -> None:
         )
 
 
-def _example(model: nn.Module, example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_of(model: nn.Module, example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments to capture a model with: those given, or its `dummy_inputs`."""
     if example is None:
         example = getattr(model, "dummy_inputs", None)
         if example is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from meshpar.errors import ConfigError, near, raise_all
+from meshpar.settings import read_fields
 
 MiB = 2**20
 
@@ -163,8 +165,14 @@ class ParallelConfig:
         """
         from meshpar.megatron import translate
 
-        fields, translation = translate(config, ddp_config)
-        return cls(**fields, translation=translation)
+        named, translation = translate(config, ddp_config)
+        return cls(**named, translation=translation)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> ParallelConfig:
+        """The `[config]` table of a file that `meshpar plan` wrote. Raises `ConfigError` for names that are no fields."""
+        names = (f.name for f in fields(cls) if f.name != "translation")
+        return cls(**read_fields(path, names))
 
     def _complaints(self) -> list[str]:
         complaints = [

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log2, prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from meshpar import roles
 from meshpar._torch import LocalTensor, flatten_mesh, local_tensor_mode, maybe_disable_local_tensor_mode, pytree
 from meshpar.errors import BatchError, ConfigError, MeshparError, PlanError, near, raise_all
+from meshpar.settings import is_file, read_mesh
 
 SIMULATED = -1
 
@@ -41,7 +43,7 @@ class Axis:
     group: str
 
 
-def make_mesh(spec: str | Mapping[str, int], device_type: str | None = None) -> DeviceMesh:
+def make_mesh(spec: str | Path | Mapping[str, int], device_type: str | None = None) -> DeviceMesh:
     """Build and check a `DeviceMesh` over all ranks of the job.
 
     Uses the process group that exists, or starts one: from torchrun's environment, or, without one, a group of this process alone.
@@ -60,12 +62,16 @@ def make_mesh(spec: str | Mapping[str, int], device_type: str | None = None) -> 
         return init_device_mesh(device_type or _device_type(), tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def parse_mesh(spec: str | Mapping[str, int]) -> dict[str, int]:
-    """Axis sizes by name from "pp=2,dp=2,tp=2" or a mapping; one `ConfigError` with everything that is wrong.
+def parse_mesh(spec: str | Path | Mapping[str, int]) -> dict[str, int]:
+    """Axis sizes by name from "pp=2,dp=2,tp=2", a mapping, or a file that `meshpar plan` wrote ("plan.toml").
+
+    Raises one `ConfigError` with everything that is wrong.
 
     >>> parse_mesh("dp=2, tp=4")
     {'dp': 2, 'tp': 4}
     """
+    if isinstance(spec, Path) or is_file(spec):
+        spec = read_mesh(spec)  # type: ignore[arg-type]
     pairs = list(spec.items()) if isinstance(spec, Mapping) else [_parse_pair(part) for part in spec.split(",")]
     complaints = [size for _, size in pairs if isinstance(size, str)]
     complaints += [f"{name}={size}: a size is a whole number of at least 1." for name, size in pairs if isinstance(size, int) and size < 1]

@@ -12,7 +12,7 @@ import meshpar
 
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
-    ("errors", "collection", "config", "megatron", "roles", "report.text", "sharding.types", "planner"),
+    ("errors", "collection", "settings", "config", "megatron", "roles", "report.text", "sharding.types", "planner"),
     ("_torch", "generators", "simulate", "mesh", "plan", "pipeline.schedule", "pipeline.timing", "pipeline.order", "ops"),
     ("graph", "capture", "sharding"),
     ("passes",),

@@ -21,9 +21,10 @@ from meshpar.sharding.types import I, Type
 from meshpar.sharding.typings import Choice
 
 PACKAGE = Path(mp.__file__).parent
-NAMES_ARE_DATA = ("roles.py", "megatron.py", "cli/", "mesh.py", "planner/")
+NAMES_ARE_DATA = ("roles.py", "megatron.py", "cli/", "mesh.py", "planner/", "dry_run/")
 """Files that speak of axes by name to people: the table, another tool's names, the command line, examples of meshes in errors,
-and the planner, whose mappings have one field an axis and two axes more (`etp`, `edp`) that are no axes of a mesh."""
+and the planner, whose mappings have one field an axis and two axes more (`etp`, `edp`) that are no axes of a mesh, with the dry run, which
+tells it in its own names what a program does (`dry_run/reader.py` has the table, by role)."""
 
 
 def test_values_are_typed_from_the_outside_in() -> None:

@@ -1,4 +1,4 @@
-"""`meshpar` on the command line: demo, explain, verify, checkpoint.
+"""`meshpar` on the command line: demo, explain, verify, dry-run, plan, checkpoint.
 
 Exit status: 0 all is well, 1 the parallel program differs from the original (or the comparison proves nothing), 2 the command cannot be
 meant, 3 it failed on the way.
@@ -7,8 +7,9 @@ meant, 3 it failed on the way.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 
 from meshpar.errors import ConfigError, MeshparError, RankError
@@ -83,6 +84,10 @@ def application() -> Any:
     )
     for command in (demo, explain, verify):
         app.command()(command)
+    from meshpar.cli import planning
+
+    app.command()(_with_messages(planning.dry_run))
+    app.command()(_with_messages(planning.plan))
     try:
         from meshpar.checkpoint.commands import app as checkpoint
     except ImportError as error:
@@ -282,6 +287,17 @@ def _is_first() -> bool:
     import torch.distributed as dist
 
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _with_messages(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors are a message and a status."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with _ending():
+            command(*args, **kwargs)
+
+    return run
 
 
 @contextmanager

@@ -114,7 +114,7 @@ class Constants:
 
     def matrix(self, family: str, dtype: str) -> float:
         """Share of peak that products reach. Raises `ConfigError` for a family without a value."""
-        name = f"matrix {family}" + ("" if dtype in ("bf16", "fp16") else f" {dtype}")
+        name = f"matrix {family}" + ("" if dtype in ("bf16", "fp16", "fp32", "fp64", "int") else f" {dtype}")
         if name not in self.values:
             raise ConfigError(f"no constant {name!r}: give one with Constants.changed, or a Hardware of a known family.")
         return self.values[name]

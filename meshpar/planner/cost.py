@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import log2
@@ -18,7 +18,7 @@ PARTS = ("matrices", "attention", "elementwise", "host", "tp", "cp", "ep", "dp")
 """Where a layer's time goes; the names of axes are visible communication."""
 COMPUTE = 4
 """The first so many parts are computation."""
-_AXIS_PART = {"tp": 4, "etp": 4, "cp": 5, "ep": 6, "dp": 7, "edp": 7}
+_AXIS_PART = {"tp": 4, "etp": 4, "cp": 5, "ep": 6, "dp": 7, "edp": 7, "dp_shard": 7, "dp_replicate": 7}
 OPTIMIZER_BYTES = 30
 """Adam with a master copy per parameter: gradient read, three fp32 states read and written, 16-bit parameter written."""
 
@@ -102,8 +102,11 @@ def step_time(work: Workload, part: Hardware, stack: Stack, constants: Constants
     return timed(work, rates(part, stack, constants), Memo())
 
 
-def timed(work: Workload, speed: Rates, memo: Memo, *, simulate: bool = True) -> StepTime:
-    """As `step_time`. Without `simulate` a pipeline takes its microbatches on the busiest rank, and (p-1)/v of a mean one."""
+def timed(work: Workload, speed: Rates, memo: Memo, *, simulate: bool = True, pipeline: Callable[[Times], float] | None = None) -> StepTime:
+    """As `step_time`. Without `simulate` a pipeline takes its microbatches on the busiest rank, and (p-1)/v of a mean one.
+
+    `pipeline`: how long the pipeline of these times takes, for an order of its own.
+    """
     groups = {name: place(axis, speed.hardware.domain) for name, axis in work.axes.items()}
     different = {id(one): _stage_times(one, speed, groups, memo) for one in set(work.stages)}
     tables = [different[id(one)] for one in work.stages]
@@ -114,17 +117,19 @@ def timed(work: Workload, speed: Rates, memo: Memo, *, simulate: bool = True) ->
         tuple(t.sums[2] for t in tables),
         send,
     )
-    by_rank = [sum(t.sums[3] for t in tables[r :: work.ranks]) for r in range(work.ranks)]
+    by_rank = [sum(t.sums[3] for t in work.pick(tables, r)) for r in range(work.ranks)]
     busiest = by_rank.index(max(by_rank))
-    if simulate:
-        pipeline = length(work.schedule, work.ranks, work.microbatches, times)
+    if pipeline is not None:
+        lasts = pipeline(times)
+    elif simulate:
+        lasts = length(work.schedule, work.ranks, work.microbatches, times)
     else:
         idle = (work.ranks - 1) / work.virtual * sum(by_rank) / work.ranks
-        pipeline = times.busy(work.ranks) * work.microbatches + idle * (1 / 3 if work.schedule == "zero-bubble" else 1)
-    mine = [sum(column) * work.microbatches for column in zip(*(t.all for t in tables[busiest :: work.ranks]))]
+        lasts = times.busy(work.ranks) * work.microbatches + idle * (1 / 3 if work.schedule == "zero-bubble" else 1)
+    mine = [sum(column) * work.microbatches for column in zip(*(t.all for t in work.pick(tables, busiest)))]
     parts = dict(zip(PARTS, mine))
     parts["pp"] = 2 * blocking * work.microbatches * work.virtual
-    parts["bubble"] = pipeline - sum(mine) - parts["pp"]
+    parts["bubble"] = lasts - sum(mine) - parts["pp"]
     parts["dp"] += _data_parallel(work, times, speed, groups)
     parts["optimizer"] = _update(work, speed)
     parts["step"] = speed.constants["step"]
@@ -252,8 +257,8 @@ def _data_parallel(work: Workload, times: Times, speed: Rates, groups: Mapping[s
         gather = sum(gathers[id(one)] for one in work.of_rank(rank))
         total = sum(sums[id(one)] for one in work.of_rank(rank))
         if speed.stack.hides_dp:
-            forward = sum(times.forward[rank :: work.ranks])
-            backward = sum(times.input[rank :: work.ranks]) + sum(times.weight[rank :: work.ranks])
+            forward = sum(work.pick(times.forward, rank))
+            backward = sum(work.pick(times.input, rank)) + sum(work.pick(times.weight, rank))
             shown = _visible("compute", 7, gather, forward, speed) + _visible("compute", 7, total, backward, speed)
         else:
             shown = gather + total

@@ -45,6 +45,8 @@ class Hardware:
     source: str
     softmax: float = 1.0
     """Speed of a fused attention relative to the family's."""
+    plain: float = 0.0
+    """FLOP/s of fp32 products outside of tensor cores; fp64 has half."""
 
     def peak(self, precision: str) -> float:
         """Dense FLOP/s in a precision. Raises `ConfigError` with the precisions it has.
@@ -53,11 +55,15 @@ class Hardware:
         989.0
         """
         wanted = ALIASES.get(precision, precision)
+        if wanted not in self.peaks and wanted in PLAIN and self.plain:
+            return self.plain * PLAIN[wanted]
         if wanted not in self.peaks:
             raise ConfigError(f"{self.name} has no {precision} matrix units. Its precisions: {', '.join(self.peaks)}.")
         return self.peaks[wanted]
 
 
+PLAIN: Mapping[str, float] = MappingProxyType({"fp32": 1.0, "fp64": 0.5, "int": 1.0})
+"""Precisions outside of tensor cores -> speed relative to fp32."""
 ALIASES: Mapping[str, str] = MappingProxyType({"mxfp8": "fp8"})
 """Precisions that run on the matrix units of another one."""
 
@@ -120,9 +126,9 @@ def _part(
     name: str, family: str, peaks: Mapping[str, float], numbers: str, source: str, *, hop: float = _IB, softmax: float = 1.0
 ) -> Hardware:
     """A row of the table; `numbers` in the order of its heading."""
-    memory, bandwidth, link, nic, node, domain, power, rated = map(float, numbers.split())
+    memory, bandwidth, link, nic, node, domain, power, rated, plain = map(float, numbers.split())
     rates = (memory * GB, 0.94, bandwidth * GB, link * GB, nic * GB)
-    return Hardware(name, family, peaks, *rates, int(node), int(domain), power, rated, hop, source, softmax)
+    return Hardware(name, family, peaks, *rates, int(node), int(domain), power, rated, hop, source, softmax, plain * TERA)
 
 
 _V100, _A100, _HOPPER = _peaks(fp16=125), _peaks(bf16=312, fp16=312), _peaks(bf16=989, fp16=989, fp8=1979)
@@ -141,17 +147,17 @@ _SHEETS = {
     "gb300": "NVIDIA GB300 NVL72 data sheet: for 72, dense 360 PFLOP/s fp8, 1080 fp4; 800 Gb/s; exponentials twice as fast: softmax",
 }
 _PARTS = (
-    #                           memory  HBM   link  nic  node domain power, that of the family
-    #                           GB      GB/s  GB/s  GB/s            W      W
-    _part("v100", "volta", _V100, "32     900   150   6.25 16  16     450    450", _SHEETS["v100"]),
-    _part("a100", "ampere", _A100, "80    2039  300   25   8   8      400    400", _SHEETS["a100"]),
-    _part("h100", "hopper", _HOPPER, "80  3350  450   50   8   8      700    700", _SHEETS["h100"]),
-    _part("h100-efa", "hopper", _HOPPER, "80 3350 450 50   8   8      700    700", _SHEETS["h100-efa"], hop=35e-6),
-    _part("h100-500w", "hopper", _HOPPER, "96 2400 450 50  8   8      500    700", _SHEETS["h100-500w"]),
-    _part("h200", "hopper", _HOPPER, "141 4800  450   50   8   8      700    700", _SHEETS["h200"]),
-    _part("b200", "blackwell", _B200, "180 7700 900   50   8   8      1000   1000", _SHEETS["b200"]),
-    _part("gb200", "blackwell", _GB200, "186 8000 900 50   4   72     1200   1000", _SHEETS["gb200"]),
-    _part("gb300", "blackwell", _GB300, "288 8000 900 100  4   72     1400   1000", _SHEETS["gb300"], softmax=1.33),
+    #                           memory  HBM   link  nic  node domain power, that of the family, fp32
+    #                           GB      GB/s  GB/s  GB/s            W      W    TFLOP/s
+    _part("v100", "volta", _V100, "32     900   150   6.25 16  16     450    450  15.7", _SHEETS["v100"]),
+    _part("a100", "ampere", _A100, "80    2039  300   25   8   8      400    400  19.5", _SHEETS["a100"]),
+    _part("h100", "hopper", _HOPPER, "80  3350  450   50   8   8      700    700  67", _SHEETS["h100"]),
+    _part("h100-efa", "hopper", _HOPPER, "80 3350 450 50   8   8      700    700  67", _SHEETS["h100-efa"], hop=35e-6),
+    _part("h100-500w", "hopper", _HOPPER, "96 2400 450 50  8   8      500    700  67", _SHEETS["h100-500w"]),
+    _part("h200", "hopper", _HOPPER, "141 4800  450   50   8   8      700    700  67", _SHEETS["h200"]),
+    _part("b200", "blackwell", _B200, "180 7700 900   50   8   8      1000   1000  75", _SHEETS["b200"]),
+    _part("gb200", "blackwell", _GB200, "186 8000 900 50   4   72     1200   1000  80", _SHEETS["gb200"]),
+    _part("gb300", "blackwell", _GB300, "288 8000 900 100  4   72     1400   1000  80", _SHEETS["gb300"], softmax=1.33),
 )
 HARDWARE: Mapping[str, Hardware] = MappingProxyType({part.name: part for part in _PARTS})
 """Name -> accelerator. Every rate of the tensor cores is without sparsity."""

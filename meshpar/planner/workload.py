@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import Literal
+from typing import Literal, TypeVar
 
 from meshpar.errors import ConfigError, raise_all
 
+T = TypeVar("T")
 Phase = Literal["forward", "recompute", "input", "weight", "step"]
 """Forward; forward once more before backward; gradient of the input; gradient of the weights; once per step."""
 PHASES: tuple[Phase, ...] = ("forward", "recompute", "input", "weight", "step")
@@ -110,7 +111,7 @@ class Workload:
     """A step of training as every rank of every stage performs it."""
 
     stages: tuple[StageLoad, ...]
-    """In the order of the model; stage i runs on pipeline rank i modulo `ranks`."""
+    """In the order of the model."""
     ranks: int
     """Pipeline ranks."""
     schedule: str
@@ -124,6 +125,8 @@ class Workload:
     """Tokens of a step over all ranks."""
     info: Mapping[str, float] = field(default_factory=dict)
     """Model FLOPs per token by convention, where known."""
+    place: tuple[int, ...] = ()
+    """Stage -> pipeline rank; empty: stage i runs on rank i modulo `ranks`."""
 
     def __post_init__(self) -> None:
         raise_all(ConfigError, "Workload:", list(_complaints(self)))
@@ -135,7 +138,13 @@ class Workload:
 
     def of_rank(self, rank: int) -> tuple[StageLoad, ...]:
         """The stages of a pipeline rank."""
-        return self.stages[rank :: self.ranks]
+        return self.pick(self.stages, rank)
+
+    def pick(self, of_stages: Sequence[T], rank: int) -> tuple[T, ...]:
+        """Of one thing per stage, those of a pipeline rank."""
+        if not self.place:
+            return tuple(of_stages[rank :: self.ranks])
+        return tuple(one for one, at in zip(of_stages, self.place, strict=True) if at == rank)
 
     def ledger(self) -> Iterator[tuple[int, Collective, float]]:
         """Every collective of a step: `(stage, collective, how often on one rank)`."""

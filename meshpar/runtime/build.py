@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -59,10 +60,8 @@ def build(
         tree = _simulated(model, mesh, config, program, specs, weights, filled)
         return Whole(tree, DataParallelism(Block(), config.data_parallel, ()), program)
     parameters = {name: place.empty(spec, spmd) for name, spec in specs.items()}
-    alone = left_alone(program.plan, mesh, config)
-    keeps = schedule is not None and schedule.defers(config.microbatches)
     trees = _trees(model, config, program, own, parameters, _buffers(model, mesh.device_type))
-    data = {i: apply_data_parallel(tree, spmd, config, keeps=keeps, alone=alone) for i, tree in trees.items()}
+    data = _data_parallel(trees, mesh, config, program, schedule)
     without_memory = _has_no_peers() and weights is None and all(p.is_meta for p in model.parameters())
     for tree in trees.values():
         if not without_memory:
@@ -83,6 +82,44 @@ def build(
         return Whole(trees[0], data[0], program)
     ties = _ties(program.plan, mesh, parameters)
     return Pipelined(trees, program, data, ties, schedule, stage_axis(mesh), torch.device(mesh.device_type))
+
+
+def trees_of(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    program: Program,
+    schedule: Schedule | None,
+    memory: AbstractContextManager[Any],
+    stages: Sequence[int],
+) -> tuple[dict[int, Tree], dict[int, DataParallelism]]:
+    """The trees of some `stages`, as the ranks with this one's other coordinates have them, and their data parallelism.
+
+    Tensors are allocated inside of `memory`, such as a `FakeTensorMode`; their values are whatever is there.
+    """
+    forget_meshes()
+    plans = {n: p for n, p in program.plan.parameters.items() if _is_here(p, mesh)}
+    specs = {name: _spec(name, plan, config, stages) for name, plan in plans.items()}
+    buffers = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers()}
+    trees: dict[int, Tree] = {}
+    for stage in stages:  # each has parameters of its own, also those that several use
+        parameters = {name: place.empty(spec, without_pipeline(mesh)) for name, spec in specs.items() if stage in plans[name].stages}
+        trees |= _trees(model, config, program, (stage,), parameters, buffers)
+    data = _data_parallel(trees, mesh, config, program, schedule)
+    for tree in trees.values():
+        with memory:
+            place.allocate(tree, mesh.device_type)
+        mark_all(tree, specs)
+        adopt(tree, specs, apart=are_apart(program.plan, mesh))
+    return trees, data
+
+
+def _data_parallel(
+    trees: Mapping[int, Tree], mesh: DeviceMesh, config: ParallelConfig, program: Program, schedule: Schedule | None
+) -> dict[int, DataParallelism]:
+    keeps = schedule is not None and schedule.defers(config.microbatches)
+    spmd, alone = without_pipeline(mesh), left_alone(program.plan, mesh, config)
+    return {i: apply_data_parallel(tree, spmd, config, keeps=keeps, alone=alone) for i, tree in trees.items()}
 
 
 @torch.no_grad()

@@ -1,0 +1,174 @@
+"""`meshpar dry-run` and `meshpar plan`: a program on a cluster that is not there, and the best mapping for one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meshpar.errors import ConfigError
+
+if TYPE_CHECKING:
+    from meshpar.dry_run import DryRun
+
+AnyModel = Annotated[
+    str,
+    typer.Argument(
+        help="Sizes (layers=80,hidden=8192,heads=64,ffn=28672,vocab=128256), package.module:function for (model, batch), a type of "
+        "transformers, or the folder of a configuration.",
+    ),
+]
+Gpu = Annotated[str, typer.Option("--gpu", "--hardware", help="The accelerator: a100, h100, h200, b200, gb200, gb300, v100, ...")]
+StackName = Annotated[str, typer.Option("--stack", help="Whose software; meshpar counts what this package does.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def dry_run(
+    model: AnyModel = "",
+    mesh: Annotated[
+        str, typer.Option("--mesh", help="Mesh axes, outermost first, such as pp=8,dp=8,tp=8; or a file of meshpar plan.")
+    ] = "",
+    config: Annotated[Path | None, typer.Option("--config", help="A file that meshpar plan wrote, with the mesh and the rest.")] = None,
+    megatron: Annotated[Path | None, typer.Option("--megatron", help="A job in Megatron's names instead: YAML or JSON.")] = None,
+    gpu: Gpu = "h100",
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="With --megatron: how many; else the mesh says so.")] = None,
+    seq: Annotated[int | None, typer.Option("--seq", min=2, help="Tokens of a sample.")] = None,
+    microbatch: Annotated[int, typer.Option("--microbatch", min=1, help="Samples of a microbatch on a data rank.")] = 1,
+    microbatches: Annotated[int, typer.Option("--microbatches", min=1, help="Microbatches of a step.")] = 1,
+    schedule: Annotated[str, typer.Option("--schedule")] = "1f1b",
+    virtual_stages: Annotated[int | None, typer.Option("--virtual-stages", min=1)] = None,
+    recompute: Annotated[str, typer.Option("--recompute", help="none, selective or full.")] = "none",
+    data_parallel: Annotated[str, typer.Option("--data-parallel", help="replicate, zero1, zero2 or zero3.")] = "zero3",
+    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32.")] = "bf16",
+    stack: StackName = "meshpar",
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw it into this picture file.")] = None,
+) -> None:
+    """Memory, communication and time of a program on a cluster that is not there. Needs no GPUs, no ranks, and no memory for the model."""
+    from meshpar.config import ParallelConfig
+    from meshpar.dry_run import dry_run as run
+
+    said: tuple[Any, ...] = ()
+    if megatron is not None:
+        found, said = _of_megatron(megatron, gpu, gpus, stack)
+    else:
+        from meshpar.cli.large import built, large_model
+
+        if not model or not (mesh or config):
+            raise ConfigError("dry-run wants a model and --mesh (or --config FILE), or --megatron FILE. meshpar dry-run --help")
+        fields: dict[str, Any] = {"schedule": schedule, "virtual_stages": virtual_stages, "recompute": recompute}
+        fields |= {"data_parallel": data_parallel, "microbatches": microbatches}
+        options = ParallelConfig.from_toml(config) if config else ParallelConfig(**fields)
+        options = _in(options, precision)
+        made, batch = large_model(model, seq=seq, samples=microbatch * options.microbatches)
+        found = run(built(made), mesh or config or "", options, hardware=gpu, example=batch, stack=stack)
+    if plot is not None:
+        found.plot(plot)
+    if as_json:
+        print(json.dumps({**found.to_dict(), "translation": [str(line) for line in said]}, indent=2))
+    else:
+        _show(found, said)
+
+
+def _in(config: Any, precision: str) -> Any:
+    from dataclasses import replace
+
+    return replace(config, precision=precision)
+
+
+def _of_megatron(path: Path, gpu: str, gpus: int | None, stack: str) -> tuple[DryRun, tuple[Any, ...]]:
+    import torch
+
+    from meshpar.cli.large import ids
+    from meshpar.dry_run import dry_run as run
+    from meshpar.dry_run.decoder import Decoder
+    from meshpar.dry_run.megatron import read_megatron
+
+    job = read_megatron(path, gpus=gpus)
+    with torch.device("meta"):
+        model = Decoder(job.sizes, dropout=job.dropout)
+    found = run(model, job.mesh, job.config, hardware=gpu, example=ids(job.seq, job.local_batch), stack=stack)
+    return found, (*job.translation, *job.remarks)
+
+
+def _show(found: DryRun, said: tuple[Any, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from meshpar.dry_run.result import LEDGER, MEMORY, ledger_row, memory_row
+    from meshpar.planner.hardware import GiB
+
+    console = Console(highlight=False, width=max(150, Console().width), soft_wrap=True)
+    for line in said:
+        console.print(f"  {line}", markup=False)
+    console.print(
+        f"{found.gpus} x {found.hardware.name} as {found.mesh}, {found.software}, {found.precision}\n{found.grids}\n", markup=False
+    )
+    fit = "" if found.fits else ": IT DOES NOT FIT"
+    for title, heading, rows in (
+        (f"Memory at the fullest moment, of {found.limit / GiB:.0f} GiB usable{fit}", MEMORY, map(memory_row, found.ranks)),
+        ("Communication of a rank in a step", LEDGER, map(ledger_row, found.ledger)),
+    ):
+        table = Table(*heading, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in found.summary():
+        console.print(line, markup=False)
+
+
+def plan(
+    model: AnyModel,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many accelerators.")],
+    global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Samples of a step over all ranks.")],
+    gpu: Gpu = "h100",
+    seq: Annotated[int | None, typer.Option("--seq", min=2, help="Tokens of a sample.")] = None,
+    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp8, ...")] = "bf16",
+    stack: StackName = "meshpar",
+    top: Annotated[int, typer.Option("--top", min=1, help="So many mappings.")] = 10,
+    toml: Annotated[
+        Path | None, typer.Option("--toml", help="Write the best mapping here, for --config, make_mesh and parallelize.")
+    ] = None,
+    script: Annotated[str, typer.Option("--script", help="What the launch lines start.")] = "train.py",
+    as_json: AsJson = False,
+) -> None:
+    """The mappings that fit a cluster, fastest first, why the others lost, and what to type to run the best one."""
+    from meshpar.cli.large import large_model
+    from meshpar.dry_run.searching import search
+
+    made, batch = large_model(model, seq=seq, samples=1)
+    length = seq or int(batch["input_ids"].shape[1]) if isinstance(batch, dict) and "input_ids" in batch else seq
+    found = search(made, (gpu, gpus), global_batch=global_batch, seq=length, precision=precision, stack=stack, example=batch, top=top)
+    if toml is not None:
+        toml.write_text(found.toml() + "\n")
+    if as_json:
+        print(json.dumps(_as_dict(found), indent=2))
+        return
+    print(found)
+    print(f"\n{found.toml()}\n\n{found.launch(script)}\n{found.launch(script, slurm=True)}")
+
+
+def _as_dict(found: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    ranked = [
+        {
+            **asdict(one.mapping),
+            "seconds": one.seconds,
+            "bubble": one.time.bubble,
+            "exposed": dict(one.exposed),
+            "memory": {**one.memory.parts(), "total": one.memory.total / 2**30},
+        }
+        for one in found.ranked
+    ]
+    lost = [{"family": x.family, "mapping": asdict(x.best.mapping), "fits": x.fits, "why": x.why} for x in found.found.lost]
+    return {
+        "ranked": ranked,
+        "lost": lost,
+        "tried": found.found.tried,
+        "fit": found.found.fit,
+        "toml": found.toml(),
+        "launch": found.launch(),
+    }
