@@ -29,6 +29,7 @@ from meshpar.dry_run.reader import workload
 from meshpar.dry_run.rehearsal import Rehearsed, absent, rehearse
 from meshpar.dry_run.result import DryRun
 from meshpar.mesh import format_mesh, parse_mesh, rank_grid
+from meshpar.passes.inputs import extra_inputs
 from meshpar.pipeline.order import Schedule
 from meshpar.pipeline.timing import Costs, simulate
 from meshpar.planner import Cluster, Constants, Hardware, Stack
@@ -139,7 +140,7 @@ def _priced(
         ranks=memory,
         ledger=ledger(work, part, time.seconds),
         time=time,
-        spread=constants.spread["experts" if program.has_experts else "dense"],
+        spread=constants.spread["experts" if extra_inputs(program.graph).expert_tally else "dense"],
         tokens=work.tokens,
         mfu={name: rate * flops / part.peak(precision) for name, flops in work.info.items()},
         workload=work,

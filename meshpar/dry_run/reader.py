@@ -16,8 +16,9 @@ from meshpar._torch import resolve_process_group
 from meshpar.compile.program import Program
 from meshpar.dry_run.rehearsal import Rehearsed
 from meshpar.dry_run.tape import Sounding
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
 from meshpar.graph.cost import flops
+from meshpar.graph.facts import Info, facts, info_of
 from meshpar.mesh import mesh_sizes
 from meshpar.pipeline.order import Schedule
 from meshpar.planner import AxisSpan, Collective, Layer, Operator, StageLoad, Workload
@@ -221,12 +222,12 @@ def model_flops(captured: Captured, lowered: fx.Graph) -> dict[str, float]:
         whole = forward * (1 + min(2, _trained_operands(node)))
         found["causal"] += whole * (0.5 if _is_causal(node) else 1.0)
         found["noncausal"] += whole
-        found["with-recompute"] += whole + (forward if node.meta.get("region") else 0.0)
+        found["with-recompute"] += whole + (forward if facts(node).region else 0.0)
     return found
 
 
 def _trained_operands(node: fx.Node) -> int:
-    infos = [source.meta.get("info") for source in node.all_input_nodes]
+    infos = [facts(source).info for source in node.all_input_nodes]
     return sum(isinstance(i, Info) and i.requires_grad and len(i.shape) > 1 for i in infos)
 
 
@@ -238,11 +239,11 @@ def _is_causal(node: fx.Node) -> bool:
 
 def tokens_of(captured: Captured) -> int:
     """Tokens of one microbatch over all ranks: elements of the largest integer input; samples, where there is none."""
-    nodes = [n for n in captured.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("info"), Info)]
-    whole = [i.shape for n in nodes if not (i := n.meta["info"]).dtype.is_floating_point and len(i.shape) > 1]
+    nodes = [n for n in captured.graph.nodes if n.op == "placeholder" and isinstance(facts(n).info, Info)]
+    whole = [i.shape for n in nodes if not (i := info_of(n)).dtype.is_floating_point and len(i.shape) > 1]
     if whole:
         return max(_numel(shape) for shape in whole)
-    return max((n.meta["info"].shape[captured.batch_dims[n.name]] for n in nodes if n.name in captured.batch_dims), default=1)
+    return max((info_of(n).shape[captured.batch_dims[n.name]] for n in nodes if n.name in captured.batch_dims), default=1)
 
 
 def _numel(shape: Sequence[int]) -> int:

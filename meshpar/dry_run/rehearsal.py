@@ -24,15 +24,12 @@ from meshpar.compile.split import StageGraph
 from meshpar.config import ParallelConfig
 from meshpar.dry_run.tape import MachineTape, Sounding, TapeMark, alive, levels
 from meshpar.errors import ConfigError
-from meshpar.graph.captured import Info
+from meshpar.graph.facts import Extra, Info, facts, info_of
 from meshpar.graph.op import op_name
 from meshpar.mesh import make_mesh, parse_mesh
 from meshpar.ops import random
 from meshpar.ops.deferred import WeightGradients
 from meshpar.ops.load import Tally
-from meshpar.passes.randomness import KEY
-from meshpar.passes.tally import TALLY
-from meshpar.passes.weight_gradients import QUEUE
 from meshpar.runtime.blocks import Tree
 from meshpar.runtime.build import trees_of
 from meshpar.runtime.data_parallel import DataParallelism
@@ -100,7 +97,7 @@ class Rehearsed:
     @property
     def blocks(self) -> int:
         """Blocks that it runs; 1 where it has none."""
-        return len({n.meta.get("region") for n in self.graph.nodes} - {None, ""}) or 1
+        return len({facts(n).region for n in self.graph.nodes} - {None, ""}) or 1
 
 
 @contextmanager
@@ -138,16 +135,16 @@ def likeness(cut: StageGraph) -> Hashable:
         target = node.target if node.op == "call_function" else ""
         drawn = getattr(target, "__module__", "") == random.__name__
         args, kwargs = fx.map_arg((node.args, {} if drawn else node.kwargs), number.__getitem__)
-        block = blocks.setdefault(node.meta.get("region"), len(blocks))
-        found.append((node.op, str(target), "" if drawn else repr((args, kwargs)), repr(node.meta.get("info")), block))
+        block = blocks.setdefault(facts(node).region, len(blocks))
+        found.append((node.op, str(target), "" if drawn else repr((args, kwargs)), repr(facts(node).info), block))
     return (*found, len(cut.receives), len(cut.sends), len(cut.mutations))
 
 
 def _stage(cut: StageGraph, tree: Tree, data: DataParallelism, program: Program, programs: Programs, config: ParallelConfig) -> Rehearsed:
     held = [(name, p, _local(p)) for name, p in tree.named_parameters()]
     elements, expert_elements = _elements(tree, program)
-    received = [n.meta["info"] for n in _placeholders(cut) if n.name in cut.receives]
-    sent = [n.meta["info"] for n in _outputs(cut.graph)[: len(cut.sends)]]
+    received = [info_of(n) for n in _placeholders(cut) if n.name in cut.receives]
+    sent = [info_of(n) for n in _outputs(cut.graph)[: len(cut.sends)]]
     stage = _Stage(cut, tree, data, program, programs.schedule is not None, _defers(programs, config))
     with MachineTape() as tape:
         first = stage.run(tape, first=True, last=config.microbatches == 1)
@@ -290,7 +287,7 @@ _COPIES = frozenset(("aten.clone", "aten.cat", "aten.contiguous", "aten.copy"))
 def _logits(graph: fx.Graph) -> int:
     """The largest value that a cross entropy reads."""
     losses = [n for n in graph.nodes if n.op == "call_function" and "cross_entropy" in op_name(n.target)]
-    infos = [source.meta.get("info") for n in losses for source in n.all_input_nodes]
+    infos = [facts(source).info for n in losses for source in n.all_input_nodes]
     return max((i.nbytes for i in infos if isinstance(i, Info)), default=0)
 
 
@@ -305,13 +302,13 @@ def _outputs(graph: fx.Graph) -> list[fx.Node]:
 
 def _input(node: fx.Node, later: WeightGradients | None) -> Any:
     """A value for a placeholder."""
-    if node.target == TALLY:
+    if facts(node).extra == Extra.EXPERT_TALLY:
         return Tally()
-    if node.target == QUEUE:
+    if facts(node).extra == Extra.WEIGHT_GRADIENTS:
         return later
-    if node.target == KEY:
+    if facts(node).extra == Extra.RANDOM_KEY:
         return 0
-    info: Info = node.meta["info"]
+    info: Info = info_of(node)
     return torch.empty(info.shape, dtype=info.dtype).requires_grad_(info.requires_grad)
 
 

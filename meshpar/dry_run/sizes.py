@@ -20,7 +20,8 @@ from meshpar.compile.program import Programs
 from meshpar.config import ParallelConfig
 from meshpar.dry_run.rehearsal import absent
 from meshpar.errors import ConfigError
-from meshpar.graph.captured import Captured, Info
+from meshpar.graph.captured import Captured
+from meshpar.graph.facts import Info, facts, info_of
 from meshpar.planner import Transformer
 
 NEAR = 0.02
@@ -50,7 +51,7 @@ def sizes_of(model: nn.Module, example: Example | None = None) -> tuple[Transfor
 
 def _read(captured: Captured) -> Transformer:
     attentions = [n for n in captured.graph.nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default]
-    blocks = list(dict.fromkeys(n.meta.get("region") for n in captured.graph.nodes if n.meta.get("region")))
+    blocks = list(dict.fromkeys(region for n in captured.graph.nodes if (region := facts(n).region)))
     losses = [n for n in captured.graph.nodes if "cross_entropy" in str(n.target)]
     missing = [
         what
@@ -94,7 +95,7 @@ class _Part:
 
     def __init__(self, captured: Captured, block: str, hidden: int) -> None:
         held = _parameters(captured, block)
-        nodes = [n for n in captured.graph.nodes if n.meta.get("region") == block]
+        nodes = [n for n in captured.graph.nodes if facts(n).region == block]
         grouped = [n for n in nodes if n.target is torch.ops.meshpar.grouped_mm.default]
         self.experts, self.choices, self.expert_width = 0, 0, 0
         if grouped:
@@ -139,7 +140,7 @@ def _own_heads(captured: Captured, keys: int, queries: int, block: str, width: i
     """Heads of keys before they are repeated for the queries: from the products of a block, where attention is given repeated ones."""
     if keys != queries:
         return keys
-    nodes = [n for n in captured.graph.nodes if n.meta.get("region") == block and n.target in _PRODUCTS]
+    nodes = [n for n in captured.graph.nodes if facts(n).region == block and n.target in _PRODUCTS]
     outs = [_shape(n)[-1] for n in nodes[:3]]
     if len(outs) == 3 and outs[0] == queries * width and outs[1] == outs[2] and outs[1] < outs[0]:
         return outs[1] // width
@@ -149,7 +150,7 @@ def _own_heads(captured: Captured, keys: int, queries: int, block: str, width: i
 
 
 def _tied(captured: Captured, vocab: int) -> bool:
-    tables = [n for n in captured.graph.nodes if n.op == "get_attr" and isinstance(n.meta.get("info"), Info) and vocab in _shape(n)[:1]]
+    tables = [n for n in captured.graph.nodes if n.op == "get_attr" and isinstance(facts(n).info, Info) and vocab in _shape(n)[:1]]
     return len([n for n in tables if len(_shape(n)) == 2]) == 1
 
 
@@ -160,17 +161,17 @@ def _positions(captured: Captured, hidden: int, vocab: int) -> int:
 
 
 def _sequence(captured: Captured) -> int:
-    shapes = [_shape(n) for n in captured.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("info"), Info)]
+    shapes = [_shape(n) for n in captured.graph.nodes if n.op == "placeholder" and isinstance(facts(n).info, Info)]
     return max((shape[1] for shape in shapes if len(shape) > 1), default=1)
 
 
 def _parameters(captured: Captured, block: str) -> Mapping[str, tuple[int, ...]]:
     nodes = [n for n in captured.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{block}.")]
-    return {str(n.target): _shape(n) for n in nodes if isinstance(n.meta.get("info"), Info)}
+    return {str(n.target): _shape(n) for n in nodes if isinstance(facts(n).info, Info)}
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    info = value.meta["info"]
+    info = info_of(value)
     return tuple((next(i for i in info if i is not None) if isinstance(info, tuple) else info).shape)
 
 
