@@ -14,7 +14,9 @@ from meshpar.planner import Cluster, Constants, Job, Search, Space, Stack, Trans
 from meshpar.planner import search as search_mappings
 from meshpar.planner.search import Candidate
 
-RUNS = Space(cp=(1, 2, 4, 8, 16, 32), fold_experts=False, data_parallel=("replicate", "zero1", "zero3"), recompute=("none", "selective", "full"))
+RUNS = Space(
+    cp=(1, 2, 4, 8, 16, 32), fold_experts=False, data_parallel=("replicate", "zero1", "zero3"), recompute=("none", "selective", "full")
+)
 """What this runtime can do: experts that are split over tp like everything else."""
 
 

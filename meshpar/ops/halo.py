@@ -23,7 +23,7 @@ from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import exchanged, on_rank
 from meshpar.sharding.types import Shard
 
-Span = tuple[int, int]
+Positions = tuple[int, int]
 
 
 def windowed_attention(
@@ -71,7 +71,14 @@ def halo_attention(
 
 
 def windows_at(
-    query: Tensor, key: Tensor, value: Tensor, ranges: Sequence[Span], window: int, *, scale: float | None = None, enable_gqa: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ranges: Sequence[Positions],
+    window: int,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """Attention of the queries at the global positions `ranges`; `key` and `value` hold `window - 1` positions more before each range."""
     found, start, before = [], 0, 0
@@ -126,7 +133,7 @@ def _way(cut: Shard, window: int, size: int, rank: int) -> _Way:
     return _Way(sent, received, tuple(place.get(p, nothing) for p in near))
 
 
-def _positions(ranges: Sequence[Span]) -> list[int]:
+def _positions(ranges: Sequence[Positions]) -> list[int]:
     return [position for low, high in ranges for position in range(low, high)]
 
 

@@ -22,10 +22,10 @@ from meshpar.sharding.reading import Reading
 from meshpar.sharding.types import Shard
 from meshpar.sharding.typings import Choice
 
-Form = Literal["gather", "heads", "ring", "halo", "whole"]
+AttentionForm = Literal["gather", "heads", "ring", "halo", "whole"]
 
 
-def form(choice: Choice) -> Form:
+def form(choice: Choice) -> AttentionForm:
     """Which form a typing of attention is."""
     query, key = choice.uses[:2]
     if choice.why == "ring" or choice.why == "halo":

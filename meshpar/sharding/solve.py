@@ -17,7 +17,7 @@ from torch import fx
 from meshpar.errors import PlanError
 from meshpar.graph.facts import Info, facts, info_of, infos_of
 from meshpar.graph.op import Value, op_name, operands, value_info, value_of
-from meshpar.graph.operators import ARITHMETIC, operator_of
+from meshpar.graph.operators import operator_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
 from meshpar.sharding.infer import BoundOp, Inference, infer
@@ -220,8 +220,9 @@ class _Solver:
         row = operator_of(call.op.node.target)
         if row.view:
             return 0.0
-        # Of all sizes: what a convolution does at most, so that none is repeated to save a message.
-        flops = 2.0 * prod(call.signature.sizes.values()) if call.signature and row.kind in ARITHMETIC else 0.0
+        flops = row.flops(call.op) if row.flops else 0.0
+        if row.kind == "convolution" and call.signature:  # more than it does, so that none is repeated to save a message
+            flops = 2.0 * prod(call.signature.sizes.values())
         return grad * self.price.compute(flops, sum(i.nbytes for i in infos))
 
     def _whole_prices(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, float]:
