@@ -18,7 +18,7 @@ from meshpar.compile.denominators import split_denominators
 from meshpar.compile.stages import Budget, _attention, _Ground
 from meshpar.graph import operators
 from meshpar.graph.cost import flops, nbytes
-from meshpar.graph.facts import info_of
+from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import op_name
 from meshpar.graph.operators import OPERATORS, OperatorRow, add_rule, draws, operator_of
 from meshpar.mesh import Axis
