@@ -214,11 +214,12 @@ def propagate(graph: fx.Graph, leaves: Mapping[str, bool]) -> None:
         if node.op in ("placeholder", "get_attr"):
             needs = leaves.get(str(node.target), False)
         else:
-            needs = not _stops(node) and any(_needs(source, node) for source in node.all_input_nodes)
+            needs = not stops(node) and any(_needs(source, node) for source in node.all_input_nodes)
         node.meta["info"] = tuple(_with(i, needs) for i in info) if isinstance(info, tuple) else _with(info, needs)
 
 
-def _stops(node: fx.Node) -> bool:
+def stops(node: fx.Node) -> bool:
+    """Whether no gradient goes through a node."""
     return isinstance(node.target, OpOverload) and node.target._schema.name in STOPS
 
 
