@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from types import SimpleNamespace
@@ -251,6 +251,19 @@ def function_behind(node: Any) -> type[torch.autograd.Function] | str | None:
         return cls
     name: str = node.name()
     return name.split("CppNode<")[1].rstrip(">") if "CppNode<" in name else None
+
+
+def functions_behind(results: Iterable[Any]) -> Iterator[type[torch.autograd.Function] | str]:
+    """The Functions among all nodes of the autograd graph of some values."""
+    stack = [value.grad_fn for value in results if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if (function := function_behind(node)) is not None:
+            yield function
+        new = {source for source, _ in node.next_functions if source is not None} - seen
+        seen |= new
+        stack.extend(new)
 
 
 @cache
@@ -597,6 +610,7 @@ __all__ = [
     "forget_meshes",
     "function_behind",
     "functional",
+    "functions_behind",
     "functions_called",
     "generator_key",
     "global_hooks",

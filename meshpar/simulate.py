@@ -11,6 +11,7 @@ those that processes would draw: every rank has generators of its own (see `gene
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -46,13 +47,17 @@ def simulate(world_size: int) -> Iterator[World]:
     ...     local_tensors(per_rank(lambda rank: torch.tensor(rank)))
     {0: tensor(0), 1: tensor(1)}
     """
+    hook = sys.excepthook
     started = _start_fake_group(world_size)
+    torchs = sys.excepthook  # it puts "[rank0]: " before every line of an error, and stays when the group ends
     try:
         with states_of_ranks(), Ranks(world_size):
             yield World(world_size)
     finally:
         if started:
             dist.destroy_process_group()
+            if sys.excepthook is torchs:
+                sys.excepthook = hook
 
 
 def is_simulated() -> bool:

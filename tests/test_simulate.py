@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -99,3 +101,17 @@ def test_dtensors_in_and_out() -> None:
         assert local.grad is not None and local.grad.shape == (3, 2)
         y = distribute_tensor(whole, mesh, (Shard(1), Replicate()))
         assert all(t.shape == (6, 2) for t in local_tensors(y.to_local()).values())
+
+
+def test_the_hook_of_uncaught_errors_is_the_users_again() -> None:
+    before = sys.excepthook
+    for _ in range(2):
+        with simulate(2):
+            assert sys.excepthook is not before, "torch's, which names the rank"
+        assert sys.excepthook is before
+    try:
+        with simulate(2):
+            sys.excepthook = own = lambda *error: None
+        assert sys.excepthook is own, "one that was set inside stays"
+    finally:
+        sys.excepthook = before

@@ -17,6 +17,7 @@ from meshpar.capture import blame, check, decompositions, fake, grad, simplify, 
 from meshpar.capture import exported as graph
 from meshpar.capture.experts import seam as experts
 from meshpar.capture.functions import calls as functions
+from meshpar.capture.functions import cuts
 from meshpar.capture.functions import operators as own_backwards
 from meshpar.capture.hooks import kept as hooks
 from meshpar.capture.state import taken as state
@@ -146,7 +147,10 @@ def _recorded(
         simplify.prune(built.graph)
         check.refuse(built.graph)
     regions.assign(built.graph)
-    grad.propagate(built.graph, batch.requires_grad | dict.fromkeys(recording.names, False) | _trainable(model))
+    leaves = batch.requires_grad | dict.fromkeys(recording.names, False) | _trainable(model)
+    grad.propagate(built.graph, leaves)
+    if cuts.cut(built.graph):
+        grad.propagate(built.graph, leaves)
     simplify.simplify(built.graph)
     rows.mark(built.graph)
     experts.mark_stacks(built.graph)

@@ -215,12 +215,13 @@ def propagate(graph: fx.Graph, leaves: Mapping[str, bool]) -> None:
         if node.op in ("placeholder", "get_attr"):
             needs = leaves.get(str(node.target), False)
         else:
-            needs = not _stops(node) and any(_needs(source, node) for source in node.all_input_nodes)
+            needs = not stops(node) and any(_needs(source, node) for source in node.all_input_nodes)
         given = tuple(_with(i, needs) for i in infos_of(node))
         set_facts(node, replace(facts(node), info=given if gives_several(node) else given[0]))
 
 
-def _stops(node: fx.Node) -> bool:
+def stops(node: fx.Node) -> bool:
+    """Whether no gradient goes through a node."""
     return isinstance(node.target, OpOverload) and node.target._schema.name in STOPS
 
 

@@ -172,6 +172,13 @@ class FunctionForms:
         ]
         return _apart(gradients, others)
 
+    def without(self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> tuple[bool, ...]:
+        """The operands that need a gradient, and for which backward returns None."""
+        context, _ = self._run(tensors)
+        found = self._backward(context, grads)
+        slots = (found[i] for i, arg in enumerate(self.like) if isinstance(arg, ExampleCall))
+        return tuple(example.needs_grad and gradient is None for example, gradient in zip(self.tensors, slots, strict=True))
+
     def marks(self, *tensors: Tensor) -> tuple[tuple[bool, ...], bool]:
         """Which results are declared to have no gradient, and whether gradients that do not come are filled with zeros."""
         context, results = self._run(tensors)
@@ -254,6 +261,8 @@ class _ShapeRun:
     fills: bool
     each: bool
     """Whether all that runs treats every element by itself."""
+    without: tuple[bool, ...]
+    """The operands that get None for a gradient, though all that come in are there: to autograd they are cut off, which is not zeros."""
 
 
 @lru_cache(maxsize=512)
@@ -270,11 +279,11 @@ def _operator(cls: type[torch.autograd.Function], like: tuple[Any, ...], prove: 
         again += 1  # another class of the same name
     call = _defined(name + "_" * again, function, facts, nature)
     _NATURES[call.default] = nature
-    if not any(facts.undifferentiable):
+    if not any((*facts.undifferentiable, *facts.without)):
         return call
 
     def cut_off(*tensors: Tensor) -> Any:
-        results = call(*tensors)
+        results = call(*(one.detach() if not_ else one for one, not_ in zip(tensors, facts.without, strict=True)))
         each = results if isinstance(results, tuple) else (results,)
         return _bare(tuple(one.detach() if not_ else one for one, not_ in zip(each, facts.undifferentiable, strict=True)))
 
@@ -285,7 +294,8 @@ def _defined(name: str, function: FunctionForms, facts: _ShapeRun, nature: Natur
     count = facts.results
     operands = ", ".join(f"Tensor x{i}" for i in range(len(function.tensors)))
     grads = ", ".join(f"Tensor? grad{i}" for i in range(count))
-    needed = [i for i, example in enumerate(function.tensors) if example.needs_grad]
+    needing = [i for i, example in enumerate(function.tensors) if example.needs_grad]
+    needed = [i for i in needing if not facts.without[i]] or needing  # (all of them cut off: no gradient will come)
     tags = (torch.Tag.pointwise,) if nature.elementwise else ()
     torch.library.define(name, f"({operands}, float {SHARE}=1.0) -> {_results(count)}", tags=tags)
     torch.library.define(f"{name}_backward", f"({grads}, {operands}, float {SHARE}) -> {_results(len(needed))}")
@@ -294,8 +304,8 @@ def _defined(name: str, function: FunctionForms, facts: _ShapeRun, nature: Natur
         return _bare(function.forward(*tensors[: len(function.tensors)]))
 
     def backward(*given: Any) -> Any:
-        found = function.backward(given[:count], given[count:-1])
-        scaled = (g * given[-1] if given[-1] != 1.0 and i in nature.shared else g for i, g in zip(needed, found, strict=True))
+        found = dict(zip(needing, function.backward(given[:count], given[count:-1]), strict=True))
+        scaled = (found[i] * given[-1] if given[-1] != 1.0 and i in nature.shared else found[i] for i in needed)
         return _bare(tuple(scaled))
 
     for which, run in ((name, forward), (f"{name}_backward", backward)):
@@ -317,10 +327,23 @@ def _defined(name: str, function: FunctionForms, facts: _ShapeRun, nature: Natur
         ]
         found = call_backward(*full, *ctx.saved_tensors, ctx.share)
         each = iter(found if isinstance(found, tuple) else (found,))
-        return (*(next(each) if example.needs_grad else None for example in function.tensors), None)
+        gradients = [next(each) if i in needed else None for i in range(len(function.tensors))]
+        if any(one is None for one in full):  # some results are not used: then None may stay None
+            nones = _without(function, tuple(one is not None for one in full))
+            gradients = [None if none else gradient for none, gradient in zip(nones, gradients, strict=True)]
+        return (*gradients, None)
 
     torch.library.register_autograd(name, derivative, setup_context=keep)
     return call
+
+
+@lru_cache(maxsize=512)
+def _without(function: FunctionForms, coming: tuple[bool, ...]) -> tuple[bool, ...]:
+    """The operands that get None where gradients come for some of the results alone."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty(e.shape, dtype=e.dtype, device=e.device) for e in function.tensors]
+        grads = [torch.empty_like(r) if there else None for r, there in zip(function.forward(*tensors), coming, strict=True)]
+        return function.without(grads, tensors)
 
 
 SHARE = "share"
@@ -352,12 +375,13 @@ def _tried(function: FunctionForms) -> _ShapeRun:
         function.backward(grads, tensors)
         ran = [op for op in seen.operators if isinstance(op, OpOverload)]
         undifferentiable, fills = function.marks(*tensors)
+        without = function.without(grads, tensors)
     if any(draws(op) for op in ran):
         raise Unfit("it draws random numbers", HAND_IN)
     if seen.written & memory:
         raise Unfit("it overwrites what it is given")
     each = all(torch.Tag.pointwise in op.tags or op._schema.name in _EACH for op in ran)
-    return _ShapeRun(len(results), undifferentiable, fills, each)
+    return _ShapeRun(len(results), undifferentiable, fills, each, without)
 
 
 def _results(count: int) -> str:

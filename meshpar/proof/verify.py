@@ -87,6 +87,8 @@ class Report:
     notes: tuple[str, ...] = ()
     unproved: tuple[str, ...] = ()
     """Why the comparison proves nothing, where it does not."""
+    silent: tuple[str, ...] = ()
+    """The parameters of which it proves nothing: a program without their gradients would pass."""
     where: tuple[str, ...] = ()
     """On a difference, where values or gradients part first."""
 
@@ -143,11 +145,15 @@ def verify(
     what it belongs to), the comparison proves nothing and does not pass. A unit is at least one rounding and the median of its kind, so
     that luck is no standard.
 
+    A parameter whose gradient on one device is zero, or so much smaller than others that it would not be missed, is one of which nothing
+    is proved: the report names them (`silent`). Where they are most of the parameters (of those that get a gradient at all, in number or in
+    elements), the comparison proves nothing and does not pass: more samples, or values that reach those layers, are needed.
+
     A copy of the model is compared, not the model: dropout is switched off, what else is drawn at random is the same in both programs,
     every parameter is moved by `perturb` times a normal draw, and requests of the model for a narrower dtype than `dtype` are answered with
     `dtype`, in both programs. A model whose loss is no number, whose gradients are all zero or do not depend on the batch, and a batch that
     is the same on all data ranks, prove nothing: the report says so and is not `ok`. On a difference it names the first operation whose
-    values (or gradients) part.
+    values (or gradients) part; on ranks that exist already (a DeviceMesh, torchrun) it says how to have that looked for.
 
     Raises ConfigError, CaptureError, PlanError or BatchError as `parallelize` does, RankError when a rank fails.
 
@@ -171,8 +177,10 @@ def verify(
             with simulate(prod(sizes.values())):
                 found = _compare(task, expected.right, make_mesh(sizes, "cpu"))
     report = _report(task, expected, _complete(found, expected.right), sizes, where)
+    if report.agrees:
+        return report
     elsewhere = isinstance(mesh, DeviceMesh) or is_simulated() or launch.launched()
-    return report if report.agrees or elsewhere else replace(report, where=_where(task, report, sizes))
+    return replace(report, where=_not_looked_for(sizes) if elsewhere else _where(task, report, sizes))
 
 
 def _task(
@@ -217,6 +225,8 @@ class _Expected:
 
     right: Reference
     unproved: tuple[str, ...]
+    silent: tuple[str, ...]
+    """The parameters of which a comparison would prove nothing."""
     own: Mapping[str, Mapping[str, float]]
     """In bfloat16, quantity -> name -> how far that dtype alone carries the model on one device; else empty."""
 
@@ -225,7 +235,7 @@ def _expected(task: Task, device: torch.device) -> _Expected:
     with without_modes():
         if task.dtype != torch.bfloat16:
             right = reference_of(task, device)
-            return _Expected(right, unproved_by(task, right, device), {})
+            return _judged(right, unproved_by(task, right, device), {}, task.tolerance)
         exact = wide(task)
         right = reference_of(exact, device)
         reasons = unproved_by(exact, right, device)
@@ -236,7 +246,33 @@ def _expected(task: Task, device: torch.device) -> _Expected:
             f"in bfloat16 alone the model on one device differs from float64 by {share:.0%} of its gradients: a mistake of that size "
             f"would not show. Compare in float64.",
         )
-    return _Expected(right, reasons, own)
+    return _judged(right, reasons, own, task.tolerance)
+
+
+def _judged(right: Reference, reasons: tuple[str, ...], own: Mapping[str, Mapping[str, float]], tolerance: float) -> _Expected:
+    """With the parameters of which nothing is proved; most of them, and nothing is proved of the model."""
+    if reasons:
+        return _Expected(right, reasons, (), own)
+    sizes = {name: g.numel() for name, g in right.gradients.items() if g is not None and g.numel()}
+    silent = tuple(name for name in sizes if _would_pass_without(name, right, own.get("gradients", {}), tolerance))
+    if 2 * len(silent) > len(sizes) or 2 * sum(sizes[name] for name in silent) > sum(sizes.values()):
+        reasons = (
+            f"most of the model is silent: the gradients of {_few(silent)} ({len(silent)} of {len(sizes)} parameters) are zero on one "
+            f"device, or too small beside the others to be missed. Give samples that reach them, or more of them.",
+        )
+    return _Expected(right, reasons, silent, own)
+
+
+def _would_pass_without(name: str, right: Reference, own: Mapping[str, float], tolerance: float) -> bool:
+    """Whether a program that gave zeros for a gradient would pass."""
+    wanted = right.gradients[name]
+    assert wanted is not None
+    missing = _distance(torch.zeros_like(wanted), wanted, wanted, _gradient_floor(right))
+    return missing / own.get(name, 1.0) <= tolerance
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])} and {len(names) - 3} others" if len(names) > 4 else ", ".join(names)
 
 
 def _own(low: Reference, right: Reference, steps: int) -> dict[str, dict[str, float]]:
@@ -476,6 +512,14 @@ def _where(task: Task, report: Report, sizes: Mapping[str, int]) -> tuple[str, .
     return ("on every rank the program computes what was captured of the model, so it is the capture that differs from the model.",)
 
 
+def _not_looked_for(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """What to call where the ranks of the comparison cannot simulate others."""
+    return (
+        f"where they part first was not looked for, since these ranks exist already: in one process (python, not torchrun, and outside of "
+        f'mp.simulate) mp.verify(model, "{format_mesh(sizes)}", batch) names the first operation whose values part.',
+    )
+
+
 # ---- reporting -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +535,7 @@ def _report(task: Task, expected: _Expected, found: _Differences, sizes: Mapping
         tuple(_difference(q, d) for q, d in measured.items()),
         _drew(expected.right),
         expected.unproved,
+        expected.silent,
     )
     return report if report.agrees else replace(report, notes=(*report.notes, *found.notes))
 
@@ -545,6 +590,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"  {d.quantity:{width}}  {d.compared:8}  {_number(d.largest)}  {state:6}  {_worst(d, report.tolerance)}".rstrip()
     for reason in report.unproved:
         yield f"  proves nothing: {reason}"
+    if report.silent and not report.unproved:
+        yield f"  of {_few(report.silent)} nothing is proved: zero gradients on one device, or too small beside others to be missed."
     for line in report.where:
         yield f"  {line}"
     for note in report.notes:

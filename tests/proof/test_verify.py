@@ -149,6 +149,15 @@ def test_inside_simulated_ranks_with_their_mesh() -> None:
     assert report.ok and report.ranks == "simulated ranks"
 
 
+def test_a_difference_on_ranks_that_exist_says_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("softmax", "_softmax"):
+        monkeypatch.setitem(rules.RULES, name, rules.row("... c -> ... c"))
+    with simulate(2):
+        report = verify(Gate(), make_mesh("tp=2", "cpu"), (torch.randn(4, 8),), loss_fn=squares)
+    assert not report.agrees and "where they part first was not looked for" in str(report)
+    assert 'mp.verify(model, "tp=2", batch) names the first operation' in report.where[0]
+
+
 @pytest.mark.slow
 def test_real_processes() -> None:
     report = verify(gpt(), "dp=2,tp=2", ids(), processes=True, steps=2)
@@ -340,6 +349,31 @@ def test_two_dead_models_prove_nothing(how: str, words: str) -> None:
     report = verify(Dead(how), "tp=2", {"x": torch.randn(4, 8)}, steps=1)
     assert not report.ok and words in report.unproved[0], report
     assert words in str(report)
+
+
+class Half(nn.Module):
+    """A trunk of three layers whose last output is switched off, under a head that learns its bias alone; `alive` gives the trunk a way."""
+
+    def __init__(self, alive: float) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.head, self.alive = nn.Linear(8, 8), alive
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(torch.relu(self.trunk(x) - 1e3)) + self.alive * self.trunk(x)
+        return (y - x).square().mean()
+
+
+def test_a_dead_trunk_under_a_live_bias() -> None:
+    x = torch.randn(4, 8)
+    dead = verify(Half(0.0), "tp=2", {"x": x})
+    assert dead.agrees and not dead.ok and "most of the model is silent: the gradients of trunk.0.weight, trunk.0.bias" in str(dead)
+    assert "(7 of 8 parameters)" in dead.unproved[0] and "head.bias" not in dead.silent and len(dead.silent) == 7
+    tiny = verify(Half(1e-13), "tp=2", {"x": x})
+    assert not tiny.ok and tiny.silent == dead.silent, "not zero, but nobody would miss them"
+    part = verify(Half(1.0), "tp=2", {"x": x})
+    assert part.ok and part.silent == ("head.weight",) and not part.notes
+    assert "of head.weight nothing is proved: zero gradients on one device" in str(part)
 
 
 def test_samples_that_are_the_same_on_all_data_ranks() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from meshpar._torch import OpOverload, pytree
+from meshpar._torch import FakeTensorMode, OpOverload, functions_behind, pytree
 from meshpar.capture.functions.proofs import nature_of
 from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
@@ -33,20 +33,35 @@ def mark(graph: fx.Graph, in_cpp: Sequence[str] = ()) -> None:
     in forward, where autograd goes through it once more.
     """
     proved: dict[tuple[Any, ...], Nature] = {}
-    foreign = [node for node in graph.nodes if node.op == "call_function" and _is_foreign(node)]
-    if in_cpp and not any(nature_of_operator(node.target) is None for node in foreign):
+    foreign = [node for node in graph.nodes if node.op == "call_function" and is_foreign(node)]
+    inside = aside(lambda: _inside(foreign)) if in_cpp else frozenset()
+    stray = [name for name in in_cpp if name not in inside]
+    if stray:
         raise CaptureError(
-            f"The forward calls {', '.join(in_cpp)}, an autograd function in C++ that is no operator: its backward would be lost.\n"
+            f"The forward calls {', '.join(stray)}, an autograd function in C++ that is no operator: its backward would be lost.\n"
             "  Register it as one (TORCH_LIBRARY, with an Autograd kernel), or wrap it with torch.library.custom_op and register_autograd."
         )
     for node in foreign:
         if is_backward(node.target):
             raise _differentiated_twice(node)
         known = nature_of_operator(node.target)
-        if known is None and any(info.requires_grad for info in _infos(node)):
+        if known is None and any(info.requires_grad for info in known_infos(node)):
             known = _proved(node, proved)
         if known is not None:
             set_facts(node, replace(facts(node), nature=known))
+
+
+def _inside(foreign: Sequence[fx.Node]) -> frozenset[str]:
+    """The Functions in C++ that these operators call, by name."""
+    found: set[str] = set()
+    for node in foreign:
+        if nature_of_operator(node.target) is None and any(info.requires_grad for info in known_infos(node)):
+            operator = Operator(node.target, node.args, node.kwargs)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                operands = [torch.empty(e.shape, dtype=e.dtype, device=e.device) for e in operator.tensors]
+                _, results = operator.under_autograd(operands)
+                found.update(function for function in functions_behind(results) if isinstance(function, str))
+    return frozenset(found)
 
 
 def _differentiated_twice(node: fx.Node) -> CaptureError:
@@ -57,16 +72,18 @@ def _differentiated_twice(node: fx.Node) -> CaptureError:
     )
 
 
-def _is_foreign(node: fx.Node) -> bool:
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a node calls an operator that is not torch's own."""
     return isinstance(node.target, OpOverload) and node.target.namespace not in _KNOWN
 
 
-def _infos(node: fx.Node) -> list[Info]:
+def known_infos(node: fx.Node) -> list[Info]:
+    """What is known of the results of a node."""
     return [one for one in infos_of(node) if isinstance(one, Info)]
 
 
 def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
-    operator = _Operator(node.target, node.args, node.kwargs)
+    operator = Operator(node.target, node.args, node.kwargs)
     key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: "*")), operator.tensors)
     if draws(node):
         return UNPROVED
@@ -82,7 +99,7 @@ def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
 
 
 @dataclass(frozen=True)
-class _Operator:
+class Operator:
     """An operator of a library with what is fixed of its arguments, as two functions of tensors."""
 
     target: Any
@@ -100,11 +117,15 @@ class _Operator:
         """The results, without gradients."""
         return tuple(result.detach() for result in self._called(tensors))
 
-    def backward(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The gradients of the operands that need one."""
+    def under_autograd(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Operands, those that need a gradient as leaves, and the results of them."""
         leaves = [x.detach().requires_grad_(example.needs_grad) for x, example in zip(tensors, self.tensors, strict=True)]
         with torch.enable_grad():
-            results = self._called(leaves)
+            return leaves, self._called(leaves)
+
+    def backward(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients of the operands that need one."""
+        leaves, results = self.under_autograd(tensors)
         pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         outputs, given = [result for result, _ in pairs], [grad for _, grad in pairs]

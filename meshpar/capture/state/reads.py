@@ -30,6 +30,8 @@ INNER = frozenset(nn.Module().__dict__) - {"training"}
 _OWN_METHODS = frozenset(vars(nn.Module)) - {"forward"}
 _OF_WEIGHTS = frozenset({"_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights"})
 """Where torch's recurrent modules list their own parameters, anew whenever one is assigned."""
+_TABLES = frozenset({"__dict__", "__getstate__"})
+"""Attributes that give all others: to `vars`, and to `copy` and `pickle`."""
 _HEAP = 1 << 9
 """The flag of classes that Python code made: only those can be watched."""
 _MAX_ITEMS = 4096
@@ -51,12 +53,20 @@ class Reads:
         self._outside, self._function = outside, function
         self._known: dict[int, Place] = {}
         self._kept: list[Any] = []
+        self._tables: list[tuple[Any, Place, dict[str, Any]]] = []
+        """Every object that is watched, its place, and its attributes as they were when it was met."""
         self._classes: dict[type, None] = {}
         self._seen: set[tuple[int, str]] = set()
+        self._entire: set[int] = set()
+        """What was read as a whole: also what is not there."""
         self._on = False
         self._stack = ExitStack()
         for path, module in model.named_modules():
-            self._known.setdefault(id(module.__dict__), Place("", (("sub", path),)))
+            self._know(module, Place("", (("sub", path),)))
+
+    def _know(self, obj: Any, place: Place) -> None:
+        if self._known.setdefault(identity(obj), place) is place:
+            self._tables.append((obj, place, dict(_table(obj))))
 
     @contextmanager
     def recording(self) -> Iterator[Reads]:
@@ -64,6 +74,7 @@ class Reads:
         with self._stack:
             self._watch(nn.Module)
             self._watch_environment()
+            self._tables = [(obj, place, dict(_table(obj))) for obj, place, _ in self._tables]
             self._on = True
             try:
                 yield self
@@ -114,7 +125,7 @@ class Reads:
         if id(module.__dict__) in self._known or id(module.__dict__) in self._outside:
             return
         for path, part in module.named_modules():
-            self._known.setdefault(id(part.__dict__), Place(place.root, (*place.steps, ("sub", path))))
+            self._know(part, Place(place.root, (*place.steps, ("sub", path))))
         self._kept.append(module)
 
     def _note_items(self, place: Place, value: Any) -> None:
@@ -136,7 +147,7 @@ class Reads:
         key = identity(value)
         if key in self._known or type(value).__module__.partition(".")[0] in ("torch", "meshpar", "builtins"):
             return
-        self._known[key] = place
+        self._know(value, place)
         self._kept.append(value)
         self._watch(type(value))
 
@@ -173,6 +184,8 @@ class Reads:
     def _reading(self, original: Any) -> Any:
         def __getattribute__(obj: Any, name: str) -> Any:
             if not self._on or name[:2] == "__":
+                if self._on and name in _TABLES and blame.asked_by_user():
+                    self._saw_all(obj)
                 return original(obj, name)
             try:
                 value = original(obj, name)
@@ -183,6 +196,14 @@ class Reads:
             return value
 
         return __getattribute__
+
+    def _saw_all(self, obj: Any) -> None:
+        """The table of all attributes, for whatever is read there: all of them are."""
+        with self.paused():
+            items = list(_table(obj).items()) if identity(obj) in self._known else []
+        self._entire.add(identity(obj))
+        for name, value in items:
+            self._saw(obj, name, value)
 
     def _saw(self, obj: Any, name: str, value: Any) -> None:
         key = identity(obj)
@@ -247,15 +268,26 @@ class Reads:
 
     def _wrote(self, obj: Any, name: str, place: Place) -> None:
         table = _table(obj)
-        if isinstance(obj, nn.Module) and (name in INNER or any(name in table[kind] for kind in ("_parameters", "_buffers", "_modules"))):
-            return
-        if isinstance(obj, nn.RNNBase) and name in _OF_WEIGHTS:
+        if _of_torch(obj, name) or any(name in table.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules")):
             return
         at = place.then("attr", name)
         if at not in self._before:
             slot = any(isinstance(vars(base).get(name), types.MemberDescriptorType) for base in type(obj).__mro__)
             self._before[at] = getattr(obj, name, ABSENT) if slot else table.get(name, ABSENT)
             self.written[at] = blame.here()
+
+    def look_for_writes(self) -> None:
+        """Note what was written past `__setattr__`: to `self.__dict__`, through `vars`, by `object.__setattr__`."""
+        for obj, place, before in self._tables:
+            now = _table(obj)
+            for name in [*before, *(name for name in now if name not in before)]:
+                at = place.then("attr", name)
+                if now.get(name, ABSENT) is before.get(name, ABSENT) or _of_torch(obj, name):
+                    continue
+                if identity(obj) in self._entire:
+                    self.read.setdefault(at, before.get(name, ABSENT))
+                if at not in self.written:
+                    self._before[at], self.written[at] = before.get(name, ABSENT), " past __setattr__"
 
     def _watch_environment(self) -> None:
         kind: Any = type(os.environ)
@@ -307,6 +339,11 @@ def _gather(place: Place, value: Any, found: dict[Place, Any], seen: set[int], d
         seen.add(id(value))
         for name, part in table.items():
             _gather(place.then("attr", name), part, found, seen, depth - 1)
+
+
+def _of_torch(obj: Any, name: str) -> bool:
+    """Whether an attribute is the bookkeeping of torch's own modules."""
+    return isinstance(obj, nn.Module) and (name in INNER or (isinstance(obj, nn.RNNBase) and name in _OF_WEIGHTS))
 
 
 def _same_items(a: Any, b: Any) -> bool:

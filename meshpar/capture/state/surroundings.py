@@ -26,6 +26,8 @@ Note = Callable[[Place, Any], None]
 """What is told of every value that is read."""
 
 _CLOSED = frozenset({"torch", "meshpar", "numpy", "einops"}) | sys.stdlib_module_names
+_UNSEEN = frozenset({"__getattribute__", "getattr_static"})
+"""Ways to read an attribute past the class of an object."""
 _CLOCKS = frozenset({"time", "datetime", "uuid", "secrets"})
 """Modules whose functions give another value at every call."""
 
@@ -37,6 +39,8 @@ class Surroundings:
         self._note, self._roots = note, roots
         self._seen: set[tuple[types.CodeType, type | None, int]] = set()
         self.clocks: dict[str, None] = {}
+        self.unseen = False
+        """Whether attributes are read where nobody can watch it."""
 
     def walk(self, value: Any, place: Place | None = None, *, kind: type | None = None) -> None:
         """A function, a method, a partial function, or an object that is called. `kind`: the class whose method it is."""
@@ -71,6 +75,7 @@ class Surroundings:
         self._seen.add(key)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
         for code in codes(function.__code__):
+            self.unseen = self.unseen or not _UNSEEN.isdisjoint(code.co_names)
             for where, name, attributes in _chains(code):
                 if where == "global" and name in function.__globals__:
                     place = Place(self._root(function), (("item", name),))

@@ -124,6 +124,7 @@ class Recording:
                     value, place = walked.pop()
                     surroundings.walk(value, place)
                 drawn.check()
+                reads.look_for_writes()
                 writes, lost = _writes(reads)
                 _check_refilled(reads)
                 _check_iterators(reads)
@@ -143,6 +144,8 @@ class Recording:
             lost=lost,
             notes=(*said, *(f"puts a tensor into {place}{where}: nobody finds it there after a step" for place, where in lost.items())),
         )
+        if surroundings.unseen:
+            self.found = _with_all_of(self.found, model, ("",))
 
 
 def settled(found: State, model: nn.Module, experts: Iterable[str] = ()) -> State:

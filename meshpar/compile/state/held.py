@@ -69,9 +69,9 @@ class Held:
             for place, value in made:
                 place.put(self.roots, copied(value))
 
-    def text(self) -> str:
-        """What ranks must have alike in a step: the values of the numbers."""
-        return " ".join(described(value) for value in self._values.values())
+    def numbers(self) -> Mapping[Place, Any]:
+        """The numbers of this step, which ranks must have alike."""
+        return self._values
 
 
 def variant(state: State) -> str:

@@ -1,22 +1,47 @@
 """Ranks that must run the same program in a step say so to each other: one number per rank, on its way while the step runs.
 
-begin("train_8f3a beta=0.5")      an all-reduce of two numbers starts
+begin(Step("train_8f3a", ...), new=False)     an all-reduce of a few numbers starts
 ...the step...
-check()                           it has arrived long ago: all alike, or an error on every rank, instead of a hang or a wrong sum
+check()                                       it has arrived long ago: all alike, or an error on every rank, no hang, no wrong sum
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshpar.capture.state.places import Place, described
 from meshpar.errors import BatchError
 from meshpar.simulate import is_simulated
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What ranks must have alike in a step."""
+
+    batch: str
+    """Its structure, shapes and modes."""
+    trained: str
+    """Which parameters require gradients."""
+    program: str
+    numbers: Mapping[Place, Any]
+    """Where the program reads a number, in its order -> the number."""
+
+
+_DIFFERS = (
+    "their batches have other structures or shapes, or their models other modes",
+    "other parameters require gradients",
+    "attributes that forward reads have other values, and lead to other programs",
+)
+"""By the parts of a step that are no numbers."""
+_SLOTS = 16
+"""How many numbers are told apart; where there are more, several share a slot."""
 
 
 class Alike:
@@ -25,17 +50,17 @@ class Alike:
     def __init__(self, mesh: DeviceMesh) -> None:
         self._device = mesh.device_type
         self._real = mesh.size() > 1 and not is_simulated() and dist.get_backend() != "fake"
-        self._pending: tuple[torch.Tensor, Any] | None = None
+        self._pending: tuple[Step, torch.Tensor, Any] | None = None
 
-    def begin(self, text: str, *, new: bool) -> None:
-        """Start to compare a text with those of the other ranks. `new`: this rank has not seen such a batch yet. Collective."""
+    def begin(self, step: Step, *, new: bool) -> None:
+        """Start to compare a step with those of the other ranks. `new`: this rank has not seen such a batch yet. Collective."""
         if self._real:
-            number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-            sent = torch.tensor([number, -number, not new], device=self._device)
-            self._pending = sent, dist.all_reduce(sent, op=dist.ReduceOp.MAX, async_op=True)
+            prints = _prints(step)
+            sent = torch.tensor([not new, *prints, *(-n for n in prints)], device=self._device)
+            self._pending = step, sent, dist.all_reduce(sent, op=dist.ReduceOp.MAX, async_op=True)
 
     def check(self, closer: Callable[[], None] | None = None) -> None:
-        """Wait for the comparison. Raises BatchError where ranks differ.
+        """Wait for the comparison. Raises BatchError where ranks differ, with what this rank knows of it.
 
         `closer`: a comparison of batches, which tells more; it is made where the batch is new on every rank.
         """
@@ -43,16 +68,15 @@ class Alike:
             if closer is not None:
                 closer()
             return
-        (sent, work), self._pending = self._pending, None
+        (step, sent, work), self._pending = self._pending, None
         work.wait()
-        most, least, known = sent.tolist()
+        known, *found = sent.tolist()
         if closer is not None and not known:
             closer()
-        if most != -least:
-            raise BatchError(
-                "ranks are about to run different programs, or the same with different numbers: their batches have other structures or "
-                "shapes, their models other modes, or attributes that forward reads have other values. Set them alike on every rank."
-            )
+        half = len(found) // 2
+        odd = [i for i in range(half) if found[i] != -found[half + i]]
+        if odd:
+            raise BatchError(_told(step, odd))
 
     def values(self, found: Mapping[str, str]) -> None:
         """Compare values by name, before a program is made for them. Raises BatchError that names those that differ. Collective."""
@@ -68,3 +92,24 @@ class Alike:
         ]
         if odd:
             raise BatchError("\n  ".join(["what forward reads differs between ranks:", *odd]) + "\n  Set it alike on every rank.")
+
+
+def _prints(step: Step) -> list[int]:
+    """A number for every part of a step, as many on every rank."""
+    slots = ["" for _ in range(_SLOTS)]
+    for i, value in enumerate(step.numbers.values()):
+        slots[i % _SLOTS] += f" {described(value)}"
+    return [_print(text) for text in (step.batch, step.trained, step.program, *slots)]
+
+
+def _print(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") if text else 0
+
+
+def _told(step: Step, odd: Sequence[int]) -> str:
+    parts = [_DIFFERS[i] for i in odd if i < len(_DIFFERS)]
+    if parts:
+        return f"ranks are about to run different programs: {', or '.join(parts)}. Set them alike on every rank."
+    slots = {i - len(_DIFFERS) for i in odd}
+    here = [f"{place} ({value!r} on this rank)" for i, (place, value) in enumerate(step.numbers.items()) if i % _SLOTS in slots]
+    return f"numbers that forward reads differ between ranks: {', '.join(here)}. Set them alike on every rank."

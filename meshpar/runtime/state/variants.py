@@ -24,7 +24,7 @@ from meshpar.compile.state.following import Shown
 from meshpar.compile.state.held import Held
 from meshpar.errors import CaptureError, ConfigError, PlanError
 from meshpar.runtime.engine import Engine
-from meshpar.runtime.state.alike import Alike
+from meshpar.runtime.state.alike import Alike, Step
 from meshpar.runtime.state.trainable import Trainable
 
 Key = tuple[BatchSignature, int, str]
@@ -100,8 +100,8 @@ class Variants:
         kept = self._variants.get(key, [])
         found = next((one for one in kept if one.held.holds()), None)
         # What a program does tells it from others, not what it was captured with: that may differ where it does not matter (an order).
-        text = f"{signature.key} {key[1:]} {found and found.program.plan.graph} {found and found.held.text()}"
-        self._alike.begin(text, new=closer is not None)
+        graph, numbers = (found.program.plan.graph, found.held.numbers()) if found is not None else ("none yet", {})
+        self._alike.begin(Step(f"{signature.key} {microbatches}", key[2], graph, numbers), new=closer is not None)
         if found is None or closer is not None:
             self._alike.check(closer)
         if found is not None and kept[0] is not found:

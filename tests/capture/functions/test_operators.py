@@ -63,8 +63,14 @@ def test_a_backward_that_draws_is_refused() -> None:
         capture(Calls(noisy), (torch.randn(4, 6, 8),))
 
 
-def test_functions_in_cpp_must_belong_to_an_operator() -> None:
-    graph = capture(Calls(torch.relu), (torch.randn(4, 8),)).graph
-    with pytest.raises(CaptureError, match="calls Mine, an autograd function in C.. that is no operator"):
-        mark(graph, ["Mine"])
-    mark(capture(Calls(straight), (torch.randn(4, 8),)).graph, ["Mine"])
+def test_functions_in_cpp_must_belong_to_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = capture(Calls(straight), (torch.randn(4, 8),)).graph
+    for graph in (capture(Calls(torch.relu), (torch.randn(4, 8),)).graph, beside):
+        with pytest.raises(CaptureError, match="calls Mine, an autograd function in C.. that is no operator"):
+            mark(graph, ["Mine"])
+    seen: list[Tensor] = []
+    monkeypatch.setattr("meshpar.capture.functions.operators.functions_behind", lambda results: [*seen, "Mine", seen.extend(results)])
+    mark(beside, ["Mine"])
+    assert [tuple(result.shape) for result in seen] == [(4, 16)] and seen[0].requires_grad
+    with pytest.raises(CaptureError, match="calls Yours, an autograd function in C"):
+        mark(beside, ["Mine", "Yours"])

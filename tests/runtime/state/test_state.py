@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import itertools
 import math
 import os
@@ -91,6 +92,32 @@ def tabled(net: Net, h: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(net.act(h), y) * net.scale
 
 
+def tallied(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    """Three counters that are written where no `__setattr__` is asked."""
+    net.__dict__["step"] = net.__dict__["step"] + 1
+    vars(net.norm)["calls"] = vars(net.norm).get("calls", 0) + 1
+    object.__setattr__(net.holder, "n", net.holder.n + 1)
+    return F.mse_loss(h, y) * (0.1 * net.step + net.norm.calls + 0.5 * net.holder.n)
+
+
+def peeked(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    """Attributes read where no `__getattribute__` of the model is asked, or all at once."""
+    settings = copy.copy(net.holder)
+    return F.mse_loss(h, y) * (
+        vars(net)["beta"] + settings.n + inspect.getattr_static(net, "gamma") + object.__getattribute__(net, "delta")
+    )
+
+
+class Holder:
+    """An object of the user's own."""
+
+
+def held(**attributes: Any) -> Holder:
+    found = Holder()
+    found.__dict__.update(attributes)
+    return found
+
+
 def set_(**values: Any) -> Callable[[Any, int], None]:
     """Sets attributes of a model to the i-th of their values."""
 
@@ -138,6 +165,12 @@ MEMBERS: dict[str, tuple[Callable[[], Net], Callable[[Any, int], None] | None, i
     "globals and the environment": (lambda: Net(around), surrounded, 5),
     "a cache that is made again": (lambda: Net(cached, cache={}, seen=0), None, 1),
     "a function and a tensor": (lambda: Net(tabled, act=F.relu, scale=torch.tensor(1.0).double()), overwritten, 5),
+    "written past __setattr__": (lambda: Net(tallied, step=0, holder=held(n=0)), None, 2),
+    "read past __getattribute__": (
+        lambda: Net(peeked, beta=1.0, gamma=1.0, delta=1.0, holder=held(n=1.0)),
+        set_(beta=(1.0, 2.0), gamma=(1.0, 2.0, 3.0), delta=(1.0, 1.0, 5.0), **{"holder": [held(n=1.0), held(n=2.0)]}),
+        3,
+    ),
     "modes of parts": (lambda: Net(annealed, beta=0.0), parts, 4),
 }
 
@@ -198,6 +231,13 @@ def remembering(net: Net, h: Tensor, y: Tensor) -> Tensor:
     return loss * net.mean
 
 
+def remembering_quietly(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    if "mean" in net.__dict__:
+        h = h + net.__dict__["mean"]
+    net.__dict__["mean"] = h.detach()
+    return F.mse_loss(h, y)
+
+
 def collecting(net: Net, h: Tensor, y: Tensor) -> Tensor:
     net.losses.append(F.mse_loss(h, y))
     return net.losses[-1]
@@ -215,6 +255,7 @@ def iterating(net: Net, h: Tensor, y: Tensor) -> Tensor:
     ("rule", "attributes", "said"),
     [
         (remembering, {"mean": 1.0}, r"mean at test_state.py.*register_buffer"),
+        (remembering_quietly, {}, r"mean past __setattr__: forward reads it and puts a tensor there.*register_buffer"),
         (collecting, {"losses": []}, "losses, a list: forward changes what is in it"),
         (drawing, {}, "draws from random"),
         (iterating, {"numbers": itertools.count()}, "numbers, an iterator"),
@@ -487,5 +528,6 @@ class Chain(nn.Module):
 def test_ranks_change_together_or_are_told(gloo: Pool, spec: str, microbatches: int) -> None:
     for worst, numbers, flags in gloo.run(on_ranks, spec, microbatches, world=4, timeout=300):
         assert worst < 1e-13
-        assert "ranks are about to run different programs, or the same with different numbers" in numbers
+        said = "numbers that forward reads differ between ranks: beta"
+        assert f"{said} (2.0 on this rank). Set" in numbers or f"{said} (3.0 on this rank). Set" in numbers
         assert "was changed after parallelize" in flags
