@@ -151,7 +151,7 @@ def test_inside_simulated_ranks_with_their_mesh() -> None:
 
 def test_a_difference_on_ranks_that_exist_says_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("softmax", "_softmax"):
-        monkeypatch.setitem(rules.RULES, name, rules.row("... c -> ... c"))
+        monkeypatch.setitem(OPERATORS, name, replace(OPERATORS[name], rule=row("... c -> ... c")))
     with simulate(2):
         report = verify(Gate(), make_mesh("tp=2", "cpu"), (torch.randn(4, 8),), loss_fn=squares)
     assert not report.agrees and "where they part first was not looked for" in str(report)

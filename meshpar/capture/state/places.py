@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-Step = tuple[str, Any]
+PlaceStep = tuple[str, Any]
 """How to go on from an object: ("sub", path of a submodule), ("attr", name), ("item", key or index), ("cell", "cell_contents"),
 ("call", what is asked)."""
 
@@ -53,7 +53,7 @@ class Place:
     """A place of a value: a root and the way from there. The root "" is the model; others are objects that are not copied with it."""
 
     root: str
-    steps: tuple[Step, ...]
+    steps: tuple[PlaceStep, ...]
 
     def then(self, kind: str, key: Any) -> Place:
         """The place one step further."""
@@ -100,7 +100,7 @@ class Place:
             setattr(owner, key, value)
 
 
-def _take(owner: Any, step: Step) -> Any:
+def _take(owner: Any, step: PlaceStep) -> Any:
     kind, key = step
     if kind == "sub":
         return owner.get_submodule(key)
