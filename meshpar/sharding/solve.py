@@ -23,7 +23,7 @@ from meshpar.sharding.infer import BoundOp, Inference, infer
 from meshpar.sharding.milp import Problem, ProgramStep, choose, possible
 from meshpar.sharding.policy import POLICIES, Request
 from meshpar.sharding.reading import MATRIX, Reading
-from meshpar.sharding.types import I, Shard, Type, plain
+from meshpar.sharding.types import I, Shard, Type
 from meshpar.sharding.typings import Choice, E, choices
 
 _FREE = frozenset(
@@ -136,10 +136,11 @@ class _Solver:
         return {v: t for v, t in zip(values, given, strict=True) if v is not None and t is not None}
 
     def _output_type(self, value: Value | None, pins: Mapping[Value, Type]) -> Type:
+        """What is cut leaves cut, in global order: a DTensor cannot say more."""
         if value is None:
             return I
         found = pins.get(value) or self.residual.get(value) or self.types[value]
-        return _in_order(found) if isinstance(found, Shard) else I
+        return found.in_order(self.size) if isinstance(found, Shard) else I
 
     def _solve_unit(self, unit: str | None, nodes: list[fx.Node], pins: Mapping[Value, Type]) -> None:
         problem = self._problem(unit, nodes, pins)
@@ -248,13 +249,6 @@ class _Solver:
             return (Choice((), (self.request.pinned[str(node.target)],), 0.0, "rule"),)
         seeds = dict.fromkeys(f for unit in sorted(self.reading.units_using(node), key=str) for f in self.seeds[unit])
         return self.policy.placements(node, whole, seeds)
-
-
-def _in_order(cut: Shard) -> Type:
-    """The cut with which a value leaves the model: what is dealt out from both ends is put in order first."""
-    if all(units > 0 for units, _ in cut.segments):
-        return cut
-    return plain(cut.dim, cut.length) if cut.repeat == 1 else I
 
 
 def _infos(node: fx.Node) -> list[Info]:
