@@ -45,7 +45,7 @@ def parallelize(
 
     `example`: one data rank's local batch, keyword arguments as a dict or positional ones as a tuple; may be left out when the model
     offers `dummy_inputs`. `rules`: pattern of parameter names -> "tp:DIM" or "replicate", constraints on the solver. `plan`: an earlier
-    plan for the same graph and mesh, obeyed as it is. `loss_fn(output, batch)`: the loss, where the model returns none. `weights`:
+    plan for the same graph, mesh and configuration, obeyed as it is; PlanError says what differs where it was made for something else. `loss_fn(output, batch)`: the loss, where the model returns none. `weights`:
     safetensors to fill a model built on `meta` (or any other) from; each rank reads only its bytes. `mp.Weights(path, ...)` says what is
     accepted where a file does not fit the model: a new head, old buffers, another dtype. The given model is left as it is.
 

@@ -191,7 +191,7 @@ def agree(value: str, mesh: DeviceMesh, what: str, *, error: type[MeshparError] 
         raise error(
             f"{what} differs between ranks: {_listed(list(odd))} of {len(table)} differ from the rest. This is rank {dist.get_rank()}; "
             f"its fingerprint is {table[dist.get_rank()].hex()[:8]}, that of the rest {common.hex()[:8]}. "
-            f"Every rank must pass the same model, mesh, configuration and rules."
+            f"Every rank must pass the same model, mesh, configuration, rules and plan."
         )
 
 

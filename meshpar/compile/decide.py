@@ -15,7 +15,7 @@ from meshpar.compile.stages import choose
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Captured, Info
 from meshpar.graph.op import op_name
-from meshpar.graph.text import fingerprint
+from meshpar.graph.text import fingerprint, inputs_of
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
 from meshpar.plan import AxisPlan, ParameterPlan, Plan, StagePlan
@@ -100,6 +100,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
         stages,
         dict(request.options),
         notes=_notes(whole, axes),
+        inputs=inputs_of(captured),
     )
 
 

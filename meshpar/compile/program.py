@@ -25,6 +25,7 @@ from meshpar.capture.structure import order_of
 from meshpar.compile.agreement import agree_on_graph
 from meshpar.compile.decide import Decision, StageRequest, decide
 from meshpar.compile.denominators import split_denominators
+from meshpar.compile.given import check_given
 from meshpar.compile.hooks import check_microbatches, check_stages
 from meshpar.compile.ledger import ledger, staged_ledger
 from meshpar.compile.place import place
@@ -220,7 +221,7 @@ class Programs:
     def _program(self, signature: BatchSignature, captured: Captured, *, remember: bool = True) -> Program:
         if remember:
             self._check_experts(captured)
-        plan = self._plan(captured, staged=remember and self.schedule is not None)
+        plan = self._plan(captured, remember=remember)
         if remember and not self.pinned:
             self.pinned = dict(plan.parameters)
         if plan.stages:
@@ -257,29 +258,51 @@ class Programs:
             ledger = _from_first_rank(self.mesh, lambda: ledger)
         return replace(program, plan=replace(program.plan, ledger=ledger))
 
-    def _plan(self, captured: Captured, *, staged: bool) -> Plan:
-        """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph."""
+    def _plan(self, captured: Captured, *, remember: bool) -> Plan:
+        """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph; or the one that was given."""
+        if not self._decides_alone():
+            agree_on_graph(captured, self.others, self.mesh)
+            asked = f"{self.config} {sorted(self.rules.items())} {self.given and self.given.hash}"
+            agree(asked, self.mesh, "the configuration, the rules or the plan that was given")
+        first = remember and not self.pinned
+        staged = self._stage_request() if remember and self.schedule is not None else None
+        if self.given is not None and first:
+            ranks = () if staged is None else staged.ranks
+            check_given(self.given, captured, self.others, mesh_sizes(self.mesh), self._options, ranks, simulated=is_simulated())
         if self.given is not None and self.given.graph == fingerprint(captured):
-            _check_given(self.given, self.mesh)
             return self.given
-        axes = typed_axes(self.mesh)
         request = Decision(
             tuple(mesh_sizes(self.mesh).items()),
-            tuple((a.name, a.size) for a in axes),
+            tuple((a.name, a.size) for a in typed_axes(self.mesh)),
             sequence=bool(self.config.sequence_parallel),
             context=self.config.context,
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
-            stages=self._stage_request() if staged else None,
+            stages=staged,
             owned=not is_simulated(),
-            options=_options(self.config),
+            options=self._options,
             others=self.others,
         )
         if self._decides_alone():
             return decide(captured, request)
-        agree_on_graph(captured, self.others, self.mesh)
-        agree(f"{self.config} {sorted(self.rules.items())}", self.mesh, "the configuration or the rules")
         return Plan.from_json(_from_first_rank(self.mesh, lambda: decide(captured, request).to_json()))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What a plan records of what was asked for."""
+        config = self.config
+        asked: dict[str, Any] = {
+            "microbatches": config.microbatches,
+            "recompute": config.recompute,
+            "data_parallel": config.data_parallel,
+            "sequence_parallel": config.sequence_parallel,
+            "context": config.context,
+            "rules": self.rules,
+        }
+        if self.schedule is not None:
+            stages = None if config.stages is None else list(config.stages)
+            asked |= {"schedule": config.schedule, "virtual_stages": config.virtual_stages, "stages": stages}
+        return asked
 
     def _decides_alone(self) -> bool:
         """Whether this process stands for all ranks."""
@@ -360,21 +383,6 @@ def _skeleton(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     return copied(model, memo)
-
-
-def _options(config: ParallelConfig) -> dict[str, Any]:
-    return {
-        "microbatches": config.microbatches,
-        "recompute": config.recompute,
-        "data_parallel": config.data_parallel,
-        "sequence_parallel": bool(config.sequence_parallel),
-        "context": config.context,
-    }
-
-
-def _check_given(plan: Plan, mesh: DeviceMesh) -> None:
-    if dict(plan.mesh) != mesh_sizes(mesh):
-        raise PlanError(f"the plan was made for mesh {dict(plan.mesh)}, this is {mesh_sizes(mesh)}. Make the plan again for this mesh.")
 
 
 def _from_first_rank(mesh: DeviceMesh, make: Callable[[], T]) -> T:
