@@ -133,6 +133,11 @@ def local_of(tensor: DTensor) -> torch.Tensor:
     return tensor._local_tensor
 
 
+def part_here(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: the local part of a DTensor, outside autograd; all of any other."""
+    return local_of(tensor) if isinstance(tensor, DTensor) else tensor
+
+
 def is_view(tensor: torch.Tensor) -> bool:
     """Whether autograd knows `tensor` as a view of another one (torch 2.13; wait for a public question)."""
     return tensor._is_view()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -42,7 +42,7 @@ class Decision:
     """All axes of the mesh, outermost first."""
     axes: tuple[tuple[str, int], ...]
     """The axes to type, in order: ("dp", 2) for all data axes but `ep` together, then ("ep", 2), then ("tp", 2)."""
-    sequence: bool = True
+    sequence: bool | Literal["auto"] = True
     context: str = "auto"
     """How attention is computed where an axis cuts the sequence."""
     rules: Mapping[str, str] = field(default_factory=dict)

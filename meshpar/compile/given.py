@@ -12,6 +12,7 @@ from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Captured
 from meshpar.graph.op import op_name
 from meshpar.graph.text import fingerprint, inputs_of
+from meshpar.mesh import format_mesh
 from meshpar.plan import ParameterPlan, Plan
 from meshpar.sharding.types import Owned
 
@@ -52,11 +53,7 @@ def check_given(
 
 def _mesh(plan: Plan, mesh: Mapping[str, int]) -> Iterator[str]:
     if dict(plan.mesh) != dict(mesh):
-        yield f"the plan was made for mesh {_sizes(dict(plan.mesh))}, this is {_sizes(mesh)}."
-
-
-def _sizes(mesh: Mapping[str, int]) -> str:
-    return ",".join(f"{name}={size}" for name, size in mesh.items())
+        yield f"the plan was made for mesh {format_mesh(dict(plan.mesh))}, this is {format_mesh(mesh)}."
 
 
 def _options(plan: Plan, options: Mapping[str, Any]) -> Iterator[str]:

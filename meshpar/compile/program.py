@@ -274,7 +274,7 @@ class Programs:
         request = Decision(
             tuple(mesh_sizes(self.mesh).items()),
             tuple((a.name, a.size) for a in typed_axes(self.mesh)),
-            sequence=bool(self.config.sequence_parallel),
+            sequence=self.config.sequence_parallel,
             context=self.config.context,
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,

@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from meshpar._torch import local_of, maybe_disable_local_tensor_mode, pytree, without_modes
+from meshpar._torch import local_of, maybe_disable_local_tensor_mode, part_here, pytree, without_modes
 from meshpar.api import parallelize
 from meshpar.capture.hooks.models import attach, of_parameters
 from meshpar.capture.structure import order_of
@@ -326,7 +326,7 @@ def _leave_out(pm: ParallelModel, names: frozenset[str]) -> None:
 
 def _locals(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     with maybe_disable_local_tensor_mode():
-        yield from local_tensors(local_of(tensor) if isinstance(tensor, DTensor) else tensor).values()
+        yield from local_tensors(part_here(tensor)).values()
 
 
 def parallel(task: Task, mesh: DeviceMesh) -> tuple[ParallelModel, bool]:

@@ -20,8 +20,8 @@ from meshpar.graph.op import Value, info_of, op_name, operands, value_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
 from meshpar.sharding.infer import BoundOp, Inference, infer
-from meshpar.sharding.milp import Problem, ProgramStep, choose, possible
-from meshpar.sharding.policy import POLICIES, Request
+from meshpar.sharding.milp import Choices, Problem, ProgramStep, choose, possible
+from meshpar.sharding.policy import POLICIES, Policy, Request
 from meshpar.sharding.reading import MATRIX, Reading
 from meshpar.sharding.types import I, Shard, Type
 from meshpar.sharding.typings import Choice, E, choices
@@ -36,30 +36,43 @@ _WHOLE = 300.0
 """Leaving all matrices of a block whole costs as much as gathering its largest activation this many times."""
 _MATTERS = 0.01
 """The share of its block's parameters from which on a matrix matters (a router does not)."""
+_DEARER = 1e-4
+"""The share of its cost by which a plan must be cheaper to be preferred: programs are not solved more closely."""
 
 
 def solve(graph: fx.Graph, request: Request, inference: Inference | None = None) -> AxisPlan:
     """The cheapest consistent typing of `graph` on one axis under the house's policies. `inference`: what `infer` says, if it was asked.
 
+    Streams that the policy would cut, and need not, are left whole one after the other where that is cheaper.
+
     Raises PlanError when what was pinned cannot be met.
     """
-    return _Solver(graph, request, inference or infer(graph)).run()
+    inference, make = inference or infer(graph), POLICIES[request.divides]
+    reading = Reading(graph, inference, size=request.size, even=make.even, inputs=request.inputs, parameters=request.parameters)
+    solver = _Solver(request, reading, make(request, reading))
+    best = solver.run()
+    for stream in solver.policy.streams():
+        other = _Solver(request, reading, solver.policy.leaving_whole([stream]), solver)
+        plan = other.run()
+        if other.seconds < solver.seconds * (1.0 - _DEARER):
+            solver, best = other, plan
+    return best
 
 
 class _Solver:
-    def __init__(self, graph: fx.Graph, request: Request, inference: Inference) -> None:
-        self.graph, self.request, self.inference = graph, request, inference
-        self.size, self.price = request.size, request.price.at_scale(_largest(graph))
-        make = POLICIES[request.divides]
-        self.reading = Reading(graph, inference, size=self.size, even=make.even, inputs=request.inputs, parameters=request.parameters)
-        self.policy = make(request, self.reading)
-        self.unit = self.price.collective(wire_bytes(ALL_GATHER, _largest(graph), self.size))
-        self.residual = {value: self.policy.crosses(value, len(users)) for value, users in self.reading.crossing.items()}
-        self.seeds = self.policy.seeds(self.residual)
+    def __init__(self, request: Request, reading: Reading, policy: Policy, before: _Solver | None = None) -> None:
+        self.graph, self.request, self.inference = reading.graph, request, reading.inference
+        self.size, self.price = request.size, request.price.at_scale(_largest(reading.graph))
+        self.reading, self.policy = reading, policy
+        self.unit = self.price.collective(wire_bytes(ALL_GATHER, _largest(reading.graph), self.size))
+        self.residual = {value: policy.crosses(value, len(users)) for value, users in reading.crossing.items()}
+        self.seeds = policy.seeds(self.residual)
         self.found: dict[str, NodePlan] = {}
         self.types: dict[Value, Type] = {}
-        self.solved: dict[Problem, tuple[int, ...]] = {}
-        self.made: dict[tuple[object, ...], tuple[Choice, ...]] = {}
+        self.seconds = 0.0
+        """What everything costs, as far as it is solved."""
+        self.solved: dict[Problem, Choices] = {} if before is None else before.solved
+        self.made: dict[tuple[object, ...], tuple[Choice, ...]] = {} if before is None else before.made
 
     def run(self) -> AxisPlan:
         groups: dict[str | None, list[fx.Node]] = {}
@@ -149,7 +162,9 @@ class _Solver:
                 self.solved[problem] = choose(problem, self.price)
             except PlanError as error:
                 raise self._explained(error, nodes, problem) from error
-        for node, step, picked in zip(nodes, problem.steps, self.solved[problem], strict=True):
+        found = self.solved[problem]
+        self.seconds += found.seconds
+        for node, step, picked in zip(nodes, problem.steps, found.picks, strict=True):
             option = step.options[picked]
             self._settle(node, option.uses, option.outs, option.why)
 
