@@ -118,6 +118,11 @@ def alone(mesh: DeviceMesh, axis: str, name: str) -> DeviceMesh:
     return mesh._unflatten(0, (mesh.size(), 1), (axis, name))[name]
 
 
+def overwrites(target: Any) -> bool:
+    """Whether an operator changes one of its arguments, by its schema (torch 2.13; wait for a public way to ask)."""
+    return isinstance(target, OpOverload) and bool(target._schema.is_mutable)
+
+
 def draws(target: object) -> bool:
     """Whether an operator draws random numbers (torch 2.13: OpOverload is private by its module's name only)."""
     return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.export import ExportedProgram
 from meshpar._torch import FakeTensorMode, checkpoints_only_call, pytree
 from meshpar.capture import blame, check, decompositions, fake, grad, simplify, structure
 from meshpar.capture import exported as graph
+from meshpar.capture.attempts import Attempt, first_that_works
 from meshpar.capture.experts import seam as experts
 from meshpar.capture.functions import calls as functions
 from meshpar.capture.functions import operators as own_backwards
@@ -63,55 +65,39 @@ def capture(
     >>> captured.graph.print_tabular()                                        # doctest: +SKIP
     """
     device = _usable(torch.device(device))
-    called = (args, structure.order_of(model)(kwargs or {}))
-
-    def read(dims: Mapping[str, int], scale: int) -> _Batch:
-        return _read_batch(model, *called, dims, scale=scale, divide=divide)
-
-    def captured(batch: _Batch) -> Captured:
-        return _either_way(model, batch, device, loss_fn, dtype, settings, given)
-
+    called, asked = (args, structure.order_of(model)(kwargs or {})), dict(batch_dims or {})
     settings = ask or state.Ask()
-    asked = dict(batch_dims or {})
-    batch = read(asked, scale)
-    packed = dict.fromkeys(_maybe_packed(batch), 0)
-    if not packed or scale == divide == 1:
-        return captured(batch)
-    try:  # the same rows for all: then they fit any number of samples
-        found = captured(batch if scale != divide else read(asked, 2 * scale))
-        return found if scale != divide else captured(batch)
-    except CaptureError as error:
-        unfit = error
-    try:
-        return captured(read(asked | packed, scale))
-    except CaptureError:
-        raise unfit from unfit.__cause__
+    batch = _read_batch(model, *called, asked, scale=scale, divide=divide)
+    packed = {} if scale == divide == 1 else dict.fromkeys(_maybe_packed(batch), 0)
+    sized = False
 
+    def recorded(dims: Mapping[str, int], scale: int, follow: bool) -> Captured:
+        nonlocal sized
+        batch = _read_batch(model, *called, dims, scale=scale, divide=divide)
+        answers = branches.Branches(_leaves(model), batch.tensors, device, follow=follow)
+        try:
+            return _recorded(model, batch, device, loss_fn, dtype, settings, answers, given)
+        finally:
+            sized = answers.sized
 
-def _either_way(
-    model: nn.Module,
-    batch: _Batch,
-    device: torch.device,
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
-    dtype: torch.dtype | None,
-    ask: state.Ask,
-    given: hooks.Given | None,
-) -> Captured:
-    """A graph that takes any number of chosen rows; where the number matters, that of the example."""
-    answers = branches.Branches(_leaves(model), batch.tensors, device)
-    try:
-        return _recorded(model, batch, device, loss_fn, dtype, ask, answers, given)
-    except CaptureError as error:
-        if not answers.sized:
-            raise
-        mixed = error
-    try:
-        sizes = branches.Branches(_leaves(model), batch.tensors, device, follow=True)
-        return _recorded(model, batch, device, loss_fn, dtype, ask, sizes, given)
-    except branches.RanksDiffer:
-        raise
-    except CaptureError:
-        raise mixed from mixed.__cause__
+    def alike(follow: bool = False) -> Captured:
+        """What may hold several rows of each sample is the same for all samples: then it fits any number of them."""
+        if packed and scale == divide:
+            recorded(asked, 2 * scale, follow)
+        return recorded(asked, scale, follow)
+
+    def cut(follow: bool = False) -> Captured:
+        return recorded(asked | packed, scale, follow)
+
+    as_many, rows = "with as many chosen rows as the example has", f"with the rows of {', '.join(packed)} cut among samples"
+    return first_that_works(
+        (
+            Attempt("with any number of chosen rows", alike),
+            Attempt(as_many, partial(alike, True), lambda: sized, tells=(branches.RanksDiffer,)),
+            Attempt(rows, cut, lambda: bool(packed)),
+            Attempt(f"{rows}, {as_many}", partial(cut, True), lambda: bool(packed) and sized),
+        )
+    )
 
 
 def _recorded(

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import fx
 
-from meshpar._torch import OpOverload
 from meshpar.graph.captured import Info
 from meshpar.ops.nature import KEY, Nature
 
@@ -83,11 +82,6 @@ def op_name(target: Any) -> str:
         return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
     namespace, _, name = schema.name.partition("::")
     return name if namespace == "aten" else f"{namespace}.{name}"
-
-
-def overwrites(node: fx.Node) -> bool:
-    """Whether a call changes one of its arguments."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def read(node: fx.Node) -> Op:

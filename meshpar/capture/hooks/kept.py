@@ -28,13 +28,12 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import BackwardHook
 
-from meshpar._torch import global_hooks, is_view, recorded_as, rerouted, under_saved_tensors
+from meshpar._torch import global_hooks, is_view, overwrites, recorded_as, rerouted, under_saved_tensors
 from meshpar.capture.blame import here, is_users
 from meshpar.capture.hooks.trial import judged
 from meshpar.capture.stand_in import aside
 from meshpar.errors import CaptureError
 from meshpar.graph.captured import Info
-from meshpar.graph.op import overwrites
 from meshpar.ops.hooks import PARTS, WHOLE, Hook, Stale, learn, of_torch
 
 
@@ -217,16 +216,16 @@ def _check_unwritten(hook: Hook, node: fx.Node, made: fx.Node, view: bool) -> No
     """A hook belongs to the value that a tensor had when it was registered: with writes in place and views, that would take a history."""
     memory = _memory(node)
     own = {node, made, *(user for user in made.users if user.target is operator.getitem)}
-    while overwrites(node):
+    while overwrites(node.target):
         node = node.all_input_nodes[0]
         own.add(node)
     for one in node.graph.nodes:
-        if overwrites(one) and one.args[0] in own:
+        if overwrites(one.target) and one.args[0] in own:
             own.add(one)
     others = [one for one in node.graph.nodes if one not in own and _memory(one) == memory and one.op == "call_function"]
-    written = any(overwrites(one) for one in own)
-    views = view or any(not overwrites(one) for one in others)
-    if any(overwrites(one) for one in others) or (written and views):
+    written = any(overwrites(one.target) for one in own)
+    views = view or any(not overwrites(one.target) for one in others)
+    if any(overwrites(one.target) for one in others) or (written and views):
         raise CaptureError(
             f"{hook.told}: the same memory is written to in place and seen by views, so that it is not clear whose gradient is meant.\n"
             "  Compute new tensors instead (y = x.op() instead of x.op_())."
