@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import fx
 
 from meshpar.compile.split import mark, split
-from meshpar.compile.stages import choose
+from meshpar.compile.stages import Staging, choose
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Captured, Info
 from meshpar.graph.op import op_name
@@ -32,6 +32,8 @@ class StageRequest:
 
     ranks: tuple[int, ...]
     cuts: Sequence[int] | Sequence[str] | None = None
+    chosen: Staging | None = None
+    """Where stages begin, if that has been chosen already."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...
     ranks = request.stages.ranks
     if request.pinned:
         return tuple(StagePlan("", rank, "as before") for rank in ranks), {n: p.stages for n, p in request.pinned.items()}
-    chosen = choose(captured, len(ranks), where=request.stages.cuts)
+    chosen = request.stages.chosen or choose(captured, len(ranks), where=request.stages.cuts)
     mark(captured.graph, chosen.starts)
     held: dict[str, tuple[int, ...]] = {}
     for stage in split(captured.graph, len(ranks), parameters=captured.parameters, mutations=captured.mutations):

@@ -72,6 +72,11 @@ class BatchSignature:
         digest = hashlib.sha256(f"{self.spec} {self.leaves} {self.state}".encode()).hexdigest()[:8]
         return f"{'train' if self.training else 'eval'}_{digest}"
 
+    @property
+    def counting(self) -> BatchSignature:
+        """That of the program which counts the denominators of such a batch."""
+        return replace(self, leaves=(*self.leaves, "counts"))
+
 
 @dataclass(frozen=True)
 class Program:
@@ -139,7 +144,7 @@ class Programs:
         self.originals = memories(model)
         self.ordered = order_of(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
-        self.others = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
+        self.others = parameter_facts(model)
         self.first = dict(self.others)
         """The same as parallelize saw it."""
         self.schedule = schedule_of(mesh, config)
@@ -189,12 +194,12 @@ class Programs:
                 "a step of several microbatches needs a loss: pass labels if the model computes it from them, or loss_fn= to parallelize."
             )
         check_microbatches(captured)
-        split = split_denominators(captured, microbatches)
+        parted = split_denominators(captured, microbatches)
         counts = None
-        if split.counts is not None:
-            counts = self._program(replace(signature, leaves=(*signature.leaves, "counts")), split.counts, remember=False)
-        program = self._program(signature, split.captured)
-        return replace(program, counts=counts, averaged=split.averaged, within=split.within)
+        if parted.counts is not None:
+            counts = self._program(signature.counting, parted.counts, remember=False)
+        program = self._program(signature, parted.captured)
+        return replace(program, counts=counts, averaged=parted.averaged, within=parted.within)
 
     def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, ask: Ask) -> Captured:
         device = torch.device(self.mesh.device_type)
@@ -235,17 +240,14 @@ class Programs:
 
     def _staged(self, signature: BatchSignature, captured: Captured, plan: Plan, graph: fx.Graph) -> Program:
         """The program of a pipeline: the graph once more by stages."""
-        parameters = frozenset(captured.parameters)
         assert self.schedule is not None
         if self.schedule.defers(self.config.microbatches):
-            graph = DeferWeightGradients(parameters)(graph)
-        cut = partial(split, graph, len(plan.stages), parameters=parameters, mutations=captured.mutations)
-        every = cut()
-        check_stages(every, [stage.rank for stage in plan.stages], captured.hooks)
-        loss = every if captured.loss is None else cut(wanted=(captured.loss,))
-        for stage in (*every, *loss):
+            graph = DeferWeightGradients(frozenset(captured.parameters))(graph)
+        program = in_stages(Program(signature, captured, plan, graph))
+        check_stages(program.all_stages, [stage.rank for stage in plan.stages], captured.hooks)
+        for stage in (*program.all_stages, *program.stages):
             self._reuse(stage.graph)
-        return self._with_ledger(Program(signature, captured, plan, graph, stages=loss, all_stages=every))
+        return self._with_ledger(program)
 
     @property
     def _reuse(self) -> Reuse:
@@ -321,6 +323,28 @@ class Programs:
     def _stage_request(self) -> StageRequest:
         assert self.schedule is not None
         return StageRequest(self.schedule.order(1, backward=False).place, self.config.stages)
+
+
+def parameter_facts(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str, bool]]:
+    """The shape, the dtype and whether it is trained, of every parameter."""
+    return {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
+
+
+def parts_of(captured: Captured, tensors: Sequence[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
+    """The tensors of a batch for each of `count` microbatches: those with samples are cut, the others are the same for all."""
+    if count == 1:
+        return [list(tensors)]
+    dims, names = captured.batch_dims, captured.inputs[: len(tensors)]
+    cut = [x.chunk(count, dims[n]) if n in dims else (x,) * count for n, x in zip(names, tensors, strict=True)]
+    return [list(part) for part in zip(*cut, strict=True)]
+
+
+def in_stages(program: Program) -> Program:
+    """The program with its graph cut into the stages of its plan, as every call is marked."""
+    captured, count = program.captured, len(program.plan.stages)
+    cut = partial(split, program.graph, count, parameters=frozenset(captured.parameters), mutations=captured.mutations)
+    every = cut()
+    return replace(program, all_stages=every, stages=every if captured.loss is None else cut(wanted=(captured.loss,)))
 
 
 def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], summed: Mapping[str, frozenset[str]] | None = None) -> fx.Graph:

@@ -47,6 +47,35 @@ class StageGraph:
     mutations: tuple[str, ...]
     """The buffers whose new values this stage computes or is handed."""
 
+    @property
+    def received(self) -> tuple[Info, ...]:
+        """What the values of `receives` look like."""
+        return tuple(node.meta["info"] for node in self._placeholders()[: len(self.receives)])
+
+    @property
+    def given(self) -> dict[str, Info]:
+        """What the values of `inputs` look like, by name."""
+        infos = [node.meta["info"] for node in self._placeholders()[len(self.receives) :]]
+        return dict(zip(self.inputs, infos, strict=True))
+
+    @property
+    def sent(self) -> tuple[Info, ...]:
+        """What the values of `sends` look like."""
+        return tuple(node.meta["info"] for node in self._values()[: len(self.sends)])
+
+    @property
+    def returned(self) -> tuple[Info, ...]:
+        """What the values of `outputs` look like."""
+        return tuple(node.meta["info"] for node in self._values()[len(self.sends) : len(self.sends) + len(self.outputs)])
+
+    def _placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def _values(self) -> Sequence[Any]:
+        """What the graph returns: nodes, or None where the model returned none."""
+        values: Sequence[Any] = next(reversed(self.graph.nodes)).args[0]
+        return values
+
 
 def mark(graph: fx.Graph, starts: Sequence[str]) -> None:
     """Set `meta["stage"]` of every call to the number of `starts` (names of calls) at or before it.

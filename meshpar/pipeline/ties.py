@@ -39,10 +39,11 @@ class Ties:
             for name, parameter in self.parameters.items():
                 parameter.grad = before[name]
             raise
-        self._sum(before)
+        self.sum(before)
 
     @torch.no_grad()
-    def _sum(self, before: Mapping[str, torch.Tensor | None]) -> None:
+    def sum(self, before: Mapping[str, torch.Tensor | None]) -> None:
+        """Make the gradient of every copy what `before` says plus the gradients of all copies. Collective over the ranks that hold one."""
         group = resolve_process_group(self.axis.group) if self.parameters else None
         mine = {name: _local_grad(parameter) for name, parameter in self.parameters.items()}
         theirs, ops = dict[tuple[str, int], torch.Tensor](), list[dist.P2POp]()
@@ -56,7 +57,7 @@ class Ties:
             work.wait()
         for name, parameter in self.parameters.items():
             parts = [mine[name] if peer == self.axis.rank else theirs[name, peer] for peer in self.holders[name]]
-            earlier = before[name]
+            earlier = before.get(name)
             total = torch.zeros_like(parts[0]) if earlier is None else part_here(earlier).clone()
             for part in parts:
                 total += part
