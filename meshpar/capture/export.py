@@ -65,39 +65,60 @@ def capture(
     >>> captured.graph.print_tabular()                                        # doctest: +SKIP
     """
     device = _usable(torch.device(device))
-    called, asked = (args, structure.order_of(model)(kwargs or {})), dict(batch_dims or {})
-    settings = ask or state.Ask()
-    batch = _read_batch(model, *called, asked, scale=scale, divide=divide)
-    packed = {} if scale == divide == 1 else dict.fromkeys(_maybe_packed(batch), 0)
-    sized = False
+    read = partial(_read_batch, model, args, structure.order_of(model)(kwargs or {}), divide=divide)
+    settings, asked = ask or state.Ask(), dict(batch_dims or {})
 
-    def recorded(dims: Mapping[str, int], scale: int, follow: bool) -> Captured:
-        nonlocal sized
-        batch = _read_batch(model, *called, dims, scale=scale, divide=divide)
-        answers = branches.Branches(_leaves(model), batch.tensors, device, follow=follow)
-        try:
-            return _recorded(model, batch, device, loss_fn, dtype, settings, answers, given)
-        finally:
-            sized = answers.sized
+    def record(batch: _Batch, answers: branches.Branches) -> Captured:
+        return _recorded(model, batch, device, loss_fn, dtype, settings, answers, given)
 
-    def alike(follow: bool = False) -> Captured:
-        """What may hold several rows of each sample is the same for all samples: then it fits any number of them."""
-        if packed and scale == divide:
-            recorded(asked, 2 * scale, follow)
-        return recorded(asked, scale, follow)
+    def answer(batch: _Batch, follow: bool) -> branches.Branches:
+        return branches.Branches(_leaves(model), batch.tensors, device, follow=follow)
 
-    def cut(follow: bool = False) -> Captured:
-        return recorded(asked | packed, scale, follow)
+    packed = () if scale == divide == 1 else tuple(_maybe_packed(read(asked, scale=scale)))
+    return first_that_works(_Ways(read, record, answer, asked, packed, scale, scale == divide).attempts())
 
-    as_many, rows = "with as many chosen rows as the example has", f"with the rows of {', '.join(packed)} cut among samples"
-    return first_that_works(
-        (
-            Attempt("with any number of chosen rows", alike),
-            Attempt(as_many, partial(alike, True), lambda: sized, tells=(branches.RanksDiffer,)),
-            Attempt(rows, cut, lambda: bool(packed)),
-            Attempt(f"{rows}, {as_many}", partial(cut, True), lambda: bool(packed) and sized),
+
+@dataclass
+class _Ways:
+    """The ways to read one batch, in order: are inputs with several rows per sample cut, may the number of chosen rows be any."""
+
+    read: Callable[..., _Batch]
+    record: Callable[[_Batch, branches.Branches], Captured]
+    answer: Callable[[_Batch, bool], branches.Branches]
+    asked: Mapping[str, int]
+    packed: tuple[str, ...]
+    """The inputs that may hold several rows of each sample."""
+    scale: int
+    as_it_is: bool
+    """Whether the graph has as many samples as the example: then other numbers are tried too."""
+    sized: bool = False
+    """Whether the last attempt met sizes that depend on values."""
+
+    def attempts(self) -> tuple[Attempt[Captured], ...]:
+        as_many, rows = "with as many chosen rows as the example has", f"with the rows of {', '.join(self.packed)} cut among samples"
+        return (
+            Attempt("with any number of chosen rows", self._alike),
+            Attempt(as_many, partial(self._alike, True), lambda: self.sized, tells=(branches.RanksDiffer,)),
+            Attempt(rows, self._cut, lambda: bool(self.packed)),
+            Attempt(f"{rows}, {as_many}", partial(self._cut, True), lambda: bool(self.packed) and self.sized),
         )
-    )
+
+    def _alike(self, follow: bool = False) -> Captured:
+        """What may hold several rows of each sample is the same for all samples: then it fits any number of them."""
+        if self.packed and self.as_it_is:
+            self._captured(self.asked, 2 * self.scale, follow)
+        return self._captured(self.asked, self.scale, follow)
+
+    def _cut(self, follow: bool = False) -> Captured:
+        return self._captured({**self.asked, **dict.fromkeys(self.packed, 0)}, self.scale, follow)
+
+    def _captured(self, dims: Mapping[str, int], scale: int, follow: bool) -> Captured:
+        batch = self.read(dims, scale=scale)
+        answers = self.answer(batch, follow)
+        try:
+            return self.record(batch, answers)
+        finally:
+            self.sized = answers.sized
 
 
 def _recorded(
