@@ -118,6 +118,11 @@ def alone(mesh: DeviceMesh, axis: str, name: str) -> DeviceMesh:
     return mesh._unflatten(0, (mesh.size(), 1), (axis, name))[name]
 
 
+def overwrites(target: Any) -> bool:
+    """Whether an operator changes one of its arguments, by its schema (torch 2.13; wait for a public way to ask)."""
+    return isinstance(target, OpOverload) and bool(target._schema.is_mutable)
+
+
 def draws(target: object) -> bool:
     """Whether an operator draws random numbers (torch 2.13: OpOverload is private by its module's name only)."""
     return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
@@ -131,6 +136,11 @@ def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
 def local_of(tensor: DTensor) -> torch.Tensor:
     """The local tensor of a DTensor, outside autograd (torch 2.13; `DTensor.to_local` is 10 times slower)."""
     return tensor._local_tensor
+
+
+def part_here(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: the local part of a DTensor, outside autograd; all of any other."""
+    return local_of(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def is_view(tensor: torch.Tensor) -> bool:

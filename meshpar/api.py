@@ -46,7 +46,8 @@ def parallelize(
 
     `example`: one data rank's local batch, keyword arguments as a dict or positional ones as a tuple; may be left out when the model
     offers `dummy_inputs`. `config`: a ParallelConfig, or a file that `meshpar plan` wrote. `rules`: pattern of parameter names ->
-    "tp:DIM" or "replicate", constraints on the solver. `plan`: an earlier plan for the same graph and mesh, obeyed as it is.
+    "tp:DIM" or "replicate", constraints on the solver. `plan`: an earlier plan for the same graph, mesh and configuration, obeyed as it
+    is; PlanError says what differs where it was made for something else.
     `loss_fn(output, batch)`: the loss, where the model returns none. `weights`: safetensors to fill a model built on `meta` (or any other)
     from; each rank reads only its bytes. `mp.Weights(path, ...)` says what is accepted where a file does not fit the model: a new head,
     old buffers, another dtype. The given model is left as it is.
@@ -54,7 +55,7 @@ def parallelize(
     Attributes that forward reads (also of objects, closures and globals) may change between steps, alike on every rank: set them on the
     model, on the module returned (`pm.beta = 0.5`, `pm.get_submodule(path)`) or on `pm.original_module`. A number that only enters
     arithmetic becomes an input of the program; any other change costs a capture. What forward writes is the returned module's own, once a
-    step, and so are modes, requires_grad and buffers. `capture/ambient.py` lists what else may change, and what is done about it.
+    step, and so are modes, requires_grad and buffers. `capture/state/ambient.py` lists what else may change, and what is done about it.
 
     Raises ConfigError, CaptureError, PlanError or BatchError before anything is allocated, CheckpointError for weights that do not fit.
 

@@ -33,6 +33,12 @@ CONTEXT = ("auto", "gather", "heads", "ring")
 RECOMPUTE = ("none", "selective", "full")
 DATA_PARALLEL = ("replicate", "zero1", "zero2", "zero3")
 
+UNREAD: Mapping[str, str] = {
+    "overlap_grad_reduce": "not read yet: FSDP2 sums gradients beside backward (on CPUs it waits for each sum), whatever it says",
+    "overlap_tensor_parallel": "not read yet: every collective inside a graph is waited for where it is called, whatever it says",
+}
+"""Field of ParallelConfig that nothing obeys so far -> what happens instead."""
+
 _DTYPES: Mapping[str, torch.dtype] = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -114,7 +120,7 @@ class ParallelConfig:
     stages: Sequence[int] | Sequence[str] | None = None
     """Layers per stage, or the modules at which stages 1, 2, ... begin; None balances cost."""
     sequence_parallel: bool | Literal["auto"] = "auto"
-    """Whether the residual stream is split along the sequence over `tp`; "auto" does so where it costs no extra communication."""
+    """Whether residual streams are split along their sequence over `tp`: all that can be, none, or ("auto") each where that costs less."""
     context: Context = "auto"
     """Attention where `cp` cuts the sequence: "gather" keys and values, "heads" by an all-to-all, or a "ring" (in a sliding window only the
     few keys before a rank's own are fetched, its halo). "auto" decides for each layer by price. A layer that cannot have the form that is
@@ -124,17 +130,17 @@ class ParallelConfig:
     data_parallel: DataParallel = "zero3"
     """What is split over the data ranks: nothing, optimizer state, also gradients, also parameters."""
     bucket_bytes: int = 25 * MiB
-    """Gradient bytes per all-reduce with `data_parallel="replicate"` and "zero1"."""
+    """Parameter bytes whose gradients are summed together with `data_parallel="replicate"` and "zero1"; at least those of a block."""
     precision: Precision = field(default_factory=Precision)
     """The dtypes; a string such as "bf16" is short for `Precision.named`."""
     overlap_grad_reduce: bool = True
-    """Sum gradients over the data ranks while backward still runs."""
+    """Not read yet (see `UNREAD`): whether gradients are summed over the data ranks while backward still runs."""
     overlap_param_gather: bool = True
-    """Gather the next block's parameters while the current one computes."""
+    """In forward, gather the next block's parameters while the current one computes. In backward FSDP2 always does, where devices can."""
     overlap_tensor_parallel: bool = True
-    """Start collectives of `tp` as soon as their input is ready and wait at first use."""
+    """Not read yet (see `UNREAD`): whether collectives of `tp` start as soon as their input is ready and are waited for at first use."""
     seed: int = 0
-    """Seeds dropout and initialisation."""
+    """Seeds the random numbers of steps, dropout above all. Initial values are those of the model, however it was seeded."""
     translation: tuple[Translation, ...] = field(default=(), compare=False, repr=False)
     """From `from_megatron`: what every given name became."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from meshpar.config import Precision, Translation
+from meshpar.config import UNREAD, Precision, Translation
 from meshpar.errors import ConfigError, near, raise_all
 
 AXES: Mapping[str, str] = {
@@ -62,13 +62,16 @@ FIELDS: Mapping[str, Callable[[Any], tuple[str, Any]]] = {
 }
 """Name -> (field of ParallelConfig, its value); a value of None leaves the default. Later entries win over earlier ones."""
 
-_TP_OVERLAP = "overlap_tensor_parallel decides for every collective; which part of a matmul overlaps is not chosen one by one"
+_TP_OVERLAP = UNREAD["overlap_tensor_parallel"]
 _CAPTURE = "the model's own code is captured, so the model itself decides"
 _LOSS = "the loss is always the token-weighted mean over the whole global batch"
-_P2P = "torch.distributed.pipelining sends and receives asynchronously and chooses the order from the schedule"
+_P2P = "stages send without waiting (batch_isend_irecv), in the order of the schedule, and let go of what has arrived"
 _FSDP = "FSDP2 manages its own buffers"
 _OFFLOAD = "offloading to the CPU is not offered"
-_LAYOUT = "stages are balanced by measured cost; no layer is assigned by hand"
+_LAYOUT = (
+    "say it as ParallelConfig(stages=[8, 8, 8, 6]), blocks per stage, or as the modules at which stages begin; without, cost is balanced"
+)
+_BY_COST = "stages are balanced by estimated cost, embedding and loss included, unless ParallelConfig(stages=...) says otherwise"
 _HOOK = "gradients are summed inside train_step, no hook is needed"
 _MOE = "the model's own router and experts are captured, so the model itself decides"
 _FP8 = "8-bit formats are not offered"
@@ -101,13 +104,13 @@ NOTHING: Mapping[str, str] = {
     "outer_dp_sharding_strategy": "hybrid sharding is a mesh: dp_replicate=N,dp_shard=M",
     "check_for_nan_in_grad": "the norm that mp.clip_grad_norm_ returns shows it",
     "check_for_large_grads": "the norm that mp.clip_grad_norm_ returns shows it",
-    "align_param_gather": _P2P,
+    "align_param_gather": _FSDP,
     "calculate_per_token_loss": _LOSS,
     "perform_initialization": "a model built on meta is always initialised or loaded",
     "use_cpu_initialization": "initial values are always those of one device",
     "init_model_with_meta_device": "build the model under mp.meta()",
     "deterministic_mode": "call torch.use_deterministic_algorithms",
-    "use_te_rng_tracker": "random states follow from ParallelConfig.seed and the mesh",
+    "use_te_rng_tracker": "random numbers follow from ParallelConfig.seed, the same on every mesh",
     "gradient_accumulation_fusion": "left to torch",
     "cross_entropy_loss_fusion": "the vocabulary-parallel loss is chosen by the plan",
     "cross_entropy_fusion_impl": "the vocabulary-parallel loss is chosen by the plan",
@@ -129,7 +132,7 @@ NOTHING: Mapping[str, str] = {
     "tp_comm_overlap_disable_qkv": _TP_OVERLAP,
     "tp_comm_overlap_disable_fc1": _TP_OVERLAP,
     "tp_comm_bootstrap_backend": _TP_OVERLAP,
-    "overlap_moe_expert_parallel_comm": "collectives of ep start as soon as their input is ready",
+    "overlap_moe_expert_parallel_comm": "collectives of ep are waited for where they are called",
     "delay_wgrad_compute": 'schedule="zero-bubble" defers weight gradients',
     "defer_embedding_wgrad_compute": 'schedule="zero-bubble" defers weight gradients',
     "wgrad_deferral_limit": 'schedule="zero-bubble" defers weight gradients',
@@ -141,13 +144,13 @@ NOTHING: Mapping[str, str] = {
     "batch_p2p_sync": _P2P,
     "use_ring_exchange_p2p": _P2P,
     "deallocate_pipeline_outputs": _P2P,
-    "microbatch_group_size_per_vp_stage": _P2P,
+    "microbatch_group_size_per_vp_stage": "microbatches go in equal rounds of at least as many as pp has ranks",
     "pipeline_model_parallel_split_rank": _LAYOUT,
     "pipeline_model_parallel_layout": _LAYOUT,
     "num_layers_in_first_pipeline_stage": _LAYOUT,
     "num_layers_in_last_pipeline_stage": _LAYOUT,
-    "account_for_embedding_in_pipeline_split": _LAYOUT,
-    "account_for_loss_in_pipeline_split": _LAYOUT,
+    "account_for_embedding_in_pipeline_split": _BY_COST,
+    "account_for_loss_in_pipeline_split": _BY_COST,
     "cpu_offloading": _OFFLOAD,
     "cpu_offloading_num_layers": _OFFLOAD,
     "cpu_offloading_activations": _OFFLOAD,
@@ -155,7 +158,7 @@ NOTHING: Mapping[str, str] = {
     "timers": "use torch.profiler",
     "barrier_with_L1_time": "use torch.profiler",
     "finalize_model_grads_func": _HOOK,
-    "grad_scale_func": _HOOK,
+    "grad_scale_func": "mp.GradScaler scales the gradients of a step",
     "no_sync_func": _HOOK,
     "grad_sync_func": _HOOK,
     "param_sync_func": _HOOK,
@@ -287,5 +290,6 @@ def _explain_field(name: str, value: Any, fields: Mapping[str, Any]) -> Translat
     why = {
         "bucket_bytes": f"counted in bytes, {_BYTES_PER_GRADIENT} for each parameter",
         "virtual_stages": 'with schedule="interleaved-1f1b"',
+        **UNREAD,
     }.get(field, "")
     return Translation(name, value, f"{field}={wanted!r}", why)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshpar import roles
@@ -197,7 +198,7 @@ def agree(value: str, mesh: DeviceMesh, what: str, *, error: type[MeshparError] 
         raise error(
             f"{what} differs between ranks: {_listed(list(odd))} of {len(table)} differ from the rest. This is rank {dist.get_rank()}; "
             f"its fingerprint is {table[dist.get_rank()].hex()[:8]}, that of the rest {common.hex()[:8]}. "
-            f"Every rank must pass the same model, mesh, configuration and rules."
+            f"Every rank must pass the same model, mesh, configuration, rules and plan."
         )
 
 
@@ -403,10 +404,10 @@ def _ranks(mesh: DeviceMesh) -> torch.Tensor:
 
 def _data_ranks(mesh: DeviceMesh) -> dict[int, int]:
     """Global rank -> its rank on the data axis."""
-    dims = [d for d, n in enumerate(mesh.mesh_dim_names or ()) if roles.ROLES[n].own_batches]
-    others = [d for d in range(mesh.ndim) if d not in dims]
+    names = mesh.mesh_dim_names or ()
+    own, others = ([n for n in names if roles.ROLES[n].own_batches is wanted] for wanted in (True, False))
     with maybe_disable_local_tensor_mode():
-        rows = mesh.mesh.permute(*dims, *others).reshape(prod(mesh.shape[d] for d in dims), -1).tolist()
+        rows = rearrange(mesh.mesh, f"{' '.join(names)} -> ({' '.join(own)}) ({' '.join(others)})").tolist()
     return {rank: index for index, row in enumerate(rows) for rank in row}
 
 
@@ -432,13 +433,11 @@ def _grid_lines(title: str, grid: torch.Tensor, sizes: Mapping[str, int], data: 
     names = list(sizes)
     columns, tables = list(roles.dividing("weights", names)), list(roles.dividing("stages", names))
     kept = [n for n in names if n not in (*data, *columns, *tables)]
-    order = [*tables, *data, *kept, *columns]
     label = "edp" if title.startswith("expert") else "data"
     count = prod(sizes[n] for n in data)
     shown = {n: s for n, s in [*((n, sizes[n]) for n in tables), (label, count), *((n, sizes[n]) for n in (*kept, *columns))]}
     lines = [f"{title}: {' x '.join(f'{n}={s}' for n, s in shown.items())}" + (f"   ({label} = {' x '.join(data)})" if data else "")]
-    across, along = prod(sizes[n] for n in tables), prod(sizes[n] for n in columns)
-    rows = grid.permute(*(names.index(n) for n in order)).reshape(across, -1, along).tolist()
+    rows = rearrange(grid, f"{' '.join(names)} -> ({' '.join(tables)}) ({' '.join((*data, *kept))}) ({' '.join(columns)})").tolist()
     labels = _row_labels([(label, count), *((n, sizes[n]) for n in kept)])
     width = len(str(grid.max().item()))
     for stage, table in enumerate(rows):

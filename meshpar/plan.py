@@ -13,7 +13,7 @@ from typing import Any
 from meshpar.errors import PlanError
 from meshpar.sharding.types import Invariant, Owned, Partial, Ragged, Replicate, Shard, Type
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +97,13 @@ class Plan:
     stages: tuple[StagePlan, ...] = ()
     """The stages of the pipeline, in the order of the model; empty without a `pp` axis."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Microbatches, recompute, data parallelism: what the runtime obeys."""
+    """What of the configuration the plan was made for: microbatches, recompute, data parallelism, the schedule, and what was asked of the
+    solver. A record, which reports read: the runtime obeys the configuration, and `parallelize(plan=)` refuses one that differs from it."""
     ledger: tuple[Comm, ...] = ()
     notes: tuple[str, ...] = ()
-    """What the reader should know: operators that run whole, terms that are averaged."""
+    """What the reader should know: operators that run whole."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """The dtype and the shape of every input of the captured graph: of one microbatch of all data ranks together."""
 
     @cached_property
     def hash(self) -> str:
@@ -144,6 +147,7 @@ class Plan:
             "options": dict(self.options),
             "ledger": [list(asdict(c).values()) for c in self.ledger],
             "notes": self.notes,
+            "inputs": dict(self.inputs),
         }
         return json.dumps(body, separators=(",", ":"))
 
@@ -174,6 +178,7 @@ class Plan:
                 body["options"],
                 tuple(Comm(*c) for c in body["ledger"]),
                 tuple(body["notes"]),
+                body["inputs"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"not a plan: {error}. A plan is written by plan.save(path).") from error

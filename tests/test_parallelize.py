@@ -297,18 +297,6 @@ def test_outputs_keep_the_models_structure() -> None:
             torch.testing.assert_close(part, expected["out"][0])
 
 
-def test_a_plan_can_be_saved_and_given_back(tmp_path: Path) -> None:
-    model, batch = plain("gpt")
-    with mp.simulate(2):
-        mesh = mp.make_mesh("tp=2")
-        pm = mp.parallelize(model, mesh, example=batch)
-        pm.plan.save(tmp_path / "plan.json")
-        again = mp.parallelize(model, mesh, example=batch, plan=mp.Plan.load(tmp_path / "plan.json"))
-        assert again.plan.hash == pm.plan.hash
-    with mp.simulate(4), pytest.raises(mp.PlanError, match="made for mesh"):
-        mp.parallelize(model, mp.make_mesh("tp=4"), example=batch, plan=mp.Plan.load(tmp_path / "plan.json"))
-
-
 def loads_a_state_dict_of_the_model() -> None:
     """Whole tensors of the unparallel model, tied, fused, cut unevenly, in stages or owned by one rank: every rank keeps its part."""
     for name, spec in (("gpt_kv2", "dp=2,tp=2"), ("tied", "pp=2,tp=2"), ("experts", "dp=2,ep=2")):

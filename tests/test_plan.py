@@ -29,6 +29,7 @@ PLAN = Plan(
     {"microbatches": 2},
     (Comm("all_reduce", "tp", "forward", 1536.0, 1, "p_to_i", "layers.0", "layers.0"),),
     ("one note",),
+    {"x": "float32 [4, 8]"},
 )
 
 
@@ -43,7 +44,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_the_hash_is_the_same_in_every_process() -> None:
-    assert PLAN.hash == "3f16b0630265825e"
+    assert PLAN.hash == "81f8e2dd4abe620b"
 
 
 @pytest.mark.parametrize(
@@ -73,11 +74,11 @@ def test_axes_are_found_by_name() -> None:
 
 def test_another_version_is_refused() -> None:
     text = json.dumps({**json.loads(PLAN.to_json()), "version": 99})
-    with pytest.raises(PlanError, match="this plan has format 99, this meshpar reads 2. Make the plan again."):
+    with pytest.raises(PlanError, match="this plan has format 99, this meshpar reads 3. Make the plan again."):
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '"plan"'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 3}', '"plan"'])
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="not a plan: .* A plan is written by plan.save"):
         Plan.from_json(text)

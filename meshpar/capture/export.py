@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.export import ExportedProgram
 from meshpar._torch import FakeTensorMode, checkpoints_only_call, pytree
 from meshpar.capture import blame, check, decompositions, fake, grad, simplify, structure
 from meshpar.capture import exported as graph
+from meshpar.capture.attempts import Attempt, first_that_works
 from meshpar.capture.experts import seam as experts
 from meshpar.capture.functions import calls as functions
 from meshpar.capture.functions import cuts
@@ -64,55 +66,60 @@ def capture(
     >>> captured.graph.print_tabular()                                        # doctest: +SKIP
     """
     device = _usable(torch.device(device))
-    called = (args, structure.order_of(model)(kwargs or {}))
+    read = partial(_read_batch, model, args, structure.order_of(model)(kwargs or {}), divide=divide)
+    settings, asked = ask or state.Ask(), dict(batch_dims or {})
 
-    def read(dims: Mapping[str, int], scale: int) -> _Batch:
-        return _read_batch(model, *called, dims, scale=scale, divide=divide)
+    def record(batch: _Batch, answers: branches.Branches) -> Captured:
+        return _recorded(model, batch, device, loss_fn, dtype, settings, answers, given)
 
-    def captured(batch: _Batch) -> Captured:
-        return _either_way(model, batch, device, loss_fn, dtype, settings, given)
+    def answer(batch: _Batch, follow: bool) -> branches.Branches:
+        return branches.Branches(_leaves(model), batch.tensors, device, follow=follow)
 
-    settings = ask or state.Ask()
-    asked = dict(batch_dims or {})
-    batch = read(asked, scale)
-    packed = dict.fromkeys(_maybe_packed(batch), 0)
-    if not packed or scale == divide == 1:
-        return captured(batch)
-    try:  # the same rows for all: then they fit any number of samples
-        found = captured(batch if scale != divide else read(asked, 2 * scale))
-        return found if scale != divide else captured(batch)
-    except CaptureError as error:
-        unfit = error
-    try:
-        return captured(read(asked | packed, scale))
-    except CaptureError:
-        raise unfit from unfit.__cause__
+    packed = () if scale == divide == 1 else tuple(_maybe_packed(read(asked, scale=scale)))
+    return first_that_works(_Ways(read, record, answer, asked, packed, scale, scale == divide).attempts())
 
 
-def _either_way(
-    model: nn.Module,
-    batch: _Batch,
-    device: torch.device,
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
-    dtype: torch.dtype | None,
-    ask: state.Ask,
-    given: hooks.Given | None,
-) -> Captured:
-    """A graph that takes any number of chosen rows; where the number matters, that of the example."""
-    answers = branches.Branches(_leaves(model), batch.tensors, device)
-    try:
-        return _recorded(model, batch, device, loss_fn, dtype, ask, answers, given)
-    except CaptureError as error:
-        if not answers.sized:
-            raise
-        mixed = error
-    try:
-        sizes = branches.Branches(_leaves(model), batch.tensors, device, follow=True)
-        return _recorded(model, batch, device, loss_fn, dtype, ask, sizes, given)
-    except branches.RanksDiffer:
-        raise
-    except CaptureError:
-        raise mixed from mixed.__cause__
+@dataclass
+class _Ways:
+    """The ways to read one batch, in order: are inputs with several rows per sample cut, may the number of chosen rows be any."""
+
+    read: Callable[..., _Batch]
+    record: Callable[[_Batch, branches.Branches], Captured]
+    answer: Callable[[_Batch, bool], branches.Branches]
+    asked: Mapping[str, int]
+    packed: tuple[str, ...]
+    """The inputs that may hold several rows of each sample."""
+    scale: int
+    as_it_is: bool
+    """Whether the graph has as many samples as the example: then other numbers are tried too."""
+    sized: bool = False
+    """Whether the last attempt met sizes that depend on values."""
+
+    def attempts(self) -> tuple[Attempt[Captured], ...]:
+        as_many, rows = "with as many chosen rows as the example has", f"with the rows of {', '.join(self.packed)} cut among samples"
+        return (
+            Attempt("with any number of chosen rows", self._alike),
+            Attempt(as_many, partial(self._alike, True), lambda: self.sized, tells=(branches.RanksDiffer,)),
+            Attempt(rows, self._cut, lambda: bool(self.packed)),
+            Attempt(f"{rows}, {as_many}", partial(self._cut, True), lambda: bool(self.packed) and self.sized),
+        )
+
+    def _alike(self, follow: bool = False) -> Captured:
+        """What may hold several rows of each sample is the same for all samples: then it fits any number of them."""
+        if self.packed and self.as_it_is:
+            self._captured(self.asked, 2 * self.scale, follow)
+        return self._captured(self.asked, self.scale, follow)
+
+    def _cut(self, follow: bool = False) -> Captured:
+        return self._captured({**self.asked, **dict.fromkeys(self.packed, 0)}, self.scale, follow)
+
+    def _captured(self, dims: Mapping[str, int], scale: int, follow: bool) -> Captured:
+        batch = self.read(dims, scale=scale)
+        answers = self.answer(batch, follow)
+        try:
+            return self.record(batch, answers)
+        finally:
+            self.sized = answers.sized
 
 
 def _recorded(

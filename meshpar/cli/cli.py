@@ -70,7 +70,7 @@ if typer is not None:
     Recompute = Annotated[str, typer.Option("--recompute", help="none, selective or full.")]
     DataParallel = Annotated[str, typer.Option("--data-parallel", help="replicate, zero1, zero2 or zero3.")]
     SequenceParallel = Annotated[
-        bool, typer.Option("--sequence-parallel/--no-sequence-parallel", help="Cut activations between blocks too.")
+        bool, typer.Option("--sequence-parallel/--no-sequence-parallel", help="Cut activations between blocks too, where that costs less.")
     ]
 
 

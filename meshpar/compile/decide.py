@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
 from meshpar.compile.place import place
 from meshpar.compile.split import mark, split
-from meshpar.compile.stages import choose
+from meshpar.compile.stages import Staging, choose
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
-from meshpar.graph.text import fingerprint
+from meshpar.graph.text import fingerprint, inputs_of
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
 from meshpar.plan import AxisPlan, ParameterPlan, Plan, StagePlan
@@ -34,6 +34,8 @@ class StageRequest:
 
     ranks: tuple[int, ...]
     cuts: Sequence[int] | Sequence[str] | None = None
+    chosen: Staging | None = None
+    """Where stages begin, if that has been chosen already."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Decision:
     """All axes of the mesh, outermost first."""
     axes: tuple[tuple[str, int], ...]
     """The axes to type, in order: ("dp", 2) for all data axes but `ep` together, then ("ep", 2), then ("tp", 2)."""
-    sequence: bool = True
+    sequence: bool | Literal["auto"] = True
     context: str = "auto"
     """How attention is computed where an axis cuts the sequence."""
     rules: Mapping[str, str] = field(default_factory=dict)
@@ -104,6 +106,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
         stages,
         dict(request.options),
         notes=_notes(whole, axes),
+        inputs=inputs_of(captured),
     )
 
 
@@ -125,7 +128,7 @@ def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...
     ranks = request.stages.ranks
     if request.pinned:
         return tuple(StagePlan("", rank, "as before") for rank in ranks), {n: p.stages for n, p in request.pinned.items()}
-    chosen = choose(captured, len(ranks), where=request.stages.cuts)
+    chosen = request.stages.chosen or choose(captured, len(ranks), where=request.stages.cuts)
     mark(captured.graph, chosen.starts)
     held: dict[str, tuple[int, ...]] = {}
     for stage in split(captured.graph, len(ranks), parameters=captured.parameters, mutations=captured.mutations):

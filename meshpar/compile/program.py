@@ -25,6 +25,7 @@ from meshpar.capture.structure import order_of
 from meshpar.compile.agreement import agree_on_graph
 from meshpar.compile.decide import Decision, StageRequest, decide
 from meshpar.compile.denominators import split_denominators
+from meshpar.compile.given import check_given
 from meshpar.compile.hooks import check_microbatches, check_stages
 from meshpar.compile.ledger import ledger, staged_ledger
 from meshpar.compile.place import place
@@ -71,6 +72,11 @@ class BatchSignature:
         """A name for the program in the module tree."""
         digest = hashlib.sha256(f"{self.spec} {self.leaves} {self.state}".encode()).hexdigest()[:8]
         return f"{'train' if self.training else 'eval'}_{digest}"
+
+    @property
+    def counting(self) -> BatchSignature:
+        """That of the program which counts the denominators of such a batch."""
+        return replace(self, leaves=(*self.leaves, "counts"))
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class Programs:
         self.originals = memories(model)
         self.ordered = order_of(model)
         self.mesh, self.config, self.rules, self.loss_fn, self.given = mesh, config, dict(rules or {}), loss_fn, plan
-        self.others = {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
+        self.others = parameter_facts(model)
         self.first = dict(self.others)
         """The same as parallelize saw it."""
         self.schedule = schedule_of(mesh, config)
@@ -184,12 +190,12 @@ class Programs:
                 "a step of several microbatches needs a loss: pass labels if the model computes it from them, or loss_fn= to parallelize."
             )
         check_microbatches(captured)
-        split = split_denominators(captured, microbatches)
+        parted = split_denominators(captured, microbatches)
         counts = None
-        if split.counts is not None:
-            counts = self._program(replace(signature, leaves=(*signature.leaves, "counts")), split.counts, remember=False)
-        program = self._program(signature, split.captured)
-        return replace(program, counts=counts, averaged=split.averaged, within=split.within)
+        if parted.counts is not None:
+            counts = self._program(signature.counting, parted.counts, remember=False)
+        program = self._program(signature, parted.captured)
+        return replace(program, counts=counts, averaged=parted.averaged, within=parted.within)
 
     def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, ask: Ask) -> Captured:
         device = torch.device(self.mesh.device_type)
@@ -216,7 +222,7 @@ class Programs:
     def _program(self, signature: BatchSignature, captured: Captured, *, remember: bool = True) -> Program:
         if remember:
             self._check_experts(captured)
-        plan = self._plan(captured, staged=remember and self.schedule is not None)
+        plan = self._plan(captured, remember=remember)
         if remember and not self.pinned:
             self.pinned = dict(plan.parameters)
         if plan.stages:
@@ -230,17 +236,14 @@ class Programs:
 
     def _staged(self, signature: BatchSignature, captured: Captured, plan: Plan, graph: fx.Graph) -> Program:
         """The program of a pipeline: the graph once more by stages."""
-        parameters = frozenset(captured.parameters)
         assert self.schedule is not None
         if self.schedule.defers(self.config.microbatches):
-            graph = DeferWeightGradients(parameters)(graph)
-        cut = partial(split, graph, len(plan.stages), parameters=parameters, mutations=captured.mutations)
-        every = cut()
-        check_stages(every, [stage.rank for stage in plan.stages], captured.hooks)
-        loss = every if captured.loss is None else cut(wanted=(captured.loss,))
-        for stage in (*every, *loss):
+            graph = DeferWeightGradients(frozenset(captured.parameters))(graph)
+        program = in_stages(Program(signature, captured, plan, graph))
+        check_stages(program.all_stages, [stage.rank for stage in plan.stages], captured.hooks)
+        for stage in (*program.all_stages, *program.stages):
             self._reuse(stage.graph)
-        return self._with_ledger(Program(signature, captured, plan, graph, stages=loss, all_stages=every))
+        return self._with_ledger(program)
 
     @property
     def _reuse(self) -> Reuse:
@@ -253,29 +256,51 @@ class Programs:
             ledger = _from_first_rank(self.mesh, lambda: ledger)
         return replace(program, plan=replace(program.plan, ledger=ledger))
 
-    def _plan(self, captured: Captured, *, staged: bool) -> Plan:
-        """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph."""
+    def _plan(self, captured: Captured, *, remember: bool) -> Plan:
+        """Solved on the first rank of the mesh and sent to the others, who must have captured the same graph; or the one that was given."""
+        if not self._decides_alone():
+            agree_on_graph(captured, self.others, self.mesh)
+            asked = f"{self.config} {sorted(self.rules.items())} {self.given and self.given.hash}"
+            agree(asked, self.mesh, "the configuration, the rules or the plan that was given")
+        first = remember and not self.pinned
+        staged = self._stage_request() if remember and self.schedule is not None else None
+        if self.given is not None and first:
+            ranks = () if staged is None else staged.ranks
+            check_given(self.given, captured, self.others, mesh_sizes(self.mesh), self._options, ranks, simulated=is_simulated())
         if self.given is not None and self.given.graph == fingerprint(captured):
-            _check_given(self.given, self.mesh)
             return self.given
-        axes = typed_axes(self.mesh)
         request = Decision(
             tuple(mesh_sizes(self.mesh).items()),
-            tuple((a.name, a.size) for a in axes),
-            sequence=bool(self.config.sequence_parallel),
+            tuple((a.name, a.size) for a in typed_axes(self.mesh)),
+            sequence=self.config.sequence_parallel,
             context=self.config.context,
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
-            stages=self._stage_request() if staged else None,
+            stages=staged,
             owned=not is_simulated(),
-            options=_options(self.config),
+            options=self._options,
             others=self.others,
         )
         if self._decides_alone():
             return decide(captured, request)
-        agree_on_graph(captured, self.others, self.mesh)
-        agree(f"{self.config} {sorted(self.rules.items())}", self.mesh, "the configuration or the rules")
         return Plan.from_json(_from_first_rank(self.mesh, lambda: decide(captured, request).to_json()))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What a plan records of what was asked for."""
+        config = self.config
+        asked: dict[str, Any] = {
+            "microbatches": config.microbatches,
+            "recompute": config.recompute,
+            "data_parallel": config.data_parallel,
+            "sequence_parallel": config.sequence_parallel,
+            "context": config.context,
+            "rules": self.rules,
+        }
+        if self.schedule is not None:
+            stages = None if config.stages is None else list(config.stages)
+            asked |= {"schedule": config.schedule, "virtual_stages": config.virtual_stages, "stages": stages}
+        return asked
 
     def _decides_alone(self) -> bool:
         """Whether this process stands for all ranks."""
@@ -294,6 +319,28 @@ class Programs:
     def _stage_request(self) -> StageRequest:
         assert self.schedule is not None
         return StageRequest(self.schedule.order(1, backward=False).place, self.config.stages)
+
+
+def parameter_facts(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str, bool]]:
+    """The shape, the dtype and whether it is trained, of every parameter."""
+    return {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
+
+
+def parts_of(captured: Captured, tensors: Sequence[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
+    """The tensors of a batch for each of `count` microbatches: those with samples are cut, the others are the same for all."""
+    if count == 1:
+        return [list(tensors)]
+    dims, names = captured.batch_dims, captured.inputs[: len(tensors)]
+    cut = [x.chunk(count, dims[n]) if n in dims else (x,) * count for n, x in zip(names, tensors, strict=True)]
+    return [list(part) for part in zip(*cut, strict=True)]
+
+
+def in_stages(program: Program) -> Program:
+    """The program with its graph cut into the stages of its plan, as every call is marked."""
+    captured, count = program.captured, len(program.plan.stages)
+    cut = partial(split, program.graph, count, parameters=frozenset(captured.parameters), mutations=captured.mutations)
+    every = cut()
+    return replace(program, all_stages=every, stages=every if captured.loss is None else cut(wanted=(captured.loss,)))
 
 
 def lowered(captured: Captured, plan: Plan, axes: tuple[Axis, ...], summed: Mapping[str, frozenset[str]] | None = None) -> fx.Graph:
@@ -355,21 +402,6 @@ def _skeleton(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     return copied(model, memo)
-
-
-def _options(config: ParallelConfig) -> dict[str, Any]:
-    return {
-        "microbatches": config.microbatches,
-        "recompute": config.recompute,
-        "data_parallel": config.data_parallel,
-        "sequence_parallel": bool(config.sequence_parallel),
-        "context": config.context,
-    }
-
-
-def _check_given(plan: Plan, mesh: DeviceMesh) -> None:
-    if dict(plan.mesh) != mesh_sizes(mesh):
-        raise PlanError(f"the plan was made for mesh {dict(plan.mesh)}, this is {mesh_sizes(mesh)}. Make the plan again for this mesh.")
 
 
 def _from_first_rank(mesh: DeviceMesh, make: Callable[[], T]) -> T:

@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx
 
 from meshpar.errors import PlanError, near, raise_all
-from meshpar.graph.facts import Info, facts, infos_of, set_facts
+from meshpar.graph.facts import Info, facts, info_of, infos_of, set_facts
 from meshpar.graph.operators import draws
 from meshpar.ops.expect import EXPECT
 from meshpar.passes.inputs import ExtraInputs, extra_inputs
@@ -53,6 +53,35 @@ class StageGraph:
     def extra(self) -> ExtraInputs:
         """Which of the inputs are no tensors of the batch."""
         return extra_inputs(self.graph)
+
+    @property
+    def received(self) -> tuple[Info, ...]:
+        """What the values of `receives` look like."""
+        return tuple(info_of(node) for node in self._placeholders()[: len(self.receives)])
+
+    @property
+    def given(self) -> dict[str, Info]:
+        """What the values of `inputs` look like, by name."""
+        infos = [info_of(node) for node in self._placeholders()[len(self.receives) :]]
+        return dict(zip(self.inputs, infos, strict=True))
+
+    @property
+    def sent(self) -> tuple[Info, ...]:
+        """What the values of `sends` look like."""
+        return tuple(info_of(node) for node in self._values()[: len(self.sends)])
+
+    @property
+    def returned(self) -> tuple[Info, ...]:
+        """What the values of `outputs` look like."""
+        return tuple(info_of(node) for node in self._values()[len(self.sends) : len(self.sends) + len(self.outputs)])
+
+    def _placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def _values(self) -> Sequence[Any]:
+        """What the graph returns: nodes, or None where the model returned none."""
+        values: Sequence[Any] = next(reversed(self.graph.nodes)).args[0]
+        return values
 
 
 def mark(graph: fx.Graph, starts: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from meshpar.ops import random
 from meshpar.ops.deferred import WeightGradients
 from meshpar.ops.load import Tally
 from meshpar.runtime.blocks import Tree
-from meshpar.runtime.build import trees_of
+from meshpar.runtime.build import trees_in_memory
 from meshpar.runtime.data_parallel import DataParallelism
 from meshpar.runtime.parameters.specs import spec_of
 
@@ -119,7 +119,7 @@ def rehearse(programs: Programs, program: Program, model: nn.Module, mesh: Devic
     first: dict[Hashable, int] = {}
     like = [first.setdefault(likeness(cut), cut.index) for cut in cuts]
     memory = FakeTensorMode(allow_non_fake_inputs=True)
-    trees, data = trees_of(model, mesh, config, program, programs.schedule, memory, tuple(first.values()))
+    trees, data = trees_in_memory(model, mesh, config, program, programs.schedule, memory, tuple(first.values()))
     with memory:
         done = {i: _stage(cuts[i], trees[i], data[i], program, programs, config) for i in first.values()}
     return tuple(replace(done[i], index=cut.index, graph=cut.graph) for i, cut in zip(like, cuts, strict=True))

@@ -40,6 +40,15 @@ def fingerprint(captured: Captured) -> str:
     return hashlib.sha256("\n".join(lines(captured)).encode()).hexdigest()[:16]
 
 
+def inputs_of(captured: Captured) -> dict[str, str]:
+    """The dtype and the shape of every input of a graph.
+
+    >>> inputs_of(captured)  # doctest: +SKIP
+    {'input_ids': 'int64 [8, 128]'}
+    """
+    return {str(node.target): _type(node) for node in captured.graph.nodes if node.op == "placeholder"}
+
+
 def digest(tensor: torch.Tensor) -> str:
     """A hash of the elements of a tensor; of so many, evenly spaced, when it has more. A tensor without memory: of its shape."""
     about = f"{tuple(tensor.shape)} {tensor.dtype}"

@@ -29,7 +29,7 @@ from meshpar._torch import resolve_process_group
 from meshpar.compile.program import Program
 from meshpar.compile.split import StageGraph
 from meshpar.errors import MeshparError, StageError
-from meshpar.graph.facts import Info, facts, info_of
+from meshpar.graph.facts import Info, facts
 from meshpar.mesh import Axis
 from meshpar.ops.deferred import WeightGradients
 from meshpar.pipeline.order import Schedule
@@ -117,29 +117,12 @@ class Pipelined(Engine):
     def _from_last_stage(self, values: Sequence[torch.Tensor], last: StageGraph) -> tuple[torch.Tensor, ...]:
         """What the ranks of the last stage computed, on every rank of the pipeline."""
         source = self.schedule.order(1, backward=False).place[last.index]
-        infos = [info_of(n) for n in _results(last)]
         found = []
-        for i, info in enumerate(infos):
+        for i, info in enumerate(last.returned):
             value = values[i].contiguous() if values else torch.empty(info.shape, dtype=info.dtype, device=self.device)
             dist.broadcast(value, group=_group(self.axis), group_src=source)
             found.append(value)
         return tuple(found)
-
-
-def _results(cut: StageGraph) -> list[Any]:
-    """The nodes whose values a stage returns itself."""
-    output = next(n for n in reversed(cut.graph.nodes) if n.op == "output")
-    return list(output.args[0])[len(cut.sends) : len(cut.sends) + len(cut.outputs)]
-
-
-def _sent(cut: StageGraph) -> list[Info]:
-    output = next(n for n in reversed(cut.graph.nodes) if n.op == "output")
-    return [info_of(n) for n in output.args[0][: len(cut.sends)]]
-
-
-def _received(cut: StageGraph) -> list[Info]:
-    nodes = [n for n in cut.graph.nodes if n.op == "placeholder"]
-    return [info_of(n) for n in nodes[: len(cut.receives)]]
 
 
 def _group(axis: Axis) -> dist.ProcessGroup:
@@ -224,7 +207,7 @@ class _Run:
         stage, at = action.stage, (action.stage, action.microbatch)
         cut, flight = self.cuts[stage], _Flight()
         if stage > 0:
-            infos = _received(cut)
+            infos = cut.received
             flight.received = tuple(
                 value.requires_grad_(self.backward and info.requires_grad) for value, info in zip(self.values.pop(at), infos, strict=True)
             )
@@ -265,7 +248,7 @@ class _Run:
         if stage > 0:
             grads = tuple(
                 (torch.zeros_like(value) if value.grad is None else value.grad) if info.requires_grad else None
-                for value, info in zip(flight.received, _received(self.cuts[stage]), strict=True)
+                for value, info in zip(flight.received, self.cuts[stage].received, strict=True)
             )
             flight.received = ()
             self._hand("B", (stage - 1, action.microbatch), grads)
@@ -292,10 +275,10 @@ class _Run:
         self._send(self.grads.pop((action.stage - 1, action.microbatch)), action.stage - 1)
 
     def _receive_values(self, action: Action) -> None:
-        self._receive("F", action, self.values, [(i, True) for i in _received(self.cuts[action.stage])], action.stage - 1)
+        self._receive("F", action, self.values, [(i, True) for i in self.cuts[action.stage].received], action.stage - 1)
 
     def _receive_grads(self, action: Action) -> None:
-        self._receive("B", action, self.grads, [(i, i.requires_grad) for i in _sent(self.cuts[action.stage])], action.stage + 1)
+        self._receive("B", action, self.grads, [(i, i.requires_grad) for i in self.cuts[action.stage].sent], action.stage + 1)
 
     def _send(self, values: Sequence[torch.Tensor | None], stage: int) -> None:
         tensors = tuple(value.contiguous() for value in values if value is not None)

@@ -15,7 +15,7 @@ loss of the whole batch, also where microbatches ignore different numbers of lab
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,21 +23,23 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from meshpar.capture.export import capture
+from meshpar.capture.structure import order_of
+from meshpar.compile.decide import Decision, StageRequest, decide
 from meshpar.compile.denominators import Split, split_denominators
-from meshpar.compile.program import flatten
-from meshpar.compile.split import StageGraph, mark, shared_parameters
-from meshpar.compile.split import split as split_graph
+from meshpar.compile.program import BatchSignature, Program, flatten, in_stages, parameter_facts, parts_of
+from meshpar.compile.split import StageGraph
 from meshpar.compile.stages import Budget, Staging, choose
 from meshpar.errors import BatchError, ConfigError, near
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import Info, info_of
-from meshpar.graph.run import run
-from meshpar.passes.inputs import extra_inputs
+from meshpar.graph.facts import Info
+from meshpar.mesh import Axis
+from meshpar.pipeline.ties import Ties
+from meshpar.roles import stage_axis
 from meshpar.runtime.blocks import Tree, print_code
+from meshpar.runtime.build import trees_of
+from meshpar.runtime.engine import Counting, teach
 from meshpar.runtime.recompute import Mode
 from meshpar.sharding.price import Price
-
-_KEY = "stage"
 
 StageExample = Mapping[str, Any] | tuple[Any, ...] | Tensor
 
@@ -58,9 +60,9 @@ def split(
     """Cut a model, in its present mode, into `stages` modules that compute the same.
 
     `example`: the keyword arguments (a dict) or positional ones (a tuple) of a batch, of which a microbatch is the `microbatches`-th part.
-    `where`: None balances the measured cost; numbers are blocks per stage; names are the modules at which stages 1, 2, ... begin.
+    `where`: None balances the estimated cost; numbers are blocks per stage; names are the modules at which stages 1, 2, ... begin.
     `loss_fn(output, batch)` where the model does not return its loss. The last stage returns the loss, as a tensor of one element; without
-    one, the tensors of the model's output. `price`, `cost`, `memory`: see `passes.stages.choose`.
+    one, the tensors of the model's output. `price`, `cost`, `memory`: see `compile.stages.choose`.
 
     Raises CaptureError, BatchError, and PlanError when there are fewer places to cut, or when `where` does not fit.
 
@@ -68,19 +70,21 @@ def split(
     >>> list(first.state_dict()), list(second.state_dict())
     (['0.weight', '0.bias'], ['2.weight', '2.bias'])
     """
-    args, kwargs = _arguments(example)
+    args, kwargs = _arguments(model, example)
     device = next((tensor.device.type for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"), "cpu")
     captured = capture(model, args, kwargs, device=device, divide=microbatches, loss_fn=loss_fn)
     wanted = None if captured.loss is None else (captured.loss,)
     staging = choose(captured, stages, where=where, wanted=wanted, price=price, cost=cost, memory=_in_flight(memory, microbatches))
-    mark(captured.graph, staging.starts)
-    whole = Split(captured, None, ())
-    if microbatches > 1 and captured.loss is not None:
-        whole = split_denominators(captured, microbatches)
-    captured = whole.captured
-    graphs = split_graph(captured.graph, stages, parameters=captured.parameters, mutations=captured.mutations, wanted=wanted)
-    common = _Common(captured, whole, staging, microbatches, shared_parameters(graphs, captured.parameters), model.training)
-    return tuple(Stage(_tree(model, captured, graphs, graph, recompute), graph, common) for graph in graphs)
+    program = _program(model, captured, staging, flatten(args, kwargs, model.training)[1], microbatches)
+    parameters, counting = dict(model.named_parameters()), Counting(dict(model.named_buffers()))
+    counting.learn(program)
+    common = _Common(model, program, staging, microbatches, counting)
+    made = []
+    for index in range(stages):
+        trees = trees_of(model, program, (index,), parameters, _buffers(model, program, index), recompute=recompute)
+        teach(trees, program)
+        made.append(Stage(trees[index], program.stages[index], common))
+    return tuple(made)
 
 
 def loss(output: Tensor, target: Any) -> Tensor:
@@ -93,27 +97,41 @@ def sum_shared_gradients(stages: Sequence[Stage], group: dist.ProcessGroup | Non
 
     `stages`: those of this rank, whose shared parameters are the same objects or hold the same values.
     """
-    for name, (users, shape, dtype) in stages[0].shared_parameters.items():
-        mine = [dict(stage.named_parameters())[name] for stage in stages if stage.index in users]
-        own = list({id(parameter): parameter for parameter in mine}.values())
-        total = torch.zeros(shape, dtype=dtype, device=stages[0].device)
-        for parameter in own:
-            total += 0 if parameter.grad is None else parameter.grad
-        dist.all_reduce(total, group=group)
-        for parameter in own:
-            parameter.grad = total.clone()
+    shared = stages[0].shared_parameters
+    group = group or dist.group.WORLD
+    if not shared or group is None:
+        return
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, [stage.index for stage in stages], group=group)
+    holders = {name: tuple(r for r, held in enumerate(everyone) if set(held) & set(users)) for name, (users, _, _) in shared.items()}
+    copies = {name: _own_copies(name, stages) for name in shared}
+    mine = {name: own[0] for name, own in copies.items() if own}
+    for name, parameter in mine.items():
+        grads = [one.grad for one in copies[name] if one.grad is not None]
+        parameter.grad = sum(grads[1:], start=grads[0]) if grads else torch.zeros_like(parameter)
+    axis = Axis(stage_axis(), len(everyone), dist.get_rank(group), group.group_name)
+    Ties(axis, {name: holders[name] for name in mine}, mine).sum({})
+    for name, parameter in mine.items():
+        for other in copies[name][1:]:
+            other.grad = None if parameter.grad is None else parameter.grad.clone()
 
 
-@dataclass(frozen=True)
+def _own_copies(name: str, stages: Sequence[Stage]) -> list[nn.Parameter]:
+    """The different objects that stages of this rank hold for one parameter."""
+    held = (parameter for stage in stages for found, parameter in stage.named_parameters() if found == name)
+    return list({id(parameter): parameter for parameter in held}.values())
+
+
 class _Common:
     """What all stages of a model know."""
 
-    captured: Captured
-    counted: Split
-    staging: Staging
-    microbatches: int
-    shared: Mapping[str, tuple[int, ...]]
-    training: bool
+    def __init__(self, model: nn.Module, program: Program, staging: Staging, count: int, counting: Counting) -> None:
+        self.program, self.staging, self.microbatches, self.counting = program, staging, count, counting
+        self.ordered = order_of(model)
+
+    @property
+    def captured(self) -> Captured:
+        return self.program.captured
 
 
 class Stage(nn.Module):
@@ -133,13 +151,7 @@ class Stage(nn.Module):
         self.__dict__.update(_modules=tree._modules, _parameters=tree._parameters, _buffers=tree._buffers)
         self.__dict__["_non_persistent_buffers_set"] = tree._non_persistent_buffers_set
         self.__dict__.update(_tree=tree, _stage=stage, _common=common)
-        self.training = common.training
-        nodes = list(stage.graph.nodes)
-        infos = [info_of(node) for node in nodes if node.op == "placeholder"]
-        self._received: tuple[Info, ...] = tuple(infos[: len(stage.receives)])
-        self._given: dict[str, Info] = dict(zip(stage.inputs, infos[len(stage.receives) :]))
-        count = len(stage.sends) + len(stage.outputs)
-        self._returned: tuple[Info, ...] = tuple(info_of(value) for value in nodes[-1].args[0][:count])
+        self.training = common.program.signature.training
 
     # -- what it is ------------------------------------------------------------------------------------------------------------------------
 
@@ -166,8 +178,8 @@ class Stage(nn.Module):
     @property
     def shared_parameters(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]:
         """Parameters that several stages hold, of the whole model: the stages, the shape and the dtype."""
-        infos = {str(n.target): info_of(n) for n in self._common.captured.graph.nodes if n.op == "get_attr"}
-        return {name: (users, infos[name].shape, infos[name].dtype) for name, users in self._common.shared.items()}
+        plans = self._common.program.plan.parameters
+        return {n: (p.stages, p.shape, getattr(torch, p.dtype)) for n, p in plans.items() if len(p.stages) > 1}
 
     @property
     def staging(self) -> Staging:
@@ -177,12 +189,13 @@ class Stage(nn.Module):
     @property
     def input_args(self) -> tuple[Tensor, ...]:
         """Tensors on `meta` that look like what is received, for `PipelineStage`; none for the first stage, which reads the batch."""
-        return tuple(_like(info) for info in self._received)
+        return tuple(_like(info) for info in self._stage.received)
 
     @property
     def output_args(self) -> tuple[Tensor, ...]:
         """Tensors on `meta` that look like what is returned."""
-        return tuple(_like(replace(info, shape=(1,)) if self._is_loss else info) for info in self._returned)
+        infos = (*self._stage.sent, *self._stage.returned)
+        return tuple(_like(replace(info, shape=(1,)) if self._is_loss else info) for info in infos)
 
     @property
     def step_target(self) -> Tensor:
@@ -197,16 +210,16 @@ class Stage(nn.Module):
     def explain(self) -> str:
         """All stages with their costs, and what this one takes and gives."""
         lines = [str(self.staging), f"stage {self.index} of {len(self.staging.seconds)}:"]
-        lines += [f"  receives {_named(self.receives, self._received)}"] if self.receives else []
+        lines += [f"  receives {_named(self.receives, self._stage.received)}"] if self.receives else []
         lines += [f"  reads {', '.join(self.inputs)} of the batch"] if self.inputs else []
-        lines += [f"  hands on {_named(self.sends, self._returned)}"] if self.sends else []
-        here = [name for name, users in self._common.shared.items() if self.index in users]
-        lines += [f"  shares {name} with {_others(self.index, self._common.shared[name])}" for name in here]
+        lines += [f"  hands on {_named(self.sends, self._stage.sent)}"] if self.sends else []
+        shared = {name: users for name, (users, _, _) in self.shared_parameters.items() if self.index in users}
+        lines += [f"  shares {name} with {_others(self.index, users)}" for name, users in shared.items()]
         return "\n".join(lines)
 
     def print_readable(self) -> str:
         """The code of this stage: the root's, and that of each block structure once. Returned, and printed."""
-        code = print_code(self._tree, _KEY)
+        code = print_code(self._tree, self._common.program.key)
         print(code)
         return code
 
@@ -225,8 +238,8 @@ class Stage(nn.Module):
         given = {**dict(zip(self.inputs, rest)), **kwargs}
         self._check(len(args), given)
         tensors = [_Received.apply(x) if x.requires_grad else x for x in received]
-        tensors += [given[name].reshape(info.shape) for name, info in self._given.items()]
-        values = self._tree.run(_KEY, *tensors)
+        tensors += [given[name].reshape(info.shape) for name, info in self._stage.given.items()]
+        values = self._tree.run(self._common.program.key, *tensors)
         if self.sends:
             return tuple(value.contiguous() for value in values)
         if self._is_loss:
@@ -239,33 +252,23 @@ class Stage(nn.Module):
         Tensors without samples are repeated per microbatch, because schedules cut everything along dim 0. Denominators of the loss
         (counts of valid labels) are counted over the whole batch.
         """
-        captured, count = self._common.captured, self._common.microbatches
-        tensors, signature = flatten(args, kwargs, self.training)
+        common, captured, count = self._common, self._common.captured, self._common.microbatches
+        tensors, signature = flatten(args, common.ordered(kwargs), self.training)
         if signature.spec != captured.in_spec:
             raise BatchError(f"this batch has another structure than the example: {signature.spec}, not {captured.in_spec}.")
         batch = dict(zip(captured.inputs, tensors))
-        counted = self._denominators(batch) if any(name not in batch for name in self.inputs) else {}
-        found = {}
-        for name in self.inputs:
-            value = batch[name] if name in batch else counted[name]
-            found[name] = value if captured.batch_dims.get(name) == 0 else value.expand(count, *value.shape)
-        return found
-
-    def _denominators(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        counts, dims, count = self._common.counted.counts, self._common.captured.batch_dims, self._common.microbatches
-        assert counts is not None
-        parts = [{n: x.chunk(count, dims[n])[i] if n in dims else x for n, x in batch.items()} for i in range(count)]
-        with torch.no_grad():
-            found = [run(counts, dict(self._tree.named_buffers()), part) for part in parts]
-        names = extra_inputs(self._common.counted.captured.graph).denominators
-        return {name: torch.stack(values).sum(0) for name, values in zip(names, zip(*found), strict=True)}
+        if any(name not in batch for name in self.inputs):
+            parts = [dict(zip(captured.inputs, part)) for part in parts_of(captured, tensors, count)]
+            batch |= common.counting.count(common.program, parts)
+        cut = {name for name in self.inputs if captured.batch_dims.get(name) == 0}
+        return {name: batch[name] if name in cut else batch[name].expand(count, *batch[name].shape) for name in self.inputs}
 
     def _check(self, positional: int, given: Mapping[str, Tensor]) -> None:
         known = self._common.captured.inputs
         complaints = [f"{name!r} is no tensor of the batch.{near(name, known)}" for name in given if name not in known]
         if positional < len(self.receives):
             complaints.append(f"it receives {len(self.receives)} values ({', '.join(self.receives)}), but {positional} were given.")
-        for name, info in self._given.items():
+        for name, info in self._stage.given.items():
             if name not in given:
                 complaints.append(f"it reads {name!r}, which was not given.")
             elif tuple(given[name].shape) not in (info.shape, (1, *info.shape)):
@@ -291,9 +294,9 @@ class _Received(torch.autograd.Function):
         return grad.contiguous()
 
 
-def _arguments(example: StageExample) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(model: nn.Module, example: StageExample) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
-        return (), {name: example[name] for name in sorted(example)}
+        return (), order_of(model)(example)
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, tuple | list):
@@ -306,28 +309,21 @@ def _in_flight(memory: Budget | None, microbatches: int) -> Budget:
     return replace(memory, microbatches=microbatches) if memory.microbatches is None and microbatches > 1 else memory
 
 
-def _tree(model: nn.Module, captured: Captured, stages: Sequence[StageGraph], stage: StageGraph, recompute: Mode) -> Tree:
-    """The stage's modules at their original places. What no stage uses is held by the first."""
-    reads = [{str(n.target) for n in one.graph.nodes if n.op == "get_attr"} | set(one.mutations) for one in stages]
-    everywhere = set().union(*reads)
-
-    def holds(name: str) -> bool:
-        return name in reads[stage.index] or (stage.index == 0 and name not in everywhere)
-
-    tree = Tree(
-        {name: parameter for name, parameter in model.named_parameters() if holds(name)},
-        {name: buffer for name, buffer in model.named_buffers() if holds(name)},
-        aliases=captured.aliases,
-        non_persistent=_non_persistent(model),
-        recompute=recompute,
-    )
-    tree.add_program(_KEY, stage.graph, constants=captured.constants, mutations=stage.mutations)
-    return tree
+def _program(model: nn.Module, captured: Captured, staging: Staging, signature: BatchSignature, count: int) -> Program:
+    """What the runtime of a pipeline would run, of the model as it was captured: no axis cuts anything."""
+    whole = Split(captured, None, ()) if count == 1 or captured.loss is None else split_denominators(captured, count)
+    stages = len(staging.seconds)
+    request = StageRequest(tuple(range(stages)), chosen=staging)
+    plan = decide(whole.captured, Decision(((stage_axis(), stages),), (), stages=request, others=parameter_facts(model)))
+    counts = None if whole.counts is None else Program(signature.counting, whole.counts, plan, whole.counts.graph)
+    return in_stages(Program(signature, whole.captured, plan, whole.captured.graph, counts, whole.averaged, whole.within))
 
 
-def _non_persistent(model: nn.Module) -> tuple[str, ...]:
-    paths = [(f"{path}." if path else "", module) for path, module in model.named_modules()]
-    return tuple(path + name for path, module in paths for name in module._non_persistent_buffers_set)
+def _buffers(model: nn.Module, program: Program, stage: int) -> dict[str, Tensor]:
+    """The buffers that a stage reads or changes; what no stage uses is held by the first."""
+    reads = [{str(n.target) for n in one.graph.nodes if n.op == "get_attr"} | set(one.mutations) for one in program.all_stages]
+    used = set[str]().union(*reads)
+    return {name: b for name, b in model.named_buffers() if name in reads[stage] or (stage == 0 and name not in used)}
 
 
 def _like(info: Info) -> Tensor:

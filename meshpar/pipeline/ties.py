@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from meshpar._torch import dtensor_like, local_of, resolve_process_group
+from meshpar._torch import dtensor_like, part_here, resolve_process_group
 from meshpar.mesh import Axis
 
 
@@ -39,10 +39,11 @@ class Ties:
             for name, parameter in self.parameters.items():
                 parameter.grad = before[name]
             raise
-        self._sum(before)
+        self.sum(before)
 
     @torch.no_grad()
-    def _sum(self, before: Mapping[str, torch.Tensor | None]) -> None:
+    def sum(self, before: Mapping[str, torch.Tensor | None]) -> None:
+        """Make the gradient of every copy what `before` says plus the gradients of all copies. Collective over the ranks that hold one."""
         group = resolve_process_group(self.axis.group) if self.parameters else None
         mine = {name: _local_grad(parameter) for name, parameter in self.parameters.items()}
         theirs, ops = dict[tuple[str, int], torch.Tensor](), list[dist.P2POp]()
@@ -56,17 +57,13 @@ class Ties:
             work.wait()
         for name, parameter in self.parameters.items():
             parts = [mine[name] if peer == self.axis.rank else theirs[name, peer] for peer in self.holders[name]]
-            earlier = before[name]
-            total = torch.zeros_like(parts[0]) if earlier is None else _local(earlier).clone()
+            earlier = before.get(name)
+            total = torch.zeros_like(parts[0]) if earlier is None else part_here(earlier).clone()
             for part in parts:
                 total += part
             parameter.grad = dtensor_like(total, parameter) if isinstance(parameter, DTensor) else total
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return local_of(tensor) if isinstance(tensor, DTensor) else tensor
-
-
 def _local_grad(parameter: nn.Parameter) -> torch.Tensor:
     """The local gradient, contiguous; zeros where there is none."""
-    return torch.zeros_like(_local(parameter)) if parameter.grad is None else _local(parameter.grad).contiguous()
+    return torch.zeros_like(part_here(parameter)) if parameter.grad is None else part_here(parameter.grad).contiguous()

@@ -62,8 +62,7 @@ def _first_microbatch(pm: ParallelModel, batch: Mapping[str, Any] | tuple[Any, .
     count = pm.config.microbatches
     tensors, variant = pm._program(args, kwargs, count)
     program = variant.program
-    parts = [pm._inputs(program, part, i) for i, part in enumerate(pm._microbatches(program, tensors, count))]
-    return program, {**parts[0], **pm._engine.count(program, parts)}
+    return program, pm._parts(program, tensors, count)[0]
 
 
 def _coordinates(pm: ParallelModel) -> dict[int, dict[str, int]]:

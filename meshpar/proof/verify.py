@@ -25,12 +25,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from meshpar._torch import local_of, maybe_disable_local_tensor_mode, pytree, without_modes
+from meshpar._torch import local_of, maybe_disable_local_tensor_mode, part_here, pytree, without_modes
 from meshpar.api import parallelize
+from meshpar.capture.attempts import Attempt, first_that_works
 from meshpar.capture.hooks.models import attach, of_parameters
 from meshpar.capture.structure import order_of
 from meshpar.config import ParallelConfig, Precision
-from meshpar.errors import CaptureError, ConfigError, MeshparError
+from meshpar.errors import ConfigError, MeshparError
 from meshpar.graph.facts import facts
 from meshpar.mesh import format_mesh, local_batch, make_mesh, mesh_sizes, parse_mesh
 from meshpar.proof import launch
@@ -363,24 +364,23 @@ def _leave_out(pm: ParallelModel, names: frozenset[str]) -> None:
 
 def _locals(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     with maybe_disable_local_tensor_mode():
-        yield from local_tensors(local_of(tensor) if isinstance(tensor, DTensor) else tensor).values()
+        yield from local_tensors(part_here(tensor)).values()
 
 
 def parallel(task: Task, mesh: DeviceMesh) -> tuple[ParallelModel, bool]:
     """The parallel model; and whether tensors of several rows per sample are cut, which they are where the batch fits no other way."""
     make = partial(parallelize, task.model, mesh, config=task.config, rules=task.rules, loss_fn=task.loss_fn)
-    batch = share(task.batches[0], mesh, packed=False)
-    try:
-        return make(example=batch), False
-    except CaptureError as error:
-        packed = share(task.batches[0], mesh, packed=True)
-        if _shapes(packed) == _shapes(batch):
-            raise
-        unfit = error
-    try:
-        return make(example=packed), True
-    except CaptureError:
-        raise unfit from unfit.__cause__
+    batch, packed = (share(task.batches[0], mesh, packed=rows) for rows in (False, True))
+    return first_that_works(
+        (
+            Attempt("with the samples of the first tensor cut", lambda: (make(example=batch), False)),
+            Attempt(
+                "with tensors of several rows per sample cut too",
+                lambda: (make(example=packed), True),
+                lambda: _shapes(packed) != _shapes(batch),
+            ),
+        )
+    )
 
 
 def _shapes(batch: Batch) -> list[torch.Size]:

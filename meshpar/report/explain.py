@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import fx
 
+from meshpar.config import UNREAD
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.facts import Info, facts, infos_of
 from meshpar.graph.op import op_name
@@ -308,14 +309,14 @@ def _block_sizes(plan: Plan) -> Counter[str]:
 
 def _residual(plan: Plan, graph: fx.Graph) -> list[str]:
     """How the values lie that blocks hand to one another."""
-    return [line for axis in _tensor_axes(plan) for line in _residual_on(axis, graph)]
+    return [line for axis in _tensor_axes(plan) for line in _residual_on(axis, graph, plan.options.get("sequence_parallel"))]
 
 
 def _tensor_axes(plan: Plan) -> list[AxisPlan]:
     return [axis for axis in plan.axes if ROLES[axis.axis].divides == "weights"]
 
 
-def _residual_on(axis: AxisPlan, graph: fx.Graph) -> list[str]:
+def _residual_on(axis: AxisPlan, graph: fx.Graph, asked: object) -> list[str]:
     handed = {t for one in axis.nodes.values() for t in one.handed if isinstance(t, Shard)}
     found: Counter[str] = Counter()
     for node in graph.nodes:
@@ -325,7 +326,12 @@ def _residual_on(axis: AxisPlan, graph: fx.Graph) -> list[str]:
         if any(user.op == "call_function" and facts(user).region not in (region, None) for user in node.users):
             found[f"{_shape(info.shape)} {_held(node, info, handed, axis)}"] += 1
     texts = "; ".join(f"{text} ({n} of them)" for text, n in found.most_common())
-    return [f"Blocks hand on, on a {axis.axis} rank: {texts}"] if found else []
+    return [f"Blocks hand on, on a {axis.axis} rank: {texts}", *_asked(asked)] if found else []
+
+
+def _asked(sequence: object) -> list[str]:
+    """How it was decided whether streams are cut."""
+    return ['  sequence_parallel="auto": each stream is cut along its sequence where that costs less'] if sequence == "auto" else []
 
 
 def _held(node: fx.Node, info: Info, handed: Collection[Shard], axis: AxisPlan) -> str:
@@ -368,7 +374,8 @@ def _communication(plan: Plan, order: Order | None) -> list[str]:
         totals[plan.stages[comm.stage].rank if several else 0] += int(comm.count * comm.nbytes)
     by = "the rank that sends most" if several else "a rank"
     heading = f"Communication of one microbatch: {count(max(totals.values()), 'B')} sent by {by}"
-    return [heading, *table(cells, right=(5, 6) if several else (4, 5)), *_data_parallel(plan, order)]
+    lines = [heading, *table(cells, right=(5, 6) if several else (4, 5)), *_data_parallel(plan, order)]
+    return [*lines, *(f"  {name} is {why}" for name, why in UNREAD.items())]
 
 
 def _sent_to(comm: Comm) -> str:

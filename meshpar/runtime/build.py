@@ -33,6 +33,7 @@ from meshpar.runtime.engine import Engine, Whole, teach
 from meshpar.runtime.parameters.specs import ParameterSpec, mark_all
 from meshpar.runtime.parameters.statistics import mark_batch_norms
 from meshpar.runtime.parameters.tensors import adopt
+from meshpar.runtime.recompute import Mode
 from meshpar.sharding.types import Owned, Shard
 from meshpar.simulate import is_simulated
 
@@ -84,7 +85,7 @@ def build(
     return Pipelined(trees, program, data, ties, schedule, stage_axis(mesh), torch.device(mesh.device_type))
 
 
-def trees_of(
+def trees_in_memory(
     model: nn.Module,
     mesh: DeviceMesh,
     config: ParallelConfig,
@@ -191,6 +192,28 @@ def _own_stages(mesh: DeviceMesh, schedule: Schedule | None) -> tuple[int, ...]:
     return schedule.order(1, backward=False).stages_of(stage_axis(mesh).rank)
 
 
+def trees_of(
+    model: nn.Module,
+    program: Program,
+    own: Sequence[int],
+    parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, torch.Tensor],
+    *,
+    recompute: Mode,
+) -> dict[int, Tree]:
+    """One tree per stage in `own`, with the parameters of its stage; it is yet to learn the program.
+
+    Buffers that change are where they are used, others everywhere.
+    """
+    plans, trees = program.plan.parameters, dict[int, Tree]()
+    for stage in own:
+        held = {name: p for name, p in parameters.items() if stage in plans[name].stages}
+        changed = program.all_stages[stage].mutations if program.all_stages else program.captured.mutations
+        kept = {name: b for name, b in buffers.items() if name not in program.captured.mutations or name in changed}
+        trees[stage] = Tree(held, kept, aliases=program.captured.aliases, non_persistent=_non_persistent(model), recompute=recompute)
+    return trees
+
+
 def _trees(
     model: nn.Module,
     config: ParallelConfig,
@@ -199,14 +222,9 @@ def _trees(
     parameters: Mapping[str, nn.Parameter],
     buffers: Mapping[str, torch.Tensor],
 ) -> dict[int, Tree]:
-    """One tree per stage of this rank, with the parameters of its stage. Buffers that change are where they are used, others everywhere."""
-    plans, trees = program.plan.parameters, dict[int, Tree]()
-    for stage in own:
-        held = {name: p for name, p in parameters.items() if stage in plans[name].stages}
-        changed = program.all_stages[stage].mutations if program.all_stages else program.captured.mutations
-        kept = {name: b for name, b in buffers.items() if name not in program.captured.mutations or name in changed}
-        trees[stage] = Tree(held, kept, aliases=program.captured.aliases, non_persistent=_non_persistent(model), recompute=config.recompute)
-        mark_batch_norms(trees[stage], model)
+    trees = trees_of(model, program, own, parameters, buffers, recompute=config.recompute)
+    for tree in trees.values():
+        mark_batch_norms(tree, model)
     teach(trees, program)
     return trees
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from meshpar import roles
-from meshpar._torch import accumulate_gradients, as_parameter, local_of, mesh_info, reduce_gradients, shard_over
+from meshpar._torch import accumulate_gradients, as_parameter, local_of, mesh_info, part_here, reduce_gradients, shard_over
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
 from meshpar.runtime.blocks import Tree, shared_blocks
@@ -191,7 +191,7 @@ def _units(tree: Tree, config: ParallelConfig) -> tuple[tuple[str, ...], ...]:
     size = 0
     for unit in units:
         parameters = [p for path in unit for p in tree.get_submodule(path).parameters()]
-        bytes_ = sum(local_of(p).nbytes if isinstance(p, DTensor) else p.nbytes for p in parameters)
+        bytes_ = sum(part_here(p).nbytes for p in parameters)
         if buckets and size + bytes_ <= config.bucket_bytes:
             buckets[-1] += unit
             size += bytes_

@@ -16,40 +16,51 @@ Inputs = Mapping[str, Any]
 """What a graph is run on, by the names of its placeholders: the tensors of a microbatch, denominators, the random key."""
 
 
+class Counting:
+    """Counts the denominators of steps, in a tree of its own: that needs no parameters, so no rank gathers any for it."""
+
+    def __init__(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        self._tree = Tree({}, dict(buffers))
+
+    def learn(self, program: Program) -> None:
+        """Learn to count for a program."""
+        if program.counts is not None:
+            self._tree.add_program(program.counts.key, program.counts.graph, constants=program.counts.captured.constants)
+
+    def forget(self, program: Program) -> None:
+        """Forget a program: it will not run again."""
+        if program.counts is not None:
+            self._tree.remove_program(program.counts.key)
+
+    def count(self, program: Program, parts: Sequence[Inputs]) -> dict[str, torch.Tensor]:
+        """The denominators of a step, by the inputs that want them: sums over its microbatches, and over all data ranks."""
+        if program.counts is None:
+            return {}
+        with torch.no_grad():
+            counted = [self._tree.run(program.counts.key, *arguments(program.counts, part)) for part in parts]
+        names = program.extra.denominators
+        return {name: sum(values[1:], start=values[0]) for name, values in zip(names, zip(*counted, strict=True), strict=True)}
+
+
 class Engine(ABC):
     """Runs programs. `trees` hold the parameters of this rank, one for each of its stages; they know the `first` program."""
 
     def __init__(self, trees: Mapping[int, Tree], first: Program) -> None:
         self.trees = trees
-        self._counting = Tree({}, {name: buffer for tree in trees.values() for name, buffer in tree.named_buffers()})
-        self._learn_to_count(first)
+        self.counting = Counting({name: buffer for tree in trees.values() for name, buffer in tree.named_buffers()})
+        self.counting.learn(first)
 
     def add(self, program: Program) -> None:
         """Learn a program."""
         teach(self.trees, program)
-        self._learn_to_count(program)
+        self.counting.learn(program)
 
     def forget(self, program: Program) -> None:
         """Forget a program: it will not run again."""
         for key in (program.key, every_output(program)):
             for tree in self.trees.values():
                 tree.remove_program(key)
-        if program.counts is not None:
-            self._counting.remove_program(program.counts.key)
-
-    def _learn_to_count(self, program: Program) -> None:
-        """The program that counts denominators needs no parameters: it has a tree of its own, so that no rank gathers any for it."""
-        if program.counts is not None:
-            captured = program.counts.captured
-            self._counting.add_program(program.counts.key, program.counts.graph, constants=captured.constants)
-
-    def count(self, program: Program, parts: Sequence[Inputs]) -> dict[str, torch.Tensor]:
-        """The denominators of a step, as inputs of the program: sums over its microbatches, and over all data ranks."""
-        if program.counts is None:
-            return {}
-        with torch.no_grad():
-            counted = [self._counting.run(program.counts.key, *arguments(program.counts, part)) for part in parts]
-        return {name: torch.stack(found).sum(0) for name, found in zip(program.extra.denominators, zip(*counted), strict=True)}
+        self.counting.forget(program)
 
     @abstractmethod
     def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:

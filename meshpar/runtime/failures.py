@@ -163,17 +163,6 @@ class Together:
             return
 
 
-@contextmanager
-def fail_together(mesh: DeviceMesh, where: str = "this section") -> Iterator[None]:
-    """One section of `Together`: if a rank raises inside it, all do."""
-    together = Together(mesh)
-    try:
-        with together.section(where):
-            yield
-    finally:
-        together.close()
-
-
 class Watcher(threading.Thread):
     """Looks at the board; when only some ranks have posted for longer than a moment, cuts the connections to them."""
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from meshpar._torch import local_of, maybe_disable_local_tensor_mode
+from meshpar._torch import maybe_disable_local_tensor_mode, part_here
 from meshpar.capture.hooks.models import ModelHooks, fn_name, refuse_global
 from meshpar.errors import ConfigError
 from meshpar.ops.hooks import Hook, HookWatch, of_torch, replaced
@@ -93,7 +93,7 @@ class StepHooks:
         if hooks:
             grad = self._hooked(name, parameter, grad, hooks)
         if earlier is not None:
-            _local(earlier).add_(_local(grad))
+            part_here(earlier).add_(part_here(grad))
         parameter.grad = grad if earlier is None else earlier
 
     def _hooked(self, name: str, parameter: nn.Parameter, grad: torch.Tensor, hooks: Sequence[Callable[..., Any]]) -> torch.Tensor:
@@ -116,10 +116,6 @@ def _taken_off(parameter: nn.Parameter) -> tuple[Any, Any]:
     own = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
     parameter._backward_hooks, parameter._post_accumulate_grad_hooks, parameter.grad = None, None, None  # type: ignore[assignment]
     return own
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return local_of(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 # ---- modules of a parallel model -------------------------------------------------------------------------------------------------------

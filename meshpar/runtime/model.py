@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from meshpar.capture.state.places import ABSENT
 from meshpar.capture.state.taken import without_autocast
-from meshpar.compile.program import BatchSignature, Program, Programs, flatten, restore
+from meshpar.compile.program import BatchSignature, Program, Programs, flatten, parts_of, restore
 from meshpar.compile.state.following import show
 from meshpar.config import ParallelConfig
 from meshpar.errors import BatchError, ConfigError
@@ -274,13 +274,17 @@ class ParallelModel(nn.Module):
                 "this batch gives no loss: the model returned none. Pass labels if the model computes its loss from them, "
                 "or loss_fn=lambda output, batch: ... to parallelize."
             )
-        parts = [self._inputs(program, part, i) for i, part in enumerate(self._microbatches(program, tensors, count))]
         with without_autocast():
-            counted = self._engine.count(program, parts)
-            total = self._engine.step(program, [{**part, **counted} for part in parts], backward=backward, scale=scale)
+            total = self._engine.step(program, self._parts(program, tensors, count), backward=backward, scale=scale)
         self.random.advance()
         self._variants.done(variant)
         return total
+
+    def _parts(self, program: Program, tensors: Sequence[torch.Tensor], count: int) -> list[dict[str, Any]]:
+        """The values of a graph's placeholders for every microbatch of a step, denominators included."""
+        parts = [self._inputs(program, part, i) for i, part in enumerate(parts_of(program.captured, tensors, count))]
+        counted = self._engine.counting.count(program, parts)
+        return [{**part, **counted} for part in parts]
 
     def _inputs(self, program: Program, tensors: Sequence[torch.Tensor], microbatch: int) -> dict[str, Any]:
         """The values of a graph's placeholders, by name."""
@@ -291,14 +295,6 @@ class ParallelModel(nn.Module):
         if program.extra.random_key is not None:
             found[program.extra.random_key] = self.random.key(microbatch)
         return found
-
-    def _microbatches(self, program: Program, tensors: list[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
-        if count == 1:
-            return [tensors]
-        dims = program.captured.batch_dims
-        names = program.captured.inputs[: len(tensors)]
-        cut = [x.chunk(count, dims[n]) if n in dims else (x,) * count for n, x in zip(names, tensors, strict=True)]
-        return [list(part) for part in zip(*cut, strict=True)]
 
     def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Variant]:
         kwargs = ordered = self._makes.ordered(kwargs)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from meshpar._torch import local_of
+from meshpar._torch import part_here
 from meshpar.init.weights import Lazy, Ranges, read
 from meshpar.runtime.blocks import Tree
 from meshpar.runtime.parameters.specs import ParameterSpec, distribute, spec_of, to_parameter
@@ -46,14 +46,14 @@ def allocate(tree: Tree, device: str) -> None:
 @torch.no_grad()
 def fill(parameter: nn.Parameter, value: torch.Tensor | Lazy) -> None:
     """Copy this rank's part of a whole tensor, or of one in a file, into the parameter."""
-    local = local_of(parameter) if isinstance(parameter, DTensor) else parameter
+    local = part_here(parameter)
     if local.numel():
         local.copy_(read(value, part_of(parameter)))
 
 
 def share_of(parameter: torch.Tensor) -> Ranges:
     """`part_of`, also where that is nothing."""
-    local = local_of(parameter) if isinstance(parameter, DTensor) else parameter
+    local = part_here(parameter)
     return part_of(parameter) if local.numel() or not parameter.dim() else [(0, 0, 0)]
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from meshpar._torch import LocalTensor, local_of
+from meshpar._torch import LocalTensor, part_here
 from meshpar.errors import ConfigError, StateDictError, raise_all
 from meshpar.init.fit import FLOATS, Fact, Words, fit, short
 from meshpar.init.weights import tensor_groups
@@ -71,7 +70,7 @@ def _infinite(state: Mapping[str, Any], facts: Mapping[str, Fact], own: Collecti
         if name not in own or not isinstance(value, torch.Tensor) or value.is_meta or not {value.dtype, facts[name].dtype} <= set(FLOATS):
             continue
         largest = torch.finfo(facts[name].dtype).max
-        part = local_of(value) if isinstance(value, DTensor) else value
+        part = part_here(value)
         if largest >= torch.finfo(value.dtype).max or isinstance(part, LocalTensor):
             continue
         wrong = part.isfinite() & (part.abs() > largest)

@@ -44,8 +44,16 @@ class Problem:
     size: int
 
 
-def choose(problem: Problem, price: Price, *, time_limit: float = 20.0) -> tuple[int, ...]:
-    """The index of the chosen typing of every step.
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The index of the chosen typing of every step, and what they cost together, in seconds."""
+
+    picks: tuple[int, ...]
+    seconds: float
+
+
+def choose(problem: Problem, price: Price, *, time_limit: float = 20.0) -> Choices:
+    """The cheapest typings that are consistent.
 
     Raises PlanError when no combination of typings is consistent.
     """
@@ -138,7 +146,7 @@ class _Model:
         assert out is not None
         return made, out, group.is_parameter
 
-    def solve(self, time_limit: float) -> tuple[int, ...]:
+    def solve(self, time_limit: float) -> Choices:
         count = len(self.costs)
         rows, columns, values = zip(*self.entries, strict=True)
         matrix = coo_matrix((values, (rows, columns)), shape=(len(self.low), count)).tocsr()
@@ -156,7 +164,7 @@ class _Model:
             way = group.ways[int(np.argmax(found.x[first : first + len(group.ways)]))]
             for member, pick in zip(group.members, way.picks, strict=True):
                 picked[member] = pick
-        return tuple(picked)
+        return Choices(tuple(picked), float(found.fun) * self.unit)
 
 
 def unit_of(steps: Sequence[ProgramStep], size: int, price: Price) -> float:

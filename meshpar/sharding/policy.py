@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import fx
 
@@ -49,8 +50,8 @@ class Request:
     """Parameters the user has rules for -> the dim to cut, None for whole."""
     owned: bool = False
     """Whether a parameter may lie on one rank alone: experts kept as a list of modules are then divided too."""
-    sequence: bool = True
-    """Whether the residual stream is cut along its sequence where that is possible."""
+    sequence: bool | Literal["auto"] = True
+    """Whether residual streams are cut along their sequence where that is possible; "auto": where it is no dearer."""
     outputs: Sequence[Type | None] = ()
     """Types the outputs must have; None leaves it to the solver."""
     price: Price = field(default_factory=Price)
@@ -73,6 +74,14 @@ class Policy(ABC):
     @abstractmethod
     def crosses(self, value: Value, users: int) -> Type:
         """The type in which a value is handed from the unit that makes it to the `users` units that use it."""
+
+    def streams(self) -> tuple[int, ...]:
+        """The streams of values that cross cut, and may cross whole as well if that is cheaper."""
+        return ()
+
+    def leaving_whole(self, streams: Iterable[int]) -> Policy:
+        """The same policy, with these streams whole."""
+        return self
 
     @abstractmethod
     def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
@@ -188,13 +197,27 @@ class WeightsPolicy(Policy):
 
     even = False
 
-    def __init__(self, request: Request, reading: Reading) -> None:
-        self.request, self.reading = request, reading
+    def __init__(self, request: Request, reading: Reading, whole: frozenset[int] = frozenset()) -> None:
+        self.request, self.reading, self.whole = request, reading, whole
 
     def crosses(self, value: Value, users: int) -> Type:
+        found = self._sequence(value, users)
+        return I if found is None or found[0] in self.whole else found[1]
+
+    def streams(self) -> tuple[int, ...]:
+        """The sequences along which values that cross are cut, each one stream: an encoder's, a decoder's."""
+        if self.request.sequence != "auto":
+            return ()
+        found = (self._sequence(value, len(users)) for value, users in self.reading.crossing.items())
+        return tuple(dict.fromkeys(one[0] for one in found if one is not None and one[0] not in self.whole))
+
+    def leaving_whole(self, streams: Iterable[int]) -> Policy:
+        return WeightsPolicy(self.request, self.reading, self.whole | frozenset(streams))
+
+    def _sequence(self, value: Value, users: int) -> tuple[int, Shard] | None:
         if not (self.request.sequence and value_info(value).requires_grad and users <= 3):
-            return I
-        return self.reading.along_sequence(self.reading.inference.dims[value]) or I
+            return None
+        return self.reading.sequence(self.reading.inference.dims[value])
 
     def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
         """The factors of a unit's matrices that are not the residual's, and the residual's sequence."""

@@ -98,9 +98,14 @@ class Reading:
 
     def along_sequence(self, axes: Sequence[int | None]) -> Shard | None:
         """A cut along positions: of the dims that are neither samples nor summed over by a matrix, the last one that can be cut."""
+        found = self.sequence(axes)
+        return None if found is None else found[1]
+
+    def sequence(self, axes: Sequence[int | None]) -> tuple[int, Shard] | None:
+        """The same, with the factor that is cut."""
         for d, one, factor in self._positions(axes):
             if (cut := self.shard(d, one, factor)) is not None:
-                return cut
+                return self.inference.extents.find(factor), cut
         return None
 
     def sequences(self) -> tuple[int, ...]:

@@ -21,40 +21,53 @@ from meshpar.graph.operators import operator_of
 from meshpar.plan import AxisPlan, NodePlan
 from meshpar.sharding.conversions import ALL_GATHER, wire_bytes
 from meshpar.sharding.infer import BoundOp, Inference, infer
-from meshpar.sharding.milp import Problem, ProgramStep, choose, possible
-from meshpar.sharding.policy import POLICIES, Request
+from meshpar.sharding.milp import Choices, Problem, ProgramStep, choose, possible
+from meshpar.sharding.policy import POLICIES, Policy, Request
 from meshpar.sharding.reading import Reading
-from meshpar.sharding.types import I, Shard, Type, plain
+from meshpar.sharding.types import I, Shard, Type
 from meshpar.sharding.typings import Choice, E, choices
 
 _WHOLE = 300.0
 """Leaving all matrices of a block whole costs as much as gathering its largest activation this many times."""
 _MATTERS = 0.01
 """The share of its block's parameters from which on a matrix matters (a router does not)."""
+_DEARER = 1e-4
+"""The share of its cost by which a plan must be cheaper to be preferred: programs are not solved more closely."""
 
 
 def solve(graph: fx.Graph, request: Request, inference: Inference | None = None) -> AxisPlan:
     """The cheapest consistent typing of `graph` on one axis under the house's policies. `inference`: what `infer` says, if it was asked.
 
+    Streams that the policy would cut, and need not, are left whole one after the other where that is cheaper.
+
     Raises PlanError when what was pinned cannot be met.
     """
-    return _Solver(graph, request, inference or infer(graph)).run()
+    inference, make = inference or infer(graph), POLICIES[request.divides]
+    reading = Reading(graph, inference, size=request.size, even=make.even, inputs=request.inputs, parameters=request.parameters)
+    solver = _Solver(request, reading, make(request, reading))
+    best = solver.run()
+    for stream in solver.policy.streams():
+        other = _Solver(request, reading, solver.policy.leaving_whole([stream]), solver)
+        plan = other.run()
+        if other.seconds < solver.seconds * (1.0 - _DEARER):
+            solver, best = other, plan
+    return best
 
 
 class _Solver:
-    def __init__(self, graph: fx.Graph, request: Request, inference: Inference) -> None:
-        self.graph, self.request, self.inference = graph, request, inference
-        self.size, self.price = request.size, request.price.at_scale(_largest(graph))
-        make = POLICIES[request.divides]
-        self.reading = Reading(graph, inference, size=self.size, even=make.even, inputs=request.inputs, parameters=request.parameters)
-        self.policy = make(request, self.reading)
-        self.unit = self.price.collective(wire_bytes(ALL_GATHER, _largest(graph), self.size))
-        self.residual = {value: self.policy.crosses(value, len(users)) for value, users in self.reading.crossing.items()}
-        self.seeds = self.policy.seeds(self.residual)
+    def __init__(self, request: Request, reading: Reading, policy: Policy, before: _Solver | None = None) -> None:
+        self.graph, self.request, self.inference = reading.graph, request, reading.inference
+        self.size, self.price = request.size, request.price.at_scale(_largest(reading.graph))
+        self.reading, self.policy = reading, policy
+        self.unit = self.price.collective(wire_bytes(ALL_GATHER, _largest(reading.graph), self.size))
+        self.residual = {value: policy.crosses(value, len(users)) for value, users in reading.crossing.items()}
+        self.seeds = policy.seeds(self.residual)
         self.found: dict[str, NodePlan] = {}
         self.types: dict[Value, Type] = {}
-        self.solved: dict[Problem, tuple[int, ...]] = {}
-        self.made: dict[tuple[object, ...], tuple[Choice, ...]] = {}
+        self.seconds = 0.0
+        """What everything costs, as far as it is solved."""
+        self.solved: dict[Problem, Choices] = {} if before is None else before.solved
+        self.made: dict[tuple[object, ...], tuple[Choice, ...]] = {} if before is None else before.made
 
     def run(self) -> AxisPlan:
         groups: dict[str | None, list[fx.Node]] = {}
@@ -131,10 +144,11 @@ class _Solver:
         return {v: t for v, t in zip(values, given, strict=True) if v is not None and t is not None}
 
     def _output_type(self, value: Value | None, pins: Mapping[Value, Type]) -> Type:
+        """What is cut leaves cut, in global order: a DTensor cannot say more."""
         if value is None:
             return I
         found = pins.get(value) or self.residual.get(value) or self.types[value]
-        return _in_order(found) if isinstance(found, Shard) else I
+        return found.in_order(self.size) if isinstance(found, Shard) else I
 
     def _solve_unit(self, unit: str | None, nodes: list[fx.Node], pins: Mapping[Value, Type]) -> None:
         problem = self._problem(unit, nodes, pins)
@@ -143,7 +157,9 @@ class _Solver:
                 self.solved[problem] = choose(problem, self.price)
             except PlanError as error:
                 raise self._explained(error, nodes, problem) from error
-        for node, step, picked in zip(nodes, problem.steps, self.solved[problem], strict=True):
+        found = self.solved[problem]
+        self.seconds += found.seconds
+        for node, step, picked in zip(nodes, problem.steps, found.picks, strict=True):
             option = step.options[picked]
             self._settle(node, option.uses, option.outs, option.why)
 
@@ -245,13 +261,6 @@ class _Solver:
             return (Choice((), (self.request.pinned[str(node.target)],), 0.0, "rule"),)
         seeds = dict.fromkeys(f for unit in sorted(self.reading.units_using(node), key=str) for f in self.seeds[unit])
         return self.policy.placements(node, whole, seeds)
-
-
-def _in_order(cut: Shard) -> Type:
-    """The cut with which a value leaves the model: what is dealt out from both ends is put in order first."""
-    if all(units > 0 for units, _ in cut.segments):
-        return cut
-    return plain(cut.dim, cut.length) if cut.repeat == 1 else I
 
 
 def _infos(node: fx.Node) -> list[Info]:

@@ -131,6 +131,15 @@ class Shard:
         """Whether every rank of `size` holds the same number of elements."""
         return all(units % size == 0 for units, _ in self.segments)
 
+    def in_order(self, size: int) -> Shard:
+        """The shard of the same dim that holds the elements in global order, cut as `torch.chunk` does: what DTensor's `Shard` says.
+
+        >>> Shard(0, 1, ((4, 2), (2, 1))).in_order(2)
+        Shard(dim=0, repeat=1, segments=((10, 1),))
+        """
+        ordered = plain(self.dim, self.length)
+        return self if all(self.ranges(size, rank) == ordered.ranges(size, rank) for rank in range(size)) else ordered
+
     def _segment_starts(self) -> list[tuple[int, int, int]]:
         starts, base = [], 0
         for _ in range(self.repeat):

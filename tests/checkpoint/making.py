@@ -6,13 +6,14 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
+from meshpar.checkpoint.format.boxes import Box, Cut, boxes_of, runs_held
 from meshpar.checkpoint.format.casts import word
 from meshpar.checkpoint.format.division import Division, Grid, Layout, default_division
 from meshpar.checkpoint.format.files import ITEMSIZE, Disk, build_header
@@ -165,3 +166,8 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1 << bit
     path.write_bytes(data)
+
+
+def boxes_held(shape: Sequence[int], cuts: Sequence[Cut], sizes: Mapping[str, int], coords: Mapping[str, int]) -> tuple[Box, ...]:
+    """The boxes that the rank at `coords` holds, in the order they lie in its local tensor."""
+    return boxes_of(runs_held(shape, cuts, sizes, coords))

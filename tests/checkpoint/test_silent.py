@@ -12,7 +12,7 @@ import pytest
 
 from meshpar.checkpoint.convert.hf import from_hf, to_hf
 from meshpar.checkpoint.convert.resharding import reshard
-from meshpar.checkpoint.format.boxes import Cut, boxes_held, local_shape, runs_held
+from meshpar.checkpoint.format.boxes import Cut, local_shape, runs_held
 from meshpar.checkpoint.format.division import Grid, Layout
 from meshpar.checkpoint.format.faults import CorruptError, ImpossibleError, StorageError
 from meshpar.checkpoint.format.files import Disk
@@ -21,7 +21,7 @@ from meshpar.checkpoint.format.partial import writing
 from meshpar.checkpoint.inspection import verify
 from meshpar.checkpoint.online.writer import Local, PerRank, finish, merge, rank_tensor, write_rank
 from meshpar.sharding.types import Shard, plain
-from tests.checkpoint.making import Array, CountingDisk, bits, flip, load, no_space, same, save, save_folder, save_safetensors
+from tests.checkpoint.making import Array, CountingDisk, bits, boxes_held, flip, load, no_space, same, save, save_folder, save_safetensors
 
 WORDS = np.arange(24, dtype="u4").reshape(6, 4)
 

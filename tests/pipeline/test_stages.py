@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 import meshpar as mp
@@ -102,6 +102,21 @@ def test_modules_called_like_attributes_of_a_stage() -> None:
     assert second.inputs == () and second.get_submodule("inputs").weight is model.inputs.weight
 
 
+def test_graph_modules_of_torch() -> None:
+    """Any module will do: one that torch.fx traced, with its own names."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).double()
+    traced, x = fx.symbolic_trace(net), torch.randn(6, 4, dtype=torch.float64)
+    stages = mp.pipeline.split(traced, x, 3, loss_fn=lambda output, batch: output.square().mean())
+    loss = step(stages, {"input": x})
+    grads = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    net(x).square().mean().backward()
+    torch.testing.assert_close(loss, net(x).square().mean().detach(), **EXACT)
+    for grad, parameter in zip(grads, net.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, **EXACT)
+    assert set().union(*(stage.state_dict() for stage in stages)) == set(traced.state_dict())
+
+
 def test_what_is_not_used_is_kept_by_the_first_stage() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -157,6 +172,8 @@ def test_errors() -> None:
         first(input_ids=batch["input_ids"][:1])
     with pytest.raises(BatchError, match="another structure"):
         first.keywords(batch["input_ids"])
+    in_another_order = {name: batch[name] for name in reversed(batch)}
+    assert first.keywords(**in_another_order).keys() == first.keywords(**batch).keys() == set(first.inputs)
     with pytest.raises(ConfigError, match="not a set|not set"):
         mp.pipeline.split(nn.Linear(2, 2), {1, 2}, 2)  # type: ignore[arg-type]
 

@@ -7,19 +7,32 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.errors import BatchError, RankError
 from meshpar.mesh import make_mesh
-from meshpar.runtime.failures import Together, fail_together
+from meshpar.runtime.failures import Together
 
 SECONDS = 20.0  # what "within seconds" means on a busy machine; the waits alone are 4
+
+
+@contextmanager
+def fail_together(mesh: DeviceMesh, where: str = "this section") -> Iterator[None]:
+    """One section of `Together`: if a rank raises inside it, all do."""
+    together = Together(mesh)
+    try:
+        with together.section(where):
+            yield
+    finally:
+        together.close()
 
 
 def one_dies(rank: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,9 @@ def captured_of(model: nn.Module, batch: Mapping[str, Any]) -> Captured:
     return capture(model, (), dict(batch), device=torch.device("cpu"))
 
 
-def decided(graph: Captured, size: int = 2, *, axis: str = "tp", sequence: bool = True, rules: Mapping[str, str] | None = None) -> Plan:
+def decided(
+    graph: Captured, size: int = 2, *, axis: str = "tp", sequence: bool | Literal["auto"] = True, rules: Mapping[str, str] | None = None
+) -> Plan:
     """The plan of a graph on one axis."""
     nodes = {str(n.target): info_of(n) for n in graph.graph.nodes if n.op == "get_attr"}
     others = {n: (nodes[n].shape, "float32", True) for n in graph.parameters}

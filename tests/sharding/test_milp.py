@@ -24,7 +24,7 @@ def _step(*options: tuple[tuple[Type, ...], Type, float], operands: tuple[tuple[
 
 def test_the_cheaper_typing_is_chosen() -> None:
     problem = Problem((_step(((), I, 2e-4), ((), S, 1e-4)),), (), (), 2)
-    assert choose(problem, PRICE) == (1,)
+    assert choose(problem, PRICE).picks == (1,)
 
 
 def test_three_uses_of_one_value_share_one_conversion() -> None:
@@ -34,7 +34,7 @@ def test_three_uses_of_one_value_share_one_conversion() -> None:
     def users(count: int) -> tuple[int, ...]:
         steps = [_step(((S,), S, 0.0), operands=(0,))]
         steps += [_step(((R,), R, 0.0), ((S,), S, work), operands=((0, 0),)) for _ in range(count)]
-        return choose(Problem(tuple(steps), ((INFO, S),), (), 2), PRICE)
+        return choose(Problem(tuple(steps), ((INFO, S),), (), 2), PRICE).picks
 
     assert users(1) == (0, 1)
     assert users(3) == (0, 0, 0, 0)
@@ -42,14 +42,14 @@ def test_three_uses_of_one_value_share_one_conversion() -> None:
 
 def test_what_others_want_is_paid_for() -> None:
     steps = (_step(((), P, 0.0), ((), S, GATHER / 10)),)
-    assert choose(Problem(steps, (), (), 2), PRICE) == (0,)
-    assert choose(Problem(steps, (), ((0, 0, S),), 2), PRICE) == (1,)
+    assert choose(Problem(steps, (), (), 2), PRICE).picks == (0,)
+    assert choose(Problem(steps, (), ((0, 0, S),), 2), PRICE).picks == (1,)
 
 
 def test_given_values_are_converted() -> None:
     step = _step(((R,), R, GATHER), ((S,), S, 0.0), operands=(0,))
-    assert choose(Problem((step,), ((INFO, S),), (), 2), PRICE) == (1,)
-    assert choose(Problem((step,), ((INFO, R),), (), 2), PRICE) == (1,), "cutting what is replicated costs nothing"
+    assert choose(Problem((step,), ((INFO, S),), (), 2), PRICE).picks == (1,)
+    assert choose(Problem((step,), ((INFO, R),), (), 2), PRICE).picks == (1,), "cutting what is replicated costs nothing"
 
 
 def test_without_a_consistent_typing_it_says_so() -> None:

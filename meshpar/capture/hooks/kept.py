@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import BackwardHook
 
-from meshpar._torch import OpOverload, global_hooks, is_view, recorded_as, rerouted, under_saved_tensors
+from meshpar._torch import global_hooks, is_view, overwrites, recorded_as, rerouted, under_saved_tensors
 from meshpar.capture.blame import here, is_users
 from meshpar.capture.hooks.trial import judged
 from meshpar.capture.stand_in import aside
@@ -79,7 +79,7 @@ class Found:
 
     def add(self, fns: Sequence[Callable[..., Any]], told: str, call: Any) -> tuple[str, Hook]:
         """A hook and its name in the graph. `fns`: what the user registered."""
-        hook = Hook(f"{len(self.hooks)} {', '.join(map(_name, fns))}", told, call, self.given.stale)
+        hook = Hook(f"{len(self.hooks)} {', '.join(map(fn_name, fns))}", told, call, self.given.stale)
         name = learn(hook)
         self.hooks[name] = hook
         return name, hook
@@ -111,7 +111,8 @@ class Found:
             _check_unwritten(self.hooks[str(made[1].args[1])], *made)
 
 
-def _name(fn: Any) -> str:
+def fn_name(fn: Any) -> str:
+    """What a function calls itself."""
     return str(getattr(fn, "__qualname__", type(fn).__qualname__))
 
 
@@ -176,7 +177,7 @@ def _register(found: Found, original: Callable[..., Any]) -> Callable[..., Any]:
     def register_hook(self: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
         if not self.requires_grad:
             return original(self, hook)  # which says so
-        told = f"The hook {_name(hook)} on a tensor{here()}"
+        told = f"The hook {fn_name(hook)} on a tensor{here()}"
         if of_torch(hook):
             raise CaptureError(f"{told} was registered by torch (register_multi_grad_hook?).\n  Register one hook on each tensor.")
         if isinstance(self, nn.Parameter):
@@ -215,16 +216,16 @@ def _check_unwritten(hook: Hook, node: fx.Node, made: fx.Node, view: bool) -> No
     """A hook belongs to the value that a tensor had when it was registered: with writes in place and views, that would take a history."""
     memory = _memory(node)
     own = {node, made, *(user for user in made.users if user.target is operator.getitem)}
-    while _writes(node):
+    while overwrites(node.target):
         node = node.all_input_nodes[0]
         own.add(node)
     for one in node.graph.nodes:
-        if _writes(one) and one.args[0] in own:
+        if overwrites(one.target) and one.args[0] in own:
             own.add(one)
     others = [one for one in node.graph.nodes if one not in own and _memory(one) == memory and one.op == "call_function"]
-    written = any(_writes(one) for one in own)
-    views = view or any(not _writes(one) for one in others)
-    if any(_writes(one) for one in others) or (written and views):
+    written = any(overwrites(one.target) for one in own)
+    views = view or any(not overwrites(one.target) for one in others)
+    if any(overwrites(one.target) for one in others) or (written and views):
         raise CaptureError(
             f"{hook.told}: the same memory is written to in place and seen by views, so that it is not clear whose gradient is meant.\n"
             "  Compute new tensors instead (y = x.op() instead of x.op_())."
@@ -234,10 +235,6 @@ def _check_unwritten(hook: Hook, node: fx.Node, made: fx.Node, view: bool) -> No
 def _memory(node: fx.Node) -> Any:
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 # ---- autograd's own nodes and what it saves --------------------------------------------------------------------------------------------
@@ -282,8 +279,8 @@ def _saved(original: Callable[..., Any]) -> Callable[..., Any]:
     def push(pack: Callable[..., Any], unpack: Callable[..., Any]) -> None:
         if not of_torch(pack) and not of_torch(unpack):
             raise CaptureError(
-                f"The forward puts hooks on what autograd saves{here()} ({_name(pack)}, {_name(unpack)}): a parallel program saves other "
-                'tensors.\n  Leave them out; to save memory, use ParallelConfig(recompute="full").'
+                f"The forward puts hooks on what autograd saves{here()} ({fn_name(pack)}, {fn_name(unpack)}): a parallel program saves "
+                'other tensors.\n  Leave them out; to save memory, use ParallelConfig(recompute="full").'
             )
         original(pack, unpack)
 
@@ -309,7 +306,7 @@ class _Around:
         self.module, self.after, self.before = found.given.of(path, copy)
         self.keys = tuple(self.after), tuple(self.before)
         self.fns = (*self.after.values(), *self.before.values())
-        self.told = f"The backward hook {', '.join(map(_name, self.fns))} of {path!r}"
+        self.told = f"The backward hook {', '.join(map(fn_name, self.fns))} of {path!r}"
         self.pending: deque[tuple[Tensor | None, ...]] = deque()
         """Gradients of the results that wait for those of the arguments: one, or one for each simulated rank."""
         self.given = self.made = _Behind((), 0)

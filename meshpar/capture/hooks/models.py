@@ -10,7 +10,7 @@ from torch import nn
 
 from meshpar._torch import global_hooks
 from meshpar.capture import copies
-from meshpar.capture.hooks.kept import Given
+from meshpar.capture.hooks.kept import Given, fn_name
 from meshpar.errors import ConfigError
 from meshpar.ops.hooks import of_torch
 
@@ -120,11 +120,6 @@ def _refuse_after(model: nn.Module) -> None:
             "those of the parallel model are others.\n"
             "  Register them on these: for p in pm.parameters(): p.register_post_accumulate_grad_hook(hook)."
         )
-
-
-def fn_name(fn: Any) -> str:
-    """What a function calls itself."""
-    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
 
 
 def copied(model: nn.Module) -> nn.Module:

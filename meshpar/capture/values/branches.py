@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import meshpar.ops.expect  # noqa: F401  (registers meshpar::expect)
-from meshpar._torch import FakeTensor, OpOverload, draws, enter_autocast, exit_autocast, recorded_as, written_arguments
+from meshpar._torch import FakeTensor, OpOverload, draws, enter_autocast, exit_autocast, overwrites, recorded_as, written_arguments
 from meshpar.capture import blame
 from meshpar.capture.stand_in import aside, filled
 from meshpar.capture.values import counts
@@ -169,7 +169,7 @@ class Branches(TorchFunctionMode):
         self, node: fx.Node, root: nn.Module, tape: Sequence[fx.Node], places: Mapping[fx.Node, int], draw: float | None = None
     ) -> Tensor | None:
         """Compute `node`. What was computed before is taken as it is, unless something is overwritten or drawn on the way."""
-        pure = draw is None and not any(_overwrites(one) for one in tape)
+        pure = draw is None and not any(overwrites(one.target) for one in tape)
         known = self._computed if pure else {}
 
         def compute() -> Tensor | None:
@@ -275,14 +275,10 @@ def _memory(node: fx.Node) -> set[int]:
 
 def _written(node: fx.Node) -> set[int]:
     """The memory a node writes to."""
-    if not _overwrites(node):
+    if not overwrites(node.target):
         return set()
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     return {tensor.untyped_storage()._cdata for tensor in written_arguments(node.target, args, kwargs)}  # type: ignore[arg-type]
-
-
-def _overwrites(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _draws(node: fx.Node) -> bool:

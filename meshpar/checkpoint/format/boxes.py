@@ -107,11 +107,6 @@ def runs_held(shape: Sequence[int], cuts: Sequence[Cut], sizes: Mapping[str, int
     return tuple(runs_of(n, steps) for n, steps in zip(shape, on_dim, strict=True))
 
 
-def boxes_held(shape: Sequence[int], cuts: Sequence[Cut], sizes: Mapping[str, int], coords: Mapping[str, int]) -> tuple[Box, ...]:
-    """The boxes that the rank at `coords` holds, in the order they lie in its local tensor."""
-    return boxes_of(runs_held(shape, cuts, sizes, coords))
-
-
 def boxes_of(runs: Sequence[Sequence[Run]]) -> tuple[Box, ...]:
     """The boxes that runs per dim span; none where a dim has no run."""
     return tuple(Box(tuple(a for a, _ in row), tuple(b - a for a, b in row)) for row in product(*runs))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
-from meshpar._torch import local_of
+from meshpar._torch import local_of, part_here
 from meshpar.checkpoint.format.faults import CorruptError
 from meshpar.checkpoint.format.manifest import Manifest
 from meshpar.checkpoint.format.table import Stored
@@ -185,7 +185,7 @@ def allocate(parameter: torch.Tensor, stored: Stored, key: str, group: Mapping[s
 
 
 def _device(parameter: torch.Tensor) -> torch.device:
-    return local_of(parameter).device if isinstance(parameter, DTensor) else parameter.device
+    return part_here(parameter).device
 
 
 def _by_parameter(manifest: Manifest) -> dict[str, dict[str, Stored]]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from meshpar._torch import LocalTensor, amp_unscale, local_of, maybe_disable_local_tensor_mode, root_mesh
+from meshpar._torch import LocalTensor, amp_unscale, maybe_disable_local_tensor_mode, part_here, root_mesh
 from meshpar.errors import ConfigError
 from meshpar.runtime.model import ParallelModel
 from meshpar.runtime.parameters.gradients import group_of
@@ -59,7 +59,7 @@ class GradScaler(torch.amp.GradScaler):
         """Divide this rank's parts, and ask all ranks whether anything was infinite or not a number."""
         self._check_scaled()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [local_of(g) if isinstance(g, DTensor) else g for p in parameters if (g := p.grad) is not None]
+        grads = [part_here(g) for p in parameters if (g := p.grad) is not None]
         if not allow_fp16 and any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients.")  # torch's words
         with torch.no_grad():

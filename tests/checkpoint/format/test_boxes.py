@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshpar.checkpoint.format.boxes import Box, Cut, boxes_held, find_flaw, fit, intersect, local_shape, runs_held, runs_of
+from meshpar.checkpoint.format.boxes import Box, Cut, find_flaw, fit, intersect, local_shape, runs_held, runs_of
 from meshpar.checkpoint.format.faults import ImpossibleError
 from meshpar.sharding.types import Shard, plain
+from tests.checkpoint.making import boxes_held
 
 
 def test_two_axes_on_one_dim_nest_in_order() -> None:
