@@ -98,7 +98,7 @@ class Loop(nn.Module):
 
 
 WHERE_ALL_HOLD_ALL: dict[str, Callable[[list[Any]], Any]] = {
-    name: number for name, number in REFUSED.items() if name not in ("scaler", "equal", "allclose", "einsum", "foreach norm")
+    name: number for name, number in REFUSED.items() if name not in ("scaler", "equal", "allclose", "einsum", "foreach norm", "clone")
 } | {
     "largest norm": lambda ps: nn.utils.get_total_norm([p.grad for p in ps], math.inf),
     "sum of magnitudes": lambda ps: nn.utils.get_total_norm([p.grad for p in ps], 1.0, foreach=False),
