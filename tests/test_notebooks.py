@@ -40,3 +40,34 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_outputs_are_not_committed(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)
+
+
+CELLS = (
+    "import torch\nfrom torch import nn\nimport meshpar as mp",
+    "class Net(nn.Module):\n"
+    "    def __init__(self):\n"
+    "        super().__init__()\n"
+    "        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))\n"
+    "        self.act = lambda x: x.tanh()\n"
+    "    def forward(self, x):\n"
+    "        for layer in self.layers:\n"
+    "            x = x + self.act(layer(x))\n"
+    "        return x.square().mean()\n"
+    "torch.manual_seed(0)\nmodel, batch = Net(), {'x': torch.randn(4, 8)}\nmodel(**batch).backward()",
+    "print(mp.verify(model, 'pp=2', batch, config=mp.ParallelConfig(microbatches=2)))",
+    "print(mp.verify(model, 'dp=2,tp=2', batch, processes=True))",
+)
+"""A model of the notebook's own, which cannot be pickled, and ranks that are processes."""
+
+
+def test_verify_in_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(
+        notebook, timeout=SECONDS_PER_CELL, startup_timeout=SECONDS_PER_CELL, kernel_name="python3", resources=resources
+    ).execute()
+    said = ["".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells]
+    assert "on pp=2 (2 gloo processes) against one device, in float64: OK" in said[2], said
+    assert "on dp=2,tp=2 (4 gloo processes) against one device, in float64: OK" in said[3], said

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshpar._torch import pytree
+from meshpar._torch import OpOverload, pytree
 from meshpar.graph import text
 from meshpar.graph.captured import Captured
 from meshpar.init.fit import Weights
@@ -73,4 +73,5 @@ def _value(tensor: torch.Tensor) -> str:
 def _made(op: TapedOp) -> list[str]:
     """What an operation does: its operator and all that it is given, but for other tensors of the tape."""
     leaves = (leaf for leaf in pytree.tree_leaves((op.args, dict(op.kwargs))) if not isinstance(leaf, TapedView))
-    return [str(op.run), *(text.digest(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)]
+    run = str(op.run) if isinstance(op.run, OpOverload) else getattr(op.run, "__qualname__", type(op.run).__qualname__)  # (no addresses)
+    return [run, *(text.digest(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)]

@@ -33,6 +33,9 @@ class StepHooks:
         self._model = model
         self._seen = -1
         self._own: tuple[str, ...] = ()
+        self._counts: dict[str, int] = {}
+        self._agreed: dict[str, int] = {}
+        self.changed = False
 
     def outside_steps(self, module: nn.Module) -> None:
         """Raise ConfigError where hooks on parameters would be called in a backward that is not ours, and refuse what `check` refuses."""
@@ -49,9 +52,22 @@ class StepHooks:
         self._model.unchanged()
         if self._seen != RemovableHandle.next_id:
             self._model.look()
-            found = ((name, p) for name, p in module.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks)
-            self._own = tuple(name for name, _ in found)
+            self._counts = {
+                name: len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ()) for name, p in module.named_parameters()
+            }
+            self._own = tuple(name for name, count in self._counts.items() if count)
+            for name in self._counts:
+                self._counts[name] += len(self._model.of(name))
             self._seen = RemovableHandle.next_id
+            self.changed = self._counts != self._agreed and any((*self._counts.values(), *self._agreed.values()))
+
+    def counts(self) -> dict[str, int]:
+        """How many hooks there are on each parameter of this rank's part of the model."""
+        return self._counts
+
+    def agreed(self) -> None:
+        """Ranks that have a parameter have as many hooks on it."""
+        self._agreed, self.changed = dict(self._counts), False
 
     def done(self) -> None:
         """What was registered in a step was registered by torch."""

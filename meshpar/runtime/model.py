@@ -81,7 +81,7 @@ class ParallelModel(nn.Module):
         self._first = first
         for path, module in programs.skeleton.named_modules():
             self._at(path).training = module.training
-        self.__dict__["_variants"] = Variants(self, programs, engine, mesh)
+        self.__dict__["_variants"] = Variants(self, programs, engine, mesh, self._hooks)
         self._variants.learn(first, config.microbatches)
         known = frozenset(n for n in programs.skeleton.state_dict() if n.rpartition(".")[2] != EXTRA_STATE)
         convert_state_dicts(self, known, [group for group, _ in tensor_groups(programs.skeleton) if len(group) > 1])

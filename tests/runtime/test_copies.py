@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.optim.swa_utils import (
@@ -70,6 +72,85 @@ def test_averages_of_weights(gloo: Pool, spec: str, mode: str) -> None:
     for found in gloo.run(average_against_one_device, spec, mode, world=4):
         assert all(abs(ours - theirs) < 1e-9 for ours, theirs in found), found
         assert abs(found[-1][0] - found[-2][0]) > 1e-3, "the average has weights of its own"
+
+
+class Gains(nn.Module):
+    """Parameters without dims, some in blocks with others, one drawn; and statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        for layer in self.layers:
+            layer.gain = nn.Parameter(torch.tensor(1.3))
+        self.norm, self.heat = nn.BatchNorm1d(4), nn.Parameter(torch.rand(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) * layer.gain
+        return (self.norm(x) * self.heat).square().mean() + x.square().mean()
+
+
+def _made(how: str, path: str) -> tuple[nn.Module, nn.Module, str | None]:
+    """What is made parallel, the model on one device, and where its weights are."""
+    torch.manual_seed(1)
+    model = Gains().double()
+    torch.manual_seed(1)
+    if how == "meta":
+        with mp.meta():
+            return Gains().double(), model, None
+    with torch.device("meta"):
+        empty = Gains().double()
+    if torch.distributed.get_rank() == 0:
+        safetensors.torch.save_file(dict(model.state_dict()), path)
+    torch.distributed.barrier()
+    return empty, model, path
+
+
+def average_of_gains(cases: list[tuple[str, str, str]], folder: str) -> list[float]:
+    """The largest difference of a loss, a weight, an average of them or a buffer from one device, over three steps."""
+    found = []
+    for i, (how, spec, mode) in enumerate(cases):
+        given, model, weights = _made(how, f"{folder}/{i}.safetensors")
+        mesh, x = mp.make_mesh(spec), torch.linspace(-1, 1, 32, dtype=torch.double).view(8, 4).sin()
+        (local,) = mp.local_batch((x,), mesh)
+        config = mp.ParallelConfig(data_parallel=mode)  # type: ignore[arg-type]
+        pm = mp.parallelize(given, mesh, example=(local,), config=config, weights=weights)
+        every: list[tuple[Any, ...]] = [
+            (one, AveragedModel(one), AveragedModel(one, avg_fn=get_ema_avg_fn(0.7), use_buffers=True)) for one in (pm, model)
+        ]
+        optimizers = [torch.optim.SGD([{"params": one.parameters()}], lr=0.1, momentum=0.9) for one in (pm, model)]
+        worst = 0.0
+        for _ in range(3):
+            ours, theirs = pm.train_step(local), model(x)
+            theirs.backward()
+            worst = max(worst, abs(float(ours) - float(theirs.detach())))
+            for optimizer, (one, *averages) in zip(optimizers, every, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                for average in averages:
+                    average.update_parameters(one)
+        for one, other in zip(*[(own[0], *(average.module for average in own[1:])) for own in every], strict=True):
+            right = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+            whole = {name: mp.full_tensor(p) for name, p in one.named_parameters()}
+            values = {**whole, **dict(one.named_buffers())}
+            worst = max([worst, *(float((value.double() - right[name].detach().double()).abs().max()) for name, value in values.items())])
+        found.append(worst)
+    return found
+
+
+TWO = [(how, "dp=2", mode) for how, mode in (("meta", "zero1"), ("weights", "zero2"), ("weights", "replicate"), ("meta", "zero3"))]
+FOUR = [
+    ("meta", "pp=2,dp=2", "zero1"),
+    ("weights", "pp=2,dp=2", "replicate"),
+    ("weights", "dp_replicate=2,dp_shard=2", "zero3"),
+    ("meta", "dp=2,tp=2", "zero2"),
+]
+
+
+@pytest.mark.parametrize(("world", "cases"), [(2, [*TWO, ("weights", "pp=2", "zero3")]), (4, FOUR)])
+def test_averages_of_parameters_without_dims(gloo: Pool, tmp_path: Path, world: int, cases: list[tuple[str, str, str]]) -> None:
+    for found in gloo.run(average_of_gains, cases, str(tmp_path), world=world, timeout=240):
+        assert max(found) < 1e-12, dict(zip(cases, found, strict=True))
 
 
 def copies_apart(spec: str) -> list[float]:

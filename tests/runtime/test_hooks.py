@@ -380,3 +380,36 @@ def test_hooks_on_state_dicts_are_refused_where_they_would_be_lost(on_two: Any) 
     for call in (pm.state_dict, lambda: pm.load_state_dict({})):
         with pytest.raises(ConfigError, match=r"'first', 'layers.0': there are hooks on state_dict\(\) or load_state_dict\(\)"):
             call()
+
+
+def hooked_on_one_rank(spec: str, how: str) -> list[str]:
+    """What every rank is told when rank 1 alone registers a hook, and that it works once all have it."""
+    mesh, x = mp.make_mesh(spec, "cpu"), torch.linspace(-1, 1, 32, dtype=torch.double).view(4, 8)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    (local,) = mp.local_batch((x,), mesh)
+    config = mp.ParallelConfig(microbatches=2)
+    pm = mp.parallelize(model, mesh, example=(local,), config=config, loss_fn=lambda output, batch: output.square().mean())
+    pm.train_step(local)
+    rank, told, seen = mesh.get_rank(), list[str](), list[float]()
+    where = model if how == "model" else pm
+    for late in (rank != 1, rank == 1):
+        if not late:
+            for name, parameter in where.named_parameters():
+                if name.endswith("weight"):
+                    parameter.register_hook(lambda grad: seen.append(float(grad.norm())))
+        pm.zero_grad()
+        try:
+            pm.train_step(local)
+        except mp.MeshparError as error:
+            told.append(str(error))
+        assert not seen or len(told) < 2
+    assert seen
+    return told
+
+
+@pytest.mark.parametrize(("spec", "world", "how"), [("dp=2", 2, "pm"), ("tp=2", 2, "model"), ("pp=2,dp=2", 4, "pm")])
+def test_a_hook_that_a_rank_lacks_is_named(gloo: Pool, spec: str, world: int, how: str) -> None:
+    for told in gloo.run(hooked_on_one_rank, spec, how, world=world, timeout=120):
+        assert len(told) == 1 and "register them on all" in told[0], told
+        assert "rank 0 has 0 of the 1 on 0.weight" in told[0] or "of the 1 on" in told[0]

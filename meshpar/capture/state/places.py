@@ -7,8 +7,11 @@ Place("global WEIGHT of train.py", (("item", "WEIGHT"),))     a number of the fi
 
 from __future__ import annotations
 
+import array
+import contextvars
 import enum
 import struct
+import threading
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -145,6 +149,38 @@ PLAIN = (
 """What never changes: compared by value."""
 CONTAINERS = (list, tuple, dict, set, frozenset, OrderedDict, defaultdict, deque, types.SimpleNamespace)
 """What is compared by what it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What an object of one of `PICTURED` held at some moment."""
+
+    kind: type
+    content: Any
+
+
+def _elements(value: Any) -> Any:
+    return value.shape, str(value.dtype), repr(value.tolist()) if value.dtype.hasobject else value.tobytes()
+
+
+PICTURED: dict[type, Callable[[Any], Any]] = {
+    numpy.ndarray: _elements,
+    array.array: lambda value: (value.typecode, value.tobytes()),
+    bytearray: bytes,
+    contextvars.ContextVar: lambda value: copied(value.get(ABSENT)),
+    threading.local: lambda value: copied(vars(value)),
+}
+"""Objects that hold values where no attribute shows them -> how to read these."""
+
+
+def picture(value: Any) -> Picture | None:
+    """What a value holds now, if it is such an object."""
+    if isinstance(value, Picture):
+        return value
+    kind = next((kind for kind in PICTURED if isinstance(value, kind)), None)
+    return None if kind is None else Picture(type(value), PICTURED[kind](value))
+
+
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
 
 
@@ -156,7 +192,12 @@ def same(a: Any, b: Any) -> bool:
 
     `b` may hold ANY.
     """
-    if a is b or b is ANY:
+    if b is ANY:
+        return True
+    if isinstance(b, Picture):
+        now = picture(a)
+        return now is not None and now.kind is b.kind and same(now.content, b.content)
+    if a is b:
         return True
     if type(a) is not type(b):
         return False
@@ -193,6 +234,8 @@ def _named(value: Any) -> str:
 
 def described(value: Any) -> str:
     """A text that is the same exactly where values are, on every rank; for objects, only their type."""
+    if (held := picture(value)) is not None:
+        return f"{held.kind.__qualname__} {described(held.content)}"
     if isinstance(value, float):
         return f"float {value.hex()}"
     if type(value) in CONTAINERS:
@@ -210,9 +253,9 @@ def described(value: Any) -> str:
 
 
 def copied(value: Any) -> Any:
-    """What a value holds now, kept apart: containers are copied, all else is not."""
+    """What a value holds now, kept apart: containers are copied, of some objects a picture is taken, all else is as it is."""
     if type(value) not in CONTAINERS:
-        return value
+        return picture(value) or value
     if isinstance(value, types.SimpleNamespace):
         return types.SimpleNamespace(**{key: copied(item) for key, item in vars(value).items()})
     if isinstance(value, defaultdict):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from meshpar.capture import blame
 from meshpar.capture.state.numbers import is_number
-from meshpar.capture.state.places import ABSENT, CONTAINERS, FUNCTIONS, PLAIN, Place, copied, masked, refilled
+from meshpar.capture.state.places import ABSENT, CONTAINERS, FUNCTIONS, PLAIN, Place, copied, masked, picture, refilled
 from meshpar.errors import CaptureError
 
 INNER = frozenset(nn.Module().__dict__) - {"training"}
@@ -113,6 +113,8 @@ class Reads:
             self._note_items(place, value)
         elif isinstance(value, PLAIN):
             self.read[place] = value
+        elif (held := picture(value)) is not None:
+            self.read[place] = held
         elif isinstance(value, (*FUNCTIONS, partial)):
             self.read[place] = value
             self._function(value, place)

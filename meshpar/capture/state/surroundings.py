@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meshpar.capture.state.places import ABSENT, CONTAINERS, PLAIN, Place
+from meshpar.capture.state.places import ABSENT, CONTAINERS, PICTURED, PLAIN, Place
 
 Note = Callable[[Place, Any], None]
 """What is told of every value that is read."""
@@ -131,7 +131,7 @@ class Surroundings:
             self.clocks[f"{value.__module__}.{value.__name__}"] = None
         elif isinstance(value, types.FunctionType | types.MethodType | staticmethod | classmethod | partial):
             self.walk(value, place)
-        elif isinstance(value, (*PLAIN, *CONTAINERS, Tensor, nn.Module)):
+        elif isinstance(value, (*PLAIN, *CONTAINERS, *PICTURED, Tensor, nn.Module)):
             self._note(place, value)
         elif not isinstance(value, type | types.ModuleType) and not is_closed(type(value).__module__):
             self.walk_object(value)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshpar.capture.state.places import ABSENT, ANY, CONTAINERS, Place, same
+from meshpar.capture.state.places import ABSENT, ANY, CONTAINERS, Picture, Place, same
 from meshpar.capture.state.taken import version_of
 
 _CONTENTS = attrgetter("cell_contents")
@@ -118,6 +118,9 @@ class Bound:
 
     def _bind_items(self, value: Any, owners: list[Any], keys: list[Any], lists: list[Any], others: list[Any], place: Place) -> None:
         """What a container holds."""
+        if isinstance(self.values[place], Picture):
+            others.append((place, self.roots, self.values[place]))
+            return
         if type(value) not in CONTAINERS or isinstance(value, tuple | frozenset):
             return
         if isinstance(value, set):

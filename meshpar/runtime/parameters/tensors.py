@@ -156,7 +156,7 @@ def _run(func: OpOverload, args: Any, kwargs: Any) -> Any:
         result = _wrapped_whole(func(*_swap(args, local_of), **_swap(kwargs, local_of)), found[0], origin)
     elif kind == "parts" and like is not None and _fit(func, found, like, args, kwargs):
         result = _on_parts(func, args, kwargs, like, origin)
-    elif kind == "sums" and like is not None and like.dtype.itemsize >= 4 and _is_full(args, kwargs):
+    elif kind == "sums" and like is not None and like.dtype.itemsize >= 4 and _adds_up(func, args, kwargs):
         result = _summed(func, args, kwargs, like, origin)
     else:
         result = _on_whole(func, args, kwargs, found, origin)
@@ -293,15 +293,19 @@ def _wrapped_part(local: torch.Tensor, like: ModelTensor, origin: Origin) -> Mod
 
 def _summed(func: OpOverload, args: Any, kwargs: Any, like: ModelTensor, origin: Origin) -> ModelTensor:
     """A norm or a sum over all elements: that of the parts, brought together."""
-    plain = dtensor_like(local_of(like), like)
+    local = local_of(like)
+    filled = local if local.numel() else local.new_zeros((1,) * local.ndim)  # an empty part adds nothing, and has no largest element
+    plain = dtensor_like(filled, like)
     found = func(*_swap(args, lambda t: plain), **kwargs)
     whole = found.redistribute(placements=[Replicate()] * found.device_mesh.ndim)
     return become(whole, origin, whole=True)
 
 
-def _is_full(args: Any, kwargs: Any) -> bool:
-    """Whether a norm or a sum is over all dims."""
+def _adds_up(func: OpOverload, args: Any, kwargs: Any) -> bool:
+    """Whether a norm or a sum is over all dims, and one to which zeros add nothing."""
     tensor = args[0]
+    if func.overloadpacket is torch.ops.aten.linalg_vector_norm and kwargs.get("ord", args[1] if len(args) > 1 else 2) < 0:
+        return False
     dim = kwargs.get("dim", args[2] if len(args) > 2 else args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None)
     return dim is None or len({d % max(tensor.ndim, 1) for d in dim}) == tensor.ndim
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.capture.state.places import Place, described
-from meshpar.errors import BatchError
+from meshpar.errors import BatchError, ConfigError, raise_all
 from meshpar.simulate import is_simulated
 
 
@@ -32,6 +32,19 @@ class Step:
     program: str
     numbers: Mapping[Place, Any]
     """Where the program reads a number, in its order -> the number."""
+
+
+class Hooks(Protocol):
+    """The hooks that a user registered on the parameters of a parallel model."""
+
+    changed: bool
+    """Whether they are others than those that ranks have agreed on."""
+
+    def counts(self) -> Mapping[str, int]:
+        """How many there are on each parameter of this rank."""
+
+    def agreed(self) -> None:
+        """Take these for those of all ranks."""
 
 
 _DIFFERS = (
@@ -51,12 +64,18 @@ class Alike:
         self._device = mesh.device_type
         self._real = mesh.size() > 1 and not is_simulated() and dist.get_backend() != "fake"
         self._pending: tuple[Step, torch.Tensor, Any] | None = None
+        self._hooks: Hooks | None = None
 
-    def begin(self, step: Step, *, new: bool) -> None:
-        """Start to compare a step with those of the other ranks. `new`: this rank has not seen such a batch yet. Collective."""
+    def begin(self, step: Step, *, new: bool, hooks: Hooks | None = None) -> None:
+        """Start to compare a step with those of the other ranks. Collective.
+
+        `new`: this rank has not seen such a batch yet. `hooks`: those on the parameters, which are compared when any rank's have changed.
+        """
         if self._real:
+            self._hooks = hooks
             prints = _prints(step)
-            sent = torch.tensor([not new, *prints, *(-n for n in prints)], device=self._device)
+            changed = hooks is not None and hooks.changed
+            sent = torch.tensor([not new, new, changed, *prints, *(-n for n in prints)], device=self._device)
             self._pending = step, sent, dist.all_reduce(sent, op=dist.ReduceOp.MAX, async_op=True)
 
     def check(self, closer: Callable[[], None] | None = None) -> None:
@@ -70,13 +89,33 @@ class Alike:
             return
         (step, sent, work), self._pending = self._pending, None
         work.wait()
-        known, *found = sent.tolist()
+        known, unknown, changed, *found = sent.tolist()
         if closer is not None and not known:
             closer()
         half = len(found) // 2
         odd = [i for i in range(half) if found[i] != -found[half + i]]
         if odd:
             raise BatchError(_told(step, odd))
+        if changed and self._hooks is not None and not (known and unknown):  # (else not all ranks are here now: in a later step)
+            self._compare_hooks(self._hooks)
+
+    def _compare_hooks(self, hooks: Hooks) -> None:
+        """Raise ConfigError where a rank that has a parameter has not the hooks on it that another has: it would wait for ever."""
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, dict(hooks.counts()))
+        most = {name: max(one.get(name, 0) for one in everyone) for one in everyone for name in one}
+        lacking = [
+            f"rank {rank} has {one[name]} of the {most[name]} on {name}."
+            for rank, one in enumerate(everyone)
+            for name in one
+            if one[name] < most[name]
+        ]
+        raise_all(
+            ConfigError,
+            "hooks on the parameters of a parallel model are called on all ranks that have the parameter, in turn: register them on all.",
+            lacking[:8],
+        )
+        hooks.agreed()
 
     def values(self, found: Mapping[str, str]) -> None:
         """Compare values by name, before a program is made for them. Raises BatchError that names those that differ. Collective."""

@@ -24,7 +24,7 @@ from meshpar.compile.state.following import Shown
 from meshpar.compile.state.held import Held
 from meshpar.errors import CaptureError, ConfigError, PlanError
 from meshpar.runtime.engine import Engine
-from meshpar.runtime.state.alike import Alike, Step
+from meshpar.runtime.state.alike import Alike, Hooks, Step
 from meshpar.runtime.state.trainable import Trainable
 
 Key = tuple[BatchSignature, int, str]
@@ -45,10 +45,10 @@ class Variant:
 class Variants:
     """All programs of `model`. Collective wherever a program is made."""
 
-    def __init__(self, model: nn.Module, makes: Programs, engine: Engine, mesh: DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, makes: Programs, engine: Engine, mesh: DeviceMesh, hooks: Hooks | None = None) -> None:
         self._model, self._makes, self._engine = model, makes, engine
         self._device = mesh.device_type
-        self._alike = Alike(mesh)
+        self._alike, self._hooks = Alike(mesh), hooks
         self._variants: dict[Key, list[Variant]] = {}
         self._fixed: set[Place] = set()
         """Numbers that could not become inputs."""
@@ -101,7 +101,7 @@ class Variants:
         found = next((one for one in kept if one.held.holds()), None)
         # What a program does tells it from others, not what it was captured with: that may differ where it does not matter (an order).
         graph, numbers = (found.program.plan.graph, found.held.numbers()) if found is not None else ("none yet", {})
-        self._alike.begin(Step(f"{signature.key} {microbatches}", key[2], graph, numbers), new=closer is not None)
+        self._alike.begin(Step(f"{signature.key} {microbatches}", key[2], graph, numbers), new=closer is not None, hooks=self._hooks)
         if found is None or closer is not None:
             self._alike.check(closer)
         if found is not None and kept[0] is not found:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import meshpar as mp
 from meshpar.runtime.parameters.apart import NumberApart, Origin, inside_step
@@ -66,6 +67,77 @@ def test_numbers_of_stages_are_refused(gloo: Pool) -> None:
         }
         assert not wrong and "Call mp.clip_grad_norm_(pm.parameters(), max_norm)" in found["clip_grad_norm_"], wrong
         assert scaler.startswith("torch's GradScaler divides the gradient of") and "scaler.scale(pm).train_step(**batch)" in scaler
+
+
+class Stacked(nn.Module):
+    """Stacked experts, each of which every rank of ep has a part of, beside dense parameters; one is too small for all data ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.experts, self.gate, self.head = nn.Embedding(11, 8), Loop(), nn.Linear(8, 4), nn.Linear(8, 11)
+        self.scale, self.few = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x).flatten(0, 1)
+        weights, chosen = self.gate(h).softmax(-1).topk(2, -1)
+        h = h + self.scale * self.few * self.experts(h, chosen, weights)
+        return nn.functional.cross_entropy(self.head(h), y.flatten())
+
+
+class Loop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(0.3 * torch.randn(4, 8, 6)), nn.Parameter(0.3 * torch.randn(4, 6, 8))
+
+    def forward(self, h: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(h)
+        for i in range(4):
+            token, place = torch.where(chosen == i)
+            out = out.index_add(0, token, torch.tanh(h[token] @ self.up[i]) @ self.down[i] * weights[token, place, None])
+        return out
+
+
+WHERE_ALL_HOLD_ALL: dict[str, Callable[[list[Any]], Any]] = {
+    name: number for name, number in REFUSED.items() if name not in ("scaler", "equal", "allclose", "einsum", "foreach norm", "clone")
+} | {
+    "largest norm": lambda ps: nn.utils.get_total_norm([p.grad for p in ps], math.inf),
+    "sum of magnitudes": lambda ps: nn.utils.get_total_norm([p.grad for p in ps], 1.0, foreach=False),
+    "smallest": lambda ps: min(torch.linalg.vector_norm(p.grad, -math.inf) for p in ps),
+    "clipping by a norm": lambda ps: nn.utils.clip_grads_with_norm_(ps, 0.5, torch.tensor(2.0).double()) or 0.0,
+    "clipping again": lambda ps: nn.utils.clip_grad_norm_(ps, 0.01, norm_type=math.inf),
+}
+
+
+def on_every_rank(kind: str, spec: str, modes: tuple[str, ...]) -> None:
+    """torch's own clipping, and loops over gradients, where every rank has a part of every parameter: right."""
+    for mode in modes:
+        (model, batch), mesh = make(), mp.make_mesh(spec, "cpu")
+        torch.manual_seed(0)
+        model = Stacked().double() if kind == "Stacked" else model
+        local = mp.local_batch(batch, mesh)
+        pm = mp.parallelize(model, mesh, example=local, config=mp.ParallelConfig(data_parallel=mode))  # type: ignore[arg-type]
+        pm.train_step(**local)
+        alone(model, batch)
+        ours = list(pm.parameters())
+        theirs = [model.get_parameter(name) for name, _ in pm.named_parameters()]
+        for name, number in WHERE_ALL_HOLD_ALL.items():
+            found = number(ours)
+            found = found.full_tensor() if isinstance(found, DTensor) else found
+            assert float(found) == pytest.approx(float(number(theirs)), rel=1e-12, nan_ok=True), (spec, mode, name)
+        for name, parameter in pm.named_parameters():
+            torch.testing.assert_close(mp.full_grad(parameter), model.get_parameter(name).grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "world", "modes"),
+    [
+        ("Net", "dp=2,tp=2", 4, ("zero3", "zero1", "replicate")),
+        ("Stacked", "dp=2,ep=2", 4, ("zero3", "zero2", "replicate")),
+        ("Stacked", "ep=2,tp=2", 4, ("zero3",)),
+    ],
+)
+def test_numbers_where_every_rank_has_a_part_of_all(gloo: Pool, kind: str, spec: str, world: int, modes: tuple[str, ...]) -> None:
+    gloo.run(on_every_rank, kind, spec, modes, world=world, timeout=240)
 
 
 def allowed(spec: str) -> None:

@@ -71,7 +71,14 @@ def histories(spec: str, fused: bool = False, **config: Any) -> list[tuple[list[
             found[-1].append([scaler.get_scale(), float(norm.nan_to_num(-1.0)), float(loss.double().mean())])
             optimizer.zero_grad()
         assert scaler.state_dict()["_growth_tracker"] == 0 and set(scaler.state_dict()) == set(torch.amp.GradScaler("cpu").state_dict())
+    for name, parameter in pm.named_parameters():
+        right = model.get_parameter(name).detach()
+        assert float((mp.full_tensor(parameter) - right).abs().max()) < 2e-3 * float(right.abs().max()), (spec, config, name)
     return list(zip(*found, strict=True))
+
+
+def over_modes(spec: str, modes: tuple[str, ...], **config: Any) -> list[list[tuple[list[float], list[float]]]]:
+    return [histories(spec, data_parallel=mode, **config) for mode in modes]
 
 
 def check(found: list[tuple[list[float], list[float]]]) -> None:
@@ -88,6 +95,21 @@ def check(found: list[tuple[list[float], list[float]]]) -> None:
 def test_the_history_is_that_of_one_device(gloo: Pool, spec: str, config: dict[str, Any]) -> None:
     for found in gloo.run(histories, spec, **config):
         check(found)
+
+
+@pytest.mark.parametrize(
+    ("spec", "world", "modes", "config"),
+    [
+        ("dp=2", 2, ("zero1", "zero2", "replicate"), {"microbatches": 2}),
+        ("dp=2", 2, ("zero1", "zero2"), {"fused": True}),
+        ("pp=2,dp=2", 4, ("zero1", "zero2", "replicate"), {"microbatches": 2}),
+        ("dp=2,ep=2", 4, ("zero1", "zero2", "replicate"), {"kind": "Experts"}),
+    ],
+)
+def test_the_history_in_every_mode(gloo: Pool, spec: str, world: int, modes: tuple[str, ...], config: dict[str, Any]) -> None:
+    for each in gloo.run(over_modes, spec, modes, world=world, timeout=300, **config):
+        for found in each:
+            check(found)
 
 
 def test_the_history_of_simulated_ranks(simulated: Any) -> None:

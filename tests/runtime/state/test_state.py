@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
 import inspect
@@ -9,12 +10,14 @@ import itertools
 import math
 import os
 import random
+import threading
 import types
 import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -108,6 +111,20 @@ def peeked(net: Net, h: Tensor, y: Tensor) -> Tensor:
     )
 
 
+LEVEL, LOCAL = contextvars.ContextVar("level", default=1.0), threading.local()
+LOCAL.level = 1.0
+
+
+def opaque(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    """Values in objects that show none of them as an attribute."""
+    return F.mse_loss(h, y) * (float(net.array[0]) + LEVEL.get() + 10 * LOCAL.level + 100 * net.bytes_[0])
+
+
+def opened(net: Any, i: int) -> None:
+    net.array[0], net.bytes_[0] = 1.0 + i // 2, 1 + i // 3
+    LEVEL.set(1.0 + i // 2), setattr(LOCAL, "level", 1.0 + i // 3)
+
+
 class Holder:
     """An object of the user's own."""
 
@@ -171,6 +188,7 @@ MEMBERS: dict[str, tuple[Callable[[], Net], Callable[[Any, int], None] | None, i
         set_(beta=(1.0, 2.0), gamma=(1.0, 2.0, 3.0), delta=(1.0, 1.0, 5.0), **{"holder": [held(n=1.0), held(n=2.0)]}),
         3,
     ),
+    "arrays and variables of a context": (lambda: Net(opaque, array=np.array([1.0]), bytes_=bytearray(b"\1")), opened, 3),
     "modes of parts": (lambda: Net(annealed, beta=0.0), parts, 4),
 }
 
@@ -247,6 +265,16 @@ def drawing(net: Net, h: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(h, y) * random.random()
 
 
+def filling(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    net.array[0] += 1
+    return F.mse_loss(h, y) * float(net.array[0])
+
+
+def setting(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    LOCAL.level += 1
+    return F.mse_loss(h, y) * LOCAL.level
+
+
 def iterating(net: Net, h: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(h, y) * next(net.numbers)
 
@@ -258,6 +286,8 @@ def iterating(net: Net, h: Tensor, y: Tensor) -> Tensor:
         (remembering_quietly, {}, r"mean past __setattr__: forward reads it and puts a tensor there.*register_buffer"),
         (collecting, {"losses": []}, "losses, a list: forward changes what is in it"),
         (drawing, {}, "draws from random"),
+        (filling, {"array": np.array([1.0])}, "array: it changes while forward runs"),
+        (setting, {}, "LOCAL of test_state.py: it changes while forward runs"),
         (iterating, {"numbers": itertools.count()}, "numbers, an iterator"),
     ],
 )
