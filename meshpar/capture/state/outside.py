@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from meshpar.capture.copies import Missing
-from meshpar.capture.state.places import ABSENT, PLAIN, same
+from meshpar.capture.state.places import ABSENT, PLAIN, picture, same
 from meshpar.capture.state.reads import INNER, identity
 from meshpar.capture.state.surroundings import codes, is_closed
 
@@ -66,6 +66,7 @@ class Outside:
         self._kept: list[_Kept] = []
         self._containers: list[_Kept] = []
         self._drawn: list[tuple[str, Any, Any]] = []
+        self._pictured: list[_Kept] = []
         self._todo.append((loss_fn, "loss_fn"))
         self._name("forward")
         while self._todo:
@@ -89,6 +90,7 @@ class Outside:
         ]
         found += [(one.label, one.owner, one.before) for one in self._containers if _differs(one) and not known(one.owner, ABSENT)]
         found += [(label, value, None) for label, value, before in self._drawn if _position(value) != before]
+        found += [(one.label, one.owner, None) for one in self._pictured if not same(one.owner, one.before)]
         return found
 
     def _moved(self, one: _Kept) -> Iterator[tuple[str, Any, Any]]:
@@ -125,6 +127,8 @@ class Outside:
             self._reach_class(value, made=True)
         elif (position := _position(value)) is not None:
             self._drawn.append((label, value, position))
+        elif (held := picture(value)) is not None:
+            self._pictured.append(_Kept(label, value, held))
         else:
             self._reach_object(value, label)
 

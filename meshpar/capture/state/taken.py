@@ -28,7 +28,7 @@ from meshpar.capture.copies import Missing
 from meshpar.capture.state.ambient import TORCH, keyed, place_of
 from meshpar.capture.state.numbers import OF_MATH, SLOTS, Formula, Meeting, Numbers, TooMany, is_number, on_numbers
 from meshpar.capture.state.outside import Outside
-from meshpar.capture.state.places import ABSENT, CONTAINERS, FUNCTIONS, PLAIN, Picture, Place, copied, same
+from meshpar.capture.state.places import ABSENT, CONTAINERS, FUNCTIONS, PLAIN, Place, copied, same
 from meshpar.capture.state.reads import Reads, attributes, of_classes
 from meshpar.capture.state.surroundings import Surroundings
 from meshpar.capture.values import branches
@@ -276,8 +276,7 @@ def _check_live(reads: Reads, around: Outside) -> None:
         if not (before in (None, ABSENT) and _is_cached(now)) and not (isinstance(now, dict) and _only_remakes(now, before))
     ]
     for place, before in reads.read.items():
-        own = place.root == "" and not isinstance(before, Picture)  # (looked at as what was written)
-        if own or place.root == "torch" or place in reads.written:
+        if place.root in ("", "torch") or place in reads.written:
             continue
         now = place.value(reads.roots)
         if not is_number(now) and not same(now, before):

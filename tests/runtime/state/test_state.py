@@ -120,6 +120,12 @@ def opaque(net: Net, h: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(h, y) * (float(net.array[0]) + LEVEL.get() + 10 * LOCAL.level + 100 * net.bytes_[0])
 
 
+def closed() -> Net:
+    net = Net(opaque, array=np.array([1.0]), bytes_=bytearray(b"\1"))
+    opened(net, 0)
+    return net
+
+
 def opened(net: Any, i: int) -> None:
     net.array[0], net.bytes_[0] = 1.0 + i // 2, 1 + i // 3
     LEVEL.set(1.0 + i // 2), setattr(LOCAL, "level", 1.0 + i // 3)
@@ -188,7 +194,7 @@ MEMBERS: dict[str, tuple[Callable[[], Net], Callable[[Any, int], None] | None, i
         set_(beta=(1.0, 2.0), gamma=(1.0, 2.0, 3.0), delta=(1.0, 1.0, 5.0), **{"holder": [held(n=1.0), held(n=2.0)]}),
         3,
     ),
-    "arrays and variables of a context": (lambda: Net(opaque, array=np.array([1.0]), bytes_=bytearray(b"\1")), opened, 3),
+    "arrays and variables of a context": (closed, opened, 3),
     "modes of parts": (lambda: Net(annealed, beta=0.0), parts, 4),
 }
 
