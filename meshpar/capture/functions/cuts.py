@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from meshpar.capture.functions.operators import FixedOperator, is_foreign, known_infos
+from meshpar.capture.functions.operators import ForeignOperator, is_foreign, known_infos
 from meshpar.capture.functions.proofs import draws, sizes
 from meshpar.capture.grad import stops
 from meshpar.capture.stand_in import aside
@@ -41,7 +41,7 @@ def _reached(graph: fx.Graph) -> set[fx.Node]:
 
 def _cut_off(node: fx.Node, reached: set[fx.Node]) -> tuple[int, ...]:
     """The operands of a call that get no gradient, by position among all its tensors."""
-    operator, outputs = FixedOperator(node.target, node.args, node.kwargs), _outputs(node, reached)
+    operator, outputs = ForeignOperator(node.target, node.args, node.kwargs), _outputs(node, reached)
     return aside(lambda: _without(operator, outputs))
 
 
@@ -56,7 +56,7 @@ def _outputs(node: fx.Node, reached: set[fx.Node]) -> tuple[int, ...]:
     return (0,) if node in reached else ()
 
 
-def _without(operator: FixedOperator, outputs: tuple[int, ...]) -> tuple[int, ...]:
+def _without(operator: ForeignOperator, outputs: tuple[int, ...]) -> tuple[int, ...]:
     """The operands that get no gradient in any draw, though something comes in; none where it does not run."""
     for examples in sizes(operator.tensors):
         found = [at for values in draws(examples) if (at := _nones(operator, values, outputs)) is not None]
@@ -65,7 +65,7 @@ def _without(operator: FixedOperator, outputs: tuple[int, ...]) -> tuple[int, ..
     return ()
 
 
-def _nones(operator: FixedOperator, values: list[Tensor], outputs: tuple[int, ...]) -> frozenset[int] | None:
+def _nones(operator: ForeignOperator, values: list[Tensor], outputs: tuple[int, ...]) -> frozenset[int] | None:
     needing = [i for i, example in enumerate(operator.tensors) if example.needs_grad]
     try:
         leaves, results = operator.under_autograd(values)

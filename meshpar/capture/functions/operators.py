@@ -56,7 +56,7 @@ def _inside(foreign: Sequence[fx.Node]) -> frozenset[str]:
     found: set[str] = set()
     for node in foreign:
         if nature_of_operator(node.target) is None and any(info.requires_grad for info in known_infos(node)):
-            operator = FixedOperator(node.target, node.args, node.kwargs)
+            operator = ForeignOperator(node.target, node.args, node.kwargs)
             with FakeTensorMode(allow_non_fake_inputs=True):
                 operands = [torch.empty(e.shape, dtype=e.dtype, device=e.device) for e in operator.tensors]
                 _, results = operator.under_autograd(operands)
@@ -83,7 +83,7 @@ def known_infos(node: fx.Node) -> list[Info]:
 
 
 def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
-    operator = FixedOperator(node.target, node.args, node.kwargs)
+    operator = ForeignOperator(node.target, node.args, node.kwargs)
     key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: "*")), operator.tensors)
     if draws(node):
         return UNPROVED
@@ -99,7 +99,7 @@ def _proved(node: fx.Node, proved: dict[tuple[Any, ...], Nature]) -> Nature:
 
 
 @dataclass(frozen=True)
-class FixedOperator:
+class ForeignOperator:
     """An operator of a library with what is fixed of its arguments, as two functions of tensors."""
 
     target: Any
