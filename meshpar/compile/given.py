@@ -10,6 +10,7 @@ from torch import fx
 
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import facts
 from meshpar.graph.op import op_name
 from meshpar.graph.text import fingerprint, inputs_of
 from meshpar.mesh import format_mesh
@@ -69,12 +70,12 @@ def _options(plan: Plan, options: Mapping[str, Any]) -> Iterator[str]:
 def _parameters(plan: Plan, parameters: ParameterFacts) -> Iterator[str]:
     for name in plan.parameters.keys() - parameters.keys():
         yield f"it has a parameter {name}, the model has not.{near(name, parameters)}"
-    for name, facts in parameters.items():
+    for name, known in parameters.items():
         one = plan.parameters.get(name)
         if one is None:
             yield f"the model has a parameter {name}, the plan has not.{near(name, plan.parameters)}"
-        elif (one.shape, one.dtype, one.trainable) != facts:
-            yield f"{name} is {_facts(one)} in the plan, {_facts(ParameterPlan(*facts, {}, ''))} in the model."
+        elif (one.shape, one.dtype, one.trainable) != known:
+            yield f"{name} is {_facts(one)} in the plan, {_facts(ParameterPlan(*known, {}, ''))} in the model."
 
 
 def _facts(plan: ParameterPlan) -> str:
@@ -102,4 +103,4 @@ def _operators(plan: Plan, captured: Captured) -> str:
 
 
 def _where(node: fx.Node) -> str:
-    return f"at {node.meta.get('source') or 'a line unknown'} in {node.meta.get('module') or 'the model'}"
+    return f"at {facts(node).source or 'a line unknown'} in {facts(node).module or 'the model'}"

@@ -62,7 +62,7 @@ def build(
         return Whole(tree, DataParallelism(Block(), config.data_parallel, ()), program)
     parameters = {name: place.empty(spec, spmd) for name, spec in specs.items()}
     trees = _trees(model, config, program, own, parameters, _buffers(model, mesh.device_type))
-    data = _data_parallel(trees, mesh, config, program, schedule)
+    data = _data_parallel(trees, mesh, spmd, config, program, schedule)
     without_memory = _has_no_peers() and weights is None and all(p.is_meta for p in model.parameters())
     for tree in trees.values():
         if not without_memory:
@@ -99,14 +99,15 @@ def trees_in_memory(
     Tensors are allocated inside of `memory`, such as a `FakeTensorMode`; their values are whatever is there.
     """
     forget_meshes()
+    spmd = without_pipeline(mesh)
     plans = {n: p for n, p in program.plan.parameters.items() if _is_here(p, mesh)}
     specs = {name: _spec(name, plan, config, stages) for name, plan in plans.items()}
     buffers = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers()}
     trees: dict[int, Tree] = {}
     for stage in stages:  # each has parameters of its own, also those that several use
-        parameters = {name: place.empty(spec, without_pipeline(mesh)) for name, spec in specs.items() if stage in plans[name].stages}
+        parameters = {name: place.empty(spec, spmd) for name, spec in specs.items() if stage in plans[name].stages}
         trees |= _trees(model, config, program, (stage,), parameters, buffers)
-    data = _data_parallel(trees, mesh, config, program, schedule)
+    data = _data_parallel(trees, mesh, spmd, config, program, schedule)
     for tree in trees.values():
         with memory:
             place.allocate(tree, mesh.device_type)
@@ -116,10 +117,11 @@ def trees_in_memory(
 
 
 def _data_parallel(
-    trees: Mapping[int, Tree], mesh: DeviceMesh, config: ParallelConfig, program: Program, schedule: Schedule | None
+    trees: Mapping[int, Tree], mesh: DeviceMesh, spmd: DeviceMesh, config: ParallelConfig, program: Program, schedule: Schedule | None
 ) -> dict[int, DataParallelism]:
+    """`spmd`: the very mesh that the parameters are on."""
     keeps = schedule is not None and schedule.defers(config.microbatches)
-    spmd, alone = without_pipeline(mesh), left_alone(program.plan, mesh, config)
+    alone = left_alone(program.plan, mesh, config)
     return {i: apply_data_parallel(tree, spmd, config, keeps=keeps, alone=alone) for i, tree in trees.items()}
 
 

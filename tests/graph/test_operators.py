@@ -30,8 +30,9 @@ from meshpar.report.memory import activations
 from meshpar.runtime.recompute import wrap
 from meshpar.sharding.infer import infer
 from meshpar.sharding.local import LocalCall
-from meshpar.sharding.policy import Request
+from meshpar.sharding.policy import POLICIES, Request
 from meshpar.sharding.price import Price
+from meshpar.sharding.reading import Reading
 from meshpar.sharding.solve import _Solver, solve
 from meshpar.sharding.types import I, Shard
 from tests.passes.graphs import info, put
@@ -193,16 +194,22 @@ def axis_plan(graph: fx.Graph) -> AxisPlan:
     return solve(graph, Request("tp", 2, parameters=parameters))
 
 
+def solver_of(graph: fx.Graph) -> _Solver:
+    request, make = Request("tp", 2), POLICIES["weights"]
+    reading = Reading(graph, infer(graph), size=2, even=make.even, inputs={}, parameters=request.parameters)
+    return _Solver(request, reading, make(request, reading))
+
+
 def test_the_solver_cuts_by_the_rule_and_knows_the_hidden_size_by_the_kind() -> None:
     graph = graph_of()
     assert all(out == I for plan in axis_plan(graph).nodes.values() for out in plan.outs), "whole without a rule"
     known(**all_facts())
     placed = {name: plan.outs[0] for name, plan in axis_plan(graph).nodes.items()}
     assert [t.dim for name, t in placed.items() if name.startswith("layers_") and isinstance(t, Shard)] == [1, 0, 1, 0]
-    solver = _Solver(graph, Request("tp", 2), infer(graph))
+    solver = solver_of(graph)
     assert solver.reading.hidden
     known(**all_facts() | {"kind": "other"})
-    assert not _Solver(graph, Request("tp", 2), infer(graph)).reading.hidden
+    assert not solver_of(graph).reading.hidden
 
 
 def test_the_solver_prices_arithmetic_and_views() -> None:
@@ -210,7 +217,7 @@ def test_the_solver_prices_arithmetic_and_views() -> None:
 
     def work(**facts: Any) -> float:
         known(**facts)
-        solver = _Solver(graph, Request("tp", 2), infer(graph))
+        solver = solver_of(graph)
         return solver._work(solver.inference.calls[call_of(graph)])
 
     assert work(flops=lambda call: 1e12) > 10 * work(flops=lambda call: 0) > work(view=True) == 0
@@ -241,7 +248,7 @@ class Mixed(nn.Module):
 def test_the_solver_counts_arithmetic_as_everybody_does(target: Any, more: int) -> None:
     """Only of a convolution it multiplies all sizes of the rule: those of the image before, of the window and of the image after."""
     graph = graph_of(Mixed())
-    solver, node = _Solver(graph, Request("tp", 2), infer(graph)), call_of(graph, target)
+    solver, node = solver_of(graph), call_of(graph, target)
     solver.price = Price(flops=1.0, memory=1e30)
     times = 3 if info_of(node).requires_grad else 1
     work = solver._work(solver.inference.calls[node]) / times

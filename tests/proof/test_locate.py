@@ -112,7 +112,7 @@ GPT_FAULTS: dict[str, tuple[Plant, str, ParallelConfig, str]] = {
     ),
     "gradients are not summed over data ranks": (
         patched(collectives, "i_to_r_many", untouched), "dp=2", ParallelConfig(),
-        r"^the gradients of \S+ are right on every rank, and wrong when summed over dp",
+        r"^gradients part first behind the sum over dp of the gradients of blocks.\S+",
     ),
     "a backward is twice as large": (
         patched(collectives, "p_to_i", doubled_backward), "tp=2", TENSOR,
