@@ -31,8 +31,8 @@ _WHOLE = 300.0
 """Leaving all matrices of a block whole costs as much as gathering its largest activation this many times."""
 _MATTERS = 0.01
 """The share of its block's parameters from which on a matrix matters (a router does not)."""
-_DEARER = 0.05
-"""The share of its cost by which a plan that leaves a stream whole must be cheaper: a stream that is cut takes less memory, too."""
+_DEARER = 1e-4
+"""The share of its cost by which a plan must be cheaper to be preferred: programs are not solved more closely."""
 
 
 def solve(graph: fx.Graph, request: Request, inference: Inference | None = None) -> AxisPlan:

@@ -35,7 +35,7 @@ def dry(sizes: Transformer, mesh: str, samples: int, **options: Any) -> mp.DryRu
 
 @pytest.fixture(scope="module")
 def pipeline() -> mp.DryRun:
-    return dry(DENSE, "pp=2,dp=2,tp=2", 8, microbatches=4, data_parallel="zero1", precision="bf16")
+    return dry(DENSE, "pp=2,dp=2,tp=2", 8, microbatches=4, data_parallel="zero1", precision="bf16", sequence_parallel=True)
 
 
 def test_the_process_is_left_as_it_was(pipeline: mp.DryRun) -> None:
