@@ -227,7 +227,7 @@ def test_the_reference_configuration_without_memory(rank: int) -> None:
     dist.init_process_group("fake", rank=rank, world_size=1024, store=FakeStore())
     mesh = mp.make_mesh("pp=4,dp=8,ep=8,tp=4", "cpu")
     ids = torch.zeros(4, 16, dtype=torch.long)
-    config = mp.ParallelConfig(microbatches=4)
+    config = mp.ParallelConfig(microbatches=4, sequence_parallel=True)
     pm = mp.parallelize(reference_model(), mesh, example={"input_ids": ids, "labels": ids}, config=config)
     held = dict(pm.named_parameters())
     assert all(p.is_meta for p in held.values())
