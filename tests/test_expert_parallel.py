@@ -94,14 +94,17 @@ def test_rows_travel_and_parameters_stay() -> None:
         assert [c.nbytes for c in layer] == [4 * 4 / 2, rows, rows, rows, rows]  # counts; there and back, forward and backward
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_the_load_of_every_expert(recompute: str) -> None:
+@pytest.mark.parametrize(
+    "mesh_text, recompute", [("ep=2,tp=2", "none"), ("ep=2,tp=2", "full"), ("cp=2,ep=2", "none"), ("dp=2,cp=2", "full")]
+)
+def test_the_load_of_every_expert(mesh_text: str, recompute: str) -> None:
+    """Rows of samples, and of positions, are counted once each, whichever axis cuts them."""
     model, batch = tiny("mixtral"), text(8)
     with torch.no_grad():
         scores = model(**batch, output_router_logits=True).router_logits
     wanted = [torch.bincount(s.topk(2, -1).indices.flatten(), minlength=4).tolist() for s in scores]
     with mp.simulate(4):
-        mesh = mp.make_mesh("ep=2,tp=2", "cpu")
+        mesh = mp.make_mesh(mesh_text, "cpu")
         own = mp.local_batch(batch, mesh)
         pm = mp.parallelize(model, mesh, example=own, config=mp.ParallelConfig(microbatches=2, recompute=recompute))
         assert pm.expert_load() == {}

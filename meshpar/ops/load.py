@@ -16,9 +16,10 @@ from meshpar.ops import experts
 
 @dataclass
 class Tally:
-    """Of one microbatch: name of an experts module -> where each expert's rows end, [E]."""
+    """Of one microbatch: name of an experts module -> where each expert's rows end, [E], and the axes on which its rows are cut."""
 
     ends: dict[str, Tensor] = field(default_factory=dict)
+    axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -27,17 +28,18 @@ class TallySlot:
 
     tally: Tally
     name: str
+    axes: tuple[str, ...]
 
 
-def slot(tally: Tally, name: str) -> TallySlot:
-    """The place of `name` in `tally`."""
-    return TallySlot(tally, name)
+def slot(tally: Tally, name: str, axes: tuple[str, ...]) -> TallySlot:
+    """The place of `name` in `tally`. `axes`: those whose ranks dispatch rows of their own."""
+    return TallySlot(tally, name, axes)
 
 
 def dispatch(h: Tensor, index: Tensor, num_experts: int, at: TallySlot, dropping: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """`meshpar.ops.experts.dispatch`, noting the load of every expert."""
     x, ends, perm = experts.dispatch(h, index, num_experts, dropping)
-    at.tally.ends[at.name] = ends
+    at.tally.ends[at.name], at.tally.axes[at.name] = ends, at.axes
     return x, ends, perm
 
 

@@ -1,7 +1,7 @@
 """Experts' loads are noted where rows are dispatched.
 
 before                                       after
-  x, ends, perm = dispatch(h, index, 8)        at = slot(expert_tally, "layers.0.experts")          in the root
+  x, ends, perm = dispatch(h, index, 8)        at = slot(expert_tally, "layers.0.experts", ("dp",))     in the root
                                                x, ends, perm = load.dispatch(h, index, 8, at)
 
 `expert_tally` is one more input of the graph: a `Tally`.
@@ -33,7 +33,8 @@ class TallyExperts:
             name = str(facts(node).module or node.name)
             taken[name] = taken.get(name, 0) + 1
             with graph.inserting_after(tally):
-                at = graph.call_function(load.slot, (tally, name if taken[name] == 1 else f"{name}#{taken[name]}"))
+                place = name if taken[name] == 1 else f"{name}#{taken[name]}"
+                at = graph.call_function(load.slot, (tally, place, facts(node).cut))
             set_facts(at, Facts(module=""))
             node.target, node.args = load.dispatch, (*node.args[:3], at, *node.args[3:])
         return graph
