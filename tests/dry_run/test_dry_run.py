@@ -84,8 +84,9 @@ def test_every_schedule(schedule: str) -> None:
 
 def test_experts_and_hybrid_sharding() -> None:
     found = dry(EXPERTS, "dp_replicate=2,dp_shard=2,ep=2", 4, microbatches=2, data_parallel="zero3")
-    axes = {line.axis: line for line in found.ledger}
-    assert axes["ep"].kind in ("all_to_all", "all_reduce") and "dp_replicate" in axes and "dp_shard" in axes
+    lines = {(line.axis, line.kind, line.often) for line in found.ledger}
+    assert ("ep", "all_to_all", "every layer") in lines and ("dp_replicate", "all_reduce", "once per step") in lines
+    assert ("dp_shard", "all_gather", "every layer") in lines and ("dp_shard", "reduce_scatter", "every layer") in lines
 
 
 def test_json_text_and_picture(pipeline: mp.DryRun, tmp_path: Path) -> None:
