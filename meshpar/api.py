@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.capture.structure import order_of
 from meshpar.compile.agreement import agree_on_values
-from meshpar.compile.program import Programs
+from meshpar.compile.programs import Programs
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
 from meshpar.init.meta import WeightsFrom
@@ -88,7 +88,9 @@ def _parallelize(
 ) -> ParallelModel:
     check_batch((args, kwargs), mesh)
     programs = Programs(model, mesh, config, rules=rules, loss_fn=loss_fn, plan=plan)
-    program = programs.make(args, kwargs, training=model.training, microbatches=config.microbatches)
+    seen = programs.seen(args, kwargs, training=model.training, microbatches=config.microbatches)  # capture: what the model computes
+    decided = programs.planned(seen)  # which rank holds what, and what moves
+    program = programs.lowered(seen, decided)  # the part of it that this rank runs
     agree(program.plan.hash, mesh, "the plan")
     agree_on_values(model, mesh, weights=weights)
     engine = build(model, mesh, config, program, programs.schedule, weights=weights)

@@ -34,8 +34,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-import meshpar.compile.program as program  # noqa: E402
 from benchmarks.architectures import small  # noqa: E402
+from meshpar.compile import planning, programs  # noqa: E402
 from meshpar.errors import MeshparError  # noqa: E402
 from meshpar.proof.comparable import cast, comparable, only  # noqa: E402
 from meshpar.proof.verify import verify  # noqa: E402
@@ -46,10 +46,10 @@ def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     seconds: dict[str, float] = {}
-    _timed(program, "capture", seconds)
-    _timed(program, "decide", seconds)
+    _timed(programs, "capture", seconds)
+    _timed(planning, "decide", seconds)
     plans: list[Any] = []
-    _kept(program, "decide", plans)
+    _kept(planning, "decide", plans)
     start = time.perf_counter()
     try:
         model, batch = small.made(task, kind)

@@ -4,9 +4,9 @@ A GPT of 12, 24, 48 and 96 layers (hidden 12288, 96 heads, 175 B parameters at 9
 process group. Every case runs in a process of its own: import, build, then the stages of `parallelize()` up to the lowered graph of rank 0:
 
     capture    the model as one flat graph            (capture.export.capture)
-    solve      graph -> Plan                          (passes.decide.decide)
-    lower      Plan -> local graph of this rank       (runtime.program.lowered)
-    ledger     the collectives of the lowered graph   (passes.ledger.ledger)
+    solve      graph -> Plan                          (compile.decide.decide)
+    lower      Plan -> local graph of this rank       (passes.order.lowered)
+    ledger     the collectives of the lowered graph   (compile.ledger.ledger)
     blocks     the modules that run the graph         (runtime.blocks.build, parameters on meta)
 
 Times are processor seconds of the one thread that does it all, which other work on the machine does not enter; the last is wall time.
@@ -35,8 +35,10 @@ import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
-import meshpar.compile.program as program  # noqa: E402
 from benchmarks.measuring import machine  # noqa: E402
+from meshpar.compile import lowering, planning, programs  # noqa: E402
+from meshpar.compile.program import Program  # noqa: E402
+from meshpar.passes import order  # noqa: E402
 from meshpar.runtime import blocks  # noqa: E402
 
 STAGES = ("build", "capture", "solve", "lower", "ledger", "blocks")
@@ -101,7 +103,7 @@ def build(kind: str, layers: int) -> nn.Module:
 
 
 class Clock:
-    """Processor seconds per stage; functions of the package are timed where the program module calls them."""
+    """Processor seconds per stage; functions of the package are timed where `meshpar.compile` calls them."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
@@ -131,8 +133,10 @@ def case(kind: str, layers: int, dp: int, tp: int, profile: str | None) -> dict[
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=dp * tp)
     mesh = mp.make_mesh(f"dp={dp},tp={tp}")
     clock = Clock()
-    for function, name in (("capture", "capture"), ("decide", "solve"), ("lowered", "lower"), ("ledger", "ledger")):
-        clock.wrap(program, function, name)
+    clock.wrap(programs, "capture", "capture")
+    clock.wrap(planning, "decide", "solve")
+    clock.wrap(order, "lowered", "lower")
+    clock.wrap(lowering, "ledger", "ledger")
     with clock.stage("build"):
         model = build(kind, layers)
     batch = {name: torch.zeros(1, 2048, dtype=torch.long) for name in ("input_ids", "labels")}
@@ -154,8 +158,8 @@ def case(kind: str, layers: int, dp: int, tp: int, profile: str | None) -> dict[
     }
 
 
-def _make(model: nn.Module, mesh: Any, batch: dict[str, torch.Tensor], clock: Clock) -> program.Program:
-    made = program.Programs(model, mesh, mp.ParallelConfig()).make((), batch, training=True)
+def _make(model: nn.Module, mesh: Any, batch: dict[str, torch.Tensor], clock: Clock) -> Program:
+    made = programs.Programs(model, mesh, mp.ParallelConfig()).make((), batch, training=True)
     with clock.stage("blocks"):
         parameters = {n: nn.Parameter(p.detach().to("meta")) for n, p in model.named_parameters()}
         buffers = {n: b.detach().to("meta") for n, b in model.named_buffers()}
@@ -163,7 +167,7 @@ def _make(model: nn.Module, mesh: Any, batch: dict[str, torch.Tensor], clock: Cl
     return made
 
 
-def _profiled(path: str | None, run: Callable[[], program.Program]) -> program.Program:
+def _profiled(path: str | None, run: Callable[[], Program]) -> Program:
     if path is None:
         return run()
     import cProfile

@@ -50,7 +50,7 @@ def made(task: str, kind: str, mesh: str) -> dict[str, Any]:
 def texts(model: Any, batch: Any, mesh: str) -> dict[str, Any]:
     """The captured graph, the plan and the code of a model, as texts."""
     import meshpar as mp
-    from meshpar.compile.program import Programs
+    from meshpar.compile.programs import Programs
     from meshpar.errors import MeshparError
     from meshpar.graph.text import lines
     from meshpar.mesh import parse_mesh

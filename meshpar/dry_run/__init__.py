@@ -21,7 +21,8 @@ from torch import nn
 
 from meshpar import roles
 from meshpar.api import Example, check_supported, example_of
-from meshpar.compile.program import Program, Programs
+from meshpar.compile.program import Program
+from meshpar.compile.programs import Programs
 from meshpar.config import ParallelConfig
 from meshpar.dry_run.ledger import ledger
 from meshpar.dry_run.memory import needs

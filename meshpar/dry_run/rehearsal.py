@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshpar._torch import FakeStore, FakeTensorMode, local_of
-from meshpar.compile.program import Program, Programs
+from meshpar.compile.program import Program
+from meshpar.compile.programs import Programs
 from meshpar.compile.split import StageGraph
 from meshpar.config import ParallelConfig
 from meshpar.dry_run.tape import MachineTape, Sounding, TapeMark, alive, levels

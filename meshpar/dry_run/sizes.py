@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from meshpar.api import Example, example_of
-from meshpar.compile.program import Programs
+from meshpar.compile.programs import Programs
 from meshpar.config import ParallelConfig
 from meshpar.dry_run.rehearsal import absent
 from meshpar.errors import ConfigError

@@ -26,7 +26,10 @@ from meshpar.capture.export import capture
 from meshpar.capture.structure import order_of
 from meshpar.compile.decide import Decision, StageRequest, decide
 from meshpar.compile.denominators import Split, split_denominators
-from meshpar.compile.program import BatchSignature, Program, flatten, in_stages, parameter_facts, parts_of
+from meshpar.compile.lowering import in_stages
+from meshpar.compile.program import Program, parts_of
+from meshpar.compile.programs import parameter_facts
+from meshpar.compile.signature import BatchSignature, flatten
 from meshpar.compile.split import StageGraph
 from meshpar.compile.stages import Budget, Staging, choose
 from meshpar.errors import BatchError, ConfigError, near

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar._torch import alone as alone_in
 from meshpar._torch import forget_meshes
-from meshpar.compile.program import Program, left_alone
+from meshpar.compile.program import Program
+from meshpar.compile.summed import left_alone
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
 from meshpar.init.meta import Share, WeightsFrom, materialise

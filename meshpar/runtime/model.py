@@ -13,7 +13,9 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from meshpar.capture.state.places import ABSENT
 from meshpar.capture.state.taken import without_autocast
-from meshpar.compile.program import BatchSignature, Program, Programs, flatten, parts_of, restore
+from meshpar.compile.program import Program, parts_of, restore
+from meshpar.compile.programs import Programs
+from meshpar.compile.signature import BatchSignature, flatten
 from meshpar.compile.state.following import show
 from meshpar.config import ParallelConfig
 from meshpar.errors import BatchError, ConfigError

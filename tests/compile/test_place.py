@@ -14,12 +14,12 @@ from meshpar._torch import without_modes
 from meshpar.capture.export import capture
 from meshpar.compile.decide import Decision, StageRequest, decide
 from meshpar.compile.place import place
-from meshpar.compile.program import lowered
 from meshpar.compile.split import StageGraph, split
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import facts, gives_several, info_of
 from meshpar.mesh import mesh_sizes, typed_axes
 from meshpar.ops.load import Tally
+from meshpar.passes.order import lowered
 from meshpar.plan import Plan
 from meshpar.sharding.types import Shard
 from meshpar.simulate import local_tensors, per_rank
@@ -91,7 +91,8 @@ def staged(model: nn.Module, batch: dict[str, Tensor], mesh: str, follow: bool) 
     axes = typed_axes(there)
     data = {a.name: frozenset(captured.parameters) for a in axes if a.name != "tp"}
     cut = {(a.name, n) for a in axes for n, p in plan.parameters.items() if isinstance(p.placements.get(a.name), Shard)}
-    graph = lowered(captured, plan, axes, {a: frozenset(n for n in names if (a, n) not in cut) for a, names in data.items()})
+    summed = {a: frozenset(n for n in names if (a, n) not in cut) for a, names in data.items()}
+    graph = lowered(captured.graph, {a.axis: a for a in plan.axes}, axes, frozenset(captured.parameters), summed)
     return captured, plan, split(graph, 2, parameters=captured.parameters)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import meshpar as mp
 from meshpar.cli.look import explained
-from meshpar.compile import program
+from meshpar.compile.programs import Programs
 from meshpar.errors import BatchError, ConfigError, PlanError
 from meshpar.init.weights import Lazy
 from meshpar.pipeline import run as pipeline
@@ -339,7 +339,7 @@ def refused() -> list[str]:
         {"microbatches": 5, "schedule": "interleaved-1f1b"},
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program.Programs, "make", lambda *args, **kwargs: pytest.fail("captured"))
+        patch.setattr(Programs, "make", lambda *args, **kwargs: pytest.fail("captured"))
         for one in fields:
             with pytest.raises(ConfigError) as config:
                 mp.parallelize(model, mesh, example=batch, config=mp.ParallelConfig(**one))

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import meshpar as mp
 from meshpar._torch import FakeStore
-from meshpar.compile.program import Programs
+from meshpar.compile.programs import Programs
 from meshpar.plan import Plan
 from meshpar.sharding.types import Shard
 

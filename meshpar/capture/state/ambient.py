@@ -68,7 +68,7 @@ TABLE: tuple[Row, ...] = (
     Row("modules put in the place of others on the model given", "refused", "looked at before every step, while somebody has it"),
     Row("parameters, buffers and modules put in the place of others on pm", "refused", "programs run over those of parallelize"),
     Row("dtype and device of pm", "refused", "programs were captured in them"),
-    Row("structure, shapes, dtypes, layouts of a batch, whether it requires grad", "key", "compile.program.BatchSignature"),
+    Row("structure, shapes, dtypes, layouts of a batch, whether it requires grad", "key", "compile.signature.BatchSignature"),
     Row("what a batch holds beside tensors", "key", "by type and value; objects are refused"),
     Row(
         "what forward writes to attributes",

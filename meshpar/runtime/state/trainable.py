@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from meshpar.compile.program import Programs
+from meshpar.compile.programs import Programs
 from meshpar.errors import ConfigError
 from meshpar.runtime.parameters.tensors import ModelTensor
 

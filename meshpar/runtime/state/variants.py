@@ -19,7 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.capture.state.ambient import TABLE
 from meshpar.capture.state.places import Place, described, same
-from meshpar.compile.program import BatchSignature, Program, Programs
+from meshpar.compile.program import Program
+from meshpar.compile.programs import Programs
+from meshpar.compile.signature import BatchSignature
 from meshpar.compile.state.following import Shown
 from meshpar.compile.state.held import Held
 from meshpar.errors import CaptureError, ConfigError, PlanError

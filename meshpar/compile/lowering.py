@@ -1,0 +1,69 @@
+"""From a graph and its plan to what a rank runs: pure, without communication; ranks have agreed before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import fx
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshpar.compile.hooks import check_stages
+from meshpar.compile.ledger import ledger
+from meshpar.compile.place import place
+from meshpar.compile.program import Program
+from meshpar.compile.signature import BatchSignature
+from meshpar.compile.split import split
+from meshpar.compile.summed import unmanaged
+from meshpar.config import ParallelConfig
+from meshpar.graph.captured import Captured
+from meshpar.mesh import typed_axes
+from meshpar.passes import order
+from meshpar.pipeline.order import Schedule
+from meshpar.plan import Plan
+from meshpar.roles import ROLES
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """Makes the programs of one rank."""
+
+    mesh: DeviceMesh
+    config: ParallelConfig
+    schedule: Schedule | None
+
+    def program(self, signature: BatchSignature, captured: Captured, plan: Plan) -> Program:
+        """That of a step; with a pipeline, by stages (then the ledger is still to come: stages of one rank do not send to each other)."""
+        if self.schedule is None:
+            return self.whole(signature, captured, plan)
+        graph = self._lowered(captured, plan)
+        if self.schedule.defers(self.config.microbatches):
+            graph = order.deferred(graph, frozenset(captured.parameters))
+        program = in_stages(Program(signature, captured, plan, graph))
+        check_stages(program.all_stages, [stage.rank for stage in plan.stages], captured.hooks)
+        for stage in (*program.all_stages, *program.stages):
+            self._finished(stage.graph)
+        return program
+
+    def whole(self, signature: BatchSignature, captured: Captured, plan: Plan) -> Program:
+        """One that every rank runs from its first to its last call."""
+        graph = self._lowered(captured, plan)
+        return Program(signature, captured, replace(plan, ledger=ledger(graph)), self._finished(graph))
+
+    def _lowered(self, captured: Captured, plan: Plan) -> fx.Graph:
+        if plan.stages:
+            place(captured.graph, plan.stages, {name: p.stages for name, p in plan.parameters.items()})
+        axes = typed_axes(self.mesh)
+        summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if ROLES[a.name].sums}
+        return order.lowered(captured.graph, {a.axis: a for a in plan.axes}, axes, frozenset(captured.parameters), summed)
+
+    def _finished(self, graph: fx.Graph) -> fx.Graph:
+        return order.finished(graph, results=self.config.recompute != "selective")
+
+
+def in_stages(program: Program) -> Program:
+    """The program with its graph cut into the stages of its plan, as every call is marked."""
+    captured, count = program.captured, len(program.plan.stages)
+    cut = partial(split, program.graph, count, parameters=frozenset(captured.parameters), mutations=captured.mutations)
+    every = cut()
+    return replace(program, all_stages=every, stages=every if captured.loss is None else cut(wanted=(captured.loss,)))

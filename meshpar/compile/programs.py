@@ -1,0 +1,184 @@
+"""From a model and a batch to a program: capture, plan, lower. One program per batch structure and state of Python."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshpar._torch import without_modes
+from meshpar.capture.copies import copied, memories, refuse_originals
+from meshpar.capture.export import capture
+from meshpar.capture.hooks.models import ModelHooks
+from meshpar.capture.state.places import Place
+from meshpar.capture.state.taken import Ask, say
+from meshpar.capture.structure import order_of
+from meshpar.compile.denominators import Split, split_denominators
+from meshpar.compile.given import ParameterFacts
+from meshpar.compile.hooks import check_microbatches
+from meshpar.compile.ledger import staged_ledger
+from meshpar.compile.lowering import Lowering
+from meshpar.compile.planning import Planner
+from meshpar.compile.program import Program
+from meshpar.compile.signature import BatchSignature, flatten
+from meshpar.compile.state.following import Following
+from meshpar.compile.state.held import variant
+from meshpar.config import ParallelConfig
+from meshpar.errors import BatchError
+from meshpar.graph.captured import Captured
+from meshpar.mesh import data_axis, typed_axes
+from meshpar.passes import order
+from meshpar.pipeline.order import Schedule
+from meshpar.plan import Plan
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was captured for one batch, as a step of several microbatches runs it."""
+
+    signature: BatchSignature
+    parts: Split
+
+
+class Programs:
+    """Makes programs for one model on one mesh: `make` is `lowered(planned(seen(batch)))`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        config: ParallelConfig,
+        *,
+        rules: Mapping[str, str] | None = None,
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        self.hooks = ModelHooks(model)
+        self.skeleton = _skeleton(model)
+        self.following = Following(model, self.skeleton)
+        self.originals = memories(model)
+        self.ordered = order_of(model)
+        self.mesh, self.config, self.loss_fn = mesh, config, loss_fn
+        self.parameters = dict(parameter_facts(model))
+        """As programs are made for them; `first`: as parallelize saw them."""
+        self.first: ParameterFacts = dict(self.parameters)
+        self.planner = Planner(mesh, config, rules, plan)
+        self.lowering = Lowering(mesh, config, self.planner.schedule)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The pipeline's schedule, if the mesh has one."""
+        return self.planner.schedule
+
+    def copy(self) -> Programs:
+        """The same for another copy of the model, whose attributes and modes are its own."""
+        new = copy.copy(self)
+        new.skeleton = _skeleton(self.skeleton)
+        new.following = self.following.copy(new.skeleton)
+        new.parameters, new.planner = dict(self.parameters), self.planner.copy()
+        return new
+
+    def set_trainable(self, flags: Mapping[str, bool]) -> None:
+        """From now on, programs are made for parameters of which these require gradients, or do not."""
+        for name, flag in flags.items():
+            self.skeleton.get_parameter(name).requires_grad_(flag)
+            self.parameters[name] = (*self.parameters[name][:2], flag)
+
+    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, microbatches: int = 1, **state: Any) -> Program:
+        """The program for a batch like this one, and for the state of this moment. Collective over the mesh the first time.
+
+        `state`: see `seen`.
+        """
+        seen = self.seen(args, kwargs, training=training, microbatches=microbatches, **state)
+        return self.lowered(seen, self.planned(seen))
+
+    def seen(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        training: bool,
+        microbatches: int = 1,
+        numbers: Sequence[Place] = (),
+        roots: Mapping[str, Any] | None = None,
+        trainable: str = "",
+    ) -> Seen:
+        """What the model computes for a batch like this one, for each of `microbatches`.
+
+        `numbers`: places whose numbers become inputs, `roots`: where those begin that are not in the model. `trainable`: a name for which
+        parameters require gradients.
+        """
+        _, signature = flatten(args, self.ordered(kwargs), training)
+        ask = Ask(self.following.original, tuple(numbers), roots or {}, torch.is_grad_enabled())
+        captured = self._captured(args, kwargs, microbatches, ask)
+        refuse_originals(captured.constants, self.originals)
+        self.originals = {}  # (the model may be gone when the next program is made, and its memory somebody else's)
+        say(captured.state.notes, self.skeleton)
+        return Seen(replace(signature, state=f"{variant(captured.state)}{trainable}"), _parted(captured, microbatches))
+
+    def planned(self, seen: Seen) -> Plan:
+        """Where values and parameters lie, and what moves: decided on the first rank of the mesh for all. Collective."""
+        return self.planner.plan(seen.parts.captured, self.parameters)
+
+    def lowered(self, seen: Seen, plan: Plan) -> Program:
+        """What this rank runs. Collective where a pipeline's ledger or a loss's denominators are to be agreed on."""
+        parts, counts = seen.parts, None
+        if parts.counts is not None:
+            counting = self.planner.plan_counts(parts.counts, self.parameters)
+            counts = self.lowering.whole(seen.signature.counting, parts.counts, counting)
+        program = self._with_ledger(self.lowering.program(seen.signature, parts.captured, plan))
+        return replace(program, counts=counts, averaged=parts.averaged, within=parts.within)
+
+    def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, ask: Ask) -> Captured:
+        with without_modes():
+            captured = capture(
+                self.skeleton,
+                args,
+                kwargs,
+                device=torch.device(self.mesh.device_type),
+                scale=data_axis(self.mesh).size,
+                divide=microbatches,
+                loss_fn=self.loss_fn,
+                dtype=self.config.precision.compute_dtype,
+                given=self.hooks.given,
+                ask=ask,
+            )
+        order.before(captured.graph, typed_axes(self.mesh))
+        return captured
+
+    def _with_ledger(self, program: Program) -> Program:
+        """With the communication of a pipeline as the first rank has it: where values are cut unevenly, no rank sends more."""
+        if not program.stages:
+            return program
+        ranks = [stage.rank for stage in program.plan.stages]
+        sent = self.planner.from_first_rank(lambda: staged_ledger(program.stages, ranks))
+        return replace(program, plan=replace(program.plan, ledger=sent))
+
+
+def parameter_facts(model: nn.Module) -> ParameterFacts:
+    """The shape, the dtype and whether it is trained, of every parameter."""
+    return {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
+
+
+def _parted(captured: Captured, microbatches: int) -> Split:
+    if microbatches == 1:
+        return Split(captured, None, ())
+    if captured.loss is None:
+        raise BatchError(
+            "a step of several microbatches needs a loss: pass labels if the model computes it from them, or loss_fn= to parallelize."
+        )
+    check_microbatches(captured)
+    return split_denominators(captured, microbatches)
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters have no memory, so that new shapes can be captured when the model is gone."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copied(model, memo)

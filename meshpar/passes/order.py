@@ -1,0 +1,88 @@
+"""The sequence of passes, and why it is that one.
+
+    captured ── before() ── decided on ── lowered() ── deferred() ── cut into stages ── finished() ── what the runtime is given
+
+before     Batch norm is written out first: its statistics then are sums like any other, and the types see them. Masks of attention are read
+           while they are whole: a part of a causal mask is not causal.
+lowered    `Lower`, outermost axis first, as they were typed: the types of the next one speak of the sizes that are left.
+           `SimplifyAttention` again: a mask that is causal with the sizes of this rank need not be read.
+           `ReduceGradients`: the sum of a gradient becomes a conversion of the parameter, so every use of it must be in the graph.
+           `Coalesce` joins conversions of small parameters: those of every axis must be there.
+           `SeedRandom` and `TallyExperts` ask for inputs of their own; they read the operators that are left, and nothing reads them.
+deferred   Only for schedules that put the gradients of weights off, and after lowering: the products that are split must be local ones.
+finished   `Reuse` is the last: memory that nothing reads any more is known when no pass adds a reader, and when stages are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from meshpar.mesh import Axis
+from meshpar.passes.attention import SimplifyAttention
+from meshpar.passes.batch_norm import expand_batch_norm
+from meshpar.passes.coalesce import Coalesce
+from meshpar.passes.lower import Lower
+from meshpar.passes.randomness import SeedRandom
+from meshpar.passes.reduce import ReduceGradients
+from meshpar.passes.reuse import Reuse
+from meshpar.passes.tally import TallyExperts
+from meshpar.passes.weight_gradients import DeferWeightGradients
+from meshpar.plan import AxisPlan
+from meshpar.roles import ROLES
+
+
+def before(graph: fx.Graph, axes: Sequence[Axis]) -> None:
+    """What is made of the captured graph, in place, before anything is decided about it. `axes`: those that values are typed on."""
+    divided = {ROLES[axis.name].divides for axis in axes if axis.size > 1}
+    if any(axis.size > 1 and ROLES[axis.name].own_batches for axis in axes):
+        expand_batch_norm(graph)
+    if "sequence" in divided:
+        SimplifyAttention(windows=True)(graph)
+
+
+def lowered(
+    graph: fx.Graph,
+    plans: Mapping[str, AxisPlan],
+    axes: Sequence[Axis],
+    parameters: frozenset[str],
+    summed: Mapping[str, frozenset[str]] | None = None,
+) -> fx.Graph:
+    """The graph as this rank runs it; the given one is left as it is.
+
+    `plans`: axis -> the types decided on it. `axes`: in the order of typing. `summed`: axis -> parameters whose gradients the graph itself
+    sums over it; those of the others are left to whoever shares parameters out.
+    """
+    whole = graph
+    for axis in axes:
+        if axis.name in plans:
+            graph = Lower(plans[axis.name], axis)(graph)
+    if graph is whole:
+        graph = _copied(graph)
+    graph = SimplifyAttention()(graph)
+    for axis in axes:
+        names = (summed or {}).get(axis.name)
+        if names and axis.size > 1:
+            graph = ReduceGradients(axis, names & parameters)(graph)
+    graph = Coalesce(parameters)(graph)
+    graph = SeedRandom(tuple(axes))(graph)
+    return TallyExperts()(graph)
+
+
+def deferred(graph: fx.Graph, parameters: frozenset[str]) -> fx.Graph:
+    """The lowered graph with the gradients of weights put off, for schedules that compute them in actions of their own."""
+    return DeferWeightGradients(parameters)(graph)
+
+
+def finished(graph: fx.Graph, *, results: bool) -> fx.Graph:
+    """The graph that runs: memory that nothing reads again is used again. `results`: also that of results, which recompute may need."""
+    return Reuse(results=results)(graph)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = new.node_copy(node, lambda n: mapping[n])
+    return new
