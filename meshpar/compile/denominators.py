@@ -12,7 +12,7 @@ load-balancing loss) is not additive over microbatches: the step takes the mean 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -28,6 +28,7 @@ from meshpar.ops.expect import EXPECT
 from meshpar.passes.batch_norm import takes_statistics
 from meshpar.passes.inputs import add_input, extra_inputs
 from meshpar.passes.own_terms import share_out
+from meshpar.passes.samples import Samples, mixing
 
 aten = torch.ops.aten
 
@@ -42,7 +43,7 @@ class Split:
     averaged: tuple[str, ...]
     """Terms of the loss that are averaged over microbatches, by the submodule, or the source line, that computes them."""
     within: tuple[str, ...] = ()
-    """Submodules that take statistics of the samples they see: those of a microbatch."""
+    """Submodules, with lines where they are not known for it, that take the samples they see together: those of a microbatch."""
 
 
 def split_denominators(captured: Captured, microbatches: int) -> Split:
@@ -52,8 +53,10 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     mapping: dict[fx.Node, fx.Node] = {}
     for node in captured.graph.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    added, mixing = share_out(graph, microbatches, captured.batch_dims)
+    samples = Samples(graph, captured.batch_dims)
+    added, together = share_out(graph, microbatches, samples)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    mixed = mixing(samples, graph, [output.args[0][captured.loss]])
     terms = _Terms(graph, microbatches, captured.batch_dims, frozenset(captured.state.inputs))
     values = list(output.args[0])
     loss = terms.rewrite(values[captured.loss])
@@ -67,9 +70,19 @@ def split_denominators(captured: Captured, microbatches: int) -> Split:
     graph.eliminate_dead_code(lambda node: _is_kept(node) or node.target is EXPECT)
     graph.lint()
     names = (*captured.inputs, *extra_inputs(graph).denominators)
-    within = dict.fromkeys([*(_place(node) for node in graph.nodes if takes_statistics(node)), *mixing])
+    within = dict.fromkeys([*_statistics([n for n in graph.nodes if takes_statistics(n)], mixed), *together])
     averaged = tuple(dict.fromkeys([*terms.averaged, *added]))
     return Split(replace(captured, graph=graph, inputs=names), counts, averaged, tuple(within))
+
+
+def _statistics(known: Sequence[fx.Node], mixed: Sequence[fx.Node]) -> list[str]:
+    """Where samples are taken together: submodules known for it, and the lines of others."""
+    places = list(dict.fromkeys(map(_place, known)))
+    lines: dict[str, dict[str, None]] = {}
+    for node in mixed:
+        if _place(node) not in places:
+            lines.setdefault(str(facts(node).module or "the model"), {})[str(facts(node).source or node.name)] = None
+    return [*places, *(f"{module} ({', '.join(found)})" for module, found in lines.items())]
 
 
 def _place(node: fx.Node) -> str:

@@ -31,7 +31,7 @@ class Program:
     averaged: tuple[str, ...] = ()
     """Terms of the loss that are averaged over microbatches."""
     within: tuple[str, ...] = ()
-    """Modules that take statistics of a microbatch."""
+    """Where the samples of a microbatch are taken together: modules, and lines."""
     stages: tuple[StageGraph, ...] = ()
     """Where the mesh has a pipeline: the graph by stages, returning the loss alone."""
     all_stages: tuple[StageGraph, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -173,7 +174,14 @@ def _parted(captured: Captured, microbatches: int) -> Split:
             "a step of several microbatches needs a loss: pass labels if the model computes it from them, or loss_fn= to parallelize."
         )
     check_microbatches(captured)
-    return split_denominators(captured, microbatches)
+    parts = split_denominators(captured, microbatches)
+    if parts.within:
+        warnings.warn(
+            f"microbatches={microbatches}: samples are taken together in {', '.join(parts.within)}. As in any gradient accumulation, these "
+            "are the samples of a microbatch, not of the whole batch; with microbatches=1 all are seen.",
+            stacklevel=2,
+        )
+    return parts
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

@@ -9,27 +9,25 @@ that of a microbatch, which is the whole one's only for values of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 
 from torch import fx
 
 from meshpar.errors import PlanError, raise_all
 from meshpar.graph.facts import facts
-from meshpar.graph.op import Op, read, value_of
+from meshpar.graph.op import Op, read
 from meshpar.ops.own_backward import function_of_operator, nature_of_operator
-from meshpar.sharding.infer import Inference, infer
+from meshpar.passes.samples import Samples
 
 
-def share_out(graph: fx.Graph, microbatches: int, split: Mapping[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Rewrite the calls with a backward of their own, in place. `split`: inputs that are cut into microbatches -> their dim.
+def share_out(graph: fx.Graph, microbatches: int, samples: Samples) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Rewrite the calls with a backward of their own, in place. `samples`: where those of the graph are that are cut into microbatches.
 
     Returns the modules of terms that are averaged, and of calls that mix the samples of a microbatch. Raises PlanError for what is neither.
     """
     calls = [node for node in graph.nodes if node.op == "call_function" and facts(node).nature is not None]
     if not calls:
         return (), ()
-    samples = _Samples(graph, split)
     averaged, within, complaints = dict[str, None](), dict[str, None](), list[str]()
     for node in calls:
         call = _Call(read(node), samples)
@@ -58,33 +56,10 @@ def _told(node: fx.Node, what: str, microbatches: int) -> str:
     )
 
 
-class _Samples:
-    """Which dims of which values hold samples."""
-
-    def __init__(self, graph: fx.Graph, split: Mapping[str, int]) -> None:
-        self.inference: Inference = infer(graph)
-        self.factors: set[int] = set()
-        self.reached: set[fx.Node] = set()
-        extents = self.inference.extents
-        for node in graph.nodes:
-            if node.op == "placeholder" and str(node.target) in split:
-                self.reached.add(node)
-                one = self.inference.dims[node, 0][split[str(node.target)]]
-                self.factors.update(() if one is None else (extents.find(one), *extents.leaves(one)))
-            elif any(source in self.reached for source in node.all_input_nodes):
-                self.reached.add(node)
-
-    def dims(self, node: fx.Node) -> frozenset[int]:
-        """The dims of a value along which its samples lie."""
-        extents = self.inference.extents
-        axes = self.inference.dims.get(value_of(node), ())
-        return frozenset(d for d, one in enumerate(axes) if one is not None and self.factors & {extents.find(one), *extents.leaves(one)})
-
-
 class _Call:
     """A call with a backward of its own, and where its samples are."""
 
-    def __init__(self, op: Op, samples: _Samples) -> None:
+    def __init__(self, op: Op, samples: Samples) -> None:
         nature = op.nature
         assert nature is not None
         self.op, self.nature = op, nature

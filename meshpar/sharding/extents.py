@@ -124,6 +124,11 @@ class Extents:
             return (one,)
         return tuple(dict.fromkeys(leaf for p in parts[1] for leaf in self.leaves(p)))
 
+    def in_segments(self, one: int) -> bool:
+        """Whether an extent is a row of several, one after another."""
+        parts = self._parts[self.find(one)]
+        return parts is not None and parts[0] == "+"
+
     def cuttable(self, one: int) -> tuple[int, ...]:
         """What an extent could be cut along, best first: its undivided factors, outermost first, each product of some right after them.
 
