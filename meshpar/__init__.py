@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from meshpar.mesh import data_rank, local_batch, make_mesh, rank_grid
     from meshpar.pipeline import plot, schedule, timing
     from meshpar.plan import Plan
-    from meshpar.proof.verify import Report, VerificationError, verify
+    from meshpar.proof.report import Report, VerificationError
+    from meshpar.proof.verify import verify
     from meshpar.runtime.model import ParallelModel
     from meshpar.runtime.parameters.gradients import clip_grad_norm_, grad_norm
     from meshpar.runtime.parameters.scaler import GradScaler

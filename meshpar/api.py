@@ -17,9 +17,10 @@ from meshpar.capture.structure import order_of
 from meshpar.compile.agreement import agree_on_values
 from meshpar.compile.programs import Programs
 from meshpar.config import ParallelConfig
+from meshpar.consensus import agree, check_batch
 from meshpar.errors import ConfigError
 from meshpar.init.meta import WeightsFrom
-from meshpar.mesh import agree, check_batch, check_mesh, mesh_sizes
+from meshpar.mesh import check_mesh, mesh_sizes
 from meshpar.pipeline.order import schedule_of
 from meshpar.plan import Plan
 from meshpar.roles import ROLES

@@ -1,4 +1,4 @@
-"""Meshes: what is accepted, what every error says, ranks on each axis, shares of a batch, agreement."""
+"""Meshes: what is accepted, what every error says, ranks on each axis, shares of a batch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from meshpar import roles
 from meshpar._torch import FakeStore
-from meshpar.errors import BatchError, ConfigError, PlanError
+from meshpar.consensus import agree, check_batch
+from meshpar.errors import BatchError, ConfigError
 from meshpar.mesh import (
     Axis,
-    agree,
     axis,
-    check_batch,
     check_mesh,
     data_axis,
     data_rank,
@@ -188,43 +187,3 @@ def test_simulated_ranks(simulated: Callable[[int], Any]) -> None:
             share = local_tensors(local_batch({"x": batch}, mesh)["x"])
             assert [share[r].tolist() for r in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
         agree("a", mesh, "the plan")
-
-
-def rank_agrees(values: dict[int, str]) -> str:
-    mesh = make_mesh("dp=2,tp=2")
-    agree("same", mesh, "the plan")
-    try:
-        agree(values.get(dist.get_rank(), "same"), mesh, "the plan")
-    except PlanError as error:
-        return str(error)
-    return ""
-
-
-def rank_checks_batch(which: str) -> str:
-    mesh = make_mesh("dp=2,tp=2")
-    rank = dist.get_rank()
-    check_batch(local_batch({"x": torch.arange(4)}, mesh), mesh)
-    batches = {
-        "content": torch.arange(4) + (rank == 2),
-        "shape": torch.arange(4 + (rank == 1)),
-        "dtype": torch.arange(4.0).to([torch.float32, torch.half][rank == 0]),
-    }
-    try:
-        check_batch({"x": batches[which]}, mesh)
-    except BatchError as error:
-        return str(error)
-    return ""
-
-
-def test_ranks_that_differ_are_named_on_every_rank(gloo: Any) -> None:
-    for rank, text in enumerate(gloo.run(rank_agrees, {3: "other"}, world=4)):
-        assert text.startswith(f"the plan differs between ranks: rank 3 of 4 differ from the rest. This is rank {rank}; its fingerprint is")
-    assert "ranks 0, 1 of 4 differ" in gloo.run(rank_agrees, {0: "a", 1: "b"}, world=4)[2]
-
-
-def test_batches_that_differ_are_named_on_every_rank(gloo: Any) -> None:
-    for text in gloo.run(rank_checks_batch, "content", world=4):
-        assert text.startswith("ranks that differ only on tp must be fed the same batch") and text.endswith("rank 3 of ranks 2, 3.")
-    assert "the batch of rank 1 has other names, shapes or dtypes" in gloo.run(rank_checks_batch, "shape", world=4)[0]
-    text = gloo.run(rank_checks_batch, "dtype", world=4)[0]
-    assert "the batch of rank 0 has other" in text and "This is rank 0, which has ['x']: torch.float16 (4,)" in text

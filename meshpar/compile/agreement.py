@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar._torch import OpOverload, pytree
+from meshpar.consensus import agree_on_lines, is_real
 from meshpar.graph import text
 from meshpar.graph.captured import Captured
 from meshpar.init.fit import Weights
@@ -17,7 +18,6 @@ from meshpar.init.meta import WeightsFrom, record_initialisation
 from meshpar.init.record import mark_of, ref_of
 from meshpar.init.tape import TapedOp, TapedView
 from meshpar.init.weights import Files
-from meshpar.mesh import agree_on_lines, is_real
 
 _ORDER = (
     "Every rank must pass the same model and build it in the same way. What differs from process to process is the order of a set of "

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from torch import fx
 
+from meshpar.compile.ground import Staging
 from meshpar.compile.place import place
 from meshpar.compile.split import mark, split
-from meshpar.compile.stages import Staging, choose
+from meshpar.compile.stages import choose
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Info

@@ -18,10 +18,11 @@ from meshpar.compile.agreement import agree_on_graph
 from meshpar.compile.decide import Decision, StageRequest, decide
 from meshpar.compile.given import ParameterFacts, check_given
 from meshpar.config import ParallelConfig
+from meshpar.consensus import agree
 from meshpar.errors import ConfigError, PlanError
 from meshpar.graph.captured import Captured
 from meshpar.graph.text import fingerprint
-from meshpar.mesh import agree, mesh_sizes, typed_axes
+from meshpar.mesh import mesh_sizes, typed_axes
 from meshpar.pipeline.order import schedule_of
 from meshpar.plan import ParameterPlan, Plan
 from meshpar.roles import dividing

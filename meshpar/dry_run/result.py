@@ -15,7 +15,7 @@ from meshpar.pipeline.schedule import Order
 from meshpar.planner import CONVENTIONS, Hardware, StepTime, Workload
 from meshpar.planner.cost import PARTS
 from meshpar.planner.hardware import GiB
-from meshpar.report.explain import count, table
+from meshpar.report.text import count, table
 
 
 @dataclass(frozen=True)

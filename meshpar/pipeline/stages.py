@@ -26,12 +26,13 @@ from meshpar.capture.export import capture
 from meshpar.capture.structure import order_of
 from meshpar.compile.decide import Decision, StageRequest, decide
 from meshpar.compile.denominators import Split, split_denominators
+from meshpar.compile.ground import Budget, Staging
 from meshpar.compile.lowering import in_stages
 from meshpar.compile.program import Program, parts_of
 from meshpar.compile.programs import parameter_facts
 from meshpar.compile.signature import BatchSignature, flatten
 from meshpar.compile.split import StageGraph
-from meshpar.compile.stages import Budget, Staging, choose
+from meshpar.compile.stages import choose
 from meshpar.errors import BatchError, ConfigError, near
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Info

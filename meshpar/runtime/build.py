@@ -16,10 +16,11 @@ from meshpar._torch import forget_meshes
 from meshpar.compile.program import Program
 from meshpar.compile.summed import left_alone
 from meshpar.config import ParallelConfig
+from meshpar.consensus import spread
 from meshpar.errors import ConfigError
 from meshpar.init.meta import Share, WeightsFrom, materialise
 from meshpar.init.weights import Lazy
-from meshpar.mesh import axis, spread, stage_axis
+from meshpar.mesh import axis, stage_axis
 from meshpar.pipeline.order import Schedule
 from meshpar.pipeline.run import Pipelined
 from meshpar.pipeline.ties import Ties

@@ -18,10 +18,10 @@ from meshpar.compile.programs import Programs
 from meshpar.compile.signature import BatchSignature, flatten
 from meshpar.compile.state.following import show
 from meshpar.config import ParallelConfig
+from meshpar.consensus import check_batch, check_whole
 from meshpar.errors import BatchError, ConfigError
 from meshpar.graph.facts import info_of
 from meshpar.init.weights import tensor_groups
-from meshpar.mesh import check_batch, check_whole
 from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
 from meshpar.pipeline.run import Pipelined

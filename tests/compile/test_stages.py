@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from meshpar.compile.ground import Budget, Staging
 from meshpar.compile.split import mark, shared_parameters, split
-from meshpar.compile.stages import Budget, Staging, choose
+from meshpar.compile.stages import choose
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import facts, gives_several, info_of

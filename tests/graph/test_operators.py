@@ -15,7 +15,8 @@ from meshpar.capture.check import number_seeds
 from meshpar.capture.simplify import simplify
 from meshpar.cli.look import explained
 from meshpar.compile.denominators import split_denominators
-from meshpar.compile.stages import Budget, _attention, _Ground
+from meshpar.compile.ground import Budget, Ground
+from meshpar.compile.narrow import _attention
 from meshpar.graph import operators
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.facts import facts, info_of
@@ -346,7 +347,7 @@ def test_explain() -> None:
 def test_stages_are_not_cut_inside_what_weighs(weighs: bool) -> None:
     known(**all_facts(), weighs=weighs)
     captured = captured_of(Net(), {"x": torch.randn(4, 8, 16)})
-    assert bool(_attention(_Ground(captured, None, lambda node: 1.0, Budget()))) == weighs
+    assert bool(_attention(Ground(captured, None, lambda node: 1.0, Budget()))) == weighs
 
 
 class Counting(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from meshpar.cli.look import explained
 from meshpar.config import ParallelConfig
 from meshpar.plan import ParameterPlan, Plan
-from meshpar.report.explain import _enumerated, _local, _words
+from meshpar.report.parameters import _local, _words, enumerated
 from meshpar.report.text import Readable, count, table
 from meshpar.runtime.model import ParallelModel
 from meshpar.sharding.types import I, R, Shard, plain
@@ -88,7 +88,7 @@ def test_uneven_parts() -> None:
 
 
 def test_numbers_in_names() -> None:
-    assert _enumerated(["a.0.b.1.w", "a.2.b.1.w", "a.3.b.1.w", "a.10.b.1.w"]) == "a.{0,2-3,10}.b.1.w"
+    assert enumerated(["a.0.b.1.w", "a.2.b.1.w", "a.3.b.1.w", "a.10.b.1.w"]) == "a.{0,2-3,10}.b.1.w"
 
 
 def test_counts_and_tables() -> None:
