@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from meshpar._torch import without_modes
-from meshpar.errors import CaptureError
+from meshpar.errors import CaptureError, raise_all
 
 _SHARED = (ModuleType, type(threading.Lock()), type(threading.RLock()))
 """What a copy may have in common with its original: it computes nothing."""
@@ -38,6 +39,7 @@ def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module
     gradient, and an object that cannot be copied, have a stand-in: a forward that reads it before writing it raises CaptureError with the
     module, the attribute, and what to do. (A copy of such a tensor would be a constant: the gradient would be lost without a word.)
     """
+    refuse_unreadable(model)
     made = dict(memo or {})
     found = list(_held(model))
     inside = {id(value) for _, value in found if isinstance(value, nn.Module)} | {
@@ -62,6 +64,21 @@ def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module
         _bind(function, attempt, inside)
     assert isinstance(new, nn.Module)
     return new
+
+
+def refuse_unreadable(model: nn.Module) -> None:
+    """Raise CaptureError for modules that cannot be read."""
+    complaints = [
+        f"{name or 'the model'} is a module of TorchScript, whose code cannot be read: use the nn.Module that it was made from."
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule)
+    ]
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        complaints.append(
+            f"{', '.join(lazy[:5])} {'have' if len(lazy) > 1 else 'has'} no shape yet: call the model once on a batch before."
+        )
+    raise_all(CaptureError, f"{type(model).__name__}:", complaints)
 
 
 def memories(model: nn.Module) -> dict[int, str]:

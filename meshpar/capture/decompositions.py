@@ -172,6 +172,14 @@ def _bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) 
     return ones.new_zeros(minlength).index_add(0, input.long(), ones)
 
 
+def _asks_for_gradients(*_: Any, **__: Any) -> None:
+    raise CaptureError(
+        f"The forward asks for gradients{here()}, and the graph of a forward has none before all of it is captured.\n"
+        "  A term that is a gradient (a gradient penalty, forces of an energy) has to be written as tensor operations: by hand, or with "
+        "torch.func.jvp where it is a derivative along one direction."
+    )
+
+
 _INSTEAD: Mapping[Any, Callable[..., Any]] = {
     F.ctc_loss: _ctc_loss,
     Tensor.data.__get__: _data,  # type: ignore[attr-defined]
@@ -179,5 +187,8 @@ _INSTEAD: Mapping[Any, Callable[..., Any]] = {
     Tensor.bincount: _bincount,
     F.cross_entropy: _of_some_rows,
     F.nll_loss: _of_some_rows,
+    torch.autograd.grad: _asks_for_gradients,
+    torch.autograd.backward: _asks_for_gradients,
+    Tensor.backward: _asks_for_gradients,
 }
 """Function -> what to call before it; anything but None is the result."""

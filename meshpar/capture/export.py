@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -422,8 +422,19 @@ def _captured(
         dropped=outcome.dropped,
         experts=found.lifted,
         unrecognised=found.unrecognised,
-        state=state.State() if recording.found is None else state.settled(recording.found, model, found.lifted),
+        state=_with_notes(
+            state.State() if recording.found is None else state.settled(recording.found, model, found.lifted), built.overwritten
+        ),
     )
+
+
+def _with_notes(found: state.State, overwritten: Sequence[str]) -> state.State:
+    """With a word on inputs that the model changes in place: a program leaves the caller's tensors as they are."""
+    notes = (
+        f"changes {name} of the batch in place: the tensor that is passed keeps its values, a step sees the new ones"
+        for name in overwritten
+    )
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

@@ -29,6 +29,8 @@ class Built:
     graph: fx.Graph
     constants: Mapping[str, torch.Tensor]
     mutations: tuple[str, ...]
+    overwritten: tuple[str, ...] = ()
+    """The inputs that the forward changes in place, where the caller would see it."""
 
 
 def build(program: ExportedProgram, renamed: Mapping[str, str], inputs: Sequence[str], *, prefix: str) -> Built:
@@ -45,7 +47,13 @@ def build(program: ExportedProgram, renamed: Mapping[str, str], inputs: Sequence
         copies[node] = _call(graph, node, copies, prefix)
     values, mutations = _results(program, copies, renamed)
     graph.output(values)
-    return Built(graph, dict(constants.values()), mutations)
+    return Built(graph, dict(constants.values()), mutations, _overwritten(program, copies))
+
+
+def _overwritten(program: ExportedProgram, copies: Mapping[fx.Node, fx.Node]) -> tuple[str, ...]:
+    names = {node.name: str(copies[node].target) for node in program.graph.nodes if node.op == "placeholder" and node in copies}
+    specs = program.graph_signature.output_specs
+    return tuple(dict.fromkeys(names[str(spec.target)] for spec in specs if spec.kind == OutputKind.USER_INPUT_MUTATION))
 
 
 def _calls(program: ExportedProgram) -> list[fx.Node]:
@@ -189,9 +197,7 @@ def _results(
             returned.append(by_name[spec.arg.name])
         elif spec.kind == OutputKind.BUFFER_MUTATION:
             updated[renamed[str(spec.target)]] = by_name[spec.arg.name]
-        elif spec.kind != OutputKind.USER_INPUT_MUTATION and not _keeps_bounds(
-            by_name[spec.arg.name], renamed.get(str(spec.target))
-        ):  # a changed input is the caller's to lose: nothing of the result depends on it
+        elif spec.kind != OutputKind.USER_INPUT_MUTATION and not _keeps_bounds(by_name[spec.arg.name], renamed.get(str(spec.target))):
             raise CaptureError(
                 f"The forward changes {renamed.get(str(spec.target), spec.target)} in place, a parameter or a plain tensor of the model.\n"
                 "  Only buffers may change in a forward: make it one with register_buffer, or change it outside."

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar._torch import without_modes
-from meshpar.capture.copies import copied, memories, refuse_originals
+from meshpar.capture.copies import copied, memories, refuse_originals, refuse_unreadable
 from meshpar.capture.export import capture
 from meshpar.capture.hooks.models import ModelHooks
 from meshpar.capture.state.places import Place
@@ -175,17 +175,17 @@ def _parted(captured: Captured, microbatches: int) -> Split:
         )
     check_microbatches(captured)
     parts = split_denominators(captured, microbatches)
-    if parts.within:
-        warnings.warn(
-            f"microbatches={microbatches}: samples are taken together in {', '.join(parts.within)}. As in any gradient accumulation, these "
-            "are the samples of a microbatch, not of the whole batch; with microbatches=1 all are seen.",
-            stacklevel=2,
-        )
+    told = [f"these terms of the loss are the mean of those of the microbatches: {', '.join(parts.averaged)}."] if parts.averaged else []
+    told += [f"these see the samples of a microbatch, not of the whole batch: {', '.join(parts.within)}."] if parts.within else []
+    if told:
+        heading = f"microbatches={microbatches} computes, as any gradient accumulation, not quite what microbatches=1 does:"
+        warnings.warn("\n  ".join([heading, *told]), stacklevel=2)
     return parts
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model whose parameters have no memory, so that new shapes can be captured when the model is gone."""
+    refuse_unreadable(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)

@@ -16,7 +16,6 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from meshpar.graph.facts import facts
 from meshpar.graph.op import Value, op_name, value_of
 from meshpar.graph.operators import draws, operator_of
 from meshpar.sharding.infer import BoundOp, Inference, infer
@@ -74,37 +73,42 @@ class Samples:
         return self.inference.extents.find(extent) in {self.inference.extents.find(one) for one in self.whole}
 
 
+def statistics(samples: Samples, graph: fx.Graph) -> dict[fx.Node, frozenset[int]]:
+    """Value -> the extents of samples that it depends on and has no more: it is a statistic of them.
+
+    A call whose results have them again mixes samples; what follows from it is not marked once more.
+    """
+    gone: dict[fx.Node, frozenset[int]] = {}
+    for node in graph.nodes:
+        gone[node] = frozenset[int]().union(*(gone[source] for source in node.all_input_nodes))
+        call = samples.inference.calls.get(node)
+        if call is None or call.signature is None or node not in samples.reached:
+            continue
+        if operator_of(call.op.node.target).kind not in (*_ROWS, *_NOT_READ):
+            gone[node] |= samples.leaves(samples.of(map(value_of, call.op.operands)))
+        gone[node] -= samples.leaves(samples.of(_results(call)))
+    return gone
+
+
 def mixing(samples: Samples, graph: fx.Graph, towards: Collection[fx.Node]) -> tuple[fx.Node, ...]:
     """The calls, among those that `towards` depends on, whose results for a sample depend on the other samples it sees.
 
     Calls with a backward of their own are not looked at: what they mix was measured (`own_terms`).
     """
-    needed = _needed(towards)
-    gone: dict[fx.Node, set[int]] = {}  # the samples that a value is a statistic of
-    found = []
-    for node in graph.nodes:
-        before = [gone.get(source, set()) for source in node.all_input_nodes]
-        gone[node] = set().union(*before)
-        call = samples.inference.calls.get(node)
-        if call is None or call.signature is None or node not in samples.reached:
-            continue
-        given, results = samples.of(map(value_of, call.op.operands)), samples.of(_results(call))
-        if operator_of(call.op.node.target).kind not in (*_ROWS, *_NOT_READ):
-            gone[node] |= samples.leaves(given)
-        gone[node] -= samples.leaves(results)
-        if node in needed and any(results) and facts(node).nature is None and _mixes(call, samples, given, results, gone):
-            found.append(node)
-    return tuple(found)
+    gone, needed = statistics(samples, graph), _needed(towards)
+    calls = [call for node, call in samples.inference.calls.items() if node in needed and node in samples.reached]
+    return tuple(call.op.node for call in calls if call.op.nature is None and call.signature is not None and _mixes(call, samples, gone))
 
 
-def _mixes(
-    call: BoundOp, samples: Samples, given: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]], gone: Mapping[fx.Node, set[int]]
-) -> bool:
+def _mixes(call: BoundOp, samples: Samples, gone: Mapping[fx.Node, frozenset[int]]) -> bool:
+    given, results = samples.of(map(value_of, call.op.operands)), samples.of(_results(call))
+    if not any(results):
+        return False
     kind = operator_of(call.op.node.target).kind
     if kind in _ROWS:
         return any(_is_moved(index) for index in _indices(call, samples))
     seen = samples.leaves([*given, *results])
-    if any(gone.get(node, set()) & seen for node in call.op.operands) or _reads_across(call, samples):
+    if any(gone[node] & seen for node in call.op.operands) or _reads_across(call, samples):
         return True
     return _divides(samples, given, results) if kind == "view" else max(map(len, results)) > max(map(len, given))
 

@@ -158,7 +158,8 @@ def _eps(model: nn.Module, dtype: torch.dtype) -> float:
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
-    found: Batch = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+    """A copy, since a model may change what it is given."""
+    found: Batch = pytree.tree_map(lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, batch)
     return found
 
 

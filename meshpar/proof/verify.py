@@ -260,7 +260,7 @@ def _notes(pm: ParallelModel) -> tuple[str, ...]:
     if pm._first.averaged:
         notes.append(f"terms of the loss that are averaged over microbatches, not over the whole batch: {', '.join(pm._first.averaged)}.")
     if pm._first.within:
-        notes.append(f"samples are taken together, those of a microbatch and not of the whole batch, in {', '.join(pm._first.within)}.")
+        notes.append(f"these see the samples of a microbatch, not of the whole batch: {', '.join(pm._first.within)}.")
     return tuple(notes)
 
 

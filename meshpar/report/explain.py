@@ -108,7 +108,7 @@ def _remarks(
 ) -> list[str]:
     lines = [f"  {path} runs outside of blocks: {reason}" for path, reason in inlined.items()]
     lines += [f"  a term of the loss in {name or 'the model'} is the mean over microbatches, not over the whole batch" for name in averaged]
-    lines += [f"  {name or 'the model'} takes samples together: those of a microbatch, not of the batch" for name in within]
+    lines += [f"  {name or 'the model'} sees the samples of a microbatch, not of the whole batch" for name in within]
     lines += [f"  not returned: {path} (its type is unknown to pytree)" for path in dropped]
     lines += [f"  {path or 'the model'} is not recognised as experts, and runs as written: {why}" for path, why in unrecognised.items()]
     return ["Remarks", *lines] if lines else []

@@ -102,6 +102,6 @@ def test_several_microbatches_are_warned_of(microbatches: int, recwarn: pytest.W
     config = mp.ParallelConfig(microbatches=microbatches)
     with mp.simulate(2):
         pm = mp.parallelize(Net(MIXING["pairs"]).double(), mp.make_mesh("tp=2"), example=batch(), config=config)
-        told = [str(one.message) for one in recwarn if "samples are taken together in the model (test_samples.py:" in str(one.message)]
+        told = [str(one.message) for one in recwarn if "not of the whole batch: the model (test_samples.py:" in str(one.message)]
         assert len(told) == microbatches - 1
         assert ("the model (test_samples.py:" in pm.explain()) is (microbatches > 1)

@@ -263,7 +263,7 @@ class Statistics(nn.Module):
 def test_statistics_of_microbatches_are_named(mesh: str) -> None:
     batch = {"ids": torch.tensor([0, 1, 2, 3, 4, 0, 0, 1])}
     report = verify(Statistics(), mesh, batch, config=ParallelConfig(microbatches=2))
-    assert any("those of a microbatch and not of the whole batch, in table, norm." in note for note in report.notes), report
+    assert any("the samples of a microbatch, not of the whole batch: table, norm." in note for note in report.notes), report
     assert not any("capture that differs" in note for note in report.notes)
     assert verify(Statistics(), mesh, batch).ok
 

@@ -1,0 +1,103 @@
+"""Forwards that no graph can hold are refused by the reason, and what they do to their inputs is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import meshpar as mp
+from meshpar.errors import CaptureError
+
+Make = Callable[[], nn.Module]
+
+
+class Penalised(nn.Module):
+    """The gradient with respect to the input is a part of the loss."""
+
+    def __init__(self, how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.how = nn.Linear(4, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).square().mean() + self.how(self.up, x)
+
+
+def by_autograd(up: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(up(x).tanh().sum(), x, create_graph=True)[0].square().mean()
+
+
+def by_func(up: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.grad(lambda y: up(y).tanh().sum())(x).square().mean()
+
+
+def by_backward(up: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    up(x).tanh().sum().backward()
+    return x.grad.square().mean()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", [by_autograd, by_func, by_backward])
+def test_gradients_inside_of_a_forward(how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    with mp.simulate(2), pytest.raises(CaptureError, match=r"asks for gradients at test_refusals.py:\d+ .*(?s:.*)torch.func.jvp"):
+        mp.parallelize(Penalised(how), mp.make_mesh("tp=2"), example=(torch.randn(2, 4),))
+
+
+def scripted() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+
+
+def traced() -> nn.Module:
+    return nn.Sequential(torch.jit.trace(nn.Linear(4, 4), torch.randn(2, 4)), nn.Linear(4, 4))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (scripted, "Sequential: 1 is a module of TorchScript, whose code cannot be read"),
+        (traced, "Sequential: 0 is a module of TorchScript"),
+        (lazy, "Sequential: 0.weight, 0.bias have no shape yet: call the model once on a batch before"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Lazy modules")
+@pytest.mark.parametrize("verify", [False, True])
+def test_modules_that_cannot_be_read(make: Make, words: str, verify: bool) -> None:
+    model, batch = make(), (torch.randn(2, 4),)
+    with pytest.raises(CaptureError, match=words):
+        if verify:
+            mp.verify(model, "tp=2", batch)
+        with mp.simulate(2):
+            mp.parallelize(model, mp.make_mesh("tp=2"), example=batch)
+
+
+class Doubles(nn.Module):
+    """Doubles what it is given, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(2)
+        return F.mse_loss(self.up(x), y)
+
+
+@pytest.mark.filterwarnings("ignore:The forward of Doubles")
+def test_a_batch_that_the_model_changes_in_place() -> None:
+    """The program sees the new values, the caller's tensor stays, and that is said; verify gives both the same batch."""
+    batch = {name: torch.randn(4, 4, dtype=torch.float64) for name in ("x", "y")}
+    assert mp.verify(Doubles(), "dp=2", batch).ok
+    with mp.simulate(2):
+        before = batch["x"].clone()
+        with pytest.warns(UserWarning, match="changes x of the batch in place: the tensor that is passed keeps its values"):
+            pm = mp.parallelize(Doubles().double(), mp.make_mesh("tp=2"), example=batch)
+        pm.train_step(**batch)
+        assert torch.equal(before, batch["x"])
