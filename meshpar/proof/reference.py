@@ -127,6 +127,9 @@ def _backward(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], torc
             f"({_frozen(model)}). Train some parameters, and compute the loss from what they give."
         )
     loss.backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:  # (a parallel program's are dense)
+            parameter.grad = parameter.grad.to_dense()
     return loss.item()
 
 

@@ -223,7 +223,7 @@ def _simulated(grads: Sequence[tuple[torch.Tensor, Layout]], norm_type: float, m
 def _result_dtype(grads: Sequence[torch.Tensor]) -> torch.dtype:
     dtype = torch.float32
     for grad in grads:
-        dtype = torch.promote_types(dtype, grad.dtype)
+        dtype = torch.promote_types(dtype, grad.dtype.to_real())
     return dtype
 
 

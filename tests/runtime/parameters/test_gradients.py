@@ -103,6 +103,14 @@ def test_plain_parameters_and_none_at_all() -> None:
     assert clip_grad_norm_(parameters[0], 1.0).item() > 0
 
 
+def test_complex_gradients_are_clipped_as_torch_does() -> None:
+    ours, theirs = (nn.Parameter(torch.zeros(3, dtype=torch.complex128)) for _ in range(2))
+    ours.grad, theirs.grad = (torch.tensor([3 + 4j, 1j, 2.0], dtype=torch.complex128) for _ in range(2))
+    total = clip_grad_norm_([ours], 1.0)
+    assert total.dtype == torch.float64 and total == nn.utils.clip_grad_norm_([theirs], 1.0)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_what_cannot_be_clipped() -> None:
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([1.0, math.nan])
