@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from meshpar.errors import ConfigError
 
 if TYPE_CHECKING:
+    from meshpar.config import ParallelConfig
     from meshpar.dry_run import DryRun
 
 AnyModel = Annotated[
@@ -36,34 +38,36 @@ def dry_run(
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="With --megatron: how many; else the mesh says so.")] = None,
     seq: Annotated[int | None, typer.Option("--seq", min=2, help="Tokens of a sample.")] = None,
     microbatch: Annotated[int, typer.Option("--microbatch", min=1, help="Samples of a microbatch on a data rank.")] = 1,
-    microbatches: Annotated[int, typer.Option("--microbatches", min=1, help="Microbatches of a step.")] = 1,
-    schedule: Annotated[str, typer.Option("--schedule")] = "1f1b",
-    virtual_stages: Annotated[int | None, typer.Option("--virtual-stages", min=1)] = None,
-    recompute: Annotated[str, typer.Option("--recompute", help="none, selective or full.")] = "none",
-    data_parallel: Annotated[str, typer.Option("--data-parallel", help="replicate, zero1, zero2 or zero3.")] = "zero3",
-    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32.")] = "bf16",
+    microbatches: Annotated[int | None, typer.Option("--microbatches", min=1, help="Microbatches of a step. [1]")] = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", help="Of a pipeline. [1f1b]")] = None,
+    virtual_stages: Annotated[int | None, typer.Option("--virtual-stages", min=1, help="Stages of a rank.")] = None,
+    recompute: Annotated[str | None, typer.Option("--recompute", help="none, selective or full. [none]")] = None,
+    data_parallel: Annotated[str | None, typer.Option("--data-parallel", help="replicate, zero1, zero2 or zero3. [zero3]")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="bf16, fp16, fp32. [bf16]")] = None,
     stack: StackName = "meshpar",
     as_json: AsJson = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw it into this picture file.")] = None,
 ) -> None:
-    """Memory, communication and time of a program on a cluster that is not there. Needs no GPUs, no ranks, and no memory for the model."""
-    from meshpar.config import ParallelConfig
+    """Memory, communication and time of a program on a cluster that is not there. Needs no GPUs, no ranks, and no memory for the model.
+
+    Options beside --config replace what the file says.
+    """
     from meshpar.dry_run import dry_run as run
 
     said: tuple[Any, ...] = ()
+    options = {"schedule": schedule, "virtual_stages": virtual_stages, "recompute": recompute, "data_parallel": data_parallel}
+    asked = {name: value for name, value in {**options, "microbatches": microbatches, "precision": precision}.items() if value is not None}
     if megatron is not None:
+        _check_alone({"MODEL": model, "--mesh": mesh, "--config": config, "--seq": seq}, asked)
         found, said = _of_megatron(megatron, gpu, gpus, stack)
     else:
         from meshpar.cli.large import built, large_model
 
         if not model or not (mesh or config):
             raise ConfigError("dry-run wants a model and --mesh (or --config FILE), or --megatron FILE. meshpar dry-run --help")
-        fields: dict[str, Any] = {"schedule": schedule, "virtual_stages": virtual_stages, "recompute": recompute}
-        fields |= {"data_parallel": data_parallel, "microbatches": microbatches}
-        options = ParallelConfig.from_toml(config) if config else ParallelConfig(**fields)
-        options = _in(options, precision)
-        made, batch = large_model(model, seq=seq, samples=microbatch * options.microbatches)
-        found = run(built(made), mesh or config or "", options, hardware=gpu, example=batch, stack=stack)
+        settings = _settings(config, asked)
+        made, batch = large_model(model, seq=seq, samples=microbatch * settings.microbatches)
+        found = run(built(made), mesh or config or "", settings, hardware=gpu, example=batch, stack=stack)
     if plot is not None:
         found.plot(plot)
     if as_json:
@@ -72,10 +76,20 @@ def dry_run(
         _show(found, said)
 
 
-def _in(config: Any, precision: str) -> Any:
-    from dataclasses import replace
+def _settings(path: Path | None, asked: dict[str, Any]) -> ParallelConfig:
+    """The configuration of a file with what was asked for in its place, or that alone."""
+    from meshpar.config import ParallelConfig
 
-    return replace(config, precision=precision)
+    if path is None:
+        return ParallelConfig(**{"precision": "bf16", **asked})
+    return replace(ParallelConfig.from_toml(path), **asked)
+
+
+def _check_alone(others: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise ConfigError for what a job in Megatron's names says itself."""
+    given = [name for name, value in others.items() if value] + [f"--{name.replace('_', '-')}" for name in asked]
+    if given:
+        raise ConfigError(f"--megatron FILE says what {', '.join(given)} would: change the file, or leave --megatron out.")
 
 
 def _of_megatron(path: Path, gpu: str, gpus: int | None, stack: str) -> tuple[DryRun, tuple[Any, ...]]:
