@@ -49,7 +49,7 @@ def test_the_best_mapping_is_written_and_read_again(tmp_path: Path) -> None:
 
 def test_a_plan_in_words() -> None:
     status, text = call(*PLAN)
-    assert status == 0 and "torchrun" in text and "[mesh]" in text and "srun --nodes=2" in text
+    assert status == 0 and "torchrun" in text and 'mesh = "' in text and "srun --nodes=2" in text
 
 
 @pytest.mark.parametrize(
