@@ -6,12 +6,13 @@ three projections of one input pay for one all-gather. Every use must find its v
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_matrix
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.sparse import coo_matrix, csr_matrix
 
 from meshpar.errors import PlanError
 from meshpar.graph.facts import Info
@@ -23,6 +24,10 @@ from meshpar.sharding.typings import Choice
 
 _GATHERED = 1000.0
 """Gathering a parameter that was cut is for rules that ask for nothing else: data parallelism does that better."""
+_EXACT, _ANY = 1e-5, 1e9
+"""How far from the best a solution may be, relative to it, for the search to end."""
+_OUT_OF_TIME, _OPTIMAL = 1, 0
+"""Status of SciPy's milp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,8 @@ class Choices:
 def choose(problem: Problem, price: Price, *, time_limit: float = 20.0) -> Choices:
     """The cheapest typings that are consistent.
 
-    Raises PlanError when no combination of typings is consistent.
+    After `time_limit` seconds the best that were found are taken, with a warning; if there are none yet, the first that are, within ten
+    times as long. Raises PlanError when no combination of typings is consistent, or none was found.
     """
     return _Model(problem, price).solve(time_limit)
 
@@ -146,19 +152,39 @@ class _Model:
         assert out is not None
         return made, out, group.is_parameter
 
-    def solve(self, time_limit: float) -> Choices:
-        count = len(self.costs)
-        rows, columns, values = zip(*self.entries, strict=True)
-        matrix = coo_matrix((values, (rows, columns)), shape=(len(self.low), count)).tocsr()
-        found = milp(
+    def _search(self, matrix: csr_matrix, time_limit: float, gap: float) -> OptimizeResult:
+        return milp(
             np.asarray(self.costs),
-            integrality=np.ones(count),
+            integrality=np.ones(len(self.costs)),
             bounds=Bounds(0, 1),
             constraints=LinearConstraint(matrix, self.low, self.high),
-            options={"time_limit": time_limit, "mip_rel_gap": 1e-5},
+            options={"time_limit": time_limit, "mip_rel_gap": gap},
         )
+
+    def _tell(self, found: OptimizeResult, time_limit: float) -> None:
+        """Raise PlanError where nothing was found, warn of what may not be the best."""
+        count = len(self.problem.steps)
+        if found.x is None and found.status == _OUT_OF_TIME:
+            raise PlanError(
+                f"no plan for {count} operators was found in {11 * time_limit:.0f} s on this machine. Try again when it is less busy, make "
+                f"the plan elsewhere and pass it as plan=, or decide more by rules=."
+            )
         if found.x is None:
-            raise PlanError(f"no consistent typing of {len(self.problem.steps)} operators: {found.message}")
+            raise PlanError(f"no consistent typing of {count} operators: {found.message}")
+        if found.status != _OPTIMAL or found.mip_gap > _EXACT:
+            warnings.warn(
+                f"the search for the cheapest plan of {count} operators ended after {time_limit:.0f} s, at most "
+                f"{100 * min(found.mip_gap, 9.99):.1f} % from the best: what it computes is right, and another run may find another plan.",
+                stacklevel=2,
+            )
+
+    def solve(self, time_limit: float) -> Choices:
+        rows, columns, values = zip(*self.entries, strict=True)
+        matrix = coo_matrix((values, (rows, columns)), shape=(len(self.low), len(self.costs))).tocsr()
+        found = self._search(matrix, time_limit, gap=_EXACT)
+        if found.x is None and found.status == _OUT_OF_TIME:
+            found = self._search(matrix, 10 * time_limit, gap=_ANY)
+        self._tell(found, time_limit)
         picked = [0] * len(self.problem.steps)
         for first, group in zip(self.first, self.groups, strict=True):
             way = group.ways[int(np.argmax(found.x[first : first + len(group.ways)]))]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from scipy.optimize import OptimizeResult
 
 from meshpar.errors import PlanError
 from meshpar.graph.facts import Info
+from meshpar.sharding import milp as module
 from meshpar.sharding.milp import Problem, ProgramStep, choose, possible
 from meshpar.sharding.price import Price
 from meshpar.sharding.types import I, P, R, Type, plain
@@ -63,3 +67,33 @@ def test_what_can_be_converted() -> None:
     number, flag = Info((8,), torch.int64, False), Info((8,), torch.bool, False)
     assert possible(I, P, number) and not possible(I, P, flag)
     assert possible(I, R, INFO) and not possible(I, R, number), "replicate says something about a gradient"
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_search_that_runs_out_of_time_takes_what_it_has_or_the_first_there_is(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, float]] = []
+    whole = module.milp
+
+    def hurried(*args: Any, options: dict[str, float], **kwargs: Any) -> Any:
+        asked.append(options)
+        result = whole(*args, options=options, **kwargs)
+        if len(asked) == 1:
+            result.status, result.mip_gap = 1, 0.25
+            result.x = result.x if found else None
+        return result
+
+    monkeypatch.setattr(module, "milp", hurried)
+    problem = Problem((_step(((), I, 2e-4), ((), S, 1e-4)),), (), (), 2)
+    if found:
+        with pytest.warns(UserWarning, match=r"cheapest plan of 1 operators ended after 20 s, at most 25.0 % from the best"):
+            assert choose(problem, PRICE).picks == (1,)
+    else:
+        assert choose(problem, PRICE).picks in ((0,), (1,))
+    assert [one["time_limit"] for one in asked] == ([20.0] if found else [20.0, 200.0])
+
+
+def test_a_search_that_finds_nothing_in_time_is_no_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "milp", lambda *args, **kwargs: OptimizeResult(x=None, status=1, message="Time limit reached"))
+    problem = Problem((_step(((), I, 2e-4), ((), S, 1e-4)),), (), (), 2)
+    with pytest.raises(PlanError, match=r"no plan for 1 operators was found in 220 s on this machine. Try again when it is less busy"):
+        choose(problem, PRICE)
