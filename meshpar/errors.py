@@ -26,6 +26,10 @@ class BatchError(MeshparError, ValueError):
     """A batch that does not fit the model, the mesh or the other ranks."""
 
 
+class ProgramFault(MeshparError):
+    """The program that was made contradicts the model's graph: an error of meshpar, not of the model. The message names place and axis."""
+
+
 class RankError(MeshparError, RuntimeError):
     """Another rank failed; the message is its own."""
 

@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "collection", "settings", "config", "megatron", "roles", "report.text", "sharding.types", "planner"),
     ("_torch", "generators", "simulate", "mesh", "consensus", "plan", "pipeline.schedule", "pipeline.timing", "pipeline.order", "ops"),
     ("graph", "capture", "sharding"),
-    ("passes",),
+    ("passes", "proof.static"),
     ("compile", "init"),
     ("report",),
     ("runtime", "pipeline.run", "pipeline.sends", "pipeline.ties"),

@@ -205,6 +205,9 @@ def verify(
     data_parallel: DataParallel = "zero3",
     sequence_parallel: SequenceParallel = True,
     processes: Annotated[bool, typer.Option("--processes", help="On new gloo processes instead of simulated ranks.")] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Prove the program without running it, on any mesh: no ranks are needed.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float64",
     tolerance: Annotated[
         float | None,
@@ -216,8 +219,16 @@ def verify(
     Exit status 1 on a difference, and where the comparison proves nothing (a loss that is no number, gradients that are all zero).
 
     On simulated ranks data parallelism is that of the graph; with --processes, and for a pipeline, it is FSDP2's, as in training.
+
+    With --static nothing is run: the program is read back, and what cannot be proved of it is said (exit status 1 for a contradiction).
     """
+    config = _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel)
     with _ending():
+        if static:
+            from meshpar.proof.alone import static_report
+
+            made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=seed)
+            raise typer.Exit(_proved(lambda: static_report(made[0], mesh, made[1], config=config, rules=_rules(rule))))
         import torch
 
         from meshpar.proof.verify import verify as check
@@ -230,7 +241,7 @@ def verify(
             made[0],
             mesh,
             made[1],
-            config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
+            config=config,
             rules=_rules(rule),
             steps=steps,
             processes=processes,
@@ -241,6 +252,18 @@ def verify(
         if _is_first():
             print(report)
         raise typer.Exit(0 if report.ok else 1)
+
+
+def _proved(check: Callable[[], Any]) -> int:
+    """Print what a static check says; its exit status."""
+    from meshpar.errors import ProgramFault
+
+    try:
+        print(check())
+    except ProgramFault as fault:
+        print(fault, file=sys.stderr)
+        return 1
+    return 0
 
 
 # ---- reading options -------------------------------------------------------------------------------------------------------------------

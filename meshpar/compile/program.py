@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from meshpar.compile.split import StageGraph
 from meshpar.graph.captured import Captured, Slot
 from meshpar.passes.inputs import ExtraInputs, extra_inputs
 from meshpar.plan import Plan
+from meshpar.proof.static.report import StaticReport
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Program:
     """Where the mesh has a pipeline: the graph by stages, returning the loss alone."""
     all_stages: tuple[StageGraph, ...] = ()
     """The same, returning every output."""
+    proof: StaticReport = field(default_factory=lambda: StaticReport(0))
+    """What was proved of it."""
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from meshpar.compile.ledger import staged_ledger
 from meshpar.compile.lowering import Lowering
 from meshpar.compile.planning import Planner
 from meshpar.compile.program import Program
+from meshpar.compile.proved import proved, proved_loss
 from meshpar.compile.signature import BatchSignature, flatten
 from meshpar.compile.state.following import Following
 from meshpar.compile.state.held import variant
@@ -36,6 +37,7 @@ from meshpar.mesh import data_axis, typed_axes
 from meshpar.passes import order
 from meshpar.pipeline.order import Schedule
 from meshpar.plan import Plan
+from meshpar.proof.static.report import StaticReport
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Seen:
 
     signature: BatchSignature
     parts: Split
+    loss: StaticReport
+    """What was proved of its loss."""
 
 
 class Programs:
@@ -120,7 +124,9 @@ class Programs:
         refuse_originals(captured.constants, self.originals)
         self.originals = {}  # (the model may be gone when the next program is made, and its memory somebody else's)
         say(captured.state.notes, self.skeleton)
-        return Seen(replace(signature, state=f"{variant(captured.state)}{trainable}"), _parted(captured, microbatches))
+        parts = _parted(captured, microbatches)
+        loss = proved_loss(captured, parts, microbatches)
+        return Seen(replace(signature, state=f"{variant(captured.state)}{trainable}"), parts, loss)
 
     def planned(self, seen: Seen) -> Plan:
         """Where values and parameters lie, and what moves: decided on the first rank of the mesh for all. Collective."""
@@ -131,9 +137,10 @@ class Programs:
         parts, counts = seen.parts, None
         if parts.counts is not None:
             counting = self.planner.plan_counts(parts.counts, self.parameters)
-            counts = self.lowering.whole(seen.signature.counting, parts.counts, counting)
-        program = self._with_ledger(self.lowering.program(seen.signature, parts.captured, plan))
-        return replace(program, counts=counts, averaged=parts.averaged, within=parts.within)
+            counts = proved(self.lowering.whole(seen.signature.counting, parts.counts, counting), self.mesh, self.config)
+        program = proved(self._with_ledger(self.lowering.program(seen.signature, parts.captured, plan)), self.mesh, self.config)
+        proof = program.proof + seen.loss
+        return replace(program, counts=counts, averaged=parts.averaged, within=parts.within, proof=proof)
 
     def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, ask: Ask) -> Captured:
         with without_modes():

@@ -58,6 +58,11 @@ def test_verify() -> None:
     assert status == 0 and "in float64: OK" in text
 
 
+def test_verify_without_running_anything() -> None:
+    status, text = call("verify", "--static", "--model", "tests.cli.test_cli:own", "--mesh", "dp=2,tp=2")
+    assert status == 0 and "0 not proved, 0 faults" in text
+
+
 def test_verify_fails_by_exit_status() -> None:
     status, text = call("verify", "--model", "tests.cli.test_cli:own", "--mesh", "tp=2", "--dtype", "float32", "--tolerance", "0")
     assert status == 1 and "FAILED" in text

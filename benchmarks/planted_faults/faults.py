@@ -1,0 +1,344 @@
+"""Faults to plant in a lowered graph: each changes one place of a copy, and says which nodes it touched.
+
+drop("p_to_i", 0)        the first all-reduce is left out: what reads it reads the pending sum
+group("p_to_i", 0)       it runs in the group of another axis
+operand("linear", 3)     the fourth linear reads an earlier value of the same shape
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from meshpar.graph.facts import Info, facts, set_facts
+from meshpar.graph.op import op_name
+from meshpar.ops import collectives
+
+Groups = Sequence[tuple[str, int, int]]
+"""The axes of the mesh: group, size and rank."""
+
+
+class NoPlace(Exception):
+    """A graph has no place for a fault."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of a graph."""
+
+    name: str
+    change: Callable[[fx.Graph, Groups], list[fx.Node]]
+
+
+def sites(graph: fx.Graph, *names: str) -> list[fx.Node]:
+    """The calls of these operators, in order."""
+    return [n for n in graph.nodes if n.op == "call_function" and op_name(n.target).rpartition(".")[2] in names]
+
+
+def _site(graph: fx.Graph, at: int, *names: str) -> fx.Node:
+    found = sites(graph, *names)
+    if not found:
+        raise NoPlace(" or ".join(names))
+    return found[at % len(found)]
+
+
+def drop(op: str, at: int = 0) -> Fault:
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, op)
+        if op == "i_to_r_many":
+            items = list(node.users)
+            for item in items:
+                item.replace_all_uses_with(node.args[item.args[1]])  # type: ignore[index, arg-type]
+                graph.erase_node(item)
+            touched = [a for a in node.args if isinstance(a, fx.Node)]
+        else:
+            touched = [node.args[0]]  # type: ignore[list-item]
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
+        return touched
+
+    return Fault(f"drop {op}", change)
+
+
+def double(op: str, at: int = 0) -> Fault:
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, op)
+        with graph.inserting_after(node):
+            again = graph.call_function(node.target, (node, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
+        set_facts(again, facts(node))
+        node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+        return [node, again]
+
+    return Fault(f"double {op}", change)
+
+
+def swap(op: str, other: str, at: int = 0) -> Fault:
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, op)
+        node.target = getattr(collectives, other)
+        return [node]
+
+    return Fault(f"{other} for {op}", change)
+
+
+def group(op: str, at: int = 0) -> Fault:
+    """The group, size and rank of another axis."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, op)
+        others = [g for g in groups if g[0] != node.kwargs["group"]]
+        if not others:
+            raise NoPlace("another axis")
+        node.kwargs = {**node.kwargs, **dict(zip(("group", "size", "rank"), others[0], strict=True))}
+        return [node]
+
+    return Fault(f"{op} over another axis", change)
+
+
+def segments(op: str, at: int = 0) -> Fault:
+    """A contiguous layout for one in two stretches, or the other way round."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = next((n for n in sites(graph, op)[at:] if _cut_in_two(n) is not None), None)
+        if node is None:
+            raise NoPlace(op)
+        node.args = _cut_in_two(node)  # type: ignore[assignment]
+        return [node]
+
+    return Fault(f"{op} of other segments", change)
+
+
+def _cut_in_two(node: fx.Node) -> tuple[Any, ...] | None:
+    found = list(node.args)
+    for i in reversed(range(len(found))):
+        layout = found[i]
+        if isinstance(layout, tuple) and layout and isinstance(layout[0], tuple):
+            length = sum(abs(units) * size for units, size in layout)
+            ranks = int(node.kwargs["size"])  # type: ignore[arg-type]
+            if len(layout) > 1:
+                found[i] = ((length, 1),)
+            elif length % (2 * ranks) == 0:
+                found[i] = ((length // 2, 1), (length // 2, 1))
+            else:
+                return None
+            return tuple(found)
+    return None
+
+
+def other_dim(op: str, at: int = 0) -> Fault:
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, op)
+        shape = _shape(node.args[0])
+        dim = int(node.args[1])  # type: ignore[arg-type]
+        new = next((d for d in range(len(shape)) if d != dim and shape[d] % int(node.kwargs["size"]) == 0), None)  # type: ignore[arg-type]
+        if new is None:
+            raise NoPlace("another dim")
+        node.args = (node.args[0], new, 1, ((shape[new] * (int(node.kwargs["size"]) if op[0] == "s" else 1), 1),))  # type: ignore[arg-type]
+        return [node]
+
+    return Fault(f"{op} along another dim", change)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    info = facts(value).info
+    if not isinstance(info, Info):
+        raise NoPlace("a tensor")
+    return info.shape
+
+
+def late(op: str, at: int = 0) -> Fault:
+    """The collective after what reads it: a sum is taken of what was added to it as well."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = next((n for n in sites(graph, op)[at:] if len(n.users) == 1 and op_name(next(iter(n.users)).target) == "add"), None)
+        if node is None:
+            raise NoPlace(op)
+        (user,) = node.users
+        user.replace_input_with(node, node.args[0])  # type: ignore[arg-type]
+        with graph.inserting_after(user):
+            moved = graph.call_function(node.target, (user, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
+        set_facts(moved, facts(node))
+        user.replace_all_uses_with(moved, delete_user_cb=lambda one: one is not moved)
+        graph.erase_node(node)
+        return [user, moved]
+
+    return Fault(f"{op} after the sum it belongs before", change)
+
+
+def extra(op: str, on: str, at: int = 0) -> Fault:
+    """A collective too many, on what `on` gives."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, on)
+        where = dict(zip(("group", "size", "rank"), groups[-1], strict=True))
+        with graph.inserting_after(node):
+            more = graph.call_function(getattr(collectives, op), (node,), where)
+        set_facts(more, facts(node))
+        node.replace_all_uses_with(more, delete_user_cb=lambda one: one is not more)
+        return [node, more]
+
+    return Fault(f"{op} too many, on {on}", change)
+
+
+def factor(at: int = 0, times: float = 2.0) -> Fault:
+    """A product with a number that is another one."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        found = [n for n in sites(graph, "mul", "div") if len(n.args) > 1 and isinstance(n.args[1], float)]
+        if not found:
+            raise NoPlace("a number")
+        node = found[at % len(found)]
+        node.args = (node.args[0], node.args[1] * times, *node.args[2:])  # type: ignore[operator]
+        return [node]
+
+    return Fault(f"a factor {times} too large", change)
+
+
+def bounds(at: int = 0) -> Fault:
+    """A slice of the other end."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        for node in sites(graph, "slice")[at:]:
+            shape, dim = _shape(node.args[0]), int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+            start, stop, _ = slice(*node.args[2:4]).indices(shape[dim])  # type: ignore[arg-type]
+            moved = shape[dim] - stop, shape[dim] - start
+            if moved != (start, stop) and stop > start:
+                node.args = (*node.args[:2], *moved)
+                return [node]
+        raise NoPlace("slice")
+
+    return Fault("a slice of the other end", change)
+
+
+def argument(op: str, place: int, value: Any, at: int = 0) -> Fault:
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, op)
+        if len(node.args) <= place or node.args[place] == value:
+            raise NoPlace(f"argument {place}")
+        node.args = (*node.args[:place], value, *node.args[place + 1 :])
+        return [node]
+
+    return Fault(f"{op} with argument {place} = {value}", change)
+
+
+def keyword(op: str, name: str, value: Any, at: int = 0) -> Fault:
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, op)
+        if name not in node.kwargs or node.kwargs[name] == value:
+            raise NoPlace(name)
+        node.kwargs = {**node.kwargs, name: value}
+        return [node]
+
+    return Fault(f"{op} with {name} = {value}", change)
+
+
+def exchanged(op: str, a: int, b: int, at: int = 0) -> Fault:
+    """Two operands of one call in each other's place."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        for node in sites(graph, op)[at:]:
+            args = list(node.args)
+            if len(args) <= max(a, b) or not all(isinstance(args[i], fx.Node) for i in (a, b)) or args[a] is args[b]:
+                continue
+            if facts(args[a]).info == facts(args[b]).info:
+                args[a], args[b] = args[b], args[a]
+                node.args = tuple(args)
+                return [node]
+        raise NoPlace(op)
+
+    return Fault(f"operands {a} and {b} of {op} exchanged", change)
+
+
+def operand(op: str, at: int = 0, place: int = 0) -> Fault:
+    """An earlier value of the same shape: what another layer, or another step, left."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        for node in sites(graph, op)[at:]:
+            if len(node.args) <= place or not isinstance(node.args[place], fx.Node):
+                continue
+            right = node.args[place]
+            for other in graph.nodes:
+                if other is node:
+                    break
+                same = facts(other).info == facts(right).info and facts(other).cut == facts(right).cut  # type: ignore[arg-type]
+                if other is not right and other.op == right.op and same and isinstance(facts(other).info, Info):  # type: ignore[union-attr]
+                    args = list(node.args)
+                    args[place] = other
+                    node.args = tuple(args)
+                    return [node]
+        raise NoPlace(op)
+
+    return Fault(f"{op} reads an earlier value at {place}", change)
+
+
+def parameter(at: int = 0) -> Fault:
+    """Two parameters of one shape in each other's place."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        found = [n for n in graph.nodes if n.op == "get_attr" and isinstance(facts(n).info, Info) and len(_shape(n)) > 1]
+        for i, one in enumerate(found[at:]):
+            for other in found[at + i + 1 :]:
+                if facts(one).info == facts(other).info and _placed(one) == _placed(other):
+                    one.target, other.target = other.target, one.target
+                    return [one, other]
+        raise NoPlace("parameters of one shape")
+
+    return Fault("two parameters exchanged", change)
+
+
+def _placed(node: fx.Node) -> Any:
+    part = facts(node).part_of
+    return part.typed if part else None
+
+
+def alone_draws(at: int = 0) -> Fault:
+    """Every rank draws the same for its part, or its own for what all have."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        found = [n for n in graph.nodes if "shards" in n.kwargs]
+        if not found:
+            raise NoPlace("a random operator")
+        node = found[at % len(found)]
+        shards: Any = node.kwargs["shards"]
+        node.kwargs = {**node.kwargs, "shards": () if shards else tuple(groups)}
+        return [node]
+
+    return Fault("draws on the wrong axes", change)
+
+
+def same_draws() -> Fault:
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        found = [n for n in graph.nodes if "shards" in n.kwargs and "number" in n.kwargs]
+        for a in found:
+            for b in found:
+                if a is not b and a.kwargs["key"] is b.kwargs["key"] and a.kwargs["number"] != b.kwargs["number"]:
+                    b.kwargs = {**b.kwargs, "number": a.kwargs["number"]}
+                    return [b]
+        raise NoPlace("two random operators of one key")
+
+    return Fault("draws the numbers of another", change)
+
+
+def transposed(at: int = 0) -> Fault:
+    """Other dims."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, "transpose")
+        shape = _shape(node.args[0])
+        dims = sorted(int(d) % len(shape) for d in node.args[1:])  # type: ignore[arg-type]
+        for a in range(len(shape)):
+            for b in range(a + 1, len(shape)):
+                if [a, b] != dims:
+                    node.args = (node.args[0], a, b)
+                    return [node]
+        raise NoPlace("transpose")
+
+    return Fault("transpose of other dims", change)
+
+
+def named(fault: Fault, name: str) -> Fault:
+    """A fault in words."""
+    return replace(fault, name=name)

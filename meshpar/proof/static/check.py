@@ -1,0 +1,50 @@
+"""The static check of a program: read every graph of it forward, then follow the gradients back.
+
+It shares no code with what decides (`sharding.solve`) and what lowers (`passes.lower`): it knows the types, the model's graph, where
+parameters and inputs lie, and what operators and collectives compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from meshpar.proof.static.claims import Claims
+from meshpar.proof.static.derive import Derive
+from meshpar.proof.static.gradients import Backward
+from meshpar.proof.static.reader import LocalKey, ProgramReading
+from meshpar.proof.static.report import StaticReport
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a program: the whole of it, or a stage. `receives` names what the part before `sends`, one by one."""
+
+    graph: fx.Graph
+    receives: tuple[str, ...] = ()
+    sends: tuple[str, ...] = ()
+    returns: tuple[int, ...] = ()
+    """Which values of the model's graph it returns, after what it sends."""
+
+
+def check(claims: Claims, ways: Sequence[Sequence[Part]]) -> StaticReport:
+    """What can be proved of a program, and what contradicts. Runs nothing. `ways`: its graph as one part, or in stages, one way or two."""
+    derive, found = Derive(claims), StaticReport(0)
+    for parts in ways:
+        if claims.axes or len(parts) > 1:
+            found += _one_way(claims, derive, parts)
+    return found
+
+
+def _one_way(claims: Claims, derive: Derive, parts: Sequence[Part]) -> StaticReport:
+    reading = ProgramReading(claims, derive)
+    sent: list[LocalKey | None] = []
+    for stage, part in enumerate(parts):
+        reading.stage = stage
+        received = {name: key for name, key in zip(part.receives, sent) if key is not None}
+        found = reading.read(part.graph, received, [*(None for _ in part.sends), *part.returns])
+        sent = found[: len(part.sends)]
+    Backward(reading).run()
+    return StaticReport(reading.proved, tuple(reading.unproved), tuple(reading.faults))
