@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshpar.arguments import check_arguments
 from meshpar.capture.structure import order_of
 from meshpar.compile.agreement import agree_on_values
 from meshpar.compile.programs import Programs
@@ -64,9 +65,9 @@ def parallelize(
         pm = mp.parallelize(model, mesh, example=batch)
         loss = pm.train_step(**batch)
     """
+    config = check_arguments(model, mesh, config, rules, plan, loss_fn, weights)
     check_mesh(mesh)
     check_supported(mesh)
-    config = ParallelConfig.from_toml(config) if isinstance(config, (str, Path)) else config or ParallelConfig()
     if (schedule := schedule_of(mesh, config)) is not None:
         schedule.order(config.microbatches)  # what it does not allow is told before anything is captured
     args, kwargs = example_of(model, example)

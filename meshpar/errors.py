@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
+from fnmatch import fnmatchcase
 
 
 class MeshparError(Exception):
@@ -50,6 +51,30 @@ def near(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """
     found = get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" Did you mean {', '.join(found)}?" if found else ""
+
+
+def near_pattern(pattern: str, names: Iterable[str], *, count: int = 3) -> str:
+    """The same for a pattern of dotted names: the patterns that differ from it in one part, else names whose end is most like its end.
+
+    >>> near_pattern("*.q_prj.weight", ["layers.0.q_proj.weight", "norm.weight"])
+    ' Did you mean *.q_proj.weight?'
+    """
+    wanted, known = pattern.split("."), [name.split(".") for name in names]
+    fitting: dict[str, float] = {}
+    for at, part in enumerate(wanted):
+        spare = set(part) - set("*?[]")
+        for other in dict.fromkeys(other for name in known for other in name) if spare else ():
+            tried = ".".join([*wanted[:at], other, *wanted[at + 1 :]])
+            alike = SequenceMatcher(None, part, other).ratio()
+            if alike >= 0.6 and any(fnmatchcase(".".join(name), tried) for name in known):
+                fitting[tried] = max(alike, fitting.get(tried, 0.0))
+    if fitting:
+        return f" Did you mean {', '.join(sorted(fitting, key=lambda tried: -fitting[tried])[:count])}?"
+    shorter = (".".join(["*", *wanted[at:]]) for at in range(1, len(wanted)))
+    found = [tried for tried in shorter if any(fnmatchcase(".".join(name), tried) for name in known)]
+    if found and found[0] != pattern:
+        return f" Did you mean {found[0]}?"
+    return near(pattern.replace("*", ""), (".".join(name) for name in known), count=count)
 
 
 def raise_all(error: type[MeshparError], heading: str, complaints: Sequence[str]) -> None:

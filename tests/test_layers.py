@@ -20,7 +20,7 @@ LAYERS = (
     ("report",),
     ("runtime", "pipeline.run", "pipeline.sends", "pipeline.ties"),
     ("checkpoint",),
-    ("api", "pipeline"),
+    ("arguments", "api", "pipeline"),
     ("proof",),
     ("pipeline.plot", "dry_run", "cli", ""),
 )

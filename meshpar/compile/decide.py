@@ -14,7 +14,7 @@ from meshpar.compile.ground import Staging
 from meshpar.compile.place import place
 from meshpar.compile.split import mark, split
 from meshpar.compile.stages import choose
-from meshpar.errors import PlanError, near, raise_all
+from meshpar.errors import PlanError, near_pattern, raise_all
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
@@ -171,7 +171,7 @@ def _rules(rules: Mapping[str, str], captured: Captured, request: Decision) -> d
     for pattern, where in rules.items():
         hits = [n for n in (*names, *captured.aliases) if fnmatchcase(n, pattern)]
         if not hits:
-            complaints.append(f"rule {pattern!r} matches no parameter.{near(pattern.replace('*', ''), names)}")
+            complaints.append(f"rule {pattern!r} matches no parameter.{near_pattern(pattern, names)}")
         axis, _, dim = where.partition(":")
         if where != "replicate" and (axis not in weights or not dim.lstrip("-").isdigit()):
             complaints.append(f'rule {pattern!r}: {where!r} is not "tp:DIM" (as in "tp:0") or "replicate".')
