@@ -70,11 +70,14 @@ def near_pattern(pattern: str, names: Iterable[str], *, count: int = 3) -> str:
                 fitting[tried] = max(alike, fitting.get(tried, 0.0))
     if fitting:
         return f" Did you mean {', '.join(sorted(fitting, key=lambda tried: -fitting[tried])[:count])}?"
-    shorter = (".".join(["*", *wanted[at:]]) for at in range(1, len(wanted)))
-    found = [tried for tried in shorter if any(fnmatchcase(".".join(name), tried) for name in known)]
-    if found and found[0] != pattern:
-        return f" Did you mean {found[0]}?"
-    return near(pattern.replace("*", ""), (".".join(name) for name in known), count=count)
+    tails = (wanted[at:] for at in range(len(wanted)) if len([part for part in wanted[at:] if "*" not in part]) > 1)
+    for tried in (f"*.{'.'.join(tail)}" for tail in tails if tail[0] != "*"):
+        if tried != pattern and any(fnmatchcase(".".join(name), tried) for name in known):
+            return f" Did you mean {tried}?"
+    if "*" not in pattern and any(fnmatchcase(".".join(name), f"*{pattern}*") for name in known):
+        return f" Did you mean *{pattern}*?"
+    kinds = dict.fromkeys(".".join("*" if part.isdigit() else part for part in name) for name in known)
+    return near(pattern, kinds, count=count)
 
 
 def raise_all(error: type[MeshparError], heading: str, complaints: Sequence[str]) -> None:

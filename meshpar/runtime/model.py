@@ -35,6 +35,7 @@ from meshpar.runtime.build import build, copy_values
 from meshpar.runtime.engine import Engine
 from meshpar.runtime.failures import Together
 from meshpar.runtime.hooks import StepHooks, refusing
+from meshpar.runtime.likeness import Likeness, refuse_method
 from meshpar.runtime.load import expert_load
 from meshpar.runtime.names import together as one_module
 from meshpar.runtime.parameters.gradients import OnMesh
@@ -43,12 +44,12 @@ from meshpar.runtime.state.variants import Variant, Variants
 from meshpar.runtime.state_dicts import EXTRA_STATE, check_state
 from meshpar.sharding.types import Shard
 
-_OWN = frozenset({"mesh", "config", "random", "training"})
+_OWN = frozenset({"mesh", "parallel_config", "random", "training"})
 """Attributes of a parallel model that are its own, and not the model's."""
 
 
 @refusing("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
-class ParallelModel(nn.Module):
+class ParallelModel(Likeness):
     """What `parallelize` returns.
 
     Parameters are DTensors under the original names with global shapes; plain torch optimizers work on them. Every data rank passes its own
@@ -78,11 +79,12 @@ class ParallelModel(nn.Module):
         self.__dict__.update(_engine=engine, _checked=set(), _together=together, _tallies=[], _makes=programs)
         self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None)
         self._take_names()
-        self.mesh, self.config = mesh, config
+        self.mesh, self.parallel_config = mesh, config
         self.random = RandomState(config.seed)
         self._first = first
         for path, module in programs.skeleton.named_modules():
             self._at(path).training = module.training
+        self._show_originals()
         self.__dict__["_variants"] = Variants(self, programs, engine, mesh, self._hooks)
         self._variants.learn(first, config.microbatches)
         known = frozenset(n for n in programs.skeleton.state_dict() if n.rpartition(".")[2] != EXTRA_STATE)
@@ -94,7 +96,14 @@ class ParallelModel(nn.Module):
         self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
         if "_variants" in self.__dict__:
+            self._show_originals()
             self._variants.rebind()
+
+    def _show_originals(self) -> None:
+        """Every module of this one knows the one that it stands for."""
+        self.__dict__["_original"] = self._makes.skeleton
+        for path, module in self._makes.skeleton.named_modules():
+            self._at(path).__dict__["_original"] = module
 
     def _at(self, path: str) -> nn.Module:
         """The module at a path, or one that nobody sees where this rank has none."""
@@ -139,7 +148,7 @@ class ParallelModel(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """An attribute of the model, as programs see it."""
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
             if "_variants" not in self.__dict__ or name.startswith("_"):
                 raise
@@ -147,9 +156,19 @@ class ParallelModel(nn.Module):
                 raise AttributeError(
                     f"forward puts a tensor into {name}{where}, and a parallel model does not keep it: return it from forward instead."
                 ) from None
-            if (value := show(self._makes.skeleton, name)) is ABSENT:
-                raise
-            return value
+            if (value := show(self._makes.skeleton, name)) is not ABSENT:
+                return value
+            if name == "config":
+                raise AttributeError("the model has no config. That of parallelize is pm.parallel_config.") from None
+            refuse_method(self._makes.skeleton, name)
+            raise
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise ConfigError: what is pickled is the state."""
+        raise ConfigError(
+            "a parallel model is not pickled: it belongs to the processes of this run. Save it with mp.checkpoint.save(path, pm, optimizer), "
+            "or its pm.state_dict(), and parallelize the model again."
+        )
 
     @property
     def original_module(self) -> nn.Module:
@@ -183,8 +202,8 @@ class ParallelModel(nn.Module):
         Hooks on this module are not copied. Collective.
         """
         makes = self._makes.copy()
-        engine = build(makes.skeleton, self.mesh, self.config, self._first, makes.schedule, filled=False)
-        new = type(self)(engine, self.mesh, self.config, makes, self._first, self._together)
+        engine = build(makes.skeleton, self.mesh, self.parallel_config, self._first, makes.schedule, filled=False)
+        new = type(self)(engine, self.mesh, self.parallel_config, makes, self._first, self._together)
         memo |= {id(self): new, **copy_values(self._engine, engine)}
         for program, microbatches, token in reversed(self._variants.programs()):
             if program is not self._first:
@@ -267,7 +286,7 @@ class ParallelModel(nn.Module):
             )
 
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
-        count = self.config.microbatches
+        count = self.parallel_config.microbatches
         tensors, variant = self._program(args, kwargs, count)
         program = variant.program
         loss_at = program.captured.loss
@@ -311,7 +330,7 @@ class ParallelModel(nn.Module):
             named = zip(captured.inputs, tensors, strict=False)
             check_whole({name: tensor for name, tensor in named if name not in captured.batch_dims}, self.mesh)
         self._checked.add(key)
-        dtype = self.config.precision.compute_dtype
+        dtype = self.parallel_config.precision.compute_dtype
         if dtype is not None:
             tensors = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
         return [*tensors, *variant.held.inputs()], variant
@@ -374,7 +393,7 @@ class ParallelModel(nn.Module):
     @property
     def schedule(self) -> Order | None:
         """With a pipeline, what every rank of it computes, sends and receives in a training step, in order."""
-        return None if self._makes.schedule is None else self._makes.schedule.order(self.config.microbatches)
+        return None if self._makes.schedule is None else self._makes.schedule.order(self.parallel_config.microbatches)
 
     def schedule_table(self) -> str:
         """The order of computation as text: a row per rank of the pipeline, a column per slot, a dot where a rank waits for another.
