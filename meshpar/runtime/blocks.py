@@ -77,8 +77,8 @@ class Block(Likeness):
             original = self._original
             name = "A module" if original is None else f"The {type(original).__name__}"
             raise ConfigError(
-                f"{name} of a parallel model cannot be called by itself: it holds its share of the programs, not a forward of its own. Call "
-                f"pm(**batch), with the value wanted among the model's outputs; or the module of the model, before parallelize."
+                f"{name} of a parallel model cannot be called by itself: it holds its share of the programs, not a forward of its own. "
+                f"Call pm(**batch), with the value wanted among the model's outputs; or the module of the model, before parallelize."
             )
         return self._programs[key](self, args)
 

@@ -1,8 +1,8 @@
 """What the modules of a parallel model show of the modules they stand for: their attributes, and the children of containers.
 
-    pm.model.layers[0].self_attn.q_proj.weight      as in the model; this rank's modules and parameters
-    pm.embed.num_embeddings                         an attribute of the model's own module
-    pm.embed(x), pm.generate(...)                   what computes is told what a parallel model has instead
+pm.model.layers[0].self_attn.q_proj.weight      as in the model; this rank's modules and parameters
+pm.embed.num_embeddings                         an attribute of the model's own module
+pm.embed(x), pm.generate(...)                   what computes is told what a parallel model has instead
 """
 
 from __future__ import annotations

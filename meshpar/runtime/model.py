@@ -24,19 +24,13 @@ from meshpar.graph.facts import info_of
 from meshpar.init.weights import tensor_groups
 from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
-from meshpar.pipeline.run import Pipelined
-from meshpar.pipeline.schedule import Event, Order, schedule_table
-from meshpar.plan import Comm, Plan
-from meshpar.report.explain import explain
-from meshpar.report.memory import MemoryReport, memory
 from meshpar.roles import ROLES
-from meshpar.runtime.blocks import inlined, print_code
+from meshpar.runtime.asked import Asked
 from meshpar.runtime.build import build, copy_values
 from meshpar.runtime.engine import Engine
 from meshpar.runtime.failures import Together
 from meshpar.runtime.hooks import StepHooks, refusing
 from meshpar.runtime.likeness import Likeness, refuse_method
-from meshpar.runtime.load import expert_load
 from meshpar.runtime.names import together as one_module
 from meshpar.runtime.parameters.gradients import OnMesh
 from meshpar.runtime.parameters.specs import convert_state_dicts
@@ -49,7 +43,7 @@ _OWN = frozenset({"mesh", "parallel_config", "random", "training"})
 
 
 @refusing("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
-class ParallelModel(Likeness):
+class ParallelModel(Likeness, Asked):
     """What `parallelize` returns.
 
     Parameters are DTensors under the original names with global shapes; plain torch optimizers work on them. Every data rank passes its own
@@ -166,8 +160,8 @@ class ParallelModel(Likeness):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raise ConfigError: what is pickled is the state."""
         raise ConfigError(
-            "a parallel model is not pickled: it belongs to the processes of this run. Save it with mp.checkpoint.save(path, pm, optimizer), "
-            "or its pm.state_dict(), and parallelize the model again."
+            "a parallel model is not pickled: it belongs to the processes of this run. Save it with mp.checkpoint.save(path, pm, "
+            "optimizer), or its pm.state_dict(), and parallelize the model again."
         )
 
     @property
@@ -352,90 +346,6 @@ class ParallelModel(Likeness):
         return DTensor.from_local(
             value, self.mesh, placements, run_check=False, shape=torch.Size(info.shape), stride=tuple(reversed(strides))
         )
-
-    # -- looking ---------------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def plan(self) -> Plan:
-        """Every decision, as data."""
-        return self._first.plan
-
-    def comms(self) -> tuple[Comm, ...]:
-        """The ledger: every collective of one microbatch."""
-        return self.plan.comms()
-
-    def expert_load(self) -> dict[str, torch.Tensor]:
-        """Experts module -> how many rows (token and choice) each of its experts got in the last step or forward, [E] (int64, on the CPU).
-
-        Summed over microbatches and over the mesh, the same on every rank. Collective. Empty for a model without recognised experts, and
-        before the first step.
-        """
-        return expert_load(self._tallies, self.mesh)
-
-    def explain(self) -> str:
-        """The plan in words: placements and the reasons for them, communication, repeated work."""
-        program = self._first
-        return explain(
-            self.plan,
-            program.graph,
-            inlined={path: why for tree in self._engine.trees.values() for path, why in inlined(tree).items()},
-            averaged=program.averaged,
-            within=program.within,
-            dropped=program.captured.dropped,
-            unrecognised=program.captured.unrecognised,
-            order=self.schedule,
-        )
-
-    def memory(self) -> MemoryReport:
-        """What a rank keeps in memory while it trains, by kind; with a pipeline, this rank with its stages."""
-        return memory(self.plan, self._first.graph, self._first.stages, self.schedule, self._stage_rank)
-
-    @property
-    def schedule(self) -> Order | None:
-        """With a pipeline, what every rank of it computes, sends and receives in a training step, in order."""
-        return None if self._makes.schedule is None else self._makes.schedule.order(self.parallel_config.microbatches)
-
-    def schedule_table(self) -> str:
-        """The order of computation as text: a row per rank of the pipeline, a column per slot, a dot where a rank waits for another.
-
-        Raises ConfigError without a `pp` axis.
-        """
-        return schedule_table(self._order())
-
-    def timeline(self, *args: Any, **kwargs: Any) -> tuple[Event, ...]:
-        """Run one `train_step` on this batch, and return when every rank of the pipeline computed what, in seconds from a common start.
-
-        Collective. It is a step as any other: gradients add to what `.grad` holds. Take the second or third step: the first one makes
-        buffers and connections. `mp.plot.schedule(pm.schedule, measured=events)` draws it, `mp.plot.chrome_trace(events, path)` writes it.
-
-        Clocks of ranks are set to zero when they leave one barrier: times of different ranks are off by what ranks leave it apart, much
-        less than a millisecond on one machine, more over slow networks; durations on one rank are exact. On a GPU a rank waits for its
-        device after every action, which costs what would overlap otherwise.
-
-        Raises ConfigError without a `pp` axis.
-        """
-        self._order()
-        assert isinstance(self._engine, Pipelined)
-        with self._together.section("timeline"), self._engine.measuring() as events:
-            self._train(args, kwargs)
-        return tuple(events)
-
-    def _order(self) -> Order:
-        if self.schedule is None:
-            raise ConfigError("this mesh has no pp axis of more than one rank: there are no stages and no schedule.")
-        return self.schedule
-
-    @property
-    def _stage_rank(self) -> int:
-        return self._engine.axis.rank if isinstance(self._engine, Pipelined) else 0
-
-    def print_readable(self) -> str:
-        """The code this rank runs: the root's, and that of each block structure once. Returned, and printed."""
-        several = len(self._engine.trees) > 1
-        parts = [(f"# stage {i}\n" if several else "") + print_code(tree, self._first.key) for i, tree in self._engine.trees.items()]
-        code = "\n".join(parts)
-        print(code)
-        return code
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
         self._check_applicable(fn)
