@@ -25,6 +25,7 @@ from meshpar.init.weights import tensor_groups
 from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
 from meshpar.roles import ROLES
+from meshpar.runtime import steps
 from meshpar.runtime.asked import Asked
 from meshpar.runtime.build import build, copy_values
 from meshpar.runtime.engine import Engine
@@ -34,9 +35,11 @@ from meshpar.runtime.likeness import Likeness, refuse_method
 from meshpar.runtime.names import together as one_module
 from meshpar.runtime.parameters.gradients import OnMesh
 from meshpar.runtime.parameters.specs import convert_state_dicts
+from meshpar.runtime.ranges import explaining
 from meshpar.runtime.state.variants import Variant, Variants
 from meshpar.runtime.state_dicts import EXTRA_STATE, check_state
 from meshpar.sharding.types import Shard
+from meshpar.simulate import is_simulated
 
 _OWN = frozenset({"mesh", "parallel_config", "random", "training"})
 """Attributes of a parallel model that are its own, and not the model's."""
@@ -62,6 +65,7 @@ class ParallelModel(Likeness, Asked):
     _together: Together
     _tallies: list[Tally]
     _hooks: StepHooks
+    _simulated: bool
     scaled_by: object | None
     """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
     _variants: Variants
@@ -71,7 +75,7 @@ class ParallelModel(Likeness, Asked):
     ) -> None:
         super().__init__()
         self.__dict__.update(_engine=engine, _checked=set(), _together=together, _tallies=[], _makes=programs)
-        self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None)
+        self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None, _simulated=is_simulated())
         self._take_names()
         self.mesh, self.parallel_config = mesh, config
         self.random = RandomState(config.seed)
@@ -235,7 +239,7 @@ class ParallelModel(Likeness, Asked):
             )
         tensors, variant = self._program(args, kwargs, 1)
         program = variant.program
-        with without_autocast():
+        with without_autocast(), explaining(program.captured, tensors):
             outputs = self._engine.run(program, self._inputs(program, tensors, 0))
         self.random.advance()
         self._variants.done(variant)
@@ -266,6 +270,7 @@ class ParallelModel(Likeness, Asked):
             return self._step(args, kwargs, backward=False)
 
     def _train(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], scale: torch.Tensor | None = None) -> torch.Tensor:
+        steps.check_gradients()
         self._check_own_hooks()
         with self._hooks.acting(self):
             return self._step(args, kwargs, backward=True, scale=scale)
@@ -289,11 +294,11 @@ class ParallelModel(Likeness, Asked):
                 "this batch gives no loss: the model returned none. Pass labels if the model computes its loss from them, "
                 "or loss_fn=lambda output, batch: ... to parallelize."
             )
-        with without_autocast():
+        with without_autocast(), explaining(program.captured, tensors):
             total = self._engine.step(program, self._parts(program, tensors, count), backward=backward, scale=scale)
         self.random.advance()
         self._variants.done(variant)
-        return total
+        return steps.done(total)
 
     def _parts(self, program: Program, tensors: Sequence[torch.Tensor], count: int) -> list[dict[str, Any]]:
         """The values of a graph's placeholders for every microbatch of a step, denominators included."""
@@ -312,6 +317,7 @@ class ParallelModel(Likeness, Asked):
         return found
 
     def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Variant]:
+        steps.check_ranks(self._simulated)
         kwargs = ordered = self._makes.ordered(kwargs)
         tensors, signature = flatten(args, ordered, self.training)
         key = (signature, microbatches)
@@ -324,6 +330,7 @@ class ParallelModel(Likeness, Asked):
             named = zip(captured.inputs, tensors, strict=False)
             check_whole({name: tensor for name, tensor in named if name not in captured.batch_dims}, self.mesh)
         self._checked.add(key)
+        steps.check_devices(tensors, captured.inputs, self.mesh)
         dtype = self.parallel_config.precision.compute_dtype
         if dtype is not None:
             tensors = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
