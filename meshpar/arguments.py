@@ -29,12 +29,20 @@ _WRAPPERS: Mapping[str, str] = {
 
 
 def check_arguments(
-    model: object, mesh: object, config: object, rules: object, plan: object, loss_fn: object, weights: object
+    model: object,
+    mesh: object,
+    config: object,
+    rules: object,
+    loss_fn: object,
+    *,
+    plan: object = None,
+    weights: object = None,
+    caller: str = "parallelize",
 ) -> ParallelConfig:
     """The configuration that is meant. Raises ConfigError with all that cannot be meant."""
     raise_all(
         ConfigError,
-        "parallelize:",
+        f"{caller}:",
         [
             *_model(model, mesh),
             *_config(config),

@@ -22,6 +22,7 @@ from meshpar.consensus import check_batch, check_whole
 from meshpar.errors import BatchError, ConfigError
 from meshpar.graph.facts import info_of
 from meshpar.init.weights import tensor_groups
+from meshpar.mesh import data_rank
 from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
 from meshpar.roles import ROLES
@@ -160,6 +161,13 @@ class ParallelModel(Likeness, Asked):
                 raise AttributeError("the model has no config. That of parallelize is pm.parallel_config.") from None
             refuse_method(self._makes.skeleton, name)
             raise
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """Raise ConfigError: DistributedDataParallel asks for this first of all."""
+        raise ConfigError(
+            "a parallel model is not wrapped in DistributedDataParallel: the dp axis of its mesh sums gradients over the data ranks already."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raise ConfigError: what is pickled is the state."""
@@ -321,9 +329,13 @@ class ParallelModel(Likeness, Asked):
         kwargs = ordered = self._makes.ordered(kwargs)
         tensors, signature = flatten(args, ordered, self.training)
         key = (signature, microbatches)
-        closer = None if key in self._checked else lambda: check_batch((args, kwargs), self.mesh)
+        closer = None if key in self._checked else lambda: self._check_batch(args, kwargs)
         kept, variant = self._variants.match(signature, microbatches, closer)
         if variant is None:
+            steps.say_capture(
+                "what forward reads, which changed" if key in self._variants.known() else steps.kind_of(tensors, self.training),
+                self._makes.seconds,
+            )
             variant = self._variants.make(kept, args, kwargs)
         captured = variant.program.captured
         if key not in self._checked:
@@ -335,6 +347,11 @@ class ParallelModel(Likeness, Asked):
         if dtype is not None:
             tensors = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
         return [*tensors, *variant.held.inputs()], variant
+
+    def _check_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        alike = check_batch((args, kwargs), self.mesh)
+        if alike and not self._checked:
+            steps.say_same_samples(data_rank(self.mesh)[1])
 
     def _as_output(self, program: Program, value: torch.Tensor, index: int) -> Any:
         """A tensor that is cut comes out as a DTensor."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -10,6 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.errors import BatchError, ConfigError
 from meshpar.simulate import is_simulated
+
+LONG = 3.0
+"""Seconds that a step takes without a word."""
 
 
 def check_ranks(simulated: bool) -> None:
@@ -53,9 +58,34 @@ def check_devices(tensors: list[torch.Tensor], names: tuple[str, ...], mesh: Dev
         )
 
 
+def say_same_samples(data: int) -> None:
+    """Warn that the data ranks were given the same samples."""
+    warnings.warn(
+        f"all {data} data ranks gave the same samples, so that each of them counts {data} times. If this is the global batch, give every "
+        f"rank its share: mp.local_batch(batch, mesh); a data loader takes rank and size from mp.data_rank(mesh).",
+        stacklevel=2,
+    )
+
+
+def kind_of(tensors: Sequence[torch.Tensor], training: bool) -> str:
+    """A batch in few words."""
+    shapes = dict.fromkeys(str(list(x.shape)) for x in tensors)
+    return f"tensors of shape {', '.join(list(shapes)[:4])} {'in training' if training else 'in evaluation'}"
+
+
+def say_capture(why: str, seconds: float) -> None:
+    """Before a program is made for a step: say so where that takes long."""
+    if seconds >= LONG and (not dist.is_initialized() or dist.get_rank() == 0):
+        warnings.warn(
+            f"the model is captured once more, for {why}: the first time took {seconds:.0f} s. Programs are kept, one for each kind of "
+            "batch; batches of few different shapes (padded, or in buckets) need few.",
+            stacklevel=2,
+        )
+
+
 def done(loss: torch.Tensor) -> torch.Tensor:
     """The loss of a finished step: its `backward` explains itself."""
-    loss.backward = _explain  # type: ignore[method-assign,assignment]
+    loss.backward = _explain  # type: ignore[method-assign]
     return loss
 
 
