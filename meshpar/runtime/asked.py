@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshpar.compile.program import Program, Programs
+from meshpar.compile.program import Program
+from meshpar.compile.programs import Programs
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
 from meshpar.ops.load import Tally
