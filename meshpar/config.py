@@ -152,6 +152,8 @@ class ParallelConfig(_Fields):
     """In forward, gather the next block's parameters while the current one computes. In backward FSDP2 always does, where devices can."""
     overlap_tensor_parallel: bool = True
     """Not read yet (see `UNREAD`): whether collectives of `tp` start as soon as their input is ready and are waited for at first use."""
+    outputs: Literal["whole", "cut"] = "whole"
+    """What `pm(**batch)` returns: whole tensors of this data rank's samples, or ("cut") DTensors where values are cut, not gathered."""
     seed: int = 0
     """Seeds the random numbers of steps, dropout above all. Initial values are those of the model, however it was seeded."""
     translation: tuple[Translation, ...] = field(default=(), compare=False, repr=False)
@@ -211,6 +213,7 @@ class ParallelConfig(_Fields):
                 ("context", self.context, CONTEXT),
                 ("recompute", self.recompute, RECOMPUTE),
                 ("data_parallel", self.data_parallel, DATA_PARALLEL),
+                ("outputs", self.outputs, ("whole", "cut")),
             )
             if value not in allowed
         ]

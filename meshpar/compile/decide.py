@@ -57,6 +57,8 @@ class Decision:
     stages: StageRequest | None = None
     owned: bool = False
     """Whether parameters may lie on one rank of `ep` alone: not where ranks are simulated, which all run one program."""
+    ordered: bool = True
+    """Whether outputs that are cut leave in global order."""
     options: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, tuple[tuple[int, ...], str, bool]] = field(default_factory=dict)
     """All parameters of the model: shape, dtype, trainable; those the graph does not use stay whole."""
@@ -91,6 +93,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 owned=request.owned,
                 sequence=request.sequence,
                 outputs=outputs,
+                ordered=request.ordered,
                 context=request.context,
                 inner=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].divides == "weights"),
             ),

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
-from torch.distributed.tensor import Shard as ShardPlacement
 
 from meshpar.capture.state.places import ABSENT
 from meshpar.capture.state.taken import without_autocast
@@ -20,12 +18,10 @@ from meshpar.compile.state.following import show
 from meshpar.config import ParallelConfig
 from meshpar.consensus import check_batch, check_whole
 from meshpar.errors import BatchError, ConfigError
-from meshpar.graph.facts import info_of
 from meshpar.init.weights import tensor_groups
 from meshpar.mesh import data_rank
 from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
-from meshpar.roles import ROLES
 from meshpar.runtime import steps
 from meshpar.runtime.asked import Asked
 from meshpar.runtime.build import build, copy_values
@@ -34,12 +30,12 @@ from meshpar.runtime.failures import Together
 from meshpar.runtime.hooks import StepHooks, refusing
 from meshpar.runtime.likeness import Likeness, refuse_method
 from meshpar.runtime.names import together as one_module
+from meshpar.runtime.outputs import Leave, leaving, returned
 from meshpar.runtime.parameters.gradients import OnMesh
 from meshpar.runtime.parameters.specs import convert_state_dicts
 from meshpar.runtime.ranges import explaining
 from meshpar.runtime.state.variants import Variant, Variants
 from meshpar.runtime.state_dicts import EXTRA_STATE, check_state
-from meshpar.sharding.types import Shard
 from meshpar.simulate import is_simulated
 
 _OWN = frozenset({"mesh", "parallel_config", "random", "training"})
@@ -57,7 +53,7 @@ class ParallelModel(Likeness, Asked):
 
         loss = pm.train_step(**batch)        forward and backward, gradients summed over the mesh; the loss of the global batch
         loss = pm.eval_step(**batch)         the same loss without gradients
-        out  = pm(**batch)                   the model's own output; tensors that are cut are DTensors; out.loss.backward() works
+        out  = pm(**batch)                   the model's own output for this data rank's samples; backward from any loss of it
     """
 
     # Written past nn.Module's own bookkeeping, which would take them for submodules.
@@ -67,6 +63,7 @@ class ParallelModel(Likeness, Asked):
     _tallies: list[Tally]
     _hooks: StepHooks
     _simulated: bool
+    _leave: Leave
     scaled_by: object | None
     """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
     _variants: Variants
@@ -77,6 +74,7 @@ class ParallelModel(Likeness, Asked):
         super().__init__()
         self.__dict__.update(_engine=engine, _checked=set(), _together=together, _tallies=[], _makes=programs)
         self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None, _simulated=is_simulated())
+        self.__dict__.update(_leave=leaving(mesh, config.outputs))
         self._take_names()
         self.mesh, self.parallel_config = mesh, config
         self.random = RandomState(config.seed)
@@ -232,7 +230,11 @@ class ParallelModel(Likeness, Asked):
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own output for this rank's local batch. The loss is that of the global batch."""
+        """The model's own output for this rank's local batch, plain tensors; the loss in it is that of the global batch.
+
+        Any loss may be computed of it. Data ranks may have losses of their own: gradients are those of their mean over the data ranks
+        (`runtime/outputs.py`). `train_step` weighs by labels instead: it is right where ranks have uneven numbers of valid ones.
+        """
         with self._together.section("forward"):
             self._hooks.outside_steps(self)
             found = self._forward(args, kwargs)
@@ -251,7 +253,7 @@ class ParallelModel(Likeness, Asked):
             outputs = self._engine.run(program, self._inputs(program, tensors, 0))
         self.random.advance()
         self._variants.done(variant)
-        return restore(program, lambda i: self._as_output(program, outputs[i], i))
+        return restore(program, lambda i: self._leave(program, outputs[i], i))
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one step over all microbatches. Returns the loss of the global batch, the same on every rank.
@@ -299,8 +301,9 @@ class ParallelModel(Likeness, Asked):
         loss_at = program.captured.loss
         if loss_at is None:
             raise BatchError(
-                "this batch gives no loss: the model returned none. Pass labels if the model computes its loss from them, "
-                "or loss_fn=lambda output, batch: ... to parallelize."
+                f"this batch gives no loss. The model returned {returned(program.captured)}; its loss is output.loss, output['loss'], a "
+                "scalar, or the only scalar of a tuple. Pass labels if the model computes its loss from them. Of several, or of anything "
+                "else, say which: parallelize(..., loss_fn=lambda output, batch: output[0])."
             )
         with without_autocast(), explaining(program.captured, tensors):
             total = self._engine.step(program, self._parts(program, tensors, count), backward=backward, scale=scale)
@@ -352,24 +355,6 @@ class ParallelModel(Likeness, Asked):
         alike = check_batch((args, kwargs), self.mesh)
         if alike and not self._checked:
             steps.say_same_samples(data_rank(self.mesh)[1])
-
-    def _as_output(self, program: Program, value: torch.Tensor, index: int) -> Any:
-        """A tensor that is cut comes out as a DTensor."""
-        types = {a.axis: a.outputs[index] for a in program.plan.axes}
-        if not any(isinstance(t, Shard) for t in types.values()):
-            return value
-        placements: list[Placement] = []
-        for name in self.mesh.mesh_dim_names or ():
-            found = types.get(ROLES[name].typed or "")
-            placements.append(ShardPlacement(found.dim) if isinstance(found, Shard) else Replicate())
-        info = info_of(next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index])
-        strides, step = [], 1
-        for n in reversed(info.shape):
-            strides.append(step)
-            step *= n
-        return DTensor.from_local(
-            value, self.mesh, placements, run_check=False, shape=torch.Size(info.shape), stride=tuple(reversed(strides))
-        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
         self._check_applicable(fn)
