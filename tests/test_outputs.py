@@ -149,9 +149,9 @@ def losses_of_their_own(model: nn.Module, batch: tuple[Any, ...], spec: str, los
     of their mean over the data ranks, as on one device."""
     mesh = mp.make_mesh(spec)
     data = mp.data_rank(mesh)[1]
-    parts = [tuple(x.chunk(data)[r] for x in batch) for r in range(data)]
     alone = copy.deepcopy(model)
     with maybe_disable_local_tensor_mode():  # what is written in place would be written once for every simulated rank
+        parts = [tuple(x.chunk(data)[r] for x in batch) for r in range(data)]
         expected = [alone(*part) for part in parts]
         losses = [loss(out, *part) for out, part in zip(expected, parts, strict=True)]
         (sum(losses) / data).backward()  # type: ignore[union-attr]
@@ -261,8 +261,9 @@ class Routed(nn.Module):
 def test_outputs_of_experts(spec: str) -> None:
     torch.manual_seed(3)
     x = torch.randn(4, 6, WIDTH, dtype=torch.float64)
+    model = Routed().double()
     with mp.simulate(2 * spec.count("=")):
-        losses_of_their_own(Routed().double(), (x,), spec, of_squares)
+        losses_of_their_own(model, (x,), spec, of_squares)
 
 
 def test_samples_that_were_mixed_leave_whole() -> None:

@@ -12,6 +12,7 @@ from torch import fx
 
 from meshpar.compile.ground import Staging
 from meshpar.compile.place import place
+from meshpar.compile.samples import of_own_samples
 from meshpar.compile.split import mark, split
 from meshpar.compile.stages import choose
 from meshpar.errors import PlanError, near_pattern, raise_all
@@ -99,6 +100,8 @@ def decide(captured: Captured, request: Decision) -> Plan:
             ),
             whole if graph is captured.graph else None,
         )
+        if role.own_batches:
+            plan = replace(plan, samples=of_own_samples(graph, plan))
         axes.append(_for_all_owners(plan, captured.graph, axes))
         if name != request.axes[-1][0]:
             graph = Lower(plan, Axis(name, size, 0, name))(graph)

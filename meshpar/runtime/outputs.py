@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from meshpar.compile.program import Program
-from meshpar.compile.samples import of_own_samples
 from meshpar.errors import ConfigError
 from meshpar.graph.captured import Captured, Slot
 from meshpar.graph.facts import Info, info_of
@@ -60,8 +59,7 @@ def _read(program: Program, axes: tuple[Axis, ...]) -> list[tuple[Axis, Types, t
     found = []
     for one in reversed(axes):
         if (plan := plans.get(one.name)) is not None:
-            mine = of_own_samples(program.captured.graph, plan) if ROLES[one.name].own_batches else (False,) * len(plan.outputs)
-            found.append((one, plan.outputs, mine))
+            found.append((one, plan.outputs, plan.samples or (False,) * len(plan.outputs)))
     return found
 
 
