@@ -235,7 +235,7 @@ STEPS: tuple[Mistake, ...] = (
 )
 LIKE_A_MODEL: tuple[Mistake, ...] = (
     ("a layer called", "Block of a parallel model cannot be called", lambda h: h.pm.layers[0](torch.ones(1, 8, 16))),
-    ("generate", "no generate.*before parallelize", lambda h: h.pm.generate(h.batch["input_ids"])),
+    ("generate", "generate of LM is its own", lambda h: h.pm.generate(h.batch["input_ids"])),
     ("saving as Hugging Face", "no save_pretrained: mp.checkpoint.save", lambda h: h.pm.save_pretrained("folder")),
     ("checkpointing", 'recompute="full"', lambda h: h.pm.gradient_checkpointing_enable()),
     ("a module replaced", "cannot be replaced", lambda h: setattr(h.pm, "embed", nn.Embedding(2, 2))),

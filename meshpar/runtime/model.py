@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from meshpar.runtime import steps
 from meshpar.runtime.asked import Asked
 from meshpar.runtime.build import build, copy_values
 from meshpar.runtime.engine import Engine
+from meshpar.runtime.evaluation import evaluate
 from meshpar.runtime.failures import Together
+from meshpar.runtime.generation import generate
 from meshpar.runtime.hooks import StepHooks, refusing
 from meshpar.runtime.likeness import Likeness, refuse_method
 from meshpar.runtime.names import together as one_module
@@ -278,6 +280,26 @@ class ParallelModel(Likeness, Asked):
         with self._together.section("eval_step"):
             self._check_own_hooks()
             return self._step(args, kwargs, backward=False)
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **asked: Any) -> Any:
+        """`generate` of a transformers model for this data rank's prompts, in its own words: greedy, sampling, beams; the model's tokens.
+
+        Exact, and slow: there is no cache of keys and values (`runtime/generation.py`). Call `eval()` first to switch dropout off.
+        Collective; prompts have one shape on all data ranks. Raises ConfigError for what it cannot do.
+
+            pm.eval().generate(input_ids, max_new_tokens=20)
+        """
+        return generate(self, self._makes.skeleton, self.mesh, args, asked)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Any]], *, weight: Callable[[Any], Any]) -> float:
+        """The loss over all `batches` of this data rank, each weighed by what its loss is the mean over: the same on every rank.
+
+        `weight(batch)` counts that in a local batch, such as its valid labels: `lambda batch: (batch["labels"][:, 1:] != -100).sum()`.
+        Data ranks have equally many batches, of equal shapes. Collective. Call `eval()` first, as with any module.
+        """
+        return evaluate(self.eval_step, batches, weight, self.mesh)
 
     def _train(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], scale: torch.Tensor | None = None) -> torch.Tensor:
         steps.check_gradients()
