@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError, raise_all
-from meshpar.init.fit import Weights
+from meshpar.init.fit import Weights, shortened
 from meshpar.plan import Plan
 from meshpar.runtime.model import ParallelModel
 from meshpar.settings import is_file
@@ -75,7 +75,18 @@ def _model(model: object, mesh: object) -> list[str]:
             f"the model is wrapped by {type(model).__name__}, which runs it in its own way. Give the model itself: "
             f"parallelize(model.{_WRAPPERS[kind]}, mesh); data parallelism is an axis of the mesh."
         ]
-    return []
+    return _quantised(model)
+
+
+def _quantised(model: nn.Module) -> list[str]:
+    """Weights in a code of their own, as those of QLoRA."""
+    found = [name for name, p in model.named_parameters() if getattr(p, "quant_state", None) is not None or hasattr(p, "SCB")]
+    if not found:
+        return []
+    return [
+        f"{shortened(found, most=3)}: quantised weights. Their bytes are in blocks with scales beside them, not to be cut along a dim, "
+        f"and their kernels are no operators that could be planned. Load the base model in bfloat16: on tp and dp every rank holds a part."
+    ]
 
 
 def _config(config: object) -> list[str]:
