@@ -13,7 +13,19 @@ import meshpar
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
     ("errors", "collection", "settings", "config", "megatron", "roles", "report.text", "sharding.types", "planner"),
-    ("_torch", "generators", "simulate", "mesh", "consensus", "data", "plan", "pipeline.schedule", "pipeline.timing", "pipeline.order", "ops"),
+    (
+        "_torch",
+        "generators",
+        "simulate",
+        "mesh",
+        "consensus",
+        "data",
+        "plan",
+        "pipeline.schedule",
+        "pipeline.timing",
+        "pipeline.order",
+        "ops",
+    ),
     ("graph", "capture", "sharding"),
     ("passes",),
     ("compile", "init"),

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshpar.consensus import check_batch
 from meshpar.errors import BatchError, ConfigError
-from meshpar.mesh import check_batch, data_rank
+from meshpar.mesh import data_rank
 from meshpar.simulate import is_simulated
 
 _PADDED = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
