@@ -141,7 +141,7 @@ def trains(kind: str, spec: str, kv: int = 8, **config: Any) -> None:
         for value in local_tensors(mp.full_tensor(parameter)).values():
             torch.testing.assert_close(value, wanted[name].detach(), rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
     state = pm.state_dict()
-    if mesh.size() == mesh[("tp",)].size() and "pp" not in (mesh.mesh_dim_names or ()):
+    if "pp" not in (mesh.mesh_dim_names or ()):
         own = [name for name in state if any(word in name for word in ("lora_", "ia3_", "prompt_"))]
         assert own == [name for name in model.state_dict() if any(word in name for word in ("lora_", "ia3_", "prompt_"))]
         assert len(own) == NAMES[kind]
