@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meshpar import checkpoint, ops, pipeline
+    from meshpar import checkpoint, data, ops, pipeline
     from meshpar.api import parallelize
     from meshpar.capture.experts.seam import register_experts
     from meshpar.config import ParallelConfig, Precision
@@ -57,7 +57,7 @@ _HOME = {
 _NAMESAKES = ("dry_run", "simulate")
 """Functions called like the module they live in."""
 _MODULES = {
-    **{name: name for name in ("checkpoint", "ops", "pipeline")},
+    **{name: name for name in ("checkpoint", "data", "ops", "pipeline")},
     **{name: f"pipeline.{name}" for name in ("plot", "schedule", "timing")},
 }
 
@@ -82,6 +82,7 @@ __all__ = [
     "add_rule",
     "checkpoint",
     "clip_grad_norm_",
+    "data",
     "data_rank",
     "dry_run",
     "full_grad",

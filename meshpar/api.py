@@ -5,6 +5,7 @@ model ── capture ──> graph ── rules + solver ──> Plan ── low
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshpar.arguments import check_arguments
 from meshpar.capture.structure import order_of
 from meshpar.compile.agreement import agree_on_values
 from meshpar.compile.programs import Programs
@@ -27,6 +29,7 @@ from meshpar.roles import ROLES
 from meshpar.runtime.build import build
 from meshpar.runtime.failures import Together
 from meshpar.runtime.model import ParallelModel
+from meshpar.runtime.originals import watch_originals
 from meshpar.sharding.policy import POLICIES
 
 Example = Mapping[str, Any] | tuple[Any, ...]
@@ -64,9 +67,9 @@ def parallelize(
         pm = mp.parallelize(model, mesh, example=batch)
         loss = pm.train_step(**batch)
     """
+    config = check_arguments(model, mesh, config, rules, loss_fn, plan=plan, weights=weights)
     check_mesh(mesh)
     check_supported(mesh)
-    config = ParallelConfig.from_toml(config) if isinstance(config, (str, Path)) else config or ParallelConfig()
     if (schedule := schedule_of(mesh, config)) is not None:
         schedule.order(config.microbatches)  # what it does not allow is told before anything is captured
     args, kwargs = example_of(model, example)
@@ -89,13 +92,17 @@ def _parallelize(
 ) -> ParallelModel:
     check_batch((args, kwargs), mesh)
     programs = Programs(model, mesh, config, rules=rules, loss_fn=loss_fn, plan=plan)
+    begun = time.monotonic()
     seen = programs.seen(args, kwargs, training=model.training, microbatches=config.microbatches)  # capture: what the model computes
     decided = programs.planned(seen)  # which rank holds what, and what moves
     program = programs.lowered(seen, decided)  # the part of it that this rank runs
+    programs.seconds = time.monotonic() - begun
     agree(program.plan.hash, mesh, "the plan")
     agree_on_values(model, mesh, weights=weights)
     engine = build(model, mesh, config, program, programs.schedule, weights=weights)
-    return ParallelModel(engine, mesh, config, programs, program, together)
+    pm = ParallelModel(engine, mesh, config, programs, program, together)
+    watch_originals(model, pm)
+    return pm
 
 
 def check_supported(mesh: DeviceMesh) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -54,8 +54,21 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+class _Fields:
+    """Of a configuration: a name that is none of its fields is told with the near misses."""
+
+    __slots__ = ()
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        wrong = [f"there is no field {name!r}.{near(name, known)}" for name in named if name not in known]
+        advice = [f"The fields are {', '.join(n for n in known if n != 'translation')}."] if wrong else []
+        raise_all(ConfigError, f"{cls.__name__}:", [*wrong, *advice])
+        return object.__new__(cls)
+
+
 @dataclass(frozen=True, slots=True)
-class Precision:
+class Precision(_Fields):
     """The dtypes of training. None keeps what the model has.
 
     `param_dtype`: of the parameters that the optimizer steps (the master copy); `compute_dtype`: of parameters and floating inputs inside
@@ -104,7 +117,7 @@ class Translation:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(_Fields):
     """How to train in parallel. Every complaint about the values is raised at once, as one `ConfigError`.
 
     >>> ParallelConfig(microbatches=8, schedule="interleaved-1f1b").virtual_stages
@@ -139,6 +152,8 @@ class ParallelConfig:
     """In forward, gather the next block's parameters while the current one computes. In backward FSDP2 always does, where devices can."""
     overlap_tensor_parallel: bool = True
     """Not read yet (see `UNREAD`): whether collectives of `tp` start as soon as their input is ready and are waited for at first use."""
+    outputs: Literal["whole", "cut"] = "whole"
+    """What `pm(**batch)` returns: whole tensors of this data rank's samples, or ("cut") DTensors where values are cut, not gathered."""
     seed: int = 0
     """Seeds the random numbers of steps, dropout above all. Initial values are those of the model, however it was seeded."""
     translation: tuple[Translation, ...] = field(default=(), compare=False, repr=False)
@@ -198,6 +213,7 @@ class ParallelConfig:
                 ("context", self.context, CONTEXT),
                 ("recompute", self.recompute, RECOMPUTE),
                 ("data_parallel", self.data_parallel, DATA_PARALLEL),
+                ("outputs", self.outputs, ("whole", "cut")),
             )
             if value not in allowed
         ]

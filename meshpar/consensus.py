@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar import roles
-from meshpar._torch import local_tensor_mode, pytree
+from meshpar._torch import LocalTensor, local_tensor_mode, pytree
 from meshpar.errors import BatchError, MeshparError, PlanError, raise_all
-from meshpar.mesh import data_ranks, listed
+from meshpar.mesh import data_ranks, listed, mesh_sizes
 
 
 def agree(value: str, mesh: DeviceMesh, what: str, *, error: type[MeshparError] = PlanError) -> None:
@@ -87,13 +88,16 @@ def spread(mesh: DeviceMesh) -> Callable[[list[str]], list[str]]:
     return everyone
 
 
-def check_batch(batch: Any, mesh: DeviceMesh) -> None:
+def check_batch(batch: Any, mesh: DeviceMesh) -> bool:
     """Raise `BatchError` on every rank unless batches have one structure everywhere and one content outside the data axes.
 
-    Collective over the mesh: one exchange of 64 bytes per rank. Reads every tensor once, on its device's host copy.
+    Returns whether there are several data ranks and all gave the same samples. Collective over the mesh: one exchange of 64 bytes per
+    rank. Reads every tensor once, on its device's host copy.
     """
+    several = prod(mesh_sizes(mesh)[n] for n in roles.with_own_batches(mesh.mesh_dim_names or ())) > 1
     if not is_real(mesh):
-        return
+        leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        return several and local_tensor_mode() is not None and not any(isinstance(leaf, LocalTensor) for leaf in leaves)
     table = _gather_digests(_structure_digest(batch) + _content_digest(batch), mesh)
     odd = _odd_ones({rank: both[:32] for rank, both in table.items()})
     if odd:
@@ -113,6 +117,7 @@ def check_batch(batch: Any, mesh: DeviceMesh) -> None:
         f"rank), but these differ:",
         complaints,
     )
+    return several and len(set(table.values())) == 1
 
 
 def check_whole(tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
+from fnmatch import fnmatchcase
 
 
 class MeshparError(Exception):
@@ -54,6 +55,33 @@ def near(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """
     found = get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" Did you mean {', '.join(found)}?" if found else ""
+
+
+def near_pattern(pattern: str, names: Iterable[str], *, count: int = 3) -> str:
+    """The same for a pattern of dotted names: the patterns that differ from it in one part, else names whose end is most like its end.
+
+    >>> near_pattern("*.q_prj.weight", ["layers.0.q_proj.weight", "norm.weight"])
+    ' Did you mean *.q_proj.weight?'
+    """
+    wanted, known = pattern.split("."), [name.split(".") for name in names]
+    fitting: dict[str, float] = {}
+    for at, part in enumerate(wanted):
+        spare = set(part) - set("*?[]")
+        for other in dict.fromkeys(other for name in known for other in name) if spare else ():
+            tried = ".".join([*wanted[:at], other, *wanted[at + 1 :]])
+            alike = SequenceMatcher(None, part, other).ratio()
+            if alike >= 0.6 and any(fnmatchcase(".".join(name), tried) for name in known):
+                fitting[tried] = max(alike, fitting.get(tried, 0.0))
+    if fitting:
+        return f" Did you mean {', '.join(sorted(fitting, key=lambda tried: -fitting[tried])[:count])}?"
+    tails = (wanted[at:] for at in range(len(wanted)) if len([part for part in wanted[at:] if "*" not in part]) > 1)
+    for tried in (f"*.{'.'.join(tail)}" for tail in tails if tail[0] != "*"):
+        if tried != pattern and any(fnmatchcase(".".join(name), tried) for name in known):
+            return f" Did you mean {tried}?"
+    if "*" not in pattern and any(fnmatchcase(".".join(name), f"*{pattern}*") for name in known):
+        return f" Did you mean *{pattern}*?"
+    kinds = dict.fromkeys(".".join("*" if part.isdigit() else part for part in name) for name in known)
+    return near(pattern, kinds, count=count)
 
 
 def raise_all(error: type[MeshparError], heading: str, complaints: Sequence[str]) -> None:

@@ -69,10 +69,13 @@ def parse_mesh(spec: str | Path | Mapping[str, int]) -> dict[str, int]:
     >>> parse_mesh("dp=2, tp=4")
     {'dp': 2, 'tp': 4}
     """
+    if not isinstance(spec, (str, Path, Mapping)):
+        raise ConfigError(f'a mesh is written as "dp=2,tp=4", {{"dp": 2, "tp": 4}} or a file of `meshpar plan`; this is {spec!r}.')
     if isinstance(spec, Path) or is_file(spec):
         spec = read_mesh(spec)  # type: ignore[arg-type]
     pairs = list(spec.items()) if isinstance(spec, Mapping) else [_parse_pair(part) for part in spec.split(",")]
     complaints = [size for _, size in pairs if isinstance(size, str)]
+    complaints += [f"{name}={size!r}: a size is a whole number." for name, size in pairs if not isinstance(size, (int, str))]
     complaints += [f"{name}={size}: a size is a whole number of at least 1." for name, size in pairs if isinstance(size, int) and size < 1]
     complaints += _name_complaints([name for name, size in pairs if not isinstance(size, str)])
     sizes = {name: size for name, size in pairs if isinstance(size, int)}
@@ -95,7 +98,8 @@ def mesh_sizes(mesh: DeviceMesh) -> dict[str, int]:
 def check_mesh(mesh: DeviceMesh) -> None:
     """Raise `ConfigError` unless a mesh built elsewhere has axis names that meshpar knows, in order, and holds this rank."""
     if not isinstance(mesh, DeviceMesh):
-        raise ConfigError(f'mesh is a {type(mesh).__name__}, not a DeviceMesh. Build one with mp.make_mesh("dp=2,tp=4").')
+        spec = mesh if isinstance(mesh, str) and "=" in mesh else "dp=2,tp=4"
+        raise ConfigError(f'mesh is a {type(mesh).__name__}, not a DeviceMesh. Build one with mp.make_mesh("{spec}").')
     if not mesh.mesh_dim_names:
         names = ", ".join(f'"{n}"' for n in ("pp", "dp", "tp")[-mesh.ndim :])
         raise ConfigError(
@@ -152,6 +156,8 @@ def local_batch(global_batch: Any, mesh: DeviceMesh) -> Any:
 
     Under simulation the tensors returned hold each simulated rank's own share. Raises `BatchError` if dim 0 does not divide.
     """
+    if not isinstance(mesh, DeviceMesh):
+        raise ConfigError(f"the mesh is a {type(mesh).__name__}: write mp.local_batch(global_batch, mesh).")
     rank, size = data_rank(mesh)
     leaves = pytree.tree_flatten_with_path(global_batch)[0]
     tensors = [(pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]

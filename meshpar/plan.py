@@ -36,6 +36,8 @@ class AxisPlan:
     nodes: Mapping[str, NodePlan]
     outputs: tuple[Type, ...]
     """The type of every value the graph returns."""
+    samples: tuple[bool, ...] = ()
+    """On an axis whose ranks have batches of their own: which of them are cut by samples, so that a rank holds those of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class Plan:
                     "size": a.size,
                     "nodes": {n: [_types(p.uses), _types(p.outs), p.why, _types(p.handed)] for n, p in a.nodes.items()},
                     "outputs": _types(a.outputs),
+                    "samples": list(a.samples),
                 }
                 for a in self.axes
             ],
@@ -167,6 +170,7 @@ class Plan:
                         a["size"],
                         {n: NodePlan(_untypes(u), _untypes(o), w, _handed(h)) for n, (u, o, w, h) in a["nodes"].items()},
                         _untypes(a["outputs"]),
+                        tuple(a.get("samples", ())),
                     )
                     for a in body["axes"]
                 ),

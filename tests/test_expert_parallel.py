@@ -121,9 +121,9 @@ def outputs(mesh: str) -> float:
     pm = mp.parallelize(model, device_mesh, example=mp.local_batch(batch, device_mesh)).eval()
     with torch.no_grad():
         logits = pm(**mp.local_batch({"input_ids": batch["input_ids"][:4]}, device_mesh)).logits
-        wanted = model(input_ids=batch["input_ids"][:4]).logits
-    assert isinstance(logits, DTensor) and logits.shape == wanted.shape
-    return float((logits.full_tensor() - wanted).abs().max())
+        wanted = mp.local_batch(model(input_ids=batch["input_ids"][:4]).logits, device_mesh)
+    assert not isinstance(logits, DTensor) and logits.shape == wanted.shape
+    return float((logits - wanted).abs().max())
 
 
 @pytest.mark.parametrize("mesh", ["dp=2,ep=2", "pp=2,ep=2"])

@@ -13,14 +13,26 @@ import meshpar
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
     ("errors", "collection", "settings", "config", "megatron", "roles", "report.text", "sharding.types", "planner"),
-    ("_torch", "generators", "simulate", "mesh", "consensus", "plan", "pipeline.schedule", "pipeline.timing", "pipeline.order", "ops"),
+    (
+        "_torch",
+        "generators",
+        "simulate",
+        "mesh",
+        "consensus",
+        "data",
+        "plan",
+        "pipeline.schedule",
+        "pipeline.timing",
+        "pipeline.order",
+        "ops",
+    ),
     ("graph", "capture", "sharding"),
     ("passes", "proof.static"),
     ("compile", "init"),
     ("report",),
     ("runtime", "pipeline.run", "pipeline.sends", "pipeline.ties"),
     ("checkpoint",),
-    ("api", "pipeline"),
+    ("arguments", "api", "pipeline"),
     ("proof",),
     ("pipeline.plot", "dry_run", "cli", ""),
 )

@@ -169,13 +169,9 @@ def explain(
     with _ending():
         from meshpar.cli.look import explained
 
+        asked = _asked(mesh, _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel), rule)
         made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=0)
-        pm = explained(
-            *made,
-            mesh,
-            config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
-            rules=_rules(rule),
-        )
+        pm = explained(*made, mesh, **asked)
         print(pm.explain())
         if pm.schedule is not None and len(pm.schedule.compute[0]) <= SLOTS:
             print(f"\n{pm.schedule_table()}")
@@ -222,13 +218,13 @@ def verify(
 
     With --static nothing is run: the program is read back, and what cannot be proved of it is said (exit status 1 for a contradiction).
     """
-    config = _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel)
     with _ending():
+        asked = _asked(mesh, _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel), rule)
         if static:
             from meshpar.proof.alone import static_report
 
             made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=seed)
-            raise typer.Exit(_proved(lambda: static_report(made[0], mesh, made[1], config=config, rules=_rules(rule))))
+            raise typer.Exit(_proved(lambda: static_report(made[0], mesh, made[1], **asked)))
         import torch
 
         from meshpar.proof.verify import verify as check
@@ -241,8 +237,7 @@ def verify(
             made[0],
             mesh,
             made[1],
-            config=config,
-            rules=_rules(rule),
+            **asked,
             steps=steps,
             processes=processes,
             dtype=kinds[dtype],
@@ -293,6 +288,15 @@ def _config(
         "data_parallel": data_parallel,
     }
     return ParallelConfig(microbatches=microbatches, sequence_parallel="auto" if sequence_parallel else False, **fields)
+
+
+def _asked(mesh: str, config: ParallelConfig, rules: list[str] | None) -> dict[str, Any]:
+    """Configuration and rules, read together with the mesh before a model is built, which may take long."""
+    from meshpar.mesh import parse_mesh
+    from meshpar.pipeline.order import check_schedule
+
+    check_schedule(parse_mesh(mesh), config)
+    return {"config": config, "rules": _rules(rules)}
 
 
 def _rules(given: list[str] | None) -> dict[str, str]:

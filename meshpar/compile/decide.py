@@ -12,9 +12,10 @@ from torch import fx
 
 from meshpar.compile.ground import Staging
 from meshpar.compile.place import place
+from meshpar.compile.samples import of_own_samples
 from meshpar.compile.split import mark, split
 from meshpar.compile.stages import choose
-from meshpar.errors import PlanError, near, raise_all
+from meshpar.errors import PlanError, near_pattern, raise_all
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
@@ -57,6 +58,8 @@ class Decision:
     stages: StageRequest | None = None
     owned: bool = False
     """Whether parameters may lie on one rank of `ep` alone: not where ranks are simulated, which all run one program."""
+    ordered: bool = True
+    """Whether outputs that are cut leave in global order."""
     options: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, tuple[tuple[int, ...], str, bool]] = field(default_factory=dict)
     """All parameters of the model: shape, dtype, trainable; those the graph does not use stay whole."""
@@ -91,11 +94,14 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 owned=request.owned,
                 sequence=request.sequence,
                 outputs=outputs,
+                ordered=request.ordered,
                 context=request.context,
                 inner=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].divides == "weights"),
             ),
             whole if graph is captured.graph else None,
         )
+        if role.own_batches:
+            plan = replace(plan, samples=of_own_samples(graph, plan))
         axes.append(_for_all_owners(plan, captured.graph, axes))
         if name != request.axes[-1][0]:
             graph = Lower(plan, Axis(name, size, 0, name))(graph)
@@ -171,7 +177,7 @@ def _rules(rules: Mapping[str, str], captured: Captured, request: Decision) -> d
     for pattern, where in rules.items():
         hits = [n for n in (*names, *captured.aliases) if fnmatchcase(n, pattern)]
         if not hits:
-            complaints.append(f"rule {pattern!r} matches no parameter.{near(pattern.replace('*', ''), names)}")
+            complaints.append(f"rule {pattern!r} matches no parameter.{near_pattern(pattern, names)}")
         axis, _, dim = where.partition(":")
         if where != "replicate" and (axis not in weights or not dim.lstrip("-").isdigit()):
             complaints.append(f'rule {pattern!r}: {where!r} is not "tp:DIM" (as in "tp:0") or "replicate".')

@@ -17,7 +17,7 @@ from meshpar.mesh import format_mesh
 from meshpar.plan import ParameterPlan, Plan
 from meshpar.sharding.types import Owned
 
-_RUN = ("microbatches", "recompute", "data_parallel", "schedule", "virtual_stages")
+_RUN = ("microbatches", "recompute", "data_parallel", "schedule", "virtual_stages", "outputs")
 """What the runtime does besides the graph: a plan holds for one value of each."""
 _ASKED = ("sequence_parallel", "context", "stages", "rules")
 """What was asked of the solver: a plan is the answer, so not to ask is no contradiction."""

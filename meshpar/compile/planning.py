@@ -89,6 +89,7 @@ class Planner:
             pinned=self.pinned,
             stages=stages,
             owned=not is_simulated(),
+            ordered=self.config.outputs == "cut",
             options=self._options,
             others=parameters,
         )
@@ -106,6 +107,7 @@ class Planner:
             "data_parallel": config.data_parallel,
             "sequence_parallel": config.sequence_parallel,
             "context": config.context,
+            "outputs": config.outputs,
             "rules": self.rules,
         }
         if self.schedule is not None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar._torch import without_modes
+from meshpar.capture.calls import check_call
 from meshpar.capture.copies import copied, memories, refuse_originals, refuse_unreadable
 from meshpar.capture.export import capture
 from meshpar.capture.hooks.models import ModelHooks
@@ -74,6 +75,8 @@ class Programs:
         self.first: ParameterFacts = dict(self.parameters)
         self.planner = Planner(mesh, config, rules, plan)
         self.lowering = Lowering(mesh, config, self.planner.schedule)
+        self.seconds = 0.0
+        """How long the first program took to make."""
 
     @property
     def schedule(self) -> Schedule | None:
@@ -118,6 +121,7 @@ class Programs:
         `numbers`: places whose numbers become inputs, `roots`: where those begin that are not in the model. `trainable`: a name for which
         parameters require gradients.
         """
+        check_call(self.skeleton, args, kwargs)
         _, signature = flatten(args, self.ordered(kwargs), training)
         ask = Ask(self.following.original, tuple(numbers), roots or {}, torch.is_grad_enabled())
         captured = self._captured(args, kwargs, microbatches, ask)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshpar._torch import maybe_disable_local_tensor_mode
+from meshpar._torch import LocalTensor, maybe_disable_local_tensor_mode
 from meshpar.errors import CheckpointError, MeshparError, raise_all
 from meshpar.init.fit import Weights
 from meshpar.init.record import mark_of, recording, ref_of
@@ -77,6 +77,7 @@ def materialise(
 
     Raises `CheckpointError` for weights that do not fit the model, `MeshparError` for parameters or buffers that nothing initialises.
     """
+    _one_for_all_ranks(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     found: dict[str, torch.Tensor] = {name: buffer for name, buffer in buffers.items() if not buffer.is_meta}
@@ -125,12 +126,14 @@ def _check_twins(matched: Matched, names: Sequence[str], share: Share) -> None:
 def _initialised(model: nn.Module, wanted: Mapping[str, torch.Tensor], seed: int | None) -> Iterator[tuple[str, torch.Tensor]]:
     """The values of the tensors `wanted`, by name, one after the other."""
     record_initialisation(model, wanted.values())
+    known = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    wanted = {name: known[name] for name in wanted}  # (what the record computed for real has taken the place of what was on `meta`)
     targets: dict[int, tuple[Tape, dict[str, TapedView]]] = {}
     for name, tensor in wanted.items():
         mark = mark_of(tensor)
         if mark is not None:
             targets.setdefault(id(mark.tape), (mark.tape, {}))[1][name] = ref_of(tensor)
-    _check_written(targets.values())
+    _check_written(targets.values(), [name for name, tensor in wanted.items() if tensor.is_meta and mark_of(tensor) is None])
     yield from ((name, tensor.detach()) for name, tensor in wanted.items() if not tensor.is_meta)
     for tape, refs in targets.values():
         yield from Replay(tape, seed).values(refs)
@@ -146,8 +149,9 @@ def _once(values: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, tor
         yield item
 
 
-def _check_written(targets: Any) -> None:
-    empty = [name for tape, refs in targets for name, ref in refs.items() if not tape.is_written(ref)]
+def _check_written(targets: Any, unseen: Sequence[str]) -> None:
+    empty = [*unseen]
+    empty += [name for tape, refs in targets for name, ref in refs.items() if not tape.is_written(ref)]
     raise_all(
         MeshparError,
         "nothing gives these tensors a value: no reset_parameters of their module, and no init_weights or _init_weights of the model. "
@@ -171,6 +175,23 @@ def record_initialisation(model: nn.Module, wanted: Iterable[torch.Tensor]) -> N
                 reset()
         if not partly_real:  # what initialises the whole model would overwrite what is real
             _run_model_hooks(model)
+
+
+def _one_for_all_ranks(model: nn.Module) -> None:
+    """Tensors on `meta` that were made for every simulated rank become one for all: there is nothing in them yet that could differ."""
+    made: dict[int, torch.Tensor] = {}
+
+    def single(tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    with maybe_disable_local_tensor_mode():
+        for module in model.modules():
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for name, tensor in table.items():
+                    if isinstance(tensor, LocalTensor) and tensor.is_meta:
+                        table[name] = made.setdefault(id(tensor), single(tensor))
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshpar import roles
 from meshpar.config import ParallelConfig
 from meshpar.mesh import stage_axis
 from meshpar.pipeline.schedule import Order, forward_order, order
@@ -36,5 +38,14 @@ def _order(schedule: Schedule, microbatches: int, backward: bool) -> Order:
 
 def schedule_of(mesh: DeviceMesh, config: ParallelConfig) -> Schedule | None:
     """The schedule over the `pp` axis of `mesh`; None without one."""
-    ranks = stage_axis(mesh).size
+    return _schedule(stage_axis(mesh).size, config)
+
+
+def check_schedule(sizes: Mapping[str, int], config: ParallelConfig) -> None:
+    """Raise ConfigError where the schedule does not allow these numbers of ranks, stages and microbatches."""
+    if (schedule := _schedule(sizes.get(roles.stage_axis(), 1), config)) is not None:
+        schedule.order(config.microbatches)
+
+
+def _schedule(ranks: int, config: ParallelConfig) -> Schedule | None:
     return None if ranks == 1 else Schedule(config.schedule, ranks, ranks * config.stages_per_rank)

@@ -40,6 +40,7 @@ from meshpar.runtime.blocks import Tree
 from meshpar.runtime.data_parallel import DataParallelism
 from meshpar.runtime.engine import Engine, Inputs, every_output, times
 from meshpar.runtime.failures import looks_lost
+from meshpar.runtime.steps import check_trained
 
 
 class Pipelined(Engine):
@@ -238,6 +239,7 @@ class _Run:
         self.engine.data[stage].backward(last=not self.defers and self.done[stage] == len(self.parts))
         if last:
             assert flight.loss is not None
+            check_trained(flight.loss)
             flight.loss.backward(times(self.scale, flight.loss))
             flight.loss = None
         else:

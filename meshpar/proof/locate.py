@@ -59,7 +59,7 @@ def first_difference(pm: ParallelModel, state: Mapping[str, torch.Tensor], batch
 
 def _first_microbatch(pm: ParallelModel, batch: Mapping[str, Any] | tuple[Any, ...]) -> tuple[Program, Inputs]:
     args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
-    count = pm.config.microbatches
+    count = pm.parallel_config.microbatches
     tensors, variant = pm._program(args, kwargs, count)
     program = variant.program
     return program, pm._parts(program, tensors, count)[0]

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar._torch import maybe_disable_local_tensor_mode, part_here, pytree, without_modes
 from meshpar.api import parallelize
+from meshpar.arguments import check_arguments
 from meshpar.capture.attempts import Attempt, first_that_works
 from meshpar.capture.hooks.models import attach, of_parameters
 from meshpar.capture.structure import order_of
@@ -109,6 +110,7 @@ def verify(
 
         verify(model, "dp=2,tp=2", {"input_ids": ids, "labels": ids}).raise_if_failed()
     """
+    config = check_arguments(model, mesh, config, rules, loss_fn, caller="verify")
     sizes = mesh_sizes(mesh) if isinstance(mesh, DeviceMesh) else parse_mesh(mesh)
     with without_modes():
         task = _task(model, batch, sizes, config, rules, loss_fn, steps, dtype, perturb, seed, tolerance)

@@ -21,8 +21,10 @@ import torch
 from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 
+from meshpar.errors import ConfigError
 from meshpar.runtime.cut import Cut, Piece, cut
 from meshpar.runtime.hooks import refusing
+from meshpar.runtime.likeness import Likeness
 from meshpar.runtime.local import LocalParameters, Store
 from meshpar.runtime.recompute import Mode, wrap
 
@@ -61,15 +63,23 @@ def build(
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
 )
-class Block(nn.Module):
+class Block(Likeness):
     """A place in the tree: the tensors registered there, and its share of every program that has one."""
 
     def __init__(self) -> None:
         super().__init__()
         self._programs: dict[str, ModuleCall] = {}
+        self.__dict__["_original"] = None
 
     def forward(self, key: str, *args: Any) -> Any:
-        """Run this block's share of program `key`."""
+        """Run this block's share of program `key`. Raises ConfigError when a user calls it with values."""
+        if not isinstance(key, str):
+            original = self._original
+            name = "A module" if original is None else f"The {type(original).__name__}"
+            raise ConfigError(
+                f"{name} of a parallel model cannot be called by itself: it holds its share of the programs, not a forward of its own. "
+                f"Call pm(**batch), with the value wanted among the model's outputs; or the module of the model, before parallelize."
+            )
         return self._programs[key](self, args)
 
 

@@ -11,6 +11,7 @@ import torch
 from meshpar.compile.program import Program
 from meshpar.runtime.blocks import Tree
 from meshpar.runtime.data_parallel import DataParallelism
+from meshpar.runtime.steps import check_trained
 
 Inputs = Mapping[str, Any]
 """What a graph is run on, by the names of its placeholders: the tensors of a microbatch, denominators, the random key."""
@@ -120,6 +121,7 @@ class Whole(Engine):
             self._data.microbatch(index, len(parts))
             loss = self._tree.run(program.key, *arguments(program, part))[program.captured.loss]
             if backward:
+                check_trained(loss)
                 loss.backward(times(scale, loss))
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None

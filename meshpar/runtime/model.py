@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
-from torch.distributed.tensor import Shard as ShardPlacement
 
 from meshpar.capture.state.places import ABSENT
 from meshpar.capture.state.taken import without_autocast
@@ -20,35 +18,34 @@ from meshpar.compile.state.following import show
 from meshpar.config import ParallelConfig
 from meshpar.consensus import check_batch, check_whole
 from meshpar.errors import BatchError, ConfigError
-from meshpar.graph.facts import info_of
 from meshpar.init.weights import tensor_groups
+from meshpar.mesh import data_rank
 from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
-from meshpar.pipeline.run import Pipelined
-from meshpar.pipeline.schedule import Event, Order, schedule_table
-from meshpar.plan import Comm, Plan
-from meshpar.report.explain import explain
-from meshpar.report.memory import MemoryReport, memory
-from meshpar.roles import ROLES
-from meshpar.runtime.blocks import inlined, print_code
+from meshpar.runtime import steps
+from meshpar.runtime.asked import Asked
 from meshpar.runtime.build import build, copy_values
 from meshpar.runtime.engine import Engine
+from meshpar.runtime.evaluation import evaluate
 from meshpar.runtime.failures import Together
+from meshpar.runtime.generation import generate
 from meshpar.runtime.hooks import StepHooks, refusing
-from meshpar.runtime.load import expert_load
+from meshpar.runtime.likeness import Likeness, refuse_method
 from meshpar.runtime.names import together as one_module
+from meshpar.runtime.outputs import Leave, leaving, returned
 from meshpar.runtime.parameters.gradients import OnMesh
 from meshpar.runtime.parameters.specs import convert_state_dicts
+from meshpar.runtime.ranges import explaining
 from meshpar.runtime.state.variants import Variant, Variants
 from meshpar.runtime.state_dicts import EXTRA_STATE, check_state
-from meshpar.sharding.types import Shard
+from meshpar.simulate import is_simulated
 
-_OWN = frozenset({"mesh", "config", "random", "training"})
+_OWN = frozenset({"mesh", "parallel_config", "random", "training"})
 """Attributes of a parallel model that are its own, and not the model's."""
 
 
 @refusing("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
-class ParallelModel(nn.Module):
+class ParallelModel(Likeness, Asked):
     """What `parallelize` returns.
 
     Parameters are DTensors under the original names with global shapes; plain torch optimizers work on them. Every data rank passes its own
@@ -58,7 +55,7 @@ class ParallelModel(nn.Module):
 
         loss = pm.train_step(**batch)        forward and backward, gradients summed over the mesh; the loss of the global batch
         loss = pm.eval_step(**batch)         the same loss without gradients
-        out  = pm(**batch)                   the model's own output; tensors that are cut are DTensors; out.loss.backward() works
+        out  = pm(**batch)                   the model's own output for this data rank's samples; backward from any loss of it
     """
 
     # Written past nn.Module's own bookkeeping, which would take them for submodules.
@@ -67,6 +64,8 @@ class ParallelModel(nn.Module):
     _together: Together
     _tallies: list[Tally]
     _hooks: StepHooks
+    _simulated: bool
+    _leave: Leave
     scaled_by: object | None
     """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
     _variants: Variants
@@ -76,13 +75,15 @@ class ParallelModel(nn.Module):
     ) -> None:
         super().__init__()
         self.__dict__.update(_engine=engine, _checked=set(), _together=together, _tallies=[], _makes=programs)
-        self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None)
+        self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None, _simulated=is_simulated())
+        self.__dict__.update(_leave=leaving(mesh, config.outputs))
         self._take_names()
-        self.mesh, self.config = mesh, config
+        self.mesh, self.parallel_config = mesh, config
         self.random = RandomState(config.seed)
         self._first = first
         for path, module in programs.skeleton.named_modules():
             self._at(path).training = module.training
+        self._show_originals()
         self.__dict__["_variants"] = Variants(self, programs, engine, mesh, self._hooks)
         self._variants.learn(first, config.microbatches)
         known = frozenset(n for n in programs.skeleton.state_dict() if n.rpartition(".")[2] != EXTRA_STATE)
@@ -94,7 +95,14 @@ class ParallelModel(nn.Module):
         self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
         if "_variants" in self.__dict__:
+            self._show_originals()
             self._variants.rebind()
+
+    def _show_originals(self) -> None:
+        """Every module of this one knows the one that it stands for."""
+        self.__dict__["_original"] = self._makes.skeleton
+        for path, module in self._makes.skeleton.named_modules():
+            self._at(path).__dict__["_original"] = module
 
     def _at(self, path: str) -> nn.Module:
         """The module at a path, or one that nobody sees where this rank has none."""
@@ -139,7 +147,7 @@ class ParallelModel(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """An attribute of the model, as programs see it."""
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
             if "_variants" not in self.__dict__ or name.startswith("_"):
                 raise
@@ -147,9 +155,26 @@ class ParallelModel(nn.Module):
                 raise AttributeError(
                     f"forward puts a tensor into {name}{where}, and a parallel model does not keep it: return it from forward instead."
                 ) from None
-            if (value := show(self._makes.skeleton, name)) is ABSENT:
-                raise
-            return value
+            if (value := show(self._makes.skeleton, name)) is not ABSENT:
+                return value
+            if name == "config":
+                raise AttributeError("the model has no config. That of parallelize is pm.parallel_config.") from None
+            refuse_method(self._makes.skeleton, name)
+            raise
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """Raise ConfigError: DistributedDataParallel asks for this first of all."""
+        raise ConfigError(
+            "a parallel model is not wrapped in DistributedDataParallel: the dp axis of its mesh sums gradients over data ranks already."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise ConfigError: what is pickled is the state."""
+        raise ConfigError(
+            "a parallel model is not pickled: it belongs to the processes of this run. Save it with mp.checkpoint.save(path, pm, "
+            "optimizer), or its pm.state_dict(), and parallelize the model again."
+        )
 
     @property
     def original_module(self) -> nn.Module:
@@ -183,8 +208,8 @@ class ParallelModel(nn.Module):
         Hooks on this module are not copied. Collective.
         """
         makes = self._makes.copy()
-        engine = build(makes.skeleton, self.mesh, self.config, self._first, makes.schedule, filled=False)
-        new = type(self)(engine, self.mesh, self.config, makes, self._first, self._together)
+        engine = build(makes.skeleton, self.mesh, self.parallel_config, self._first, makes.schedule, filled=False)
+        new = type(self)(engine, self.mesh, self.parallel_config, makes, self._first, self._together)
         memo |= {id(self): new, **copy_values(self._engine, engine)}
         for program, microbatches, token in reversed(self._variants.programs()):
             if program is not self._first:
@@ -207,7 +232,11 @@ class ParallelModel(nn.Module):
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own output for this rank's local batch. The loss is that of the global batch."""
+        """The model's own output for this rank's local batch, plain tensors; the loss in it is that of the global batch.
+
+        Any loss may be computed of it. Data ranks may have losses of their own: gradients are those of their mean over the data ranks
+        (`runtime/outputs.py`). `train_step` weighs by labels instead: it is right where ranks have uneven numbers of valid ones.
+        """
         with self._together.section("forward"):
             self._hooks.outside_steps(self)
             found = self._forward(args, kwargs)
@@ -222,11 +251,11 @@ class ParallelModel(nn.Module):
             )
         tensors, variant = self._program(args, kwargs, 1)
         program = variant.program
-        with without_autocast():
+        with without_autocast(), explaining(program.captured, tensors):
             outputs = self._engine.run(program, self._inputs(program, tensors, 0))
         self.random.advance()
         self._variants.done(variant)
-        return restore(program, lambda i: self._as_output(program, outputs[i], i))
+        return restore(program, lambda i: self._leave(program, outputs[i], i))
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one step over all microbatches. Returns the loss of the global batch, the same on every rank.
@@ -252,7 +281,28 @@ class ParallelModel(nn.Module):
             self._check_own_hooks()
             return self._step(args, kwargs, backward=False)
 
+    @torch.no_grad()
+    def generate(self, *args: Any, **asked: Any) -> Any:
+        """`generate` of a transformers model for this data rank's prompts, in its own words: greedy, sampling, beams; the model's tokens.
+
+        Exact, and slow: there is no cache of keys and values (`runtime/generation.py`). Call `eval()` first to switch dropout off.
+        Collective; prompts have one shape on all data ranks. Raises ConfigError for what it cannot do.
+
+            pm.eval().generate(input_ids, max_new_tokens=20)
+        """
+        return generate(self, self._makes.skeleton, self.mesh, args, asked)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Any]], *, weight: Callable[[Any], Any]) -> float:
+        """The loss over all `batches` of this data rank, each weighed by what its loss is the mean over: the same on every rank.
+
+        `weight(batch)` counts that in a local batch, such as its valid labels: `lambda batch: (batch["labels"][:, 1:] != -100).sum()`.
+        Data ranks have equally many batches, of equal shapes. Collective. Call `eval()` first, as with any module.
+        """
+        return evaluate(self.eval_step, batches, weight, self.mesh)
+
     def _train(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], scale: torch.Tensor | None = None) -> torch.Tensor:
+        steps.check_gradients()
         self._check_own_hooks()
         with self._hooks.acting(self):
             return self._step(args, kwargs, backward=True, scale=scale)
@@ -267,20 +317,21 @@ class ParallelModel(nn.Module):
             )
 
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
-        count = self.config.microbatches
+        count = self.parallel_config.microbatches
         tensors, variant = self._program(args, kwargs, count)
         program = variant.program
         loss_at = program.captured.loss
         if loss_at is None:
             raise BatchError(
-                "this batch gives no loss: the model returned none. Pass labels if the model computes its loss from them, "
-                "or loss_fn=lambda output, batch: ... to parallelize."
+                f"this batch gives no loss. The model returned {returned(program.captured)}; its loss is output.loss, output['loss'], a "
+                "scalar, or the only scalar of a tuple. Pass labels if the model computes its loss from them. Of several, or of anything "
+                "else, say which: parallelize(..., loss_fn=lambda output, batch: output[0])."
             )
-        with without_autocast():
+        with without_autocast(), explaining(program.captured, tensors):
             total = self._engine.step(program, self._parts(program, tensors, count), backward=backward, scale=scale)
         self.random.advance()
         self._variants.done(variant)
-        return total
+        return steps.done(total)
 
     def _parts(self, program: Program, tensors: Sequence[torch.Tensor], count: int) -> list[dict[str, Any]]:
         """The values of a graph's placeholders for every microbatch of a step, denominators included."""
@@ -299,124 +350,33 @@ class ParallelModel(nn.Module):
         return found
 
     def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Variant]:
+        steps.check_ranks(self._simulated)
         kwargs = ordered = self._makes.ordered(kwargs)
         tensors, signature = flatten(args, ordered, self.training)
         key = (signature, microbatches)
-        closer = None if key in self._checked else lambda: check_batch((args, kwargs), self.mesh)
+        closer = None if key in self._checked else lambda: self._check_batch(args, kwargs)
         kept, variant = self._variants.match(signature, microbatches, closer)
         if variant is None:
+            steps.say_capture(
+                "what forward reads, which changed" if key in self._variants.known() else steps.kind_of(tensors, self.training),
+                self._makes.seconds,
+            )
             variant = self._variants.make(kept, args, kwargs)
         captured = variant.program.captured
         if key not in self._checked:
             named = zip(captured.inputs, tensors, strict=False)
             check_whole({name: tensor for name, tensor in named if name not in captured.batch_dims}, self.mesh)
         self._checked.add(key)
-        dtype = self.config.precision.compute_dtype
+        steps.check_devices(tensors, captured.inputs, self.mesh)
+        dtype = self.parallel_config.precision.compute_dtype
         if dtype is not None:
             tensors = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
         return [*tensors, *variant.held.inputs()], variant
 
-    def _as_output(self, program: Program, value: torch.Tensor, index: int) -> Any:
-        """A tensor that is cut comes out as a DTensor."""
-        types = {a.axis: a.outputs[index] for a in program.plan.axes}
-        if not any(isinstance(t, Shard) for t in types.values()):
-            return value
-        placements: list[Placement] = []
-        for name in self.mesh.mesh_dim_names or ():
-            found = types.get(ROLES[name].typed or "")
-            placements.append(ShardPlacement(found.dim) if isinstance(found, Shard) else Replicate())
-        info = info_of(next(n for n in reversed(program.captured.graph.nodes) if n.op == "output").args[0][index])
-        strides, step = [], 1
-        for n in reversed(info.shape):
-            strides.append(step)
-            step *= n
-        return DTensor.from_local(
-            value, self.mesh, placements, run_check=False, shape=torch.Size(info.shape), stride=tuple(reversed(strides))
-        )
-
-    # -- looking ---------------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def plan(self) -> Plan:
-        """Every decision, as data."""
-        return self._first.plan
-
-    def comms(self) -> tuple[Comm, ...]:
-        """The ledger: every collective of one microbatch."""
-        return self.plan.comms()
-
-    def expert_load(self) -> dict[str, torch.Tensor]:
-        """Experts module -> how many rows (token and choice) each of its experts got in the last step or forward, [E] (int64, on the CPU).
-
-        Summed over microbatches and over the mesh, the same on every rank. Collective. Empty for a model without recognised experts, and
-        before the first step.
-        """
-        return expert_load(self._tallies, self.mesh)
-
-    def explain(self) -> str:
-        """The plan in words: placements and the reasons for them, communication, repeated work."""
-        program = self._first
-        return explain(
-            self.plan,
-            program.graph,
-            inlined={path: why for tree in self._engine.trees.values() for path, why in inlined(tree).items()},
-            averaged=program.averaged,
-            within=program.within,
-            dropped=program.captured.dropped,
-            unrecognised=program.captured.unrecognised,
-            order=self.schedule,
-        )
-
-    def memory(self) -> MemoryReport:
-        """What a rank keeps in memory while it trains, by kind; with a pipeline, this rank with its stages."""
-        return memory(self.plan, self._first.graph, self._first.stages, self.schedule, self._stage_rank)
-
-    @property
-    def schedule(self) -> Order | None:
-        """With a pipeline, what every rank of it computes, sends and receives in a training step, in order."""
-        return None if self._makes.schedule is None else self._makes.schedule.order(self.config.microbatches)
-
-    def schedule_table(self) -> str:
-        """The order of computation as text: a row per rank of the pipeline, a column per slot, a dot where a rank waits for another.
-
-        Raises ConfigError without a `pp` axis.
-        """
-        return schedule_table(self._order())
-
-    def timeline(self, *args: Any, **kwargs: Any) -> tuple[Event, ...]:
-        """Run one `train_step` on this batch, and return when every rank of the pipeline computed what, in seconds from a common start.
-
-        Collective. It is a step as any other: gradients add to what `.grad` holds. Take the second or third step: the first one makes
-        buffers and connections. `mp.plot.schedule(pm.schedule, measured=events)` draws it, `mp.plot.chrome_trace(events, path)` writes it.
-
-        Clocks of ranks are set to zero when they leave one barrier: times of different ranks are off by what ranks leave it apart, much
-        less than a millisecond on one machine, more over slow networks; durations on one rank are exact. On a GPU a rank waits for its
-        device after every action, which costs what would overlap otherwise.
-
-        Raises ConfigError without a `pp` axis.
-        """
-        self._order()
-        assert isinstance(self._engine, Pipelined)
-        with self._together.section("timeline"), self._engine.measuring() as events:
-            self._train(args, kwargs)
-        return tuple(events)
-
-    def _order(self) -> Order:
-        if self.schedule is None:
-            raise ConfigError("this mesh has no pp axis of more than one rank: there are no stages and no schedule.")
-        return self.schedule
-
-    @property
-    def _stage_rank(self) -> int:
-        return self._engine.axis.rank if isinstance(self._engine, Pipelined) else 0
-
-    def print_readable(self) -> str:
-        """The code this rank runs: the root's, and that of each block structure once. Returned, and printed."""
-        several = len(self._engine.trees) > 1
-        parts = [(f"# stage {i}\n" if several else "") + print_code(tree, self._first.key) for i, tree in self._engine.trees.items()]
-        code = "\n".join(parts)
-        print(code)
-        return code
+    def _check_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        alike = check_batch((args, kwargs), self.mesh)
+        if alike and not self._checked:
+            steps.say_same_samples(data_rank(self.mesh)[1])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModel:
         self._check_applicable(fn)

@@ -54,6 +54,8 @@ class Request:
     """Whether residual streams are cut along their sequence where that is possible; "auto": where it is no dearer."""
     outputs: Sequence[Type | None] = ()
     """Types the outputs must have; None leaves it to the solver."""
+    ordered: bool = True
+    """Whether outputs that are cut leave in global order (as DTensors tell it), or as they are."""
     price: Price = field(default_factory=Price)
     context: str = "auto"
     """How attention is to be computed where the sequence is cut."""

@@ -144,11 +144,13 @@ class _Solver:
         return {v: t for v, t in zip(values, given, strict=True) if v is not None and t is not None}
 
     def _output_type(self, value: Value | None, pins: Mapping[Value, Type]) -> Type:
-        """What is cut leaves cut, in global order: a DTensor cannot say more."""
+        """What is cut leaves cut; if asked so in global order, for a DTensor cannot say more."""
         if value is None:
             return I
         found = pins.get(value) or self.residual.get(value) or self.types[value]
-        return found.in_order(self.size) if isinstance(found, Shard) else I
+        if not isinstance(found, Shard):
+            return I
+        return found.in_order(self.size) if self.request.ordered else found
 
     def _solve_unit(self, unit: str | None, nodes: list[fx.Node], pins: Mapping[Value, Type]) -> None:
         problem = self._problem(unit, nodes, pins)

@@ -101,3 +101,13 @@ def test_demo(tmp_path: Path) -> None:
     text.write_bytes(b"It was the best of times, it was the worst of times. " * 20)
     status, printed = call("demo", *SMALL, "--steps", "2", "--mesh", "tp=2", "--data", str(text))
     assert status == 0, printed
+
+
+@pytest.mark.parametrize("command", ["explain", "verify"])
+@pytest.mark.parametrize("wrong", [("--mesh", "tp=2,xx=2"), ("--schedule", "1F1B"), ("--rule", "q_proj")])
+def test_what_is_wrong_is_told_before_a_model_is_built(monkeypatch: pytest.MonkeyPatch, command: str, wrong: tuple[str, str]) -> None:
+    def built(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(cli, "_model_and_batch", built)
+    assert typer_testing.CliRunner().invoke(cli.application(), [command, *wrong]).exit_code == 2

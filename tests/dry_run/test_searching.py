@@ -71,7 +71,7 @@ def test_parallelize_takes_the_file(tmp_path: Path) -> None:
         model = Decoder(DENSE)
     with mp.simulate(4):
         pm = mp.parallelize(model, mp.make_mesh(path, "cpu"), example={n: x[:8] for n, x in batch().items()}, config=path)
-    assert pm.config.microbatches == 2 and pm.config.recompute == "full"
+    assert pm.parallel_config.microbatches == 2 and pm.parallel_config.recompute == "full"
 
 
 @pytest.mark.parametrize(

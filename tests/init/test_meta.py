@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import meshpar as mp
 from meshpar.errors import MeshparError
 from meshpar.init.meta import materialise, meta
 
@@ -268,3 +269,20 @@ def test_memory_stays_at_a_few_tensors() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     building, computing = (int(word) / (1 if sys.platform == "darwin" else 1024) for word in done.stdout.split())
     assert building < 16 and computing < 80, done.stdout
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_on_meta_on_simulated_ranks(inside: bool) -> None:
+    def built() -> nn.Module:
+        with torch.device("meta"):
+            return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+
+    outside = built()
+    with mp.simulate(2):
+        model = built() if inside else outside
+        torch.manual_seed(0)
+        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=(torch.ones(4, 8),), loss_fn=lambda output, batch: output.mean())
+        torch.manual_seed(0)
+        expected = nn.Linear(8, 8)
+        torch.testing.assert_close(mp.full_tensor(dict(pm.named_parameters())["0.weight"]), expected.weight.data)
+        pm.train_step(torch.randn(4, 8))

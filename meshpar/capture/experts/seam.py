@@ -195,7 +195,7 @@ def _registered(model: nn.Module, found: Seam) -> Iterator[Any]:
         found.lifted[names.get(id(self), "")] = "transformers"
         return grouped_experts(self, *args, **kwargs)
 
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(getattr(module, "config", None), "__dict__")}
     before = {key: config.__dict__.get(_CHOICE) for key, config in configs.items() if _CHOICE in config.__dict__}
     registry[_NAME] = function
     try:

@@ -55,7 +55,7 @@ class Ranks:
             found = [None] * self.world
             with _connected():
                 dist.all_gather_object(found, mine, group=self.group)
-        return _successes(found)
+        return _successes(found, mine)
 
     def to_lead(self, mine: T | Failure) -> list[T]:
         """On rank 0 everybody's object, else nothing. Rank 0 raises if any of them is a Failure; the others must `hear` so."""
@@ -100,9 +100,12 @@ def describe(error: Exception) -> str:
     return str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
 
 
-def _successes(found: Sequence[Any]) -> list[Any]:
+def _successes(found: Sequence[Any], mine: Any = None) -> list[Any]:
     if len(found) == 1 and isinstance(found[0], Failure) and found[0].error is not None:
         raise found[0].error  # alone, the error itself says more than a report of it
+    texts = {item.text if isinstance(item, Failure) else None for item in found}
+    if isinstance(mine, Failure) and mine.error is not None and texts == {mine.text}:
+        raise mine.error  # a mistake of all
     failed = [f"rank {rank}: {item.text}" for rank, item in enumerate(found) if isinstance(item, Failure)]
     if failed:
         more = f"; and {len(failed) - 4} more ranks" if len(failed) > 4 else ""

@@ -148,6 +148,7 @@ def _lead(
 ) -> None:
     """Rank 0: open the directory, write its own part, collect the others' records, commit; tell the others how it went."""
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with writing(target, "", disk) as partial:
             ranks.tell(f"{partial.token} {partial.path}")
             commit(partial, ranks.to_lead(attempt(lambda: write(partial.path, partial.token))))

@@ -51,7 +51,7 @@ from meshpar.checkpoint.online.tensors import check_modes, fill, prepare, read_r
 from meshpar.checkpoint.online.twins import check_twins
 from meshpar.checkpoint.online.values import decode
 from meshpar.checkpoint.online.writer import PerRank
-from meshpar.errors import raise_all
+from meshpar.errors import ConfigError, raise_all
 from meshpar.runtime.model import ParallelModel
 
 
@@ -61,6 +61,18 @@ class AllRanks:
 
     values: tuple[Any, ...]
     mesh: str
+
+
+def check_kinds(module: object, optimizer: object, scheduler: object) -> None:
+    """Raise ConfigError unless these are a module, an optimizer and a scheduler."""
+    complaints = []
+    if not isinstance(module, nn.Module):
+        complaints.append(f"the module is a {type(module).__name__}: write (path, pm, optimizer).")
+    if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
+        complaints.append(f"the optimizer is a {type(optimizer).__name__}; other values go into extra={{name: value}}.")
+    if scheduler is not None and not callable(getattr(scheduler, "state_dict", None)):
+        complaints.append(f"the scheduler is a {type(scheduler).__name__}, which has no state_dict().")
+    raise_all(ConfigError, "checkpoint:", complaints)
 
 
 def save(
@@ -84,10 +96,11 @@ def save(
     `from_pretrained` loads. Rank 0 writes them. Each rank writes its own shards, replicas once; no rank holds more than its own tensors
     and the host copy of one.
 
-    Raises CheckpointError or RankError, on all ranks, when any rank fails; a path that exists is refused.
+    Raises CheckpointError or RankError, on all ranks, when any rank fails; a path that exists is refused. Folders above it are made.
 
     >>> save("step-100", pm, optimizer, extra={"step": 100})                                       # doctest: +SKIP
     """
+    check_kinds(module, optimizer, scheduler)
     last_save(module).settle()
     ranks = Ranks.of(group)
     share = prepare(ranks, collecting(ranks, module, optimizer, scheduler, extra, tensors, assets))
@@ -115,6 +128,7 @@ def save_async(
     >>> saving = save_async("step-100", pm, optimizer)                                             # doctest: +SKIP
     >>> train(); saving.wait()                                                                     # doctest: +SKIP
     """
+    check_kinds(module, optimizer, scheduler)
     last = last_save(module)
     last.settle()
     ranks = Ranks.of(group)
@@ -160,6 +174,7 @@ def load(
         dtype=(dtype, "error cast"),
         per_rank=(per_rank, "error skip all"),
     )
+    check_kinds(module, optimizer, scheduler)
     last_save(module).settle()
     ranks, disk = Ranks.of(group), disk or Disk()
     opened = shared_open(path, ranks, disk)

@@ -148,7 +148,7 @@ class Shown:
         self._lengths = list(map(len, self._tables))
         self._modes = [table["training"] for table in self._tables]
         self._children = [module._modules for _, module in self._modules]
-        self._held = [child for children in self._children for child in children.values()]
+        self.modules_are()
         self._set: dict[tuple[int, str], Any] = {  # what modules show of the model's own
             (index, name): value
             for index, (path, module) in enumerate(self._modules)
@@ -166,7 +166,7 @@ class Shown:
             value = self._tables[index].get(name, ABSENT)
             if value is not before:
                 self._hand_on(index, name, value)
-        if [child for children in self._children for child in children.values()] != self._held:
+        if self._present() != self._held:
             raise ConfigError(
                 "a module of the parallel model was replaced, added or removed: its programs run over the modules of parallelize. Change "
                 "the model, and parallelize it again."
@@ -181,6 +181,13 @@ class Shown:
     def modes_are(self) -> None:
         """Take the present modes for handed on."""
         self._modes = [table["training"] for table in self._tables]
+
+    def modules_are(self) -> None:
+        """Take the present modules for those of parallelize: a new program may have a part at a place that had none on this rank."""
+        self._held = self._present()
+
+    def _present(self) -> list[nn.Module | None]:
+        return [child for children in self._children for child in children.values()]
 
     def _look(self) -> None:
         for index, table in enumerate(self._tables):

@@ -7,6 +7,7 @@ from math import inf
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -110,6 +111,11 @@ def _on_mesh(
     parameters: torch.Tensor | Iterable[torch.Tensor], mesh: DeviceMesh | None, caller: str
 ) -> tuple[list[torch.Tensor], DeviceMesh | None]:
     """The parameters, and the mesh they are on as far as it is told."""
+    if not isinstance(parameters, Iterable) or isinstance(parameters, nn.Module):
+        raise ConfigError(
+            f"{caller} of a {type(parameters).__name__}: it takes parameters, as in mp.{caller}(pm.parameters()"
+            f"{', 1.0' if caller.startswith('clip') else ''})."
+        )
     if isinstance(parameters, OnMesh):
         mesh = mesh or parameters.mesh
     found = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
@@ -117,6 +123,12 @@ def _on_mesh(
         raise ConfigError(
             f"{caller}: no parameters on this rank, so the mesh over which the norm is taken is not known, and the other ranks would "
             f"wait for this one. Pass mesh=pm.mesh, or pm.parameters() as it is."
+        )
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if found and several and all(p.grad is None and not isinstance(p, DTensor) for p in found):
+        raise ConfigError(
+            f"{caller}: none of these {len(found)} parameters has a gradient. If they are those of the model given to parallelize: "
+            f"pm.train_step trains pm.parameters()."
         )
     return found, mesh
 

@@ -144,6 +144,7 @@ class Variants:
             trainable=self._trainable.token,
         )
         self._engine.add(program)
+        self._shown.modules_are()
         found = self.learn(program, *key[1:])
         if not found.held.holds():
             places = ", ".join(map(str, found.held.changed()))

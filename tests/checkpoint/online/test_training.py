@@ -491,3 +491,8 @@ def test_a_rank_killed_while_saving(tmp_path: Path) -> None:
     module = Part({"w": torch.zeros(8, 8)})
     load(tmp_path / "a", module, torch.optim.SGD(module.parameters(), momentum=0.5))
     assert torch.equal(module.get_parameter("w").detach(), torch.arange(64.0).reshape(8, 8))
+
+
+def test_folders_above_a_checkpoint_are_made(tmp_path: Path) -> None:
+    mp.checkpoint.save(tmp_path / "new" / "run" / "step-1", nn.Linear(2, 2))
+    assert (tmp_path / "new" / "run" / "step-1" / "manifest.json").exists()

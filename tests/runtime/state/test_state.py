@@ -387,7 +387,9 @@ def test_parameters_and_modules_stay() -> None:
         pm = mp.parallelize(Net(annealed, beta=0.5).double(), mp.make_mesh("tp=2"), example=BATCH)
         with pytest.raises(mp.ConfigError, match="a of a parallel model cannot be replaced"):
             pm.a = nn.Linear(8, 8)
-        pm.get_submodule("a").weight = nn.Parameter(torch.zeros(8, 8))
+        with pytest.raises(mp.ConfigError, match="weight: a parallel model takes no other parameters"):
+            pm.get_submodule("a").weight = nn.Parameter(torch.zeros(8, 8))
+        pm.get_submodule("a")._parameters["weight"] = nn.Parameter(torch.zeros(8, 8))
         with pytest.raises(mp.ConfigError, match=r"a\.weight: parameters of a parallel model cannot be replaced"):
             pm.train_step(**BATCH)
         pm = mp.parallelize(Net(annealed, beta=0.5).double(), mp.make_mesh("tp=2"), example=BATCH)
