@@ -23,7 +23,7 @@ from meshpar.graph.op import op_name, operands, read, value_of
 from meshpar.graph.operators import operator_of
 from meshpar.passes.samples import Samples, statistics
 
-Kind = Literal["sum", "mean", "neither"]
+Adding = Literal["sum", "mean", "neither"]
 
 
 class Additivity:
@@ -34,7 +34,7 @@ class Additivity:
         self.gone = statistics(samples, graph)
         self.count = prod(samples.inference.extents.size(one) for one in list(samples.whole)[:1])
 
-    def of(self, node: fx.Node, over: Sequence[fx.Node] = ()) -> Kind:
+    def of(self, node: fx.Node, over: Sequence[fx.Node] = ()) -> Adding:
         """What a value is. `over`: calls on the way from it to the loss that multiply it with a constant, or divide it by one."""
         if node not in self.samples.reached:
             return "mean"
@@ -52,12 +52,12 @@ class Additivity:
             return self._reduced(node, name, given, over)
         return "neither"
 
-    def _together(self, kinds: Sequence[Kind], alone: bool) -> Kind:
+    def _together(self, kinds: Sequence[Adding], alone: bool) -> Adding:
         """Of values side by side, or of one (`alone`) and a constant: a part's sum would have the constant once too often."""
         (kind, *others) = dict.fromkeys(kinds)
         return "neither" if others or (alone and kind == "sum") else kind
 
-    def _reduced(self, node: fx.Node, name: str, given: Sequence[fx.Node], over: Sequence[fx.Node]) -> Kind:
+    def _reduced(self, node: fx.Node, name: str, given: Sequence[fx.Node], over: Sequence[fx.Node]) -> Adding:
         before = self.samples.leaves(self.samples.of(map(value_of, given)))
         after = self.samples.leaves(self.samples.of([(node, 0)]))
         if any(self.gone[a] & (before or {*self.gone[a]}) for a in given) and before:
