@@ -110,7 +110,8 @@ def check_supported(mesh: DeviceMesh) -> None:
     missing = [name for name, size in mesh_sizes(mesh).items() if size > 1 and ROLES[name].typed and ROLES[name].divides not in POLICIES]
     if missing:
         raise ConfigError(
-            f"parallelize does not support the axes {', '.join(missing)} yet; use pp, dp (or dp_replicate, dp_shard), ep and tp."
+            f"parallelize does not support the axes {', '.join(missing)} yet; "
+            f"use {', '.join(name for name, role in ROLES.items() if role.typed is None or role.divides in POLICIES)}."
         )
 
 

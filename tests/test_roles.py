@@ -13,6 +13,7 @@ from torch import nn
 
 import meshpar as mp
 from meshpar import roles
+from meshpar.errors import ConfigError
 from meshpar.graph.op import Value
 from meshpar.roles import Role
 from meshpar.sharding.policy import POLICIES, Policy, Request
@@ -76,6 +77,15 @@ def test_an_axis_more_that_divides_weights(mesh: str, monkeypatch: pytest.Monkey
     with mp.simulate(4 if "," in mesh else 2):
         pm = mp.parallelize(Net(), mp.make_mesh(mesh), example={"x": torch.randn(8, 8)})
         assert "wp" in pm.plan.parameters["up.weight"].placements
+
+
+def test_a_second_axis_that_divides_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named where there is nothing to divide, and of no consequence to a mesh without it."""
+    monkeypatch.setitem(roles.ROLES, "xp", Role("experts", own_batches=True, sums=True, shares_out=True, typed="xp"))
+    with mp.simulate(2):
+        mp.parallelize(Net(), mp.make_mesh("tp=2"), example={"x": torch.randn(8, 8)})
+    with mp.simulate(2), pytest.raises(ConfigError, match="xp=2 divides experts among ranks, and the model has none"):
+        mp.parallelize(Net(), mp.make_mesh("xp=2"), example={"x": torch.randn(8, 8)})
 
 
 class Twins(Policy):

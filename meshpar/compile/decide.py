@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -19,6 +20,7 @@ from meshpar.errors import PlanError, near_pattern, raise_all
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Info
 from meshpar.graph.op import op_name
+from meshpar.graph.operators import operator_of
 from meshpar.graph.text import fingerprint, inputs_of
 from meshpar.mesh import Axis
 from meshpar.passes.lower import Lower
@@ -216,9 +218,9 @@ def _parameters(
 
 
 def _notes(inference: Inference, axes: Sequence[AxisPlan]) -> tuple[str, ...]:
-    """Operators without a rule that touch trainable values, per module kind: they run whole on every rank."""
-    found: dict[str, int] = {}
+    """Operators without a rule that touch trainable values, or whose rule does not fit a call: they run whole on every rank."""
+    found = Counter[str]()
     for node, call in inference.calls.items():
         if call.signature is None and call.op.infos and any(isinstance(i, Info) and i.requires_grad for i in call.op.outs):
-            found[op_name(node.target)] = found.get(op_name(node.target), 0) + 1
-    return tuple(f"{name} has no rule: {count} calls run on whole values." for name, count in sorted(found.items())) if axes else ()
+            found[f"{op_name(node.target)} has no rule{'' if operator_of(node.target).rule is None else ' that fits'}"] += 1
+    return tuple(f"{what}: {count} calls run on whole values." for what, count in sorted(found.items())) if axes else ()

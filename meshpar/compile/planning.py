@@ -121,9 +121,10 @@ class Planner:
         return StageRequest(self.schedule.order(1, backward=False).place, self.config.stages)
 
     def _check_experts(self, captured: Captured) -> None:
-        (name,) = dividing("experts")
-        ranks = mesh_sizes(self.mesh).get(name, 1)
-        if ranks > 1 and not any(node.target is torch.ops.meshpar.grouped_mm.default for node in captured.graph.nodes):
+        sizes = mesh_sizes(self.mesh)
+        cutting = [name for name in dividing("experts", sizes) if sizes[name] > 1]
+        if cutting and not any(node.target is torch.ops.meshpar.grouped_mm.default for node in captured.graph.nodes):
+            name, ranks = cutting[0], sizes[cutting[0]]
             advice = advise(captured.unrecognised)
             raise ConfigError(
                 f"{name}={ranks} divides experts among ranks, and the model has none that could be divided. Use dp={ranks} instead: "

@@ -134,7 +134,9 @@ def add_rule(
     `local`      changes a call to what it is on a rank, for an operator that is told sizes (`meshpar.sharding.local`)
     `additive`   its results for parts of the batch add up;   `weighs`: its rows add up to one, as those of a softmax
 
-    What is not given stays as known. Raises ValueError when the text is not a rule or a word is not one of those above.
+    What is not given stays as known. A call whose shapes the text does not fit runs on whole values, and `explain()` says so.
+
+    Raises ValueError when the name is written another way, the text is not a rule or a word is not one of those above.
 
     >>> add_rule("mylib.scale_rows", "n c, n -> n c", linear=[(0,), (1,)])
     >>> add_rule(
@@ -142,6 +144,8 @@ def add_rule(
     ...     flops=lambda call: 2 * call.out.shape[-1] * call.infos[0].nbytes / call.infos[0].dtype.itemsize,
     ... )
     """
+    if (known_as := name.replace("::", ".").removeprefix("aten.")) != name:
+        raise ValueError(f"add_rule({name!r}): the operator is known here as {known_as!r}. Type add_rule({known_as!r}, {text!r}, ...).")
     bind(text, [], [])
     dims = [(dim, get_args(MatrixDim)) for dim in matrix or ()]
     for word, known in ((kind, get_args(OperatorKind)), (saves, get_args(Saves)), *dims):

@@ -188,11 +188,12 @@ def _repeated_on(axis: AxisPlan, plan: Plan, graph: fx.Graph) -> list[str]:
         f"Repeated on all {axis.size} {axis.axis} ranks: {_percent(work)} of a rank's arithmetic, {_percent(moved)} of the memory it reads "
         f"and writes (forward)"
     ]
-    missing = {note.split(" ")[0] for note in plan.notes if " has no rule" in note}
+    missing = {note.split(" ")[0]: " that fits" if " that fits" in note else "" for note in plan.notes if " has no rule" in note}
     for name, (n, cost, size) in sorted(ops.items(), key=lambda item: -item[1][1] - item[1][2]):
         if name in missing:
             lines.append(
-                f"  {name} has no sharding rule: {n:.0f} calls run whole, {count(cost)} operations, {count(size, 'B')} read and written"
+                f"  {name} has no sharding rule{missing[name]}: {n:.0f} calls run whole, {count(cost)} operations, "
+                f"{count(size, 'B')} read and written"
             )
     known = {line.split(" ")[2] for line in lines[1:]}
     if ROLES[axis.axis].divides == "sequence":

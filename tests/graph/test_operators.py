@@ -435,3 +435,19 @@ def test_words_that_mean_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="no '->'"):
         add_rule(NAME, "a b")
     assert NAME not in OPERATORS
+
+
+def test_a_rule_that_fits_no_call_is_not_called_missing() -> None:
+    add_rule(NAME, "a -> a")
+    with mp.simulate(2):
+        said = str(mp.parallelize(Net(), mp.make_mesh("tp=2"), example={"x": torch.randn(4, 8, 16)}).explain())
+    assert "table.project has no sharding rule that fits: 4 calls run whole" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "known_as"), [("table::project", "table.project"), ("aten::softmax", "softmax"), ("aten.softmax", "softmax")]
+)
+def test_a_name_that_no_call_has_is_refused(name: str, known_as: str) -> None:
+    with pytest.raises(ValueError, match=f"the operator is known here as '{known_as}'. Type add_rule"):
+        add_rule(name, "a b -> a b")
+    assert name not in OPERATORS
