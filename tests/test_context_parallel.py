@@ -169,7 +169,7 @@ def test_what_leaves_the_model_is_in_true_order() -> None:
 def test_parts_of_masks_are_made_as_parts() -> None:
     """No rank makes a table of all pairs of positions."""
     with mp.simulate(2):
-        pm = mp.parallelize(Decoder("prefix"), mp.make_mesh("cp=2"), example=batch())
+        pm = mp.parallelize(Decoder("prefix"), mp.make_mesh("cp=2"), config=mp.ParallelConfig(context="gather"), example=batch())
         shapes = {info.shape for node in pm._first.graph.nodes if isinstance(info := facts(node).info, Info)}
         assert not any(shape[-2:] == (S, S) for shape in shapes) and any(shape[-2:] == (S // 2, S) for shape in shapes)
 

@@ -213,9 +213,12 @@ _PRODUCTS: dict[str, OperatorRow] = {
     **_rows("_scaled_mm _grouped_mm _int_mm _trilinear", kind="product"),
     **_rows("scaled_dot_product_attention", rules.attention, kind="attention", saves="operands and results", flops=count.attention,
             only_if=("dropout_p",), local=local.attention, sequences=True, weighs=True),
+    **_rows("meshpar.ops.context.grouped_attention", rules.attention, kind="attention", saves="operands and results",
+            flops=count.attention, local=local.attention, sequences=True, weighs=True),
     **_rows("meshpar.ops.halo.windowed_attention", rules.attention, kind="attention", saves="operands and results",
             flops=count.windowed_attention, local=local.attention, sequences=True),
     **_attention("context.causal", count.attention),
+    **_attention("gathered.gathered", count.ring_attention),
     **_attention("halo.halo", count.windowed_attention),
     **_attention("ring.ring", count.ring_attention),
     **_rows("_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention "

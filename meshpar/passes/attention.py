@@ -24,6 +24,7 @@ from torch import fx
 from meshpar._torch import OpOverload, without_modes
 from meshpar.graph.facts import Info, facts, info_of
 from meshpar.graph.op import operands, read
+from meshpar.ops.context import grouped_attention
 from meshpar.ops.halo import windowed_attention
 from meshpar.passes.intervals import intervals
 
@@ -35,7 +36,7 @@ class SimplifyAttention:
     """Replace constant causal masks by `is_causal`, and then repeated keys and values by `enable_gqa`. Changes the graph in place."""
 
     windows: bool = False
-    """Whether sliding windows are written as such, where an axis cuts the sequence."""
+    """Whether an axis cuts the sequence: sliding windows are written as such, and heads are not repeated under other masks either."""
     most_elements: int = 2**26
     """Masks larger than this are not looked at in full."""
 
@@ -55,6 +56,8 @@ class SimplifyAttention:
                 _in_window(node, arguments, seen.window)
             elif known[mask] and info_of(mask).shape[-2:] == lengths:
                 _without_mask(node, arguments)
+            elif self.windows and not arguments["dropout_p"]:
+                _in_groups(node, arguments)
         return graph
 
     def _is_causal(self, mask: fx.Node, queries: int, keys: int) -> bool:
@@ -109,6 +112,18 @@ def _in_window(node: fx.Node, arguments: dict[str, Any], window: int) -> None:
     key, value, grouped = _short(arguments)
     node.target, node.args = windowed_attention, (arguments["query"], key, value)
     node.kwargs = {"window": window, "scale": arguments["scale"], "enable_gqa": grouped}
+    for operand in before:
+        _erase_unused(operand)
+
+
+def _in_groups(node: fx.Node, arguments: dict[str, Any]) -> None:
+    """Heads of keys and values are not repeated, unless the mask tells them apart."""
+    before = operands(node)
+    key, value, grouped = _short(arguments)
+    mask = arguments["attn_mask"]
+    if not grouped or info_of(mask).shape[-3:-2] not in ((), (1,)):
+        return
+    node.target, node.args, node.kwargs = grouped_attention, (arguments["query"], key, value, mask), {"scale": arguments["scale"]}
     for operand in before:
         _erase_unused(operand)
 

@@ -12,7 +12,7 @@ from meshpar.compile.ledger import entries
 from meshpar.graph.cost import flops
 from meshpar.graph.facts import facts, info_of
 from meshpar.graph.operators import operator_of
-from meshpar.ops import context, halo, ring
+from meshpar.ops import context, gathered, halo, ring
 from meshpar.ops.random import draw
 from meshpar.plan import AxisPlan, Plan
 from meshpar.report.text import count, table
@@ -21,6 +21,7 @@ from meshpar.sharding.types import Shard
 
 _FORMS = {
     context.causal_attention: "gather",
+    gathered.gathered_attention: "gather",
     ring.ring_attention: "ring",
     halo.halo_attention: "halo",
 }

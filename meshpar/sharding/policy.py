@@ -323,6 +323,7 @@ class SequencePolicy(Policy):
             return found
         kept = [one for one in found if row.kind != "product" or not self._cuts_a_matrix(call, one)]
         if row.sequences:
+            kept = attention.gathering(call, kept, self.reading, self.request.price)
             kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.request.price, work)])
         return [one if _is_cut(one) else replace(one, cost=one.cost + _REPEATED * unit) for one in kept]
 

@@ -188,8 +188,12 @@ def attention_of_a_part(op: Op) -> Signature | None:
     """Queries that an outer axis cut already: heads may be cut."""
     if len(op.shapes[0]) != 4 or len(op.shapes[1]) != 4:
         return row("... [s] [e], ... [t] [e], ... [t] [f] -> ... [s] [f]", linear=((2,),))(op)
-    lead = "b (k g)" if op.shapes[1][1] not in (1, op.shapes[0][1]) else "b k"
-    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f] -> {lead} [s] [f]", linear=((2,),))(op)
+    grouped = op.shapes[1][1] not in (1, op.shapes[0][1])
+    lead, rest = "b (k g)" if grouped else "b k", ""
+    if len(op.shapes) > 3:
+        terms = ["b", "[h]" if grouped and op.shapes[3][-3:-2] not in ((), (1,)) else "k", "[s]", "[m]"]
+        rest = ", " + " ".join(terms[4 - len(op.shapes[3]) :])
+    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f]{rest} -> {lead} [s] [f]", linear=((2,),))(op)
 
 
 def normalised(op: Op) -> Signature:
