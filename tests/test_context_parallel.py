@@ -204,6 +204,46 @@ def test_the_report_names_forms_bytes_and_what_is_repeated() -> None:
         assert [c.nbytes for c in sent if c.phase == "backward"] == [7 * 2 * key] * 2
 
 
+def test_gathered_keys_and_values_are_one_message() -> None:
+    """Also under a mask with no form of its own, with grouped heads: they are sent before they are repeated."""
+    for kind in ("is_causal", "prefix"):
+        with mp.simulate(4):
+            model = Decoder(kind, kv=1 if kind == "prefix" else 4)
+            pm = mp.parallelize(model, mp.make_mesh("cp=4"), config=mp.ParallelConfig(context="gather"), example=batch())
+            key = B * (1 if kind == "prefix" else 4) * (S // 4) * 8 * 4
+            sent = [c for c in pm.comms() if c.axis == "cp" and c.nbytes == 3 * 2 * key and ".a" in c.module]
+            assert sorted((c.kind, c.phase) for c in sent) == sorted(
+                2 * [("all_gather", "forward"), ("all_gather", "backward"), ("reduce_scatter", "backward")]
+            )
+
+
+class Sorting(nn.Module):
+    """Rows of experts that the model itself puts in order (or that need no order), for `F.grouped_mm`."""
+
+    def __init__(self, *, routed: bool) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = nn.Embedding(V, H), nn.Linear(H, 4), nn.Linear(H, V)
+        self.experts, self.routed = nn.Parameter(torch.randn(4, H, H) / 6), routed
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        rows = torch.tanh(x).reshape(-1, H)
+        if self.routed:
+            weights, own = self.router(rows).softmax(-1).max(-1)
+            order, ends = own.argsort(stable=True), F.one_hot(own, 4).sum(0).cumsum(0).to(torch.int32)
+            y = torch.zeros_like(rows).index_copy(0, order, F.grouped_mm(rows[order], self.experts, offs=ends)) * weights[:, None]
+        else:
+            n = rows.shape[0]
+            y = F.grouped_mm(rows, self.experts, offs=torch.tensor([n // 8, n // 4, n // 2, n], dtype=torch.int32))
+        return {"loss": F.cross_entropy(self.head(x + y.view_as(x)).reshape(-1, V), labels.reshape(-1))}
+
+
+@pytest.mark.parametrize("mesh, routed", [("cp=2", True), ("cp=2", False), ("dp=2", False)])
+def test_rows_that_a_model_sorts_itself_are_not_those_of_a_dispatch(mesh: str, routed: bool) -> None:
+    """A part of them is of some experts only: the ends of all experts' rows do not add up from those of parts."""
+    mp.verify(Sorting(routed=routed), mesh, batch()).raise_if_failed()
+
+
 def test_what_is_asked_for_is_checked() -> None:
     with pytest.raises(ConfigError, match="context='rings': one of auto, gather, heads, ring"):
         mp.ParallelConfig(context="rings")  # type: ignore[arg-type]

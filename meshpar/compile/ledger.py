@@ -87,7 +87,8 @@ def _between_parts(node: fx.Node) -> Iterator[Comm]:
 def _gathered(node: fx.Node) -> Iterator[Comm]:
     """Keys and values together, once more in backward; then their gradients. Each rank sends its part on size - 1 times."""
     key, value = (info_of(n) for n in operands(node)[1:3])
-    sent: float = (key.nbytes + value.nbytes) * (node.kwargs["size"] - 1)  # type: ignore[operator]
+    where: dict[str, Any] = node.kwargs
+    sent = float(key.nbytes + value.nbytes) * (where["size"] - 1)
     for kind, phase in ((ALL_GATHER, "forward"), (ALL_GATHER, "backward"), (REDUCE_SCATTER, "backward")):
         yield _comm(node, kind, facts(node).axis or "", phase, sent)
 

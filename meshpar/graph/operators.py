@@ -203,8 +203,7 @@ _PRODUCTS: dict[str, OperatorRow] = {
     **_product("meshpar.ops.deferred.linear", matrix=("outputs", "inputs")),
     **_product("meshpar.ops.deferred.matmul"),
     **_product("meshpar.ops.deferred.grouped_mm", matrix=("experts",)),
-    # a rank's tokens have its rows, the ends of every expert's rows add up; the matrices of every expert are cut alike
-    **_product("meshpar.grouped_mm", row("n i, [x] i o, [x] -> n o", linear=((0,), (1,)), counts=((2, "n"),)), matrix=("experts",)),
+    **_product("meshpar.grouped_mm", rules.grouped_mm, matrix=("experts",)),  # the matrices of every expert are cut alike
     **_rows("einsum", rules.einsum, kind="product", flops=count.einsum),
     **_rows("outer", row("i, j -> i j", linear=((0,), (1,)))),
     **_rows("bilinear", row("... i, ... j, o i j, o -> ... o", linear=((0, 3), (1, 3), (2, 3))), kind="product", flops=count.bilinear),

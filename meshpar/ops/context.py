@@ -85,9 +85,18 @@ def attention_at(
     return found[0] if len(found) == 1 else torch.cat(found, -2)
 
 
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, *, scale: float | None = None) -> Tensor:
-    """Attention of `[b, h, s, e]` with `[b, k, t, e]` and `[b, k, t, f]`, each head of which serves h / k of the queries'."""
-    return scored(query, key, value, attn_mask, causal=False, scale=scale, enable_gqa=True)
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+) -> Tensor:
+    """Attention of `[b, h, s, e]` with `[b, k, t, e]` and `[b, k, t, f]`, each head of which serves h / k of the queries', under a mask."""
+    return scored(query, key, value, attn_mask, causal=is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def scored(
@@ -109,7 +118,7 @@ def repeated(x: Tensor, query: Tensor) -> Tensor:
     return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries that attend together, and the keys that any of them sees."""
 
     start: int
@@ -122,7 +131,7 @@ class Block(NamedTuple):
     """The keys from `first` to `last - 1`."""
 
 
-def blocks(ranges: Sequence[tuple[int, int]], keys: int, window: int | None = None) -> list[Block]:
+def blocks(ranges: Sequence[tuple[int, int]], keys: int, window: int | None = None) -> list[QueryBlock]:
     """The queries at `ranges`, so many at a time that what each sees of the keys is no large table (see `attention_at`)."""
     found, start = [], 0
     for begin, end in ranges:
@@ -130,12 +139,12 @@ def blocks(ranges: Sequence[tuple[int, int]], keys: int, window: int | None = No
         for low in range(begin, end, max(1, rows)):
             high = min(low + rows, end)
             first = 0 if window is None else max(0, low - window + 1)
-            found.append(Block(start + low - begin, high - low, low, first, min(high, keys)))
+            found.append(QueryBlock(start + low - begin, high - low, low, first, min(high, keys)))
         start += end - begin
     return found
 
 
-def mask_of(block: Block, window: int | None, like: Tensor) -> Tensor | None:
+def mask_of(block: QueryBlock, window: int | None, like: Tensor) -> Tensor | None:
     """What is added to the scores of a block's queries: `[queries, keys]` in the dtype of `like`; None where `is_causal` says it.
 
     (Numbers: of a mask of booleans the kernels make, and keep for backward, numbers of their own.)

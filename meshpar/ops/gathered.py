@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from meshpar.ops.collectives import refuse_second_derivative, s_to_r
-from meshpar.ops.context import Block, blocks, mask_of, repeated, repeats_heads, scored
+from meshpar.ops.context import QueryBlock, blocks, mask_of, repeated, repeats_heads, scored
 from meshpar.ops.each_rank import each_rank
 from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import all_gather, reduce_scatter
@@ -52,13 +52,13 @@ def gathered_attention(
     `causal`: the query at position i sees the keys 0 to i, with `window` only the last `window` of them. Returns `[b, h, s_local, f]`.
     """
     b, heads, width = key.shape[0], key.shape[1], key.shape[-1]
-    how = _Gathered(
+    how = _Gather(
         Shard(dim, repeat, tuple(segments)), (0, 1, tuple(keys)), (b, heads, width), causal, window, scale, enable_gqa, (group, size, rank)
     )
     rows = torch.cat([rearrange(x, "b k s e -> s (b k e)") for x in (key, value)], -1)
     needed = any(x is not None and x.requires_grad for x in (query, rows, mask))
     if torch.is_grad_enabled() and needed and not torch.compiler.is_compiling():
-        found: Tensor = _Attention.apply(query, rows, mask, how)
+        found: Tensor = _GatheredAttention.apply(query, rows, mask, how)
         return found
     whole = s_to_r(rows, *how.layout, group=group, size=size, rank=rank)
     if rank >= 0:
@@ -68,7 +68,7 @@ def gathered_attention(
 
 
 @dataclass(frozen=True)
-class _Gathered:
+class _Gather:
     cut: Shard
     layout: tuple[int, int, Segments]
     """Of the rows of keys and values."""
@@ -87,13 +87,12 @@ class _Gathered:
         key, value = (rearrange(x, "s (b k e) -> b k s e", b=b, k=heads) for x in (whole[:, :count], whole[:, count:]))
         return key, value
 
-    def blocks(self, rank: int, keys: int) -> list[Block]:
+    def blocks(self, rank: int, keys: int) -> list[QueryBlock]:
         """The queries that attend together, with the keys that they see."""
         ranges = self.cut.ranges(self.axis[1], rank)
         if self.causal:
             return blocks(ranges, keys, self.window)
-        return [Block(0, sum(high - low for low, high in ranges), 0, 0, keys)]
-
+        return [QueryBlock(0, sum(high - low for low, high in ranges), 0, 0, keys)]
 
     def repeats(self, query: Tensor, mask: Tensor | None) -> bool:
         """Whether heads of keys and values are to be repeated before they are used."""
@@ -104,7 +103,7 @@ _ROWS, _KEY, _VALUE = -1, -2, -3
 """What backward makes again, beside what is added to the scores of a block."""
 
 
-def _attend(how: _Gathered, rank: int, query: Tensor, whole: Tensor, mask: Tensor | None, kept: _Kept | None = None) -> Tensor:
+def _attend(how: _Gather, rank: int, query: Tensor, whole: Tensor, mask: Tensor | None, kept: _KeptTensors | None = None) -> Tensor:
     """Attention with gathered rows. `kept` is told what can be made again."""
     key, value = how.parts(whole)
     if how.repeats(query, mask):
@@ -125,7 +124,7 @@ def _attend(how: _Gathered, rank: int, query: Tensor, whole: Tensor, mask: Tenso
     return found[0] if len(found) == 1 else torch.cat(found, -2)
 
 
-def _bias(how: _Gathered, block: Block, mask: Tensor | None, like: Tensor) -> Tensor | None:
+def _bias(how: _Gather, block: QueryBlock, mask: Tensor | None, like: Tensor) -> Tensor | None:
     """What is added to the scores of a block."""
     if how.causal:
         return mask_of(block, how.window, like)
@@ -134,7 +133,7 @@ def _bias(how: _Gathered, block: Block, mask: Tensor | None, like: Tensor) -> Te
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)
 
 
-class _Part(NamedTuple):
+class _Stretch(NamedTuple):
     """A tensor in the memory of one that can be made again: the rows or keys or values, or what is added to the scores of a block."""
 
     of: int
@@ -143,7 +142,7 @@ class _Part(NamedTuple):
     offset: int
 
 
-class _Kept:
+class _KeptTensors:
     """What autograd asks to keep of one attention."""
 
     def __init__(self, whole: Tensor) -> None:
@@ -155,15 +154,15 @@ class _Kept:
         """`source` need not be kept."""
         self.sources[source.untyped_storage()._cdata] = of, source
 
-    def pack(self, x: Tensor) -> _Part | int:
+    def pack(self, x: Tensor) -> _Stretch | int:
         """What stands for a tensor until backward."""
         found = self.sources.get(x.untyped_storage()._cdata)
         if found is not None:
-            return _Part(found[0], x.size(), x.stride(), x.storage_offset())
+            return _Stretch(found[0], x.size(), x.stride(), int(x.storage_offset()))
         self.others.append(x.detach())
         return len(self.others) - 1
 
-    def unpack(self, what: _Part | int) -> Tensor:
+    def unpack(self, what: _Stretch | int) -> Tensor:
         """The tensor again."""
         if isinstance(what, int):
             return self.others[what]
@@ -171,18 +170,18 @@ class _Kept:
         return self.make(what.of).as_strided(what.size, what.stride, what.offset)
 
 
-class _Run:
+class _Attending:
     """One rank's attention between forward and backward: a graph of its own that holds no large tensor."""
 
-    def __init__(self, how: _Gathered, rank: int, needed: Sequence[bool], tensors: Sequence[Tensor | None]) -> None:
-        query, whole, mask = tensors
+    def __init__(self, how: _Gather, rank: int, needed: Sequence[bool], tensors: Sequence[Tensor | None]) -> None:
+        query, whole = tensors[:2]
         assert query is not None and whole is not None
-        self.how, self.rank, self.kept = how, rank, _Kept(whole)
+        self.how, self.rank, self.kept = how, rank, _KeptTensors(whole)
         self.like = query.new_empty(()).expand(query.shape)
         with torch.enable_grad(), saved_tensors_hooks(self.kept.pack, self.kept.unpack):
             anchor = torch.empty(0, requires_grad=True)
-            roots = [_Root.apply(anchor, x.detach()) if x is not None and need else x for x, need in zip(tensors, needed, strict=True)]
-            out = _attend(how, rank, *roots, kept=self.kept)
+            roots: list[Any] = [_Beginning.apply(anchor, x.detach()) if need else x for x, need in zip(tensors, needed, strict=True)]  # type: ignore[union-attr]
+            out = _attend(how, rank, roots[0], roots[1], roots[2], self.kept)
             self.edges = [get_gradient_edge(x) for x, need in zip(roots, needed, strict=True) if need]
             self.last = get_gradient_edge(out)
         self.kept.sources = {}
@@ -211,7 +210,7 @@ class _Run:
         return bias
 
 
-class _Root(torch.autograd.Function):
+class _Beginning(torch.autograd.Function):
     """Where a graph begins, without holding the tensor (a leaf would)."""
 
     @staticmethod
@@ -223,15 +222,15 @@ class _Root(torch.autograd.Function):
         return None, None
 
 
-class _Attention(torch.autograd.Function):
+class _GatheredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, rows: Tensor, mask: Tensor | None, how: _Gathered) -> Tensor:
+    def forward(ctx: Any, query: Tensor, rows: Tensor, mask: Tensor | None, how: _Gather) -> Tensor:
         whole = all_gather(rows, how.layout, how.axis)
         ctx.how, ctx.needed, ctx.runs = how, ctx.needs_input_grad[:3], {}
 
         def run(world_rank: int, *tensors: Tensor) -> Tensor:
             rank = how.axis[2] if how.axis[2] >= 0 else axis_rank(how.axis[0], world_rank)
-            found = _Run(how, rank, ctx.needed, [*tensors, *[None] * (3 - len(tensors))])
+            found = _Attending(how, rank, ctx.needed, [*tensors, *[None] * (3 - len(tensors))])
             out, found.out = found.out, None
             ctx.runs[world_rank] = found
             assert out is not None
@@ -249,12 +248,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        how: _Gathered = ctx.how
+        how: _Gather = ctx.how
         rows, mask, *others = ctx.saved_tensors
         whole = all_gather(rows, how.layout, how.axis)
 
         def run(world_rank: int, grad: Tensor, whole: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-            own: _Run = ctx.runs[world_rank]
+            own: _Attending = ctx.runs[world_rank]
             if how.axis[2] >= 0:
                 own.kept.others = others
             try:

@@ -123,7 +123,8 @@ def _in_groups(node: fx.Node, arguments: dict[str, Any]) -> None:
     mask = arguments["attn_mask"]
     if not grouped or info_of(mask).shape[-3:-2] not in ((), (1,)):
         return
-    node.target, node.args, node.kwargs = grouped_attention, (arguments["query"], key, value, mask), {"scale": arguments["scale"]}
+    node.target, node.args = grouped_attention, (arguments["query"], key, value)
+    node.kwargs = {"attn_mask": mask, "is_causal": False, "scale": arguments["scale"], "enable_gqa": True}
     for operand in before:
         _erase_unused(operand)
 
@@ -139,6 +140,8 @@ def _short(arguments: dict[str, Any]) -> tuple[Any, Any, bool]:
 
 def _ungrouped(repeated: fx.Node) -> fx.Node | None:
     """`k [b, g, s, e]` where `repeated` is k with each head n times in a row, `[b, g n, s, e]`."""
+    if repeated.target is aten.repeat_interleave.self_int and len(repeated.args) > 2 and repeated.args[2] in (1, -3):
+        return repeated.args[0] if len(info_of(repeated).shape) == 4 else None  # type: ignore[return-value]
     expanded = repeated.args[0] if repeated.target is aten.reshape.default else None
     wide = expanded.args[0] if isinstance(expanded, fx.Node) and expanded.target is aten.expand.default else None
     if not isinstance(wide, fx.Node) or wide.target is not aten.unsqueeze.default or wide.args[1] != 2:

@@ -184,12 +184,12 @@ def convolution(call: LocalCall) -> None:
 def attention(call: LocalCall) -> None:
     """Queries that are cut are not the first ones: what they may see follows from their positions."""
     cut, a = call.in_shard(), call.op.arguments
-    window, causal, form = a.get("window"), a.get("is_causal", a.get("attn_mask") is None), call.plan.why
+    window, causal, form = a.get("window"), a.get("is_causal", True), call.plan.why
     if cut is None or cut.dim != len(call.op.infos[0].shape) - 2 or (form not in ("gather", "ring", "halo") and not causal):
         return
     mask = [call.args[3] if len(call.args) > 3 else call.kwargs.get("attn_mask")] if form == "gather" else []
     call.args = [*call.args[:3], *mask, cut.dim, cut.repeat, cut.segments]
-    call.kwargs = {"window": window, "scale": a["scale"], "enable_gqa": a.get("enable_gqa", True), **call.where()}
+    call.kwargs = {"window": window, "scale": a["scale"], "enable_gqa": a["enable_gqa"], **call.where()}
     call.target = _FORMS.get(form, context.causal_attention)
     if form in ("gather", "ring"):
         call.kwargs["causal"] = causal

@@ -297,7 +297,7 @@ class SequencePolicy(Policy):
 
     def __init__(self, request: Request, reading: Reading) -> None:
         self.request, self.reading = request, reading
-        self.weights = WeightsPolicy(request, reading)
+        self.weights, self.price = WeightsPolicy(request, reading), request.price.at_scale(reading.largest)
         self._check_length()
         reading.balanced = self._growing()
 
@@ -323,8 +323,8 @@ class SequencePolicy(Policy):
             return found
         kept = [one for one in found if row.kind != "product" or not self._cuts_a_matrix(call, one)]
         if row.sequences:
-            kept = attention.gathering(call, kept, self.reading, self.request.price)
-            kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.request.price, work)])
+            kept = attention.gathering(call, kept, self.reading, self.price)
+            kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.price, work)])
         return [one if _is_cut(one) else replace(one, cost=one.cost + _REPEATED * unit) for one in kept]
 
     def _cuts_a_matrix(self, call: BoundOp, choice: Choice) -> bool:

@@ -376,6 +376,16 @@ def padding(op: Op) -> Signature:
     return Signature((base,), (out,), sizes, frozenset(f"{p}{i}" for i in changed for p in "dn"), linear)
 
 
+def grouped_mm(op: Op) -> Signature | None:
+    """Rows that a dispatch sorted: a rank's tokens have its rows, and the ends of every expert's rows add up.
+
+    Of rows that a model sorted itself a rank's part may be of some experts only, and their ends are those of all: they are needed whole.
+    """
+    if not op.infos[0].rows:
+        return row("[n] i, [x] i o, [x] -> [n] o", linear=((0,), (1,)))(op)
+    return row("n i, [x] i o, [x] -> n o", linear=((0,), (1,)), counts=((2, "n"),))(op)
+
+
 def row_expert(op: Op) -> Signature | None:
     rest = " ".join(f"[d{i}]" for i in range(len(op.infos[0].shape) - 1))
     return row(f"n {rest}, [x] -> n", counts=((1, "n"),))(op)
