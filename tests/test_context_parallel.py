@@ -244,6 +244,14 @@ def test_rows_that_a_model_sorts_itself_are_not_those_of_a_dispatch(mesh: str, r
     mp.verify(Sorting(routed=routed), mesh, batch()).raise_if_failed()
 
 
+def test_logits_that_are_cut_off_by_one_are_not_gathered() -> None:
+    torch.manual_seed(0)
+    mp.verify(Decoder(shift="logits"), "cp=2", batch()).raise_if_failed()
+    with mp.simulate(2):
+        pm = mp.parallelize(Decoder(shift="logits"), mp.make_mesh("cp=2"), example=batch())
+        assert not [c for c in pm.comms() if c.kind == "all_gather" and not c.region]
+
+
 def test_what_is_asked_for_is_checked() -> None:
     with pytest.raises(ConfigError, match="context='rings': one of auto, gather, heads, ring"):
         mp.ParallelConfig(context="rings")  # type: ignore[arg-type]
