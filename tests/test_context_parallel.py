@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import meshpar as mp
 from meshpar.errors import ConfigError, PlanError
 from meshpar.graph.facts import Info, facts
 from meshpar.simulate import local_tensors
+from tests.pool import Pool
 
 B, S, H, V = 4, 16, 32, 37
 
@@ -250,6 +252,55 @@ def test_logits_that_are_cut_off_by_one_are_not_gathered() -> None:
     with mp.simulate(2):
         pm = mp.parallelize(Decoder(shift="logits"), mp.make_mesh("cp=2"), example=batch())
         assert not [c for c in pm.comms() if c.kind == "all_gather" and not c.region]
+
+
+@pytest.mark.parametrize("length, mesh", [(16, "cp=2"), (16, "cp=4"), (14, "cp=2")], ids=["head-tail", "four", "contiguous"])
+def test_dropout_draws_the_numbers_of_one_device(length: int, mesh: str) -> None:
+    """They belong to positions, however many ranks have them."""
+
+    def step(mesh: str) -> tuple[float, Tensor]:
+        torch.manual_seed(0)
+        model, given = Decoder("is_causal", dropout=0.3).double(), batch(length=length)
+        with mp.simulate(int(mesh[-1])):
+            pm = mp.parallelize(model.train(), mp.make_mesh(mesh), example=given)
+            loss = pm.train_step(**given)
+            grad = mp.full_grad(pm.get_parameter("blocks.0.m.weight"))
+            assert grad is not None
+            return float(local_tensors(loss)[0]), local_tensors(grad)[0]
+
+    (right, wanted), (loss, grad) = step("dp=1"), step(mesh)
+    assert abs(loss - right) < 1e-12 * abs(right)
+    torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+Trained = tuple[dict[str, Tensor], list[dict[str, Tensor]]]
+
+
+def loaded(mesh: str, load: str | None, save: str) -> Trained:
+    """All parameters, and what the optimizer knows of each, after a step or from a checkpoint; then saved."""
+    torch.manual_seed(0 if load is None else 1)
+    pm = mp.parallelize(Decoder("window"), mp.make_mesh(mesh), example=batch(), config=mp.ParallelConfig(data_parallel="zero1"))
+    optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-2)
+    if load is None:
+        pm.train_step(**batch())
+        optimizer.step()
+    else:
+        mp.checkpoint.load(load, pm, optimizer)
+    mp.checkpoint.save(save, pm, optimizer)
+    parameters = dict(pm.named_parameters())
+    moments = [{k: mp.full_tensor(v) for k, v in optimizer.state[p].items() if v.dim()} for p in parameters.values()]
+    return {name: mp.full_tensor(p) for name, p in parameters.items()}, moments
+
+
+def test_checkpoints_go_to_other_meshes_and_come_back(gloo: Pool, tmp_path: Path) -> None:
+    """Bit for bit: from cp to tp, and to cp again."""
+    there, between, back = (str(tmp_path / name) for name in "abc")
+    wanted = gloo.run(loaded, "cp=2", None, there)[0]
+    for mesh, load, save in (("tp=2", there, between), ("cp=2", between, back)):
+        for parameters, moments in gloo.run(loaded, mesh, load, save):
+            assert all(torch.equal(parameters[name], wanted[0][name]) for name in wanted[0])
+            assert all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(moments, wanted[1], strict=True))
+            assert any(bool(v.any()) for one in moments for v in one.values())
 
 
 def test_what_is_asked_for_is_checked() -> None:
