@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import meshpar as mp
 from meshpar.errors import ConfigError, PlanError
 from meshpar.graph.facts import Info, facts
+from meshpar.graph.text import lines
 from meshpar.simulate import local_tensors
 from tests.pool import Pool
 
@@ -244,6 +245,54 @@ class Sorting(nn.Module):
 def test_rows_that_a_model_sorts_itself_are_not_those_of_a_dispatch(mesh: str, routed: bool) -> None:
     """A part of them is of some experts only: the ends of all experts' rows do not add up from those of parts."""
     mp.verify(Sorting(routed=routed), mesh, batch()).raise_if_failed()
+
+
+class Packed(Decoder):
+    """Documents of odd lengths, each with positions of its own, given with the batch; a router's loss counts what is no padding."""
+
+    def __init__(self) -> None:
+        super().__init__("documents")
+        self.router = nn.Linear(H, 4)
+
+    def forward(self, ids: Tensor, labels: Tensor, documents: Tensor, places: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        x, at = self.embed(ids) + self.place(places), torch.arange(ids.shape[1])
+        alike = documents[:, None, :, None] == documents[:, None, None, :]
+        for block in self.blocks:
+            layer = block["a"]  # type: ignore[index]
+            q, k, v = (m(x).view(*ids.shape, -1, 8).transpose(1, 2) for m in (layer.q, layer.k, layer.v))
+            k, v = (one[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape) for one in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=alike & (at <= at[:, None]))
+            x = x + layer.o(y.transpose(1, 2).reshape(x.shape))
+        loss = F.cross_entropy(self.head(x)[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+        return {"loss": loss + 0.1 * self._balance(x, (documents > 0).to(x.dtype))}
+
+    def _balance(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Of experts over the tokens that are not padding, as mixtures of experts take it."""
+        weights = self.router(x).softmax(-1)
+        chosen = F.one_hot(weights.argmax(-1), 4).to(x.dtype)
+        share, mean = ((one * counts[..., None]).sum((0, 1)) / counts.sum() for one in (chosen, weights))
+        return 4 * (share * mean).sum()
+
+
+@pytest.mark.parametrize("mesh, context", [("cp=2", "gather"), ("cp=4", "auto"), ("cp=2", "heads")])
+def test_packed_documents_of_odd_lengths_with_padding_and_a_router(mesh: str, context: Any) -> None:
+    """Documents begin on one rank and end on another; the last positions are padding, which no loss may count; the loss is not times cp."""
+    torch.manual_seed(0)
+    lengths = [[7, 5, 1], [3, 11], [1, 1, 1, 9], [16]]
+    documents, places = torch.zeros(B, S, dtype=torch.long), torch.zeros(B, S, dtype=torch.long)
+    for row, own in enumerate(lengths):
+        numbers = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(own)])
+        documents[row, : len(numbers)], places[row, : len(numbers)] = numbers, torch.cat([torch.arange(n) for n in own])
+    given = batch() | {"documents": documents, "places": places}
+    given["labels"] = given["labels"].masked_fill((documents == 0) | (places == 0), -100)
+    mp.verify(Packed(), mesh, given, config=mp.ParallelConfig(context=context)).raise_if_failed()
+
+
+def test_what_ranks_compare_of_a_graph_says_nothing_of_places_in_memory() -> None:
+    with mp.simulate(2):
+        pm = mp.parallelize(Decoder("window"), mp.make_mesh("cp=2"), example=batch())
+        text = "\n".join(lines(pm._first.captured))
+        assert "windowed_attention" in text and " at 0x" not in text
 
 
 def test_logits_that_are_cut_off_by_one_are_not_gathered() -> None:
