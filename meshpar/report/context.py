@@ -10,7 +10,8 @@ from torch import fx
 
 from meshpar.compile.ledger import entries
 from meshpar.graph.cost import flops
-from meshpar.graph.facts import facts, info_of
+from meshpar.graph.facts import facts, info_of, infos_of
+from meshpar.graph.op import op_name
 from meshpar.graph.operators import operator_of
 from meshpar.ops import context, gathered, halo, ring
 from meshpar.ops.random import draw
@@ -51,6 +52,30 @@ def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
         if rows
         else []
     )
+
+
+def others(plan: Plan, graph: fx.Graph) -> list[str]:
+    """One line for each kind of convolution, scan or recurrence where an axis cuts the sequence: what it is cut along instead."""
+    return [line for axis in plan.axes if ROLES[axis.axis].divides == "sequence" for line in _others_over(axis, graph)]
+
+
+def _others_over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
+    found: Counter[tuple[str, str, str]] = Counter()
+    for node in graph.nodes:
+        if node.op != "call_function" or operator_of(node.target).kind not in _ACROSS or facts(node).part_of is None:
+            continue
+        if not any(info is not None and info.requires_grad for info in infos_of(node)):
+            continue
+        module = re.sub(r"\d+", "*", facts(node).module or "the model")
+        found[module, op_name(node.target), "a rank has a part of it" if axis.axis in facts(node).cut else _SAYS["whole"]] += 1
+    rows = [(f"  {module}", f"x{times}", name, says) for (module, name, says), times in found.items()]
+    heading = (
+        f"Convolutions, scans and recurrences over {axis.axis}={axis.size}: of channels, heads or samples, of all positions (all-to-all)"
+    )
+    return [heading, *table(rows)] if rows else []
+
+
+_ACROSS = ("convolution", "scan", "recurrent")
 
 
 def _form(node: fx.Node, axis: AxisPlan) -> str | None:
