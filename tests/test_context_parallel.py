@@ -247,6 +247,28 @@ def test_rows_that_a_model_sorts_itself_are_not_those_of_a_dispatch(mesh: str, r
     mp.verify(Sorting(routed=routed), mesh, batch()).raise_if_failed()
 
 
+class Pointwise(nn.Module):
+    """Convolutions over one position at a time, in groups, as some models write their matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, H), nn.Linear(H, V)
+        self.one, self.two = nn.Conv1d(H, 2 * H, 1, groups=4), nn.Conv1d(2 * H, H, 1)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        x = x + self.two(torch.tanh(self.one(x.transpose(1, 2)))).transpose(1, 2)
+        return {"loss": F.cross_entropy(self.head(x).reshape(-1, V), labels.reshape(-1))}
+
+
+def test_convolutions_of_single_positions_are_cut_along_them() -> None:
+    mp.verify(Pointwise(), "cp=2", batch()).raise_if_failed()
+    with mp.simulate(2):
+        pm = mp.parallelize(Pointwise(), mp.make_mesh("cp=2"), example=batch())
+        assert "Repeated on all 2 cp ranks: 0% of a rank's arithmetic" in str(pm.explain())
+        assert not [c for c in pm.comms() if c.kind in ("all_gather", "all_to_all")]
+
+
 class Packed(Decoder):
     """Documents of odd lengths, each with positions of its own, given with the batch; a router's loss counts what is no padding."""
 

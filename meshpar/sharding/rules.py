@@ -336,6 +336,13 @@ def transposed_convolution(op: Op) -> Signature | None:
     return row(f"b i {space}, i o {kernel}, o -> b o {out}", linear=((0, 2), (1, 2)))(op)
 
 
+def _by_position(op: Op) -> bool:
+    """Whether a convolution along one dim is a product at every position by itself."""
+    stride, padding = (op.arguments.get(name) for name in ("stride", "padding"))
+    plain = [list(value) if isinstance(value, (list, tuple)) else value for value in (stride, padding)]
+    return op.infos[1].shape[2:] == (1,) and plain[0] in ([1], 1) and plain[1] in ([0], 0)
+
+
 def convolution(op: Op) -> Signature | None:
     if op.arguments.get("transposed"):
         return transposed_convolution(op)
@@ -346,6 +353,8 @@ def convolution(op: Op) -> Signature | None:
     space = " ".join(f"[s{i}]" for i in range(rank))
     kernel = " ".join(f"[k{i}]" for i in range(rank))
     out = " ".join(f"[r{i}]" for i in range(rank))
+    if _by_position(op):
+        space = out = "s0"
     channels = op.infos[0].shape[1]
     if groups == 1:
         return row(f"b i {space}, o i {kernel}, o -> b o {out}", linear=((0, 2), (1, 2)))(op)
