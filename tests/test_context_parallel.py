@@ -151,11 +151,15 @@ def test_lengths_that_divide(length: int, layout: str) -> None:
         pm = mp.parallelize(Decoder(), mp.make_mesh("cp=2"), example=batch(length=length))
         cuts = [t for node in pm.plan.axis("cp").nodes.values() for t in node.outs if getattr(t, "segments", ())]  # type: ignore[union-attr]
         assert any(units < 0 for cut in cuts for units, _ in cut.segments) == (layout == "head-tail")
+        said = "4 does not divide the 14 positions: they are cut in one piece each, and the last rank has 1.5 times the mean"
+        assert (said in str(pm.explain())) == (layout == "contiguous")
 
 
 def test_a_length_that_does_not_divide_is_refused_with_one_that_does() -> None:
-    with mp.simulate(4), pytest.raises(PlanError, match=r"cp=4 does not divide the 15 positions of ids .*Pad the batch to 16"):
+    with mp.simulate(4), pytest.raises(PlanError, match=r"cp=4 does not divide the 15 positions of ids .*Pad the batch to 16 "):
         mp.parallelize(Decoder(), mp.make_mesh("cp=4"), example=batch(length=15))
+    with mp.simulate(4), pytest.raises(PlanError, match=r"Pad the batch to 20 .*; better to 24, so that causal attention is shared out"):
+        mp.parallelize(Decoder(), mp.make_mesh("cp=4"), example=batch(length=17))
 
 
 def test_what_leaves_the_model_is_in_true_order() -> None:

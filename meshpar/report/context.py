@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
@@ -47,11 +48,23 @@ def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
             sent = sum(e.nbytes for one in _before(node) for e in entries(one) if e.axis == axis.axis and e.phase == "forward")
             found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, int(sent)] += 1
     rows = [(f"  {module}", f"x{times}", form, _SAYS[form], count(sent, "B")) for (module, form, sent), times in found.items()]
-    return (
-        [f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward", *table(rows, right=(4,))]
-        if rows
-        else []
-    )
+    heading = f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward"
+    return [heading, *table(rows, right=(4,)), *_uneven(axis, graph)] if rows else []
+
+
+def _uneven(axis: AxisPlan, graph: fx.Graph) -> list[str]:
+    """A line where causal attention grows along parts that are in one piece each."""
+    for node in graph.nodes:
+        if node.target in _FORMS and node.target is not halo.halo_attention and node.kwargs.get("causal", True):
+            place = 6 if node.target is gathered.gathered_attention else 5
+            segments: Any = node.args[place]
+            if len(segments) == 1 and node.kwargs.get("window") is None:
+                most = (2 * axis.size - 1) / axis.size
+                return [
+                    f"  {2 * axis.size} does not divide the {segments[0][0]} positions: they are cut in one piece each, and the last rank "
+                    f"has {most:.3g} times the mean of the causal attention"
+                ]
+    return []
 
 
 def others(plan: Plan, graph: fx.Graph) -> list[str]:

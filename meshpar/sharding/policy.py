@@ -357,9 +357,11 @@ class SequencePolicy(Policy):
             for d, one in enumerate(self.reading.inference.dims[node, 0]):
                 n = info_of(node).shape[d]
                 if one is not None and n % size and self.reading.inference.extents.find(one) in self.reading.positions:
+                    enough, balanced = (-(-n // k) * k for k in (size, 2 * size))
+                    better = "" if enough == balanced else f"; better to {balanced}, so that causal attention is shared out evenly"
                     raise PlanError(
                         f"{self.request.axis}={size} does not divide the {n} positions of {node.target} {list(info_of(node).shape)}. "
-                        f"Pad the batch to {-(-n // size) * size} (labels with -100, and an attention mask), or use another "
+                        f"Pad the batch to {enough} (labels with -100, and an attention mask{better}), or use another "
                         f"{self.request.axis}: {', '.join(str(k) for k in range(1, min(n, 64) + 1) if n % k == 0)}."
                     )
 
