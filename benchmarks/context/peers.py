@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor, nn  # noqa: E402
 import meshpar as mp  # noqa: E402
 from benchmarks.architectures import small  # noqa: E402
 from benchmarks.measuring import line, machine, readme, table, write  # noqa: E402
+from meshpar.errors import RankError  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 
 CASES = ("llama", "llama, padding", "llama, packed", "gemma2", "gpt_oss", "bloom", "mamba")
@@ -49,8 +51,8 @@ def made(case: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return model.double().train(), given
 
 
-def by_torch(case: str) -> str:
-    """The largest difference, or why there is no result."""
+def by_torch(case: str, note: Path) -> str:
+    """The largest difference, or why there is no result. An error is noted: the other rank may then wait for ever."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
 
@@ -70,7 +72,10 @@ def by_torch(case: str) -> str:
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / count
             loss.backward()
     except Exception as error:
-        return f"refuses: {type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
+        why = f"refuses: {type(error).__name__}: {str(error).splitlines()[0][:110] if str(error) else ''}"
+        if not note.exists():
+            note.write_text(why)
+        return note.read_text()
     total = loss.detach().clone()
     dist.all_reduce(total)
     worst = 0.0
@@ -97,16 +102,19 @@ def _said(loss: float, gradients: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one case of torch's")
     parser.add_argument("--write", action="store_true", help="write the table to PEERS.md beside this file")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     rows = []
     for case in options.cases:
-        try:
-            theirs = launch.run(by_torch, case, world=2, timeout=300.0)[0]
-        except Exception as error:
-            theirs = f"refuses: {type(error).__name__}"
+        with tempfile.TemporaryDirectory() as folder:
+            note = Path(folder) / "note"
+            try:
+                theirs = launch.run(by_torch, case, note, world=2, timeout=options.timeout)[0]
+            except RankError as error:
+                theirs = note.read_text() if note.exists() else f"no result: {str(error).splitlines()[0]}"
         rows.append(line([case, theirs, by_meshpar(case)]))
         print(rows[-1], flush=True)
     body = table(("model", "torch context_parallel", "meshpar cp=2"), rows)
