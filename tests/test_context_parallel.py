@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 import meshpar as mp
 from meshpar.errors import ConfigError, PlanError
 from meshpar.graph.facts import Info, facts
+from meshpar.graph.text import lines
 from meshpar.simulate import local_tensors
+from tests.pool import Pool
 
 B, S, H, V = 4, 16, 32, 37
 
@@ -148,11 +151,15 @@ def test_lengths_that_divide(length: int, layout: str) -> None:
         pm = mp.parallelize(Decoder(), mp.make_mesh("cp=2"), example=batch(length=length))
         cuts = [t for node in pm.plan.axis("cp").nodes.values() for t in node.outs if getattr(t, "segments", ())]  # type: ignore[union-attr]
         assert any(units < 0 for cut in cuts for units, _ in cut.segments) == (layout == "head-tail")
+        said = "4 does not divide the 14 positions: they are cut in one piece each, and the last rank has 1.5 times the mean"
+        assert (said in str(pm.explain())) == (layout == "contiguous")
 
 
 def test_a_length_that_does_not_divide_is_refused_with_one_that_does() -> None:
-    with mp.simulate(4), pytest.raises(PlanError, match=r"cp=4 does not divide the 15 positions of ids .*Pad the batch to 16"):
+    with mp.simulate(4), pytest.raises(PlanError, match=r"cp=4 does not divide the 15 positions of ids .*Pad the batch to 16 "):
         mp.parallelize(Decoder(), mp.make_mesh("cp=4"), example=batch(length=15))
+    with mp.simulate(4), pytest.raises(PlanError, match=r"Pad the batch to 20 .*; better to 24, so that causal attention is shared out"):
+        mp.parallelize(Decoder(), mp.make_mesh("cp=4"), example=batch(length=17))
 
 
 def test_what_leaves_the_model_is_in_true_order() -> None:
@@ -169,7 +176,7 @@ def test_what_leaves_the_model_is_in_true_order() -> None:
 def test_parts_of_masks_are_made_as_parts() -> None:
     """No rank makes a table of all pairs of positions."""
     with mp.simulate(2):
-        pm = mp.parallelize(Decoder("prefix"), mp.make_mesh("cp=2"), example=batch())
+        pm = mp.parallelize(Decoder("prefix"), mp.make_mesh("cp=2"), config=mp.ParallelConfig(context="gather"), example=batch())
         shapes = {info.shape for node in pm._first.graph.nodes if isinstance(info := facts(node).info, Info)}
         assert not any(shape[-2:] == (S, S) for shape in shapes) and any(shape[-2:] == (S // 2, S) for shape in shapes)
 
@@ -202,6 +209,173 @@ def test_the_report_names_forms_bytes_and_what_is_repeated() -> None:
         sent = [c for c in pm.comms() if c.kind == "ring"]
         assert [c.nbytes for c in sent if c.phase == "forward"] == [3 * 2 * key] * 2
         assert [c.nbytes for c in sent if c.phase == "backward"] == [7 * 2 * key] * 2
+
+
+def test_gathered_keys_and_values_are_one_message() -> None:
+    """Also under a mask with no form of its own, with grouped heads: they are sent before they are repeated."""
+    for kind in ("is_causal", "prefix"):
+        with mp.simulate(4):
+            model = Decoder(kind, kv=1 if kind == "prefix" else 4)
+            pm = mp.parallelize(model, mp.make_mesh("cp=4"), config=mp.ParallelConfig(context="gather"), example=batch())
+            key = B * (1 if kind == "prefix" else 4) * (S // 4) * 8 * 4
+            sent = [c for c in pm.comms() if c.axis == "cp" and c.nbytes == 3 * 2 * key and ".a" in c.module]
+            assert sorted((c.kind, c.phase) for c in sent) == sorted(
+                2 * [("all_gather", "forward"), ("all_gather", "backward"), ("reduce_scatter", "backward")]
+            )
+
+
+class Sorting(nn.Module):
+    """Rows of experts that the model itself puts in order (or that need no order), for `F.grouped_mm`."""
+
+    def __init__(self, *, routed: bool) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = nn.Embedding(V, H), nn.Linear(H, 4), nn.Linear(H, V)
+        self.experts, self.routed = nn.Parameter(torch.randn(4, H, H) / 6), routed
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        rows = torch.tanh(x).reshape(-1, H)
+        if self.routed:
+            weights, own = self.router(rows).softmax(-1).max(-1)
+            order, ends = own.argsort(stable=True), F.one_hot(own, 4).sum(0).cumsum(0).to(torch.int32)
+            y = torch.zeros_like(rows).index_copy(0, order, F.grouped_mm(rows[order], self.experts, offs=ends)) * weights[:, None]
+        else:
+            n = rows.shape[0]
+            y = F.grouped_mm(rows, self.experts, offs=torch.tensor([n // 8, n // 4, n // 2, n], dtype=torch.int32))
+        return {"loss": F.cross_entropy(self.head(x + y.view_as(x)).reshape(-1, V), labels.reshape(-1))}
+
+
+@pytest.mark.parametrize("mesh, routed", [("cp=2", True), ("cp=2", False), ("dp=2", False)])
+def test_rows_that_a_model_sorts_itself_are_not_those_of_a_dispatch(mesh: str, routed: bool) -> None:
+    """A part of them is of some experts only: the ends of all experts' rows do not add up from those of parts."""
+    mp.verify(Sorting(routed=routed), mesh, batch()).raise_if_failed()
+
+
+class Pointwise(nn.Module):
+    """Convolutions over one position at a time, in groups, as some models write their matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, H), nn.Linear(H, V)
+        self.one, self.two = nn.Conv1d(H, 2 * H, 1, groups=4), nn.Conv1d(2 * H, H, 1)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        x = x + self.two(torch.tanh(self.one(x.transpose(1, 2)))).transpose(1, 2)
+        return {"loss": F.cross_entropy(self.head(x).reshape(-1, V), labels.reshape(-1))}
+
+
+def test_convolutions_of_single_positions_are_cut_along_them() -> None:
+    mp.verify(Pointwise(), "cp=2", batch()).raise_if_failed()
+    with mp.simulate(2):
+        pm = mp.parallelize(Pointwise(), mp.make_mesh("cp=2"), example=batch())
+        assert "Repeated on all 2 cp ranks: 0% of a rank's arithmetic" in str(pm.explain())
+        assert not [c for c in pm.comms() if c.kind in ("all_gather", "all_to_all")]
+
+
+class Packed(Decoder):
+    """Documents of odd lengths, each with positions of its own, given with the batch; a router's loss counts what is no padding."""
+
+    def __init__(self) -> None:
+        super().__init__("documents")
+        self.router = nn.Linear(H, 4)
+
+    def forward(self, ids: Tensor, labels: Tensor, documents: Tensor, places: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        x, at = self.embed(ids) + self.place(places), torch.arange(ids.shape[1])
+        alike = documents[:, None, :, None] == documents[:, None, None, :]
+        for block in self.blocks:
+            layer = block["a"]  # type: ignore[index]
+            q, k, v = (m(x).view(*ids.shape, -1, 8).transpose(1, 2) for m in (layer.q, layer.k, layer.v))
+            k, v = (one[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape) for one in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=alike & (at <= at[:, None]))
+            x = x + layer.o(y.transpose(1, 2).reshape(x.shape))
+        loss = F.cross_entropy(self.head(x)[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+        return {"loss": loss + 0.1 * self._balance(x, (documents > 0).to(x.dtype))}
+
+    def _balance(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Of experts over the tokens that are not padding, as mixtures of experts take it."""
+        weights = self.router(x).softmax(-1)
+        chosen = F.one_hot(weights.argmax(-1), 4).to(x.dtype)
+        share, mean = ((one * counts[..., None]).sum((0, 1)) / counts.sum() for one in (chosen, weights))
+        return 4 * (share * mean).sum()
+
+
+@pytest.mark.parametrize("mesh, context", [("cp=2", "gather"), ("cp=4", "auto"), ("cp=2", "heads")])
+def test_packed_documents_of_odd_lengths_with_padding_and_a_router(mesh: str, context: Any) -> None:
+    """Documents begin on one rank and end on another; the last positions are padding, which no loss may count; the loss is not times cp."""
+    torch.manual_seed(0)
+    lengths = [[7, 5, 1], [3, 11], [1, 1, 1, 9], [16]]
+    documents, places = torch.zeros(B, S, dtype=torch.long), torch.zeros(B, S, dtype=torch.long)
+    for row, own in enumerate(lengths):
+        numbers = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(own)])
+        documents[row, : len(numbers)], places[row, : len(numbers)] = numbers, torch.cat([torch.arange(n) for n in own])
+    given = batch() | {"documents": documents, "places": places}
+    given["labels"] = given["labels"].masked_fill((documents == 0) | (places == 0), -100)
+    mp.verify(Packed(), mesh, given, config=mp.ParallelConfig(context=context)).raise_if_failed()
+
+
+def test_what_ranks_compare_of_a_graph_says_nothing_of_places_in_memory() -> None:
+    with mp.simulate(2):
+        pm = mp.parallelize(Decoder("window"), mp.make_mesh("cp=2"), example=batch())
+        text = "\n".join(lines(pm._first.captured))
+        assert "windowed_attention" in text and " at 0x" not in text
+
+
+def test_logits_that_are_cut_off_by_one_are_not_gathered() -> None:
+    torch.manual_seed(0)
+    mp.verify(Decoder(shift="logits"), "cp=2", batch()).raise_if_failed()
+    with mp.simulate(2):
+        pm = mp.parallelize(Decoder(shift="logits"), mp.make_mesh("cp=2"), example=batch())
+        assert not [c for c in pm.comms() if c.kind == "all_gather" and not c.region]
+
+
+@pytest.mark.parametrize("length, mesh", [(16, "cp=2"), (16, "cp=4"), (14, "cp=2")], ids=["head-tail", "four", "contiguous"])
+def test_dropout_draws_the_numbers_of_one_device(length: int, mesh: str) -> None:
+    """They belong to positions, however many ranks have them."""
+
+    def step(mesh: str) -> tuple[float, Tensor]:
+        torch.manual_seed(0)
+        model, given = Decoder("is_causal", dropout=0.3).double(), batch(length=length)
+        with mp.simulate(int(mesh[-1])):
+            pm = mp.parallelize(model.train(), mp.make_mesh(mesh), example=given)
+            loss = pm.train_step(**given)
+            grad = mp.full_grad(pm.get_parameter("blocks.0.m.weight"))
+            assert grad is not None
+            return float(local_tensors(loss)[0]), local_tensors(grad)[0]
+
+    (right, wanted), (loss, grad) = step("dp=1"), step(mesh)
+    assert abs(loss - right) < 1e-12 * abs(right)
+    torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+Trained = tuple[dict[str, Tensor], list[dict[str, Tensor]]]
+
+
+def loaded(mesh: str, load: str | None, save: str) -> Trained:
+    """All parameters, and what the optimizer knows of each, after a step or from a checkpoint; then saved."""
+    torch.manual_seed(0 if load is None else 1)
+    pm = mp.parallelize(Decoder("window"), mp.make_mesh(mesh), example=batch(), config=mp.ParallelConfig(data_parallel="zero1"))
+    optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-2)
+    if load is None:
+        pm.train_step(**batch())
+        optimizer.step()
+    else:
+        mp.checkpoint.load(load, pm, optimizer)
+    mp.checkpoint.save(save, pm, optimizer)
+    parameters = dict(pm.named_parameters())
+    moments = [{k: mp.full_tensor(v) for k, v in optimizer.state[p].items() if v.dim()} for p in parameters.values()]
+    return {name: mp.full_tensor(p) for name, p in parameters.items()}, moments
+
+
+def test_checkpoints_go_to_other_meshes_and_come_back(gloo: Pool, tmp_path: Path) -> None:
+    """Bit for bit: from cp to tp, and to cp again."""
+    there, between, back = (str(tmp_path / name) for name in "abc")
+    wanted = gloo.run(loaded, "cp=2", None, there)[0]
+    for mesh, load, save in (("tp=2", there, between), ("cp=2", between, back)):
+        for parameters, moments in gloo.run(loaded, mesh, load, save):
+            assert all(torch.equal(parameters[name], wanted[0][name]) for name in wanted[0])
+            assert all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(moments, wanted[1], strict=True))
+            assert any(bool(v.any()) for one in moments for v in one.values())
 
 
 def test_what_is_asked_for_is_checked() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -37,8 +38,13 @@ import transformers  # noqa: E402
 from benchmarks.architectures import small  # noqa: E402
 from meshpar.compile import planning, programs  # noqa: E402
 from meshpar.errors import MeshparError  # noqa: E402
+from meshpar.graph.cost import flops  # noqa: E402
+from meshpar.graph.facts import facts, infos_of  # noqa: E402
+from meshpar.graph.op import op_name  # noqa: E402
+from meshpar.passes import order  # noqa: E402
 from meshpar.proof.comparable import cast, comparable, only  # noqa: E402
 from meshpar.proof.verify import verify  # noqa: E402
+from meshpar.roles import ROLES  # noqa: E402
 
 
 def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
@@ -49,7 +55,9 @@ def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
     _timed(programs, "capture", seconds)
     _timed(planning, "decide", seconds)
     plans: list[Any] = []
+    graphs: list[Any] = []
     _kept(planning, "decide", plans)
+    _kept(order, "lowered", graphs)
     start = time.perf_counter()
     try:
         model, batch = small.made(task, kind)
@@ -78,6 +86,8 @@ def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
         found |= {"status": "crash", "why": _said(error), "trace": traceback.format_exc()[-3000:]}
     if plans:
         found |= {"whole": _whole(plans[0]), "no_rule": list(plans[0].notes)}
+    if plans and graphs:
+        found |= {"repeated": {a.axis: _repeated(graphs[0], a.axis) for a in plans[0].axes if ROLES[a.axis].divides == "sequence"}}
     return found | {"seconds": time.perf_counter() - start, **{f"{k}_s": v for k, v in seconds.items()}}
 
 
@@ -87,6 +97,28 @@ def _whole(plan: Any) -> float:
 
     sizes = [(prod(p.shape), "S" in str(p.placements.get("tp", "I"))) for p in plan.parameters.values()]
     return sum(n for n, cut in sizes if not cut) / max(1, sum(n for n, _ in sizes))
+
+
+def _repeated(graph: Any, axis: str) -> dict[str, Any]:
+    """What every rank of an axis that cuts the sequence computes although another one does too: the share of the arithmetic, and where."""
+    work = {True: 0.0, False: 0.0}
+    where: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op != "call_function" or facts(node).conversion is not None or not _differentiable(node):
+            continue
+        whole, cost, name = axis not in facts(node).cut, flops(node), op_name(node.target)
+        work[whole] += cost
+        if whole and (cost or name in SCANS):
+            where[f"{name} in {re.sub(r'[0-9]+', '*', facts(node).module or 'the model')}"] += 1
+    return {"share": work[True] / max(1.0, sum(work.values())), "where": dict(where)}
+
+
+def _differentiable(node: Any) -> bool:
+    return any(info is not None and info.requires_grad for info in infos_of(node))
+
+
+SCANS = ("cumsum", "cumprod", "logcumsumexp", "_thnn_fused_lstm_cell", "lstm", "gru")
+"""Operators that go along positions and are not counted as arithmetic."""
 
 
 def _said(error: Exception) -> str:
@@ -160,6 +192,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", help="only these")
     parser.add_argument("--mesh", default="dp=2,tp=2")
     parser.add_argument("--eager", action="store_true", help="only build the models, and run them on one device")
+    parser.add_argument("--every", default="1/0", help="n/k: of the kinds of each task every n-th, from the k-th on")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one")
     parser.add_argument("--out", type=Path, default=Path("architectures.jsonl"))
     parser.add_argument("--resume", action="store_true", help="leave out what the file has already")
@@ -170,7 +203,8 @@ def main() -> None:
         done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.resume and options.out.exists() else []
         skip = {(row["task"], row["kind"]) for row in done}
         for task in options.tasks:
-            for kind in small.kinds(task):
+            step, first = map(int, options.every.split("/"))
+            for kind in small.kinds(task)[first::step]:
                 if (options.kinds and kind not in options.kinds) or (task, kind) in skip:
                     continue
                 mesh = None if options.eager else options.mesh

@@ -12,10 +12,10 @@ from torch import fx
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
-from meshpar.ops import halo, ring, vocab_parallel
+from meshpar.ops import gathered, halo, ring, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
-from meshpar.sharding.conversions import ALL_REDUCE, ALL_TO_ALL, conversion, wire_bytes
+from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
 
 
 def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
@@ -59,6 +59,8 @@ def entries(node: fx.Node) -> Iterator[Comm]:
         yield from _exchanged(node, known.exchange)
     if node.target in (ring.ring_attention, halo.halo_attention):
         yield from _between_parts(node)
+    if node.target is gathered.gathered_attention:
+        yield from _gathered(node)
     if node.target is vocab_parallel.cross_entropy:
         target: Any = node.args[1]
         where: dict[str, Any] = node.kwargs
@@ -80,6 +82,15 @@ def _between_parts(node: fx.Node) -> Iterator[Comm]:
     name = "ring" if node.target is ring.ring_attention else "halo"
     for phase, count in (("forward", forward), ("backward", backward)):
         yield _comm(node, name, facts(node).axis or "", phase, count)
+
+
+def _gathered(node: fx.Node) -> Iterator[Comm]:
+    """Keys and values together, once more in backward; then their gradients. Each rank sends its part on size - 1 times."""
+    key, value = (info_of(n) for n in operands(node)[1:3])
+    where: dict[str, Any] = node.kwargs
+    sent = float(key.nbytes + value.nbytes) * (where["size"] - 1)
+    for kind, phase in ((ALL_GATHER, "forward"), (ALL_GATHER, "backward"), (REDUCE_SCATTER, "backward")):
+        yield _comm(node, kind, facts(node).axis or "", phase, sent)
 
 
 def _exchanged(node: fx.Node, exchange: Exchange) -> Iterator[Comm]:

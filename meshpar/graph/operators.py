@@ -207,8 +207,7 @@ _PRODUCTS: dict[str, OperatorRow] = {
     **_product("meshpar.ops.deferred.linear", matrix=("outputs", "inputs")),
     **_product("meshpar.ops.deferred.matmul"),
     **_product("meshpar.ops.deferred.grouped_mm", matrix=("experts",)),
-    # a rank's tokens have its rows, the ends of every expert's rows add up; the matrices of every expert are cut alike
-    **_product("meshpar.grouped_mm", row("n i, [x] i o, [x] -> n o", linear=((0,), (1,)), counts=((2, "n"),)), matrix=("experts",)),
+    **_product("meshpar.grouped_mm", rules.grouped_mm, matrix=("experts",)),  # the matrices of every expert are cut alike
     **_rows("einsum", rules.einsum, kind="product", flops=count.einsum),
     **_rows("outer", row("i, j -> i j", linear=((0,), (1,)))),
     **_rows("bilinear", row("... i, ... j, o i j, o -> ... o", linear=((0, 3), (1, 3), (2, 3))), kind="product", flops=count.bilinear),
@@ -217,9 +216,12 @@ _PRODUCTS: dict[str, OperatorRow] = {
     **_rows("_scaled_mm _grouped_mm _int_mm _trilinear", kind="product"),
     **_rows("scaled_dot_product_attention", rules.attention, kind="attention", saves="operands and results", flops=count.attention,
             only_if=("dropout_p",), local=local.attention, sequences=True, weighs=True),
+    **_rows("meshpar.ops.context.grouped_attention", rules.attention, kind="attention", saves="operands and results",
+            flops=count.attention, local=local.attention, sequences=True, weighs=True),
     **_rows("meshpar.ops.halo.windowed_attention", rules.attention, kind="attention", saves="operands and results",
             flops=count.windowed_attention, local=local.attention, sequences=True),
     **_attention("context.causal", count.attention),
+    **_attention("gathered.gathered", count.ring_attention),
     **_attention("halo.halo", count.windowed_attention),
     **_attention("ring.ring", count.ring_attention),
     **_rows("_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import fx
 from meshpar._torch import FakeTensor, OpOverload
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Info, facts, infos_of
+from meshpar.graph.op import op_name
 from meshpar.ops.hooks import stable
 
 
@@ -20,8 +22,13 @@ def lines(captured: Captured) -> list[str]:
 
     Two captures with equal lines are made into the same program.
     """
-    graph = [f"{n.op} {n.name} {n.target} {n.args} {n.kwargs} {facts(n).info} {_compared(n)}" for n in captured.graph.nodes]
+    graph = [f"{n.op} {n.name} {_target(n)} {n.args} {n.kwargs} {facts(n).info} {_compared(n)}" for n in captured.graph.nodes]
     return [stable(line) for line in graph] + [f"{name} = {value}" for name, value in _interface(captured).items()]
+
+
+def _target(node: fx.Node) -> object:
+    """What a node calls, by a name that is the same in every process: a function says where it is in memory."""
+    return op_name(node.target) if isinstance(node.target, FunctionType) else node.target
 
 
 def _compared(node: fx.Node) -> list[object]:

@@ -11,7 +11,7 @@ first position. Here every contiguous range of queries meets the keys up to its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from torch import Tensor
 from meshpar.ops.each_rank import each_rank
 from meshpar.ops.layouts import Segments
 from meshpar.sharding.types import Shard
+
+TABLE = 2**24
+"""The most pairs of queries and keys of which a table is made at a time."""
 
 
 def causal_attention(
@@ -73,21 +76,83 @@ def attention_at(
     >>> torch.allclose(part, whole[:, :, 4:], atol=1e-6)
     True
     """
-    found, start = [], 0
-    for low, high in ranges:
-        first, last = 0 if window is None else max(0, low - window + 1), min(high, key.shape[-2])
-        mask = _mask(query, low, high, first, last, window)
-        keys, values = (x.narrow(-2, first, last - first) for x in (key, value))
-        part = query.narrow(-2, start, high - low)
-        how: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": enable_gqa}
-        found.append(F.scaled_dot_product_attention(part, keys, values, **how))
-        start += high - low
+    found = []
+    for block in blocks(ranges, key.shape[-2], window):
+        bias = mask_of(block, window, query)
+        keys, values = (x.narrow(-2, block.first, block.last - block.first) for x in (key, value))
+        part = query.narrow(-2, block.start, block.length)
+        found.append(scored(part, keys, values, bias, causal=bias is None, scale=scale, enable_gqa=enable_gqa))
     return found[0] if len(found) == 1 else torch.cat(found, -2)
 
 
-def _mask(query: Tensor, low: int, high: int, first: int, last: int, window: int | None) -> Tensor | None:
-    """What the queries `[low, high)` see of the keys `[first, last)`; None where that is causal from the first key on."""
-    if low == 0 and (window is None or window >= high):
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+) -> Tensor:
+    """Attention of `[b, h, s, e]` with `[b, k, t, e]` and `[b, k, t, f]`, each head of which serves h / k of the queries', under a mask."""
+    return scored(query, key, value, attn_mask, causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def scored(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """torch's attention. Where kernels with a mask know no grouped heads, these are repeated."""
+    if enable_gqa and bias is not None and repeats_heads(query):
+        key, value, enable_gqa = repeated(key, query), repeated(value, query), False
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def repeats_heads(query: Tensor) -> bool:
+    """Whether kernels with a mask know no grouped heads (without one they do): elsewhere than on a CPU."""
+    return query.device.type != "cpu"
+
+
+def repeated(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values with as many heads as the queries."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
+
+
+class QueryBlock(NamedTuple):
+    """Queries that attend together, and the keys that any of them sees."""
+
+    start: int
+    """Where they are held."""
+    length: int
+    low: int
+    """The position of the first one."""
+    first: int
+    last: int
+    """The keys from `first` to `last - 1`."""
+
+
+def blocks(ranges: Sequence[tuple[int, int]], keys: int, window: int | None = None) -> list[QueryBlock]:
+    """The queries at `ranges`, so many at a time that what each sees of the keys is no large table (see `attention_at`)."""
+    found, start = [], 0
+    for begin, end in ranges:
+        rows = end - begin if begin == 0 and window is None else max(1, TABLE // max(1, min(end, keys)))
+        for low in range(begin, end, max(1, rows)):
+            high = min(low + rows, end)
+            first = 0 if window is None else max(0, low - window + 1)
+            found.append(QueryBlock(start + low - begin, high - low, low, first, min(high, keys)))
+        start += end - begin
+    return found
+
+
+def mask_of(block: QueryBlock, window: int | None, like: Tensor) -> Tensor | None:
+    """What is added to the scores of a block's queries: `[queries, keys]` in the dtype of `like`; None where `is_causal` says it.
+
+    (Numbers: of a mask of booleans the kernels make, and keep for backward, numbers of their own.)
+    """
+    high = block.low + block.length
+    if block.low == 0 and (window is None or window >= high):
         return None
-    mask = torch.ones(high - low, last - first, dtype=torch.bool, device=query.device).tril(low - first)
-    return mask if window is None else mask.triu(low - first - window + 1)
+    behind = block.low - block.first
+    seen = torch.ones(block.length, block.last - block.first, dtype=torch.bool, device=like.device).tril(behind)
+    seen = seen if window is None else seen.triu(behind - window + 1)
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)

@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from meshpar.ops.collectives import refuse_second_derivative
+from meshpar.ops.context import scored
 from meshpar.ops.each_rank import each_rank
 from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import exchanged, on_rank
@@ -32,7 +32,7 @@ def windowed_attention(
     """Attention in a sliding window of a sequence that is whole: the query at position i sees the keys i - window + 1 to i."""
     behind = torch.arange(query.shape[-2], device=query.device)[:, None] - torch.arange(key.shape[-2], device=query.device)
     mask = (behind >= 0) & (behind < window)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    return scored(query, key, value, mask, causal=False, scale=scale, enable_gqa=enable_gqa)
 
 
 def halo_attention(
@@ -89,7 +89,7 @@ def windows_at(
         mask = (behind >= 0) & (behind < window) & there
         keys, values = (x.narrow(-2, before, length + window - 1) for x in (key, value))
         queries = query.narrow(-2, start, length)
-        found.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=enable_gqa))
+        found.append(scored(queries, keys, values, mask, causal=False, scale=scale, enable_gqa=enable_gqa))
         start, before = start + length, before + length + window - 1
     return found[0] if len(found) == 1 else torch.cat(found, -2)
 

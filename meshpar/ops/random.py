@@ -6,6 +6,9 @@ Every draw is seeded from
     number       which random node of the graph this is
     shards       the mesh axes that cut the value, as (group, size, rank): the rank's place on them enters the seed, other axes do not
 
+    part         of a value whose sequence is cut: which part of it the rank has. It is drawn whole, and that part of it taken, so that the
+                 numbers belong to positions, however many ranks there are (dropout alone; fused attention draws as its shards say)
+
 so nothing global is read or left changed. The key travels as an argument: a block that is recomputed in backward gets the one it had.
 """
 
@@ -22,10 +25,15 @@ import torch
 from torch import Tensor
 
 from meshpar._torch import FakeTensor, LocalTensor, LocalTensorMode, enabled_local_tensor_mode, pytree, simulated_generators
+from meshpar.ops.layouts import Segments, take
+from meshpar.sharding.types import Shard
 from meshpar.simulate import axis_rank, per_rank
 
 Shards = tuple[tuple[str, int, int], ...]
 """The axes that cut a value: (group name, size, this process's rank or -1 inside `simulate`)."""
+
+Part = tuple[int, int, Segments, str, int, int]
+"""The layout of a `Shard` (dim, repeat, segments), and the axis that it is cut over, as above."""
 
 
 @dataclass
@@ -84,16 +92,18 @@ def draw(op: Callable[..., Any], *args: Any, key: int, number: int, shards: Shar
         return op(*args, **kwargs)
 
 
-def dropout(x: Tensor, p: float, train: bool, *, key: int, number: int, shards: Shards = ()) -> Tensor:
+def dropout(x: Tensor, p: float, train: bool, *, key: int, number: int, shards: Shards = (), part: Part | None = None) -> Tensor:
     """`F.dropout`. Keeps one byte per element for backward."""
-    return native_dropout(x, p, train, key=key, number=number, shards=shards)[0] if train and p > 0 else x
+    return native_dropout(x, p, train, key=key, number=number, shards=shards, part=part)[0] if train and p > 0 else x
 
 
-def native_dropout(x: Tensor, p: float, train: bool | None, *, key: int, number: int, shards: Shards = ()) -> tuple[Tensor, Tensor]:
+def native_dropout(
+    x: Tensor, p: float, train: bool | None, *, key: int, number: int, shards: Shards = (), part: Part | None = None
+) -> tuple[Tensor, Tensor]:
     """`aten.native_dropout`: the result and the mask of what was kept."""
     if train is False or p == 0:
         return x, torch.ones_like(x, dtype=torch.bool)
-    mask = _mask(x, 1 - p, key, number, shards)
+    mask = _mask(x, 1 - p, key, number, shards, part)
     return x * mask * (1 / (1 - p) if p < 1 else 0.0), mask
 
 
@@ -119,10 +129,20 @@ def _(size: Sequence[int], p: float, device: torch.device, key: int, number: int
     return torch.empty(size, dtype=torch.bool, device=device)
 
 
-def _mask(x: Tensor, p: float, key: int, number: int, shards: Shards) -> Tensor:
-    if isinstance(x, LocalTensor) or any(rank < 0 for _, _, rank in shards):
-        return per_rank(lambda rank, x: _bernoulli(x.shape, p, x.device, key, number, _place(shards, rank)), x)
-    return _bernoulli(x.shape, p, x.device, key, number, _place(shards, None))
+def _mask(x: Tensor, p: float, key: int, number: int, shards: Shards, part: Part | None) -> Tensor:
+    def mask(world_rank: int | None, x: Tensor) -> Tensor:
+        place = _place(shards, world_rank)
+        if part is None:
+            return _bernoulli(x.shape, p, x.device, key, number, place)
+        layout, (group, size, rank) = part[:3], part[3:]
+        shape = (*x.shape[: layout[0]], Shard(*layout).length, *x.shape[layout[0] + 1 :])
+        whole = _bernoulli(shape, p, x.device, key, number, place)
+        return take(whole, layout, size, rank if world_rank is None or rank >= 0 else axis_rank(group, world_rank)).contiguous()
+
+    if isinstance(x, LocalTensor) or any(rank < 0 for _, _, rank in shards) or (part is not None and part[-1] < 0):
+        found: Tensor = per_rank(mask, x)
+        return found
+    return mask(None, x)
 
 
 def _place(shards: Shards, world_rank: int | None) -> int:

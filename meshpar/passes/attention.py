@@ -24,6 +24,7 @@ from torch import fx
 from meshpar._torch import OpOverload, without_modes
 from meshpar.graph.facts import Info, facts, info_of
 from meshpar.graph.op import operands, read
+from meshpar.ops.context import grouped_attention
 from meshpar.ops.halo import windowed_attention
 from meshpar.passes.intervals import intervals
 
@@ -35,7 +36,7 @@ class SimplifyAttention:
     """Replace constant causal masks by `is_causal`, and then repeated keys and values by `enable_gqa`. Changes the graph in place."""
 
     windows: bool = False
-    """Whether sliding windows are written as such, where an axis cuts the sequence."""
+    """Whether an axis cuts the sequence: sliding windows are written as such, and heads are not repeated under other masks either."""
     most_elements: int = 2**26
     """Masks larger than this are not looked at in full."""
 
@@ -55,6 +56,8 @@ class SimplifyAttention:
                 _in_window(node, arguments, seen.window)
             elif known[mask] and info_of(mask).shape[-2:] == lengths:
                 _without_mask(node, arguments)
+            elif self.windows and not arguments["dropout_p"]:
+                _in_groups(node, arguments)
         return graph
 
     def _is_causal(self, mask: fx.Node, queries: int, keys: int) -> bool:
@@ -113,6 +116,19 @@ def _in_window(node: fx.Node, arguments: dict[str, Any], window: int) -> None:
         _erase_unused(operand)
 
 
+def _in_groups(node: fx.Node, arguments: dict[str, Any]) -> None:
+    """Heads of keys and values are not repeated, unless the mask tells them apart."""
+    before = operands(node)
+    key, value, grouped = _short(arguments)
+    mask = arguments["attn_mask"]
+    if not grouped or info_of(mask).shape[-3:-2] not in ((), (1,)):
+        return
+    node.target, node.args = grouped_attention, (arguments["query"], key, value)
+    node.kwargs = {"attn_mask": mask, "is_causal": False, "scale": arguments["scale"], "enable_gqa": True}
+    for operand in before:
+        _erase_unused(operand)
+
+
 def _short(arguments: dict[str, Any]) -> tuple[Any, Any, bool]:
     """Keys and values, of grouped heads without copies, and whether heads are grouped."""
     key, value = arguments["key"], arguments["value"]
@@ -124,6 +140,8 @@ def _short(arguments: dict[str, Any]) -> tuple[Any, Any, bool]:
 
 def _ungrouped(repeated: fx.Node) -> fx.Node | None:
     """`k [b, g, s, e]` where `repeated` is k with each head n times in a row, `[b, g n, s, e]`."""
+    if repeated.target is aten.repeat_interleave.self_int and len(repeated.args) > 2 and repeated.args[2] in (1, -3):
+        return repeated.args[0] if len(info_of(repeated).shape) == 4 else None  # type: ignore[return-value]
     expanded = repeated.args[0] if repeated.target is aten.reshape.default else None
     wide = expanded.args[0] if isinstance(expanded, fx.Node) and expanded.target is aten.expand.default else None
     if not isinstance(wide, fx.Node) or wide.target is not aten.unsqueeze.default or wide.args[1] != 2:

@@ -3,7 +3,8 @@
     captured ── before() ── decided on ── lowered() ── deferred() ── cut into stages ── finished() ── what the runtime is given
 
 before     Batch norm is written out first: its statistics then are sums like any other, and the types see them. Masks of attention are read
-           while they are whole: a part of a causal mask is not causal.
+           while they are whole: a part of a causal mask is not causal. Losses of all positions but some at the ends take all, while the
+           slice can be seen.
 lowered    `Lower`, outermost axis first, as they were typed: the types of the next one speak of the sizes that are left.
            `SimplifyAttention` again: a mask that is causal with the sizes of this rank need not be read.
            `ReduceGradients`: the sum of a gradient becomes a conversion of the parameter, so every use of it must be in the graph.
@@ -27,6 +28,7 @@ from meshpar.passes.lower import Lower
 from meshpar.passes.randomness import SeedRandom
 from meshpar.passes.reduce import ReduceGradients
 from meshpar.passes.reuse import Reuse
+from meshpar.passes.shifted import IgnoreEnds
 from meshpar.passes.tally import TallyExperts
 from meshpar.passes.weight_gradients import DeferWeightGradients
 from meshpar.plan import AxisPlan
@@ -40,6 +42,7 @@ def before(graph: fx.Graph, axes: Sequence[Axis]) -> None:
         expand_batch_norm(graph)
     if "sequence" in divided:
         SimplifyAttention(windows=True)(graph)
+        IgnoreEnds()(graph)
 
 
 def lowered(

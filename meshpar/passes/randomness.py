@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from meshpar.graph.facts import Extra, Facts, facts, set_facts
+from meshpar.graph.facts import Extra, Facts, PartOf, facts, infos_of, set_facts
 from meshpar.mesh import Axis
-from meshpar.ops.random import derive, drawn
+from meshpar.ops.random import Part, derive, drawn
 from meshpar.passes.inputs import add_input
+from meshpar.roles import ROLES
+from meshpar.sharding.types import Shard
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,21 @@ class SeedRandom:
         return set_facts(own, Facts(module=""))
 
     def _seed(self, node: fx.Node, key: fx.Node, number: int) -> None:
-        shards = tuple((a.group, a.size, a.rank) for a in self.axes if a.name in facts(node).cut)
         assert callable(node.target)
         target, leading = drawn(node.target)
+        parts = {} if leading else self._parts(node)
+        shards = tuple((a.group, a.size, a.rank) for a in self.axes if a.name in facts(node).cut and a.name not in parts)
         node.target = target
         node.args = (*leading, *node.args)
         node.kwargs = {**node.kwargs, "key": key, "number": number, "shards": shards}
+        for part in parts.values():
+            node.kwargs = {**node.kwargs, "part": part}
+
+    def _parts(self, node: fx.Node) -> dict[str, Part]:
+        """The axis that cuts the sequence of a value -> the part of it that a rank has, where no other axis cuts the same dim again."""
+        typed = {name: outs[0] for name, _, outs in (facts(node).part_of or PartOf("")).typed}
+        for a in self.axes:
+            cut = typed.get(a.name) if ROLES[a.name].divides == "sequence" else None
+            if isinstance(cut, Shard) and (info := infos_of(node)[0]) and info.shape[cut.dim] == cut.local_length(a.size, max(a.rank, 0)):
+                return {a.name: (cut.dim, cut.repeat, cut.segments, a.group, a.size, a.rank)}
+        return {}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
 from meshpar.compile.ledger import entries
 from meshpar.graph.cost import flops
-from meshpar.graph.facts import facts, info_of
+from meshpar.graph.facts import facts, info_of, infos_of
+from meshpar.graph.op import op_name
 from meshpar.graph.operators import operator_of
-from meshpar.ops import context, halo, ring
+from meshpar.ops import context, gathered, halo, ring
 from meshpar.ops.random import draw
 from meshpar.plan import AxisPlan, Plan
 from meshpar.report.text import count, table
@@ -21,6 +23,7 @@ from meshpar.sharding.types import Shard
 
 _FORMS = {
     context.causal_attention: "gather",
+    gathered.gathered_attention: "gather",
     ring.ring_attention: "ring",
     halo.halo_attention: "halo",
 }
@@ -45,11 +48,47 @@ def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
             sent = sum(e.nbytes for one in _before(node) for e in entries(one) if e.axis == axis.axis and e.phase == "forward")
             found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, int(sent)] += 1
     rows = [(f"  {module}", f"x{times}", form, _SAYS[form], count(sent, "B")) for (module, form, sent), times in found.items()]
-    return (
-        [f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward", *table(rows, right=(4,))]
-        if rows
-        else []
+    heading = f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward"
+    return [heading, *table(rows, right=(4,)), *_uneven(axis, graph)] if rows else []
+
+
+def _uneven(axis: AxisPlan, graph: fx.Graph) -> list[str]:
+    """A line where causal attention grows along parts that are in one piece each."""
+    for node in graph.nodes:
+        if node.target in _FORMS and node.target is not halo.halo_attention and node.kwargs.get("causal", True):
+            place = 6 if node.target is gathered.gathered_attention else 5
+            segments: Any = node.args[place]
+            if len(segments) == 1 and node.kwargs.get("window") is None:
+                most = (2 * axis.size - 1) / axis.size
+                return [
+                    f"  {2 * axis.size} does not divide the {segments[0][0]} positions: they are cut in one piece each, and the last rank "
+                    f"has {most:.3g} times the mean of the causal attention"
+                ]
+    return []
+
+
+def others(plan: Plan, graph: fx.Graph) -> list[str]:
+    """One line for each kind of convolution, scan or recurrence where an axis cuts the sequence: what it is cut along instead."""
+    return [line for axis in plan.axes if ROLES[axis.axis].divides == "sequence" for line in _others_over(axis, graph)]
+
+
+def _others_over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
+    found: Counter[tuple[str, str, str]] = Counter()
+    for node in graph.nodes:
+        if node.op != "call_function" or operator_of(node.target).kind not in _ACROSS or facts(node).part_of is None:
+            continue
+        if not any(info is not None and info.requires_grad for info in infos_of(node)):
+            continue
+        module = re.sub(r"\d+", "*", facts(node).module or "the model")
+        found[module, op_name(node.target), "a rank has a part of it" if axis.axis in facts(node).cut else _SAYS["whole"]] += 1
+    rows = [(f"  {module}", f"x{times}", name, says) for (module, name, says), times in found.items()]
+    heading = (
+        f"Convolutions, scans and recurrences over {axis.axis}={axis.size}: of channels, heads or samples, of all positions (all-to-all)"
     )
+    return [heading, *table(rows)] if rows else []
+
+
+_ACROSS = ("convolution", "scan", "recurrent")
 
 
 def _form(node: fx.Node, axis: AxisPlan) -> str | None:

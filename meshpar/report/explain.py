@@ -10,7 +10,7 @@ from torch import fx
 from meshpar.pipeline.schedule import Order
 from meshpar.pipeline.timing import Costs, bubble, simulate
 from meshpar.plan import Plan
-from meshpar.report.context import attention
+from meshpar.report.context import attention, others
 from meshpar.report.parameters import parameters
 from meshpar.report.text import Readable, count, table
 from meshpar.report.traffic import SHARED, communication, data_size, repeated, residual
@@ -35,7 +35,7 @@ def explain(
     `unrecognised`: modules that look like layers of experts and are none, with the reason. `order`: that of a pipeline.
     """
     sections = [_mesh(plan), [] if order is None else _stages(plan, order), parameters(plan, graph), residual(plan, graph)]
-    sections += [communication(plan, order), attention(plan, graph), repeated(plan, graph)]
+    sections += [communication(plan, order), attention(plan, graph), others(plan, graph), repeated(plan, graph)]
     sections.append(_remarks(inlined or {}, averaged, within, dropped, unrecognised or {}))
     return Readable("\n\n".join("\n".join(lines) for lines in sections if lines))
 

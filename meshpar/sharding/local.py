@@ -16,7 +16,7 @@ import torch
 
 from meshpar.graph.op import Op
 from meshpar.mesh import Axis
-from meshpar.ops import context, halo, ring, vocab_parallel
+from meshpar.ops import context, gathered, halo, ring, vocab_parallel
 from meshpar.plan import NodePlan
 from meshpar.sharding.types import Partial, Shard, local_shape
 from meshpar.sharding.views import slice_bounds
@@ -184,14 +184,20 @@ def convolution(call: LocalCall) -> None:
 def attention(call: LocalCall) -> None:
     """Queries that are cut are not the first ones: what they may see follows from their positions."""
     cut, a = call.in_shard(), call.op.arguments
-    window, causal = a.get("window"), a.get("is_causal", True)
-    if cut is None or cut.dim != len(call.op.infos[0].shape) - 2 or (call.plan.why not in ("ring", "halo") and not causal):
+    window, causal, form = a.get("window"), a.get("is_causal", True), call.plan.why
+    if cut is None or cut.dim != len(call.op.infos[0].shape) - 2 or (form not in ("gather", "ring", "halo") and not causal):
         return
-    call.args = [*call.args[:3], cut.dim, cut.repeat, cut.segments]
+    mask = [call.args[3] if len(call.args) > 3 else call.kwargs.get("attn_mask")] if form == "gather" else []
+    call.args = [*call.args[:3], *mask, cut.dim, cut.repeat, cut.segments]
     call.kwargs = {"window": window, "scale": a["scale"], "enable_gqa": a["enable_gqa"], **call.where()}
-    call.target = {"halo": halo.halo_attention, "ring": ring.ring_attention}.get(call.plan.why, context.causal_attention)
-    if call.plan.why == "ring":
+    call.target = _FORMS.get(form, context.causal_attention)
+    if form in ("gather", "ring"):
         call.kwargs["causal"] = causal
+    if form == "gather" and (keys := call.in_shard(1)) is not None:
+        call.kwargs["keys"] = keys.segments
+
+
+_FORMS = {"gather": gathered.gathered_attention, "halo": halo.halo_attention, "ring": ring.ring_attention}
 
 
 def exchanged_again(call: LocalCall) -> None:

@@ -297,7 +297,7 @@ class SequencePolicy(Policy):
 
     def __init__(self, request: Request, reading: Reading) -> None:
         self.request, self.reading = request, reading
-        self.weights = WeightsPolicy(request, reading)
+        self.weights, self.price = WeightsPolicy(request, reading), request.price.at_scale(reading.largest)
         self._check_length()
         reading.balanced = self._growing()
 
@@ -323,7 +323,8 @@ class SequencePolicy(Policy):
             return found
         kept = [one for one in found if row.kind != "product" or not self._cuts_a_matrix(call, one)]
         if row.sequences:
-            kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.request.price, work)])
+            kept = attention.gathering(call, kept, self.reading, self.price)
+            kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.price, work)])
         return [one if _is_cut(one) else replace(one, cost=one.cost + _REPEATED * unit) for one in kept]
 
     def _cuts_a_matrix(self, call: BoundOp, choice: Choice) -> bool:
@@ -356,9 +357,11 @@ class SequencePolicy(Policy):
             for d, one in enumerate(self.reading.inference.dims[node, 0]):
                 n = info_of(node).shape[d]
                 if one is not None and n % size and self.reading.inference.extents.find(one) in self.reading.positions:
+                    enough, balanced = (-(-n // k) * k for k in (size, 2 * size))
+                    better = "" if enough == balanced else f"; better to {balanced}, so that causal attention is shared out evenly"
                     raise PlanError(
                         f"{self.request.axis}={size} does not divide the {n} positions of {node.target} {list(info_of(node).shape)}. "
-                        f"Pad the batch to {-(-n // size) * size} (labels with -100, and an attention mask), or use another "
+                        f"Pad the batch to {enough} (labels with -100, and an attention mask{better}), or use another "
                         f"{self.request.axis}: {', '.join(str(k) for k in range(1, min(n, 64) + 1) if n % k == 0)}."
                     )
 

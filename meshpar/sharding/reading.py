@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import fx
 
-from meshpar.graph.facts import facts, info_of
+from meshpar.graph.facts import Info, facts, info_of
 from meshpar.graph.op import Value, operands, value_info, value_of
 from meshpar.graph.operators import ARITHMETIC, operator_of
 from meshpar.sharding.extents import shard
@@ -116,6 +116,12 @@ class Reading:
                 cuts = (f for d, one, f in self._positions(axes) if self.shard(d, one, f) is not None)
                 found.update(dict.fromkeys([*cuts][:1]))
         return tuple(found)
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest value that is made."""
+        infos = (facts(n).info for n in self.graph.nodes if n.op == "call_function")
+        return max((i.nbytes for i in infos if isinstance(i, Info)), default=0)
 
     @cached_property
     def positions(self) -> frozenset[int]:

@@ -188,8 +188,12 @@ def attention_of_a_part(op: Op) -> Signature | None:
     """Queries that an outer axis cut already: heads may be cut."""
     if len(op.shapes[0]) != 4 or len(op.shapes[1]) != 4:
         return row("... [s] [e], ... [t] [e], ... [t] [f] -> ... [s] [f]", linear=((2,),))(op)
-    lead = "b (k g)" if op.shapes[1][1] not in (1, op.shapes[0][1]) else "b k"
-    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f] -> {lead} [s] [f]", linear=((2,),))(op)
+    grouped = op.shapes[1][1] not in (1, op.shapes[0][1])
+    lead, rest = "b (k g)" if grouped else "b k", ""
+    if len(op.shapes) > 3:
+        terms = ["b", "[h]" if grouped and op.shapes[3][-3:-2] not in ((), (1,)) else "k", "[s]", "[m]"]
+        rest = ", " + " ".join(terms[4 - len(op.shapes[3]) :])
+    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f]{rest} -> {lead} [s] [f]", linear=((2,),))(op)
 
 
 def normalised(op: Op) -> Signature:
@@ -332,6 +336,13 @@ def transposed_convolution(op: Op) -> Signature | None:
     return row(f"b i {space}, i o {kernel}, o -> b o {out}", linear=((0, 2), (1, 2)))(op)
 
 
+def _by_position(op: Op) -> bool:
+    """Whether a convolution along one dim is a product at every position by itself."""
+    stride, padding = (op.arguments.get(name) for name in ("stride", "padding"))
+    plain = [list(value) if isinstance(value, (list, tuple)) else value for value in (stride, padding)]
+    return op.infos[1].shape[2:] == (1,) and plain[0] in ([1], 1) and plain[1] in ([0], 0)
+
+
 def convolution(op: Op) -> Signature | None:
     if op.arguments.get("transposed"):
         return transposed_convolution(op)
@@ -342,6 +353,8 @@ def convolution(op: Op) -> Signature | None:
     space = " ".join(f"[s{i}]" for i in range(rank))
     kernel = " ".join(f"[k{i}]" for i in range(rank))
     out = " ".join(f"[r{i}]" for i in range(rank))
+    if _by_position(op):
+        space = out = "s0"
     channels = op.infos[0].shape[1]
     if groups == 1:
         return row(f"b i {space}, o i {kernel}, o -> b o {out}", linear=((0, 2), (1, 2)))(op)
@@ -370,6 +383,16 @@ def padding(op: Op) -> Signature:
     sizes.update({f"n{i}": op.out.shape[i] for i in changed})
     linear = (frozenset({0}),) if op.arguments.get("mode", "constant") == "constant" and not op.arguments.get("value") else ()
     return Signature((base,), (out,), sizes, frozenset(f"{p}{i}" for i in changed for p in "dn"), linear)
+
+
+def grouped_mm(op: Op) -> Signature | None:
+    """Rows that a dispatch sorted: a rank's tokens have its rows, and the ends of every expert's rows add up.
+
+    Of rows that a model sorted itself a rank's part may be of some experts only, and their ends are those of all: they are needed whole.
+    """
+    if not op.infos[0].rows:
+        return row("[n] i, [x] i o, [x] -> [n] o", linear=((0,), (1,)))(op)
+    return row("n i, [x] i o, [x] -> n o", linear=((0,), (1,)), counts=((2, "n"),))(op)
 
 
 def row_expert(op: Op) -> Signature | None:

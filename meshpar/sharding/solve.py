@@ -57,9 +57,9 @@ def solve(graph: fx.Graph, request: Request, inference: Inference | None = None)
 class _Solver:
     def __init__(self, request: Request, reading: Reading, policy: Policy, before: _Solver | None = None) -> None:
         self.graph, self.request, self.inference = reading.graph, request, reading.inference
-        self.size, self.price = request.size, request.price.at_scale(_largest(reading.graph))
+        self.size, self.price = request.size, request.price.at_scale(reading.largest)
         self.reading, self.policy = reading, policy
-        self.unit = self.price.collective(wire_bytes(ALL_GATHER, _largest(reading.graph), self.size))
+        self.unit = self.price.collective(wire_bytes(ALL_GATHER, reading.largest, self.size))
         self.residual = {value: policy.crosses(value, len(users)) for value, users in reading.crossing.items()}
         self.seeds = policy.seeds(self.residual)
         self.found: dict[str, NodePlan] = {}
@@ -267,8 +267,3 @@ class _Solver:
 
 def _infos(node: fx.Node) -> list[Info]:
     return [i for i in infos_of(node) if i is not None]
-
-
-def _largest(graph: fx.Graph) -> int:
-    infos = (facts(n).info for n in graph.nodes if n.op == "call_function")
-    return max((i.nbytes for i in infos if isinstance(i, Info)), default=0)

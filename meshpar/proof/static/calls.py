@@ -92,6 +92,8 @@ def _drawn(target: Any) -> Callable[[Sequence[Any], dict[str, Any], Any], PlainC
     def read(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
         given = dict(kwargs)
         key, number, shards = given.pop("key"), given.pop("number"), tuple(given.pop("shards", ()))
+        if (part := given.pop("part", None)) is not None:  # drawn whole, of which the rank takes its part: ranks differ
+            shards = (*shards, tuple(part[3:6]))
         op, rest = (args[0], tuple(args[1:])) if target is None else (target, tuple(args))
         return PlainCall(op, rest, given, shards=shards, draw=(key, number))
 
