@@ -15,7 +15,7 @@ from meshpar.compile.summed import left_alone
 from meshpar.config import ParallelConfig
 from meshpar.graph.captured import Captured
 from meshpar.mesh import typed_axes
-from meshpar.proof.static.check import Part, check
+from meshpar.proof.static.check import ProgramPart, check
 from meshpar.proof.static.claims import claims_of
 from meshpar.proof.static.denominators import check_loss
 from meshpar.proof.static.report import StaticReport
@@ -56,12 +56,12 @@ def read_back(program: Program, mesh: DeviceMesh, config: ParallelConfig) -> Sta
     return check(claims, [_parts(program, stages) for stages in ways])
 
 
-def _parts(program: Program, stages: Sequence[StageGraph]) -> list[Part]:
+def _parts(program: Program, stages: Sequence[StageGraph]) -> list[ProgramPart]:
     """The graphs of a program, and which of the model's values each returns."""
     captured = program.captured
     returned: Any = next(n for n in reversed(captured.graph.nodes) if n.op == "output").args[0]
     if not stages:
-        return [Part(program.graph, returns=tuple(range(len(returned))))]
+        return [ProgramPart(program.graph, returns=tuple(range(len(returned))))]
     first = len(returned) - len(captured.mutations)
     buffers = {name: first + i for i, name in enumerate(captured.mutations)}
-    return [Part(s.graph, s.receives, s.sends, (*s.outputs, *(buffers[name] for name in s.mutations))) for s in stages]
+    return [ProgramPart(s.graph, s.receives, s.sends, (*s.outputs, *(buffers[name] for name in s.mutations))) for s in stages]

@@ -87,6 +87,8 @@ def on_its_axis(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> O
     if Shard(*call.cut).dim != query.dim or layout_of(Shard(*call.cut), ranks) != layout_of(query, ranks):
         raise Contradiction(f"it is told that ranks have the positions {Shard(*call.cut)}, they have {query}")
     _check_pattern(op, call)
+    if call.way == "gathered":
+        return _gathered(op, call, types, ranks)
     if len(types) > 3:
         raise Unproved("attention of a part with a mask")
     if call.way == "queries":
@@ -97,6 +99,24 @@ def on_its_axis(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> O
         if not isinstance(one, Shard) or one.dim != query.dim or layout_of(one, ranks) != layout_of(query, ranks):
             raise Contradiction(f"keys and values are {told(one)}, it takes the parts of the positions of the queries")
     return Outcome((query,), (WHOLE, WHOLE, WHOLE))
+
+
+def _gathered(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> Outcome:
+    """Keys and values are gathered inside, in a layout of their own; their gradients come back as parts. A mask is that of the queries."""
+    query = types[0]
+    assert isinstance(query, Shard)
+    keys = Shard(query.dim, 1, tuple(call.told["keys"]))
+    for one in types[1:3]:
+        if not isinstance(one, Shard) or one.dim != query.dim or layout_of(one, ranks) != layout_of(keys, ranks):
+            raise Contradiction(f"keys and values are {told(one)}, it gathers {keys}")
+    if len(types) == 3:
+        return Outcome((query,), (WHOLE, WHOLE, WHOLE))
+    mask, rows = types[3], len(op.shapes[3]) - 2
+    if mask == I and op.shapes[3][rows] == 1:
+        return Outcome((query,), (WHOLE, WHOLE, WHOLE, PARTIAL))
+    if not isinstance(mask, Shard) or mask.dim != rows or layout_of(mask, ranks) != layout_of(query, ranks):
+        raise Contradiction(f"its mask is {told(mask)}, the queries are {query}")
+    return Outcome((query,), (WHOLE, WHOLE, WHOLE, WHOLE))
 
 
 def _check_pattern(op: Op, call: PlainCall) -> None:

@@ -26,7 +26,7 @@ class PlainCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     way: str = ""
-    """How it is done on the axis of `group`: "vocabulary", "queries" (of a causal attention), "ring", "halo"; empty: as written."""
+    """How it is done on the axis of `group`: "vocabulary", "queries" (of a causal attention), "gathered", "ring", "halo"; empty: as written."""
     group: str = ""
     cut: tuple[Any, ...] = ()
     """The shard (dim, repeat, segments) that a special way is told."""
@@ -88,6 +88,14 @@ def _attention(way: str) -> Callable[[Sequence[Any], dict[str, Any], Any], Plain
     return read
 
 
+def _gathered(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
+    causal = bool(kwargs.get("causal", False))
+    told = {"window": kwargs.get("window"), "causal": causal, "keys": kwargs["keys"]}
+    named = {"scale": kwargs.get("scale"), "enable_gqa": kwargs.get("enable_gqa", False)}
+    call = (*args[:4], 0.0, causal)
+    return PlainCall(aten.scaled_dot_product_attention.default, call, named, "gathered", kwargs["group"], tuple(args[4:7]), told=told)
+
+
 def _drawn(target: Any) -> Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]:
     def read(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
         given = dict(kwargs)
@@ -131,6 +139,7 @@ _READ: Mapping[str, Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]] =
     "meshpar.ops.vocab_parallel.embedding": _embedding,
     "meshpar.ops.vocab_parallel.cross_entropy": _cross_entropy,
     "meshpar.ops.context.causal_attention": _attention("queries"),
+    "meshpar.ops.gathered.gathered_attention": _gathered,
     "meshpar.ops.ring.ring_attention": _attention("ring"),
     "meshpar.ops.halo.halo_attention": _attention("halo"),
     "meshpar.ops.random.draw": _drawn(None),

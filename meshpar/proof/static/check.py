@@ -19,7 +19,7 @@ from meshpar.proof.static.report import StaticReport
 
 
 @dataclass(frozen=True)
-class Part:
+class ProgramPart:
     """One graph of a program: the whole of it, or a stage. `receives` names what the part before `sends`, one by one."""
 
     graph: fx.Graph
@@ -29,7 +29,7 @@ class Part:
     """Which values of the model's graph it returns, after what it sends."""
 
 
-def check(claims: Claims, ways: Sequence[Sequence[Part]]) -> StaticReport:
+def check(claims: Claims, ways: Sequence[Sequence[ProgramPart]]) -> StaticReport:
     """What can be proved of a program, and what contradicts. Runs nothing. `ways`: its graph as one part, or in stages, one way or two."""
     derive, found = Derive(claims), StaticReport(0)
     for parts in ways:
@@ -38,7 +38,7 @@ def check(claims: Claims, ways: Sequence[Sequence[Part]]) -> StaticReport:
     return found
 
 
-def _one_way(claims: Claims, derive: Derive, parts: Sequence[Part]) -> StaticReport:
+def _one_way(claims: Claims, derive: Derive, parts: Sequence[ProgramPart]) -> StaticReport:
     reading = ProgramReading(claims, derive)
     sent: list[LocalKey | None] = []
     for stage, part in enumerate(parts):

@@ -238,6 +238,9 @@ class Derive:
         if found.call.transposed:
             shape = local[1]
             examples[call.nodes[1]] = ((shape[0], shape[1], shape[2]), op.infos[1].dtype)
+        if call.way == "gathered":  # keys and values are handed as parts, and attended to as a whole
+            for node, shape, info in zip(call.nodes[1:3], local[1:3], op.infos[1:3], strict=True):
+                examples[node] = ((*shape[:-2], info.shape[-2], shape[-1]), info.dtype)
         wanted = tuple(self.claims.shapes((op.node, i), types)[-1] for i, types in enumerate(outs) if op.outs[i] is not None)
         gives = self.shapes(call.target, call.args, call.kwargs, examples)
         if isinstance(gives, str):
