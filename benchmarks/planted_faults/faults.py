@@ -235,6 +235,20 @@ def keyword(op: str, name: str, value: Any, at: int = 0) -> Fault:
     return Fault(f"{op} with {name} = {value}", change)
 
 
+def other_keys(at: int = 0) -> Fault:
+    """Keys and values are put together as if ranks had them one after the other."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        node = _site(graph, at, "gathered_attention")
+        length = sum(abs(units) * size for units, size in node.kwargs["keys"])  # type: ignore[union-attr, misc, str-unpack]
+        if node.kwargs["keys"] == ((length, 1),):
+            raise NoPlace("keys")
+        node.kwargs = {**node.kwargs, "keys": ((length, 1),)}
+        return [node]
+
+    return Fault("keys gathered in another order", change)
+
+
 def exchanged(op: str, a: int, b: int, at: int = 0) -> Fault:
     """Two operands of one call in each other's place."""
 

@@ -23,6 +23,7 @@ from benchmarks.planted_faults.faults import (
     named,
     operand,
     other_dim,
+    other_keys,
     parameter,
     same_draws,
     segments,
@@ -89,9 +90,10 @@ _EXPERTS = [
     named(extra("p_to_i", "combine"), "experts' results summed once too often"),
 ]  # fmt: skip
 _CONTEXT = [
-    drop("s_to_r"), swap("s_to_r", "s_to_i"), double("s_to_r"), segments("causal_attention"), segments("i_to_s"), segments("s_to_r"),
-    named(bounds(), "labels that are not shifted"), operand("causal_attention", 1, 1), exchanged("causal_attention", 1, 2),
-    drop("p_to_i"), group("i_to_s"), operand("linear", 4), swap("i_to_s", "r_to_s"), keyword("causal_attention", "window", 4),
+    drop("s_to_r"), swap("s_to_r", "s_to_i"), double("s_to_r"), segments("gathered_attention"), segments("i_to_s"), segments("s_to_r"),
+    named(bounds(), "labels that are not shifted"), operand("gathered_attention", 1, 1), exchanged("gathered_attention", 1, 2),
+    drop("p_to_i"), group("i_to_s"), operand("linear", 4), swap("i_to_s", "r_to_s"), keyword("gathered_attention", "window", 4),
+    other_keys(),
 ]  # fmt: skip
 _RING = [
     segments("ring_attention"), keyword("ring_attention", "causal", False), exchanged("ring_attention", 1, 2),

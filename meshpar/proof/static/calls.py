@@ -26,7 +26,7 @@ class PlainCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     way: str = ""
-    """How it is done on the axis of `group`: "vocabulary", "queries" (of a causal attention), "gathered", "ring", "halo"; empty: as written."""
+    """How it is done on the axis of `group`: "vocabulary", "queries" (of a causal attention), "gathered", "ring", "halo"; else empty."""
     group: str = ""
     cut: tuple[Any, ...] = ()
     """The shard (dim, repeat, segments) that a special way is told."""

@@ -23,6 +23,7 @@ from benchmarks.planted_faults.faults import (
     named,
     operand,
     other_dim,
+    other_keys,
     segments,
     swap,
 )
@@ -98,8 +99,9 @@ FAULTS = [
     ("gpt_dropout", "dp=2,tp=2", alone_draws(1), "", "draw"),
     ("mixtral", "ep=2,tp=2", named(operand("return_rows", 1, 1), "another way back"), "", "way"),
     ("mixtral", "ep=2,tp=2", group("send_rows"), "tp", "several times"),
-    ("llama", "cp=2,tp=2", segments("causal_attention"), "cp", "positions"),
-    ("llama", "cp=2,tp=2", keyword("causal_attention", "window", 4), "cp", "sees"),
+    ("llama", "cp=2,tp=2", segments("gathered_attention"), "cp", "positions"),
+    ("llama", "cp=2,tp=2", keyword("gathered_attention", "window", 4), "cp", "sees"),
+    ("llama", "cp=2,tp=2", other_keys(), "cp", "it gathers"),
     ("llama", "pp=2,dp=2,tp=2", operand("linear", 2), "", "another value"),
     ("llama", "pp=2,dp=2,tp=2", argument("scaled_dot_product_attention", 5, False), "", "mask"),
 ]
