@@ -55,6 +55,8 @@ class Reads:
         self._kept: list[Any] = []
         self._tables: list[tuple[Any, Place, dict[str, Any]]] = []
         """Every object that is watched, its place, and its attributes as they were when it was met."""
+        self._parts: list[tuple[dict[str, Any], dict[str, Any], Place]] = []
+        """The modules of every module, as they are and as they were."""
         self._classes: dict[type, None] = {}
         self._seen: set[tuple[int, str]] = set()
         self._entire: set[int] = set()
@@ -67,6 +69,8 @@ class Reads:
     def _know(self, obj: Any, place: Place) -> None:
         if self._known.setdefault(identity(obj), place) is place:
             self._tables.append((obj, place, dict(_table(obj))))
+            if isinstance(obj, nn.Module):
+                self._parts.append((obj._modules, dict(obj._modules), place))
 
     @contextmanager
     def recording(self) -> Iterator[Reads]:
@@ -75,6 +79,7 @@ class Reads:
             self._watch(nn.Module)
             self._watch_environment()
             self._tables = [(obj, place, dict(_table(obj))) for obj, place, _ in self._tables]
+            self._parts = [(now, dict(now), place) for now, _, place in self._parts]
             self._on = True
             try:
                 yield self
@@ -263,6 +268,7 @@ class Reads:
         def __setattr__(obj: Any, name: str, value: Any) -> None:
             if self._on and name[:2] != "__" and (place := self._known.get(identity(obj))) is not None:
                 with self.paused():
+                    _refuse_parts(obj, name, value, place)
                     self._wrote(obj, name, place)
             original(obj, name, value)
 
@@ -279,7 +285,15 @@ class Reads:
             self.written[at] = blame.here()
 
     def look_for_writes(self) -> None:
-        """Note what was written past `__setattr__`: to `self.__dict__`, through `vars`, by `object.__setattr__`."""
+        """Note what was written past `__setattr__`: to `self.__dict__`, through `vars`, by `object.__setattr__`.
+
+        Raises CaptureError for modules that were added or taken out.
+        """
+        changed = [
+            (place, name) for now, before, place in self._parts for name in {**before, **now} if now.get(name) is not before.get(name)
+        ]
+        for place, name in changed:
+            raise CaptureError(_PARTS.format(what="changes the module", place=place.then("attr", name), where=""))
         for obj, place, before in self._tables:
             now = _table(obj)
             for name in [*before, *(name for name in now if name not in before)]:
@@ -341,6 +355,23 @@ def _gather(place: Place, value: Any, found: dict[Place, Any], seen: set[int], d
         seen.add(id(value))
         for name, part in table.items():
             _gather(place.then("attr", name), part, found, seen, depth - 1)
+
+
+_PARTS = (
+    "The forward {what} {place}{where}: a program holds for the modules and parameters that the model has.\n"
+    "  If that happens in the first call alone, run the model once on a batch like this one before parallelize; else make it a part of the "
+    "model from the start, and choose between parts in forward."
+)
+
+
+def _refuse_parts(obj: Any, name: str, value: Any, place: Place) -> None:
+    """Raise CaptureError where a forward puts another module or parameter into the model: the next step would run without it."""
+    table = _table(obj)
+    if not isinstance(obj, nn.Module) or "_modules" not in table:
+        return
+    before = table["_modules"].get(name, table["_parameters"].get(name, ABSENT))
+    if (isinstance(value, (nn.Module, nn.Parameter)) or (before is not ABSENT and before is not None)) and value is not before:
+        raise CaptureError(_PARTS.format(what=f"puts a {type(value).__name__} into", place=place.then("attr", name), where=blame.here()))
 
 
 def _of_torch(obj: Any, name: str) -> bool:

@@ -1,0 +1,78 @@
+"""A forward that changes which modules or parameters the model has: refused, since the next step would run without the change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meshpar as mp
+from meshpar.errors import CaptureError
+
+
+class Changing(nn.Module):
+    """Does something to itself before it computes."""
+
+    def __init__(self, change: Callable[[Changing], None]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.head: nn.Module = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.change, self.done = change, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.done:
+            self.done = True
+            self.change(self)
+        for part in self.parts:
+            x = part(x) * self.scale
+        return self.head(x).square().mean()
+
+
+def replaces(net: Changing) -> None:
+    net.head = nn.Sequential(net.head, nn.Tanh())
+
+
+def replaces_one_of_a_list(net: Changing) -> None:
+    net.parts[0] = nn.Sequential(net.parts[0], nn.Tanh())
+
+
+def appends(net: Changing) -> None:
+    net.parts.append(nn.Tanh())
+
+
+def adds(net: Changing) -> None:
+    net.head.add_module("more", nn.Tanh())
+
+
+def takes_out(net: Changing) -> None:
+    del net.parts[1]
+
+
+def new_parameter(net: Changing) -> None:
+    net.scale = nn.Parameter(net.scale.detach() * 2)
+
+
+CHANGES = [replaces, replaces_one_of_a_list, appends, adds, takes_out, new_parameter]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_change_in_forward_are_refused(change: Callable[[Changing], None]) -> None:
+    with mp.simulate(2), pytest.raises(CaptureError, match=r"The forward (puts a \w+ into|changes the module) (?s:.*)run the model once"):
+        mp.parallelize(Changing(change), mp.make_mesh("tp=2"), example=(torch.randn(2, 4),))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_ran_once_is_exact(change: Callable[[Changing], None]) -> None:
+    model = Changing(change)
+    model(torch.randn(2, 4))
+    assert mp.verify(model, "tp=2", (torch.randn(2, 4),)).ok
+
+
+def test_putting_back_what_is_there_is_no_change() -> None:
+    def same(net: Changing) -> None:
+        net.head, net.scale, net.done = net.head, net.scale, False  # type: ignore[method-assign]
+
+    assert mp.verify(Changing(same), "tp=2", (torch.randn(2, 4),)).ok
