@@ -16,7 +16,7 @@ from meshpar.graph.captured import Slot
 
 
 @dataclass(frozen=True)
-class Batch:
+class ReadBatch:
     """One data rank's batch, read: a name and a captured shape for every tensor."""
 
     tensors: tuple[torch.Tensor, ...]
@@ -33,7 +33,7 @@ class Batch:
 
 def read_batch(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dims: Mapping[str, int], *, scale: int, divide: int
-) -> Batch:
+) -> ReadBatch:
     """The batch of a rank as a graph of `local // divide * scale` samples takes it. Raises BatchError where it does not divide."""
     pairs, spec = pytree.tree_flatten_with_path((args, kwargs))
     positional = _positional_names(model, len(args))
@@ -47,7 +47,7 @@ def read_batch(
         leaves.append(leaf)
     dims = _batch_dims(names, batch_dims)
     shapes = _scaled(names, dims, scale=scale, divide=divide)
-    return Batch(tuple(names.values()), tuple(names), shapes, spec, tuple(leaves), dims)
+    return ReadBatch(tuple(names.values()), tuple(names), shapes, spec, tuple(leaves), dims)
 
 
 def _positional_names(model: nn.Module, count: int) -> list[str]:
@@ -78,7 +78,7 @@ def _batch_dims(tensors: Mapping[str, torch.Tensor], asked: Mapping[str, int]) -
     return {name: asked.get(name, dims.get(name, -1)) for name in tensors if name in asked or name in dims}
 
 
-def maybe_packed(batch: Batch) -> list[str]:
+def maybe_packed(batch: ReadBatch) -> list[str]:
     """The inputs that may hold several rows of each sample, or rows that are the same for all samples."""
     samples = next(
         (tensor.shape[batch.dims.get(name, 0)] for name, tensor in zip(batch.names, batch.tensors, strict=True) if tensor.dim()), 0
@@ -93,7 +93,11 @@ def _scaled(tensors: Mapping[str, torch.Tensor], dims: Mapping[str, int], *, sca
     if uneven:
         found = ", ".join(f"{name} has {samples}" for name, samples in uneven.items())
         valid = [n for n in range(1, min(uneven.values()) + 1) if all(tensors[name].shape[dim] % n == 0 for name, dim in dims.items())]
-        raise BatchError(f"{divide} microbatches do not divide the samples of a local batch: {found}. Numbers that do: {valid}.")
+        raise BatchError(
+            f"{divide} microbatches do not divide the samples of a local batch: {found}. Numbers that do: {valid}.\n"
+            f"  The last batch of an epoch: drop it (DataLoader(drop_last=True)), or fill it up with samples whose labels are all ignored "
+            f"(-100), which count nothing in a mean over labels."
+        )
     if scale == divide:
         return tuple(None for _ in tensors)
 

@@ -16,13 +16,13 @@ from meshpar._torch import FakeTensorMode, checkpoints_only_call
 from meshpar.capture import blame, check, decompositions, fake, grad, simplify, structure
 from meshpar.capture import exported as graph
 from meshpar.capture.attempts import Attempt, first_that_works
-from meshpar.capture.batch import Batch, maybe_packed, read_batch
+from meshpar.capture.batch import ReadBatch, maybe_packed, read_batch
 from meshpar.capture.experts import seam as experts
 from meshpar.capture.functions import calls as functions
 from meshpar.capture.functions import cuts
 from meshpar.capture.functions import operators as own_backwards
 from meshpar.capture.hooks import kept as hooks
-from meshpar.capture.recorder import Outcome, Recorder
+from meshpar.capture.recorder import ForwardRecorder, Outcome
 from meshpar.capture.state import taken as state
 from meshpar.capture.values import branches, selections
 from meshpar.collection import uncollected
@@ -70,10 +70,10 @@ def capture(
     read = partial(read_batch, model, args, structure.order_of(model)(kwargs or {}), divide=divide)
     settings, asked = ask or state.Ask(), dict(batch_dims or {})
 
-    def record(batch: Batch, answers: branches.Branches) -> Captured:
+    def record(batch: ReadBatch, answers: branches.Branches) -> Captured:
         return _recorded(model, batch, device, loss_fn, dtype, settings, answers, given)
 
-    def answer(batch: Batch, follow: bool) -> branches.Branches:
+    def answer(batch: ReadBatch, follow: bool) -> branches.Branches:
         return branches.Branches(_leaves(model), batch.tensors, device, follow=follow)
 
     packed = () if scale == divide == 1 else tuple(maybe_packed(read(asked, scale=scale)))
@@ -84,9 +84,9 @@ def capture(
 class _Ways:
     """The ways to read one batch, in order: are inputs with several rows per sample cut, may the number of chosen rows be any."""
 
-    read: Callable[..., Batch]
-    record: Callable[[Batch, branches.Branches], Captured]
-    answer: Callable[[Batch, bool], branches.Branches]
+    read: Callable[..., ReadBatch]
+    record: Callable[[ReadBatch, branches.Branches], Captured]
+    answer: Callable[[ReadBatch, bool], branches.Branches]
     asked: Mapping[str, int]
     packed: tuple[str, ...]
     """The inputs that may hold several rows of each sample."""
@@ -125,7 +125,7 @@ class _Ways:
 
 def _recorded(
     model: nn.Module,
-    batch: Batch,
+    batch: ReadBatch,
     device: torch.device,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
     dtype: torch.dtype | None,
@@ -143,7 +143,7 @@ def _recorded(
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        recorder = Recorder(model, batch, loss_fn, recording)
+        recorder = ForwardRecorder(model, batch, loss_fn, recording)
         with hooks.kept(model, given) as hooked:
             program = _export(recorder, inputs, device, found, answers)
         renamed = _canonical(program, recorder, names)
@@ -206,7 +206,7 @@ def _leaves(model: nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 def _export(
-    recorder: Recorder, inputs: list[torch.Tensor], device: torch.device, found: experts.Seam, answers: branches.Branches
+    recorder: ForwardRecorder, inputs: list[torch.Tensor], device: torch.device, found: experts.Seam, answers: branches.Branches
 ) -> ExportedProgram:
     with warnings.catch_warnings(), uncollected():
         warnings.simplefilter("ignore")
@@ -235,7 +235,7 @@ def _canonical(program: ExportedProgram, recorder: nn.Module, names: Mapping[int
 
 
 def _captured(
-    model: nn.Module, built: graph.Built, batch: Batch, outcome: Outcome, found: experts.Seam, recording: state.Recording
+    model: nn.Module, built: graph.Built, batch: ReadBatch, outcome: Outcome, found: experts.Seam, recording: state.Recording
 ) -> Captured:
     used = {node.target for node in built.graph.nodes if node.op == "get_attr"}
     parameters = list(model.named_parameters())

@@ -11,7 +11,7 @@ from torch import nn
 
 from meshpar._torch import pytree
 from meshpar.capture import structure
-from meshpar.capture.batch import Batch
+from meshpar.capture.batch import ReadBatch
 from meshpar.capture.functions import calls as functions
 from meshpar.capture.state import taken as state
 from meshpar.capture.values import branches
@@ -29,11 +29,11 @@ class Outcome:
     loss: int | None = None
 
 
-class Recorder(nn.Module):
+class ForwardRecorder(nn.Module):
     """Calls the model on the tensors of the batch and returns the tensors of its output, the loss last when it is computed outside."""
 
     def __init__(
-        self, model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], torch.Tensor] | None, recording: state.Recording
+        self, model: nn.Module, batch: ReadBatch, loss_fn: Callable[[Any, Any], torch.Tensor] | None, recording: state.Recording
     ) -> None:
         super().__init__()
         self.model = model
