@@ -121,9 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print(machine())
     if options.depth:
-        print(
-            "| layers | first | second length | third | later, mean | later, most | of the first | MiB first | MiB later | captured | made |"
-        )
+        names = ("layers", "first", "second", "third", "later, mean", "most", "of the first", "MiB first", "MiB later", "captured", "made")
+        print(f"| {' | '.join(names)} |")
         print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for layers in options.depth:
         subprocess.run([sys.executable, __file__, "--here", "--depth", str(layers)], check=True)

@@ -22,7 +22,7 @@ from meshpar.capture.functions import calls as functions
 from meshpar.capture.functions import cuts
 from meshpar.capture.functions import operators as own_backwards
 from meshpar.capture.hooks import kept as hooks
-from meshpar.capture.recorder import ForwardRecorder, Outcome
+from meshpar.capture.recorder import ForwardRecorder, Returned
 from meshpar.capture.state import taken as state
 from meshpar.capture.values import branches, selections
 from meshpar.collection import uncollected
@@ -235,7 +235,7 @@ def _canonical(program: ExportedProgram, recorder: nn.Module, names: Mapping[int
 
 
 def _captured(
-    model: nn.Module, built: graph.Built, batch: ReadBatch, outcome: Outcome, found: experts.Seam, recording: state.Recording
+    model: nn.Module, built: graph.Built, batch: ReadBatch, outcome: Returned, found: experts.Seam, recording: state.Recording
 ) -> Captured:
     used = {node.target for node in built.graph.nodes if node.op == "get_attr"}
     parameters = list(model.named_parameters())

@@ -20,7 +20,7 @@ from meshpar.graph.captured import Slot
 
 
 @dataclass
-class Outcome:
+class Returned:
     """What the recorder saw of the model's output (export puts a module's own attributes back, so it is kept outside)."""
 
     spec: pytree.TreeSpec | None = None
@@ -37,7 +37,7 @@ class ForwardRecorder(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.outcome = Outcome()
+        self.outcome = Returned()
         self.functions = functions.Calls(model)
         self._batch = batch
         self._loss_fn = loss_fn

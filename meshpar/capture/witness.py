@@ -25,7 +25,7 @@ from meshpar._torch import OpOverload, TorchDispatchMode, as_if_exporting, check
 from meshpar.capture import decompositions, fake, structure
 from meshpar.capture.batch import ReadBatch, maybe_packed, read_batch
 from meshpar.capture.experts import seam as experts
-from meshpar.capture.recorder import ForwardRecorder, Outcome
+from meshpar.capture.recorder import ForwardRecorder, Returned
 from meshpar.capture.state import taken as state
 from meshpar.graph.captured import Captured
 from meshpar.graph.text import digest
@@ -42,7 +42,7 @@ class Witness:
     """What a forward did for one batch."""
 
     batch: ReadBatch
-    outcome: Outcome
+    outcome: Returned
     state: state.State
     calls: tuple[Any, ...]
     numbers: tuple[int | float, ...]
@@ -89,7 +89,7 @@ def testify(
             watch,
         ):
             recorder = ForwardRecorder(model, batch, loss_fn, recording)
-            recorder.functions = _Any()  # type: ignore[assignment]
+            recorder.functions = _AsksNothing()  # type: ignore[assignment]
             watch.name(dict(zip(batch.names, inputs, strict=True)), sized=True)
             watch.name(dict((*model.named_parameters(), *model.named_buffers())), sized=False)
             recorder(*inputs)
@@ -102,7 +102,7 @@ def testify(
     return Witness(batch, recorder.outcome, taken, tuple(watch.calls), tuple(watch.numbers), found.lifted)
 
 
-class _Any:
+class _AsksNothing:
     """Asks nothing of the functions behind results: the capture did."""
 
     def refuse_unseen(self, results: Any) -> None:

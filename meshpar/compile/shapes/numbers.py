@@ -13,34 +13,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 Number = int | float
-Key = tuple[Number, ...]
+Values = tuple[Number, ...]
 
 
 class Differs(Exception):
     """The program of the new shape is not that of the known ones with other numbers; the reason, for the user."""
 
 
-class Numbers:
+class NewNumbers:
     """Values for known shapes -> value for the new one.
 
-    >>> numbers = Numbers([[16, 8, 17], [20, 8, 21]], [23, 8, 24])
+    >>> numbers = NewNumbers([[16, 8, 17], [20, 8, 21]], [23, 8, 24])
     >>> numbers.now((17, 21)), numbers.now((3, 3))
     (24, 3)
     """
 
     def __init__(self, known: Sequence[Sequence[Number]], now: Sequence[Number]) -> None:
-        self._now: dict[tuple[type, Key], Number] = {}
+        self._now: dict[tuple[type, Values], Number] = {}
         for key, value in dict.fromkeys(zip(zip(*known, strict=True), now, strict=True)):
             self.add(key, value)
 
-    def add(self, key: Key, value: Number) -> None:
+    def add(self, key: Values, value: Number) -> None:
         """Learn one more. Raises Differs where that contradicts what is known."""
         if all(one == key[0] for one in key) and value != key[0]:
             raise Differs(f"a number that was {key[0]} for the shapes known is {value} now")
         if self._now.setdefault((type(value), key), value) != value:
             raise Differs(f"two numbers that were {' and '.join(map(str, key))} for the shapes known differ now")
 
-    def now(self, key: Key) -> Number:
+    def now(self, key: Values) -> Number:
         """The value for the new shape. Raises Differs for a number that was not seen."""
         if all(one == key[0] for one in key):
             return key[0]

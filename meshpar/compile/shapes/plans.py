@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from meshpar.compile.shapes.numbers import Differs, Number, Numbers
+from meshpar.compile.shapes.numbers import Differs, NewNumbers, Number
 from meshpar.compile.shapes.written import written
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Facts, Info, facts, infos_of
@@ -34,7 +34,7 @@ KINDS = 16
 
 
 @dataclass
-class _Known:
+class _KnownPlan:
     """A plan, and the numbers of its graph and its types, axis by axis."""
 
     plan: Plan
@@ -48,7 +48,7 @@ class _Alike:
 
     what: list[Any]
     types: list[Any]
-    known: list[_Known]
+    known: list[_KnownPlan]
 
 
 class Plans:
@@ -83,9 +83,9 @@ class Plans:
         del several[KINDS:]
 
 
-def _read(graph: fx.Graph, plan: Plan) -> tuple[list[Any], list[Any], _Known]:
+def _read(graph: fx.Graph, plan: Plan) -> tuple[list[Any], list[Any], _KnownPlan]:
     what, types = list[Any](), list[Any]()
-    known = _Known(plan, [], [])
+    known = _KnownPlan(plan, [], [])
     for axis in plan.axes:
         here, numbers = _graph(graph)
         kinds, own = _types(axis)
@@ -103,7 +103,7 @@ def _made(alike: _Alike, captured: Captured) -> Plan | None:
         here, now = _graph(graph)
         if here != alike.what[at]:
             return None
-        numbers = Numbers([known.graphs[at] for known in alike.known], now)
+        numbers = NewNumbers([known.graphs[at] for known in alike.known], now)
         sizes = [numbers.now(key) for key in zip(*(known.types[at] for known in alike.known), strict=True)]
         axes.append(_axis(axis, iter(sizes)))
         if _types(axes[-1])[0] != alike.types[at] or not _fits(graph, axes[-1]):

@@ -18,7 +18,7 @@ from torch import fx
 
 from meshpar._torch import OpOverload
 from meshpar.capture.witness import Unseen, Witness
-from meshpar.compile.shapes.numbers import Differs, Number, Numbers
+from meshpar.compile.shapes.numbers import Differs, NewNumbers, Number
 from meshpar.compile.shapes.sizes import spread
 from meshpar.compile.shapes.written import with_numbers, written
 from meshpar.compile.state.held import variant
@@ -35,7 +35,7 @@ KEPT = 4
 
 
 @dataclass(frozen=True)
-class _Known:
+class _KnownGraph:
     """The numbers of one capture, and those that its forward shows."""
 
     arguments: list[Number]
@@ -54,7 +54,7 @@ class Template:
         self.what, self._arguments, self._sizes = _written(captured)
         self.captured = replace(captured, graph=with_numbers(captured.graph, iter(self._arguments)))
         self._witness, self._again = witness, again
-        self.known: list[_Known] = []
+        self.known: list[_KnownGraph] = []
 
     def add(self, captured: Captured, witness: Witness | None) -> bool:
         """Learn the capture of one more shape; False where it is of another graph, or of another forward."""
@@ -71,7 +71,7 @@ class Template:
         if first.calls != witness.calls:
             return False
         if len(self.known) < KEPT:
-            self.known.append(_Known(arguments, sizes, witness.numbers))
+            self.known.append(_KnownGraph(arguments, sizes, witness.numbers))
         return True
 
     def _first(self) -> Witness:
@@ -82,7 +82,7 @@ class Template:
                 self._witness = None
                 raise Unseen("what the forward reads changed before there was a second shape")
         if not self.known:
-            self.known.append(_Known(self._arguments, self._sizes, self._witness.numbers))
+            self.known.append(_KnownGraph(self._arguments, self._sizes, self._witness.numbers))
         return self._witness
 
     def at(self, witness: Witness) -> Captured:
@@ -93,7 +93,7 @@ class Template:
             raise Differs("one shape alone does not tell which numbers depend on it")
         self._check(witness)
         captured = self.captured
-        numbers = Numbers([known.shown for known in self.known], witness.numbers)
+        numbers = NewNumbers([known.shown for known in self.known], witness.numbers)
         arguments = [numbers.now(key) for key in zip(*(known.arguments for known in self.known), strict=True)]
         graph = with_numbers(captured.graph, iter(arguments))
         spread(graph, _input_shapes(witness))
