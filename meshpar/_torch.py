@@ -552,6 +552,17 @@ def pipeline_transfers(
 
 
 @contextmanager
+def as_if_exporting() -> Iterator[None]:
+    """Inside, a forward is told that it is exported (torch 2.13; wait for a public way to say so)."""
+    before = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = before
+
+
+@contextmanager
 def checkpoints_only_call() -> Iterator[None]:
     """Inside, `torch.utils.checkpoint` without reentry only calls what it wraps.
 

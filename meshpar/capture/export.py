@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,21 +12,23 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from meshpar._torch import FakeTensorMode, checkpoints_only_call, pytree
+from meshpar._torch import FakeTensorMode, checkpoints_only_call
 from meshpar.capture import blame, check, decompositions, fake, grad, simplify, structure
 from meshpar.capture import exported as graph
 from meshpar.capture.attempts import Attempt, first_that_works
+from meshpar.capture.batch import ReadBatch, maybe_packed, read_batch
 from meshpar.capture.experts import seam as experts
 from meshpar.capture.functions import calls as functions
 from meshpar.capture.functions import cuts
 from meshpar.capture.functions import operators as own_backwards
 from meshpar.capture.hooks import kept as hooks
+from meshpar.capture.recorder import ForwardRecorder, Returned
 from meshpar.capture.state import taken as state
 from meshpar.capture.values import branches, selections
 from meshpar.collection import uncollected
-from meshpar.errors import BatchError, CaptureError, ConfigError
+from meshpar.errors import ConfigError
 from meshpar.graph import regions, rows
-from meshpar.graph.captured import Captured, Slot
+from meshpar.graph.captured import Captured
 
 
 def capture(
@@ -66,16 +67,16 @@ def capture(
     >>> captured.graph.print_tabular()                                        # doctest: +SKIP
     """
     device = _usable(torch.device(device))
-    read = partial(_read_batch, model, args, structure.order_of(model)(kwargs or {}), divide=divide)
+    read = partial(read_batch, model, args, structure.order_of(model)(kwargs or {}), divide=divide)
     settings, asked = ask or state.Ask(), dict(batch_dims or {})
 
-    def record(batch: _Batch, answers: branches.Branches) -> Captured:
+    def record(batch: ReadBatch, answers: branches.Branches) -> Captured:
         return _recorded(model, batch, device, loss_fn, dtype, settings, answers, given)
 
-    def answer(batch: _Batch, follow: bool) -> branches.Branches:
+    def answer(batch: ReadBatch, follow: bool) -> branches.Branches:
         return branches.Branches(_leaves(model), batch.tensors, device, follow=follow)
 
-    packed = () if scale == divide == 1 else tuple(_maybe_packed(read(asked, scale=scale)))
+    packed = () if scale == divide == 1 else tuple(maybe_packed(read(asked, scale=scale)))
     return first_that_works(_Ways(read, record, answer, asked, packed, scale, scale == divide).attempts())
 
 
@@ -83,9 +84,9 @@ def capture(
 class _Ways:
     """The ways to read one batch, in order: are inputs with several rows per sample cut, may the number of chosen rows be any."""
 
-    read: Callable[..., _Batch]
-    record: Callable[[_Batch, branches.Branches], Captured]
-    answer: Callable[[_Batch, bool], branches.Branches]
+    read: Callable[..., ReadBatch]
+    record: Callable[[ReadBatch, branches.Branches], Captured]
+    answer: Callable[[ReadBatch, bool], branches.Branches]
     asked: Mapping[str, int]
     packed: tuple[str, ...]
     """The inputs that may hold several rows of each sample."""
@@ -124,7 +125,7 @@ class _Ways:
 
 def _recorded(
     model: nn.Module,
-    batch: _Batch,
+    batch: ReadBatch,
     device: torch.device,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
     dtype: torch.dtype | None,
@@ -142,7 +143,7 @@ def _recorded(
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        recorder = _Recorder(model, batch, loss_fn, recording)
+        recorder = ForwardRecorder(model, batch, loss_fn, recording)
         with hooks.kept(model, given) as hooked:
             program = _export(recorder, inputs, device, found, answers)
         renamed = _canonical(program, recorder, names)
@@ -185,22 +186,6 @@ _PREFIX = "model."
 """Where the user's model sits in the recorder: every name and module path of the export starts with it."""
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """One data rank's batch, read: a name and a captured shape for every tensor."""
-
-    tensors: tuple[torch.Tensor, ...]
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...] | None, ...]
-    spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-    dims: Mapping[str, int]
-
-    @property
-    def requires_grad(self) -> dict[str, bool]:
-        return {name: tensor.requires_grad for name, tensor in zip(self.names, self.tensors, strict=True)}
-
-
 def _usable(device: torch.device) -> torch.device:
     """The device, if this machine can run on it: a fake tensor on a missing accelerator would end the process inside autograd."""
     if device.type == "meta":
@@ -214,155 +199,6 @@ def _usable(device: torch.device) -> torch.device:
     return device
 
 
-def _read_batch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dims: Mapping[str, int], *, scale: int, divide: int
-) -> _Batch:
-    pairs, spec = pytree.tree_flatten_with_path((args, kwargs))
-    positional = _positional_names(model, len(args))
-    names: dict[str, torch.Tensor] = {}
-    leaves: list[Any] = []
-    for path, leaf in pairs:
-        if isinstance(leaf, torch.Tensor):
-            name = _unique(_input_name(path, positional), names)
-            names[name] = leaf
-            leaf = Slot(name)
-        leaves.append(leaf)
-    dims = _batch_dims(names, batch_dims)
-    shapes = _scaled(names, dims, scale=scale, divide=divide)
-    return _Batch(tuple(names.values()), tuple(names), shapes, spec, tuple(leaves), dims)
-
-
-def _positional_names(model: nn.Module, count: int) -> list[str]:
-    parameters = inspect.signature(model.forward).parameters.values()
-    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return [known[i] if i < len(known) else f"input_{i}" for i in range(count)]
-
-
-def _input_name(path: tuple[Any, ...], positional: list[str]) -> str:
-    """A placeholder name for the leaf at `path` of (args, kwargs): its argument's name, then the keys below it."""
-    where, first, *rest = path
-    head = positional[first.idx] if where.idx == 0 else str(first.key)
-    tail = [str(getattr(key, "idx", getattr(key, "key", getattr(key, "name", key)))) for key in rest]
-    return "".join(c if c.isalnum() else "_" for c in "_".join([head, *tail]))
-
-
-def _unique(name: str, taken: Mapping[str, Any]) -> str:
-    return name if name not in taken else next(f"{name}_{i}" for i in range(1, len(taken) + 2) if f"{name}_{i}" not in taken)
-
-
-def _batch_dims(tensors: Mapping[str, torch.Tensor], asked: Mapping[str, int]) -> dict[str, int]:
-    """Which dim of each input holds samples."""
-    unknown = [name for name in asked if name not in tensors]
-    if unknown:
-        raise BatchError(f"batch_dims names {', '.join(unknown)}, but the tensors of the batch are {', '.join(tensors)}.")
-    first = next((tensor.shape[asked.get(name, 0)] for name, tensor in tensors.items() if tensor.dim() > 0), None)
-    dims = {name: 0 for name, tensor in tensors.items() if tensor.dim() > 0 and tensor.shape[0] == first}
-    return {name: asked.get(name, dims.get(name, -1)) for name in tensors if name in asked or name in dims}
-
-
-def _maybe_packed(batch: _Batch) -> list[str]:
-    """The inputs that may hold several rows of each sample, or rows that are the same for all samples."""
-    samples = next(
-        (tensor.shape[batch.dims.get(name, 0)] for name, tensor in zip(batch.names, batch.tensors, strict=True) if tensor.dim()), 0
-    )
-    rows = {name: tensor.shape[0] for name, tensor in zip(batch.names, batch.tensors, strict=True) if tensor.dim()}
-    return [name for name, count in rows.items() if name not in batch.dims and count > samples > 0 and count % samples == 0]
-
-
-def _scaled(tensors: Mapping[str, torch.Tensor], dims: Mapping[str, int], *, scale: int, divide: int) -> tuple[tuple[int, ...] | None, ...]:
-    """The captured shape of each input; None keeps shape and strides."""
-    uneven = {name: tensors[name].shape[dim] for name, dim in dims.items() if tensors[name].shape[dim] % divide}
-    if uneven:
-        found = ", ".join(f"{name} has {samples}" for name, samples in uneven.items())
-        valid = [n for n in range(1, min(uneven.values()) + 1) if all(tensors[name].shape[dim] % n == 0 for name, dim in dims.items())]
-        raise BatchError(f"{divide} microbatches do not divide the samples of a local batch: {found}. Numbers that do: {valid}.")
-    if scale == divide:
-        return tuple(None for _ in tensors)
-
-    def shape(name: str) -> tuple[int, ...] | None:
-        if name not in dims:
-            return None
-        return tuple(n // divide * scale if d == dims[name] else n for d, n in enumerate(tensors[name].shape))
-
-    return tuple(shape(name) for name in tensors)
-
-
-@dataclass
-class _Outcome:
-    """What the recorder saw of the model's output (export puts a module's own attributes back, so it is kept outside)."""
-
-    spec: pytree.TreeSpec | None = None
-    leaves: tuple[Any, ...] = ()
-    dropped: tuple[str, ...] = ()
-    loss: int | None = None
-
-
-class _Recorder(nn.Module):
-    """Calls the model on the tensors of the batch and returns the tensors of its output, the loss last when it is computed outside."""
-
-    def __init__(
-        self, model: nn.Module, batch: _Batch, loss_fn: Callable[[Any, Any], torch.Tensor] | None, recording: state.Recording
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.outcome = _Outcome()
-        self.functions = functions.Calls(model)
-        self._batch = batch
-        self._loss_fn = loss_fn
-        self._recording = recording
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        by_name: dict[str | int, torch.Tensor] = dict(zip(self._batch.names, tensors, strict=False))
-        recording, slots = self._recording, tensors[len(self._batch.names) :]
-        leaves = [by_name[leaf.key] if isinstance(leaf, Slot) else leaf for leaf in self._batch.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._batch.spec)
-        buffers = [(module, name, value) for module in self.model.modules() for name, value in module._buffers.items()]
-        with recording.around(self.model, self._loss_fn, slots), state.autocast(recording.ask):
-            output = self.model(*args, **kwargs)
-            _write_back(buffers)
-            loss = structure.find_loss(output) if self._loss_fn is None else structure.call_loss(self._loss_fn, output, kwargs or args)
-        return self._record(output, loss)
-
-    def _record(self, output: Any, loss: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        found = self.outcome
-        leaves, found.spec, found.dropped = structure.flatten(output)
-        places = [place for place in structure.by_key(found.spec) if isinstance(leaves[place], torch.Tensor)]
-        tensors = [leaves[place] for place in places]
-        slots = {place: Slot(index) for index, place in enumerate(places)}
-        found.leaves = tuple(slots.get(place, leaf) for place, leaf in enumerate(leaves))
-        found.loss = next((i for i, tensor in enumerate(tensors) if tensor is loss), None)
-        if loss is not None and found.loss is None:
-            found.loss = len(tensors)
-            tensors.append(loss)
-        self.functions.refuse_unseen(tensors)
-        return tuple(tensors)
-
-
-def _write_back(buffers: list[tuple[nn.Module, str, torch.Tensor | None]]) -> None:
-    """`self.buffer = new` -> `self.buffer.copy_(new)`: export sees updates in place, and would lose an assignment.
-
-    A table of numbers that is not saved, in another size or type than it had, is made again in every forward; the buffer stays as it was.
-    """
-    for module, name, before in buffers:
-        now = module._buffers.get(name)
-        if now is before:
-            continue
-        module._buffers[name] = before
-        if before is None or now is None or now.shape != before.shape or now.dtype != before.dtype:
-            if name in module._non_persistent_buffers_set and _is_remade(now, before):
-                continue
-            raise CaptureError(
-                f"The forward of {type(module).__name__} assigns a tensor of another shape or type to its buffer {name!r}.\n"
-                "  Register the buffer at its final shape and type in __init__."
-            )
-        with torch.no_grad():
-            before.copy_(now)
-
-
-def _is_remade(now: torch.Tensor | None, before: torch.Tensor | None) -> bool:
-    return now is not None and before is not None and (branches.settled(now) or branches.cast_of(now, before))
-
-
 def _leaves(model: nn.Module) -> tuple[torch.Tensor, ...]:
     """The parameters and buffers in the order in which an export takes them."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -370,7 +206,7 @@ def _leaves(model: nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 def _export(
-    recorder: _Recorder, inputs: list[torch.Tensor], device: torch.device, found: experts.Seam, answers: branches.Branches
+    recorder: ForwardRecorder, inputs: list[torch.Tensor], device: torch.device, found: experts.Seam, answers: branches.Branches
 ) -> ExportedProgram:
     with warnings.catch_warnings(), uncollected():
         warnings.simplefilter("ignore")
@@ -399,7 +235,7 @@ def _canonical(program: ExportedProgram, recorder: nn.Module, names: Mapping[int
 
 
 def _captured(
-    model: nn.Module, built: graph.Built, batch: _Batch, outcome: _Outcome, found: experts.Seam, recording: state.Recording
+    model: nn.Module, built: graph.Built, batch: ReadBatch, outcome: Returned, found: experts.Seam, recording: state.Recording
 ) -> Captured:
     used = {node.target for node in built.graph.nodes if node.op == "get_attr"}
     parameters = list(model.named_parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,20 +21,30 @@ def faked(model: nn.Module, device: torch.device, mode: FakeTensorMode, dtype: t
     Ties survive: one tensor under two names becomes one fake under two names. Yields the canonical (first) name of every parameter and
     buffer by the `id` of its fake.
     """
+
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        return fake_of(tensor, device, mode, dtype=dtype if isinstance(tensor, nn.Parameter) else None)
+
+    with replaced(model, stand_in):
+        yield _names(model)
+
+
+@contextmanager
+def replaced(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, `model` holds what `stand_in` gives for each of its tensors, the same for ties; afterwards it is what it was."""
     saved = [(module, _copy_of(module)) for module in model.modules()]
-    stand_ins: dict[int, torch.Tensor] = {}
+    made: dict[int, torch.Tensor] = {}
     try:
         for module, _ in saved:
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None:
-                        cast = dtype if isinstance(tensor, nn.Parameter) else None
-                        table[name] = stand_ins.setdefault(id(tensor), fake_of(tensor, device, mode, dtype=cast))
+                        table[name] = made[id(tensor)] if id(tensor) in made else made.setdefault(id(tensor), stand_in(tensor))
             for name, value in module.__dict__.items():
                 if isinstance(value, torch.Tensor) and value.is_meta:  # not a buffer, but on a device the others left
-                    module.__dict__[name] = stand_ins.setdefault(id(value), fake_of(value, device, mode))
-        yield _names(model)
+                    module.__dict__[name] = made.setdefault(id(value), stand_in(value))
+        yield
     finally:
         for module, before in saved:
             _restore(module, before)
@@ -68,18 +78,23 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 def _copy_of(module: nn.Module) -> dict[str, Any]:
-    """The module's attributes, and copies of the tables that the swap writes to."""
+    """The module's attributes, and copies of the tables that the swap writes to, and of those of hooks, which a first forward may fill."""
     before = dict(module.__dict__)
-    for table in ("_parameters", "_buffers", "_modules"):
-        before[table] = dict(before[table])
+    for name in _tables(before):
+        before[name] = before[name].copy()
     return before
 
 
+def _tables(attributes: Mapping[str, Any]) -> list[str]:
+    hooks = (name for name, value in attributes.items() if name.startswith("_") and "hooks" in name and isinstance(value, dict))
+    return ["_parameters", "_buffers", "_modules", *hooks]
+
+
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
-    for table in ("_parameters", "_buffers", "_modules"):
-        live = module.__dict__[table]
+    for name in _tables(before):
+        live = module.__dict__[name]
         live.clear()
-        live.update(before[table])
-        before[table] = live
+        live.update(before[name])
+        before[name] = live
     module.__dict__.clear()
     module.__dict__.update(before)

@@ -119,6 +119,11 @@ def decide(captured: Captured, request: Decision) -> Plan:
     )
 
 
+def place_as_before(captured: Captured, request: Decision) -> None:
+    """Mark the stage of every call where stages are those of an earlier plan."""
+    place(captured.graph, *_stages(captured, request))
+
+
 def _for_all_owners(plan: AxisPlan, graph: fx.Graph, before: Sequence[AxisPlan]) -> AxisPlan:
     """What was decided for the parameters that the first rank of an earlier axis owns holds for those of the others."""
     found = dict(plan.nodes)

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.capture.experts.seam import advise
 from meshpar.compile.agreement import agree_on_graph
-from meshpar.compile.decide import Decision, StageRequest, decide
+from meshpar.compile.decide import Decision, StageRequest, decide, place_as_before
 from meshpar.compile.given import ParameterFacts, check_given
+from meshpar.compile.shapes.plans import Plans
 from meshpar.config import ParallelConfig
 from meshpar.consensus import agree
 from meshpar.errors import ConfigError, PlanError
@@ -38,11 +39,12 @@ class Planner:
         self.mesh, self.config, self.rules, self.given = mesh, config, dict(rules or {}), given
         self.schedule = schedule_of(mesh, config)
         self.pinned: dict[str, ParameterPlan] = {}
+        self.plans = Plans()
 
     def copy(self) -> Planner:
         """The same for a copy of the model."""
         new = copy.copy(self)
-        new.pinned = dict(self.pinned)
+        new.pinned, new.plans = dict(self.pinned), Plans()
         return new
 
     def plan(self, captured: Captured, parameters: ParameterFacts) -> Plan:
@@ -93,6 +95,17 @@ class Planner:
             options=self._options,
             others=parameters,
         )
+        like = stages is None, tuple(trains for _, _, trains in parameters.values())
+        if self.pinned:
+            if request.stages is not None:
+                place_as_before(captured, request)
+            if (found := self.plans.at(captured, like)) is not None:
+                return found
+        plan = self._decided(captured, request)
+        self.plans.learn(captured, like, plan)
+        return plan
+
+    def _decided(self, captured: Captured, request: Decision) -> Plan:
         if self._alone:
             return decide(captured, request)
         return Plan.from_json(_from_first_rank(self.mesh, lambda: decide(captured, request).to_json()))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from meshpar.capture.hooks.models import ModelHooks
 from meshpar.capture.state.places import Place
 from meshpar.capture.state.taken import Ask, say
 from meshpar.capture.structure import order_of
+from meshpar.capture.witness import Witness, testify, without_memory
+from meshpar.collection import uncollected
 from meshpar.compile.denominators import Split, split_denominators
 from meshpar.compile.given import ParameterFacts
 from meshpar.compile.hooks import check_microbatches
@@ -28,6 +31,7 @@ from meshpar.compile.lowering import Lowering
 from meshpar.compile.planning import Planner
 from meshpar.compile.program import Program
 from meshpar.compile.proved import proved, proved_loss
+from meshpar.compile.shapes.classes import KnownShapes, kind_of
 from meshpar.compile.signature import BatchSignature, flatten
 from meshpar.compile.state.following import Following
 from meshpar.compile.state.held import variant
@@ -77,6 +81,7 @@ class Programs:
         self.lowering = Lowering(mesh, config, self.planner.schedule)
         self.seconds = 0.0
         """How long the first program took to make."""
+        self.shapes = KnownShapes()
 
     @property
     def schedule(self) -> Schedule | None:
@@ -88,7 +93,7 @@ class Programs:
         new = copy.copy(self)
         new.skeleton = _skeleton(self.skeleton)
         new.following = self.following.copy(new.skeleton)
-        new.parameters, new.planner = dict(self.parameters), self.planner.copy()
+        new.parameters, new.planner, new.shapes = dict(self.parameters), self.planner.copy(), KnownShapes()
         return new
 
     def set_trainable(self, flags: Mapping[str, bool]) -> None:
@@ -102,8 +107,9 @@ class Programs:
 
         `state`: see `seen`.
         """
-        seen = self.seen(args, kwargs, training=training, microbatches=microbatches, **state)
-        return self.lowered(seen, self.planned(seen))
+        with uncollected():
+            seen = self.seen(args, kwargs, training=training, microbatches=microbatches, **state)
+            return self.lowered(seen, self.planned(seen))
 
     def seen(
         self,
@@ -124,7 +130,7 @@ class Programs:
         check_call(self.skeleton, args, kwargs)
         _, signature = flatten(args, self.ordered(kwargs), training)
         ask = Ask(self.following.original, tuple(numbers), roots or {}, torch.is_grad_enabled())
-        captured = self._captured(args, kwargs, microbatches, ask)
+        captured = self._captured(args, kwargs, microbatches, ask, kind_of(signature, microbatches, trainable, ask.gradients))
         refuse_originals(captured.constants, self.originals)
         self.originals = {}  # (the model may be gone when the next program is made, and its memory somebody else's)
         say(captured.state.notes, self.skeleton)
@@ -146,22 +152,36 @@ class Programs:
         proof = program.proof + seen.loss
         return replace(program, counts=counts, averaged=parts.averaged, within=parts.within, proof=proof)
 
-    def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, ask: Ask) -> Captured:
+    def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, ask: Ask, kind: Hashable) -> Captured:
+        about: dict[str, Any] = {
+            "device": torch.device(self.mesh.device_type),
+            "scale": data_axis(self.mesh).size,
+            "divide": microbatches,
+            "loss_fn": self.loss_fn,
+            "dtype": self.config.precision.compute_dtype,
+            "ask": ask,
+        }
+
+        def captured() -> Captured:
+            return capture(self.skeleton, args, kwargs, given=self.hooks.given, **about)
+
         with without_modes():
-            captured = capture(
-                self.skeleton,
-                args,
-                kwargs,
-                device=torch.device(self.mesh.device_type),
-                scale=data_axis(self.mesh).size,
-                divide=microbatches,
-                loss_fn=self.loss_fn,
-                dtype=self.config.precision.compute_dtype,
-                given=self.hooks.given,
-                ask=ask,
-            )
-        order.before(captured.graph, typed_axes(self.mesh))
-        return captured
+            if ask.numbers:
+                found = captured()
+            else:
+                later = without_memory((args, dict(kwargs)))
+
+                def witness(batch: tuple[Any, ...], like: Captured) -> Witness:
+                    return testify(self.skeleton, *batch, like=like, **about)
+
+                found = self.shapes.captured(
+                    kind,
+                    captured,
+                    partial(witness, (args, kwargs)),
+                    partial(witness, later),
+                )
+        order.before(found.graph, typed_axes(self.mesh))
+        return found
 
     def _with_ledger(self, program: Program) -> Program:
         """With the communication of a pipeline as the first rank has it: where values are cut unevenly, no rank sends more."""

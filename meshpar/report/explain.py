@@ -27,16 +27,19 @@ def explain(
     dropped: Sequence[str] = (),
     unrecognised: Mapping[str, str] | None = None,
     order: Order | None = None,
+    shapes: Sequence[str] = (),
 ) -> Readable:
     """What a plan says, for people.
 
     `graph` is the lowered graph of the plan. `inlined`: blocks that run in the root, with the reason; `averaged`: terms of the loss that
     are means over microbatches; `within`: modules that take statistics of a microbatch; `dropped`: outputs of the model that are left out;
     `unrecognised`: modules that look like layers of experts and are none, with the reason. `order`: that of a pipeline.
+    `shapes`: what became of batches of several shapes.
     """
     sections = [_mesh(plan), [] if order is None else _stages(plan, order), parameters(plan, graph), residual(plan, graph)]
     sections += [communication(plan, order), attention(plan, graph), others(plan, graph), repeated(plan, graph)]
     sections.append(_remarks(inlined or {}, averaged, within, dropped, unrecognised or {}))
+    sections.append(["Shapes of batches", *(f"  {line}" for line in shapes)] if shapes else [])
     return Readable("\n\n".join("\n".join(lines) for lines in sections if lines))
 
 

@@ -21,6 +21,7 @@ from meshpar.report.memory import MemoryReport, memory
 from meshpar.runtime.blocks import inlined, print_code
 from meshpar.runtime.engine import Engine
 from meshpar.runtime.load import expert_load
+from meshpar.runtime.state.variants import Variants
 
 
 class Asked(nn.Module):
@@ -32,6 +33,7 @@ class Asked(nn.Module):
     _first: Program
     _makes: Programs
     _tallies: list[Tally]
+    _variants: Variants
 
     @property
     def plan(self) -> Plan:
@@ -62,6 +64,7 @@ class Asked(nn.Module):
             dropped=program.captured.dropped,
             unrecognised=program.captured.unrecognised,
             order=self.schedule,
+            shapes=self._variants.told(),
         )
 
     def memory(self) -> MemoryReport:

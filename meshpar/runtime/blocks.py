@@ -143,6 +143,8 @@ class Tree(Block):
         used = {id(call.code) for module in self.modules() if isinstance(module, Block) for call in module._programs.values()}
         for source in [source for source, (_, code) in self._library.codes.items() if id(code) not in used]:
             del self._library.codes[source]
+            for filename in [name for name in linecache.cache if name.startswith("<meshpar ") and name.endswith(f" {_mark(source)}>")]:
+                del linecache.cache[filename]
 
     def run(self, key: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run program `key`: its outputs, without the new buffer values, which are written back."""
@@ -273,8 +275,12 @@ def print_code(tree: Tree, key: str) -> str:
 # ---- helpers ---------------------------------------------------------------------------------------------------------------------------
 
 
+def _mark(source: str) -> str:
+    return f"{crc32(source.encode()):08x}"
+
+
 def _exec(source: str, namespace: dict[str, Any], name: str) -> Code:
-    filename = f"<meshpar {name} {crc32(source.encode()):08x}>"
+    filename = f"<meshpar {name} {_mark(source)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # tracebacks show the line
     namespace = dict(namespace)
     exec(compile(source, filename, "exec"), namespace)

@@ -254,3 +254,24 @@ def test_a_bad_loss() -> None:
 def test_devices() -> None:
     with pytest.raises(ConfigError, match="Type device='cpu' or 'cuda'"):
         capture(nn.Linear(3, 2), (torch.ones(4, 3),), device="meta")
+
+
+class HooksItself(nn.Module):
+    """Puts a hook on its part in the first forward, and remembers that it did, as models that collect outputs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not getattr(self, "hooked", False):
+            self.hooked = True
+            self.part.register_forward_hook(lambda module, args, output: output + 1)
+        return self.part(x)
+
+
+def test_hooks_that_a_forward_registers_are_not_there_twice() -> None:
+    model = HooksItself()
+    first, second = (capture(model, (torch.randn(3, 2),)) for _ in range(2))
+    assert len(first.graph.nodes) == len(second.graph.nodes)
+    assert not model.part._forward_hooks

@@ -15,7 +15,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -151,8 +151,13 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from codes(constant)
 
 
-def _chains(code: types.CodeType) -> Iterator[tuple[str, str, list[str]]]:
+@lru_cache(maxsize=8192)  # (code never changes, and to read it takes longer than all else here)
+def _chains(code: types.CodeType) -> tuple[tuple[str, str, list[str]], ...]:
     """Every name that is loaded, from where, and the attributes that follow it: `settings.loss.weight` -> ("global", "settings", [...])."""
+    return tuple(_read_chains(code))
+
+
+def _read_chains(code: types.CodeType) -> Iterator[tuple[str, str, list[str]]]:
     current: tuple[str, str, list[str]] | None = None
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and current is not None:

@@ -34,6 +34,8 @@ Key = tuple[BatchSignature, int, str]
 
 KEPT = 8
 """How many programs are kept for one batch."""
+MOST = 32
+"""How many programs are kept in all, but for the first: those used last."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Variants:
         self._fixed: set[Place] = set()
         """Numbers that could not become inputs."""
         self._captures: Counter[Key] = Counter()
+        self._last: list[Variant] | None = None
+        """The programs of the batch before."""
+        self.forgotten = 0
+        """How many shapes were forgotten for others."""
         self._said: set[str] = set()
         self.rebind()
 
@@ -85,7 +91,18 @@ class Variants:
             self._engine.forget(old.program)
         del kept[KEPT:]
         self._makes.following.learn(program.captured.state)
+        self._forget_oldest()
         return found
+
+    def _forget_oldest(self) -> None:
+        """Forget the programs that were not used for longest; never that of parallelize, which reports are about."""
+        _first, *others = self._variants
+        while sum(map(len, self._variants.values())) > MOST and len(others) > 1:
+            oldest, *others = others
+            for old in self._variants.pop(oldest):
+                self._engine.forget(old.program)
+            self._captures.pop(oldest, None)
+            self.forgotten += 1
 
     def lost(self, name: str) -> str | None:
         """Where forward puts a tensor into an attribute of the model that nobody finds there, if it does."""
@@ -109,7 +126,17 @@ class Variants:
         if found is not None and kept[0] is not found:
             kept.remove(found)
             kept.insert(0, found)
+        if found is not None and kept is not self._last:
+            self._last = kept
+            if kept is not next(iter(self._variants.values())):
+                self._variants[key] = self._variants.pop(key)
         return key, found
+
+    def told(self) -> tuple[str, ...]:
+        """What became of the shapes of batches, for `explain`."""
+        count = sum(map(len, self._variants.values()))
+        gone = f"; {self.forgotten} used longest ago forgotten (at most {MOST} are kept)" if self.forgotten else ""
+        return (f"{count} programs kept{gone}", *self._makes.shapes.told(self._makes.planner.plans.made))
 
     def make(self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """A program for the state of this moment."""

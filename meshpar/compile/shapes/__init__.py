@@ -1,0 +1,1 @@
+"""Programs of new shapes from those of known ones."""
