@@ -22,7 +22,7 @@ from meshpar._torch import draws as tagged_as_drawing
 from meshpar.graph import flops as count
 from meshpar.graph.flops import Flops
 from meshpar.graph.op import op_name
-from meshpar.sharding import local, rules
+from meshpar.sharding import indexing, layers, local, rules
 from meshpar.sharding.conversions import CONVERSIONS
 from meshpar.sharding.local import Localise
 from meshpar.sharding.notation import bind
@@ -191,7 +191,7 @@ def _moves(names: str, kind: OperatorKind, saves: Saves = "operands", local: Loc
 
 def _attention(name: str, flops: Flops) -> dict[str, OperatorRow]:
     """Attention of parts of a sequence, by an outer axis."""
-    return _rows(f"meshpar.ops.{name}_attention", rules.attention_of_a_part, kind="attention", saves="operands and results", flops=flops)
+    return _rows(f"meshpar.ops.{name}_attention", layers.attention_of_a_part, kind="attention", saves="operands and results", flops=flops)
 
 
 _PRODUCTS: dict[str, OperatorRow] = {
@@ -214,11 +214,11 @@ _PRODUCTS: dict[str, OperatorRow] = {
     **_rows("cdist", row("... i [c], ... j [c] -> ... i j")),
     # the same below autograd, where recompute decides
     **_rows("_scaled_mm _grouped_mm _int_mm _trilinear", kind="product"),
-    **_rows("scaled_dot_product_attention", rules.attention, kind="attention", saves="operands and results", flops=count.attention,
+    **_rows("scaled_dot_product_attention", layers.attention, kind="attention", saves="operands and results", flops=count.attention,
             only_if=("dropout_p",), local=local.attention, sequences=True, weighs=True),
-    **_rows("meshpar.ops.context.grouped_attention", rules.attention, kind="attention", saves="operands and results",
+    **_rows("meshpar.ops.context.grouped_attention", layers.attention, kind="attention", saves="operands and results",
             flops=count.attention, local=local.attention, sequences=True, weighs=True),
-    **_rows("meshpar.ops.halo.windowed_attention", rules.attention, kind="attention", saves="operands and results",
+    **_rows("meshpar.ops.halo.windowed_attention", layers.attention, kind="attention", saves="operands and results",
             flops=count.windowed_attention, local=local.attention, sequences=True),
     **_attention("context.causal", count.attention),
     **_attention("gathered.gathered", count.ring_attention),
@@ -227,22 +227,22 @@ _PRODUCTS: dict[str, OperatorRow] = {
     **_rows("_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention "
             "_scaled_dot_product_efficient_attention _scaled_dot_product_fused_attention_overrideable _flash_attention_forward "
             "_efficient_attention_forward _scaled_dot_product_attention_math_for_mps", kind="attention", saves="operands and results"),
-    **_rows("convolution conv1d conv2d conv3d", rules.convolution, kind="convolution", flops=count.convolution, local=local.convolution),
-    **_rows("conv_transpose1d conv_transpose2d conv_transpose3d", rules.transposed_convolution, kind="convolution",
+    **_rows("convolution conv1d conv2d conv3d", layers.convolution, kind="convolution", flops=count.convolution, local=local.convolution),
+    **_rows("conv_transpose1d conv_transpose2d conv_transpose3d", layers.transposed_convolution, kind="convolution",
             flops=count.transposed_convolution),
 }  # fmt: skip
 
 _ROWS_OF_TABLES: dict[str, OperatorRow] = {
-    **_rows("embedding", rules.embedding, kind="lookup", saves="indices", local=local.embedding, matrix=("rows", "features")),
-    **_rows("index", rules.index, kind="lookup", saves="indices"),
-    **_rows("index_select", rules.index_select, kind="lookup", saves="indices"),
-    **_rows("gather take_along_dim", rules.gather, kind="lookup", saves="indices"),
+    **_rows("embedding", indexing.embedding, kind="lookup", saves="indices", local=local.embedding, matrix=("rows", "features")),
+    **_rows("index", indexing.index, kind="lookup", saves="indices"),
+    **_rows("index_select", indexing.index_select, kind="lookup", saves="indices"),
+    **_rows("gather take_along_dim", indexing.gather, kind="lookup", saves="indices"),
     **_rows("meshpar.ops.vocab_parallel.embedding", kind="lookup", saves="indices", matrix=("rows", "features")),
-    **_rows("scatter scatter_add", rules.scatter, kind="write"),
-    **_rows("index_add", rules.index_add, kind="write"),
-    **_rows("slice_scatter", rules.written, kind="write", saves="nothing"),
-    **_rows("select_scatter", rules.written, kind="write"),
-    **_rows("one_hot", rules.one_hot),
+    **_rows("scatter scatter_add", indexing.scatter, kind="write"),
+    **_rows("index_add", indexing.index_add, kind="write"),
+    **_rows("slice_scatter", indexing.written, kind="write", saves="nothing"),
+    **_rows("select_scatter", indexing.written, kind="write"),
+    **_rows("one_hot", indexing.one_hot),
 }
 
 _EXPERTS: dict[str, OperatorRow] = {
@@ -254,34 +254,35 @@ _EXPERTS: dict[str, OperatorRow] = {
 }
 
 _LAYERS: dict[str, OperatorRow] = {
-    **_rows("layer_norm native_layer_norm rms_norm _fused_rms_norm", rules.normalised, kind="norm"),
+    **_rows("layer_norm native_layer_norm rms_norm _fused_rms_norm", layers.normalised, kind="norm"),
     **_rows("_native_batch_norm_legit_functional _native_batch_norm_legit _native_batch_norm_legit_no_training native_batch_norm "
-            "batch_norm", rules.batch_norm, kind="norm"),
-    **_rows("group_norm", rules.group_norm, kind="norm"),
-    **_rows("_weight_norm", rules.weight_norm, kind="norm"),
+            "batch_norm", layers.batch_norm, kind="norm"),
+    **_rows("group_norm", layers.group_norm, kind="norm"),
+    **_rows("_weight_norm", layers.weight_norm, kind="norm"),
     **_rows("softmax _softmax", rules.along_dim, kind="softmax", saves="results", weighs=True),
     **_rows("_safe_softmax", rules.along_dim, kind="softmax", weighs=True),
     **_rows("log_softmax _log_softmax", rules.along_dim, kind="softmax", saves="results"),
-    **_rows("glu", rules.glu),
-    **_rows("prelu", rules.prelu),
-    **_rows("lstm gru rnn_tanh rnn_relu", rules.recurrent, kind="recurrent", only_if=("dropout", "train")),
+    **_rows("glu", layers.glu),
+    **_rows("prelu", layers.prelu),
+    **_rows("lstm gru rnn_tanh rnn_relu", layers.recurrent, kind="recurrent", only_if=("dropout", "train")),
     **_rows("lstm_cell", row("b [i], b [h], b [h], [g] [i], [g] [h], [g], [g] -> b [h], b [h]"), kind="recurrent"),
     **_rows("gru_cell rnn_tanh_cell rnn_relu_cell", row("b [i], b [h], [g] [i], [g] [h], [g], [g] -> b [h]"), kind="recurrent"),
-    **_rows("cosine_similarity", rules.cosine_similarity, kind="reduction"),
+    **_rows("cosine_similarity", layers.cosine_similarity, kind="reduction"),
     **_rows("max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
             "adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest1d "
-            "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d", rules.pooling, kind="window"),
+            "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d",
+            layers.pooling, kind="window"),
     **_rows("im2col", row("... c [h] [w] -> ... (c k) [l]", linear=((0,),)), kind="window"),
     **_rows("col2im", row("... (c k) [l] -> ... c [h] [w]", linear=((0,),)), kind="window"),
     **_rows("fft_fftn", fixed_dims(lambda op: op.dims(), linear=True)),
 }  # fmt: skip
 
 _LOSSES: dict[str, OperatorRow] = {
-    **_rows("cross_entropy_loss", rules.cross_entropy, kind="label loss", additive=True, local=local.cross_entropy),
-    **_rows("nll_loss nll_loss_nd nll_loss2d", rules.label_loss, kind="label loss", additive=True),
+    **_rows("cross_entropy_loss", layers.cross_entropy, kind="label loss", additive=True, local=local.cross_entropy),
+    **_rows("nll_loss nll_loss_nd nll_loss2d", layers.label_loss, kind="label loss", additive=True),
     **_rows("mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits",
-            rules.loss_by_element, kind="loss"),
-    **_rows("meshpar.ctc_loss", rules.ctc_loss, kind="loss"),
+            layers.loss_by_element, kind="loss"),
+    **_rows("meshpar.ctc_loss", layers.ctc_loss, kind="loss"),
 }  # fmt: skip
 
 _REDUCTIONS: dict[str, OperatorRow] = {
@@ -292,8 +293,8 @@ _REDUCTIONS: dict[str, OperatorRow] = {
             rules.reduction, kind="reduction"),
     **_rows("max min", rules.pointwise_or(rules.reduction), kind="reduction"),
     **_rows("cumprod logcumsumexp cummax cummin", rules.along_dim, kind="scan"),
-    **_rows("diff", rules.differences, kind="scan"),
-    **_rows("topk sort argsort", rules.searched, kind="search"),
+    **_rows("diff", indexing.differences, kind="scan"),
+    **_rows("topk sort argsort", indexing.searched, kind="search"),
     **_rows("meshpar.expect", rules.whole),
 }  # fmt: skip
 
@@ -321,9 +322,9 @@ _ELEMENT_BY_ELEMENT: dict[str, OperatorRow] = {
 }
 
 _MADE: dict[str, OperatorRow] = {
-    **_rows("dropout native_dropout", rules.dropout, kind="random", only_if=("p", "train")),
+    **_rows("dropout native_dropout", layers.dropout, kind="random", only_if=("p", "train")),
     **_rows("feature_dropout alpha_dropout feature_alpha_dropout", kind="random", draws=True, only_if=("p", "train")),
-    **_rows("bernoulli rand_like randn_like", rules.dropout, kind="random"),
+    **_rows("bernoulli rand_like randn_like", layers.dropout, kind="random"),
     **_rows("rand randn", rules.created, kind="random", local=local.created),
     **_rows("zeros ones full empty new_zeros new_ones new_full new_empty", rules.created, kind="created", local=local.created),
     **_rows("zeros_like ones_like full_like empty_like scalar_tensor", rules.created, kind="created"),
@@ -338,7 +339,7 @@ _MOVED: dict[str, OperatorRow] = {
     **_views("transpose swapaxes swapdims mT adjoint mH t numpy_T permute movedim unsqueeze expand_as select unbind alias detach"),
     **_views("diagonal"),
     **_rows("_operator.getitem", kind="view", view=True, saves="nothing"),
-    **_rows("unfold", rules.unfolded, kind="view", view=True, saves="nothing"),
+    **_rows("unfold", layers.unfolded, kind="view", view=True, saves="nothing"),
     **_rows("view_as_complex", row("... [c] -> ..."), kind="view", view=True, saves="nothing"),
     **_rows("view_as_real", row("... -> ... [c]"), kind="view", view=True, saves="nothing"),
     **_moves("contiguous", "copy", "nothing"),
@@ -349,8 +350,8 @@ _MOVED: dict[str, OperatorRow] = {
     **_moves("cat stack", "join", "nothing"),
     **_moves("concat concatenate", "join"),
     **_moves("cumsum", "scan"),
-    **_rows("pad", rules.padding, kind="write"),
-    **_rows("constant_pad_nd", rules.padding, kind="write", saves="nothing"),
+    **_rows("pad", layers.padding, kind="write"),
+    **_rows("constant_pad_nd", layers.padding, kind="write", saves="nothing"),
 }
 
 _COLLECTIVES: dict[str, OperatorRow] = {
