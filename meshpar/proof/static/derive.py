@@ -162,8 +162,10 @@ class Derive:
             for i, type_ in enumerate(outcome.outs):
                 outs[i].append(type_)
                 after[i] = _part(after[i], type_, axis.size, max(axis.rank, 0))
-            for one, gradient in zip(steps, outcome.back, strict=True):
-                one.append(GradientStep(None if gradient is AS_RESULT and not _acts_on_whole(op) else WHOLE, gradient))
+            own = frozenset(op.nature.shared) if op.nature is not None else frozenset[int]()
+            for i, (one, gradient) in enumerate(zip(steps, outcome.back, strict=True)):
+                free = i in own or (gradient is AS_RESULT and not _acts_on_whole(op))
+                one.append(GradientStep(None if free else WHOLE, gradient))
         return tuple(tuple(o) for o in outs), tuple(tuple(s) for s in steps)
 
     def _on_axis(self, found: MatchedCall, k: int, level: Level) -> Outcome:
@@ -177,6 +179,8 @@ class Derive:
             )
         if all(t == I for t in types):
             copies = self._copies(found)
+            if op.nature is not None and op.nature.shared:  # terms of its own: the same on all ranks, whatever gradient comes in
+                return Outcome((I,) * count, tuple(WHOLE if i in op.nature.shared else AS_RESULT for i in range(len(types))))
             return unchanged(count, len(types)) if copies is None or copies[k] == I else Outcome((copies[k],), (PARTIAL,))
         if (outcome := experts.on_rows(op, types)) is not None:
             return outcome
@@ -206,8 +210,7 @@ class Derive:
         before, after = op.shapes[0], op.out.shape
         shift = len(after) - len(before)
         copied = {d: 1 if d < shift else before[d - shift] for d in range(len(after))}
-        tiles = op.name == "repeat"
-        return tuple(t if isinstance(t, Shard) and _of_copies(t, copied[t.dim], a.size, tiles) else I
+        return tuple(t if isinstance(t, Shard) and _of_copies(t, copied[t.dim], a.size, op.name) else I
                      for a, t in zip(self.claims.axes, said.types, strict=True))  # fmt: skip
 
     def _action(self, op: Op) -> OperatorAction | None:
@@ -241,14 +244,15 @@ class Derive:
         if call.way == "gathered":  # keys and values are handed as parts, and attended to as a whole
             for node, shape, info in zip(call.nodes[1:3], local[1:3], op.infos[1:3], strict=True):
                 examples[node] = ((*shape[:-2], info.shape[-2], shape[-1]), info.dtype)
-        wanted = tuple(self.claims.shapes((op.node, i), types)[-1] for i, types in enumerate(outs) if op.outs[i] is not None)
+        held = [i for i, info in enumerate(op.outs) if info is not None and 0 not in info.shape]
+        wanted = tuple(self.claims.shapes((op.node, i), outs[i])[-1] for i in held)
         gives = self.shapes(call.target, call.args, call.kwargs, examples)
         if isinstance(gives, str):
             whole = {n: (info.shape, info.dtype) for n, info in zip(op.node.all_input_nodes, op.infos)}
             if len(whole) == len(op.infos) and isinstance(self.shapes(op.node.target, op.node.args, op.node.kwargs, whole), tuple):
                 raise Contradiction(f"it does not run on what a rank has: {gives}")
             raise Unproved("it does not run on tensors without memory")
-        found_shapes = tuple(s for s in gives if s is not None)[: len(wanted)]
+        found_shapes = tuple(one for i in held if i < len(gives) and (one := gives[i]) is not None)
         if found_shapes != wanted:
             raise Contradiction(f"a rank gets {_listed(found_shapes)}, its part is {_listed(wanted)}")
 
@@ -347,10 +351,12 @@ _COPYING = frozenset("expand broadcast_to expand_as repeat repeat_interleave".sp
 _FILLED = frozenset("zeros ones full empty new_zeros new_ones new_full new_empty rand randn".split())
 
 
-def _of_copies(shard: Shard, size: int, ranks: int, tiles: bool) -> bool:
-    """Whether the parts of a dim that is made of copies of `size` elements are whole copies."""
+def _of_copies(shard: Shard, size: int, ranks: int, name: str) -> bool:
+    """Whether every part of a dim that is made of copies of `size` elements has as many copies of each of them."""
     repeat, segments = layout_of(shard, ranks)
-    return size == 1 or (tiles and repeat == 1 and all(one % size == 0 for _, one in segments))
+    if name == "repeat_interleave":  # each element several times in a row
+        return repeat % size == 0
+    return size == 1 or (name == "repeat" and repeat == 1 and all(one % size == 0 for _, one in segments))
 
 
 def _acts_on_whole(op: Op) -> bool:

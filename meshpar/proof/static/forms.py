@@ -58,7 +58,7 @@ def through(action: OperatorAction, types: Sequence[Type], ranks: int) -> Outcom
     if missing := [i for i in counting if not isinstance(types[i], (Partial, Ragged))]:
         raise Contradiction(f"operand {missing[0] + 1} counts what all ranks have together, and each has a part")
     sums -= counting
-    outs = tuple(_out(dims, name, layout, action) for dims in action.outputs)
+    outs = tuple(I if dims is None else _out(dims, name, layout, action) for dims in action.outputs)
     gone = [isinstance(t, Partial) for t in outs]
     if not any(gone):
         if sums:

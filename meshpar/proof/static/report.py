@@ -78,8 +78,8 @@ class StaticReport:
 
 
 HEADING = (
-    "meshpar made a program that does not compute what the model computes. This is an error of meshpar, not of the model: "
-    "please report it, with the lines below. (meshpar.verify compares numbers.)"
+    "the static check finds that the program does not compute what the model computes. Whether the program is wrong or the check, "
+    "mp.verify tells by numbers; either is an error of meshpar: please report it, with these lines."
 )
 MOST = 8
 """So many findings are written out."""
