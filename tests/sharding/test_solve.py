@@ -116,7 +116,7 @@ def test_rules_that_cannot_be_met() -> None:
     with pytest.raises(PlanError) as error:
         decided(captured(), rules={"layers.*.gat.weight": "tp:0", "head.weight": "tp:2", "norm.weight": "columns"})
     text = str(error.value)
-    assert "rule 'layers.*.gat.weight' matches no parameter." in text and "layers.0.gate.weight" in text
+    assert "rule 'layers.*.gat.weight' matches no parameter." in text and "Did you mean layers.*.gate.weight" in text
     assert "rule 'head.weight': head.weight has shape [128, 32], it has no dim 2." in text
     assert """rule 'norm.weight': 'columns' is not "tp:DIM" (as in "tp:0") or "replicate".""" in text
 
