@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -54,12 +54,12 @@ def replaced(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor])
 def fake_of(
     tensor: torch.Tensor,
     device: torch.device,
-    mode: FakeTensorMode,
+    mode: AbstractContextManager[Any],
     *,
     shape: tuple[int, ...] | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """A fake of `tensor` on `device`: the same strides, or contiguous with another `shape`; a floating one in `dtype`, if given."""
+    """A stand-in for `tensor` on `device`, made in `mode`: of its strides, or contiguous in another `shape`; a floating one in `dtype`."""
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     with mode:
         if shape is None:

@@ -12,7 +12,7 @@ in the calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -230,14 +230,7 @@ def without_memory(batch: Any) -> Any:
 
 def _hollow(tensor: Tensor, shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> Tensor:
     """A tensor of this kind without memory."""
-    dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    if shape is None:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=_META)
-    else:
-        made = torch.empty(shape, dtype=dtype, device=_META)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(made, requires_grad=tensor.requires_grad)
-    return made.requires_grad_(tensor.requires_grad)
+    return fake.fake_of(tensor, _META, nullcontext(), shape=shape, dtype=dtype)
 
 
 @contextmanager
