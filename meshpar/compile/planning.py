@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.capture.experts.seam import advise
 from meshpar.compile.agreement import agree_on_graph
+from meshpar.compile.claimed import check_rules
 from meshpar.compile.decide import Decision, StageRequest, decide, place_as_before
 from meshpar.compile.given import ParameterFacts, check_given
 from meshpar.compile.shapes.plans import Plans
@@ -51,6 +52,7 @@ class Planner:
         """The plan of a step. Collective; raises PlanError where ranks differ or the plan that was given does not fit."""
         self._check_experts(captured)
         self._agree(captured, parameters)
+        check_rules(captured.graph)
         stages = self._stages()
         if self.given is not None and not self.pinned:
             ranks = () if stages is None else stages.ranks

@@ -47,6 +47,8 @@ class OperatorRow:
     kind: OperatorKind = "other"
     rule: Rule | None = None
     """What it allows: the signature of a call. None: it runs on invariant values."""
+    claim: str | None = None
+    """The rule as `add_rule` was given it, which is tried before it is used (`compile.claimed`)."""
     view: bool = False
     """Whether its result is the memory of its operand (also where a rare one has to copy): it moves nothing and keeps nothing."""
     saves: Saves = "operands"
@@ -163,7 +165,7 @@ def add_rule(
     }
     facts |= {"only_if": None if only_if is None else tuple(only_if), "additive": additive, "weighs": weighs}
     given = {fact: value for fact, value in facts.items() if value is not None}
-    OPERATORS[name] = replace(OPERATORS.get(name, _UNKNOWN), rule=row(text, linear=linear), **given)
+    OPERATORS[name] = replace(OPERATORS.get(name, _UNKNOWN), rule=row(text, linear=linear), claim=text, **given)
 
 
 # -- the rows ----------------------------------------------------------------------------------------------------------------------------
