@@ -13,6 +13,7 @@ import torch
 import torch.distributed._functional_collectives  # torch 2.13; registers the functional collectives' shapes for fake and meta tensors
 from torch import _C, nn
 from torch._C import _set_grad_enabled as set_grad_enabled  # torch 2.13; what export sees of torch.no_grad
+from torch._export.utils import _check_valid_to_preserve, _is_cia_op  # torch 2.13; which operators export writes out
 from torch._ops import (
     OpOverload,  # torch 2.13; the type of an ATen operator in a graph, wait for a public name
     mode_stack_state_for_pre_dispatch,  # torch 2.13; the trace of an export under way, wait for a public way out of it
@@ -52,6 +53,12 @@ below_autograd = _C._AutoDispatchBelowAutograd
 grouped_mm = torch._grouped_mm  # torch 2.13; what F.grouped_mm calls, and what a TorchFunctionMode sees of it
 
 functional = torch.ops._c10d_functional  # torch 2.13; wait for public functional collectives
+
+
+@cache
+def is_written_out(operator: OpOverload) -> bool:
+    """Whether a functional program has no such calls: composite ones that may return their operand, or a view of it (torch 2.13)."""
+    return bool(_is_cia_op(operator)) and not _check_valid_to_preserve(operator)
 
 
 def resolve_process_group(name: str) -> ProcessGroup:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from meshpar._torch import FakeTensorMode, checkpoints_only_call
-from meshpar.capture import blame, check, decompositions, fake, grad, simplify, structure
+from meshpar.capture import blame, check, decompositions, fake, functional, grad, simplify, structure
 from meshpar.capture import exported as graph
 from meshpar.capture.attempts import Attempt, first_that_works
 from meshpar.capture.batch import ReadBatch, maybe_packed, read_batch
@@ -221,7 +221,7 @@ def _export(
             ):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             grad.inline(program.graph_module)
-            return program.run_decompositions(dict(decompositions.WRITTEN_OUT))
+            return functional.functional(program)
         except Exception as error:
             raise blame.explain(error, recorder.model, found.advice()) from error
 
