@@ -55,10 +55,15 @@ grouped_mm = torch._grouped_mm  # torch 2.13; what F.grouped_mm calls, and what 
 functional = torch.ops._c10d_functional  # torch 2.13; wait for public functional collectives
 
 
+def is_composite(operator: OpOverload) -> bool:
+    """Whether an operator is nothing but calls of others (torch 2.13)."""
+    return bool(_is_cia_op(operator))
+
+
 @cache
 def is_written_out(operator: OpOverload) -> bool:
     """Whether a functional program has no such calls: composite ones that may return their operand, or a view of it (torch 2.13)."""
-    return bool(_is_cia_op(operator)) and not _check_valid_to_preserve(operator)
+    return is_composite(operator) and not _check_valid_to_preserve(operator)
 
 
 def resolve_process_group(name: str) -> ProcessGroup:
