@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meshpar import checkpoint, data, ops, pipeline
+    from meshpar import checkpoint, data, ops, pipeline, plot
     from meshpar.api import parallelize
     from meshpar.capture.experts.seam import register_experts
     from meshpar.config import ParallelConfig, Precision
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from meshpar.init.fit import Weights
     from meshpar.init.meta import meta
     from meshpar.mesh import data_rank, local_batch, make_mesh, rank_grid
-    from meshpar.pipeline import plot, schedule, timing
+    from meshpar.pipeline import schedule, timing
     from meshpar.plan import Plan
     from meshpar.proof.report import Report, VerificationError
     from meshpar.proof.verify import verify
@@ -57,8 +57,8 @@ _HOME = {
 _NAMESAKES = ("dry_run", "simulate")
 """Functions called like the module they live in."""
 _MODULES = {
-    **{name: name for name in ("checkpoint", "data", "ops", "pipeline")},
-    **{name: f"pipeline.{name}" for name in ("plot", "schedule", "timing")},
+    **{name: name for name in ("checkpoint", "data", "ops", "pipeline", "plot")},
+    **{name: f"pipeline.{name}" for name in ("schedule", "timing")},
 }
 
 __all__ = [

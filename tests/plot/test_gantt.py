@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 import meshpar as mp
 from meshpar.errors import ConfigError, MeshparError
-from meshpar.pipeline.plot import chrome_trace, schedule, schedule_table
 from meshpar.pipeline.schedule import COMPUTE, Event, Order, order
 from meshpar.pipeline.timing import Costs, simulate
+from meshpar.plot import gantt
+from meshpar.plot.gantt import chrome_trace, schedule, schedule_table
 
 
 def late(events: tuple[Event, ...]) -> list[Event]:
@@ -148,7 +149,7 @@ def test_public_names() -> None:
     assert mp.timing.simulate is simulate
 
 
-@pytest.mark.parametrize("module", [mp.schedule, mp.timing, mp.plot], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [mp.schedule, mp.timing, gantt], ids=lambda module: module.__name__)
 def test_examples(module: ModuleType) -> None:
     done = doctest.testmod(module)
     assert done.attempted and not done.failed

@@ -1,0 +1,54 @@
+"""Pictures, each a function that draws into matplotlib axes and returns them (pip install 'meshpar[plot]').
+
+mesh("pp=2,dp=2,tp=4")                          who is who: ranks by stage, data and tensor coordinate
+parameter(pm, "layers.0.mlp.up.weight")         which rank holds what of a parameter
+collective("reduce_scatter", 4)                 what a collective moves, before and after
+communication(pm)                               bytes by axis, direction and kind; `traffic(pm)`: from rank to rank
+causal_work(4096, 4, balanced=True)             who computes what of a causal square
+expert_load([120, 80, ...], ranks=4)            tokens by expert and rank
+schedule(pm.schedule, measured=events)          a pipeline as a Gantt chart; `chrome_trace` for Perfetto
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meshpar.plot.bytes_sent import communication, traffic
+    from meshpar.plot.gantt import chrome_trace, schedule, schedule_table
+    from meshpar.plot.holders import mesh, parameter
+    from meshpar.plot.moves import collective
+    from meshpar.plot.work import causal_work, expert_load
+
+_HOME = {
+    **dict.fromkeys(("chrome_trace", "schedule", "schedule_table"), "gantt"),
+    **dict.fromkeys(("mesh", "parameter"), "holders"),
+    "collective": "moves",
+    **dict.fromkeys(("communication", "traffic"), "bytes_sent"),
+    **dict.fromkeys(("causal_work", "expert_load"), "work"),
+}
+
+__all__ = [
+    "causal_work",
+    "chrome_trace",
+    "collective",
+    "communication",
+    "expert_load",
+    "mesh",
+    "parameter",
+    "schedule",
+    "schedule_table",
+    "traffic",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
