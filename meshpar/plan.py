@@ -83,7 +83,7 @@ class Comm:
     """The pipeline stage that runs it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """All decisions: per axis the type of every value, per parameter its placement, and the communication that follows.
 
@@ -117,6 +117,12 @@ class Plan:
 
     def __hash__(self) -> int:
         return int(self.hash, 16)
+
+    def __repr__(self) -> str:
+        mesh = ",".join(f"{name}={size}" for name, size in self.mesh)
+        stages = f", {len(self.stages)} stages" if self.stages else ""
+        values = max((len(one.nodes) for one in self.axes), default=0)
+        return f"Plan({mesh}: {len(self.parameters)} parameters, {values} values{stages}, {len(self.ledger)} collectives, hash {self.hash})"
 
     def comms(self) -> tuple[Comm, ...]:
         """The ledger: every collective of one microbatch, with the bytes a device sends."""

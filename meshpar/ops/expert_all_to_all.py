@@ -97,6 +97,7 @@ def dispatch(
     Raises ConfigError for shapes, types or indices that do not fit, and where the ranks do not divide the experts. (Indices on an
     accelerator are looked at when the host waits anyway, and with a capacity those that are no expert's are dropped.)
 
+    >>> from meshpar.simulate import local_tensors, per_rank, simulate
     >>> with simulate(2):
     ...     hidden = per_rank(lambda rank: torch.tensor([[10.0 * rank], [10.0 * rank + 1]]))
     ...     rows, offsets, dispatched = dispatch(hidden, torch.tensor([[1], [0]]), 2)

@@ -11,6 +11,7 @@ import torch
 from meshpar.errors import MeshparError
 from meshpar.mesh import format_mesh
 from meshpar.proof.expected import few
+from meshpar.report.text import Legible
 
 
 class VerificationError(MeshparError, AssertionError):
@@ -27,8 +28,8 @@ class Difference:
     worst: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Legible):
     """What `verify` found. Its text is a table."""
 
     model: str

@@ -15,13 +15,13 @@ from meshpar.graph.facts import Info, facts, info_of, infos_of
 from meshpar.graph.operators import ARITHMETIC, operator_of
 from meshpar.pipeline.schedule import Order
 from meshpar.plan import ParameterPlan, Plan
-from meshpar.report.text import count, table
+from meshpar.report.text import Legible, count, table
 from meshpar.roles import ROLES, copying
 from meshpar.sharding.types import Shard, local_shape
 
 
-@dataclass(frozen=True)
-class MemoryReport:
+@dataclass(frozen=True, repr=False)
+class MemoryReport(Legible):
     """Bytes on a rank during a training step: on the one that holds most; with a pipeline, of those with this rank's stages.
 
     `activations` is an estimate, the rest follows from shapes.
@@ -64,8 +64,6 @@ class MemoryReport:
         return (
             each[0] if len(each) == 1 else ", ".join(f"{text} on stage {stage}" for stage, text in zip(self.in_flight, each, strict=True))
         )
-
-    __repr__ = __str__
 
 
 def memory(plan: Plan, graph: fx.Graph, stages: Sequence[StageGraph] = (), order: Order | None = None, rank: int = 0) -> MemoryReport:

@@ -18,6 +18,7 @@ from meshpar.pipeline.schedule import Event, Order, schedule_table
 from meshpar.plan import Comm, Plan
 from meshpar.report.explain import explain
 from meshpar.report.memory import MemoryReport, memory
+from meshpar.report.text import as_html
 from meshpar.runtime.blocks import inlined, print_code
 from meshpar.runtime.engine import Engine
 from meshpar.runtime.load import expert_load
@@ -66,6 +67,9 @@ class Asked(nn.Module):
             order=self.schedule,
             shapes=self._variants.told(),
         )
+
+    def _repr_html_(self) -> str:
+        return as_html(self.explain())
 
     def memory(self) -> MemoryReport:
         """What a rank keeps in memory while it trains, by kind; with a pipeline, this rank with its stages."""

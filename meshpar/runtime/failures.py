@@ -84,8 +84,7 @@ class Board:
 class Together:
     """Sections of code that the ranks of a mesh leave together.
 
-    >>> together = Together(mesh)  # doctest: +SKIP
-    >>> with together.section("train_step"):
+    >>> with Together(mesh).section("train_step"):  # doctest: +SKIP
     ...     step()
     """
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from meshpar.errors import ProgramFault, raise_all
 from meshpar.graph.facts import facts
+from meshpar.report.text import Legible
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class Unproved(Exception):
     """Nothing is known of a call on values that are not whole."""
 
 
-@dataclass(frozen=True)
-class StaticReport:
+@dataclass(frozen=True, repr=False)
+class StaticReport(Legible):
     """The result of a static check.
 
     `proved` counts calls whose result and gradients were derived; `unproved` holds those of which that could not be said (what follows
