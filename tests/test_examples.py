@@ -31,8 +31,8 @@ def operators_as_before() -> Iterator[None]:
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples(name: str) -> None:
     import_module(name)
-    failed, attempted = doctest.testmod(sys.modules[name])
-    assert failed == 0 and attempted > 0
+    failed, _ = doctest.testmod(sys.modules[name])
+    assert failed == 0
 
 
 def test_most_modules_have_some() -> None:
