@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from meshpar import checkpoint, data, ops, pipeline, plot
     from meshpar.api import parallelize
+    from meshpar.calibrate import calibrate
     from meshpar.capture.experts.seam import register_experts
     from meshpar.config import ParallelConfig, Precision
     from meshpar.dry_run import DryRun, dry_run
@@ -54,7 +55,7 @@ _HOME = {
     "register_experts": "capture.experts.seam",
     **dict.fromkeys(("Report", "VerificationError", "verify"), "proof.verify"),
 }
-_NAMESAKES = ("dry_run", "simulate")
+_NAMESAKES = ("calibrate", "dry_run", "simulate")
 """Functions called like the module they live in."""
 _MODULES = {
     **{name: name for name in ("checkpoint", "data", "ops", "pipeline", "plot")},
@@ -80,6 +81,7 @@ __all__ = [
     "VerificationError",
     "Weights",
     "add_rule",
+    "calibrate",
     "checkpoint",
     "clip_grad_norm_",
     "data",

@@ -1,4 +1,4 @@
-"""`meshpar` on the command line: demo, explain, verify, dry-run, plan, checkpoint.
+"""`meshpar` on the command line: demo, explain, verify, dry-run, plan, calibrate, checkpoint.
 
 Exit status: 0 all is well, 1 the parallel program differs from the original (or the comparison proves nothing), 2 the command cannot be
 meant, 3 it failed on the way.
@@ -88,6 +88,7 @@ def application() -> Any:
 
     app.command()(_with_messages(planning.dry_run))
     app.command()(_with_messages(planning.plan))
+    app.command()(_with_messages(planning.calibrate))
     try:
         from meshpar.checkpoint.commands import app as checkpoint
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`meshpar dry-run` and `meshpar plan`: a program on a cluster that is not there, and the best mapping for one."""
+"""`meshpar dry-run`, `plan` and `calibrate`: a program on a cluster that is not there, the best mapping for one, a machine as hardware."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AnyModel = Annotated[
         "transformers, or the folder of a configuration.",
     ),
 ]
-Gpu = Annotated[str, typer.Option("--gpu", "--hardware", help="The accelerator: a100, h100, h200, b200, gb200, gb300, v100, ...")]
+Gpu = Annotated[str, typer.Option("--gpu", "--hardware", help="The accelerator: a100, h100, h200, b200, gb200, gb300, v100, ...; or a file of calibrate.")]
 StackName = Annotated[str, typer.Option("--stack", help="Whose software; meshpar counts what this package does.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -162,6 +162,47 @@ def plan(
         return
     print(found)
     print(f"\n{found.toml()}\n\n{found.launch(script)}\n{found.launch(script, slurm=True)}")
+
+
+def calibrate(
+    file: Annotated[Path, typer.Argument(help="The JSON file to write; dry-run and plan take it as --hardware FILE.")] = Path("machine.json"),
+    ranks: Annotated[int | None, typer.Option("--ranks", help="Up to so many local ranks. [as many as cores, at least 4]")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="How often everything is timed; the least counts.")] = 10,
+    step: Annotated[
+        float | None,
+        typer.Option("--step", help="Instead: a measured step, in seconds, of the program that the options below describe; its scale."),
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help="With --step: as MODEL of dry-run.")] = "",
+    mesh: Annotated[str, typer.Option("--mesh", help="With --step: mesh axes, or a file of meshpar plan.")] = "",
+    config: Annotated[Path | None, typer.Option("--config", help="With --step: a file that meshpar plan wrote.")] = None,
+    gpu: Annotated[str, typer.Option("--gpu", "--hardware", help="With --step: what it ran on, a name or a file. [FILE]")] = "",
+    seq: Annotated[int | None, typer.Option("--seq", min=2, help="With --step: tokens of a sample.")] = None,
+    microbatch: Annotated[int, typer.Option("--microbatch", min=1, help="With --step: samples of a microbatch.")] = 1,
+    microbatches: Annotated[int | None, typer.Option("--microbatches", min=1, help="With --step: of a step.")] = None,
+    stack: StackName = "meshpar",
+) -> None:
+    """Measure this machine (cores, gloo) in two minutes, and write it as hardware. With --step, scale hardware by one measured step."""
+    from meshpar.planner.files import write
+
+    if step is None:
+        from meshpar.calibrate import calibrate as run
+
+        found = run(file, ranks=ranks, rounds=rounds, say=lambda text: print(f"measuring {text} ...", flush=True))
+        assert found.measured is not None
+        low, high = found.measured.spread
+        print(f"{file}: {found.source}, 1 to {found.measured.ranks} ranks. Its own programs took {low:.2f} to {high:.2f} of the estimate.")
+        return
+    from meshpar.cli.large import built, large_model
+    from meshpar.dry_run import dry_run as run_dry
+
+    if not model or not (mesh or config):
+        raise ConfigError("calibrate --step wants --model and --mesh (or --config FILE) of the program that was measured.")
+    settings = _settings(config, {} if microbatches is None else {"microbatches": microbatches})
+    made, batch = large_model(model, seq=seq, samples=microbatch * settings.microbatches)
+    dry = run_dry(built(made), mesh or config or "", settings, hardware=gpu or file, example=batch, stack=stack)
+    part = dry.scaled(step)
+    write(part, file)
+    print(f"{file}: {part.name}, scale {part.scale:.3f} (estimated {dry.time.seconds:.3g} s, measured {step:.3g} s)")
 
 
 def _as_dict(found: Any) -> dict[str, Any]:

@@ -26,16 +26,15 @@ from meshpar.compile.programs import Programs
 from meshpar.config import ParallelConfig
 from meshpar.dry_run.ledger import ledger
 from meshpar.dry_run.memory import needs
+from meshpar.dry_run.pricing import Pricing
 from meshpar.dry_run.reader import workload
 from meshpar.dry_run.rehearsal import Rehearsed, absent, rehearse
 from meshpar.dry_run.result import DryRun
 from meshpar.mesh import format_mesh, parse_mesh, rank_grid
 from meshpar.passes.inputs import extra_inputs
 from meshpar.pipeline.order import Schedule
-from meshpar.pipeline.timing import Costs, simulate
 from meshpar.planner import Cluster, Constants, Hardware, Stack
 from meshpar.planner import stack as stack_of
-from meshpar.planner.cost import Memo, Times, rates, timed
 from meshpar.planner.hardware import hardware as hardware_of
 
 __all__ = ["DryRun", "dry_run"]
@@ -48,7 +47,7 @@ def dry_run(
     mesh: str | Path | Mapping[str, int],
     config: ParallelConfig | str | Path | None = None,
     *,
-    hardware: str | Hardware = "h100",
+    hardware: str | Path | Hardware = "h100",
     example: Example | None = None,
     stack: str | Stack = OURS,
     rules: Mapping[str, str] | None = None,
@@ -58,7 +57,8 @@ def dry_run(
     """What `parallelize(model, mesh, example=example, config=config)` would need and take on a cluster, without it.
 
     `model` may be on `meta`: 175 B parameters on 512 ranks take less than a minute and 3 GiB. `example` is the local batch of one data
-    rank, of all its microbatches. `hardware` is a name in `planner.HARDWARE` or a `planner.Hardware`. `stack` says whose software:
+    rank, of all its microbatches. `hardware` is a name in `planner.HARDWARE`, a file that `mp.calibrate` wrote of a machine, or a
+    `planner.Hardware`. `stack` says whose software:
     "meshpar" counts what this runtime allocates and overlaps; another of `planner.STACKS` prices the same program as that software would
     run it (its bytes per parameter, what it keeps and gathers again, its kernels, its overlap).
 
@@ -70,7 +70,7 @@ def dry_run(
     """
     config = ParallelConfig.from_toml(config) if isinstance(config, (str, Path)) else config or ParallelConfig()
     sizes = parse_mesh(mesh)
-    part, software = hardware_of(hardware) if isinstance(hardware, str) else hardware, stack_of(stack)
+    part, software = hardware if isinstance(hardware, Hardware) else hardware_of(hardware), stack_of(stack)
     Cluster(part, prod(sizes.values()))
     args, kwargs = example_of(model, example)
     config = _as_kept_by(software, config)
@@ -112,13 +112,8 @@ def _priced(
     grids: str,
 ) -> DryRun:
     order = None if schedule is None else schedule.order(config.microbatches)
-    speed = rates(part, software.counted(), constants)
-
-    def lasts(times: Times) -> float:
-        events = simulate(order, Costs(times.forward, times.input, times.weight, times.send)) if order is not None else ()
-        return max(event.end for event in events)
-
-    time = timed(work, speed, Memo(), pipeline=None if order is None else lasts)
+    pricing = Pricing(work, order, software.counted(), constants)
+    time = pricing.on(part)
     axes = work.axes
     shared = axes["dp"].size // prod(sizes[name] for name in roles.copying(sizes))
     memory = needs(
@@ -141,13 +136,14 @@ def _priced(
         ranks=memory,
         ledger=ledger(work, part, time.seconds),
         time=time,
-        spread=constants.spread["experts" if extra_inputs(program.graph).expert_tally else "dense"],
+        spread=pricing.spread(part, "experts" if extra_inputs(program.graph).expert_tally else "dense"),
         tokens=work.tokens,
         mfu={name: rate * flops / part.peak(precision) for name, flops in work.info.items()},
         workload=work,
         order=order,
         grids=grids,
         notes=program.plan.notes,
+        pricing=pricing,
     )
 
 

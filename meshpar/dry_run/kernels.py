@@ -105,7 +105,7 @@ _GROUPED: Mapping[str, Callable[[Sequence[Any], Any], int]] = {
 _NOTHING = ("prim.", "profiler.", "_c10d_functional.wait", "c10d.barrier", "c10d.monitored", "c10d.send", "c10d.recv")
 _FREE = frozenset(
     """aten.empty aten.new_empty aten.empty_like aten.empty_strided aten.new_empty_strided aten.detach aten.alias aten.lift_fresh
-    aten.is_same_size aten.set_
+    aten.is_same_size aten.set_ aten._unsafe_view
     aten.resize_ aten._local_scalar_dense aten.sym_size aten.sym_stride aten.sym_numel aten.record_stream""".split()
 )
 _ROWS_ONLY = frozenset(("aten.embedding", "aten.index_select", "aten.gather", "aten.index"))

@@ -132,7 +132,9 @@ def _stage(one: Rehearsed, groups: Groups, *, fused: bool, regathers: bool) -> S
         (kept + one.received) / blocks,
         max(0, one.middle.backward_peak - one.middle.forward.total) / 1.0,
     )
-    return StageLoad(((layer, blocks),), tuple(_collective((kind, axis, "step", size), n) for (kind, axis, _, size), n in once.items()))
+    return StageLoad(
+        ((layer, blocks),), tuple(_collective((kind, axis, "step", size), n) for (kind, axis, _, size), n in once.items()), one.tensors
+    )
 
 
 CollectiveKey = tuple[str, str, Phase, float]
@@ -162,23 +164,26 @@ def _collective(key: CollectiveKey, count: float) -> Collective:
 
 
 def _operators(calls: Sequence[Sounding], *, fused: bool, parts: int) -> list[Operator]:
-    """One operator per kind, phase and precision: sums over kernels, an equal part of them."""
-    sums: dict[tuple[str, Phase, str], list[float]] = {}
-    for kind, phase, dtype, work, moved in _joined(calls) if fused else _each(calls):
-        entry = sums.setdefault((kind, PHASES[phase], dtype), [0.0, 0.0, 0.0])
-        for i, value in enumerate((work, moved, 1.0)):
-            entry[i] += value / parts
-    return [Operator(kind, kind, phase, f, b, dtype, n) for (kind, phase, dtype), (f, b, n) in sums.items()]
+    """Every kernel with how often it runs, an equal part of that."""
+    often = Counter(_joined(calls) if fused else _each(calls))
+    return [
+        Operator(name, kind, PHASES[phase], work * n / parts, moved * n / parts, dtype, n / parts)
+        for (name, kind, phase, dtype, work, moved), n in often.items()
+    ]
 
 
-def _each(calls: Iterable[Sounding]) -> Iterable[tuple[str, str, str, float, float]]:
+KernelKey = tuple[str, str, str, str, float, float]
+"""Name, kind, phase, precision, FLOPs, bytes."""
+
+
+def _each(calls: Iterable[Sounding]) -> Iterable[KernelKey]:
     for call in calls:
         k = call.kernel
         if not k.collective:
-            yield k.kind, call.phase, k.dtype, k.flops, float(k.bytes)
+            yield k.name, k.kind, call.phase, k.dtype, k.flops, float(k.bytes)
 
 
-def _joined(calls: Sequence[Sounding]) -> Iterable[tuple[str, str, str, float, float]]:
+def _joined(calls: Sequence[Sounding]) -> Iterable[KernelKey]:
     """The same where elementwise operators in a row are one kernel: it reads what others made, and writes what others read."""
     last_read: dict[int, int] = {n: i for i, call in enumerate(calls) for n in call.reads}
     row: list[int] = []
@@ -194,10 +199,10 @@ def _joined(calls: Sequence[Sounding]) -> Iterable[tuple[str, str, str, float, f
         if call.kernel.kind == "elementwise":
             row = [i]
         else:
-            yield call.kernel.kind, call.phase, call.kernel.dtype, call.kernel.flops, float(call.kernel.bytes)
+            yield call.kernel.name, call.kernel.kind, call.phase, call.kernel.dtype, call.kernel.flops, float(call.kernel.bytes)
 
 
-def _one_kernel(calls: Sequence[Sounding], row: Sequence[int], last_read: Mapping[int, int]) -> tuple[str, str, str, float, float]:
+def _one_kernel(calls: Sequence[Sounding], row: Sequence[int], last_read: Mapping[int, int]) -> KernelKey:
     made: set[int] = set()
     moved, end = 0.0, row[-1]
     for i in row:
@@ -207,7 +212,7 @@ def _one_kernel(calls: Sequence[Sounding], row: Sequence[int], last_read: Mappin
         made.update(call.writes)
         if any(last_read.get(n, end + 1) > end for n in call.writes):  # read later, or never: then it is a result
             moved += call.kernel.written
-    return "elementwise", calls[row[0]].phase, calls[row[0]].kernel.dtype, 0.0, moved
+    return "elementwise", "elementwise", calls[row[0]].phase, calls[row[0]].kernel.dtype, 0.0, moved
 
 
 # ---- what the model itself computes ------------------------------------------------------------------------------------------------------

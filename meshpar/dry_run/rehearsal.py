@@ -82,6 +82,8 @@ class Rehearsed:
     """Trained parameters, before they are shared out over data ranks: those that all data ranks hold."""
     expert_elements: int
     """The same of experts."""
+    tensors: int
+    """How many parameters are trained."""
     buffers: int
     received: int
     """Bytes that a microbatch is handed by the stage before, and stay with it until its backward."""
@@ -158,6 +160,7 @@ def _stage(cut: StageGraph, tree: Tree, data: DataParallelism, program: Program,
         sum(local.nbytes for _, p, local in held if p.requires_grad),
         elements,
         expert_elements,
+        sum(p.requires_grad for _, p, _ in held),
         sum(b.nbytes for b in tree.buffers()),
         sum(i.nbytes for i in received),
         sum(i.nbytes for i in sent),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from meshpar.config import ParallelConfig
 from meshpar.dry_run.ledger import LedgerLine
 from meshpar.dry_run.memory import RankNeeds
+from meshpar.dry_run.pricing import Pricing
+from meshpar.errors import ConfigError
 from meshpar.pipeline.schedule import Order
 from meshpar.planner import CONVENTIONS, Hardware, StepTime, Workload
 from meshpar.planner.cost import PARTS
@@ -45,6 +47,25 @@ class DryRun:
     grids: str
     """The rank grids."""
     notes: tuple[str, ...] = field(default=())
+    pricing: Pricing | None = field(default=None, repr=False)
+    """How the step was priced, for other hardware."""
+
+    def time_on(self, hardware: Hardware) -> StepTime:
+        """The step of this very program on other hardware: no new dry run. Its mesh must fit there."""
+        assert self.pricing is not None
+        return self.pricing.on(hardware)
+
+    def scaled(self, seconds: float) -> Hardware:
+        """The hardware with the scale that one measured step of this program gives: estimates with it are as slow as that step was.
+
+        Raises ConfigError for a step that takes no time.
+
+        >>> part = found.scaled(12.7)                                      # doctest: +SKIP
+        >>> mp.dry_run(other, mesh, hardware=part).time.seconds            # doctest: +SKIP
+        """
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
+            raise ConfigError(f"step={seconds!r}: the seconds of a step that was measured, a number above 0.")
+        return replace(self.hardware, scale=self.hardware.scale * seconds / self.time.seconds)
 
     @property
     def limit(self) -> float:

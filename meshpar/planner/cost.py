@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import log2
 
 from meshpar.planner.comm import Fabric, RankGroup, place
 from meshpar.planner.constants import Constants
 from meshpar.planner.hardware import Hardware
+from meshpar.planner.measured import Measured, MeasuredFabric
 from meshpar.planner.schedule import Times, length
 from meshpar.planner.stack import Stack
-from meshpar.planner.workload import Collective, Layer, StageLoad, Workload
+from meshpar.planner.workload import Collective, Layer, Operator, StageLoad, Workload
 
 PARTS = ("matrices", "attention", "elementwise", "host", "tp", "cp", "ep", "dp")
 """Where a layer's time goes; the names of axes are visible communication."""
@@ -54,6 +55,7 @@ class PhaseTime:
     kernels: float
     host: float
     collectives: tuple[Collective, ...]
+    operators: tuple[Operator, ...]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Rates:
     attention: float
     memory: float
     elementwise: float
-    fabric: Fabric
+    fabric: Fabric | MeasuredFabric
+    slower: float = 1.0
+    """Of a measured machine: how much slower a rank computes because others do."""
 
     def matrix(self, dtype: str) -> float:
         """FLOP/s of products."""
@@ -75,7 +79,11 @@ class Rates:
 
 
 def rates(part: Hardware, stack: Stack, constants: Constants) -> Rates:
-    """The rates of an accelerator: data-sheet values times the constants of its family."""
+    """The rates of an accelerator: data-sheet values times the constants of its family; of a measured machine, what was measured."""
+    if part.measured is not None:
+        own = part.measured
+        stack, constants = own.stack(stack), own.constants(constants)
+        return Rates(part, stack, constants, 1.0, 1.0, part.bandwidth, 1.0, MeasuredFabric(own, own.ranks))
     power = min(1.0, part.power / part.family_power) ** constants["power"]
     peak16 = part.peaks.get("bf16", part.peaks.get("fp16", 0.0))
     share = 1.0 if stack.attention == "unfused" else constants.attention(part.family, stack.attention) * part.softmax
@@ -107,13 +115,16 @@ def timed(work: Workload, speed: Rates, memo: Memo, *, simulate: bool = True, pi
 
     `pipeline`: how long the pipeline of these times takes, for an order of its own.
     """
+    if (machine := speed.hardware.measured) is not None:
+        speed = _crowded(speed, machine, work)
     groups = {name: place(axis, speed.hardware.domain) for name, axis in work.axes.items()}
     different = {id(one): _stage_times(one, speed, groups, memo) for one in set(work.stages)}
     tables = [different[id(one)] for one in work.stages]
     send, blocking = _transfer(work, speed)
+    extra = 0.0 if machine is None else speed.slower * machine.runtime["action" if work.ranks > 1 else "microbatch"] / 2
     times = Times(
-        tuple(t.sums[0] + blocking for t in tables),
-        tuple(t.sums[1] + blocking for t in tables),
+        tuple(t.sums[0] + blocking + extra for t in tables),
+        tuple(t.sums[1] + blocking + extra for t in tables),
         tuple(t.sums[2] for t in tables),
         send,
     )
@@ -126,15 +137,18 @@ def timed(work: Workload, speed: Rates, memo: Memo, *, simulate: bool = True, pi
     else:
         idle = (work.ranks - 1) / work.virtual * sum(by_rank) / work.ranks
         lasts = times.busy(work.ranks) * work.microbatches + idle * (1 / 3 if work.schedule == "zero-bubble" else 1)
+    if machine is not None and work.ranks > 1 and pipeline is None:
+        lasts = max(lasts, _work_of_all(work, times) / machine.cores)
     mine = [sum(column) * work.microbatches for column in zip(*(t.all for t in work.pick(tables, busiest)))]
     parts = dict(zip(PARTS, mine))
+    parts["host"] += 2 * extra * work.microbatches * work.virtual
     parts["pp"] = 2 * blocking * work.microbatches * work.virtual
-    parts["bubble"] = lasts - sum(mine) - parts["pp"]
+    parts["bubble"] = lasts - sum(mine) - parts["pp"] - 2 * extra * work.microbatches * work.virtual
     parts["dp"] += _data_parallel(work, times, speed, groups)
     parts["optimizer"] = _update(work, speed)
     parts["step"] = speed.constants["step"]
     before = sum(parts.values())
-    parts["scale"] = before * speed.constants["doubling"] * log2(work.gpus)
+    parts["scale"] = before * ((1 + speed.constants["doubling"] * log2(work.gpus)) * speed.hardware.scale - 1)
     return StepTime(before + parts["scale"], parts)
 
 
@@ -170,6 +184,12 @@ def _stage_times(one: StageLoad, speed: Rates, groups: Mapping[str, RankGroup], 
     return memo.stages[id(one)][1]
 
 
+def _crowded(speed: Rates, machine: Measured, work: Workload) -> Rates:
+    """Rates among all ranks of a measured machine. In a pipeline ranks wait for each other, so that fewer compute at a time."""
+    busy = work.gpus if work.ranks == 1 else min(work.gpus, machine.cores)
+    return replace(speed, fabric=MeasuredFabric(machine, work.gpus), slower=machine.slower(busy))
+
+
 def layer_times(layer: Layer, speed: Rates, groups: Mapping[str, RankGroup]) -> LayerTimes:
     """Seconds of a layer by part: forward, backward of the input with recompute before it, gradient of the weights."""
     forward, again, backward, weight = (_phase_times(p, speed, groups) for p in phases(layer))
@@ -199,17 +219,13 @@ def _phase(layer: Layer, name: str) -> PhaseTime:
         sum(o.calls for o in rest),
         sum(o.calls for o in operators if o.kind == "host"),
         tuple(c for c in layer.collectives if c.phase == name),
+        tuple(operators),
     )
 
 
 def _phase_times(phase: PhaseTime, speed: Rates, groups: Mapping[str, RankGroup]) -> tuple[float, ...]:
-    k = speed.constants
-    matrices = sum(f / speed.matrix(dtype) for dtype, f in phase.matrix)
-    matrices += sum(f / (speed.matrix(dtype) * k["grouped"]) for dtype, f in phase.grouped)
-    matrices += phase.products / speed.memory + phase.starts * k["matrix start"]
-    attention = phase.attention / speed.attention
-    elementwise = phase.traffic * speed.elementwise / speed.memory + phase.kernels * k["kernel start"]
-    host = phase.host * k[speed.stack.moe] + (k["layer"] if phase.starts else 0.0)
+    machine = speed.hardware.measured
+    matrices, attention, elementwise, host = _of_sheet(phase, speed) if machine is None else _of_machine(phase, speed, machine)
     parts = [matrices, attention, elementwise, host, 0.0, 0.0, 0.0, 0.0]
     behind = {"matrix": matrices, "attention": attention, "compute": matrices + attention + elementwise, "": 0.0}
     waiting: dict[tuple[str, int], float] = {}
@@ -221,6 +237,27 @@ def _phase_times(phase: PhaseTime, speed: Rates, groups: Mapping[str, RankGroup]
     for (cover, part), took in waiting.items():
         parts[part] += _visible(cover, part, took, behind[cover], speed)
     return tuple(parts)
+
+
+def _of_sheet(phase: PhaseTime, speed: Rates) -> tuple[float, float, float, float]:
+    """Seconds of computation from rates: products, attention, the rest, the host."""
+    k = speed.constants
+    matrices = sum(f / speed.matrix(dtype) for dtype, f in phase.matrix)
+    matrices += sum(f / (speed.matrix(dtype) * k["grouped"]) for dtype, f in phase.grouped)
+    matrices += phase.products / speed.memory + phase.starts * k["matrix start"]
+    elementwise = phase.traffic * speed.elementwise / speed.memory + phase.kernels * k["kernel start"]
+    host = phase.host * k[speed.stack.moe] + (k["layer"] if phase.starts else 0.0)
+    return matrices, phase.attention / speed.attention, elementwise, host
+
+
+def _of_machine(phase: PhaseTime, speed: Rates, machine: Measured) -> tuple[float, float, float, float]:
+    """The same as measured; the host is what the runtime takes beside each kernel and collective."""
+    matrices, attention, elementwise = (speed.slower * seconds for seconds in machine.seconds(phase.operators))
+    calls = sum(o.calls for o in phase.operators) + sum(c.count for c in phase.collectives)
+    forward = not phase.operators or phase.operators[0].phase in ("forward", "recompute")
+    host = calls * machine.runtime["forward" if forward else "backward"]
+    host += sum(c.count for c in phase.collectives if _AXIS_PART[c.axis] == _AXIS_PART["dp"]) * machine.runtime["data"]
+    return matrices, attention, elementwise, speed.slower * host
 
 
 def _visible(cover: str, part: int, took: float, room: float, speed: Rates) -> float:
@@ -236,6 +273,11 @@ def _visible(cover: str, part: int, took: float, room: float, speed: Rates) -> f
     return took
 
 
+def _work_of_all(work: Workload, times: Times) -> float:
+    """Seconds of a step's computation on one core, of all ranks of a machine."""
+    return sum(map(sum, (times.forward, times.input, times.weight))) * work.microbatches * work.gpus / work.ranks
+
+
 def _transfer(work: Workload, speed: Rates) -> tuple[float, float]:
     """Seconds until a stage's result is on the next rank, and how long both ranks are busy with it."""
     if work.ranks == 1:
@@ -248,8 +290,11 @@ def _transfer(work: Workload, speed: Rates) -> tuple[float, float]:
 def _data_parallel(work: Workload, times: Times, speed: Rates, groups: Mapping[str, RankGroup]) -> float:
     """Visible time of summing gradients and gathering parameters on the worst rank; later ranks have slack: their backward ends first."""
     gathers, sums = {}, {}
+    extra = 0.0 if (machine := speed.hardware.measured) is None else speed.slower * machine.runtime["data"]
     for one in set(work.stages):
-        seconds = [(c.kind == "all_gather", c.count * speed.fabric.seconds(c.kind, groups[c.axis], c.bytes)) for c in one.collectives]
+        seconds = [
+            (c.kind == "all_gather", c.count * (speed.fabric.seconds(c.kind, groups[c.axis], c.bytes) + extra)) for c in one.collectives
+        ]
         gathers[id(one)] = sum(t for gather, t in seconds if gather)
         sums[id(one)] = sum(t for gather, t in seconds if not gather)
     worst = slack = 0.0
@@ -269,6 +314,8 @@ def _data_parallel(work: Workload, times: Times, speed: Rates, groups: Mapping[s
 
 def _update(work: Workload, speed: Rates) -> float:
     """Seconds of the optimizer, and of clearing and measuring gradients, on the rank with most parameters."""
+    if (machine := speed.hardware.measured) is not None:
+        return _measured_update(work, machine)
     most = 0.0
     for rank in range(work.ranks):
         total = 0.0
@@ -280,3 +327,16 @@ def _update(work: Workload, speed: Rates) -> float:
             total += size * (OPTIMIZER_BYTES / parts + 2 * speed.stack.gradient / (parts if work.data_parallel == "zero3" else 1))
         most = max(most, total)
     return most / speed.memory
+
+
+def _measured_update(work: Workload, machine: Measured) -> float:
+    """The same on a measured machine: every rank steps its tensors, of which data parallelism leaves it a part."""
+    most = 0.0
+    for rank in range(work.ranks):
+        stages = work.of_rank(rank)
+        elements = 0.0
+        for axis, size in (("dp", sum(one.parameters for one in stages)), ("edp", sum(one.expert_parameters for one in stages))):
+            elements += size / (work.axes[axis].size if work.data_parallel != "replicate" else 1)
+        tensors = sum(one.tensors for one in stages)
+        most = max(most, elements * machine.runtime["element"] + tensors * machine.runtime["tensor"])
+    return most * machine.slower(work.gpus)

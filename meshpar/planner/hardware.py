@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from meshpar.errors import ConfigError, near, raise_all
+from meshpar.planner import files
+from meshpar.planner.measured import Measured
 
 GB = 1e9
 TERA = 1e12
@@ -47,6 +50,10 @@ class Hardware:
     """Speed of a fused attention relative to the family's."""
     plain: float = 0.0
     """FLOP/s of fp32 products outside of tensor cores; fp64 has half."""
+    measured: Measured | None = None
+    """Of a machine that was calibrated: then its seconds count, and rates above are only for utilisation and for words."""
+    scale: float = 1.0
+    """Measured / estimated time of a step that somebody took: what all estimates are multiplied with."""
 
     def peak(self, precision: str) -> float:
         """Dense FLOP/s in a precision. Raises `ConfigError` with the precisions it has.
@@ -76,13 +83,20 @@ class Cluster:
     64
     """
 
-    kind: str | Hardware
+    kind: str | Path | Hardware
     gpus: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, Hardware):
+            object.__setattr__(self, "kind", hardware(self.kind))  # a file is read once
         part, complaints = self.hardware, []
         if isinstance(self.gpus, bool) or not isinstance(self.gpus, int) or self.gpus < 1:
             complaints.append(f"gpus={self.gpus!r}; a cluster has a whole number of GPUs, at least 1.")
+        elif part.measured is not None and self.gpus > part.measured.ranks:
+            complaints.append(
+                f"gpus={self.gpus}: {part.name} was measured with up to {part.measured.ranks} ranks. Ask for fewer, or measure with "
+                f"`meshpar calibrate --ranks {self.gpus}`."
+            )
         elif self.gpus > part.node and self.gpus % part.node:
             below = self.gpus // part.node * part.node
             complaints.append(
@@ -93,7 +107,8 @@ class Cluster:
 
     @property
     def hardware(self) -> Hardware:
-        return self.kind if isinstance(self.kind, Hardware) else hardware(self.kind)
+        assert isinstance(self.kind, Hardware)
+        return self.kind
 
     @property
     def domains(self) -> int:
@@ -101,17 +116,20 @@ class Cluster:
         return -(-self.gpus // self.hardware.domain)
 
 
-def hardware(name: str) -> Hardware:
-    """A part of `HARDWARE` by name. Raises `ConfigError` with all names.
+def hardware(name: str | Path) -> Hardware:
+    """A part of `HARDWARE` by name, or the machine in a file of `meshpar calibrate`. Raises `ConfigError` with all names.
 
     >>> hardware("a100").memory / 1e9
     80.0
     """
-    if name not in HARDWARE:
+    if files.is_machine(name):
+        return files.read(name, Hardware)
+    if str(name) not in HARDWARE:
         raise ConfigError(
-            f"no accelerator {name!r}.{near(str(name), HARDWARE)} Known: {', '.join(HARDWARE)}. Or give a Hardware of your own."
+            f"no accelerator {name!r}.{near(str(name), HARDWARE)} Known: {', '.join(HARDWARE)}. Or a file that `meshpar calibrate` wrote, "
+            f"or a Hardware of your own."
         )
-    return HARDWARE[name]
+    return HARDWARE[str(name)]
 
 
 def _peaks(**tera: float) -> Mapping[str, float]:

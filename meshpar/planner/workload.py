@@ -91,6 +91,8 @@ class StageLoad:
 
     layers: tuple[tuple[Layer, int], ...]
     collectives: tuple[Collective, ...] = ()
+    tensors: int = 0
+    """Parameters as an optimizer counts them: tensors; 0 where nobody counted."""
 
     @cached_property
     def parameters(self) -> float:
