@@ -62,7 +62,12 @@ def space_of(run: Run) -> Space:
     name = run.job.software.name
     modes = MODES.get(name, ("zero1", "zero3"))
     recompute = (run.mapping.recompute,) if run.declared else RECOMPUTE
-    space = Space(data_parallel=modes, recompute=recompute, fold_experts=name != "megatron-2024" or run.mapping.expert_tp == 1)
+    space = Space(
+        schedules=("1f1b", "interleaved-1f1b"),
+        data_parallel=modes,
+        recompute=recompute,
+        fold_experts=name != "megatron-2024" or run.mapping.expert_tp == 1,
+    )
     return replace(space, tp=(1,), pp=(1,)) if name == "deepspeed-2021" else space
 
 

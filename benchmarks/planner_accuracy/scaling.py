@@ -7,7 +7,7 @@ from meshpar.planner import Candidate, Cluster, Constants, Job, Space, Transform
 GPUS = (8, 64, 512, 2048)
 QUOTED_EFFICIENCY = {8: (85, 95), 64: (75, 85), 512: (70, 80), 2048: (65, 75)}
 QUOTED_MFU = {8: (45, 50), 64: (48, 55), 512: (50, 58), 2048: (52, 60)}
-SPACE = Space(cp=(1,), microbatch=(1, 2, 4), data_parallel=("zero1",))
+SPACE = Space(cp=(1,), microbatch=(1, 2, 4), data_parallel=("zero1",), schedules=("1f1b", "interleaved-1f1b"))
 
 
 def gpt(layers: int, hidden: int, heads: int) -> Transformer:

@@ -22,7 +22,10 @@ AnyModel = Annotated[
         "transformers, or the folder of a configuration.",
     ),
 ]
-Gpu = Annotated[str, typer.Option("--gpu", "--hardware", help="The accelerator: a100, h100, h200, b200, gb200, gb300, v100, ...; or a file of calibrate.")]
+Gpu = Annotated[
+    str,
+    typer.Option("--gpu", "--hardware", help="The accelerator: a100, h100, h200, b200, gb200, gb300, v100, ...; or a file of calibrate."),
+]
 StackName = Annotated[str, typer.Option("--stack", help="Whose software; meshpar counts what this package does.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -165,7 +168,9 @@ def plan(
 
 
 def calibrate(
-    file: Annotated[Path, typer.Argument(help="The JSON file to write; dry-run and plan take it as --hardware FILE.")] = Path("machine.json"),
+    file: Annotated[Path, typer.Argument(help="The JSON file to write; dry-run and plan take it as --hardware FILE.")] = Path(
+        "machine.json"
+    ),
     ranks: Annotated[int | None, typer.Option("--ranks", help="Up to so many local ranks. [as many as cores, at least 4]")] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="How often everything is timed; the least counts.")] = 10,
     step: Annotated[

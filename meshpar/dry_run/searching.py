@@ -15,7 +15,10 @@ from meshpar.planner import search as search_mappings
 from meshpar.planner.search import Candidate
 
 RUNS = Space(
-    cp=(1, 2, 4, 8, 16, 32), fold_experts=False, data_parallel=("replicate", "zero1", "zero3"), recompute=("none", "selective", "full")
+    cp=(1, 2, 4, 8, 16, 32),
+    fold_experts=False,
+    data_parallel=("replicate", "zero1", "zero2", "zero3"),
+    recompute=("none", "selective", "full"),
 )
 """What this runtime can do: experts that are split over tp like everything else."""
 

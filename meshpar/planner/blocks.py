@@ -39,7 +39,7 @@ def block(share: Portion, experts: bool, windowed: bool, predicts: bool = False)
     own += model.hidden * model.experts if experts else 0
     own += 2 * model.hidden**2 if predicts else 0
     inner = model.expert_parameters / (share.ep * share.etp) if experts else 0.0
-    if share.zero3:
+    if share.shares:
         collectives += gathered(share, own, inner)
     held, everything = kept(share, experts)
     name = "experts" if experts else "block"
@@ -56,7 +56,7 @@ def embedding(share: Portion) -> Layer:
     kind = "reduce_scatter" if share.sequence_parallel else "all_reduce"
     sums = (Collective("embedding", kind, "tp", "forward", 2 * share.tokens * model.hidden),) if share.tp > 1 else ()
     own = model.hidden * model.vocab / share.tp + model.positions * model.hidden
-    gathers = tuple(gathered(share, own, 0.0)) if share.zero3 else ()
+    gathers = tuple(gathered(share, own, 0.0)) if share.shares else ()
     return Layer("embedding", tuple(operators), sums + gathers, own)
 
 
@@ -73,7 +73,7 @@ def head(share: Portion, copies: bool) -> Layer:
     collectives = around(share, "head")[:1] if t > 1 else []
     collectives += [Collective("loss", "all_reduce", "tp", "forward", 4 * share.tokens, count=3)] if t > 1 else []
     own = model.hidden + (0 if model.tied and not copies else model.hidden * model.vocab / t)
-    if share.zero3:
+    if share.shares:
         collectives += gathered(share, model.hidden * model.vocab / t, 0.0)
     kept = 2 * share.tokens * model.hidden / share.narrow
     return Layer("head", tuple(operators), tuple(collectives), own, kept=kept, peak=logits)

@@ -55,13 +55,11 @@ def exchange(share: Portion) -> list[Collective]:
 
 
 def gathered(share: Portion, own: float, inner: float) -> list[Collective]:
-    """Fully sharded parameters: gathered for forward and again for backward, gradients scattered, for every microbatch."""
+    """What is shared out in every microbatch: gradients are scattered; fully sharded parameters gathered for forward and for backward."""
     found = []
+    phases: tuple[Phase, ...] = ("forward", "input") if share.shares == "zero3" else ()
     for axis, size in (("dp", own), ("edp", inner)):
         if size:
-            found += [
-                Collective("parameters", "all_gather", axis, "forward", 2 * size, behind="compute"),
-                Collective("parameters", "all_gather", axis, "input", 2 * size, behind="compute"),
-                Collective("gradients", "reduce_scatter", axis, "input", share.stack.gradient_sum * size, behind="compute"),
-            ]
+            found += [Collective("parameters", "all_gather", axis, phase, 2 * size, behind="compute") for phase in phases]
+            found.append(Collective("gradients", "reduce_scatter", axis, "input", share.stack.gradient_sum * size, behind="compute"))
     return found

@@ -20,6 +20,8 @@ PARTS = ("matrices", "attention", "elementwise", "host", "tp", "cp", "ep", "dp")
 COMPUTE = 4
 """The first so many parts are computation."""
 _AXIS_PART = {"tp": 4, "etp": 4, "cp": 5, "ep": 6, "dp": 7, "edp": 7, "dp_shard": 7, "dp_replicate": 7}
+IDLE = {"zero-bubble": 1 / 3, "zbv": 0.1, "dualpipev": 0.5}
+"""Roughly, what is idle / (p-1)/v of a microbatch, where weight gradients are put off (arXiv 2401.10241); the simulated order decides."""
 OPTIMIZER_BYTES = 30
 """Adam with a master copy per parameter: gradient read, three fp32 states read and written, 16-bit parameter written."""
 
@@ -136,7 +138,7 @@ def timed(work: Workload, speed: Rates, memo: Memo, *, simulate: bool = True, pi
         lasts = length(work.schedule, work.ranks, work.microbatches, times)
     else:
         idle = (work.ranks - 1) / work.virtual * sum(by_rank) / work.ranks
-        lasts = times.busy(work.ranks) * work.microbatches + idle * (1 / 3 if work.schedule == "zero-bubble" else 1)
+        lasts = times.busy(work.ranks, work.schedule) * work.microbatches + idle * IDLE.get(work.schedule, 1.0)
     if machine is not None and work.ranks > 1 and pipeline is None:
         lasts = max(lasts, _work_of_all(work, times) / machine.cores)
     mine = [sum(column) * work.microbatches for column in zip(*(t.all for t in work.pick(tables, busiest)))]
@@ -324,7 +326,9 @@ def _update(work: Workload, speed: Rates) -> float:
             ("edp", sum(one.expert_parameters for one in work.of_rank(rank))),
         ):
             parts = work.axes[axis].size if work.data_parallel != "replicate" else 1
-            total += size * (OPTIMIZER_BYTES / parts + 2 * speed.stack.gradient / (parts if work.data_parallel == "zero3" else 1))
+            total += size * (
+                OPTIMIZER_BYTES / parts + 2 * speed.stack.gradient / (parts if work.data_parallel in ("zero2", "zero3") else 1)
+            )
         most = max(most, total)
     return most / speed.memory
 

@@ -6,9 +6,10 @@ from bisect import bisect
 from functools import lru_cache
 from itertools import accumulate
 
+from meshpar.planner import v_shaped
 from meshpar.planner.blocks import block, embedding, head
 from meshpar.planner.flops import CONVENTIONS, flops_per_token
-from meshpar.planner.mapping import Job, Mapping, check
+from meshpar.planner.mapping import V_SHAPED, Job, Mapping, check
 from meshpar.planner.share import Portion
 from meshpar.planner.stack import Stack
 from meshpar.planner.transformer import Transformer
@@ -47,25 +48,26 @@ def assemble(job: Job, mapping: Mapping) -> Workload:
         "edp": AxisSpan("edp", edp, mapping.ep * etp),
         "pp": AxisSpan("pp", mapping.pp, gpus // mapping.pp),
     }
+    mode = "zero1" if mapping.data_parallel == "zero2" and mapping.pp > 1 else mapping.data_parallel  # a pipeline sums at the end
+    shares = mode if mode in ("zero2", "zero3") else ""
     share = Portion(
         *(job.model, job.software, job.dtype, job.half, job.seq, mapping.microbatch, mapping.tp, mapping.cp, mapping.ep, etp),
         *(
             mapping.sequence_parallel and mapping.tp > 1,
             mapping.recompute,
-            mapping.data_parallel == "zero3",
-            replicas if mapping.data_parallel == "zero3" else 0,
+            shares,
+            replicas if shares else 0,
         ),
     )
-    stages = tuple(
-        _stage(layers, mapping.data_parallel, share.stack) for layers in _cut(share, mapping.pp * mapping.virtual, mapping.pp > 1)
-    )
+    stages = tuple(_stage(layers, mode, share.stack) for layers in _cut(share, mapping.pp * mapping.virtual, mapping.pp > 1))
     return Workload(
         *(stages, mapping.pp, mapping.order, mapping.microbatches(job), axes),
         send=2 * share.tokens * job.model.hidden / mapping.tp,  # scattered over tp, gathered on the other side (2104.04473, 4.1)
-        data_parallel=mapping.data_parallel,
+        data_parallel=mode,
         gpus=gpus,
         tokens=job.tokens,
         info=_conventions(job.model, job.seq),
+        place=v_shaped.place(mapping.pp) if mapping.order in V_SHAPED else (),
     )
 
 
@@ -82,7 +84,9 @@ def _stage(layers: tuple[tuple[Layer, int], ...], data_parallel: str, stack: Sta
     for axis, size in (("dp", dense), ("edp", experts)):
         if not size or data_parallel == "zero3":
             continue
-        if data_parallel == "replicate":
+        if data_parallel == "zero2":
+            found.append(Collective("parameters", "all_gather", axis, "step", size * 2, behind="compute"))
+        elif data_parallel == "replicate":
             found.append(Collective("gradients", "all_reduce", axis, "step", size * stack.gradient_sum, behind="compute"))
         else:
             found.append(Collective("gradients", "reduce_scatter", axis, "step", size * stack.gradient_sum, behind="compute"))

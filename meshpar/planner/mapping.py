@@ -10,8 +10,10 @@ from meshpar.planner.hardware import ALIASES, Cluster
 from meshpar.planner.stack import DEFAULT, Stack, stack
 from meshpar.planner.transformer import Transformer
 
-SCHEDULES = ("gpipe", "1f1b", "looped-bfs", "interleaved-1f1b", "zero-bubble")
-DATA_PARALLEL = ("replicate", "zero1", "zero3")
+SCHEDULES = ("gpipe", "1f1b", "looped-bfs", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev")
+V_SHAPED = ("zbv", "dualpipev")
+"""Two stages on a rank, r and 2p-1-r."""
+DATA_PARALLEL = ("replicate", "zero1", "zero2", "zero3")
 RECOMPUTE = ("none", "activations", "selective", "full")
 """What is computed twice: nothing; norms and activation functions; the core of attention (or what the stack means by it); every block."""
 
@@ -165,9 +167,14 @@ def _of_layers(model: Transformer, mapping: Mapping) -> Iterator[str]:
         yield f"pp x virtual = {stages} stages for {model.layers} layers. At most one layer, the embedding or the head to a stage."
     if mapping.virtual > 1 and mapping.pp == 1:
         yield f"virtual={mapping.virtual} without a pipeline; give pp of at least 2."
-    several = mapping.order in ("interleaved-1f1b", "looped-bfs")
+    several = mapping.order in ("interleaved-1f1b", "looped-bfs", *V_SHAPED)
     if mapping.virtual > 1 and not several:
-        yield f"{mapping.order} has one stage per rank, virtual={mapping.virtual}. With several: interleaved-1f1b, looped-bfs."
+        yield (
+            f"{mapping.order} has one stage per rank, virtual={mapping.virtual}. With several: interleaved-1f1b, looped-bfs; with two: "
+            f"{', '.join(V_SHAPED)}."
+        )
+    if mapping.order in V_SHAPED and mapping.virtual != 2:
+        yield f"{mapping.order} has two stages per rank, virtual={mapping.virtual}; give virtual=2."
     if mapping.schedule in ("interleaved-1f1b", "looped-bfs") and mapping.virtual < 2:
         yield f"{mapping.schedule} has several stages per rank; give virtual of at least 2."
 
@@ -187,7 +194,11 @@ def _of_ranks(job: Job, mapping: Mapping) -> Iterator[str]:
         )
     elif mapping.order == "interleaved-1f1b" and (m := job.batch // share) % max(1, m // mapping.pp):
         yield f"interleaved-1f1b with {m} microbatches on pp={mapping.pp}: they make no equal rounds. A multiple of {mapping.pp} does."
-    if mapping.data_parallel == "zero3" and mapping.pp > 1 and mapping.order == "interleaved-1f1b":
+    elif mapping.order == "zero-bubble" and (m := job.batch // share) % max(1, m // mapping.pp):
+        yield f"zero-bubble with {m} microbatches on pp={mapping.pp}: they make no equal rounds. A multiple of {mapping.pp} does."
+    elif mapping.order == "dualpipev" and (m := job.batch // share) < 2 * mapping.pp:
+        yield f"dualpipev with {m} microbatches on pp={mapping.pp}: at least one per stage, {2 * mapping.pp}."
+    if mapping.data_parallel == "zero3" and mapping.pp > 1 and mapping.virtual > 1:
         yield "zero3 with virtual stages gathers every stage anew for every microbatch; take zero1, or no virtual stages."
 
 

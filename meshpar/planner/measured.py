@@ -37,7 +37,7 @@ RUNTIME = {
 class Curve:
     """Seconds by size, both rising. Between two sizes a power law, below the first a constant, beyond the last proportional.
 
-    >>> Curve((1e3, 1e6), (1e-6, 1e-3)).at(1e5), Curve((1e3,), (2e-6,)).at(10)
+    >>> round(Curve((1e3, 1e6), (1e-6, 1e-3)).at(1e5), 9), Curve((1e3,), (2e-6,)).at(10)
     (0.0001, 2e-06)
     """
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from meshpar.planner.constants import Constants
 from meshpar.planner.hardware import GiB
+from meshpar.planner.mapping import V_SHAPED
 from meshpar.planner.schedule import kept
 from meshpar.planner.stack import Stack
 from meshpar.planner.workload import Workload
@@ -43,14 +44,16 @@ def state_bytes(stack: Stack, data_parallel: str, data: float) -> float:
     """Bytes per parameter of a rank's states, with `data` ranks to share them among (arXiv 1910.02054, 2104.04473).
 
     >>> from meshpar.planner.stack import STACKS
-    >>> [state_bytes(STACKS["megatron-2024"], mode, 8) for mode in ("replicate", "zero1", "zero3")]
-    [18.0, 7.5, 2.25]
+    >>> [state_bytes(STACKS["megatron-2024"], mode, 8) for mode in ("replicate", "zero1", "zero2", "zero3")]
+    [18.0, 7.5, 4.0, 2.25]
     """
     whole = stack.parameter + stack.gradient
     if data_parallel == "replicate":
         return float(whole + stack.optimizer)
     if data_parallel == "zero1":
         return whole + stack.optimizer / data
+    if data_parallel == "zero2":
+        return stack.parameter + (stack.gradient + stack.optimizer) / data
     return (whole + stack.optimizer) / data
 
 
@@ -66,12 +69,12 @@ def roughly(work: Workload, stack: Stack, constants: Constants) -> PeakMemory:
     mean = [one.kept for one in work.stages]
     found = []
     for rank in range(p) if p < 3 else (0, 1, p - 1):
-        ahead = m if work.schedule in ("gpipe", "looped-bfs") else min(p if work.schedule == "zero-bubble" else p - rank, m)
+        ahead = m if work.schedule in ("gpipe", "looped-bfs") else min(p if work.schedule in ("zero-bubble", *V_SHAPED) else p - rank, m)
         if v > 1 and work.schedule == "interleaved-1f1b":
             ahead_of_all = min(2 * (p - rank - 1) + (v - 1) * min(p, m) + 1, m * v)
             found.append(_of_rank(work, rank, ahead_of_all * max(mean[rank::p]), stack, constants))
         else:
-            found.append(_of_rank(work, rank, ahead * sum(mean[rank::p]), stack, constants))
+            found.append(_of_rank(work, rank, ahead * sum(work.pick(mean, rank)), stack, constants))
     return max(found, key=lambda one: one.total)
 
 
@@ -91,6 +94,8 @@ def _of_rank(work: Workload, rank: int, held: float, stack: Stack, constants: Co
     loss = stack.logits * max((x.peak for x in layers if x.name == "head"), default=0.0)
     again = max((x.peak for x in layers if x.name != "head"), default=0.0)
     transient = again
+    if work.data_parallel == "zero2":  # the gradients of a layer before they are scattered
+        transient += stack.gradient_sum * max((x.parameters + x.expert_parameters for x in layers), default=0.0)
     if work.data_parallel == "zero3":
         sizes = sorted(
             {x.parameters + x.expert_parameters for x in layers}, reverse=True

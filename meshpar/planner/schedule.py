@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from meshpar.errors import ConfigError, PlanError
-from meshpar.planner.mapping import SCHEDULES
+from meshpar.planner import v_shaped
+from meshpar.planner.mapping import SCHEDULES, V_SHAPED
 
 ActionRow = list[tuple[str, int, int]]
 """What one rank does in turn: `(kind, stage, microbatch)`; F forward, B backward, I and W its halves."""
@@ -28,13 +29,20 @@ class RunOrder:
     """The action whose result it needs; -1: none."""
     crosses: tuple[bool, ...]
     """That result comes from another rank."""
+    place: tuple[int, ...]
+    """Stage -> rank."""
 
     def rows(self) -> list[list[int]]:
         """The actions of each rank."""
         rows: list[list[int]] = [[] for _ in range(self.ranks)]
         for index, stage in enumerate(self.stage):
-            rows[stage % self.ranks].append(index)
+            rows[self.place[stage]].append(index)
         return rows
+
+
+def place(schedule: str, ranks: int, stages: int) -> tuple[int, ...]:
+    """Stage -> rank."""
+    return v_shaped.place(ranks) if schedule in V_SHAPED else tuple(stage % ranks for stage in range(stages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +54,12 @@ class Times:
     weight: tuple[float, ...]
     send: float = 0.0
 
-    def busy(self, ranks: int) -> float:
+    def busy(self, ranks: int, schedule: str = "1f1b") -> float:
         """Seconds of one microbatch on the busiest rank."""
-        whole = [f + i + w for f, i, w in zip(self.forward, self.input, self.weight)]
-        return max(sum(whole[rank::ranks]) for rank in range(ranks))
+        sums = [0.0] * ranks
+        for rank, *whole in zip(place(schedule, ranks, len(self.forward)), self.forward, self.input, self.weight):
+            sums[rank] += sum(whole)
+        return max(sums)
 
 
 def length(schedule: str, ranks: int, microbatches: int, times: Times) -> float:
@@ -66,7 +76,7 @@ def length(schedule: str, ranks: int, microbatches: int, times: Times) -> float:
         return run(program(schedule, ranks, stages, microbatches), times)
     first = run(program(schedule, ranks, stages, short), times)
     again = run(program(schedule, ranks, stages, short + ranks), times)
-    round_trip = max(again - first, ranks * times.busy(ranks))  # uneven stages settle late, at the pace of the busiest rank
+    round_trip = max(again - first, ranks * times.busy(ranks, schedule))  # uneven stages settle late, at the pace of the busiest rank
     return again + round_trip * (microbatches - short - ranks) / ranks
 
 
@@ -88,7 +98,7 @@ def kept(schedule: str, ranks: int, microbatches: int, bytes_of: Sequence[float]
     >>> kept("1f1b", 4, 8, [1.0] * 4)
     (4.0, 3.0, 2.0, 1.0)
     """
-    one = program(schedule, ranks, len(bytes_of), _enough(schedule, ranks, microbatches) if schedule != "gpipe" else microbatches)
+    one = program(schedule, ranks, len(bytes_of), _enough(schedule, ranks, microbatches))
     peaks = []
     for row in one.rows():
         now = most = 0.0
@@ -101,7 +111,7 @@ def kept(schedule: str, ranks: int, microbatches: int, bytes_of: Sequence[float]
 
 def _enough(schedule: str, ranks: int, microbatches: int) -> int:
     """Microbatches after which the order repeats itself, a multiple of the ranks; all of them where it never does."""
-    enough = 2 * ranks
+    enough = 4 * ranks if schedule in V_SHAPED else 2 * ranks
     rounds = schedule != "interleaved-1f1b" or microbatches % ranks == 0
     return enough if schedule not in ("gpipe", "looped-bfs") and rounds and microbatches > enough + ranks else microbatches
 
@@ -111,7 +121,7 @@ def program(schedule: str, ranks: int, stages: int, microbatches: int) -> RunOrd
     """A schedule laid out. Raises `ConfigError` for an unknown one, `PlanError` if ranks wait for each other."""
     if schedule not in ROWS:
         raise ConfigError(f"schedule={schedule!r}; the planner simulates {', '.join(SCHEDULES)}.")
-    rows = [ROWS[schedule](rank, ranks, stages // ranks, microbatches) for rank in range(ranks)]
+    rows, of = [ROWS[schedule](rank, ranks, stages // ranks, microbatches) for rank in range(ranks)], place(schedule, ranks, stages)
     number: dict[tuple[str, int, int], int] = {}
     turns, last, found = [0] * ranks, [-1] * ranks, ([], [], [], [], [])  # type: ignore[var-annotated]
     moved = True
@@ -128,7 +138,7 @@ def program(schedule: str, ranks: int, stages: int, microbatches: int) -> RunOrd
                 )
                 if needs == -2:
                     break
-                crosses = source is not None and source[1] % ranks != rank
+                crosses = source is not None and of[source[1]] != rank
                 for column, value in zip(found, (kind, stage, last[rank], needs, crosses)):
                     column.append(value)
                 number[kind, stage, microbatch] = last[rank] = len(found[0]) - 1
@@ -136,7 +146,7 @@ def program(schedule: str, ranks: int, stages: int, microbatches: int) -> RunOrd
                 moved = True
     if any(turn < len(row) for turn, row in zip(turns, rows)):
         raise PlanError(f"{schedule} on {ranks} ranks with {stages} stages and {microbatches} microbatches: ranks wait for each other.")
-    return RunOrder(ranks, stages, microbatches, *map(tuple, found))
+    return RunOrder(ranks, stages, microbatches, *map(tuple, found), place=of)
 
 
 def _source(kind: str, stage: int, stages: int) -> tuple[str, int] | None:
@@ -198,5 +208,7 @@ ROWS = {
     "looped-bfs": _breadth_first,
     "interleaved-1f1b": _interleaved,
     "zero-bubble": _zero_bubble,
+    "zbv": v_shaped.zbv,
+    "dualpipev": v_shaped.dualpipev,
 }
 """Schedule -> what a rank does: `(rank, ranks, stages per rank, microbatches)`."""

@@ -15,7 +15,7 @@ from meshpar.planner.constants import Constants
 from meshpar.planner.cost import PARTS, Memo, StepTime, rates, timed
 from meshpar.planner.hardware import GiB
 from meshpar.planner.layers import assemble
-from meshpar.planner.mapping import RECOMPUTE, Job, Mapping, complaints
+from meshpar.planner.mapping import RECOMPUTE, V_SHAPED, Job, Mapping, complaints
 from meshpar.planner.memory import PeakMemory, fullest, roughly
 
 SIMULATED = 48
@@ -36,7 +36,9 @@ class Space:
     """No cp that leaves a rank fewer tokens of a sample."""
     ep: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     microbatch: tuple[int, ...] = (1, 2, 4, 8)
-    data_parallel: tuple[str, ...] = ("zero1", "zero3")
+    data_parallel: tuple[str, ...] = ("zero1", "zero2", "zero3")
+    """zero2 without a pipeline only: within one it is zero1."""
+    schedules: tuple[str, ...] = ("1f1b", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev")
     recompute: tuple[str, ...] = RECOMPUTE
     tp_inside_domain: bool = True
     """No tp (nor tp inside experts) over more ranks than a fast domain holds."""
@@ -182,11 +184,22 @@ def candidates(job: Job, space: Space) -> Iterator[Iterable[Mapping]]:
         if gpus % (tp * pp * cp) or model.heads % tp or too_short or (space.tp_inside_domain and tp > part.domain):
             continue
         virtuals = space.virtual or virtual_stages(model.layers, pp)
-        for virtual, ep, microbatch, mode in product(virtuals, eps, space.microbatch, space.data_parallel):
-            for etp in _expert_tps(tp, ep, model.experts, space.fold_experts):
-                first = Mapping(tp, pp, virtual, cp, ep, etp, microbatch, data_parallel=mode, recompute=space.recompute[0])
+        modes = tuple(mode for mode in space.data_parallel if mode != "zero2" or pp == 1)
+        orders = {virtual: _orders(pp, virtual, space.schedules) for virtual in virtuals}
+        for virtual, ep, microbatch, mode in product(virtuals, eps, space.microbatch, modes):
+            for etp, order in product(_expert_tps(tp, ep, model.experts, space.fold_experts), orders[virtual]):
+                first = Mapping(tp, pp, virtual, cp, ep, etp, microbatch, order, mode, space.recompute[0])
                 if not any(True for _ in complaints(job, first)):
                     yield [first, *(replace(first, recompute=r) for r in space.recompute[1:])]
+
+
+def _orders(pp: int, virtual: int, schedules: tuple[str, ...]) -> tuple[str, ...]:
+    """The schedules to try with so many stages on a rank; "" is the usual one."""
+    if pp == 1:
+        return ("",)
+    usual = "interleaved-1f1b" if virtual > 1 else "1f1b"
+    others = {1: ("gpipe", "zero-bubble"), 2: ("looped-bfs", *V_SHAPED)}.get(virtual, ("looped-bfs",))
+    return (*([""] if usual in schedules else []), *(name for name in others if name in schedules))
 
 
 @lru_cache(maxsize=4096)

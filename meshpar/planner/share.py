@@ -25,7 +25,8 @@ class Portion:
     etp: int
     sequence_parallel: bool
     recompute: str
-    zero3: bool
+    shares: str
+    """"zero2" or "zero3" where gradients, or parameters too, are shared out in every microbatch."""
     data: int
     """Data ranks; 0 where layers do not depend on them."""
 
