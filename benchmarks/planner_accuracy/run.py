@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.planner_accuracy import places, scaling  # noqa: E402
+from benchmarks.planner_accuracy import places  # noqa: E402
 from benchmarks.planner_accuracy.runs import baselines, load  # noqa: E402
 from benchmarks.planner_accuracy.scores import (  # noqa: E402
     WAYS,
@@ -56,11 +56,6 @@ def main() -> None:
         "misses": misses(result),
         "left out": left_out(left),
         "baselines": baseline_rows(result),
-        "scaling": "\n".join(
-            f"{part}, {scaling.STACKS[part]}, bf16, sequences of 2048:\n\n"
-            + table(scaling_heading(), scaling.rows(part, result.whole.constants))
-            for part in scaling.STACKS
-        ),
     }
     if options.search:
         sections["places"] = places.text(runs, result.whole.constants)
@@ -144,13 +139,6 @@ def left_out(left: dict[int, str]) -> str:
     for row, reason in left.items():
         reasons.setdefault(reason, []).append(row)
     return "\n".join(f"- rows {', '.join(map(str, rows))}: {reason}" for reason, rows in reasons.items()) + "\n"
-
-
-def scaling_heading() -> tuple[str, ...]:
-    return (
-        *("GPUs", "quoted efficiency %", "quoted MFU %", "175B, fixed batch: efficiency", "its MFU"),
-        *("growing model: efficiency", "its MFU", "one device by the quoted columns"),
-    )
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,7 @@ from meshpar.calibrate import collectives, kernels, programs
 from meshpar.calibrate.programs import SmallProgram
 from meshpar.errors import ConfigError, raise_all
 from meshpar.planner import Hardware, Transformer
-from meshpar.planner.files import write
+from meshpar.planner.files import path_complaints, write
 from meshpar.planner.measured import RUNTIME, Curve, Measured
 from meshpar.proof.launch import launched, run
 
@@ -59,11 +59,7 @@ def calibrate(
 
 
 def _check(path: str | Path | None, ranks: int, rounds: int) -> None:
-    complaints = []
-    if path is not None and not str(path).endswith(".json"):
-        complaints.append(f"path={str(path)!r}: a name that ends in .json, by which hardware= knows it.")
-    elif path is not None and not Path(path).resolve().parent.is_dir():
-        complaints.append(f"path={str(path)!r}: there is no folder {Path(path).resolve().parent}.")
+    complaints = [] if path is None else list(path_complaints(path))
     for name, value in (("ranks", ranks), ("rounds", rounds)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
             complaints.append(f"{name}={value!r}: a whole number from 1 to 64.")

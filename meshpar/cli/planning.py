@@ -57,6 +57,7 @@ def dry_run(
     """
     from meshpar.dry_run import dry_run as run
 
+    _check_place("--plot", plot)
     said: tuple[Any, ...] = ()
     options = {"schedule": schedule, "virtual_stages": virtual_stages, "recompute": recompute, "data_parallel": data_parallel}
     asked = {name: value for name, value in {**options, "microbatches": microbatches, "precision": precision}.items() if value is not None}
@@ -77,6 +78,12 @@ def dry_run(
         print(json.dumps({**found.to_dict(), "translation": [str(line) for line in said]}, indent=2))
     else:
         _show(found, said)
+
+
+def _check_place(option: str, path: Path | None) -> None:
+    """Raise ConfigError, before anything is computed, for a file that could not be written."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.resolve().parent}.")
 
 
 def _settings(path: Path | None, asked: dict[str, Any]) -> ParallelConfig:
@@ -155,6 +162,7 @@ def plan(
     from meshpar.cli.large import large_model
     from meshpar.dry_run.searching import search
 
+    _check_place("--toml", toml)
     made, batch = large_model(model, seq=seq, samples=1)
     length = seq or int(batch["input_ids"].shape[1]) if isinstance(batch, dict) and "input_ids" in batch else seq
     found = search(made, (gpu, gpus), global_batch=global_batch, seq=length, precision=precision, stack=stack, example=batch, top=top)
@@ -187,7 +195,7 @@ def calibrate(
     stack: StackName = "meshpar",
 ) -> None:
     """Measure this machine (cores, gloo) in two minutes, and write it as hardware. With --step, scale hardware by one measured step."""
-    from meshpar.planner.files import write
+    from meshpar.planner.files import check_path, write
 
     if step is None:
         from meshpar.calibrate import calibrate as run
@@ -200,6 +208,7 @@ def calibrate(
     from meshpar.cli.large import built, large_model
     from meshpar.dry_run import dry_run as run_dry
 
+    check_path(file)
     if not model or not (mesh or config):
         raise ConfigError("calibrate --step wants --model and --mesh (or --config FILE) of the program that was measured.")
     settings = _settings(config, {} if microbatches is None else {"microbatches": microbatches})

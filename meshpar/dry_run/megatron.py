@@ -54,8 +54,13 @@ def read_megatron(source: str | Path | Mapping[str, Any], *, gpus: int | None = 
     world = gpus or given.pop("world_size", None)
     connections = given.pop(CONNECTIONS, None)
     complaints = [f"{name} is missing." for name in NEEDED if name not in given]
+    complaints += [
+        f"{name}={given[name]!r}: a whole number of at least 1." for name in NEEDED if name in given and not _counts(given[name])
+    ]
     if world is None:
         complaints.append("the number of GPUs is missing: give world_size in the file, or --gpus.")
+    elif not _counts(world):
+        complaints.append(f"world_size={world!r}: a whole number of at least 1.")
     raise_all(ConfigError, "megatron:", complaints)
     config = ParallelConfig.from_megatron(given)
     mesh = megatron_mesh({k: v for k, v in given.items() if k != "data_parallel_size"}, int(world or 1))
@@ -81,22 +86,37 @@ def read_megatron(source: str | Path | Mapping[str, Any], *, gpus: int | None = 
     )
 
 
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"--megatron {path}: {error.strerror}.") from error
-    if path.suffix == ".json":
-        found = json.loads(text)
-    else:
-        try:
-            import yaml  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise ConfigError(f"reading YAML needs pyyaml, which is not installed: write {path.stem}.json instead ({error}).") from error
-        found = yaml.safe_load(text)
+    found = _of_json(text, path) if path.suffix == ".json" else _of_yaml(text, path)
     if not isinstance(found, Mapping):
         raise ConfigError(f"--megatron {path}: names and values are wanted, this is a {type(found).__name__}.")
     return found
+
+
+def _of_json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--megatron {path} is no JSON: {error}.") from error
+
+
+def _of_yaml(text: str, path: Path) -> Any:
+    try:
+        import yaml  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ConfigError(f"reading YAML needs pyyaml, which is not installed: write {path.stem}.json instead ({error}).") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--megatron {path} is no YAML: {error}") from error
 
 
 def _flat(given: Mapping[str, Any]) -> dict[str, Any]:

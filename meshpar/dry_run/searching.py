@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import nn
 
 from meshpar.api import Example
 from meshpar.dry_run.sizes import sizes_of
 from meshpar.errors import ConfigError
-from meshpar.planner import Cluster, Constants, Job, Search, Space, Stack, Transformer, explain, launch, toml
+from meshpar.planner import Cluster, Constants, Hardware, Job, Search, Space, Stack, Transformer, explain, launch, toml
 from meshpar.planner import search as search_mappings
 from meshpar.planner.search import Candidate
 
@@ -56,7 +57,7 @@ class Mappings:
 
 def search(
     model: nn.Module | Transformer,
-    cluster: Cluster | tuple[str, int],
+    cluster: Cluster | tuple[str | Path | Hardware, int],
     *,
     global_batch: int,
     seq: int | None = None,
@@ -67,7 +68,7 @@ def search(
     constants: Constants | None = None,
     top: int = 10,
 ) -> Mappings:
-    """Mappings of `model` onto `cluster` (a `planner.Cluster`, or a name and a number of GPUs) that fit, fastest first.
+    """Mappings of `model` onto `cluster` (a `planner.Cluster`, or an accelerator and a number of them) that fit, fastest first.
 
     `model`: a decoder, whose dimensions are read off its captured graph (it may be on `meta`; `example` is a batch for it), or a
     `planner.Transformer`. `global_batch`: samples of a step over all ranks. `seq`: tokens of a sample; by default those of `example`.
@@ -86,10 +87,18 @@ def search(
         sizes, own = sizes_of(model, example)
     if (length := seq or own) is None:
         raise ConfigError("search: seq is missing; give the tokens of a sample, a whole number of at least 1.")
-    where = cluster if isinstance(cluster, Cluster) else Cluster(*cluster)
+    where = _cluster(cluster)
     job = Job(sizes, where, length, global_batch, precision, stack)
     known = constants or Constants.default()
     return Mappings(search_mappings(job, space or _space(job), known, top=top), known)
+
+
+def _cluster(given: object) -> Cluster:
+    if isinstance(given, Cluster):
+        return given
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise ConfigError(f'search: cluster={given!r}; a planner.Cluster, or an accelerator and how many, such as ("h100", 512).')
+    return Cluster(*given)
 
 
 def _space(job: Job) -> Space:

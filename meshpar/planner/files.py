@@ -22,6 +22,19 @@ def is_machine(name: object) -> bool:
     return isinstance(name, Path) or (isinstance(name, str) and name.endswith(".json"))
 
 
+def path_complaints(path: str | Path) -> Iterator[str]:
+    """What keeps a machine from being written there, and read by that name."""
+    if not str(path).endswith(".json"):
+        yield f"path={str(path)!r}: a name that ends in .json, by which hardware= knows it."
+    elif not Path(path).resolve().parent.is_dir():
+        yield f"path={str(path)!r}: there is no folder {Path(path).resolve().parent}."
+
+
+def check_path(path: str | Path) -> None:
+    """Raise ConfigError with `path_complaints`."""
+    raise_all(ConfigError, "calibrate:", list(path_complaints(path)))
+
+
 def write(machine: Hardware, path: str | Path) -> None:
     """Write hardware into a file."""
     Path(path).write_text(json.dumps({"meshpar": "machine", **_plain(machine)}, indent=1) + "\n")

@@ -93,6 +93,10 @@ def test_files_that_are_none(body: str, message: str, tmp_path: Path) -> None:
 def test_bad_input_is_one_error_with_the_values_that_would_do() -> None:
     with pytest.raises(mp.ConfigError, match="no accelerator 'h10'"):
         mp.search(EXPERTS, ("h10", 8), global_batch=8, seq=64)
+    with pytest.raises(mp.ConfigError, match="cluster='h100'; a planner.Cluster, or an accelerator and how many"):
+        mp.search(EXPERTS, "h100", global_batch=8, seq=64)  # type: ignore[arg-type]
+    with pytest.raises(mp.ConfigError, match="gpus='8'; a cluster has a whole number of GPUs"):
+        mp.search(EXPERTS, ("h100", "8"), global_batch=8, seq=64)  # type: ignore[arg-type]
     with pytest.raises(mp.ConfigError, match="seq is missing"):
         mp.search(EXPERTS, Cluster("h100", 8), global_batch=8)
     with pytest.raises(mp.ConfigError, match="batch is missing"):
