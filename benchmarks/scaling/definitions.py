@@ -39,7 +39,7 @@ class Definition:
 
 DEFINITIONS = (
     Definition("strong: 175B, 512 samples", lambda gpus: LARGE, lambda gpus: 512),
-    Definition("strong: 7B, 256 samples", lambda gpus: SMALL, lambda gpus: 256 if gpus <= 512 else 2048),
+    Definition("strong: 7B, 2048 samples", lambda gpus: SMALL, lambda gpus: 2048),
     Definition("weak: 175B, 3 samples a GPU", lambda gpus: LARGE, lambda gpus: 3 * gpus),
     Definition(
         "growing: 7B, 39B, 175B, 530B and their batch",

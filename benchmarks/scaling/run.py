@@ -18,9 +18,9 @@ from benchmarks.scaling.definitions import DEFINITIONS, EFFICIENCY, GPUS, MFU, S
 from meshpar.planner import Constants, flops_per_token  # noqa: E402
 
 PUBLISHED = (
-    ("a model and batch that grow (2104.04473 table 1)", (0, 9)),
+    ("a model and batch that grow (2104.04473 table 1)", tuple(range(10))),
     ("fixed model and batch, 175B (2104.04473 table 2)", (16, 17, 18)),
-    ("fixed model, a batch that grows (row 32 to 37)", (32, 33, 34, 35, 36, 37)),
+    ("fixed model, a batch that grows (70B, dgxc-benchmarking)", (32, 33, 34, 35, 36, 37)),
     ("fixed model and batch, experts (2504.14960)", (89, 90, 91, 92)),
 )
 """Series of rows of published_runs.csv in which only the number of GPUs, and what goes with it, differs."""

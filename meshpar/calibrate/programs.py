@@ -102,24 +102,23 @@ def _step(program: SmallProgram) -> Callable[[], None]:
     return step
 
 
-FITTED = ("forward", "backward", "data", "action", "microbatch", "step")
-"""The constants that steps are to tell; those of the optimizer are timed alone."""
+FITTED = ("call", "data", "action", "microbatch", "tensor", "step")
+"""The constants that steps are to tell. What the optimizer alone takes for a tensor was timed: steps tell what comes on top."""
 SMALL = 1e-7
 
 
 def fitted(machine: Hardware, runs: Sequence[DryRun], measured: Sequence[float]) -> Measured:
     """The machine with the constants of its runtime, from steps of programs; errors count relative to what was measured."""
     assert machine.measured is not None
-    own = machine.measured
-    bare = replace(own, runtime={**own.runtime, **dict.fromkeys(FITTED, 0.0)})
+    bare = machine.measured
     before = np.array([run.time_on(replace(machine, measured=bare)).seconds for run in runs])
     columns = []
     for name in FITTED:
-        other = replace(bare, runtime={**bare.runtime, name: SMALL})
+        other = replace(bare, runtime={**bare.runtime, name: bare.runtime[name] + SMALL})
         columns.append([(run.time_on(replace(machine, measured=other)).seconds - b) / SMALL for run, b in zip(runs, before)])
     took = np.array(measured)
     values, _ = nnls(np.array(columns).T / took[:, None], (took - before) / took)
-    done = replace(bare, runtime={**bare.runtime, **dict(zip(FITTED, map(float, values)))})
+    done = replace(bare, runtime={**bare.runtime, **{name: bare.runtime[name] + float(more) for name, more in zip(FITTED, values)}})
     ratios = took / [run.time_on(replace(machine, measured=done)).seconds for run in runs]
     low, high = np.quantile(ratios, (0.1, 0.9))
     return replace(done, spread=(min(float(low), 0.95), max(float(high), 1.05)))

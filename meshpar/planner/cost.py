@@ -256,8 +256,7 @@ def _of_machine(phase: PhaseTime, speed: Rates, machine: Measured) -> tuple[floa
     """The same as measured; the host is what the runtime takes beside each kernel and collective."""
     matrices, attention, elementwise = (speed.slower * seconds for seconds in machine.seconds(phase.operators))
     calls = sum(o.calls for o in phase.operators) + sum(c.count for c in phase.collectives)
-    forward = not phase.operators or phase.operators[0].phase in ("forward", "recompute")
-    host = calls * machine.runtime["forward" if forward else "backward"]
+    host = calls * machine.runtime["call"]
     host += sum(c.count for c in phase.collectives if _AXIS_PART[c.axis] == _AXIS_PART["dp"]) * machine.runtime["data"]
     return matrices, attention, elementwise, speed.slower * host
 

@@ -21,13 +21,12 @@ from meshpar.planner.stack import Stack
 from meshpar.planner.workload import Operator
 
 RUNTIME = {
-    "forward": "seconds of a call in forward beside its kernel",
-    "backward": "seconds of a call in backward beside its kernel: autograd's share",
+    "call": "seconds of a call beside its kernel: Python's share, and autograd's",
     "data": "seconds of a collective over data ranks beside its transfer: what FSDP2's hooks do",
     "action": "seconds of a forward or backward of a pipeline's stage beside its calls",
     "microbatch": "seconds of a microbatch beside its calls",
     "step": "seconds of a step that belong to no part",
-    "tensor": "seconds of the optimizer for a tensor",
+    "tensor": "seconds of a step for a tensor that is trained: the optimizer's, and what every parameter costs besides",
     "element": "seconds of the optimizer for an element",
 }
 """What the runtime takes beside kernels and transfers."""

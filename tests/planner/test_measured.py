@@ -56,7 +56,7 @@ def test_ranks_share_cores() -> None:
     assert seconds(4, Mapping(pp=4), part) > 1.2 * seconds(4, Mapping(pp=4), quiet)
 
 
-@pytest.mark.parametrize("name", ["forward", "backward", "data", "microbatch", "step", "tensor", "element"])
+@pytest.mark.parametrize("name", ["call", "data", "microbatch", "step", "tensor", "element"])
 def test_every_share_of_the_runtime_is_in_a_step(name: str) -> None:
     more = seconds(2, Mapping(), machine(**{name: 2e-3}))
     if name == "tensor":  # dimensions alone have none
