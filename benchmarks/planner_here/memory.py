@@ -30,9 +30,13 @@ CASES: list[Case] = [
     *(("dense", "pp=2,dp=2", {"data_parallel": mode, "microbatches": 4}) for mode in MODES),
     ("dense", "dp_replicate=2,dp_shard=2", {"microbatches": 2}),
     ("dense", "dp=2,tp=2", {"precision": "bf16", "microbatches": 2}),
+    *(("dense", "cp=4", {"recompute": r}) for r in ("none", "selective", "full")),
+    ("dense", "cp=2,tp=2", {"data_parallel": "zero3", "recompute": "selective"}),
+    ("dense", "pp=2,cp=2", {"microbatches": 4, "data_parallel": "zero1"}),
     ("experts", "ep=4", {"microbatches": 2}),
     ("experts", "dp=2,ep=2", {"microbatches": 2, "data_parallel": "zero1"}),
     ("experts", "ep=2,tp=2", {"recompute": "full"}),
+    ("experts", "cp=2,ep=2", {}),
     ("experts", "pp=2,ep=2", {"microbatches": 4, "schedule": "zero-bubble"}),
 ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -81,32 +82,33 @@ def _curve(points: Sequence[tuple[float, float]]) -> Curve:
 
 
 def _cases() -> Iterator[KernelCase]:
-    for name, make in OPERATORS.items():
+    for name, operator in OPERATORS.items():
         for n in ELEMENTS:
-            yield from _case(name, lambda make=make, n=n: make(n))  # type: ignore[misc]
+            yield _case(name, partial(operator, n))
     for dtype, kind in PRECISIONS.items():
         for rows, width in TOKENS:
-            for make in (_product, _product_for_input, _product_for_weight):
-                yield from _case(f"matrix {dtype}", lambda make=make, rows=rows, width=width, kind=kind: make(rows, width, kind))  # type: ignore[misc]
+            for product in (_product, _product_for_input, _product_for_weight):
+                yield _case(f"matrix {dtype}", partial(product, rows, width, kind))
     for rows, width in TOKENS[:-1]:
-        yield from _case("grouped fp32", lambda rows=rows, width=width: _grouped(rows, width))  # type: ignore[misc]
-    for seq, heads in ((32, 2), (64, 4), (128, 4), (256, 4), (512, 4), (1024, 4)):
-        yield from _case("attention forward fp32", lambda seq=seq, heads=heads: _attention(seq, heads))  # type: ignore[misc]
-        yield from _case("attention backward fp32", lambda seq=seq, heads=heads: _attention_backward(seq, heads))  # type: ignore[misc]
+        yield _case("grouped fp32", partial(_grouped, rows, width))
+    for seq, heads in SEQUENCES:
+        yield _case("attention forward fp32", partial(_attention, seq, heads))
+        yield _case("attention backward fp32", partial(_attention_backward, seq, heads))
 
 
+SEQUENCES = ((32, 2), (64, 4), (128, 4), (256, 4), (512, 4), (1024, 4))
+"""Tokens of a sample and heads."""
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _case(curve: str, make: Callable[[], KernelCall]) -> Iterator[KernelCase]:
+def _case(curve: str, make: Callable[[], KernelCall]) -> KernelCase:
     first = make()
     with MachineTape() as tape:
         first()
     kernels = [call.kernel for call in tape.calls if call.kernel.kind != "collective"]
     flops, moved = sum(k.flops for k in kernels), sum(k.bytes for k in kernels)
     copies = max(1, min(8, WARM // max(1, moved)))
-    name = {"default": "elementwise"}.get(curve, curve)
-    yield KernelCase(name, flops or moved, [first, *(make() for _ in range(copies - 1))])
+    return KernelCase(curve, flops or moved, [first, *(make() for _ in range(copies - 1))])
 
 
 def _r(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

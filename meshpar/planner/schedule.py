@@ -146,7 +146,8 @@ def program(schedule: str, ranks: int, stages: int, microbatches: int) -> RunOrd
                 moved = True
     if any(turn < len(row) for turn, row in zip(turns, rows)):
         raise PlanError(f"{schedule} on {ranks} ranks with {stages} stages and {microbatches} microbatches: ranks wait for each other.")
-    return RunOrder(ranks, stages, microbatches, *map(tuple, found), place=of)
+    kinds, at, before, inputs, crossing = map(tuple, found)
+    return RunOrder(ranks, stages, microbatches, kinds, at, before, inputs, crossing, of)
 
 
 def _source(kind: str, stage: int, stages: int) -> tuple[str, int] | None:

@@ -17,6 +17,7 @@ from meshpar.planner.measured import RUNTIME, Curve, Measured, rising
 from tests.planner.test_measured import machine
 
 package = importlib.import_module("meshpar.calibrate")
+collectives = importlib.import_module("meshpar.calibrate.collectives")
 kernels = importlib.import_module("meshpar.calibrate.kernels")
 programs = importlib.import_module("meshpar.calibrate.programs")
 crowd = importlib.import_module("meshpar.dry_run.crowd")
@@ -78,6 +79,8 @@ def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """All of it once, with few sizes and programs: a file that a dry run takes."""
     monkeypatch.setattr(kernels, "ELEMENTS", (2**10, 2**14))
     monkeypatch.setattr(kernels, "TOKENS", ((16, 32), (32, 64), (64, 64)))
+    monkeypatch.setattr(kernels, "SEQUENCES", ((32, 2), (64, 4)))
+    monkeypatch.setattr(collectives, "BYTES", (2**10, 2**17))
     monkeypatch.setattr(package, "SMALL", FEW)
     path, said = tmp_path / "here.json", []
     found = mp.calibrate(path, ranks=2, rounds=1, say=said.append)

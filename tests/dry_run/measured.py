@@ -17,13 +17,14 @@ from meshpar.dry_run.tape import MachineTape, levels
 from meshpar.planner import Transformer
 
 DENSE = Transformer(layers=8, hidden=64, heads=4, kv_heads=2, ffn=192, vocab=512)
+SHALLOW = Transformer(layers=4, hidden=64, heads=4, kv_heads=2, ffn=192, vocab=512)
 EXPERTS = Transformer(layers=4, hidden=64, heads=4, kv_heads=2, ffn=192, vocab=512, experts=4, top_k=2, expert_ffn=64)
 SAMPLES, TOKENS = 16, 64
 
 
 def model_of(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    model = Decoder(EXPERTS if kind == "experts" else DENSE)
+    model = Decoder({"experts": EXPERTS, "dense": DENSE, "shallow": SHALLOW}[kind])
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
     return model
