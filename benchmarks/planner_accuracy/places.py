@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from benchmarks.planner_accuracy.runs import Run
+from benchmarks.planner_accuracy.scores import source_of
 from meshpar.planner import Candidate, Constants, Space, estimate, search
 from meshpar.planner.mapping import RECOMPUTE
 from meshpar.planner.search import shape
@@ -43,6 +44,10 @@ def text(runs: Sequence[Run], constants: Constants) -> str:
         lines.append(f"  our best is {', '.join(f'{name} ({n})' for name, n in sorted(families.items(), key=lambda x: -x[1]))}")
         for run, place, ratio, best in sorted(mine, key=lambda x: -x[2])[:6]:
             lines.append(f"  row {run.row}: {run.mapping} is {ratio:.2f} of our best, place {place}: {best.mapping}")
+    lines.append("- by source, configurations / among our best five / within 10 %:")
+    for source in dict.fromkeys(source_of(run) for run, *_ in found):
+        mine = [(place, ratio) for run, place, ratio, _ in found if source_of(run) == source]
+        lines.append(f"  {source}: {len(mine)} / {sum(place <= BEST for place, _ in mine)} / {sum(ratio <= 1.1 for _, ratio in mine)}")
     return "\n".join(lines) + "\n"
 
 

@@ -15,10 +15,10 @@ def crowded(order: Order, costs: Costs, machine: Measured, copies: int) -> float
     `costs` are those while min(ranks, cores) compute, as `planner.cost` gives them.
     """
     usual = machine.slower(min(order.ranks * copies, machine.cores))
-    return _last(_Run(order, costs, lambda active: machine.slower(active * copies) / usual))
+    return _last(_SharedRun(order, costs, lambda active: machine.slower(active * copies) / usual))
 
 
-class _Run:
+class _SharedRun:
     """Actions under way, each with the seconds that are left of it, alone."""
 
     def __init__(self, order: Order, costs: Costs, slower: Callable[[int], float]) -> None:
@@ -55,13 +55,13 @@ class _Run:
         return max(moments)
 
 
-def _last(run: _Run) -> float:
+def _last(run: _SharedRun) -> float:
     for _ in _moments(run):
         pass
     return run.now
 
 
-def _moments(run: _Run) -> Iterator[float]:
+def _moments(run: _SharedRun) -> Iterator[float]:
     """Every moment at which an action ends, or a result arrives."""
     while True:
         soon = run.start()

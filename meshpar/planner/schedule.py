@@ -9,9 +9,7 @@ from functools import lru_cache
 from meshpar.errors import ConfigError, PlanError
 from meshpar.planner import v_shaped
 from meshpar.planner.mapping import SCHEDULES, V_SHAPED
-
-ActionRow = list[tuple[str, int, int]]
-"""What one rank does in turn: `(kind, stage, microbatch)`; F forward, B backward, I and W its halves."""
+from meshpar.planner.v_shaped import ActionRow
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Orders whose ranks have two stages, one on the way down and one on the way back: stage r and stage 2p-1-r on rank r.
 
     rank 0   0   2p-1        zbv        arXiv 2401.10241, section 6: memory of 1f1b, no bubble where forward and both backwards are alike
-    rank 1   1   2p-2        dualpipev  DeepSeek's DualPipe, cut in half: forwards and backwards in pairs
+    rank 1   1   2p-2        dualpipev  arXiv 2412.19437, cut in half: forwards and backwards in pairs
     ...      ...
 
 Both are as torch lays them out (`torch.distributed.pipelining`); a test compares them action by action.
@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 ActionRow = list[tuple[str, int, int]]
+"""What one rank does in turn: `(kind, stage, microbatch)`; F forward, B backward, I and W its halves."""
 
 
 def place(ranks: int) -> tuple[int, ...]:
@@ -25,7 +26,7 @@ def place(ranks: int) -> tuple[int, ...]:
 
 
 @dataclass
-class _Row:
+class _ActionsOfRank:
     """Actions of a rank; each kind counts the microbatches of each stage."""
 
     down: int
@@ -54,7 +55,7 @@ class _Row:
 
 def zbv(rank: int, ranks: int, virtual: int, m: int) -> ActionRow:
     """Both halves of a backward together while there is work, weight gradients last when there is none."""
-    row, enough = _Row(rank, 2 * ranks - 1 - rank), max(2 * ranks - 1, m)
+    row, enough = _ActionsOfRank(rank, 2 * ranks - 1 - rank), max(2 * ranks - 1, m)
     down, up = row.down, row.up
     for _ in range(2 * (ranks - rank) - 1):
         row.add(("F", down))
@@ -78,7 +79,7 @@ def zbv(rank: int, ranks: int, virtual: int, m: int) -> ActionRow:
 
 def dualpipev(rank: int, ranks: int, virtual: int, m: int) -> ActionRow:
     """The eight phases of DualPipeV; overlapped pairs run one after the other here."""
-    row = _Row(rank, 2 * ranks - 1 - rank)
+    row = _ActionsOfRank(rank, 2 * ranks - 1 - rank)
     down, up, after = row.down, row.up, ranks - rank - 1
     row.add(*[("F", down)] * (2 * after), *[("F", down), ("F", up)] * (rank + 1))
     for _ in range(after):
