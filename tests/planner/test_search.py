@@ -62,9 +62,9 @@ def test_text_has_ranking_path_and_reasons(found) -> None:  # type: ignore[no-un
 
 
 def test_ten_thousand_candidates_take_seconds() -> None:
-    result = search(job(EXPERTS, gpus=256, batch=512), Space(microbatch=(1, 2)))
+    result = search(job(EXPERTS, gpus=256, batch=512), Space(microbatch=(1, 2, 4)))
     assert result.tried > 10_000
-    assert result.seconds / result.tried < 0.01  # a busy machine; idle it is near 1 ms
+    assert result.seconds / result.tried < 0.01  # a busy machine; idle it is near 0.3 ms
 
 
 def test_every_way_of_sharing_and_every_schedule_is_tried() -> None:
