@@ -35,7 +35,7 @@ _ROW = 128
 """Numbers that a rank tells of its shapes: more than batches have."""
 MOST_LENGTHS = _ROW - 1
 
-Shapes = tuple[tuple[int, ...], ...]
+BatchShapes = tuple[tuple[int, ...], ...]
 
 
 def agreed(batch: Any, mesh: DeviceMesh, padding: Mapping[str, int] = PADDING) -> Any:
@@ -101,7 +101,7 @@ def _row(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return struct.pack(f"{_ROW}q", digest, *numbers, *([-1] * (MOST_LENGTHS - len(numbers))))
 
 
-def _shapes(row: bytes) -> Shapes:
+def _shapes(row: bytes) -> BatchShapes:
     """The digest of the names, and the shapes."""
     digest, *numbers = struct.unpack(f"{_ROW}q", row)
     found: list[tuple[int, ...]] = [(digest,)]
@@ -112,7 +112,7 @@ def _shapes(row: bytes) -> Shapes:
     return tuple(found)
 
 
-def _padded(batch: Any, tensors: Mapping[str, torch.Tensor], shapes: Mapping[int, Shapes], padding: Mapping[str, int]) -> Any:
+def _padded(batch: Any, tensors: Mapping[str, torch.Tensor], shapes: Mapping[int, BatchShapes], padding: Mapping[str, int]) -> Any:
     """Every tensor as long as the longest, or BatchError; the same on all ranks, as it depends on what all ranks have."""
     firsts = {(row[0], tuple((len(s), *s[:1]) for s in row[1:])) for row in shapes.values()}
     if len(firsts) > 1:

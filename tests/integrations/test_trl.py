@@ -78,7 +78,7 @@ def check(results: list[Result], alone: Result) -> None:
         assert_equal(parameters, alone[1], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", ["tp=2", "dp=2"])
+@pytest.mark.parametrize("spec", ["dp=2"])
 def test_sft(gloo: Pool, alone: Result, tmp_path: Path, spec: str) -> None:
     check(gloo.run(over_mesh, spec, str(tmp_path), world=2, timeout=240), alone)
 
