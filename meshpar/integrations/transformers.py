@@ -33,6 +33,7 @@ from meshpar.runtime.parameters.gradients import clip_grad_norm_
 
 RUN, WEIGHTS = "meshpar", "meshpar-weights"
 """Folders inside of `checkpoint-N`: a whole run, or (save_only_model) the model alone."""
+_RECOMPUTING = ("activation_checkpointing", "gradient_checkpointing")
 
 
 def parallel(trainer: type) -> type:
@@ -79,6 +80,9 @@ class OverMesh:
                 f"{type(self).__name__} wraps or replaces its model: do so before mp.parallelize (adapters, new tokens, quantisation)."
             )
         self.model = self.model_wrapped = self.callback_handler.model = model  # type: ignore[attr-defined]
+        for name in _RECOMPUTING:  # as parallelize does
+            if getattr(self.args, name, False):
+                setattr(self.args, name, False)
         if self.label_smoother is not None and not self.model_accepts_loss_kwargs:  # type: ignore[attr-defined]
             raise ConfigError("label_smoothing_factor: labels of this model are not counted, so that ranks cannot be weighed by them.")
 
@@ -249,8 +253,7 @@ def _complaints(model: ParallelModel, args: Any, named: dict[str, Any]) -> Itera
         yield "model_init makes a new model: parallelize one, and give model=pm."
     if named.get("peft_config") is not None or named.get("quantization_config") is not None:
         yield "peft_config and quantization_config change the model: get_peft_model(model, config) comes before mp.parallelize."
-    checkpointing = getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
-    if checkpointing and model.parallel_config.recompute == "none":
+    if any(getattr(args, name, False) for name in _RECOMPUTING) and model.parallel_config.recompute == "none":
         yield (
             'gradient_checkpointing is what parallelize does: config=mp.ParallelConfig(recompute="full"), or '
             "gradient_checkpointing=False to keep everything (SFTConfig asks for it unasked)."

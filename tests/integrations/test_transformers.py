@@ -20,12 +20,17 @@ Result = tuple[dict[str, list[float]], dict[str, torch.Tensor]]
 def arguments(folder: Path | str, batch: int, **more: Any) -> Any:
     from transformers import TrainingArguments
 
-    schedule = {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    schedule = {
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 3,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "max_steps": STEPS,
+    }
     events = {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": MIDDLE, "save_steps": MIDDLE, "report_to": "none"}
     sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "gradient_accumulation_steps": 2}
-    return TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, use_cpu=True, disable_tqdm=True, **{**schedule, **events, **sizes, **more}
-    )
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **{**schedule, **events, **sizes, **more})
 
 
 def logged(trainer: Any) -> dict[str, list[float]]:
@@ -109,7 +114,7 @@ def exported(folder: str) -> list[str]:
     from meshpar.integrations.transformers import parallel
 
     with launched():
-        pm, told = parallel_model("tp=2", BATCH, precision="bf16"), []
+        pm, told = parallel_model("tp=2", BATCH, precision="bf16", recompute="full"), []
         plain, rows = parallel_model("tp=2", BATCH), {"train_dataset": Rows(), "data_collator": collate}
         args = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
         for wrong, more in (
@@ -126,7 +131,7 @@ def exported(folder: str) -> list[str]:
             Trainer(model=plain, args=arguments(folder, BATCH, **args), **rows).train()
         except (mp.ConfigError, ValueError) as error:
             told.append(str(error))
-        trainer = parallel(Trainer)(model=pm, args=arguments(folder, BATCH, **args, bf16=True), **rows)
+        trainer = parallel(Trainer)(model=pm, args=arguments(folder, BATCH, **args, bf16=True, gradient_checkpointing=True), **rows)
         trainer.train()
         trainer.save_model(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -166,6 +171,8 @@ def warned(folder: str) -> str:
     with launched(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pm = parallel_model("dp=2", BATCH)
-        trainer = parallel(Trainer)(model=pm, args=arguments(folder, 2, save_strategy="no"), train_dataset=Rows(7), data_collator=collate)
+        trainer = parallel(Trainer)(
+            model=pm, args=arguments(folder, 2, save_strategy="no", eval_strategy="no"), train_dataset=Rows(7), data_collator=collate
+        )
         trainer.get_train_dataloader()
     return " ".join(str(one.message) for one in caught)
