@@ -23,7 +23,7 @@ def agree(value: str, mesh: DeviceMesh, what: str, *, error: type[MeshparError] 
 
     `what` names the value in the message ("the plan"). Collective over the mesh; free when ranks are simulated or fake.
     """
-    table = _gather_digests(_digest(value.encode()), mesh)
+    table = gather_rows(_digest(value.encode()), mesh)
     odd = _odd_ones(table)
     if odd:
         common = next(digest for rank, digest in table.items() if rank not in odd)
@@ -39,7 +39,7 @@ def agree_on_lines(value: Sequence[str], shown: Callable[[], Sequence[str]], mes
 
     `shown`: for each line, how to show it. `advice` ends the message. Collective over the mesh; free when ranks are simulated or fake.
     """
-    table = _gather_digests(_digest("\n".join(value).encode()), mesh)
+    table = gather_rows(_digest("\n".join(value).encode()), mesh)
     odd = _odd_ones(table)
     if not odd:
         return
@@ -98,7 +98,7 @@ def check_batch(batch: Any, mesh: DeviceMesh) -> bool:
     if not is_real(mesh):
         leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
         return several and local_tensor_mode() is not None and not any(isinstance(leaf, LocalTensor) for leaf in leaves)
-    table = _gather_digests(_structure_digest(batch) + _content_digest(batch), mesh)
+    table = gather_rows(_structure_digest(batch) + content_digest(batch), mesh)
     odd = _odd_ones({rank: both[:32] for rank, both in table.items()})
     if odd:
         raise BatchError(
@@ -108,7 +108,7 @@ def check_batch(batch: Any, mesh: DeviceMesh) -> bool:
             f"have labels of that index alone."
         )
     complaints = []
-    for ranks in _same_batch_ranks(mesh):
+    for ranks in same_batch_ranks(mesh):
         odd = _odd_ones({rank: table[rank][32:] for rank in ranks})
         if odd:
             complaints.append(f"{listed(list(odd))} of {listed(ranks)}.")
@@ -129,7 +129,7 @@ def check_whole(tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> None:
     """
     if not tensors or not is_real(mesh):
         return
-    table = _gather_digests(b"".join(map(_content_digest, tensors.values())), mesh)
+    table = gather_rows(b"".join(map(content_digest, tensors.values())), mesh)
     width = len(_digest(b""))
     rows = {name: {rank: row[i * width :][:width] for rank, row in table.items()} for i, name in enumerate(tensors)}
     complaints = [f"{name}: {listed(list(odd))} from the rest." for name, digests in rows.items() if (odd := _odd_ones(digests))]
@@ -140,7 +140,7 @@ def check_whole(tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> None:
     )
 
 
-def _same_batch_ranks(mesh: DeviceMesh) -> list[list[int]]:
+def same_batch_ranks(mesh: DeviceMesh) -> list[list[int]]:
     """The sets of ranks that must be fed one batch."""
     sets: dict[int, list[int]] = defaultdict(list)
     for rank, index in sorted(data_ranks(mesh).items()):
@@ -157,8 +157,8 @@ def _digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def _gather_digests(digest: bytes, mesh: DeviceMesh) -> dict[int, bytes]:
-    """Every rank's digest, by global rank: gathered one axis after the other, innermost first, so that no new group is needed."""
+def gather_rows(digest: bytes, mesh: DeviceMesh) -> dict[int, bytes]:
+    """Every rank's bytes (equally many), by global rank: gathered axis by axis, innermost first, so that no new group is needed."""
     if not is_real(mesh):
         return {0: digest}
     table = torch.tensor(list(digest), dtype=torch.uint8, device=mesh.device_type)
@@ -193,7 +193,7 @@ def _describe(batch: Any) -> str:
     return ", ".join(described)
 
 
-def _content_digest(batch: Any) -> bytes:
+def content_digest(batch: Any) -> bytes:
     content = hashlib.sha256()
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, torch.Tensor):

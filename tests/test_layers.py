@@ -34,7 +34,7 @@ LAYERS = (
     ("checkpoint",),
     ("arguments", "api", "pipeline"),
     ("proof",),
-    ("plot", "dry_run", "calibrate", "cli", ""),
+    ("plot", "dry_run", "calibrate", "integrations", "cli", ""),
 )
 """Modules and folders, lowest first; the longest name that fits a module decides. "" is the package itself."""
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -166,7 +166,8 @@ class ParallelModel(Likeness, Asked):
     def _ddp_params_and_buffers_to_ignore(self) -> Any:
         """Raise ConfigError: DistributedDataParallel asks for this first of all."""
         raise ConfigError(
-            "a parallel model is not wrapped in DistributedDataParallel: the dp axis of its mesh sums gradients over data ranks already."
+            "a parallel model is not wrapped in DistributedDataParallel: the dp axis of its mesh sums gradients over data ranks already. "
+            "Trainers that wrap models (transformers, TRL, accelerate, Lightning) take it by meshpar.integrations."
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
