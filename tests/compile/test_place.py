@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import meshpar as mp
 from meshpar._torch import without_modes
 from meshpar.capture.export import capture
 from meshpar.compile.decide import Decision, StageRequest, decide
-from meshpar.compile.place import place
-from meshpar.compile.split import StageGraph, split
+from meshpar.compile.place import check_buffers, place
+from meshpar.compile.split import StageGraph, split, updaters
+from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import facts, gives_several, info_of
 from meshpar.mesh import mesh_sizes, typed_axes
@@ -161,3 +163,58 @@ def test_what_later_axes_cut_is_not_sent_whole(kind: type[nn.Module], mesh: str,
         elif exchange is not None and not gives_several(node):
             assert exchange.rows.shape == info_of(node).shape
     assert (1, 6, 4) in seen, "the mean, half of it on each tp rank"
+
+
+class Centred(nn.Module):
+    """Without its running mean, which no parameter keeps in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(x.detach().mean((0, 1)) * 0.1)
+        return x - self.mean
+
+
+class Running(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.norm = Centred()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.b(self.a(x)))
+        return self.c(x).pow(2).mean()
+
+
+def request(buffers: Any, pinned: Any) -> Decision:
+    others = {n: (tuple(p.shape), "float32", True) for n, p in Running().named_parameters()}
+    return Decision((("pp", 2),), (), stages=StageRequest((0, 1), ["norm"]), others=others, buffers=buffers, pinned=pinned)
+
+
+def stages_of(captured: Captured, plan: Plan) -> tuple[StageGraph, ...]:
+    place(captured.graph, plan.stages, {n: p.stages for n, p in plan.parameters.items()} | dict(plan.buffers))
+    return split(captured.graph, 2, parameters=captured.parameters, mutations=captured.mutations)
+
+
+def test_a_buffer_stays_on_its_stage_for_another_batch() -> None:
+    """Its update reads no parameter: it could run as early as its operands are there, on a stage whose copy nobody reads."""
+    model = Running()
+    first = decide(capture(model, (), {"x": torch.randn(2, 4, 8)}), request({}, {}))
+    assert first.buffers == {"norm.mean": (1,)} and Plan.from_json(first.to_json()) == first
+    again = capture(model, (), {"x": torch.randn(2, 5, 8)})
+    plan = decide(again, request(first.buffers, first.parameters))
+    stages = stages_of(again, plan)
+    assert updaters(stages) == {"norm.mean": (1,)}
+    check_buffers(stages, plan)
+
+
+def test_a_buffer_that_would_be_updated_elsewhere_is_told() -> None:
+    model = Running()
+    first = decide(capture(model, (), {"x": torch.randn(2, 4, 8)}), request({}, {}))
+    again = capture(model, (), {"x": torch.randn(2, 5, 8)})
+    plan = decide(again, request({"norm.mean": (0, 1)}, first.parameters))
+    with pytest.raises(PlanError, match=r"buffer norm.mean is updated on stages 1, and kept on 0, 1.") as told:
+        check_buffers(stages_of(again, replace(plan, buffers={"norm.mean": (1,)})), plan)
+    assert "Call parallelize with such a batch as its example" in str(told.value)
