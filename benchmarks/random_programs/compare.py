@@ -1,7 +1,7 @@
 """One random program in parallel against one device, over several steps with an optimizer; batches may be of other shapes.
 
-It goes through the parts of `mp.verify`, with a batch of its own for every step. `trained` is what a rank does; it also says what the static
-check told of every program that was made, since proof and numbers have to agree.
+It goes through the parts of `mp.verify`, with a batch of its own for every step. `trained` is what a rank does; it also says what the
+static check told of every program that was made, since proof and numbers have to agree.
 """
 
 from __future__ import annotations

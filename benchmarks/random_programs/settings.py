@@ -71,7 +71,7 @@ class Setting:
 def setting(seed: int, *, processes: bool = False) -> Setting:
     """The mesh and configuration of a seed."""
     rng = random.Random(f"setting {seed} {processes}")
-    kind = rng.choices(("lines", "stack", "experts"), (3, 6, 2))[0]
+    kind = rng.choices(("lines", "stack", "experts"), (1, 7, 3) if processes else (3, 6, 2))[0]
     meshes = {
         (False, "lines"): LINES, (False, "stack"): SIMULATED, (False, "experts"): EXPERTS,
         (True, "lines"): LINES_ON_PROCESSES, (True, "stack"): PROCESSES, (True, "experts"): EXPERTS_ON_PROCESSES,
