@@ -29,7 +29,7 @@ from meshpar.roles import ROLES, dividing
 from meshpar.sharding.infer import Inference, infer
 from meshpar.sharding.policy import Request, expert_stacks
 from meshpar.sharding.solve import solve
-from meshpar.sharding.types import I, Owned, Type
+from meshpar.sharding.types import I, Owned, Shard, Type
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 role.divides,
                 inputs=captured.batch_dims if role.own_batches else {},
                 parameters=frozenset(captured.parameters),
-                pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not role.own_batches else {},
+                pinned=_pinned(request, name),
                 wanted=wanted.get(name, {}),
                 owned=request.owned,
                 sequence=request.sequence,
@@ -173,6 +173,12 @@ def _of_nearest(name: str, held: Mapping[str, tuple[int, ...]]) -> tuple[int, ..
 def _alike(a: Sequence[str], b: Sequence[str]) -> int:
     """How many parts two names begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _pinned(request: Decision, name: str) -> dict[str, Type]:
+    """Where parameters lie on an axis. Where it feeds batches of their own to its ranks, what is whole may be so in either way."""
+    found = {n: p.placements[name] for n, p in request.pinned.items() if name in p.placements}
+    return {n: t for n, t in found.items() if isinstance(t, (Owned, Shard))} if ROLES[name].own_batches else found
 
 
 def _pinned_outputs(captured: Captured) -> list[Type | None]:

@@ -23,7 +23,7 @@ from meshpar.mesh import mesh_sizes, typed_axes
 from meshpar.ops.load import Tally
 from meshpar.passes.order import lowered
 from meshpar.plan import Plan
-from meshpar.sharding.types import Shard
+from meshpar.sharding.types import R, Shard, plain
 from meshpar.simulate import local_tensors, per_rank
 from tests.compile.staged import backward, run_stages
 
@@ -218,3 +218,18 @@ def test_a_buffer_that_would_be_updated_elsewhere_is_told() -> None:
     with pytest.raises(PlanError, match=r"buffer norm.mean is updated on stages 1, and kept on 0, 1.") as told:
         check_buffers(stages_of(again, replace(plan, buffers={"norm.mean": (1,)})), plan)
     assert "Call parallelize with such a batch as its example" in str(told.value)
+
+
+def test_where_experts_lie_is_kept_for_another_batch() -> None:
+    """An axis that divides experts and feeds its ranks samples of their own: what was cut there stays so, or is refused."""
+    model = Routed()
+    batch = {"ids": torch.randint(16, (4, 6)), "labels": torch.randint(16, (4, 6))}
+    others = {n: (tuple(p.shape), "float32", True) for n, p in model.named_parameters()}
+    asked = Decision((("ep", 2),), (("ep", 2),), others=others)
+    first = decide(capture(model, (), batch), asked).parameters
+    assert first["one.up"].placements["ep"] == plain(0, 4) and first["flat.table.weight"].placements["ep"] == R
+    again = capture(model, (), {name: x[:, :5] for name, x in batch.items()})
+    assert decide(again, replace(asked, pinned=first)).parameters["one.up"].placements == {"ep": plain(0, 4)}
+    other = replace(first["one.up"], placements={"ep": plain(1, 8)})
+    with pytest.raises(PlanError):
+        decide(again, replace(asked, pinned={**first, "one.up": other}))
