@@ -221,7 +221,7 @@ def test_a_buffer_that_would_be_updated_elsewhere_is_told() -> None:
 
 
 def test_where_experts_lie_is_kept_for_another_batch() -> None:
-    """An axis that divides experts and feeds its ranks samples of their own: what was cut there stays so, or is refused."""
+    """An axis that divides experts and feeds its ranks samples of their own: what was cut there stays so."""
     model = Routed()
     batch = {"ids": torch.randint(16, (4, 6)), "labels": torch.randint(16, (4, 6))}
     others = {n: (tuple(p.shape), "float32", True) for n, p in model.named_parameters()}
@@ -231,5 +231,4 @@ def test_where_experts_lie_is_kept_for_another_batch() -> None:
     again = capture(model, (), {name: x[:, :5] for name, x in batch.items()})
     assert decide(again, replace(asked, pinned=first)).parameters["one.up"].placements == {"ep": plain(0, 4)}
     other = replace(first["one.up"], placements={"ep": plain(1, 8)})
-    with pytest.raises(PlanError):
-        decide(again, replace(asked, pinned={**first, "one.up": other}))
+    assert decide(again, replace(asked, pinned={**first, "one.up": other})).parameters["one.up"].placements == other.placements
