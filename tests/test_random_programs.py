@@ -15,8 +15,8 @@ from meshpar.graph.operators import OPERATORS
 from meshpar.sharding.rules import row
 from tests.pool import Pool
 
-SIMULATED = range(6)
-PROCESSES = range(4)
+SIMULATED = (0, 1, 2, 7)
+PROCESSES = (4,)
 """Seeds."""
 
 
