@@ -106,6 +106,8 @@ class Plan:
     """What the reader should know: operators that run whole."""
     inputs: Mapping[str, str] = field(default_factory=dict)
     """The dtype and the shape of every input of the captured graph: of one microbatch of all data ranks together."""
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The stages whose copies of a buffer are kept up to date: those that update it, or the only one that reads it."""
 
     @cached_property
     def hash(self) -> str:
@@ -153,6 +155,7 @@ class Plan:
                 for n, p in self.parameters.items()
             },
             "stages": [list(asdict(s).values()) for s in self.stages],
+            "buffers": {name: list(stages) for name, stages in self.buffers.items()},
             "options": dict(self.options),
             "ledger": [list(asdict(c).values()) for c in self.ledger],
             "notes": self.notes,
@@ -189,6 +192,7 @@ class Plan:
                 tuple(Comm(*c) for c in body["ledger"]),
                 tuple(body["notes"]),
                 body["inputs"],
+                {name: tuple(stages) for name, stages in body.get("buffers", {}).items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"not a plan: {error}. A plan is written by plan.save(path).") from error

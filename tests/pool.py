@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
@@ -94,10 +95,11 @@ class Pool:
             return
         self.close()
         context = get_context("spawn")
-        for _ in range(self.size):
+        for rank in range(self.size):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, [str(ROOT), *sys.path]), daemon=True)
-            process.start()
+            with _hash_seed(rank + 1):  # sets of strings are iterated in another order on every rank, as on real ones
+                process.start()
             there.close()
             self._workers.append(_Worker(process, here))
         for worker in self._workers:
@@ -142,6 +144,18 @@ class Pool:
     def _where(self, rank: int) -> str:
         """The file for the stack of a rank that hangs."""
         return os.path.join(self._folder.name, f"stack-{self._runs}-{rank}")
+
+
+@contextmanager
+def _hash_seed(seed: int) -> Iterator[None]:
+    """Processes that are started inside hash strings with this seed."""
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = str(seed)
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONHASHSEED")
+        os.environ |= {} if before is None else {"PYTHONHASHSEED": before}
 
 
 def _work(pipe: Connection, path: list[str]) -> None:

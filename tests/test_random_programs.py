@@ -7,19 +7,37 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.random_programs import run, typings
+from benchmarks.random_programs import settings, typings
+from benchmarks.random_programs.compare import Outcome, outcome
 from benchmarks.random_programs.programs import Program, draw, shortest
 from meshpar.capture.export import capture
 from meshpar.graph.operators import OPERATORS
 from meshpar.sharding.rules import row
+from tests.pool import Pool
+
+SIMULATED = (0, 1, 2, 7)
+PROCESSES = (4,)
+"""Seeds."""
 
 
-@pytest.mark.parametrize("seed", range(8))
+def checked_against_one_device(seed: int, pool: Pool | None = None) -> Outcome:
+    """The outcome of a seed, which has to be fine."""
+    how = settings.setting(seed, processes=pool is not None)
+    program = settings.program_of(seed, how)
+    found = outcome(program, how, settings.shapes_of(program, how), pool)
+    assert found.status == "ok" and found.static in ("proved", "partly"), f"{how}\n{program.source}\n{found}"
+    return found
+
+
+@pytest.mark.parametrize("seed", SIMULATED)
 def test_random_programs_compute_what_they_compute_on_one_device(seed: int) -> None:
-    how = run.setting(seed)
-    program = run.program_of(seed, how)
-    status, text = run.outcome(program, how)
-    assert status == "ok", f"{how}\n{program.source}\n{text}"
+    checked_against_one_device(seed)
+
+
+@pytest.mark.parametrize("seed", PROCESSES)
+def test_random_programs_on_processes(seed: int, gloo: Pool) -> None:
+    """Pipelines, data parallelism, batches of other shapes, on ranks with other hash seeds."""
+    checked_against_one_device(seed, gloo)
 
 
 def checked(program: Program) -> typings.Typings:
@@ -46,7 +64,8 @@ def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not checked(program).wrong
     monkeypatch.setitem(OPERATORS, "softmax", replace(OPERATORS["softmax"], rule=row("a b -> a b")))
     assert any("softmax" in line and "other values" in line for line in checked(program).wrong)
-    assert run.outcome(program, run.Setting("tp=2", {}))[0] == "wrong"
+    found = outcome(program, settings.Setting("tp=2", {}), [(0, 0)])
+    assert found.status == "wrong"
 
 
 def test_a_program_is_the_same_each_time_and_shortened_to_what_fails() -> None:

@@ -153,7 +153,7 @@ def _differs(case: Case, model: nn.Module, batch: Mapping[str, Tensor], fault: F
     try:
         with planting(fault):
             return not numeric.verify(model, case.mesh, batch, config=case.config, steps=1).ok
-    except (MeshparError, RuntimeError, ValueError, IndexError, AssertionError):
+    except (MeshparError, RuntimeError, TypeError, ValueError, IndexError, AssertionError):
         return True
 
 

@@ -5,6 +5,7 @@ grows too large is drawn again. Sizes are tiny and coincide on purpose: a batch 
 
     program = draw(17, data=2)        the same for the same seed; the batch divides by 2
     print(program.source)
+    program.batch(1, (4, 9))          other values, and another shape: four samples of nine positions
     mp.verify(program.model(), "dp=2,tp=2", program.batch())
 """
 
@@ -16,10 +17,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tests.capture.moe import MoE
 
 LARGEST, MOST = 1e3, 3000
 """The largest element and the largest number of elements of any value."""
@@ -35,14 +39,26 @@ class Program:
     lines: tuple[str, ...]
     """Lines of `forward`; the last one is `loss = ...`."""
     inputs: tuple[tuple[str, str], ...]
-    """Name -> the expression that makes the input."""
+    """Name -> the expression that makes the input, of `b` samples and `n` positions."""
+    sizes: tuple[int, int] = (0, 0)
+    """`b` and `n` of the first batch."""
+    library: str = ""
+    """Classes that the module is made of."""
 
     @property
     def source(self) -> str:
         """The module as Python."""
         names = ", ".join(name for name, _ in self.inputs)
         made = [*self.made, "pass"] if not self.made else self.made
-        text = ["class Model(nn.Module):", "    def __init__(self):", "        super().__init__()", *(f"        {m}" for m in made), ""]
+        library = [self.library] if self.library else []
+        text = [
+            *library,
+            "class Model(nn.Module):",
+            "    def __init__(self):",
+            "        super().__init__()",
+            *(f"        {m}" for m in made),
+            "",
+        ]
         return "\n".join(
             [*text, f"    def forward(self, {names}):", *(f"        {line}" for line in self.lines), "        return loss", ""]
         )
@@ -50,27 +66,28 @@ class Program:
     def model(self) -> nn.Module:
         """A fresh module, in float64, the same at every call."""
         torch.manual_seed(self.seed)
-        name = f"<program {self.seed} {hash(self.source)}>"
+        name = f"<program {self.seed} {crc32(self.source.encode()):08x}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
-        scope: dict[str, Any] = {"torch": torch, "nn": nn, "F": F}
+        scope: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "MoE": MoE}
         exec(compile(self.source, name, "exec"), scope)
         found: nn.Module = scope["Model"]().double()
         return found
 
-    def batch(self) -> dict[str, Tensor]:
-        """The global batch, the same at every call."""
-        torch.manual_seed(self.seed + 1)
-        return {name: eval(text, {"torch": torch}) for name, text in self.inputs}
+    def batch(self, step: int = 0, sizes: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """The global batch of a step, the same at every call; of other sizes than the first where they are given."""
+        torch.manual_seed(self.seed + 1 + step)
+        b, n = sizes or self.sizes
+        return {name: eval(text, {"torch": torch, "b": b, "n": n}) for name, text in self.inputs}
 
     def without(self, line: int) -> Program:
         """The program without one line of `forward`."""
         return replace(self, lines=self.lines[:line] + self.lines[line + 1 :])
 
-    def runs(self) -> bool:
-        """Whether it runs on one device and some parameter has a gradient that is more than rounding."""
+    def runs(self, sizes: tuple[int, int] | None = None) -> bool:
+        """Whether it runs on one device (for a batch of these sizes) and some parameter has a gradient that is more than rounding."""
         try:
             model = self.model()
-            loss = model(**self.batch())
+            loss = model(**self.batch(0, sizes))
             loss.backward()
         except Exception:
             return False
@@ -163,27 +180,28 @@ class _Maker:
         loss = self._loss()
         if loss is None:
             return None
-        return Program(self.seed, tuple(self.made), (*self.lines, f"loss = {loss}"), tuple(self.inputs))
+        lines = (*self.lines, f"loss = {loss}")
+        return Program(self.seed, tuple(self.made), lines, tuple(self.inputs), (self.batch, self.length))
 
     def _inputs(self) -> None:
-        b, n, w = self.batch, self.length, self.width
+        w = self.width
         every = [
-            ("x", f"torch.randn({b}, {n}, {w}, dtype=torch.double)"),
-            ("ids", f"torch.randint(0, 7, ({b}, {n}))"),
-            ("y", f"torch.randint(0, 5, ({b},))"),
-            ("keep", f"torch.rand({b}, {n}) > 0.4"),
-            ("z", f"torch.randn({b}, {w}, dtype=torch.double)"),
+            ("x", f"torch.randn(b, n, {w}, dtype=torch.double)"),
+            ("ids", "torch.randint(0, 7, (b, n))"),
+            ("y", "torch.randint(0, 5, (b,))"),
+            ("keep", "torch.rand(b, n) > 0.4"),
+            ("z", f"torch.randn(b, {w}, dtype=torch.double)"),
             (
                 "image",
-                f"torch.randn({b}, {self.rng.choice([1, 3, 4])}, {self.rng.choice([4, 5, 6])}, {self.rng.choice([4, 6])}, dtype=torch.double)",
+                f"torch.randn(b, {self.rng.choice([1, 3, 4])}, {self.rng.choice([4, 5, 6])}, {self.rng.choice([4, 6])}, dtype=torch.double)",
             ),
-            ("weight", f"torch.rand({b}, dtype=torch.double)"),
+            ("weight", "torch.rand(b, dtype=torch.double)"),
         ]
         first = self.rng.choice([0, 0, 0, 1, 4, 5])
         kept = [e for i, e in enumerate(every) if i == first or self.rng.random() < 0.4]
         for name, text in kept:
             self.inputs.append((name, text))
-            self._keep(name, eval(text, {"torch": torch}))
+            self._keep(name, eval(text, {"torch": torch, "b": self.batch, "n": self.length}))
 
     def _keep(self, name: str, tensor: Tensor, depth: int = 0) -> None:
         self.scope[name] = tensor

@@ -14,7 +14,7 @@ from torch import fx
 from meshpar.compile.ground import Staging
 from meshpar.compile.place import place
 from meshpar.compile.samples import of_own_samples
-from meshpar.compile.split import mark, split
+from meshpar.compile.split import mark, split, updaters
 from meshpar.compile.stages import choose
 from meshpar.errors import PlanError, near_pattern, raise_all
 from meshpar.graph.captured import Captured
@@ -29,7 +29,7 @@ from meshpar.roles import ROLES, dividing
 from meshpar.sharding.infer import Inference, infer
 from meshpar.sharding.policy import Request, expert_stacks
 from meshpar.sharding.solve import solve
-from meshpar.sharding.types import I, Owned, Type
+from meshpar.sharding.types import I, Owned, Shard, Type
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Decision:
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
     pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
     """What an earlier plan said of parameters: it never changes."""
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """What an earlier plan said of buffers: the stages that keep them."""
     stages: StageRequest | None = None
     owned: bool = False
     """Whether parameters may lie on one rank of `ep` alone: not where ranks are simulated, which all run one program."""
@@ -76,9 +78,9 @@ def decide(captured: Captured, request: Decision) -> Plan:
     graph, axes = captured.graph, list[AxisPlan]()
     whole = infer(graph)
     outputs = _pinned_outputs(captured)
-    stages, held = _stages(captured, request)
+    stages, held, kept = _stages(captured, request)
     if stages:
-        place(graph, stages, held)
+        place(graph, stages, {**held, **kept})
     for at, (name, size) in enumerate(request.axes):
         if size == 1:
             continue
@@ -91,7 +93,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 role.divides,
                 inputs=captured.batch_dims if role.own_batches else {},
                 parameters=frozenset(captured.parameters),
-                pinned={n: p.placements[name] for n, p in request.pinned.items() if name in p.placements} if not role.own_batches else {},
+                pinned=_pinned(request, name),
                 wanted=wanted.get(name, {}),
                 owned=request.owned,
                 sequence=request.sequence,
@@ -116,12 +118,14 @@ def decide(captured: Captured, request: Decision) -> Plan:
         dict(request.options),
         notes=_notes(whole, axes),
         inputs=inputs_of(captured),
+        buffers=kept,
     )
 
 
 def place_as_before(captured: Captured, request: Decision) -> None:
     """Mark the stage of every call where stages are those of an earlier plan."""
-    place(captured.graph, *_stages(captured, request))
+    stages, held, kept = _stages(captured, request)
+    place(captured.graph, stages, {**held, **kept})
 
 
 def _for_all_owners(plan: AxisPlan, graph: fx.Graph, before: Sequence[AxisPlan]) -> AxisPlan:
@@ -135,23 +139,29 @@ def _for_all_owners(plan: AxisPlan, graph: fx.Graph, before: Sequence[AxisPlan])
     return replace(plan, nodes=found)
 
 
-def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...], Mapping[str, tuple[int, ...]]]:
-    """The stages, and which of them hold each parameter: those that read it, or those of its neighbours if none does."""
+_Held = Mapping[str, tuple[int, ...]]
+
+
+def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...], _Held, _Held]:
+    """The stages; which hold each parameter (those that read it, or those of its neighbours if none does); which keep each buffer."""
     if request.stages is None:
-        return (), {}
+        return (), {}, {}
     ranks = request.stages.ranks
     if request.pinned:
-        return tuple(StagePlan("", rank, "as before") for rank in ranks), {n: p.stages for n, p in request.pinned.items()}
+        before = tuple(StagePlan("", rank, "as before") for rank in ranks)
+        return before, {n: p.stages for n, p in request.pinned.items()}, request.buffers
     chosen = request.stages.chosen or choose(captured, len(ranks), where=request.stages.cuts)
     mark(captured.graph, chosen.starts)
     held: dict[str, tuple[int, ...]] = {}
-    for stage in split(captured.graph, len(ranks), parameters=captured.parameters, mutations=captured.mutations):
+    cut = split(captured.graph, len(ranks), parameters=captured.parameters, mutations=captured.mutations)
+    for stage in cut:
         for name in dict.fromkeys(str(n.target) for n in stage.graph.nodes if n.op == "get_attr"):
             held[name] = (*held.get(name, ()), stage.index)
     found = {name: held[name] if name in held else _of_nearest(name, held) for name in request.others}
     share = [seconds / sum(chosen.seconds) for seconds in chosen.seconds]
     stages = zip(("", *chosen.starts), ranks, chosen.begins, share, strict=True)
-    return tuple(StagePlan(start, rank, chosen.why, begins, part) for start, rank, begins, part in stages), found
+    plans = tuple(StagePlan(start, rank, chosen.why, begins, part) for start, rank, begins, part in stages)
+    return plans, found, {name: held[name] for name in captured.buffers if len(held.get(name, ())) == 1} | updaters(cut)
 
 
 def _of_nearest(name: str, held: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -163,6 +173,12 @@ def _of_nearest(name: str, held: Mapping[str, tuple[int, ...]]) -> tuple[int, ..
 def _alike(a: Sequence[str], b: Sequence[str]) -> int:
     """How many parts two names begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _pinned(request: Decision, name: str) -> dict[str, Type]:
+    """Where parameters lie on an axis. Where it feeds batches of their own to its ranks, what is whole may be so in either way."""
+    found = {n: p.placements[name] for n, p in request.pinned.items() if name in p.placements}
+    return {n: t for n, t in found.items() if isinstance(t, (Owned, Shard))} if ROLES[name].own_batches else found
 
 
 def _pinned_outputs(captured: Captured) -> list[Type | None]:

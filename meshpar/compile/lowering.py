@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.compile.hooks import check_stages
 from meshpar.compile.ledger import ledger
-from meshpar.compile.place import place
+from meshpar.compile.place import check_buffers, place
 from meshpar.compile.program import Program
 from meshpar.compile.signature import BatchSignature
 from meshpar.compile.split import split
@@ -40,6 +40,7 @@ class Lowering:
         if self.schedule.defers(self.config.microbatches):
             graph = order.deferred(graph, frozenset(captured.parameters))
         program = in_stages(Program(signature, captured, plan, graph))
+        check_buffers(program.all_stages, plan)
         check_stages(program.all_stages, [stage.rank for stage in plan.stages], captured.hooks)
         for stage in (*program.all_stages, *program.stages):
             self._finished(stage.graph)
@@ -52,7 +53,7 @@ class Lowering:
 
     def _lowered(self, captured: Captured, plan: Plan) -> fx.Graph:
         if plan.stages:
-            place(captured.graph, plan.stages, {name: p.stages for name, p in plan.parameters.items()})
+            place(captured.graph, plan.stages, {**{name: p.stages for name, p in plan.parameters.items()}, **plan.buffers})
         axes = typed_axes(self.mesh)
         summed = {a.name: unmanaged(plan, a.name, self.mesh, self.config) for a in axes if ROLES[a.name].sums}
         return order.lowered(captured.graph, {a.axis: a for a in plan.axes}, axes, frozenset(captured.parameters), summed)

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from torch import fx
 
-from meshpar.compile.split import mark
+from meshpar.compile.split import StageGraph, mark, updaters
 from meshpar.errors import PlanError, raise_all
 from meshpar.graph.facts import facts, set_facts
-from meshpar.plan import StagePlan
+from meshpar.plan import Plan, StagePlan
 
 
 def place(graph: fx.Graph, stages: Sequence[StagePlan], held: Mapping[str, tuple[int, ...]]) -> None:
@@ -28,6 +28,21 @@ def place(graph: fx.Graph, stages: Sequence[StagePlan], held: Mapping[str, tuple
         mark(graph, starts)
     else:
         _follow(graph, held)
+
+
+def check_buffers(stages: Sequence[StageGraph], plan: Plan) -> None:
+    """Raise PlanError where some stage's copy of a buffer would not be updated as the others are: a later step would read an old one."""
+    if all(stage.start for stage in plan.stages[1:]):
+        return  # (that is what says which stages keep it)
+    raise_all(
+        PlanError,
+        _OTHER,
+        [
+            f"buffer {name} is updated on stages {_few(found)}, and kept on {_few(plan.buffers.get(name, ())) or 'all'}."
+            for name, found in updaters(stages).items()
+            if found != plan.buffers.get(name)
+        ],
+    )
 
 
 def _follow(graph: fx.Graph, held: Mapping[str, tuple[int, ...]]) -> None:
@@ -47,9 +62,14 @@ def _follow(graph: fx.Graph, held: Mapping[str, tuple[int, ...]]) -> None:
                 names = ", ".join(name for name, _ in parameters)
                 complaints.append(f"{names} ({facts(node).source or node.name}) cannot be used after what is computed on stage {least}.")
             set_facts(node, replace(facts(node), stage=fits[0] if fits else least))
-    raise_all(
-        PlanError,
-        "stages: this batch runs the model in another order than the one its stages were chosen for. Call parallelize with such a batch as "
-        "its example:",
-        complaints,
-    )
+    raise_all(PlanError, _OTHER, complaints)
+
+
+def _few(stages: Sequence[int]) -> str:
+    return ", ".join(map(str, stages))
+
+
+_OTHER = (
+    "stages: this batch runs the model in another order than the one its stages were chosen for. Call parallelize with such a batch as its "
+    "example:"
+)

@@ -40,6 +40,7 @@ class Planner:
         self.mesh, self.config, self.rules, self.given = mesh, config, dict(rules or {}), given
         self.schedule = schedule_of(mesh, config)
         self.pinned: dict[str, ParameterPlan] = {}
+        self.buffers: Mapping[str, tuple[int, ...]] = {}
         self.plans = Plans()
 
     def copy(self) -> Planner:
@@ -58,7 +59,8 @@ class Planner:
             ranks = () if stages is None else stages.ranks
             check_given(self.given, captured, parameters, mesh_sizes(self.mesh), self._options, ranks, simulated=is_simulated())
         plan = self._planned(captured, parameters, stages)
-        self.pinned = self.pinned or dict(plan.parameters)
+        if not self.pinned:
+            self.pinned, self.buffers = dict(plan.parameters), plan.buffers
         return plan
 
     def plan_counts(self, captured: Captured, parameters: ParameterFacts) -> Plan:
@@ -91,6 +93,7 @@ class Planner:
             context=self.config.context,
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
+            buffers=self.buffers,
             stages=stages,
             owned=not is_simulated(),
             ordered=self.config.outputs == "cut",

@@ -140,6 +140,12 @@ def shared_parameters(stages: Sequence[StageGraph], parameters: Collection[str])
     return {name: tuple(found) for name, found in readers.items() if len(found) > 1}
 
 
+def updaters(stages: Sequence[StageGraph]) -> dict[str, tuple[int, ...]]:
+    """The buffers that change -> the stages that write their new values."""
+    names = dict.fromkeys(name for stage in stages for name in stage.mutations)
+    return {name: tuple(stage.index for stage in stages if name in stage.mutations) for name in names}
+
+
 def remade(graph: fx.Graph, parameters: Collection[str]) -> set[fx.Node]:
     """The nodes that every stage makes for itself.
 

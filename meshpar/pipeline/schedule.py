@@ -228,6 +228,8 @@ def _miscounted(order: Order) -> list[str]:
             f, b, i, w = (counts[_action(kind, stage, microbatch)] for kind in COMPUTE)
             if f != 1 or (b, i, w) not in (((1, 0, 0), (0, 1, 1)) if backward else ((0, 0, 0),)):
                 complaints.append(f"stage {stage} does F {f}, B {b}, I {i}, W {w} times for microbatch {microbatch}.")
+        if backward and (sums := counts[Action("REDUCE_GRAD", stage)]) != 1:
+            complaints.append(f"stage {stage} sums its gradients {sums} times.")
     for rank, (row, slots) in enumerate(zip(order.actions, order.compute)):
         complaints += [f"rank {rank} does {a}, which belongs to rank {order.place[a.stage]}." for a in row if order.place[a.stage] != rank]
         if [a for a in row if a.kind in COMPUTE] != [a for a in slots if a is not None]:

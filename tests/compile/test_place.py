@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +14,16 @@ import meshpar as mp
 from meshpar._torch import without_modes
 from meshpar.capture.export import capture
 from meshpar.compile.decide import Decision, StageRequest, decide
-from meshpar.compile.place import place
-from meshpar.compile.split import StageGraph, split
+from meshpar.compile.place import check_buffers, place
+from meshpar.compile.split import StageGraph, split, updaters
+from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import facts, gives_several, info_of
 from meshpar.mesh import mesh_sizes, typed_axes
 from meshpar.ops.load import Tally
 from meshpar.passes.order import lowered
 from meshpar.plan import Plan
-from meshpar.sharding.types import Shard
+from meshpar.sharding.types import R, Shard, plain
 from meshpar.simulate import local_tensors, per_rank
 from tests.compile.staged import backward, run_stages
 
@@ -161,3 +163,72 @@ def test_what_later_axes_cut_is_not_sent_whole(kind: type[nn.Module], mesh: str,
         elif exchange is not None and not gives_several(node):
             assert exchange.rows.shape == info_of(node).shape
     assert (1, 6, 4) in seen, "the mean, half of it on each tp rank"
+
+
+class Centred(nn.Module):
+    """Without its running mean, which no parameter keeps in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(x.detach().mean((0, 1)) * 0.1)
+        return x - self.mean
+
+
+class Running(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.norm = Centred()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.b(self.a(x)))
+        return self.c(x).pow(2).mean()
+
+
+def request(buffers: Any, pinned: Any) -> Decision:
+    others = {n: (tuple(p.shape), "float32", True) for n, p in Running().named_parameters()}
+    return Decision((("pp", 2),), (), stages=StageRequest((0, 1), ["norm"]), others=others, buffers=buffers, pinned=pinned)
+
+
+def stages_of(captured: Captured, plan: Plan) -> tuple[StageGraph, ...]:
+    place(captured.graph, plan.stages, {n: p.stages for n, p in plan.parameters.items()} | dict(plan.buffers))
+    return split(captured.graph, 2, parameters=captured.parameters, mutations=captured.mutations)
+
+
+def test_a_buffer_stays_on_its_stage_for_another_batch() -> None:
+    """Its update reads no parameter: it could run as early as its operands are there, on a stage whose copy nobody reads."""
+    model = Running()
+    first = decide(capture(model, (), {"x": torch.randn(2, 4, 8)}), request({}, {}))
+    assert first.buffers == {"norm.mean": (1,)} and Plan.from_json(first.to_json()) == first
+    again = capture(model, (), {"x": torch.randn(2, 5, 8)})
+    plan = decide(again, request(first.buffers, first.parameters))
+    stages = stages_of(again, plan)
+    assert updaters(stages) == {"norm.mean": (1,)}
+    check_buffers(stages, plan)
+
+
+def test_a_buffer_that_would_be_updated_elsewhere_is_told() -> None:
+    model = Running()
+    first = decide(capture(model, (), {"x": torch.randn(2, 4, 8)}), request({}, {}))
+    again = capture(model, (), {"x": torch.randn(2, 5, 8)})
+    plan = decide(again, request({"norm.mean": (0, 1)}, first.parameters))
+    with pytest.raises(PlanError, match=r"buffer norm.mean is updated on stages 1, and kept on 0, 1.") as told:
+        check_buffers(stages_of(again, replace(plan, buffers={"norm.mean": (1,)})), plan)
+    assert "Call parallelize with such a batch as its example" in str(told.value)
+
+
+def test_where_experts_lie_is_kept_for_another_batch() -> None:
+    """An axis that divides experts and feeds its ranks samples of their own: what was cut there stays so."""
+    model = Routed()
+    batch = {"ids": torch.randint(16, (4, 6)), "labels": torch.randint(16, (4, 6))}
+    others = {n: (tuple(p.shape), "float32", True) for n, p in model.named_parameters()}
+    asked = Decision((("ep", 2),), (("ep", 2),), others=others)
+    first = decide(capture(model, (), batch), asked).parameters
+    assert first["one.up"].placements["ep"] == plain(0, 4) and first["flat.table.weight"].placements["ep"] == R
+    again = capture(model, (), {name: x[:, :5] for name, x in batch.items()})
+    assert decide(again, replace(asked, pinned=first)).parameters["one.up"].placements == {"ep": plain(0, 4)}
+    other = replace(first["one.up"], placements={"ep": plain(1, 8)})
+    assert decide(again, replace(asked, pinned={**first, "one.up": other})).parameters["one.up"].placements == other.placements

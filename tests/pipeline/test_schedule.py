@@ -17,6 +17,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from benchmarks.planted_faults import orders
 from meshpar.config import SCHEDULES
 from meshpar.errors import ConfigError, PlanError
 from meshpar.pipeline.schedule import COMPUTE, Action, Order, check, forward_order, order
@@ -207,3 +208,10 @@ def test_the_nearest_values_do_fit(schedule: str, ranks: int, microbatches: int)
         advice = str(error).rsplit("Nearest: ", 1)[1].rstrip(".")
         for each in advice.split(" or "):
             order(schedule, ranks, 2 * ranks, int(each.removeprefix("microbatches=")))
+
+
+def test_every_fault_that_is_planted_in_an_order_is_refused() -> None:
+    told = orders.planted()
+    assert len(told) > 120
+    assert not [place for place, text in told.items() if text is None]
+    assert "sums its gradients 0 times" in str(told["zero-bubble", "gradients are not summed"])

@@ -65,6 +65,9 @@ def _as_called(op: Op, call: PlainCall, values: Sequence[Value]) -> Op:
 
 def _ungrouped(repeated: fx.Node) -> Value | None:
     """`k [b, g, s, e]` where a value is k with each head n times in a row."""
+    if repeated.target is torch.ops.aten.repeat_interleave.self_int and isinstance(original := repeated.args[0], fx.Node):
+        heads = len(repeated.args) > 2 and repeated.args[2] in (1, -3) and len(info_of(repeated).shape) == 4
+        return value_of(original) if heads else None
     if op_name(repeated.target) not in ("reshape", "view", "_unsafe_view"):
         return None
     copied = repeated.args[0]

@@ -184,8 +184,8 @@ class Derive:
             return unchanged(count, len(types)) if copies is None or copies[k] == I else Outcome((copies[k],), (PARTIAL,))
         if (outcome := experts.on_rows(op, types)) is not None:
             return outcome
-        if facts(op.node).expert_stack:
-            return experts.stacked(op, types)
+        if facts(op.node).expert_stack and (outcome := experts.stacked(op, types)) is not None:
+            return outcome
         if op.name.startswith("meshpar.hooked") and op.name != "meshpar.hooked_parts":
             raise Contradiction("a hook is handed the gradient of a part")
         if (nature := op.nature) is not None and not nature.elementwise and op.name not in OPERATORS:

@@ -115,8 +115,10 @@ def own_part(op: Op, values: Sequence[Value], claims: Claims) -> Op:
     return replace(op, operands=tuple(op.operands[i] for i in own), infos=tuple(op.infos[i] for i in own))
 
 
-def stacked(op: Op, types: Sequence[Type]) -> Outcome:
-    """The parameters of experts that are kept as a list, of which a rank has its own."""
+def stacked(op: Op, types: Sequence[Type]) -> Outcome | None:
+    """The parameters of experts that are kept as a list, of which a rank has its own, or a part of each; None where it stacks sums."""
+    if not any(isinstance(t, (Owned, Shard)) for t in types):
+        return None
     if all(isinstance(t, Owned) for t in types):
         return Outcome((plain(0, op.out.shape[0]),), (WHOLE,) * len(types))
     if any(isinstance(t, Owned) for t in types):

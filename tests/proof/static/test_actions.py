@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from meshpar.graph.facts import Facts, Info, set_facts
 from meshpar.graph.op import Op, op_name, read
 from meshpar.proof.static.actions import action_of
+from meshpar.proof.static.experts import stacked
 from meshpar.proof.static.forms import AS_RESULT, PARTIAL, WHOLE, Outcome, through
 from meshpar.proof.static.moves import Level, is_move, moved
 from meshpar.proof.static.report import Contradiction, Unproved
@@ -255,3 +256,12 @@ def test_what_is_derived_holds(name: str) -> None:
         holds(op, tensors, run, types, outcome)
         proved += any(t != I for t in types)
     assert proved, "nothing is proved of any part"
+
+
+def test_experts_of_pending_sums_are_stacked_as_any_values_are() -> None:
+    """Nothing is on a rank alone, and nothing is cut: a stack of sums is a sum of stacks. Beside a part it is no stack of the model's."""
+    stack = Sample(aten.stack.default, ([t(3, 4), t(3, 4)],))
+    op, _, _ = call_of(stack)
+    assert stacked(op, (P, P)) is None
+    with pytest.raises(Contradiction, match="lie in different ways"):
+        stacked(op, (P, Shard(0)))

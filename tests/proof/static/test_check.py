@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.planted_faults.faults import (
     Fault,
@@ -38,6 +39,28 @@ from meshpar.proof.static.report import StaticReport
 from tests.models import plain, text, tiny
 
 MADE: dict[tuple[str, str], tuple[Programs, Program]] = {}
+
+
+class Repeated(torch.nn.Module):
+    """Grouped heads that are repeated in one call, under a causal mask that is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        q = self.q(h).unflatten(-1, (4, 4)).transpose(1, 2)
+        k, v = [t.unflatten(-1, (2, 4)).transpose(1, 2).repeat_interleave(2, 1) for t in self.kv(h).chunk(2, -1)]
+        seen = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).tril()
+        loss: torch.Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).pow(2).mean()
+        return loss
+
+
+def test_heads_that_are_repeated_in_one_call_are_those_of_the_model() -> None:
+    with absent("dp=2") as there:
+        program = Programs(Repeated(), there, ParallelConfig()).make((), {"h": torch.randn(2, 6, 16)}, training=True)
+    assert any(n.kwargs.get("enable_gqa") for n in program.graph.nodes)
+    assert program.proof.proved and not program.proof.faults and not program.proof.unproved
 
 
 @lru_cache(maxsize=8)

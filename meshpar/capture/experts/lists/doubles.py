@@ -105,13 +105,13 @@ class Case:
         leads = [[int(n) for n in (t.shape[:-1] if rows else t.shape) if n > 1] for t in rows or tensors]
         sizes = trial.sizes if any(len(lead) > 1 for lead in leads) else (prod(trial.sizes),)
         fewer = {n: sizes[i % len(sizes)] for i, n in enumerate(dict.fromkeys(n for lead in leads for n in lead))}
-        experts = len(self.members)
+        masks, experts = _masks(rows), len(self.members)
 
         def shrink(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            square = leaf.dim() > 2 and leaf.shape[-1] == leaf.shape[-2]  # of tokens, not a width
-            kept = leaf.dim() - 1 if rows and leaf.dim() > 1 and leaf.dtype != torch.bool and not square else leaf.dim()
+            wide = rows and leaf.dim() > 1 and leaf.dtype != torch.bool and id(leaf) not in masks
+            kept = leaf.dim() - 1 if wide else leaf.dim()
             shape = tuple(fewer.get(int(n), int(n)) if d < kept else self.small(int(n)) for d, n in enumerate(leaf.shape))
             if not leaf.is_floating_point():
                 return _whole(shape, leaf.dtype, experts, trial, generator)
@@ -128,6 +128,13 @@ class Case:
 def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Those that may hold a row per token."""
     return [t for t in tensors if t.is_floating_point() and t.dim() > 1]
+
+
+def _masks(rows: Sequence[Tensor]) -> set[int]:
+    """The ids of those whose last dim is of tokens, as that before it: square ones, but not where that leaves no rows (as many tokens as
+    they are wide)."""
+    square = [id(t) for t in rows if t.dim() > 2 and t.shape[-1] == t.shape[-2]]
+    return set(square if len(square) < len(rows) else square[1:])
 
 
 def type_of(member: nn.Module) -> torch.dtype:

@@ -36,6 +36,13 @@ def test_every_way_to_loop(style: str) -> None:
     assert len(stacks) == 4
 
 
+@pytest.mark.parametrize("style", ["mixtral", "hits", "flat"])
+def test_as_many_positions_as_they_are_wide(style: str) -> None:
+    """A square of hidden states is no mask."""
+    captured = assert_same(perturbed(Model(MoE(style))), (), tokens(2, H))
+    assert names(captured).count("meshpar.dispatch.default") == 1
+
+
 @pytest.mark.parametrize("style", ["select", "soft", "capped"])
 def test_other_sums_are_left_as_they_are(style: str) -> None:
     torch.manual_seed(0)

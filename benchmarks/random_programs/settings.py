@@ -1,0 +1,153 @@
+"""How a random program is run, drawn from its seed: its mesh, configuration and dtype, and the shapes of its batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from benchmarks.random_programs import stacks
+from benchmarks.random_programs.programs import Program, draw
+from meshpar.config import CONTEXT, DATA_PARALLEL, SCHEDULES, ParallelConfig
+from meshpar.errors import ConfigError
+from meshpar.mesh import parse_mesh
+from meshpar.pipeline.order import check_schedule
+from meshpar.roles import ROLES
+
+LINES = ("tp=2", "tp=3", "tp=4", "dp=2", "dp=2,tp=2", "dp=3", "dp=3,tp=2")
+SIMULATED = ("tp=2", "tp=4", "dp=2,tp=2", "cp=2", "cp=2", "cp=2,tp=2", "cp=3", "cp=4", "dp=2,cp=2", "dp=2,cp=2,tp=2", "dp=3,tp=2")
+EXPERTS = ("ep=2", "ep=2,tp=2", "dp=2,ep=2", "cp=2,ep=2", "ep=4", "dp=2,ep=2,tp=2", "dp=2,cp=2,ep=2")
+PROCESSES = (
+    "pp=2", "pp=2", "pp=2", "pp=3", "pp=4", "pp=2,tp=2", "pp=2,dp=2", "pp=2,cp=2", "dp=2", "dp=2,tp=2", "dp=4", "dp=3", "cp=2", "cp=2,tp=2",
+    "dp_replicate=2,dp_shard=2", "dp=2,cp=2", "tp=2", "dp_shard=2,tp=2", "dp_replicate=2,tp=2",
+)  # fmt: skip
+EXPERTS_ON_PROCESSES = ("ep=2", "ep=2,tp=2", "dp=2,ep=2", "pp=2,ep=2", "cp=2,ep=2", "dp_replicate=2,ep=2", "dp_shard=2,ep=2", "ep=4")
+LINES_ON_PROCESSES = ("pp=2", "pp=2", "pp=2,tp=2", "pp=2,dp=2", "dp=2", "dp=2,tp=2", "tp=2", "dp=3", "pp=3", "dp_replicate=2,dp_shard=2")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a program is run."""
+
+    mesh: str
+    config: Mapping[str, Any]
+    forced: bool = False
+    """Whether rules for some parameters are drawn as well."""
+    drawn: bool = False
+    """Whether the solver's costs are drawn."""
+    kind: str = "lines"
+    """"lines" (`programs.py`), "stack" or "experts" (`stacks.py`)."""
+    processes: bool = False
+    """Whether ranks are processes, each with a hash seed of its own."""
+    dtype: str = "fp64"
+    """"fp64", "bf16" (all of both programs), or "mixed": bf16 inside forward and backward, fp32 outside."""
+    steps: int = 2
+    shapes: bool = False
+    """Whether steps after the first may have batches of another shape."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The axes of the mesh."""
+        return parse_mesh(self.mesh)
+
+    @property
+    def data(self) -> int:
+        """The ranks that have batches of their own."""
+        return prod(n for name, n in self.sizes.items() if ROLES[name].own_batches)
+
+    @property
+    def divisor(self) -> int:
+        """What the samples of a batch divide by."""
+        return self.data * int(self.config.get("microbatches", 1))
+
+    def __str__(self) -> str:
+        extras = [name for name, on in (("rules", self.forced), ("costs", self.drawn), ("processes", self.processes)) if on]
+        extras += [self.dtype] * (self.dtype != "fp64") + [f"steps={self.steps}"] + ["shapes"] * self.shapes
+        return " ".join([self.mesh, *(f"{k}={v}" for k, v in self.config.items()), self.kind, *extras])
+
+
+def setting(seed: int, *, processes: bool = False) -> Setting:
+    """The mesh and configuration of a seed."""
+    rng = random.Random(f"setting {seed} {processes}")
+    kind = rng.choices(("lines", "stack", "experts"), (1, 7, 3) if processes else (3, 6, 2))[0]
+    meshes = {
+        (False, "lines"): LINES, (False, "stack"): SIMULATED, (False, "experts"): EXPERTS,
+        (True, "lines"): LINES_ON_PROCESSES, (True, "stack"): PROCESSES, (True, "experts"): EXPERTS_ON_PROCESSES,
+    }  # fmt: skip
+    mesh = rng.choice(meshes[processes, kind])
+    dtype = "fp64" if kind == "lines" else rng.choices(("fp64", "bf16", "mixed"), (14, 2, 1))[0]
+    config = _config(rng, parse_mesh(mesh), kind, processes)
+    shapes = rng.random() < 0.7
+    forced, drawn = "tp" in mesh and rng.random() < 0.15, rng.random() < (0.5 if kind == "lines" else 0.2)
+    return Setting(mesh, config, forced, drawn, kind, processes, dtype, rng.choice([3, 4, 5] if shapes else [1, 2, 3]), shapes)
+
+
+def _config(rng: random.Random, sizes: Mapping[str, int], kind: str, processes: bool) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    if "tp" in sizes and rng.random() < 0.5:
+        config["sequence_parallel"] = rng.random() < 0.7
+    if "cp" in sizes and rng.random() < 0.7:
+        config["context"] = rng.choice(CONTEXT)
+    if rng.random() < 0.3:
+        config["recompute"] = rng.choice(["full", "selective"])
+    if processes and any(ROLES[name].sums for name in sizes):
+        config["data_parallel"] = rng.choice(DATA_PARALLEL)
+        if rng.random() < 0.3:
+            config["bucket_bytes"] = rng.choice([1, 500, 5000])
+    if "pp" in sizes:
+        return config | _schedule(rng, sizes)
+    if rng.random() < (0.05 if kind == "lines" else 0.3):
+        config["microbatches"] = rng.choice([2, 2, 3])
+    return config
+
+
+def _schedule(rng: random.Random, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """A schedule with a number of stages and microbatches that it allows."""
+    while True:
+        found: dict[str, Any] = {"schedule": rng.choice(list(SCHEDULES)), "microbatches": rng.choice([1, 2, 2, 3, 4, 4, 6])}
+        if rng.random() < 0.3:
+            found["virtual_stages"] = rng.choice([1, 2, 3])
+        try:
+            check_schedule(sizes, ParallelConfig(**found))
+        except ConfigError:
+            continue
+        return found
+
+
+def program_of(seed: int, how: Setting) -> Program:
+    """The program of a seed, whose batch divides by the data ranks and microbatches."""
+    if how.kind == "lines":
+        return draw(seed, data=how.divisor, lines=12 if "pp" in how.sizes else 0)
+    stages = how.sizes.get("pp", 1) * ParallelConfig(**how.config).stages_per_rank
+    return stacks.draw_stack(seed, data=how.divisor, depth=max(1, stages), experts=how.kind == "experts", multiple=_multiple(how))
+
+
+def _multiple(how: Setting) -> int:
+    """What lengths mostly divide by."""
+    return max(2, 2 * how.sizes.get("cp", 1)) * (how.sizes.get("tp", 1) if how.sizes.get("tp", 1) < 4 else 2)
+
+
+def shapes_of(program: Program, how: Setting) -> tuple[tuple[int, int], ...]:
+    """Samples and positions of the batch of every step: others after the first, where the program takes them on one device."""
+    rng, found = random.Random(f"shapes {program.seed}"), [program.sizes]
+    while len(found) < how.steps:
+        b, n = stacks.sizes(rng, how.divisor, _multiple(how))
+        if how.kind == "lines":
+            b, n = rng.choice([(program.sizes[0], n), (b, program.sizes[1])])
+        found.append((b, n) if how.shapes and rng.random() < 0.9 and program.runs((b, n)) else rng.choice(found))
+    return tuple(found)
+
+
+def rules_for(program: Program, how: Setting) -> dict[str, str] | None:
+    """Parameters with two or more dims cut along one at random, where that is asked for."""
+    if not how.forced:
+        return None
+    rng = random.Random(f"rules {program.seed}")
+    found = {}
+    for name, parameter in program.model().named_parameters():
+        allowed = [f"tp:{d}" for d, n in enumerate(parameter.shape) if n % how.sizes["tp"] == 0]
+        if parameter.ndim >= 2 and rng.random() < 0.5:
+            found[name] = rng.choice([*allowed, *allowed, "replicate"])
+    return found or None
