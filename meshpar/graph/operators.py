@@ -230,6 +230,8 @@ _PRODUCTS: dict[str, OperatorRow] = {
             "_scaled_dot_product_efficient_attention _scaled_dot_product_fused_attention_overrideable _flash_attention_forward "
             "_efficient_attention_forward _scaled_dot_product_attention_math_for_mps", kind="attention", saves="operands and results"),
     **_rows("convolution conv1d conv2d conv3d", layers.convolution, kind="convolution", flops=count.convolution, local=local.convolution),
+    **_rows("meshpar.ops.convolution.convolved meshpar.ops.convolution.halo_convolution", layers.convolved, kind="convolution",
+            flops=count.convolution, local=local.convolved),
     **_rows("conv_transpose1d conv_transpose2d conv_transpose3d", layers.transposed_convolution, kind="convolution",
             flops=count.transposed_convolution),
 }  # fmt: skip

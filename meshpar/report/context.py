@@ -14,7 +14,7 @@ from meshpar.graph.cost import flops
 from meshpar.graph.facts import facts, info_of, infos_of
 from meshpar.graph.op import op_name
 from meshpar.graph.operators import operator_of
-from meshpar.ops import context, gathered, halo, ring
+from meshpar.ops import context, convolution, gathered, halo, ring
 from meshpar.ops.random import draw
 from meshpar.plan import AxisPlan, Plan
 from meshpar.report.text import count, table
@@ -80,12 +80,22 @@ def _others_over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
         if not any(info is not None and info.requires_grad for info in infos_of(node)):
             continue
         module = re.sub(r"\d+", "*", facts(node).module or "the model")
-        found[module, op_name(node.target), "a rank has a part of it" if axis.axis in facts(node).cut else _SAYS["whole"]] += 1
+        found[module, op_name(node.target).rpartition(".")[2], _other(node, axis)] += 1
     rows = [(f"  {module}", f"x{times}", name, says) for (module, name, says), times in found.items()]
-    heading = (
-        f"Convolutions, scans and recurrences over {axis.axis}={axis.size}: of channels, heads or samples, of all positions (all-to-all)"
-    )
-    return [heading, *table(rows)] if rows else []
+    return [f"Convolutions, scans and recurrences over {axis.axis}={axis.size}", *table(rows)] if rows else []
+
+
+def _other(node: fx.Node, axis: AxisPlan) -> str:
+    """What a rank has of a convolution, scan or recurrence, in words."""
+    if axis.axis not in facts(node).cut:
+        return _SAYS["whole"]
+    if node.target is convolution.halo_convolution:
+        sent = sum(e.nbytes for e in entries(node) if e.axis == axis.axis and e.phase == "forward")
+        return f"a rank has its own positions, and fetches those around them: {count(sent, 'B')} forward"
+    part = facts(node).part_of
+    outs = next((outs for name, _, outs in part.typed if name == axis.axis), ()) if part is not None else ()
+    along = outs and isinstance(outs[0], Shard) and operator_of(node.target).kind == "convolution" and outs[0].dim > 1
+    return "a rank has its own positions" if along else "a rank has some channels, heads or samples, of all positions (all-to-all)"
 
 
 _ACROSS = ("convolution", "scan", "recurrent")
