@@ -12,7 +12,7 @@ from torch import fx
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
-from meshpar.ops import convolution, gathered, halo, ring, vocab_parallel
+from meshpar.ops import convolution, gathered, halo, ring, scans, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
@@ -62,6 +62,8 @@ def entries(node: fx.Node) -> Iterator[Comm]:
         yield from _between_parts(node)
     if node.target is convolution.halo_convolution:
         yield from _around(node)
+    if node.target is scans.cumulated:
+        yield from _totals(node)
     if node.target is gathered.gathered_attention:
         yield from _gathered(node)
     if node.target is vocab_parallel.cross_entropy:
@@ -96,6 +98,14 @@ def _around(node: fx.Node) -> Iterator[Comm]:
     nbytes = float(near.most_sent() * x.nbytes // x.shape[-1])
     for phase in ("forward", "backward") if x.requires_grad else ("forward",):
         yield _comm(node, "halo", facts(node).axis or "", phase, nbytes)
+
+
+def _totals(node: fx.Node) -> Iterator[Comm]:
+    """What each piece comes to, to all ranks; backward the sums of their gradients."""
+    info, (dim, _, segments), size = info_of(node), node.args[3:6], node.kwargs["size"]
+    every = info.nbytes // info.shape[dim] * len(segments) * size  # type: ignore[arg-type, index, operator]
+    for phase, kind in (("forward", ALL_GATHER), ("backward", REDUCE_SCATTER)):
+        yield _comm(node, kind, facts(node).axis or "", phase, wire_bytes(kind, every, size))  # type: ignore[arg-type]
 
 
 def _gathered(node: fx.Node) -> Iterator[Comm]:

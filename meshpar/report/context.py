@@ -14,7 +14,7 @@ from meshpar.graph.cost import flops
 from meshpar.graph.facts import facts, info_of, infos_of
 from meshpar.graph.op import op_name
 from meshpar.graph.operators import operator_of
-from meshpar.ops import context, convolution, gathered, halo, ring
+from meshpar.ops import context, convolution, gathered, halo, ring, scans
 from meshpar.ops.random import draw
 from meshpar.plan import AxisPlan, Plan
 from meshpar.report.text import count, table
@@ -89,15 +89,19 @@ def _other(node: fx.Node, axis: AxisPlan) -> str:
     """What a rank has of a convolution, scan or recurrence, in words."""
     if axis.axis not in facts(node).cut:
         return _SAYS["whole"]
-    if node.target is convolution.halo_convolution:
+    if node.target in _NEAR:
         sent = sum(e.nbytes for e in entries(node) if e.axis == axis.axis and e.phase == "forward")
-        return f"a rank has its own positions, and fetches those around them: {count(sent, 'B')} forward"
+        return f"a rank has its own positions, and {_NEAR[node.target]}: {count(sent, 'B')} forward"
     part = facts(node).part_of
     outs = next((outs for name, _, outs in part.typed if name == axis.axis), ()) if part is not None else ()
     along = outs and isinstance(outs[0], Shard) and operator_of(node.target).kind == "convolution" and outs[0].dim > 1
     return "a rank has its own positions" if along else "a rank has some channels, heads or samples, of all positions (all-to-all)"
 
 
+_NEAR = {
+    convolution.halo_convolution: "fetches those around them",
+    scans.cumulated: "is told what those before come to",
+}
 _ACROSS = ("convolution", "scan", "recurrent")
 
 

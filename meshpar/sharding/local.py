@@ -16,7 +16,7 @@ import torch
 
 from meshpar.graph.op import Op
 from meshpar.mesh import Axis
-from meshpar.ops import context, gathered, halo, ring, vocab_parallel
+from meshpar.ops import context, gathered, halo, ring, scans, vocab_parallel
 from meshpar.ops import convolution as convolution_ops
 from meshpar.plan import NodePlan
 from meshpar.sharding.types import Partial, Shard, local_shape
@@ -191,6 +191,15 @@ def convolved(call: LocalCall) -> None:
         bias = call.args[2] if len(call.args) > 2 else None
         call.target, call.args = convolution_ops.halo_convolution, [*call.args[:2], bias, cut.dim, cut.repeat, cut.segments]
         call.kwargs |= {"out": out.segments, **call.where()}
+
+
+def cumulated(call: LocalCall) -> None:
+    """Along a dim that is cut."""
+    cut = call.in_shard()
+    if call.plan.why == "prefix" and cut is not None:
+        how, dtype = call.op.name, call.op.arguments.get("dtype")
+        call.target, call.args = scans.cumulated, [call.args[0], how, dtype, cut.dim, cut.repeat, cut.segments]
+        call.kwargs = call.where()
 
 
 def attention(call: LocalCall) -> None:

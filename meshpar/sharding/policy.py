@@ -320,7 +320,7 @@ class SequencePolicy(Policy):
     def revised(self, call: BoundOp, found: Sequence[Choice], work: float, unit: float) -> Sequence[Choice]:
         """Matrices are used whole (gathering what meets them would grow with the sequence); a product is repeated as the last resort."""
         if (row := operator_of(call.op.node.target)).kind not in ARITHMETIC:
-            return found
+            return [*found, *positions.piecewise(call, self.reading, self.price, work)]
         kept = [one for one in found if row.kind != "product" or not self._cuts_a_matrix(call, one)]
         kept += positions.of_parts(call, self.reading, self.price, work)
         if row.sequences:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meshpar.graph.op import value_of
 from meshpar.ops.convolution import around
+from meshpar.ops.scans import SCANS
 from meshpar.sharding.infer import Axes, BoundOp
 from meshpar.sharding.price import Price
 from meshpar.sharding.reading import Reading
@@ -27,9 +28,21 @@ def of_parts(call: BoundOp, reading: Reading, price: Price, work: float) -> list
     return [Choice(uses, (after,), work / size + 2 * sent, "near")]
 
 
-def _cut(axes: Axes, reading: Reading) -> Shard | None:
-    """The cut of the last dim, the positions."""
-    if (one := axes[-1]) is None or (factor := reading.inference.extents.find(one)) in reading.batch:
+def piecewise(call: BoundOp, reading: Reading, price: Price, work: float) -> list[Choice]:
+    """The typing in which a cumulative sum or product takes and gives parts, and what they come to is told to all ranks."""
+    if call.op.name not in SCANS or not call.op.out.requires_grad or not call.op.infos[0].shape:
+        return []
+    dim = call.op.dim()
+    cut = _cut(reading.inference.dims[call.op.node, 0], reading, dim)
+    if cut is None:
+        return []
+    totals = price.collective(call.op.out.nbytes / cut.length * len(cut.segments) * reading.size)
+    return [Choice((cut,), (cut,), work / reading.size + 2 * totals, "prefix")]
+
+
+def _cut(axes: Axes, reading: Reading, dim: int = -1) -> Shard | None:
+    """The cut of the dim of the positions."""
+    if (one := axes[dim]) is None or (factor := reading.inference.extents.find(one)) in reading.batch:
         return None
-    cut = reading.shard(len(axes) - 1, factor, factor)
+    cut = reading.shard(dim % len(axes), factor, factor)
     return cut if cut is not None and cut.repeat == 1 else None

@@ -28,7 +28,7 @@ class PlainCall:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     way: str = ""
     """How it is done on the axis of `group`: "vocabulary", "queries" (of a causal attention), "gathered", "ring", "halo",
-    "near" (with what lies around a part); else empty."""
+    "near" (with what lies around a part), "prefix" (with what lies before it); else empty."""
     group: str = ""
     cut: tuple[Any, ...] = ()
     """The shard (dim, repeat, segments) that a special way is told."""
@@ -96,6 +96,11 @@ def _near(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall
     return PlainCall(convolved, operands, said, "near", kwargs["group"], tuple(args[3:6]), told={"out": kwargs["out"]})
 
 
+def _prefix(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
+    x, how, dtype, *cut = args
+    return PlainCall(getattr(aten, how).default, (x, cut[0]), {"dtype": dtype}, "prefix", kwargs["group"], tuple(cut))
+
+
 def _gathered(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
     causal = bool(kwargs.get("causal", False))
     told = {"window": kwargs.get("window"), "causal": causal, "keys": kwargs["keys"]}
@@ -151,6 +156,7 @@ _READ: Mapping[str, Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]] =
     "meshpar.ops.ring.ring_attention": _attention("ring"),
     "meshpar.ops.halo.halo_attention": _attention("halo"),
     "meshpar.ops.convolution.halo_convolution": _near,
+    "meshpar.ops.scans.cumulated": _prefix,
     "meshpar.ops.random.draw": _drawn(None),
     "meshpar.ops.random.dropout": _drawn(aten.dropout.default),
     "meshpar.ops.random.native_dropout": _drawn(aten.native_dropout.default),

@@ -399,5 +399,5 @@ def _vocabulary(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> O
     return Outcome((Partial() if lookup else I,), (WHOLE,) * len(types))
 
 
-_ON_ITS_AXIS = {"vocabulary": _vocabulary, "near": around.on_its_axis}
+_ON_ITS_AXIS = {"vocabulary": _vocabulary, "near": around.convolution, "prefix": around.cumulative}
 """Special ways that are no attention."""
