@@ -47,7 +47,12 @@ def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
         if (form := _form(node, axis)) is not None:
             sent = sum(e.nbytes for one in _before(node) for e in entries(one) if e.axis == axis.axis and e.phase == "forward")
             found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, int(sent)] += 1
-    rows = [(f"  {module}", f"x{times}", form, _SAYS[form], count(sent, "B")) for (module, form, sent), times in found.items()]
+        elif (form := _written_out(node, axis)) is not None:
+            found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, 0] += 1
+    rows = [
+        (f"  {module}", f"x{times}", form, _SAYS[form], count(sent, "B") if sent or form not in _WRITTEN.values() else "")
+        for (module, form, sent), times in found.items()
+    ]
     heading = f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward"
     return [heading, *table(rows, right=(4,)), *_uneven(axis, graph)] if rows else []
 
@@ -119,6 +124,25 @@ def _form(node: fx.Node, axis: AxisPlan) -> str | None:
     if not outs or not isinstance(outs[0], Shard):
         return "whole"
     return "gather" if outs[0].dim == len(info_of(node).shape) - 2 else "heads"
+
+
+def _written_out(node: fx.Node, axis: AxisPlan) -> str | None:
+    """The form of a softmax of scores that a model computes itself."""
+    if node.op != "call_function" or operator_of(node.target).kind != "softmax" or not operator_of(node.target).weighs:
+        return None
+    shape, one, part = info_of(node).shape, node.all_input_nodes[0], facts(node).part_of
+    while one.op == "call_function" and operator_of(one.target).kind in ("elementwise", "copy", "view", "join", "collective"):
+        one = one.all_input_nodes[0]
+    if len(shape) < 3 or one.op != "call_function" or op_name(one.target) not in _OF_PAIRS or part is None:
+        return None
+    outs = next((outs for name, _, outs in part.typed if name == axis.axis), ())
+    cut = outs[0].dim if outs and isinstance(outs[0], Shard) else None
+    return _WRITTEN["whole" if cut is None else "gather" if cut == len(shape) - 2 else "heads"]
+
+
+_OF_PAIRS = ("matmul", "bmm", "baddbmm", "einsum")
+_WRITTEN = {form: f"products and a softmax, {form}" for form in ("gather", "heads", "whole")}
+_SAYS |= {said: f"not recognised as attention: {_SAYS[form]}" for form, said in _WRITTEN.items()}
 
 
 def _before(node: fx.Node) -> Iterator[fx.Node]:
