@@ -31,10 +31,10 @@ class Nearly(Attention):
         return {
             "one hidden": (behind >= 0) & ~((at[:, None] == 9) & (at == 5)),
             "one ahead": (behind >= 0) | ((at[:, None] == 3) & (at == 4)),
-            "the next too": behind >= -1,
+            "the next too": at <= at[:, None] + 1,
             "itself not": (behind > 0) | (at == 0),
             "with gaps": (behind >= 0) & (behind % 3 != 1),
-            "a long window": (behind >= 0) & (behind < S - 1),  # only the last query does not see the first key
+            "a long window": (at <= at[:, None]) & (at > at[:, None] - (S - 1)),  # only the last query does not see the first key
         }[self.kind]
 
 
