@@ -135,4 +135,5 @@ def test_cumulative_sums_send_totals_and_say_so() -> None:
 
 def test_all_of_it_is_proved() -> None:
     report = static_report(Stack(*map(Convolution, _CONVOLUTIONS), *map(Cumulative, ("cumsum", "cumprod"))), "cp=2,tp=2", batch())
+    report.check()
     assert report.share == 1.0 and not report.unproved
