@@ -2,12 +2,13 @@
 
     time       a step of a Llama of two layers (8 query heads on 2 of keys and values): gather, heads, ring, and tensor parallelism with
                sequence parallelism on as many ranks, against one process
-    memory     the most bytes of tensors that a rank has during a step, counted (not the process's): how they grow with the length
-    longest    the longest sequence that stays under a limit of such bytes
+    memory     the most bytes of tensors that a rank has during a step beside parameters, their gradients and the optimizer's: how they grow
+    longest    the longest sequence that stays under a limit of such bytes, of two wider layers
     balance    processor time of the ranks in causal attention, the largest against the mean, in one piece and from both ends
 
 A step is forward and backward in float32, each rank one thread. Contenders take turns; a step is timed between barriers, and the slowest
 rank counts. Beside wall time stands the processor time of a rank, which waiting does not enter. Lengths are positions of one sample.
+Memory is that of a dry run: the rank's program on tensors without memory, every byte counted as it comes and goes, so no clock enters it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -30,26 +32,26 @@ from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
-from meshpar.dry_run.tape import MachineTape, levels  # noqa: E402
 from meshpar.ops.context import attention_at  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 from meshpar.sharding.types import Shard  # noqa: E402
 
 FORMS = ("gather", "heads", "ring")
 CONTENDERS = (*FORMS, "tp")
+ALONE = "one process"
 PARTS = ("time", "memory", "longest", "balance")
 
 
-def model(layers: int = 2, hidden: int = 256) -> nn.Module:
-    """A Llama with heads of 32."""
+def model(hidden: int = 256, heads: int = 8) -> nn.Module:
+    """A Llama of two layers."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         "llama",
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=max(2, hidden // 128),
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
         vocab_size=512,
         max_position_embeddings=2**20,
     )
@@ -63,60 +65,60 @@ def batch(length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def parallel(name: str, length: int, recompute: str = "none") -> Any:
-    """The model by one of the contenders."""
-    axis = "tp" if name == "tp" else "cp"
-    form: Any = "auto" if name == "tp" else name
-    config = mp.ParallelConfig(context=form, data_parallel="replicate", recompute=recompute)  # type: ignore[arg-type]
-    return mp.parallelize(model(), mp.make_mesh(f"{axis}={dist.get_world_size()}"), example=batch(length), config=config)
+def wanted(name: str) -> mp.ParallelConfig:
+    """The configuration of a contender."""
+    return mp.ParallelConfig(context="auto" if name in ("tp", ALONE) else name, data_parallel="replicate")  # type: ignore[arg-type]
 
 
-def timed(length: int, rounds: int) -> Times:
-    """Every step of every contender, on each rank."""
+def mesh_of(name: str, world: int) -> str:
+    return f"{'tp' if name == 'tp' else 'cp'}={world}"
+
+
+def timed(lengths: Sequence[int], rounds: int) -> list[Times]:
+    """Every step of every contender on each rank, by length."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    data = batch(length)
-    made = {name: parallel(name, length) for name in CONTENDERS}
-    return in_turn({name: (lambda pm=pm: pm.train_step(**data)) for name, pm in made.items()}, rounds)
+    found = []
+    for length in lengths:
+        data, steps = batch(length), {}
+        for name in CONTENDERS:
+            mesh = mp.make_mesh(mesh_of(name, dist.get_world_size()))
+            pm = mp.parallelize(model(), mesh, example=data, config=wanted(name))
+            steps[name] = partial(pm.train_step, **data)
+        found.append(in_turn(steps, _rounds(length, rounds)))
+    return found
 
 
-def alone(length: int, rounds: int) -> Times:
+def alone(lengths: Sequence[int], rounds: int) -> list[Times]:
     """The model itself, in one process of the same kind."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    whole, data = model(), batch(length)
-    return in_turn({"one process": lambda: whole(**data).loss.backward()}, rounds)
+    whole = model()
+
+    def step(data: dict[str, Tensor]) -> None:
+        whole(**data).loss.backward()
+
+    return [in_turn({ALONE: partial(step, batch(length))}, _rounds(length, rounds)) for length in lengths]
 
 
-def most_bytes(name: str, length: int) -> int:
-    """The most bytes of tensors during a second step."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    data = batch(length)
-    if name == "one process":
-        whole = model()
-
-        def step() -> object:
-            return whole(**data).loss.backward()
-    else:
-        pm = parallel(name, length)
-
-        def step() -> object:
-            return pm.train_step(**data)
-
-    step()
-    with MachineTape() as tape:
-        step()
-    return max(levels(tape.storages.changes))
+def _rounds(length: int, rounds: int) -> int:
+    """Long steps are taken fewer times."""
+    return max(2, min(rounds, rounds * 8192 // length))
 
 
-def longest(name: str, world: int, limit: int, first: int = 512) -> tuple[int, int]:
-    """The longest sequence, by halves of powers of two, of which a step stays under `limit` bytes; and its bytes."""
+def most_bytes(name: str, world: int, length: int, hidden: int = 256) -> int:
+    """The most bytes of a rank during a step beside parameters, gradients and optimizer: of a dry run."""
+    rank = mp.dry_run(model(hidden), mesh_of(name, world), wanted(name), example=batch(length)).ranks[0]
+    return int(rank.activations + rank.buffers)
+
+
+def longest(name: str, world: int, limit: int, hidden: int, first: int = 2048) -> tuple[int, int]:
+    """The longest sequence, among powers of two and the middles between them, of which a step stays under `limit`; and its bytes."""
     best, length = (0, 0), first
-    while (used := max(launch.run(most_bytes, name, length, world=world))) <= limit:
+    while (used := most_bytes(name, world, length, hidden)) <= limit:
         best, length = (length, used), length * 2
     between = best[0] * 3 // 2
-    if between and (used := max(launch.run(most_bytes, name, between, world=world))) <= limit:
+    if between and (used := most_bytes(name, world, between, hidden)) <= limit:
         best = (between, used)
     return best
 
@@ -145,11 +147,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--limit", type=float, default=2.0, help="GiB of tensors on a rank")
+    parser.add_argument("--memory-lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--hidden", type=int, default=2048, help="the width of the layers of which the longest sequence is looked for")
+    parser.add_argument("--limit", type=float, default=2.0, help="GiB of such tensors on a rank")
     parser.add_argument("--write", action="store_true", help="write the tables to README.md beside this file")
     options = parser.parse_args()
+    warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     body: list[str] = []
     if "time" in options.parts:
@@ -157,7 +162,9 @@ def main() -> None:
     if "memory" in options.parts:
         body += ["", "The most MiB of tensors on a rank during a step.", ""] + _memory(options)
     if "longest" in options.parts:
-        body += ["", f"The longest sequence under {options.limit:g} GiB, and its MiB.", ""] + _longest(options)
+        body += ["", f"The longest sequence under {options.limit:g} GiB of layers of {options.hidden}, and its MiB.", ""] + _longest(
+            options
+        )
     if "balance" in options.parts:
         rows = [line(balance(max(options.lengths), size)) for size in options.worlds]
         body += ["", "Processor time of the ranks in causal attention, max / mean.", ""]
@@ -170,34 +177,33 @@ def main() -> None:
 
 
 def _times(options: argparse.Namespace) -> list[str]:
+    single = launch.run(alone, options.lengths, options.rounds, world=1)[0]
     rows = []
-    for length in options.lengths:
-        single = launch.run(alone, length, options.rounds, world=1)[0]
-        for world in options.worlds:
-            found = single | launch.run(timed, length, options.rounds, world=world)[0]
+    for world in options.worlds:
+        for length, whole, found in zip(options.lengths, single, launch.run(timed, options.lengths, options.rounds, world=world)[0]):
             cells = [str(length), str(world)]
             for kind in (0, 1):
-                least, middle = least_and_middle(found, kind)
-                cells += [f"{least[name]:.0f} / {middle[name]:.0f}" for name in ("one process", *CONTENDERS)]
+                least, middle = least_and_middle(whole | found, kind)
+                cells += [f"{least[name]:.0f} / {middle[name]:.0f}" for name in (ALONE, *CONTENDERS)]
             rows.append(line(cells))
-    names = ("one process", *CONTENDERS)
-    return table(("length", "ranks", *names, *(f"cpu: {name}" for name in names)), rows)
+    return table(("length", "ranks", ALONE, *CONTENDERS, *(f"cpu: {name}" for name in (ALONE, *CONTENDERS))), rows)
 
 
 def _memory(options: argparse.Namespace) -> list[str]:
     rows = []
-    for length in options.lengths:
-        single = launch.run(most_bytes, "one process", length, world=1)[0]
+    for length in options.memory_lengths:
+        single = most_bytes(ALONE, 1, length)
         for world in options.worlds:
-            used = [max(launch.run(most_bytes, name, length, world=world)) for name in CONTENDERS]
+            used = [most_bytes(name, world, length) for name in CONTENDERS]
             rows.append(line([str(length), str(world), *(f"{n / 2**20:.0f}" for n in (single, *used))]))
-    return table(("length", "ranks", "one process", *CONTENDERS), rows)
+    return table(("length", "ranks", ALONE, *CONTENDERS), rows)
 
 
 def _longest(options: argparse.Namespace) -> list[str]:
-    limit = int(options.limit * 2**30)
-    rows = [line(["1", "one process", *_shown(longest("one process", 1, limit))])]
-    rows += [line([str(world), name, *_shown(longest(name, world, limit))]) for world in options.worlds for name in ("ring", "gather")]
+    limit, hidden = int(options.limit * 2**30), options.hidden
+    rows = [line(["1", ALONE, *_shown(longest(ALONE, 1, limit, hidden))])]
+    for world in options.worlds:
+        rows += [line([str(world), name, *_shown(longest(name, world, limit, hidden))]) for name in ("ring", "gather")]
     return table(("ranks", "form", "length", "MiB"), rows)
 
 

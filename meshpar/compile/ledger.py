@@ -12,10 +12,11 @@ from torch import fx
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
-from meshpar.ops import gathered, halo, ring, vocab_parallel
+from meshpar.ops import convolution, gathered, halo, ring, scans, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
+from meshpar.sharding.types import Shard
 
 
 def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
@@ -59,6 +60,10 @@ def entries(node: fx.Node) -> Iterator[Comm]:
         yield from _exchanged(node, known.exchange)
     if node.target in (ring.ring_attention, halo.halo_attention):
         yield from _between_parts(node)
+    if node.target is convolution.halo_convolution:
+        yield from _around(node)
+    if node.target is scans.cumulated:
+        yield from _totals(node)
     if node.target is gathered.gathered_attention:
         yield from _gathered(node)
     if node.target is vocab_parallel.cross_entropy:
@@ -82,6 +87,25 @@ def _between_parts(node: fx.Node) -> Iterator[Comm]:
     name = "ring" if node.target is ring.ring_attention else "halo"
     for phase, count in (("forward", forward), ("backward", backward)):
         yield _comm(node, name, facts(node).axis or "", phase, count)
+
+
+def _around(node: fx.Node) -> Iterator[Comm]:
+    """Positions around those of other ranks; backward their gradients. Of the rank that sends most."""
+    x, weight = (info_of(n) for n in operands(node)[:2])
+    cut, where = Shard(*node.args[3:6]), node.kwargs  # type: ignore[arg-type]
+    results, size = Shard(cut.dim, 1, where["out"]), where["size"]  # type: ignore[arg-type]
+    near = convolution.around(cut, results, weight.shape[-1], where["left"], where["stride"], where["dilation"], size)  # type: ignore[arg-type]
+    nbytes = float(near.most_sent() * x.nbytes // x.shape[-1])
+    for phase in ("forward", "backward") if x.requires_grad else ("forward",):
+        yield _comm(node, "halo", facts(node).axis or "", phase, nbytes)
+
+
+def _totals(node: fx.Node) -> Iterator[Comm]:
+    """What each piece comes to, to all ranks; backward the sums of their gradients."""
+    info, (dim, _, segments), size = info_of(node), node.args[3:6], node.kwargs["size"]
+    every = info.nbytes // info.shape[dim] * len(segments) * size  # type: ignore[arg-type, index, operator]
+    for phase, kind in (("forward", ALL_GATHER), ("backward", REDUCE_SCATTER)):
+        yield _comm(node, kind, facts(node).axis or "", phase, wire_bytes(kind, every, size))  # type: ignore[arg-type]
 
 
 def _gathered(node: fx.Node) -> Iterator[Comm]:

@@ -230,6 +230,8 @@ _PRODUCTS: dict[str, OperatorRow] = {
             "_scaled_dot_product_efficient_attention _scaled_dot_product_fused_attention_overrideable _flash_attention_forward "
             "_efficient_attention_forward _scaled_dot_product_attention_math_for_mps", kind="attention", saves="operands and results"),
     **_rows("convolution conv1d conv2d conv3d", layers.convolution, kind="convolution", flops=count.convolution, local=local.convolution),
+    **_rows("meshpar.ops.convolution.convolved meshpar.ops.convolution.halo_convolution", layers.convolved, kind="convolution",
+            flops=count.convolution, local=local.convolved),
     **_rows("conv_transpose1d conv_transpose2d conv_transpose3d", layers.transposed_convolution, kind="convolution",
             flops=count.transposed_convolution),
 }  # fmt: skip
@@ -294,7 +296,8 @@ _REDUCTIONS: dict[str, OperatorRow] = {
     **_rows("amax amin any all logsumexp var std var_mean std_mean prod kthvalue mode argmax argmin linalg_vector_norm norm median",
             rules.reduction, kind="reduction"),
     **_rows("max min", rules.pointwise_or(rules.reduction), kind="reduction"),
-    **_rows("cumprod logcumsumexp cummax cummin", rules.along_dim, kind="scan"),
+    **_rows("cumprod", rules.along_dim, kind="scan", local=local.cumulated),
+    **_rows("logcumsumexp cummax cummin", rules.along_dim, kind="scan"),
     **_rows("diff", indexing.differences, kind="scan"),
     **_rows("topk sort argsort", indexing.searched, kind="search"),
     **_rows("meshpar.expect", rules.whole),
@@ -351,7 +354,8 @@ _MOVED: dict[str, OperatorRow] = {
     **_moves("repeat_interleave", "copy", local=local.interleave),
     **_moves("cat stack", "join", "nothing"),
     **_moves("concat concatenate", "join"),
-    **_moves("cumsum", "scan"),
+    **_moves("cumsum", "scan", local=local.cumulated),
+    **_rows("meshpar.ops.scans.cumulated", rules.cumulated, kind="scan"),
     **_rows("pad", layers.padding, kind="write"),
     **_rows("constant_pad_nd", layers.padding, kind="write", saves="nothing"),
 }

@@ -26,6 +26,7 @@ from meshpar.graph.facts import Info, facts, info_of
 from meshpar.graph.op import operands, read
 from meshpar.ops.context import grouped_attention
 from meshpar.ops.halo import windowed_attention
+from meshpar.passes.erase import erase_unused
 from meshpar.passes.intervals import intervals
 
 aten = torch.ops.aten
@@ -104,7 +105,7 @@ def _without_mask(node: fx.Node, arguments: dict[str, Any]) -> None:
     node.args = (arguments["query"], key, value, None, arguments["dropout_p"], True)
     node.kwargs = {"scale": arguments["scale"], "enable_gqa": grouped}
     for operand in before:
-        _erase_unused(operand)
+        erase_unused(operand)
 
 
 def _in_window(node: fx.Node, arguments: dict[str, Any], window: int) -> None:
@@ -113,7 +114,7 @@ def _in_window(node: fx.Node, arguments: dict[str, Any], window: int) -> None:
     node.target, node.args = windowed_attention, (arguments["query"], key, value)
     node.kwargs = {"window": window, "scale": arguments["scale"], "enable_gqa": grouped}
     for operand in before:
-        _erase_unused(operand)
+        erase_unused(operand)
 
 
 def _in_groups(node: fx.Node, arguments: dict[str, Any]) -> None:
@@ -126,7 +127,7 @@ def _in_groups(node: fx.Node, arguments: dict[str, Any]) -> None:
     node.target, node.args = grouped_attention, (arguments["query"], key, value)
     node.kwargs = {"attn_mask": mask, "is_causal": False, "scale": arguments["scale"], "enable_gqa": True}
     for operand in before:
-        _erase_unused(operand)
+        erase_unused(operand)
 
 
 def _short(arguments: dict[str, Any]) -> tuple[Any, Any, bool]:
@@ -152,11 +153,3 @@ def _ungrouped(repeated: fx.Node) -> fx.Node | None:
     if len(shape) != 4 or (long[0], long[1], long[3], long[4]) != shape:
         return None
     return original if info_of(repeated).shape == (shape[0], shape[1] * long[2], *shape[2:]) else None
-
-
-def _erase_unused(node: fx.Node) -> None:
-    if node.op == "call_function" and not node.users:
-        inputs = operands(node)
-        node.graph.erase_node(node)
-        for one in dict.fromkeys(inputs):
-            _erase_unused(one)

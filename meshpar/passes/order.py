@@ -4,7 +4,7 @@
 
 before     Batch norm is written out first: its statistics then are sums like any other, and the types see them. Masks of attention are read
            while they are whole: a part of a causal mask is not causal. Losses of all positions but some at the ends take all, while the
-           slice can be seen.
+           slice can be seen. Convolutions with a padding before or a slice after them become ones that give a result for each position.
 lowered    `Lower`, outermost axis first, as they were typed: the types of the next one speak of the sizes that are left.
            `SimplifyAttention` again: a mask that is causal with the sizes of this rank need not be read.
            `ReduceGradients`: the sum of a gradient becomes a conversion of the parameter, so every use of it must be in the graph.
@@ -24,6 +24,7 @@ from meshpar.mesh import Axis
 from meshpar.passes.attention import SimplifyAttention
 from meshpar.passes.batch_norm import expand_batch_norm
 from meshpar.passes.coalesce import Coalesce
+from meshpar.passes.convolutions import AlignConvolutions
 from meshpar.passes.lower import Lower
 from meshpar.passes.randomness import SeedRandom
 from meshpar.passes.reduce import ReduceGradients
@@ -43,6 +44,7 @@ def before(graph: fx.Graph, axes: Sequence[Axis]) -> None:
     if "sequence" in divided:
         SimplifyAttention(windows=True)(graph)
         IgnoreEnds()(graph)
+        AlignConvolutions()(graph)
 
 
 def lowered(

@@ -14,7 +14,7 @@ from meshpar.graph.cost import flops
 from meshpar.graph.facts import facts, info_of, infos_of
 from meshpar.graph.op import op_name
 from meshpar.graph.operators import operator_of
-from meshpar.ops import context, gathered, halo, ring
+from meshpar.ops import context, convolution, gathered, halo, ring, scans
 from meshpar.ops.random import draw
 from meshpar.plan import AxisPlan, Plan
 from meshpar.report.text import count, table
@@ -47,7 +47,12 @@ def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
         if (form := _form(node, axis)) is not None:
             sent = sum(e.nbytes for one in _before(node) for e in entries(one) if e.axis == axis.axis and e.phase == "forward")
             found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, int(sent)] += 1
-    rows = [(f"  {module}", f"x{times}", form, _SAYS[form], count(sent, "B")) for (module, form, sent), times in found.items()]
+        elif (form := _written_out(node, axis)) is not None:
+            found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, 0] += 1
+    rows = [
+        (f"  {module}", f"x{times}", form, _SAYS[form], count(sent, "B") if sent or form not in _WRITTEN.values() else "")
+        for (module, form, sent), times in found.items()
+    ]
     heading = f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward"
     return [heading, *table(rows, right=(4,)), *_uneven(axis, graph)] if rows else []
 
@@ -80,14 +85,28 @@ def _others_over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
         if not any(info is not None and info.requires_grad for info in infos_of(node)):
             continue
         module = re.sub(r"\d+", "*", facts(node).module or "the model")
-        found[module, op_name(node.target), "a rank has a part of it" if axis.axis in facts(node).cut else _SAYS["whole"]] += 1
+        found[module, op_name(node.target).rpartition(".")[2], _other(node, axis)] += 1
     rows = [(f"  {module}", f"x{times}", name, says) for (module, name, says), times in found.items()]
-    heading = (
-        f"Convolutions, scans and recurrences over {axis.axis}={axis.size}: of channels, heads or samples, of all positions (all-to-all)"
-    )
-    return [heading, *table(rows)] if rows else []
+    return [f"Convolutions, scans and recurrences over {axis.axis}={axis.size}", *table(rows)] if rows else []
 
 
+def _other(node: fx.Node, axis: AxisPlan) -> str:
+    """What a rank has of a convolution, scan or recurrence, in words."""
+    if axis.axis not in facts(node).cut:
+        return _SAYS["whole"]
+    if node.target in _NEAR:
+        sent = sum(e.nbytes for e in entries(node) if e.axis == axis.axis and e.phase == "forward")
+        return f"a rank has its own positions, and {_NEAR[node.target]}: {count(sent, 'B')} forward"
+    part = facts(node).part_of
+    outs = next((outs for name, _, outs in part.typed if name == axis.axis), ()) if part is not None else ()
+    along = outs and isinstance(outs[0], Shard) and operator_of(node.target).kind == "convolution" and outs[0].dim > 1
+    return "a rank has its own positions" if along else "a rank has some channels, heads or samples, of all positions (all-to-all)"
+
+
+_NEAR = {
+    convolution.halo_convolution: "fetches those around them",
+    scans.cumulated: "is told what those before come to",
+}
 _ACROSS = ("convolution", "scan", "recurrent")
 
 
@@ -105,6 +124,25 @@ def _form(node: fx.Node, axis: AxisPlan) -> str | None:
     if not outs or not isinstance(outs[0], Shard):
         return "whole"
     return "gather" if outs[0].dim == len(info_of(node).shape) - 2 else "heads"
+
+
+def _written_out(node: fx.Node, axis: AxisPlan) -> str | None:
+    """The form of a softmax of scores that a model computes itself."""
+    if node.op != "call_function" or operator_of(node.target).kind != "softmax" or not operator_of(node.target).weighs:
+        return None
+    shape, one, part = info_of(node).shape, node.all_input_nodes[0], facts(node).part_of
+    while one.op == "call_function" and operator_of(one.target).kind in ("elementwise", "copy", "view", "join", "collective"):
+        one = one.all_input_nodes[0]
+    if len(shape) < 3 or one.op != "call_function" or op_name(one.target) not in _OF_PAIRS or part is None:
+        return None
+    outs = next((outs for name, _, outs in part.typed if name == axis.axis), ())
+    cut = outs[0].dim if outs and isinstance(outs[0], Shard) else None
+    return _WRITTEN["whole" if cut is None else "gather" if cut == len(shape) - 2 else "heads"]
+
+
+_OF_PAIRS = ("matmul", "bmm", "baddbmm", "einsum")
+_WRITTEN = {form: f"products and a softmax, {form}" for form in ("gather", "heads", "whole")}
+_SAYS |= {said: f"not recognised as attention: {_SAYS[form]}" for form, said in _WRITTEN.items()}
 
 
 def _before(node: fx.Node) -> Iterator[fx.Node]:

@@ -91,16 +91,24 @@ def transposed_convolution(op: Op) -> Signature | None:
 def convolution(op: Op) -> Signature | None:
     if op.arguments.get("transposed"):
         return transposed_convolution(op)
-    groups = int(op.arguments.get("groups", 1))
     rank = len(op.infos[0].shape) - 2
     if rank < 1:
         return None
-    space = " ".join(f"[s{i}]" for i in range(rank))
-    kernel = " ".join(f"[k{i}]" for i in range(rank))
-    out = " ".join(f"[r{i}]" for i in range(rank))
+    space, out = (" ".join(f"[{name}{i}]" for i in range(rank)) for name in "sr")
     if by_position(op):
         space = out = "s0"
-    channels = op.infos[0].shape[1]
+    return _of_channels(op, space, out)
+
+
+def convolved(op: Op) -> Signature | None:
+    """A convolution with one result for every so many positions, of which a part needs some around it: channels may be cut."""
+    return _of_channels(op, "[s]", "[s]" if op.shapes[0][-1] == op.out.shape[-1] else "[r]")
+
+
+def _of_channels(op: Op, space: str, out: str) -> Signature | None:
+    """The channels of a convolution of `space` to `out`."""
+    groups, channels = int(op.arguments.get("groups", 1)), op.infos[0].shape[1]
+    kernel = " ".join(f"[k{i}]" for i in range(len(op.infos[0].shape) - 2))
     if groups == 1:
         return row(f"b i {space}, o i {kernel}, o -> b o {out}", linear=((0, 2), (1, 2)))(op)
     if groups == channels and op.infos[1].shape[0] == channels:

@@ -16,7 +16,8 @@ import torch
 
 from meshpar.graph.op import Op
 from meshpar.mesh import Axis
-from meshpar.ops import context, gathered, halo, ring, vocab_parallel
+from meshpar.ops import context, gathered, halo, ring, scans, vocab_parallel
+from meshpar.ops import convolution as convolution_ops
 from meshpar.plan import NodePlan
 from meshpar.sharding.types import Partial, Shard, local_shape
 from meshpar.sharding.views import slice_bounds
@@ -179,6 +180,26 @@ def convolution(call: LocalCall) -> None:
     weight = call.in_shard(1)
     if groups > 1 and weight is not None and weight.dim == 0:
         call.set("groups", call.in_shape(1)[0])
+
+
+def convolved(call: LocalCall) -> None:
+    """As many groups as there are channels here; of a part of the positions, with what lies around it."""
+    weight, cut, out = call.in_shard(1), call.in_shard(), call.out_shard()
+    if int(call.op.arguments["groups"]) > 1 and weight is not None and weight.dim == 0:
+        call.kwargs["groups"] = call.in_shape(1)[0]
+    if call.plan.why == "near" and cut is not None and out is not None:
+        bias = call.args[2] if len(call.args) > 2 else None
+        call.target, call.args = convolution_ops.halo_convolution, [*call.args[:2], bias, cut.dim, cut.repeat, cut.segments]
+        call.kwargs |= {"out": out.segments, **call.where()}
+
+
+def cumulated(call: LocalCall) -> None:
+    """Along a dim that is cut."""
+    cut = call.in_shard()
+    if call.plan.why == "prefix" and cut is not None:
+        how, dtype = call.op.name, call.op.arguments.get("dtype")
+        call.target, call.args = scans.cumulated, [call.args[0], how, dtype, cut.dim, cut.repeat, cut.segments]
+        call.kwargs = call.where()
 
 
 def attention(call: LocalCall) -> None:

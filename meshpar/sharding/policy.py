@@ -23,7 +23,7 @@ from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import Value, operands, value_info, value_of
 from meshpar.graph.operators import ARITHMETIC, operator_of
 from meshpar.roles import Divides
-from meshpar.sharding import attention
+from meshpar.sharding import attention, positions
 from meshpar.sharding.extents import shard
 from meshpar.sharding.infer import BoundOp
 from meshpar.sharding.price import Price
@@ -320,8 +320,9 @@ class SequencePolicy(Policy):
     def revised(self, call: BoundOp, found: Sequence[Choice], work: float, unit: float) -> Sequence[Choice]:
         """Matrices are used whole (gathering what meets them would grow with the sequence); a product is repeated as the last resort."""
         if (row := operator_of(call.op.node.target)).kind not in ARITHMETIC:
-            return found
+            return [*found, *positions.piecewise(call, self.reading, self.price, work)]
         kept = [one for one in found if row.kind != "product" or not self._cuts_a_matrix(call, one)]
+        kept += positions.of_parts(call, self.reading, self.price, work)
         if row.sequences:
             kept = attention.gathering(call, kept, self.reading, self.price)
             kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.price, work)])

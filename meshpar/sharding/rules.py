@@ -127,6 +127,15 @@ along_dim = fixed_dims(lambda op: [op.dim()], linear=False)
 """softmax and cumulative operators: along one dim, which is needed whole."""
 
 
+def cumulated(op: Op) -> Signature:
+    """A cumulative operator of a part of a dim, which an outer axis cut."""
+    shape, dim = op.infos[0].shape, op.node.args[3]
+    base = named("d", shape)
+    return Signature(
+        (base,), (base,), sizes_of("d", shape), frozenset({f"d{dim}"}), (frozenset({0}),) if op.node.args[1] == "cumsum" else ()
+    )
+
+
 def matmul(op: Op) -> Signature | None:
     a, b = len(op.infos[0].shape), len(op.infos[1].shape)
     left = {1: "k"}.get(a, "... i k")

@@ -255,7 +255,9 @@ def _convolution(op: Op) -> str | None:
     s, k, r = (" ".join(f"[{c}{i}]" for i in range(space)) for c in "skr")
     if transposed:
         return f"b i {s}, i o {k}, o -> b o {r}" if groups == 1 else None
-    if op.shapes[1][2:] == (1,) * space and op.out.shape[2:] == op.shapes[0][2:]:  # each position by itself
+    if (
+        op.shapes[1][2:] == (1,) * space and op.out.shape[2:] == op.shapes[0][2:] and not op.arguments.get("left")
+    ):  # each position by itself
         s = r = " ".join(f"s{i}" for i in range(space))
     if groups == 1:
         return f"b i {s}, o i {k}, o -> b o {r}"
@@ -465,6 +467,7 @@ _ACTIONS: dict[str, Read] = {
     **_rows("cdist", text("... i [c], ... j [c] -> ... i j")),
     **_rows("scaled_dot_product_attention meshpar.ops.halo.windowed_attention", chosen(attention_text, (2,))),
     **_rows("convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", chosen(_convolution, (0, 2), (1, 2))),
+    **_rows("meshpar.ops.convolution.convolved", chosen(_convolution, (0, 2), (1, 2))),
     **_rows("embedding", text("[v] c, ... -> ... c", (0,))),
     **_rows("index", _index),
     **_rows("index_select", _index_select),

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from meshpar.graph.op import op_name
+from meshpar.ops.convolution import convolved
 
 aten = torch.ops.aten
 
@@ -26,7 +27,8 @@ class PlainCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     way: str = ""
-    """How it is done on the axis of `group`: "vocabulary", "queries" (of a causal attention), "gathered", "ring", "halo"; else empty."""
+    """How it is done on the axis of `group`: "vocabulary", "queries" (of a causal attention), "gathered", "ring", "halo",
+    "near" (with what lies around a part), "prefix" (with what lies before it); else empty."""
     group: str = ""
     cut: tuple[Any, ...] = ()
     """The shard (dim, repeat, segments) that a special way is told."""
@@ -88,6 +90,17 @@ def _attention(way: str) -> Callable[[Sequence[Any], dict[str, Any], Any], Plain
     return read
 
 
+def _near(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
+    said = {name: kwargs[name] for name in ("left", "stride", "dilation", "groups")}
+    operands = tuple(a for a in args[:3] if a is not None)
+    return PlainCall(convolved, operands, said, "near", kwargs["group"], tuple(args[3:6]), told={"out": kwargs["out"]})
+
+
+def _prefix(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
+    x, how, dtype, *cut = args
+    return PlainCall(getattr(aten, how).default, (x, cut[0]), {"dtype": dtype}, "prefix", kwargs["group"], tuple(cut))
+
+
 def _gathered(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
     causal = bool(kwargs.get("causal", False))
     told = {"window": kwargs.get("window"), "causal": causal, "keys": kwargs["keys"]}
@@ -142,6 +155,8 @@ _READ: Mapping[str, Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]] =
     "meshpar.ops.gathered.gathered_attention": _gathered,
     "meshpar.ops.ring.ring_attention": _attention("ring"),
     "meshpar.ops.halo.halo_attention": _attention("halo"),
+    "meshpar.ops.convolution.halo_convolution": _near,
+    "meshpar.ops.scans.cumulated": _prefix,
     "meshpar.ops.random.draw": _drawn(None),
     "meshpar.ops.random.dropout": _drawn(aten.dropout.default),
     "meshpar.ops.random.native_dropout": _drawn(aten.native_dropout.default),

@@ -13,7 +13,7 @@ from torch import fx
 from meshpar.graph.facts import facts
 from meshpar.graph.op import Op, Value, op_name, read, value_of
 from meshpar.graph.operators import OPERATORS, draws, operator_of
-from meshpar.proof.static import attention, experts
+from meshpar.proof.static import around, attention, experts
 from meshpar.proof.static.actions import OperatorAction, action_of, literal, reduction
 from meshpar.proof.static.calls import PlainCall, plain_call
 from meshpar.proof.static.claims import Claims, LocalValue, declared
@@ -132,7 +132,7 @@ class Derive:
 
     def _derived(self, found: MatchedCall) -> Made:
         types = tuple(h.types for h in found.held)
-        words = (found.call.way, found.call.cut, found.call.group, self._copies(found))
+        words = (found.call.way, found.call.cut, found.call.group, literal(dict(found.call.told)), self._copies(found))
         origin = found.op.node
         key = (self.claims.kinds.get(origin), id(found.op) if found.op is not self._ops.get(origin) else 0, types, words)
         if key not in self._known:
@@ -172,11 +172,7 @@ class Derive:
         op, call, count = found.op, found.call, len(found.op.outs)
         types = [h.types[k] for h in found.held]
         if call.way and self.level.get(call.group) == k:
-            return (
-                attention.on_its_axis(op, call, types, level.ranks)
-                if call.way != "vocabulary"
-                else _vocabulary(op, call, types, level.ranks)
-            )
+            return _ON_ITS_AXIS.get(call.way, attention.on_its_axis)(op, call, types, level.ranks)
         if all(t == I for t in types):
             copies = self._copies(found)
             if op.nature is not None and op.nature.shared:  # terms of its own: the same on all ranks, whatever gradient comes in
@@ -401,3 +397,7 @@ def _vocabulary(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> O
     if any(t != I for t in types[1:]):
         raise Contradiction("ids or labels are not the same on all ranks")
     return Outcome((Partial() if lookup else I,), (WHOLE,) * len(types))
+
+
+_ON_ITS_AXIS = {"vocabulary": _vocabulary, "near": around.convolution, "prefix": around.cumulative}
+"""Special ways that are no attention."""

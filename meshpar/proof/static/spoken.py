@@ -31,7 +31,7 @@ def is_same_operator(target: Any, origin: Any) -> bool:
 def check_arguments(name: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Raise Contradiction where arguments differ that are no sizes."""
     skipped = _IRRELEVANT | (_SIZES if says_sizes(name) or name in ("slice", "repeat_interleave") else frozenset())
-    skipped |= {"groups"} if name.startswith("conv") else frozenset()  # as many as channels: the weight's shape tells
+    skipped |= {"groups"} if "conv" in name else frozenset()  # as many as channels: the weight's shape tells
     if name == "squeeze":
         return  # the shape of what it gives tells which dims went
     for key, value in here.items():
