@@ -85,7 +85,7 @@ def testify(
             as_if_exporting(),
             decompositions.Written(),
             checkpoints_only_call(),
-            _On(device),
+            OnDevice(device),
             watch,
         ):
             recorder = ForwardRecorder(model, batch, loss_fn, recording)
@@ -109,7 +109,7 @@ class _AsksNothing:
         """Nothing to refuse."""
 
 
-class _On(TorchFunctionMode):
+class OnDevice(TorchFunctionMode):
     """Tensors without memory say that they are on the device that the model runs on."""
 
     def __init__(self, device: torch.device) -> None:

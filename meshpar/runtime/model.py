@@ -33,6 +33,7 @@ from meshpar.runtime.hooks import StepHooks, refusing
 from meshpar.runtime.likeness import Likeness, refuse_method
 from meshpar.runtime.names import together as one_module
 from meshpar.runtime.outputs import Leave, leaving, returned
+from meshpar.runtime.padding import Filled, Padding
 from meshpar.runtime.parameters.gradients import OnMesh
 from meshpar.runtime.parameters.specs import convert_state_dicts
 from meshpar.runtime.ranges import explaining
@@ -66,6 +67,7 @@ class ParallelModel(Likeness, Asked):
     _hooks: StepHooks
     _simulated: bool
     _leave: Leave
+    _padding: Padding
     scaled_by: object | None
     """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
     _variants: Variants
@@ -76,6 +78,7 @@ class ParallelModel(Likeness, Asked):
         super().__init__()
         self.__dict__.update(_engine=engine, _checked=set(), _together=together, _tallies=[], _makes=programs)
         self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None, _simulated=is_simulated())
+        self.__dict__.update(_padding=Padding(programs, mesh, config, first.captured))
         self.__dict__.update(_leave=leaving(mesh, config.outputs))
         self._take_names()
         self.mesh, self.parallel_config = mesh, config
@@ -250,13 +253,14 @@ class ParallelModel(Likeness, Asked):
                 "a pipelined model trains by pm.train_step(**batch), which runs forward and backward of all microbatches in the order of "
                 "its schedule and returns the loss. To see outputs: pm.eval(), then with torch.no_grad(): pm(**batch)."
             )
-        tensors, variant = self._program(args, kwargs, 1)
+        batch = self._fit(args, kwargs, 1, outputs=True)
+        tensors, variant = self._program(batch.args, batch.kwargs, 1)
         program = variant.program
         with without_autocast(), explaining(program.captured, tensors):
             outputs = self._engine.run(program, self._inputs(program, tensors, 0))
         self.random.advance()
         self._variants.done(variant)
-        return restore(program, lambda i: self._leave(program, outputs[i], i))
+        return restore(program, lambda i: batch.own(i, self._leave(program, outputs[i], i)))
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one step over all microbatches. Returns the loss of the global batch, the same on every rank.
@@ -319,7 +323,8 @@ class ParallelModel(Likeness, Asked):
 
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
         count = self.parallel_config.microbatches
-        tensors, variant = self._program(args, kwargs, count)
+        batch = self._fit(args, kwargs, count, outputs=False)
+        tensors, variant = self._program(batch.args, batch.kwargs, count)
         program = variant.program
         loss_at = program.captured.loss
         if loss_at is None:
@@ -350,10 +355,13 @@ class ParallelModel(Likeness, Asked):
             found[program.extra.random_key] = self.random.key(microbatch)
         return found
 
-    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Variant]:
+    def _fit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, *, outputs: bool) -> Filled:
+        """The batch, filled up where it does not fit."""
         steps.check_ranks(self._simulated)
-        kwargs = ordered = self._makes.ordered(kwargs)
-        tensors, signature = flatten(args, ordered, self.training)
+        return self._padding.fit(args, self._makes.ordered(kwargs), microbatches, training=self.training, outputs=outputs)
+
+    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Variant]:
+        tensors, signature = flatten(args, dict(kwargs), self.training)
         key = (signature, microbatches)
         closer = None if key in self._checked else lambda: self._check_batch(args, kwargs)
         kept, variant = self._variants.match(signature, microbatches, closer)

@@ -26,7 +26,7 @@ def worst(pm: mp.ParallelModel, model: torch.nn.Module, local: dict[str, Tensor]
     model.zero_grad()
     pm.zero_grad()
     wanted = model(**whole)
-    wanted = wanted if isinstance(wanted, Tensor) else wanted.loss
+    wanted = wanted if isinstance(wanted, Tensor) else wanted["loss"]
     wanted.backward()
     loss = pm.train_step(**local)
     found = [float((loss - wanted).detach().abs().max())]
