@@ -2,7 +2,7 @@
 
     --depth 4 16 48 96        a GPT of 12288 wide layers on `meta`, dp=64 x tp=8 = 512 ranks of the fake process group: seconds of the first
                               program, of the second length (a capture), of later ones, and memory that each of them keeps
-    --kinds llama gpt2 ...    small models of these architectures, simulated ranks (--mesh, or dp=2,tp=2), seven shapes each: is the graph, the
+    --kinds llama gpt2 ...    small models of these architectures, simulated dp=2 x tp=2 (or --mesh), seven shapes each: is the graph, the
                               plan and the lowered program node for node that of a capture of its own, and how many were made without one
 
 Every depth runs in a process of its own. Times are processor seconds of the one thread that does it all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ from meshpar.runtime.parameters.specs import convert_state_dicts
 from meshpar.runtime.ranges import explaining
 from meshpar.runtime.state.variants import Variant, Variants
 from meshpar.runtime.state_dicts import EXTRA_STATE, check_state
+from meshpar.runtime.tools import SimulatedState, Untaken, check_surroundings
 from meshpar.simulate import is_simulated
 
 _OWN = frozenset({"mesh", "parallel_config", "random", "training"})
@@ -46,7 +48,7 @@ _OWN = frozenset({"mesh", "parallel_config", "random", "training"})
 
 
 @refusing("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
-class ParallelModel(Likeness, Asked):
+class ParallelModel(Untaken, Likeness, Asked):
     """What `parallelize` returns.
 
     Parameters are DTensors under the original names with global shapes; plain torch optimizers work on them. Every data rank passes its own
@@ -166,21 +168,6 @@ class ParallelModel(Likeness, Asked):
             raise
 
     @property
-    def _ddp_params_and_buffers_to_ignore(self) -> Any:
-        """Raise ConfigError: DistributedDataParallel asks for this first of all."""
-        raise ConfigError(
-            "a parallel model is not wrapped in DistributedDataParallel: the dp axis of its mesh sums gradients over data ranks already. "
-            "Trainers that wrap models (transformers, TRL, accelerate, Lightning) take it by meshpar.integrations."
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raise ConfigError: what is pickled is the state."""
-        raise ConfigError(
-            "a parallel model is not pickled: it belongs to the processes of this run. Save it with mp.checkpoint.save(path, pm, "
-            "optimizer), or its pm.state_dict(), and parallelize the model again."
-        )
-
-    @property
     def original_module(self) -> nn.Module:
         """The module this was made from, its parameters without memory: for what else it has, such as a configuration."""
         return self._makes.skeleton
@@ -195,7 +182,8 @@ class ParallelModel(Likeness, Asked):
         Raises ConfigError where hooks of the model would have changed it.
         """
         self._makes.hooks.refuse_state()
-        return super().state_dict(*args, **kwargs)
+        found = super().state_dict(*args, **kwargs)
+        return SimulatedState.of(found) if self._simulated and type(found) is OrderedDict else found
 
     @torch.no_grad()
     def spread_buffers(self) -> None:
@@ -358,6 +346,7 @@ class ParallelModel(Likeness, Asked):
     def _fit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, *, outputs: bool) -> Filled:
         """The batch, filled up where it does not fit."""
         steps.check_ranks(self._simulated)
+        check_surroundings(args, kwargs)
         return self._padding.fit(args, self._makes.ordered(kwargs), microbatches, training=self.training, outputs=outputs)
 
     def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Variant]:

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar._torch import pytree, resolve_process_group
-from meshpar.capture.padding.fills import Layout, filled, ignored_labels, layout
-from meshpar.capture.padding.proof import Counts, Question, Unproved, prove
+from meshpar.capture.batch import input_names
+from meshpar.capture.padding.fills import BatchLayout, filled, ignored_labels, layout
+from meshpar.capture.padding.proof import PaddingCounts, PaddingUnproved, Question, prove
 from meshpar.capture.state.taken import Ask
 from meshpar.compile.programs import Programs
 from meshpar.config import ParallelConfig
@@ -54,7 +55,7 @@ class Filled:
         return value if self.cut is None else self.cut(index, value)
 
 
-class Sizes:
+class RunSizes:
     """How large the batches of all data ranks are made."""
 
     def __init__(self, mesh: DeviceMesh, config: ParallelConfig) -> None:
@@ -69,11 +70,12 @@ class Sizes:
         """A batch in the sizes that it is run in; only these, not its values, are meant. Collective where `fit` is."""
         if self._pad_to is None:
             return args, kwargs
-        found = layout(args, kwargs, {}, lengths=True)
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        found = layout(leaves, [None] * len(leaves), lengths=True)
         most = self.most(found)
         return grown(args, kwargs, found, most.samples, None if most.length is None else self.long(most.length))
 
-    def most(self, found: Layout) -> Most:
+    def most(self, found: BatchLayout) -> Most:
         """The most samples and positions of any data rank. Collective where `pad_to` is set and there are several data ranks."""
         if self._group is None:
             return Most(found.samples, found.length, False, False)
@@ -101,8 +103,9 @@ class Padding:
     """What is known of padding for one parallel model."""
 
     def __init__(self, makes: Programs, mesh: DeviceMesh, config: ParallelConfig, first: Captured) -> None:
-        self._makes, self._sizes, self._lengths = makes, Sizes(mesh, config), config.pad_to is not None
+        self._makes, self._sizes, self._lengths = makes, RunSizes(mesh, config), config.pad_to is not None
         self._labels = ignored_labels(first)
+        self._names: dict[tuple[int, tuple[str, ...]], list[str | None]] = {}
         self._proved: dict[Hashable, tuple[tuple[int, ...], ...]] = {}
 
     def fit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, *, training: bool, outputs: bool) -> Filled:
@@ -112,7 +115,7 @@ class Padding:
         """
         if not self._lengths and _samples(args, kwargs) % microbatches == 0:
             return Filled(args, kwargs)
-        found = layout(args, kwargs, self._labels, lengths=self._lengths)
+        found = layout(pytree.tree_leaves((args, dict(kwargs))), self._ignored(args, kwargs), lengths=self._lengths)
         most = self._sizes.most(found)
         samples = -(-most.samples // microbatches) * microbatches
         length = None if most.length is None else self._sizes.long(most.length)
@@ -130,8 +133,16 @@ class Padding:
 
         return Filled(args, kwargs, cut if outputs else None)
 
+    def _ignored(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int | None]:
+        """For every leaf of a batch, the label that the loss ignores, if it holds labels."""
+        kind = len(args), tuple(kwargs)
+        names = self._names.get(kind)
+        if names is None or any(isinstance(x, (dict, list, tuple)) for x in (*args, *kwargs.values())):
+            names = self._names[kind] = input_names(self._makes.skeleton, args, dict(kwargs))
+        return [self._labels.get(name or "") for name in names]
+
     def _prove(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Layout, training: bool, outputs: bool, *, samples: bool
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: BatchLayout, training: bool, outputs: bool, *, samples: bool
     ) -> tuple[tuple[int, ...], ...]:
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         kinds = tuple((x.dim(), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
@@ -141,13 +152,13 @@ class Padding:
             question = Question(self._makes.skeleton, (args, dict(kwargs)), found, self._makes.loss_fn, ask, outputs)
             try:
                 self._proved[key] = prove(question, samples=samples)
-            except (Counts, Unproved) as error:
+            except (PaddingCounts, PaddingUnproved) as error:
                 raise BatchError(_refusal(error, samples=samples)) from error
         return self._proved[key]
 
 
 def grown(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Layout, samples: int, length: int | None
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], found: BatchLayout, samples: int, length: int | None
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """A batch filled up to so many samples and positions."""
     more = samples - found.samples, 0 if length is None or found.length is None else length - found.length
@@ -168,7 +179,7 @@ def _samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def _refusal(error: Exception, *, samples: bool) -> str:
     what = "samples" if samples else "positions"
-    known = "padding would count" if isinstance(error, Counts) else "it cannot be proved that padding counts nothing"
+    known = "padding would count" if isinstance(error, PaddingCounts) else "it cannot be proved that padding counts nothing"
     way = (
         "Give every data rank as many samples as the others, a multiple of microbatches (DataLoader(drop_last=True) leaves out the rest of "
         "an epoch), or take a loss that is the mean over labels that count (cross entropy with ignore_index, in labels of the batch)."

@@ -10,14 +10,13 @@ Whether a model ignores that is not known here: `proof` runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from meshpar._torch import pytree
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import Info, facts
 from meshpar.graph.op import op_name
@@ -27,7 +26,7 @@ _LABEL_LOSSES: Mapping[str, int] = {"cross_entropy_loss": 4, "nll_loss": 4, "nll
 
 
 @dataclass(frozen=True, slots=True)
-class Dims:
+class GrowingDims:
     """The dims of one input that grow with the batch."""
 
     samples: bool
@@ -39,46 +38,38 @@ class Dims:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How many samples and positions a batch has, and where; `inputs`: for each leaf that is a tensor with dims, else None."""
 
     samples: int
     length: int | None
-    inputs: tuple[Dims | None, ...]
+    inputs: tuple[GrowingDims | None, ...]
 
 
-def layout(args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: Mapping[str, int], *, lengths: bool) -> Layout:
-    """Read a batch. `labels`: keyword -> the label that the loss ignores; `lengths`: whether positions are looked for.
+def layout(leaves: Sequence[Any], ignored: Sequence[int | None], *, lengths: bool) -> BatchLayout:
+    """Read the leaves of a batch. `ignored`: for each, the label that the loss ignores, if it holds labels; `lengths`: whether there are
+    positions.
 
-    The first tensor has a row per sample, and if it has several dims, a position per column.
+    The first tensor has a row per sample, and a position per column: whole numbers of two dims, or features of three. (Images have none.)
     """
-    pairs = pytree.tree_flatten_with_path((args, dict(kwargs)))[0]
-    first = next((leaf for _, leaf in pairs if isinstance(leaf, Tensor) and leaf.dim()), None)
+    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
     if first is None:
-        return Layout(0, None, tuple(None for _ in pairs))
-    samples = first.shape[0]
-    length = first.shape[1] if lengths and first.dim() > 1 else None
-    return Layout(samples, length, tuple(_dims(path, leaf, samples, length, labels) for path, leaf in pairs))
+        return BatchLayout(0, None, tuple(None for _ in leaves))
+    length = first.shape[1] if lengths and first.dim() in (2, 3) else None
+    return BatchLayout(first.shape[0], length, tuple(_dims(x, first.shape[0], length, own) for x, own in zip(leaves, ignored, strict=True)))
 
 
-def _dims(path: Any, leaf: Any, samples: int, length: int | None, labels: Mapping[str, int]) -> Dims | None:
+def _dims(leaf: Any, samples: int, length: int | None, ignored: int | None) -> GrowingDims | None:
     if not isinstance(leaf, Tensor) or not leaf.dim():
         return None
     own = leaf.shape[0] == samples
     places = range(1 if own else 0, leaf.dim())
     if leaf.is_floating_point() and leaf.dim() == 3:  # (features, whose number may be that of positions by chance)
         places = range(1, 2)
-    return Dims(own, tuple(d for d in places if length is not None and leaf.shape[d] == length), labels.get(name_of(path)))
+    return GrowingDims(own, tuple(d for d in places if length is not None and leaf.shape[d] == length), ignored)
 
 
-def name_of(path: tuple[Any, ...]) -> str:
-    """An argument's name or number, and the keys below it."""
-    where, *rest = path
-    keys = [str(getattr(key, "idx", getattr(key, "key", key))) for key in rest]
-    return "_".join([f"input {keys[0]}", *keys[1:]] if where.idx == 0 else keys)
-
-
-def filled(leaf: Any, dims: Dims | None, more_samples: int, more_positions: int) -> Any:
+def filled(leaf: Any, dims: GrowingDims | None, more_samples: int, more_positions: int) -> Any:
     """An input with so many more samples and positions."""
     if dims is None or not isinstance(leaf, Tensor):
         return leaf
@@ -94,7 +85,7 @@ def filled(leaf: Any, dims: Dims | None, more_samples: int, more_positions: int)
     return leaf
 
 
-def _positions(leaf: Tensor, dim: int, more: int, dims: Dims) -> Tensor:
+def _positions(leaf: Tensor, dim: int, more: int, dims: GrowingDims) -> Tensor:
     shape = [more if d == dim else n for d, n in enumerate(leaf.shape)]
     if dims.ignored is not None:
         return leaf.new_full(shape, dims.ignored)
@@ -131,8 +122,3 @@ def _sources(node: fx.Node) -> Iterator[str]:
 def _is_whole(node: fx.Node) -> bool:
     info = facts(node).info
     return isinstance(info, Info) and not info.dtype.is_floating_point and info.dtype != torch.bool
-
-
-def names_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[str]:
-    """How the leaves of a batch are called."""
-    return [name_of(path) for path, _ in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]]

@@ -5,7 +5,7 @@
                                    outputs where samples and positions were before       ──┘
 
 Parameters are drawn, everything is computed in float64 (what the model asks to have in less, too), and random numbers are their means: they
-would differ between the two batches, as they do between any two steps. Sizes are small, the widths are the model's.
+would differ between the two batches, as they do between any two steps. RunSizes are small, the widths are the model's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from meshpar._torch import TorchDispatchMode, as_if_exporting, checkpoints_only_call, pytree, without_modes
-from meshpar.capture import fake
+from meshpar.capture import fake, structure
 from meshpar.capture.batch import ReadBatch, read_batch
-from meshpar.capture.padding.fills import Dims, Layout, filled
+from meshpar.capture.padding.fills import BatchLayout, GrowingDims, filled
 from meshpar.capture.recorder import ForwardRecorder, Returned
 from meshpar.capture.state import taken as state
 from meshpar.capture.witness import OnDevice, without_memory
@@ -38,11 +38,11 @@ LENGTH, WORK = 24, 2e10
 """Positions at least, and about how many operations a run may take with more."""
 
 
-class Counts(Exception):
+class PaddingCounts(Exception):
     """Padding counts; the reason, for the user."""
 
 
-class Unproved(Exception):
+class PaddingUnproved(Exception):
     """It cannot be told whether padding counts; the reason, for the user."""
 
 
@@ -52,7 +52,7 @@ class Question:
 
     model: nn.Module
     batch: tuple[tuple[Any, ...], dict[str, Any]]
-    layout: Layout
+    layout: BatchLayout
     loss_fn: Callable[[Any, Any], Tensor] | None
     ask: state.Ask
     outputs: bool
@@ -62,11 +62,11 @@ class Question:
 def prove(question: Question, *, samples: bool) -> tuple[tuple[int, ...], ...]:
     """The dims of every output that grow: with more samples, or else with more positions. (None of them where the loss alone is asked for.)
 
-    Raises Counts with what moves, Unproved with why that is not known.
+    Raises PaddingCounts with what moves, PaddingUnproved with why that is not known.
     """
     size = sum(p.numel() for p in question.model.parameters())
     if size > MOST:
-        raise Unproved(f"the model has {size:,} parameters, and the proof draws {MOST:,} at most")
+        raise PaddingUnproved(f"the model has {size:,} parameters, and the proof draws {MOST:,} at most")
     length = _length(question.layout, size)
     less = (2, length) if samples else (2, length - max(1, length // 3))
     more = (1, 0) if samples else (0, length - less[1])
@@ -81,17 +81,17 @@ def prove(question: Question, *, samples: bool) -> tuple[tuple[int, ...], ...]:
             _check_longer(short, question)
     before = less[0] if samples else less[1]
     grown = tuple(_grown(a, b, before) for a, b in zip(short.outputs, long.outputs, strict=False)) if question.outputs else ()
-    _check(short, long, question)
+    _check(short, long, question, before)
     return grown
 
 
-def _length(layout: Layout, size: int) -> int:
+def _length(layout: BatchLayout, size: int) -> int:
     if layout.length is None:
         return LENGTH
     return max(2, min(layout.length, max(LENGTH, int(WORK / (36 * max(size, 1))))))
 
 
-def _small(leaf: Any, dims: Dims | None, samples: int, length: int) -> Any:
+def _small(leaf: Any, dims: GrowingDims | None, samples: int, length: int) -> Any:
     """An input of so many samples and positions, with values that the model takes."""
     if dims is None or not isinstance(leaf, Tensor):
         return leaf
@@ -109,8 +109,8 @@ def _small(leaf: Any, dims: Dims | None, samples: int, length: int) -> Any:
     return leaf.double() if leaf.is_floating_point() else leaf
 
 
-def _check_longer(short: _Run, question: Question) -> None:
-    """Raise Unproved where the forward does something else at the true length, on tensors without memory."""
+def _check_longer(short: _Tried, question: Question) -> None:
+    """Raise PaddingUnproved where the forward does something else at the true length, on tensors without memory."""
     wide = pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, question.batch)
     args, kwargs = without_memory(wide)
     read = read_batch(question.model, args, kwargs, {}, scale=1, divide=1)
@@ -121,11 +121,13 @@ def _check_longer(short: _Run, question: Question) -> None:
         recorder(*read.tensors)
     for one, other in zip([*short.calls, ""], [*heard.calls, ""], strict=False):
         if one != other:
-            raise Unproved(f"its forward does something else at {question.layout.length} positions than at few: {other} in place of {one}")
+            raise PaddingUnproved(
+                f"its forward does otherwise at {question.layout.length} positions than at few: {other} in place of {one}"
+            )
 
 
 @dataclass
-class _Run:
+class _Tried:
     """What came out of one batch."""
 
     outcome: Returned
@@ -136,14 +138,12 @@ class _Run:
     calls: list[str] = field(default_factory=list)
 
 
-def _run(question: Question, batch: Any, short: _Run | None) -> _Run:
+def _run(question: Question, batch: Any, short: _Tried | None) -> _Tried:
     """Forward and backward. `short`: that without padding, if this is the one with it."""
     args, kwargs = batch
     read = read_batch(question.model, args, kwargs, {}, scale=1, divide=1)
-    with _told(), _drawn(question.model), _running(), _Heard() as heard:
-        run = _recorded(question, read, short)
-        run.calls = heard.calls
-    return run
+    with _told(), _drawn(question.model), _running():
+        return _recorded(question, read, short)
 
 
 @contextmanager
@@ -151,11 +151,11 @@ def _told() -> Iterator[None]:
     """What goes wrong inside is a reason."""
     try:
         yield
-    except (Counts, Unproved):
+    except (PaddingCounts, PaddingUnproved):
         raise
     except Exception as error:  # whatever it is: nothing is known then
         said = str(error).strip().partition("\n")[0][:200]
-        raise Unproved(f"its forward cannot be run on drawn values: {type(error).__name__}: {said}") from error
+        raise PaddingUnproved(f"its forward cannot be run on drawn values: {type(error).__name__}: {said}") from error
 
 
 @contextmanager
@@ -172,13 +172,13 @@ def _running() -> Iterator[None]:
         yield
 
 
-def _recorded(question: Question, batch: ReadBatch, short: _Run | None) -> _Run:
+def _recorded(question: Question, batch: ReadBatch, short: _Tried | None) -> _Tried:
     model = question.model
     recorder = ForwardRecorder(model, batch, question.loss_fn, state.Recording(question.ask))
     recorder.functions = _AsksNothing()  # type: ignore[assignment]
-    with _watched(model) as modules:
+    with _watched(model) as modules, _Heard() as heard:
         outputs = recorder(*batch.tensors)
-    run = _Run(recorder.outcome, tuple(outputs), modules=modules)
+    run = _Tried(recorder.outcome, tuple(outputs), modules=modules, calls=heard.calls)
     run.buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     objective = _objective(run, question, short)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -195,11 +195,11 @@ class _AsksNothing:
         """Nothing to refuse."""
 
 
-def _objective(run: _Run, question: Question, short: _Run | None) -> Tensor:
+def _objective(run: _Tried, question: Question, short: _Tried | None) -> Tensor:
     """What gradients are taken of: the loss, or a number that all outputs without padding enter."""
     if not question.outputs:
         if run.outcome.loss is None:
-            raise Unproved("the batch gives no loss")
+            raise PaddingUnproved("the batch gives no loss")
         return run.outputs[run.outcome.loss].sum()
     total = torch.zeros((), dtype=torch.double)
     for i, one in enumerate(run.outputs):
@@ -212,7 +212,7 @@ def _objective(run: _Run, question: Question, short: _Run | None) -> Tensor:
 def _before(value: Tensor, short: Tensor) -> Tensor:
     """The part of a value where samples and positions were without padding."""
     if value.dim() != short.dim() or any(a < b for a, b in zip(value.shape, short.shape, strict=True)):
-        raise Unproved(f"a result of shape {list(short.shape)} has shape {list(value.shape)} with padding")
+        raise PaddingUnproved(f"a result of shape {list(short.shape)} has shape {list(value.shape)} with padding")
     for dim, size in enumerate(short.shape):
         value = value.narrow(dim, 0, size)
     return value
@@ -221,17 +221,17 @@ def _before(value: Tensor, short: Tensor) -> Tensor:
 def _grown(short: Tensor, long: Tensor, before: int) -> tuple[int, ...]:
     dims = tuple(d for d, (a, b) in enumerate(zip(short.shape, long.shape, strict=True)) if a != b)
     if any(short.shape[d] != before for d in dims):
-        raise Unproved(f"an output of shape {list(short.shape)} has samples and positions in one dim, {list(long.shape)} with padding")
+        raise PaddingUnproved(f"an output of shape {list(short.shape)} has samples and positions in one dim")
     return dims
 
 
 # -- what is compared ----------------------------------------------------------------------------------------------------------------------
 
 
-def _check(short: _Run, long: _Run, question: Question) -> None:
+def _check(short: _Tried, long: _Tried, question: Question, before: int) -> None:
     names = _names(short.outcome, len(short.outputs))
     if len(long.outputs) != len(short.outputs):
-        raise Counts("another number of outputs")
+        raise PaddingCounts("another number of outputs")
     loss = short.outcome.loss
     wanted = range(len(short.outputs)) if question.outputs else [loss] if loss is not None else []
     moved = [names[i] for i in wanted if not _equal(_before(long.outputs[i], short.outputs[i]), short.outputs[i])]
@@ -239,15 +239,15 @@ def _check(short: _Run, long: _Run, question: Question) -> None:
     terms = [names[i] for i in scalars if not question.outputs and not _equal(long.outputs[i], short.outputs[i])]
     if moved:
         because = f" (so does {', '.join(terms)}, which it returns too)" if terms else ""
-        raise Counts(f"{', '.join(moved)} moves{because}: {_where(short, long)}")
+        raise PaddingCounts(f"{', '.join(moved)} moves{because}: {_where(short, long, before)}")
     largest = max((float(g.abs().max()) for g in short.gradients.values() if g.numel()), default=0.0)
     for name in {**short.gradients, **long.gradients}:
         a, b = short.gradients.get(name), long.gradients.get(name)
         if a is None or b is None or not _equal(b, a, 1e-3 * largest):
-            raise Counts(f"the loss is the same, and the gradient of {name} is not: a backward adds something of its own")
-    for name, before in short.buffers.items():
-        if before.shape == long.buffers[name].shape and not _equal(long.buffers[name], before):
-            raise Counts(f"the buffer {name} is updated by what is padded: {_where(short, long)}")
+            raise PaddingCounts(f"the loss is the same, and the gradient of {name} is not: a backward adds something of its own")
+    for name, buffer in short.buffers.items():
+        if buffer.shape == long.buffers[name].shape and not _equal(long.buffers[name], buffer):
+            raise PaddingCounts(f"the buffer {name} is updated by what is padded: {_where(short, long, before)}")
 
 
 def _equal(value: Tensor, wanted: Tensor, least: float = 0.0) -> bool:
@@ -261,28 +261,28 @@ def _equal(value: Tensor, wanted: Tensor, least: float = 0.0) -> bool:
     return difference <= TOLERANCE * max(float(wanted.detach().abs().max()), least)
 
 
-def _where(short: _Run, long: _Run) -> str:
-    """The first module that gives something else, or that it is the loss itself."""
+def _where(short: _Tried, long: _Tried, before: int) -> str:
+    """The first module that gives something else, or that it is the loss itself. (Of those whose results have dims that grow.)"""
     if [name for name, _ in short.modules] == [name for name, _ in long.modules]:
         for (name, a), (_, b) in zip(short.modules, long.modules, strict=True):
-            if a.dim() != b.dim() or any(x > y for x, y in zip(a.shape, b.shape, strict=True)):
-                continue
-            if not _equal(_before(b, a), a):
+            grows = a.dim() == b.dim() and all(x == y or (x == before < y) for x, y in zip(a.shape, b.shape, strict=True))
+            if grows and not _equal(_before(b, a), a):
                 return f"{name} gives other values where there is no padding"
     return "every module gives the same where there is no padding, and what is computed of that counts padding too, as a mean over all does"
 
 
 def _names(outcome: Returned, count: int) -> list[str]:
-    """What the outputs are called."""
-    names = ["" for _ in range(count)]
-    context = outcome.spec.context if outcome.spec is not None else None
-    keys = list(context[1]) if isinstance(context, tuple) and len(context) == 2 and isinstance(context[1], tuple) else context
-    labels = list(keys) if isinstance(keys, (list, tuple)) else []
-    for place, leaf in enumerate(outcome.leaves):
-        if isinstance(leaf, Slot):
-            named = len(labels) == len(outcome.leaves)
-            names[int(leaf.key)] = str(labels[place]) if named else f"output {place}"
-    return ["the loss" if i == outcome.loss else name or f"output {i}" for i, name in enumerate(names)]
+    """What the outputs are called: by the keys of what the model returns, where it has keys."""
+    names = [f"output {i}" for i in range(count)]
+    spec, leaf = outcome.spec, iter(outcome.leaves)
+    assert spec is not None
+    context = spec.context[1] if spec.type is structure.Record else spec.context
+    keys = context if isinstance(context, (list, tuple)) and len(context) == spec.num_children else range(spec.num_children)
+    for key, child in zip(keys, spec.children(), strict=True):
+        for one in (next(leaf) for _ in range(child.num_leaves)):
+            if isinstance(one, Slot):
+                names[int(one.key)] = key if isinstance(key, str) else f"output {key}"
+    return ["the loss" if i == outcome.loss else name for i, name in enumerate(names)]
 
 
 # -- how it runs ---------------------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def _drawn(model: nn.Module) -> Iterator[None]:
     def stand_in(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
             if tensor.is_meta:
-                raise Unproved("a buffer of the model has no values (it was built on the meta device)")
+                raise PaddingUnproved("a buffer of the model has no values (it was built on the meta device)")
             found = tensor.detach().cpu().clone()
             return found.double() if found.is_floating_point() else found
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.double)
@@ -340,7 +340,7 @@ class _Wide(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op_name(func)
         if name in _DRAWS:
-            raise Unproved(f"it draws random numbers by {name}, others for a batch with padding")
+            raise PaddingUnproved(f"it draws random numbers by {name}, others for a batch with padding")
         wide = pytree.tree_map_only(torch.dtype, lambda dtype: torch.double if dtype in _NARROW else dtype, (args, kwargs or {}))
         result = func(*wide[0], **wide[1])
         return result.fill_(_MEANS[name]) if name in _MEANS else result

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meshpar._torch import pytree
 from meshpar.capture.padding.fills import filled, layout
-from meshpar.capture.padding.proof import Counts, Question, Unproved, prove
+from meshpar.capture.padding.proof import PaddingCounts, Question, PaddingUnproved, prove
 from meshpar.capture.state.taken import Ask
 from tests.models import numbers
 
@@ -202,7 +202,8 @@ def drawn(samples: int, length: int, ignored: int = -100) -> dict[str, Tensor]:
 
 
 def question(model: nn.Module, batch: dict[str, Tensor], *, outputs: bool = False, ignored: int = -100) -> Question:
-    return Question(model.train(), ((), batch), layout((), batch, {"labels": ignored}, lengths=True), None, Ask(), outputs)
+    found = layout(list(batch.values()), [ignored if name == "labels" else None for name in batch], lengths=True)
+    return Question(model.train(), ((), batch), found, None, Ask(), outputs)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -214,7 +215,7 @@ def test_exact_or_refused(name: str) -> None:
     asked = question(model, drawn(3, 8, ignored), ignored=ignored)
     for words, more in ((case.samples, (1, 0)), (case.positions, (0, 2))):
         if words:
-            with pytest.raises(Counts, match=words):
+            with pytest.raises(PaddingCounts, match=words):
                 prove(asked, samples=bool(more[0]))
         else:
             prove(asked, samples=bool(more[0]))
@@ -244,9 +245,9 @@ def test_outputs_are_cut_where_they_grew() -> None:
     ids = {"ids": numbers(VOCABULARY, 3, 8)}
     assert prove(question(LM(Attention(True)), ids, outputs=True), samples=False) == ((1,),)
     assert prove(question(LM(Attention(True)), ids, outputs=True), samples=True) == ((0,),)
-    with pytest.raises(Counts, match="logits moves: middle gives other values"):
+    with pytest.raises(PaddingCounts, match="logits moves: middle gives other values"):
         prove(question(LM(Attention(False)), ids, outputs=True), samples=False)
-    with pytest.raises(Unproved, match="samples and positions in one dim"):
+    with pytest.raises(PaddingUnproved, match="samples and positions in one dim"):
         prove(question(Flat(), ids, outputs=True), samples=False)
 
 
@@ -258,19 +259,19 @@ class Flat(LM):
 def test_another_way_at_the_true_length_is_not_proved_by_a_short_one(monkeypatch: Any) -> None:
     monkeypatch.setattr("meshpar.capture.padding.proof.WORK", 1.0)
     prove(question(LM(Attention(True)), drawn(2, 50)), samples=False)
-    with pytest.raises(Unproved, match="something else at 50 positions than at few: .*False in place of .*True"):
+    with pytest.raises(PaddingUnproved, match="otherwise at 50 positions than at few: .*False in place of .*True"):
         prove(question(LM(Branching()), drawn(2, 50)), samples=False)
 
 
 def test_a_large_model_is_not_drawn(monkeypatch: Any) -> None:
     monkeypatch.setattr("meshpar.capture.padding.proof.MOST", 1000)
-    with pytest.raises(Unproved, match="the model has 1,023 parameters, and the proof draws 1,000 at most"):
+    with pytest.raises(PaddingUnproved, match="the model has 1,023 parameters, and the proof draws 1,000 at most"):
         prove(question(LM(), drawn(2, 8)), samples=True)
 
 
 def test_the_model_is_as_it_was() -> None:
     model = LM(Normed())
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    with pytest.raises(Counts):
+    with pytest.raises(PaddingCounts):
         prove(question(model, drawn(2, 8)), samples=True)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -68,21 +68,6 @@ def test_as_many_programs_are_kept_as_are_said_to_be(monkeypatch: Any) -> None:
         assert len(trees[0]._library.cuts) == 3
 
 
-def test_a_last_batch_filled_up_as_the_error_says_is_exact() -> None:
-    model = GPT().double()
-    with mp.simulate(2):
-        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=batch(4, 12), config=mp.ParallelConfig(microbatches=2))
-        last = batch(3, 12)
-        with pytest.raises(
-            mp.BatchError, match=r"(?s)2 microbatches do not divide .* fill it up with samples whose labels are all ignored"
-        ):
-            pm.train_step(**last)
-        filled = {"ids": torch.zeros(4, 12, dtype=torch.int64), "labels": torch.full((4, 12), -100)}
-        for name, tensor in last.items():
-            filled[name][:3] = tensor
-        assert worst(pm, model, filled, last) < 1e-12
-
-
 def test_shorter_samples_filled_up_are_exact() -> None:
     model = GPT().double()
     with mp.simulate(2):
