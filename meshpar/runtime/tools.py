@@ -28,6 +28,9 @@ _SCRIPTED = "a parallel model is not made into a script: export or trace the mod
 class Untaken(nn.Module):
     """A module that no tool takes over."""
 
+    __jit_unused_properties__ = ("_ddp_params_and_buffers_to_ignore", "_initialize_hook")
+    """(torch.jit.trace looks at all others.)"""
+
     def __init__(self) -> None:
         super().__init__()
         self.__dict__[COMPOSED] = _Composed()
@@ -107,5 +110,5 @@ def check_surroundings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None
             "a parallel model does not run inside of torch.func (vmap, grad, jvp ...): its programs have collectives, and gradients "
             "of their own. Gradients are those of pm.train_step(**batch), or of backward from pm(**batch)."
         )
-    if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+    if isinstance(args, fx.Proxy) or isinstance(kwargs, fx.Proxy) or any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
         raise ConfigError("a parallel model is not traced by torch.fx: pm.print_readable() shows the graphs that it runs.")

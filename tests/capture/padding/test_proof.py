@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meshpar._torch import pytree
 from meshpar.capture.padding.fills import filled, layout
-from meshpar.capture.padding.proof import PaddingCounts, Question, PaddingUnproved, prove
+from meshpar.capture.padding.proof import PaddingCounts, PaddingUnproved, Question, prove
 from meshpar.capture.state.taken import Ask
 from tests.models import numbers
 
