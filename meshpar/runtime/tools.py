@@ -28,12 +28,13 @@ _SCRIPTED = "a parallel model is not made into a script: export or trace the mod
 class Untaken(nn.Module):
     """A module that no tool takes over."""
 
-    __jit_unused_properties__ = ("_ddp_params_and_buffers_to_ignore", "_initialize_hook")
-    """(torch.jit.trace looks at all others.)"""
-
     def __init__(self) -> None:
         super().__init__()
         self.__dict__[COMPOSED] = _Composed()
+
+    def __dir__(self) -> list[str]:
+        """All names but those that raise: torch.jit.trace tries every one."""
+        return [name for name in super().__dir__() if name not in ("_ddp_params_and_buffers_to_ignore", "_initialize_hook")]
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> Any:
