@@ -9,6 +9,7 @@ from torch import Tensor
 
 import meshpar as mp
 from meshpar.runtime.state import variants
+from meshpar.simulate import local_tensors
 from tests.models import GPT, numbers
 from tests.pool import Pool
 
@@ -50,6 +51,26 @@ def test_new_lengths_are_exact_without_a_capture() -> None:
         count = pm._makes.shapes.count
         assert (count.captured, count.made) == (2, len(LENGTHS) - 2), count
         assert f"2 graphs captured, {count.made} made of these by sizes alone" in pm.explain()
+
+
+def test_outputs_of_made_programs_are_those_of_own_samples() -> None:
+    model = Logits().double()
+    with mp.simulate(2):
+        mesh = mp.make_mesh("dp=2")
+        shared = {length: batch(4, length) for length in (12, 14, 18, 16)}
+        pm = mp.parallelize(model, mesh, example=mp.local_batch(shared[12], mesh))
+        for whole in shared.values():
+            found, wanted = pm(**mp.local_batch(whole, mesh)), model(**whole)
+            for rank, own in local_tensors(found).items():
+                assert (own - wanted[2 * rank : 2 * rank + 2]).abs().max() < 1e-12, whole["ids"].shape
+        assert pm._makes.planner.plans.made == 2
+
+
+class Logits(GPT):
+    """Returns a number for every position."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return self.head(self.embed(ids)).sum(-1) + labels
 
 
 def test_as_many_programs_are_kept_as_are_said_to_be(monkeypatch: Any) -> None:
