@@ -254,7 +254,8 @@ class ParallelModel(Untaken, Likeness, Asked):
         """Forward and backward of one step over all microbatches. Returns the loss of the global batch, the same on every rank.
 
         The loss is the mean over the valid labels of the whole global batch, also where microbatches or ranks have uneven numbers of them;
-        gradients equal those of one device on the global batch, and add to what `.grad` holds.
+        gradients equal those of one device on the global batch, and add to what `.grad` holds. Where `microbatches` do not divide the
+        samples, or `ParallelConfig(pad_to=)` is set, the batch is filled up by what counts nothing (`runtime/padding.py`).
         Raises BatchError when the model has no loss for this batch, or when ranks disagree about it.
         """
         with self._together.section("train_step"):
