@@ -89,7 +89,7 @@ def testify(
             watch,
         ):
             recorder = ForwardRecorder(model, batch, loss_fn, recording)
-            recorder.functions = _AsksNothing()  # type: ignore[assignment]
+            recorder.functions = AsksNothing()  # type: ignore[assignment]
             watch.name(dict(zip(batch.names, inputs, strict=True)), sized=True)
             watch.name(dict((*model.named_parameters(), *model.named_buffers())), sized=False)
             recorder(*inputs)
@@ -102,7 +102,7 @@ def testify(
     return Witness(batch, recorder.outcome, taken, tuple(watch.calls), tuple(watch.numbers), found.lifted)
 
 
-class _AsksNothing:
+class AsksNothing:
     """Asks nothing of the functions behind results: the capture did."""
 
     def refuse_unseen(self, results: Any) -> None:

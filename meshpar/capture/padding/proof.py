@@ -25,7 +25,7 @@ from meshpar.capture.batch import ReadBatch, read_batch
 from meshpar.capture.padding.fills import BatchLayout, GrowingDims, filled
 from meshpar.capture.recorder import ForwardRecorder, Returned
 from meshpar.capture.state import taken as state
-from meshpar.capture.witness import OnDevice, without_memory
+from meshpar.capture.witness import AsksNothing, OnDevice, without_memory
 from meshpar.graph.captured import Slot
 from meshpar.graph.op import op_name
 from meshpar.simulate import local_tensors
@@ -117,7 +117,7 @@ def _check_longer(short: _Tried, question: Question) -> None:
     hollow = fake.replaced(question.model, lambda tensor: fake.fake_of(tensor, _META, nullcontext(), dtype=torch.double))
     with _told(), hollow, _running(), OnDevice(torch.device("cpu")), _Heard() as heard:
         recorder = ForwardRecorder(question.model, read, question.loss_fn, state.Recording(question.ask))
-        recorder.functions = _AsksNothing()  # type: ignore[assignment]
+        recorder.functions = AsksNothing()  # type: ignore[assignment]
         recorder(*read.tensors)
     for one, other in zip([*short.calls, ""], [*heard.calls, ""], strict=False):
         if one != other:
@@ -175,7 +175,7 @@ def _running() -> Iterator[None]:
 def _recorded(question: Question, batch: ReadBatch, short: _Tried | None) -> _Tried:
     model = question.model
     recorder = ForwardRecorder(model, batch, question.loss_fn, state.Recording(question.ask))
-    recorder.functions = _AsksNothing()  # type: ignore[assignment]
+    recorder.functions = AsksNothing()  # type: ignore[assignment]
     with _watched(model) as modules, _Heard() as heard:
         outputs = recorder(*batch.tensors)
     run = _Tried(recorder.outcome, tuple(outputs), modules=modules, calls=heard.calls)
@@ -186,13 +186,6 @@ def _recorded(question: Question, batch: ReadBatch, short: _Tried | None) -> _Tr
         found = torch.autograd.grad(objective, list(trained.values()), allow_unused=True)
         run.gradients = {name: g for name, g in zip(trained, found, strict=True) if g is not None}
     return run
-
-
-class _AsksNothing:
-    """Asks nothing of the functions behind results: the capture did."""
-
-    def refuse_unseen(self, results: Any) -> None:
-        """Nothing to refuse."""
 
 
 def _objective(run: _Tried, question: Question, short: _Tried | None) -> Tensor:
