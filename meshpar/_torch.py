@@ -24,6 +24,7 @@ from torch.amp import _exit_autocast as exit_autocast
 from torch.autograd import _make_grads
 from torch.autograd.graph import _engine_run_backward
 from torch.distributed import _local_tensor  # torch 2.13; the states of generators, wait for a public simulation of ranks in one process
+from torch.distributed._composable.contract import REGISTRY_KEY as COMPOSED  # torch 2.13; where fully_shard looks, wait for a public hook
 from torch.distributed._local_tensor import (  # torch 2.13; wait for a public simulation of ranks in one process
     LocalTensor,
     LocalTensorMode,
@@ -614,7 +615,20 @@ def run_backward(
     _engine_run_backward(roots, grads, keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True)
 
 
+def is_compiled_around() -> bool:
+    """Whether torch.compile looks at every call that is made now. (torch 2.13; wait for a public question.)"""
+    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def transform_level() -> int:
+    """How many transforms of torch.func are under way. (torch 2.13; wait for a public question.)"""
+    return torch._C._functorch.maybe_current_level() or 0  # type: ignore[no-any-return, unused-ignore]
+
+
 __all__ = [
+    "COMPOSED",
+    "is_compiled_around",
+    "transform_level",
     "BatchNorm",
     "FakeStore",
     "FakeTensor",

@@ -30,6 +30,7 @@ from meshpar.runtime.build import build
 from meshpar.runtime.failures import Together
 from meshpar.runtime.model import ParallelModel
 from meshpar.runtime.originals import watch_originals
+from meshpar.runtime.padding import RunSizes
 from meshpar.sharding.policy import POLICIES
 
 Example = Mapping[str, Any] | tuple[Any, ...]
@@ -82,7 +83,7 @@ def _parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
     config: ParallelConfig,
     rules: Mapping[str, str] | None,
     plan: Plan | None,
@@ -90,6 +91,7 @@ def _parallelize(
     weights: WeightsFrom | None,
     together: Together,
 ) -> ParallelModel:
+    args, kwargs = RunSizes(mesh, config).alike(args, kwargs)
     check_batch((args, kwargs), mesh)
     programs = Programs(model, mesh, config, rules=rules, loss_fn=loss_fn, plan=plan)
     begun = time.monotonic()

@@ -63,6 +63,8 @@ def _model(model: object, mesh: object) -> list[str]:
         return [f"the model is a DeviceMesh and the mesh a {type(mesh).__name__}: write parallelize(model, mesh)."]
     if isinstance(model, ParallelModel):
         return ["the model is parallel already. Give the one it was made from, or use it as it is: pm.train_step(**batch)."]
+    if isinstance(model, nn.Module) and (inner := [name for name, part in model.named_modules() if isinstance(part, ParallelModel)]):
+        return [f"{inner[0]} of the model is parallel already. Put the module there that it was made from, and parallelize the whole."]
     if isinstance(model, type) and issubclass(model, nn.Module):
         return [f"the model is the class {model.__name__}: give a module made of it, {model.__name__}(...)."]
     if isinstance(model, torch.jit.ScriptModule):

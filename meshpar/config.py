@@ -154,6 +154,11 @@ class ParallelConfig(_Fields):
     """Not read yet (see `UNREAD`): whether collectives of `tp` start as soon as their input is ready and are waited for at first use."""
     outputs: Literal["whole", "cut"] = "whole"
     """What `pm(**batch)` returns: whole tensors of this data rank's samples, or ("cut") DTensors where values are cut, not gathered."""
+    pad_to: int | Sequence[int] | None = None
+    """To what lengths positions are padded (dim 1 of the first tensor, and the dims of others that are as long): multiples of a number, or
+    the first of several lengths that is not shorter. Data ranks then may have different numbers of positions and of samples: they are
+    padded alike, at the cost of one small exchange a step; 1 pads to the longest of them. What is padded counts nothing, which is proved
+    for the model, or refused (`capture/padding`). None pads samples alone, where microbatches do not divide them."""
     seed: int = 0
     """Seeds the random numbers of steps, dropout above all. Initial values are those of the model, however it was seeded."""
     translation: tuple[Translation, ...] = field(default=(), compare=False, repr=False)
@@ -164,6 +169,8 @@ class ParallelConfig(_Fields):
             object.__setattr__(self, "precision", Precision.named(self.precision))
         if isinstance(self.stages, Sequence) and not isinstance(self.stages, str):
             object.__setattr__(self, "stages", tuple(self.stages))
+        if isinstance(self.pad_to, Sequence) and not isinstance(self.pad_to, str):
+            object.__setattr__(self, "pad_to", tuple(sorted(self.pad_to)))
         if self.virtual_stages is None and self.schedule in SCHEDULES:
             object.__setattr__(self, "virtual_stages", SCHEDULES[self.schedule][0])
         raise_all(ConfigError, "ParallelConfig:", self._complaints())
@@ -228,6 +235,9 @@ class ParallelConfig(_Fields):
             complaints.append(
                 f"precision={self.precision!r}: a Precision, or one of {', '.join(_DTYPES)}.{near(str(self.precision), _DTYPES)}"
             )
+        lengths = self.pad_to if isinstance(self.pad_to, tuple) else () if self.pad_to is None else (self.pad_to,)
+        if self.pad_to == () or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths):
+            complaints.append(f"pad_to={self.pad_to!r}: a number whose multiples lengths are padded to, or a list of lengths.")
         return complaints + self._cut_complaints() + self._stage_complaints()
 
     def _cut_complaints(self) -> list[str]:

@@ -103,9 +103,8 @@ def check_batch(batch: Any, mesh: DeviceMesh) -> bool:
     if odd:
         raise BatchError(
             f"the batch of {listed(list(odd))} has other names, shapes or dtypes than that of the other ranks. "
-            f"This is rank {dist.get_rank()}, which has {_describe(batch)}. Every data rank passes a local batch of the same shapes: pad "
-            f"the shorter ones, labels with the index that the loss ignores (-100) and attention masks with 0; samples that only fill up "
-            f"have labels of that index alone."
+            f"This is rank {dist.get_rank()}, which has {_describe(batch)}. Every data rank passes a local batch of the same shapes. With "
+            f"ParallelConfig(pad_to=1) they may have other numbers of samples and positions: they are filled up by what counts nothing."
         )
     complaints = []
     for ranks in same_batch_ranks(mesh):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import meshpar as mp
 
@@ -222,6 +224,7 @@ BATCHES: tuple[Mistake, ...] = (
 )
 STEPS: tuple[Mistake, ...] = (
     ("backward", r"Leave .backward\(\) out", lambda h: h.pm.train_step(**h.batch).backward()),
+    ("settings of padding", "multiples lengths are padded to", lambda h: mp.ParallelConfig(pad_to=[])),
     ("backward of an evaluation", r"Leave .backward\(\) out", lambda h: h.pm.eval_step(**h.batch).backward()),
     ("no gradients", "pm.eval_step", lambda h: without_gradients(lambda: h.pm.train_step(**h.batch))),
     ("all is frozen", "all are frozen", lambda h: h.parallelize(frozen()).train_step(**h.batch)),
@@ -244,6 +247,20 @@ LIKE_A_MODEL: tuple[Mistake, ...] = (
     ("a hook inside", "Register the hook on the model", lambda h: h.pm.layers[0].register_forward_hook(print)),
     ("a hook before", "Register the hook on the model", lambda h: h.pm.layers[0].norm.register_forward_pre_hook(print)),
     ("pickled", "mp.checkpoint.save", lambda h: pickle.dumps(h.pm)),
+    ("copied", r"copy.deepcopy\(pm\)", lambda h: copy.copy(h.pm)),
+    ("shared", "Start them with torchrun", lambda h: h.pm.share_memory()),
+    ("compiled", "not compiled as a whole", lambda h: torch.compile(h.pm, backend="eager")),
+    ("compiled in place", "not compiled as a whole", lambda h: h.pm.compile()),
+    ("a step compiled", "outside of what is compiled", lambda h: torch.compile(h.pm.eval_step, backend="eager")(**h.batch)),
+    ("in fully_shard", "fully_shard does not take a parallel model", lambda h: fully_shard(h.pm)),
+    ("scripted", "not made into a script", lambda h: torch.jit.script(h.pm)),
+    ("traced", "not made into a script", lambda h: torch.jit.trace(h.pm, (h.batch["input_ids"],))),
+    ("exported", "not made into a script", lambda h: torch.export.export(h.pm, (), dict(h.batch))),
+    ("traced by fx", "not traced by torch.fx", lambda h: torch.fx.symbolic_trace(h.pm)),
+    ("mapped", "does not run inside of torch.func", lambda h: torch.func.vmap(lambda i: h.pm(i[None])["logits"])(h.whole["input_ids"])),
+    ("state saved in simulation", "Simulated ranks cannot save", lambda h: torch.save(h.pm.state_dict(), io.BytesIO())),
+    ("inside of another", "0 of the model is parallel already", lambda h: h.parallelize(nn.Sequential(h.pm))),
+    ("converted", "dtype of a parallel model is fixed", lambda h: h.pm.to(torch.bfloat16)),
     ("halved", "dtype of a parallel model is fixed", lambda h: h.pm.half()),
     ("in DDP", "not wrapped in DistributedDataParallel", lambda h: nn.parallel.DistributedDataParallel(h.pm)),
     ("a state that is another's", "Missing key in state_dict: embed.weight", lambda h: h.pm.load_state_dict({"a": torch.ones(1)})),

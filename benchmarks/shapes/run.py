@@ -2,8 +2,8 @@
 
     --depth 4 16 48 96        a GPT of 12288 wide layers on `meta`, dp=64 x tp=8 = 512 ranks of the fake process group: seconds of the first
                               program, of the second length (a capture), of later ones, and memory that each of them keeps
-    --kinds llama gpt2 ...    small models of these architectures, simulated dp=2 x tp=2, seven shapes each: is the graph, the plan and the
-                              lowered program node for node that of a capture of its own, and how many were made without one
+    --kinds llama gpt2 ...    small models of these architectures, simulated dp=2 x tp=2 (or --mesh), seven shapes each: is the graph, the
+                              plan and the lowered program node for node that of a capture of its own, and how many were made without one
 
 Every depth runs in a process of its own. Times are processor seconds of the one thread that does it all.
 """
@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def exact(task: str, kind: str, mesh: Any) -> str:
     programs, fresh = (Programs(model, mesh, mp.ParallelConfig()) for _ in range(2))
     same = 0
     shapes = ((4, 12), (4, 10), (4, 7), (4, 16), (2, 10), (6, 9), (4, 14))
-    for samples, length in shapes:
+    even = 2 if "cp" in mesh.mesh_dim_names else 1  # (it has to divide the positions)
+    for samples, length in [(samples, -(-length // even) * even) for samples, length in shapes]:
         fresh.shapes, fresh.planner.plans = KnownShapes(), Plans()
         found = []
         for one in (programs, fresh):
@@ -113,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, nargs="*", default=[])
     parser.add_argument("--task", default="causal")
     parser.add_argument("--kinds", nargs="*", default=[])
+    parser.add_argument("--mesh", default="dp=2,tp=2")
     parser.add_argument("--here", action="store_true", help="in this process, without a heading")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -128,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subprocess.run([sys.executable, __file__, "--here", "--depth", str(layers)], check=True)
     if options.kinds:
         print("| architecture | as captured | graphs made | plans made | why not |\n|---|---|---|---|---|", flush=True)
-        with mp.simulate(4):
-            mesh = mp.make_mesh("dp=2,tp=2")
+        with mp.simulate(prod(int(part.partition("=")[2]) for part in options.mesh.split(","))):
+            mesh = mp.make_mesh(options.mesh)
             for kind in options.kinds:
                 try:
                     print(exact(options.task, kind, mesh), flush=True)

@@ -35,19 +35,24 @@ def read_batch(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dims: Mapping[str, int], *, scale: int, divide: int
 ) -> ReadBatch:
     """The batch of a rank as a graph of `local // divide * scale` samples takes it. Raises BatchError where it does not divide."""
-    pairs, spec = pytree.tree_flatten_with_path((args, kwargs))
-    positional = _positional_names(model, len(args))
-    names: dict[str, torch.Tensor] = {}
-    leaves: list[Any] = []
-    for path, leaf in pairs:
-        if isinstance(leaf, torch.Tensor):
-            name = _unique(_input_name(path, positional), names)
-            names[name] = leaf
-            leaf = Slot(name)
-        leaves.append(leaf)
+    given, spec = pytree.tree_flatten((args, kwargs))
+    called = input_names(model, args, kwargs)
+    names = {name: leaf for name, leaf in zip(called, given, strict=True) if name is not None}
+    leaves: list[Any] = [leaf if name is None else Slot(name) for name, leaf in zip(called, given, strict=True)]
     dims = _batch_dims(names, batch_dims)
     shapes = _scaled(names, dims, scale=scale, divide=divide)
     return ReadBatch(tuple(names.values()), tuple(names), shapes, spec, tuple(leaves), dims)
+
+
+def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str | None]:
+    """A name for every leaf of a batch that is a tensor: its argument's, then the keys below it."""
+    positional = _positional_names(model, len(args))
+    found: dict[str | None, None] = {}
+    names: list[str | None] = []
+    for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        names.append(_unique(_input_name(path, positional), found) if isinstance(leaf, torch.Tensor) else None)
+        found[names[-1]] = None
+    return names
 
 
 def _positional_names(model: nn.Module, count: int) -> list[str]:
@@ -64,7 +69,7 @@ def _input_name(path: tuple[Any, ...], positional: list[str]) -> str:
     return "".join(c if c.isalnum() else "_" for c in "_".join([head, *tail]))
 
 
-def _unique(name: str, taken: Mapping[str, Any]) -> str:
+def _unique(name: str, taken: Mapping[Any, Any]) -> str:
     return name if name not in taken else next(f"{name}_{i}" for i in range(1, len(taken) + 2) if f"{name}_{i}" not in taken)
 
 
@@ -95,8 +100,7 @@ def _scaled(tensors: Mapping[str, torch.Tensor], dims: Mapping[str, int], *, sca
         valid = [n for n in range(1, min(uneven.values()) + 1) if all(tensors[name].shape[dim] % n == 0 for name, dim in dims.items())]
         raise BatchError(
             f"{divide} microbatches do not divide the samples of a local batch: {found}. Numbers that do: {valid}.\n"
-            f"  The last batch of an epoch: drop it (DataLoader(drop_last=True)), or fill it up with samples whose labels are all ignored "
-            f"(-100), which count nothing in a mean over labels."
+            f"  (Steps fill up the last batch of an epoch by themselves, where that counts nothing; the example is one of whole batches.)"
         )
     if scale == divide:
         return tuple(None for _ in tensors)

@@ -85,11 +85,11 @@ def testify(
             as_if_exporting(),
             decompositions.Written(),
             checkpoints_only_call(),
-            _On(device),
+            OnDevice(device),
             watch,
         ):
             recorder = ForwardRecorder(model, batch, loss_fn, recording)
-            recorder.functions = _AsksNothing()  # type: ignore[assignment]
+            recorder.functions = AsksNothing()  # type: ignore[assignment]
             watch.name(dict(zip(batch.names, inputs, strict=True)), sized=True)
             watch.name(dict((*model.named_parameters(), *model.named_buffers())), sized=False)
             recorder(*inputs)
@@ -102,14 +102,14 @@ def testify(
     return Witness(batch, recorder.outcome, taken, tuple(watch.calls), tuple(watch.numbers), found.lifted)
 
 
-class _AsksNothing:
+class AsksNothing:
     """Asks nothing of the functions behind results: the capture did."""
 
     def refuse_unseen(self, results: Any) -> None:
         """Nothing to refuse."""
 
 
-class _On(TorchFunctionMode):
+class OnDevice(TorchFunctionMode):
     """Tensors without memory say that they are on the device that the model runs on."""
 
     def __init__(self, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,11 +34,13 @@ from meshpar.runtime.hooks import StepHooks, refusing
 from meshpar.runtime.likeness import Likeness, refuse_method
 from meshpar.runtime.names import together as one_module
 from meshpar.runtime.outputs import Leave, leaving, returned
+from meshpar.runtime.padding import Filled, Padding
 from meshpar.runtime.parameters.gradients import OnMesh
 from meshpar.runtime.parameters.specs import convert_state_dicts
 from meshpar.runtime.ranges import explaining
 from meshpar.runtime.state.variants import Variant, Variants
 from meshpar.runtime.state_dicts import EXTRA_STATE, check_state
+from meshpar.runtime.tools import SimulatedState, Untaken, check_surroundings
 from meshpar.simulate import is_simulated
 
 _OWN = frozenset({"mesh", "parallel_config", "random", "training"})
@@ -45,7 +48,7 @@ _OWN = frozenset({"mesh", "parallel_config", "random", "training"})
 
 
 @refusing("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
-class ParallelModel(Likeness, Asked):
+class ParallelModel(Untaken, Likeness, Asked):
     """What `parallelize` returns.
 
     Parameters are DTensors under the original names with global shapes; plain torch optimizers work on them. Every data rank passes its own
@@ -66,6 +69,7 @@ class ParallelModel(Likeness, Asked):
     _hooks: StepHooks
     _simulated: bool
     _leave: Leave
+    _padding: Padding
     scaled_by: object | None
     """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
     _variants: Variants
@@ -76,6 +80,7 @@ class ParallelModel(Likeness, Asked):
         super().__init__()
         self.__dict__.update(_engine=engine, _checked=set(), _together=together, _tallies=[], _makes=programs)
         self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None, _simulated=is_simulated())
+        self.__dict__.update(_padding=Padding(programs, mesh, config, first.captured))
         self.__dict__.update(_leave=leaving(mesh, config.outputs))
         self._take_names()
         self.mesh, self.parallel_config = mesh, config
@@ -163,21 +168,6 @@ class ParallelModel(Likeness, Asked):
             raise
 
     @property
-    def _ddp_params_and_buffers_to_ignore(self) -> Any:
-        """Raise ConfigError: DistributedDataParallel asks for this first of all."""
-        raise ConfigError(
-            "a parallel model is not wrapped in DistributedDataParallel: the dp axis of its mesh sums gradients over data ranks already. "
-            "Trainers that wrap models (transformers, TRL, accelerate, Lightning) take it by meshpar.integrations."
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raise ConfigError: what is pickled is the state."""
-        raise ConfigError(
-            "a parallel model is not pickled: it belongs to the processes of this run. Save it with mp.checkpoint.save(path, pm, "
-            "optimizer), or its pm.state_dict(), and parallelize the model again."
-        )
-
-    @property
     def original_module(self) -> nn.Module:
         """The module this was made from, its parameters without memory: for what else it has, such as a configuration."""
         return self._makes.skeleton
@@ -192,7 +182,8 @@ class ParallelModel(Likeness, Asked):
         Raises ConfigError where hooks of the model would have changed it.
         """
         self._makes.hooks.refuse_state()
-        return super().state_dict(*args, **kwargs)
+        found = super().state_dict(*args, **kwargs)
+        return SimulatedState.of(found) if self._simulated and type(found) is OrderedDict else found
 
     @torch.no_grad()
     def spread_buffers(self) -> None:
@@ -250,19 +241,21 @@ class ParallelModel(Likeness, Asked):
                 "a pipelined model trains by pm.train_step(**batch), which runs forward and backward of all microbatches in the order of "
                 "its schedule and returns the loss. To see outputs: pm.eval(), then with torch.no_grad(): pm(**batch)."
             )
-        tensors, variant = self._program(args, kwargs, 1)
+        batch = self._fit(args, kwargs, 1, outputs=True)
+        tensors, variant = self._program(batch.args, batch.kwargs, 1)
         program = variant.program
         with without_autocast(), explaining(program.captured, tensors):
             outputs = self._engine.run(program, self._inputs(program, tensors, 0))
         self.random.advance()
         self._variants.done(variant)
-        return restore(program, lambda i: self._leave(program, outputs[i], i))
+        return restore(program, lambda i: batch.own(i, self._leave(program, outputs[i], i)))
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one step over all microbatches. Returns the loss of the global batch, the same on every rank.
 
         The loss is the mean over the valid labels of the whole global batch, also where microbatches or ranks have uneven numbers of them;
-        gradients equal those of one device on the global batch, and add to what `.grad` holds.
+        gradients equal those of one device on the global batch, and add to what `.grad` holds. Where `microbatches` do not divide the
+        samples, or `ParallelConfig(pad_to=)` is set, the batch is filled up by what counts nothing (`runtime/padding.py`).
         Raises BatchError when the model has no loss for this batch, or when ranks disagree about it.
         """
         with self._together.section("train_step"):
@@ -319,7 +312,8 @@ class ParallelModel(Likeness, Asked):
 
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
         count = self.parallel_config.microbatches
-        tensors, variant = self._program(args, kwargs, count)
+        batch = self._fit(args, kwargs, count, outputs=False)
+        tensors, variant = self._program(batch.args, batch.kwargs, count)
         program = variant.program
         loss_at = program.captured.loss
         if loss_at is None:
@@ -350,10 +344,14 @@ class ParallelModel(Likeness, Asked):
             found[program.extra.random_key] = self.random.key(microbatch)
         return found
 
-    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Variant]:
+    def _fit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, *, outputs: bool) -> Filled:
+        """The batch, filled up where it does not fit."""
         steps.check_ranks(self._simulated)
-        kwargs = ordered = self._makes.ordered(kwargs)
-        tensors, signature = flatten(args, ordered, self.training)
+        check_surroundings(args, kwargs)
+        return self._padding.fit(args, self._makes.ordered(kwargs), microbatches, training=self.training, outputs=outputs)
+
+    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> tuple[list[torch.Tensor], Variant]:
+        tensors, signature = flatten(args, dict(kwargs), self.training)
         key = (signature, microbatches)
         closer = None if key in self._checked else lambda: self._check_batch(args, kwargs)
         kept, variant = self._variants.match(signature, microbatches, closer)

@@ -83,8 +83,18 @@ def say_capture(why: str, seconds: float) -> None:
         )
 
 
+class StepLoss(torch.Tensor):
+    """The loss of a finished step, and what is computed of it: `backward` explains itself."""
+
+    def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise ConfigError: there is nothing left to do."""
+        _explain()
+
+
 def done(loss: torch.Tensor) -> torch.Tensor:
-    """The loss of a finished step: its `backward` explains itself."""
+    """The loss of a finished step."""
+    if type(loss) is torch.Tensor:
+        return loss.as_subclass(StepLoss)  # type: ignore[no-any-return, unused-ignore]
     loss.backward = _explain  # type: ignore[method-assign]
     return loss
 
@@ -92,6 +102,7 @@ def done(loss: torch.Tensor) -> torch.Tensor:
 def _explain(*args: Any, **kwargs: Any) -> NoReturn:
     raise ConfigError(
         "this loss is that of a finished step: train_step ran forward and backward, and the gradients are in .grad (an eval_step has "
-        "none). Leave .backward() out. For a loss of your own: loss_fn= of parallelize, or without a pipeline pm(**batch) and backward "
-        "from what it returns."
+        "none). Leave .backward() out; a loss over n accumulated steps has gradients n times as large: p.grad /= n before the optimizer's "
+        "step; a scale is that of mp.GradScaler. For a loss of your own: loss_fn= of parallelize, or without a pipeline pm(**batch) and "
+        "backward from what it returns."
     )

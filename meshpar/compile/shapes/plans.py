@@ -166,7 +166,7 @@ def _axis(axis: AxisPlan, sizes: Iterator[Number]) -> AxisPlan:
         return tuple([_again(type_, sizes) for type_ in types])
 
     nodes = {name: NodePlan(again(one.uses), again(one.outs), one.why, again(one.handed)) for name, one in axis.nodes.items()}
-    return AxisPlan(axis.axis, axis.size, nodes, again(axis.outputs))
+    return replace(axis, nodes=nodes, outputs=again(axis.outputs))
 
 
 def _again(type_: Type | None, sizes: Iterator[Number]) -> Type | None:

@@ -48,7 +48,7 @@ class Hooks(Protocol):
 
 
 _DIFFERS = (
-    "their batches have other structures or shapes, or their models other modes",
+    "their batches have other structures or shapes (ParallelConfig(pad_to=1) fills them up), or their models other modes",
     "other parameters require gradients",
     "attributes that forward reads have other values, and lead to other programs",
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import meshpar as mp
 from meshpar.runtime.state import variants
+from meshpar.simulate import local_tensors
 from tests.models import GPT, numbers
 from tests.pool import Pool
 
@@ -26,7 +26,7 @@ def worst(pm: mp.ParallelModel, model: torch.nn.Module, local: dict[str, Tensor]
     model.zero_grad()
     pm.zero_grad()
     wanted = model(**whole)
-    wanted = wanted if isinstance(wanted, Tensor) else wanted.loss
+    wanted = wanted if isinstance(wanted, Tensor) else wanted["loss"]
     wanted.backward()
     loss = pm.train_step(**local)
     found = [float((loss - wanted).detach().abs().max())]
@@ -53,6 +53,26 @@ def test_new_lengths_are_exact_without_a_capture() -> None:
         assert f"2 graphs captured, {count.made} made of these by sizes alone" in pm.explain()
 
 
+def test_outputs_of_made_programs_are_those_of_own_samples() -> None:
+    model = Logits().double()
+    with mp.simulate(2):
+        mesh = mp.make_mesh("dp=2")
+        shared = {length: batch(4, length) for length in (12, 14, 18, 16)}
+        pm = mp.parallelize(model, mesh, example=mp.local_batch(shared[12], mesh))
+        for whole in shared.values():
+            found, wanted = pm(**mp.local_batch(whole, mesh)), model(**whole)
+            for rank, own in local_tensors(found).items():
+                assert (own - wanted[2 * rank : 2 * rank + 2]).abs().max() < 1e-12, whole["ids"].shape
+        assert pm._makes.planner.plans.made == 2
+
+
+class Logits(GPT):
+    """Returns a number for every position."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return self.head(self.embed(ids)).sum(-1) + labels
+
+
 def test_as_many_programs_are_kept_as_are_said_to_be(monkeypatch: Any) -> None:
     monkeypatch.setattr(variants, "MOST", 3)
     model = GPT().double()
@@ -66,21 +86,6 @@ def test_as_many_programs_are_kept_as_are_said_to_be(monkeypatch: Any) -> None:
         assert "3 programs kept; 3 used longest ago forgotten (at most 3 are kept)" in pm.explain()
         trees = list(pm._engine.trees.values())
         assert len(trees[0]._library.cuts) == 3
-
-
-def test_a_last_batch_filled_up_as_the_error_says_is_exact() -> None:
-    model = GPT().double()
-    with mp.simulate(2):
-        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=batch(4, 12), config=mp.ParallelConfig(microbatches=2))
-        last = batch(3, 12)
-        with pytest.raises(
-            mp.BatchError, match=r"(?s)2 microbatches do not divide .* fill it up with samples whose labels are all ignored"
-        ):
-            pm.train_step(**last)
-        filled = {"ids": torch.zeros(4, 12, dtype=torch.int64), "labels": torch.full((4, 12), -100)}
-        for name, tensor in last.items():
-            filled[name][:3] = tensor
-        assert worst(pm, model, filled, last) < 1e-12
 
 
 def test_shorter_samples_filled_up_are_exact() -> None:
