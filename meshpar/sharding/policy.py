@@ -360,10 +360,11 @@ class SequencePolicy(Policy):
                 if one is not None and n % size and self.reading.inference.extents.find(one) in self.reading.positions:
                     enough, balanced = (-(-n // k) * k for k in (size, 2 * size))
                     better = "" if enough == balanced else f"; better to {balanced}, so that causal attention is shared out evenly"
+                    divisors = ", ".join(str(k) for k in range(1, min(n, 64) + 1) if n % k == 0)
                     raise PlanError(
                         f"{self.request.axis}={size} does not divide the {n} positions of {node.target} {list(info_of(node).shape)}. "
-                        f"Pad the batch to {enough} (labels with -100, and an attention mask{better}), or use another "
-                        f"{self.request.axis}: {', '.join(str(k) for k in range(1, min(n, 64) + 1) if n % k == 0)}."
+                        f"Say ParallelConfig(pad_to=1), which pads batches where that counts nothing, or pad the batch to {enough} "
+                        f"(labels with -100, and an attention mask{better}), or use another {self.request.axis}: {divisors}."
                     )
 
 
