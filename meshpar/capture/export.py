@@ -145,7 +145,7 @@ def _recorded(
     ):
         recorder = ForwardRecorder(model, batch, loss_fn, recording)
         with hooks.kept(model, given) as hooked:
-            program = _export(recorder, inputs, device, found, answers)
+            program = _export(recorder, inputs, device, found, answers, hooked)
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, (*batch.names, *recording.slot_names()), prefix=_PREFIX)
     _keep_used(built.graph, recording)
@@ -206,7 +206,12 @@ def _leaves(model: nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 def _export(
-    recorder: ForwardRecorder, inputs: list[torch.Tensor], device: torch.device, found: experts.Seam, answers: branches.Branches
+    recorder: ForwardRecorder,
+    inputs: list[torch.Tensor],
+    device: torch.device,
+    found: experts.Seam,
+    answers: branches.Branches,
+    hooked: hooks.Found,
 ) -> ExportedProgram:
     with warnings.catch_warnings(), uncollected():
         warnings.simplefilter("ignore")
@@ -220,6 +225,7 @@ def _export(
                 functions.kept(recorder.functions),
             ):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
+            hooked.check_unwritten()
             grad.inline(program.graph_module)
             return functional.functional(program)
         except Exception as error:

@@ -64,6 +64,9 @@ class _Rewriting:
         self.place = {node: i for i, node in enumerate(self.graph.nodes)}
         self.sharing: dict[int, list[fx.Node]] = {}
         """Memory -> the nodes whose values lie there, so far."""
+        for node in self.graph.nodes:
+            for source in node.all_input_nodes:
+                source.users.setdefault(node)  # export (torch 2.13) forgets some, of sections without gradients
 
     def done(self) -> bool:
         """Rewrite every call. False where a change is not that simple: what was rewritten until then is right all the same."""
@@ -74,7 +77,8 @@ class _Rewriting:
                 if not self._made_new(node):
                     return False
             elif is_written_out(node.target):
-                self._write_out(node)
+                if not self._write_out(node):
+                    return False
             else:
                 self._lies(node)
         return True
@@ -85,8 +89,8 @@ class _Rewriting:
 
     # -- composite operators ---------------------------------------------------------------------------------------------------------------
 
-    def _write_out(self, node: fx.Node) -> None:
-        """Put what a composite operator calls in its place."""
+    def _write_out(self, node: fx.Node) -> bool:
+        """Put what a composite operator calls in its place. False where that changes something in place."""
         with self.graph.inserting_before(node):
             recorder = _Recorder(node)
             result = recorder.run()
@@ -100,6 +104,7 @@ class _Rewriting:
                 self._replace(user, recorder.node_of(result[user.args[1]]))
                 self.graph.erase_node(user)
         self.graph.erase_node(node)
+        return not any(isinstance(made.target, OpOverload) and made.target._schema.is_mutable for made in recorder.calls)
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         self.program.graph_signature.replace_all_uses(old.name, new.name)

@@ -107,6 +107,9 @@ class Found:
                 "module (it may be one of several experts that run together).\n"
                 "  Remove the hook, or register one on a module around it."
             )
+
+    def check_unwritten(self) -> None:
+        """Raise CaptureError for hooks on tensors whose memory is written to and seen by views. (In the graph as it was recorded.)"""
         for made in self.routed:
             _check_unwritten(self.hooks[str(made[1].args[1])], *made)
 
