@@ -136,7 +136,7 @@ class Programs:
         say(captured.state.notes, self.skeleton)
         parts = _parted(captured, microbatches)
         loss = proved_loss(captured, parts, microbatches)
-        return Seen(replace(signature, state=f"{variant(captured.state)}{trainable}"), parts, loss)
+        return Seen(replace(signature, state=f"{variant(captured.state)}{trainable} {microbatches}"), parts, loss)
 
     def planned(self, seen: Seen) -> Plan:
         """Where values and parameters lie, and what moves: decided on the first rank of the mesh for all. Collective."""

@@ -7,6 +7,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from meshpar import roles
 from meshpar.errors import ConfigError
 from meshpar.plan import Comm, Plan
 from meshpar.plot.canvas import IDLE, INK, axes_for, bare, colour
@@ -91,10 +92,11 @@ def _matrix(plan: Plan, ranks: int) -> list[list[float]]:
     number = {place: rank for rank, place in enumerate(places)}
     sent = [[0.0] * ranks for _ in range(ranks)]
     stage_rank = {index: stage.rank for index, stage in enumerate(plan.stages)}
+    staged = roles.dividing("stages", names)
     for one in plan.ledger:
         axis = names.index(one.axis)
         for place in places:
-            if "pp" in sizes and place[names.index("pp")] != stage_rank.get(one.stage, 0):
+            if any(place[names.index(name)] != stage_rank.get(one.stage, 0) for name in staged):
                 continue
             for step, share in _targets(one, sizes[one.axis]):
                 to = (*place[:axis], (place[axis] + step) % sizes[one.axis], *place[axis + 1 :])
@@ -108,4 +110,5 @@ def _targets(one: Comm, size: int) -> list[tuple[int, float]]:
         return []
     if "all_to_all" in one.kind or one.kind in ("dispatch", "combine"):
         return [(step, 1 / (size - 1)) for step in range(1, size)]
-    return [(-1 if one.axis == "pp" and one.phase == "backward" else 1, 1.0)]
+    backwards = roles.ROLES[one.axis].divides == "stages" and one.phase == "backward"
+    return [(-1 if backwards else 1, 1.0)]
