@@ -162,7 +162,7 @@ def test_a_length_that_does_not_divide_is_refused_with_one_that_does() -> None:
         pytest.raises(PlanError, match=r"cp=4 does not divide the 15 positions of ids .*pad_to=1.*or pad the batch to 16 "),
     ):
         mp.parallelize(Decoder(), mp.make_mesh("cp=4"), example=batch(length=15))
-    with mp.simulate(4), pytest.raises(PlanError, match=r"Pad the batch to 20 .*; better to 24, so that causal attention is shared out"):
+    with mp.simulate(4), pytest.raises(PlanError, match=r"pad the batch to 20 .*; better to 24, so that causal attention is shared out"):
         mp.parallelize(Decoder(), mp.make_mesh("cp=4"), example=batch(length=17))
 
 
