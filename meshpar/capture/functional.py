@@ -32,10 +32,24 @@ _SPECIAL, _DETACH = frozenset(WRITTEN_OUT), torch.ops.aten.detach_.default
 
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The program with nothing changed in place, and no composite operator that may be a view."""
-    if any(_needs_a_trace(node) for node in program.graph.nodes) or not _Rewriting(program).done():
-        program.graph_module.recompile()
+    if any(_needs_a_trace(node) for node in program.graph.nodes):
         return program.run_decompositions(dict(WRITTEN_OUT))
-    return program
+    recorded = _copy(program.graph)
+    names = [(spec.arg, spec.arg.name) for spec in program.graph_signature.output_specs]
+    if _Rewriting(program).done():
+        return program
+    program.graph_module.graph = recorded  # as it was: torch's trace names and places calls by it
+    for argument, name in names:
+        argument.name = name
+    return program.run_decompositions(dict(WRITTEN_OUT))
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copies: dict[fx.Node, fx.Node] = {}
+    new = fx.Graph()
+    for node in graph.nodes:
+        copies[node] = new.node_copy(node, copies.__getitem__)
+    return new
 
 
 def _needs_a_trace(node: fx.Node) -> bool:
@@ -69,7 +83,7 @@ class _Rewriting:
                 source.users.setdefault(node)  # export (torch 2.13) forgets some, of sections without gradients
 
     def done(self) -> bool:
-        """Rewrite every call. False where a change is not that simple: what was rewritten until then is right all the same."""
+        """Rewrite every call. False where a change is not that simple."""
         for node in list(self.graph.nodes):
             if not isinstance(node.target, OpOverload):
                 self._lies(node)
