@@ -12,10 +12,9 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from meshpar._torch import group_behind, is_view_operator
+from meshpar._torch import group_behind, is_view_operator, pytree
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +141,7 @@ def _collective(name: str, args: Sequence[Any], result: Any) -> Kernel | None:
 
 
 def _all(*trees: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
-from meshpar._torch import FakeTensor, TorchDispatchMode, functional, local_of, saving_is_watched, storages_resized
+from meshpar._torch import FakeTensor, TorchDispatchMode, functional, local_of, pytree, saving_is_watched, storages_resized
 from meshpar.dry_run.kernels import Kernel, kernel_of
 
 TapeMark = tuple[int, int]
@@ -138,4 +137,4 @@ def alive(changes: Sequence[tuple[int, int]]) -> dict[int, int]:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     """All tensors; of a DTensor the one that has memory."""
-    return [local_of(leaf) if isinstance(leaf, DTensor) else leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [local_of(leaf) if isinstance(leaf, DTensor) else leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
