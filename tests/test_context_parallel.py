@@ -114,15 +114,23 @@ def test_what_a_query_sees(kind: str) -> None:
     mp.verify(Decoder(kind), "cp=2", batch(padding=kind in ("causal", "softcap"))).raise_if_failed()
 
 
-@pytest.mark.parametrize("context", ["gather", "heads", "ring"])
-@pytest.mark.parametrize("kind, kv", [("causal", 2), ("window", 4), ("all", 1), ("is_causal", 4)])
+@pytest.mark.parametrize(
+    "kind, kv, context",
+    [
+        ("causal", 2, "gather"),
+        ("causal", 2, "ring"),
+        ("window", 4, "heads"),
+        ("window", 4, "ring"),
+        ("all", 1, "ring"),
+        ("is_causal", 4, "ring"),
+    ],
+)
 def test_forms(kind: str, kv: int, context: Any) -> None:
     torch.manual_seed(0)
     mp.verify(Decoder(kind, kv=kv), "cp=4", batch(), config=mp.ParallelConfig(context=context)).raise_if_failed()
 
 
-@pytest.mark.parametrize("mesh", ["cp=2,tp=2", "dp=2,cp=2", "dp=2,cp=2,tp=2", "dp_replicate=2,dp_shard=2,cp=2"])
-@pytest.mark.parametrize("context", ["auto", "ring"])
+@pytest.mark.parametrize(("mesh", "context"), [("cp=2,tp=2", "auto"), ("dp=2,cp=2", "ring"), ("dp=2,cp=2,tp=2", "ring")])
 def test_meshes(mesh: str, context: Any) -> None:
     torch.manual_seed(0)
     mp.verify(Decoder("window", shift="logits"), mesh, batch(), config=mp.ParallelConfig(context=context)).raise_if_failed()

@@ -31,13 +31,16 @@ TWO: list[Case] = [("olmoe", "ep=2", {}, {"num_experts": 8, "num_experts_per_tok
 FOUR: list[Case] = [
     ("mixtral", "dp=2,ep=2", {}, {}),
     ("mixtral", "pp=2,ep=2", {"microbatches": 4, "schedule": "zbv"}, {**_QUIET, "num_hidden_layers": 4}),
-    ("deepseek_v3", "ep=2,tp=2", {}, {}),
-    ("gpt_oss", "ep=2,tp=2", {"recompute": "full"}, _GPT_OSS),
     ("qwen3_moe", "dp=2,ep=2", {"data_parallel": "zero2"}, _QWEN),
     ("granitemoe", "dp_replicate=2,ep=2", {"microbatches": 2}, _GRANITE),
-    ("list", "ep=4", {}, {"experts": 8}),
     ("list", "dp=2,ep=2", {"data_parallel": "replicate"}, {}),
     ("list", "pp=2,ep=2", {"microbatches": 2}, {"penalty": 0.0}),
+]
+"""What needs processes: stages, and every mode of data parallelism."""
+SIMULATED: list[Case] = [
+    ("deepseek_v3", "ep=2,tp=2", {}, {}),
+    ("gpt_oss", "ep=2,tp=2", {"recompute": "full"}, _GPT_OSS),
+    ("list", "ep=4", {}, {"experts": 8}),
 ]
 
 
@@ -50,7 +53,7 @@ def reports(cases: Sequence[Case]) -> list[str]:
     failed = []
     for name, mesh, config, changes in cases:
         model, batch = model_of(name, changes)
-        report = mp.verify(model, mesh, batch, config=mp.ParallelConfig(**config), steps=3)
+        report = mp.verify(model, mesh, batch, config=mp.ParallelConfig(**config), steps=2)
         failed += [] if report.ok else [str(report)]
     return failed
 
@@ -59,15 +62,14 @@ def test_two_ranks(gloo: Pool) -> None:
     assert gloo.run(reports, TWO, world=2, timeout=240) == [[], []]
 
 
-@pytest.mark.parametrize("cases", [FOUR[:3], FOUR[3:6], FOUR[6:]], ids=["1", "2", "3"])
+@pytest.mark.parametrize("cases", [FOUR[:2], FOUR[2:4], FOUR[4:]], ids=["1", "2", "3"])
 def test_four_ranks(gloo: Pool, cases: list[Case]) -> None:
     assert gloo.run(reports, cases, world=4, timeout=400) == [[]] * 4
 
 
-@pytest.mark.parametrize(("name", "mesh"), [("mixtral", "ep=2,tp=2"), ("list", "dp=2,ep=2"), ("gpt_oss", "ep=4")])
-def test_simulated_ranks(name: str, mesh: str) -> None:
-    model, batch = model_of(name, _GPT_OSS if name == "gpt_oss" else {})
-    mp.verify(model, mesh, batch, steps=2).raise_if_failed()
+@pytest.mark.parametrize("case", SIMULATED, ids=lambda case: f"{case[0]} {case[1]}")
+def test_simulated_ranks(case: Case) -> None:
+    assert reports([case]) == []
 
 
 def test_a_router_that_sends_everything_to_one_expert() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import meshpar
+from tests.source import nodes
 
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
@@ -59,7 +60,7 @@ def name_of(path: Path) -> str:
 def imports(path: Path, source: str) -> Iterator[tuple[int, str, str]]:
     """`(line, module, name)` of every import, relative ones resolved; `name` is empty for `import module`."""
     package = ["meshpar", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -8,8 +8,8 @@ import meshpar as mp
 from tests.models import plain, text, tiny
 from tests.pool import Pool
 
-CAUSAL = "llama gpt2 gpt_neox qwen3 gemma2 olmo2 bloom opt phi3 falcon gptj mpt stablelm starcoder2 cohere bart mamba mixtral".split()
-CAUSAL.append("deepseek_v3")
+CAUSAL = "llama gpt2 gemma2 bloom phi3 falcon bart mamba mixtral deepseek_v3".split()
+"""One of each kind; `benchmarks/architectures` has all."""
 PLAIN = "gpt gpt_kv2 encoder_decoder vit mixer".split()
 
 
@@ -18,7 +18,7 @@ def test_language_models_over_data_and_tensor_axes(name: str) -> None:
     mp.verify(tiny(name), "dp=2,tp=2", text(), steps=3).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", "llama gpt2 gemma2 falcon mamba mixtral deepseek_v3".split())
+@pytest.mark.parametrize("name", "llama falcon mamba mixtral".split())
 def test_language_models_without_sequence_parallelism(name: str) -> None:
     mp.verify(tiny(name), "tp=2", text(), config=mp.ParallelConfig(sequence_parallel=False)).raise_if_failed()
 
@@ -42,7 +42,7 @@ def test_what_mixes_samples_sees_the_global_batch(name: str, mesh: str) -> None:
     mp.verify(model, mesh, batch, steps=3).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", "llama gpt2 gemma2 mamba mixtral qwen3".split())
+@pytest.mark.parametrize("name", ["gemma2", "mamba", "mixtral"])
 def test_float32_is_exact_to_its_rounding(name: str) -> None:
     import torch
 

@@ -12,6 +12,7 @@ import pytest
 import meshpar as mp
 from meshpar.config import UNREAD, ParallelConfig, Precision
 from meshpar.plan import AxisPlan, Comm, NodePlan, ParameterPlan, Plan, StagePlan
+from tests.source import nodes
 
 ROOT = Path(__file__).resolve().parents[1]
 SAYING = {"config.py", "megatron.py", "explain.py"}
@@ -20,8 +21,8 @@ SAYING = {"config.py", "megatron.py", "explain.py"}
 
 def reads(*, outside: set[str]) -> set[str]:
     """The names of attributes that the package reads, outside of files of these names."""
-    trees = (ast.parse(path.read_text()) for path in (ROOT / "meshpar").rglob("*.py") if path.name not in outside)
-    return {n.attr for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    trees = (nodes(path.read_text()) for path in (ROOT / "meshpar").rglob("*.py") if path.name not in outside)
+    return {n.attr for tree in trees for n in tree if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
 
 
 def test_every_field_of_the_configuration_is_obeyed_or_listed() -> None:

@@ -43,16 +43,13 @@ FOUR: list[Case] = [
     ("shared", "pp=2,dp=2", {"microbatches": 4, "schedule": "zbv", "data_parallel": "zero2"}, {}),
     ("tied", "pp=2,dp=2", {"microbatches": 4, "schedule": "zbv", "data_parallel": "zero3"}, {}),
     ("tied", "pp=2,dp=2", {"microbatches": 2, "data_parallel": "replicate", "recompute": "selective"}, {}),
-    ("tied", "pp=2,dp=2", {"microbatches": 4, "schedule": "interleaved-1f1b", "data_parallel": "zero3"}, {}),
     ("batch_norm", "pp=2,dp=2", {"microbatches": 1}, {}),
     ("vit", "pp=2,tp=2", {"microbatches": 2}, {}),
 ]
 LANGUAGE: list[Case] = [
     ("llama", "pp=4", {"microbatches": 8}, {"tie_word_embeddings": True}),
     ("llama", "pp=2,tp=2", {"microbatches": 4, "schedule": "zbv"}, {}),
-    ("gpt2", "pp=2,tp=2", {"microbatches": 2, "schedule": "1f1b"}, {}),
     ("gemma2", "pp=2,dp=2", {"microbatches": 4, "schedule": "zero-bubble", "data_parallel": "zero2"}, {}),
-    ("qwen3", "pp=2,dp=2", {"microbatches": 4, "schedule": "interleaved-1f1b"}, {}),
     ("t5", "pp=2,dp=2", {"microbatches": 4, "schedule": "zero-bubble"}, {}),
 ]
 

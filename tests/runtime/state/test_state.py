@@ -218,8 +218,11 @@ def steps(
     return worst
 
 
-@pytest.mark.parametrize("where", ["the model", "pm", "pm.original_module"])
-@pytest.mark.parametrize("name", MEMBERS)
+ORIGINAL = ("a weight", "a configuration", "a function and a tensor")
+PLACES = [(name, where) for name in MEMBERS for where in ("the model", "pm")] + [(name, "pm.original_module") for name in ORIGINAL]
+
+
+@pytest.mark.parametrize(("name", "where"), PLACES)
 def test_what_changes_between_steps_acts(name: str, where: str) -> None:
     build, change, captures = MEMBERS[name]
     if (where != "the model" and (change is None or change is surrounded)) or (where == "the model" and change is parts):
