@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from meshpar._torch import OpOverload
+from meshpar._torch import OpOverload, pytree
 from meshpar.errors import CaptureError
 from meshpar.graph.facts import Info, facts, set_facts
 from meshpar.graph.operators import draws
@@ -32,12 +32,35 @@ def _objection(node: fx.Node) -> str | None:
         return "it overwrites a tensor; write y = x.op() instead of x.op_()"
     if node.target is aten.as_strided_scatter.default:
         return "it writes through as_strided; write to slices or indices instead"
+    if len(dtypes := _multiplied(node)) > 1:
+        return (
+            f"torch does not multiply {' by '.join(dtypes)}, on one device either; cast one of them in the model, as x.to(weight.dtype)."
+            " Under Precision(compute_dtype=...) parameters and inputs are cast, buffers and numbers written in the forward are not"
+        )
     info = facts(node).info
     if not (isinstance(info, Info) or (isinstance(info, tuple) and all(i is None or isinstance(i, Info) for i in info))):
         return (
             "its result, or the size of it, depends on values; use torch.where, masked_fill or a fixed size, or pass numbers as arguments"
         )
     return None
+
+
+def _multiplied(node: fx.Node) -> tuple[str, ...]:
+    """The floating dtypes that a product multiplies. Fake tensors are not asked to have one, real ones are."""
+    count = _ONE_DTYPE.get(getattr(node.target, "overloadpacket", None))
+    if count is None:
+        return ()
+    infos = [facts(value).info for value in pytree.tree_leaves(node.args) if isinstance(value, fx.Node)][:count]
+    return tuple(dict.fromkeys(str(i.dtype).removeprefix("torch.") for i in infos if isinstance(i, Info) and i.dtype.is_floating_point))
+
+
+_ONE_DTYPE: dict[object, int] = {
+    **dict.fromkeys((aten.mm, aten.bmm, aten.mv, aten.dot, aten.matmul, aten.einsum, aten._grouped_mm), 2),
+    **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addbmm, aten.addmv, aten.linear, aten.scaled_dot_product_attention), 3),
+    **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d), 3),
+    **dict.fromkeys((aten.convolution, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d), 2),
+}
+"""Operators -> how many of their first operands torch wants in one dtype."""
 
 
 def number_seeds(graph: fx.Graph) -> None:

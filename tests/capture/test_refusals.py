@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import meshpar as mp
+from meshpar.capture import check
 from meshpar.errors import CaptureError
 
 Make = Callable[[], nn.Module]
@@ -101,3 +103,54 @@ def test_a_batch_that_the_model_changes_in_place() -> None:
             pm = mp.parallelize(Doubles().double(), mp.make_mesh("tp=2"), example=batch)
         pm.train_step(**batch)
         assert torch.equal(before, batch["x"])
+
+
+class Centred(nn.Module):
+    """A running mean in float32, which enters what a layer multiplies."""
+
+    def __init__(self, cast: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.cast = nn.Linear(4, 4), nn.Linear(4, 4), cast
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x) - self.mean
+        return self.down(h.to(self.down.weight.dtype) if self.cast else h).square().mean()
+
+
+def test_dtypes_that_torch_does_not_multiply() -> None:
+    config = mp.ParallelConfig(precision=mp.Precision(compute_dtype=torch.bfloat16))
+    given = {"x": torch.randn(4, 4)}
+    with mp.simulate(2):
+        mesh = mp.make_mesh("tp=2")
+        with pytest.raises(
+            CaptureError, match=r"aten.linear.default in down .*torch does not multiply float32 by bfloat16.* x.to\(weight.dtype\)"
+        ):
+            mp.parallelize(Centred(cast=False), mesh, example=given, config=config)
+        mp.parallelize(Centred(cast=True), mesh, example=given, config=config).train_step(**given)
+        mp.parallelize(Centred(cast=False), mesh, example=given).train_step(**given)
+
+
+def _operands(name: str) -> list[Any]:
+    m, b, v, image = torch.randn(4, 4), torch.randn(2, 4, 4), torch.randn(4), torch.randn(2, 4, 4, 4, 4)
+    several = {"mm": [m, m], "bmm": [b, b], "mv": [m, v], "dot": [v, v], "matmul": [b, m], "addmm": [m, m, m], "baddbmm": [b, b, b]}
+    several |= {"addbmm": [m, b, b], "addmv": [v, m, v], "linear": [b, m, v], "scaled_dot_product_attention": [b, b, b]}
+    several |= {"_grouped_mm": [torch.randn(16, 16), torch.randn(2, 16, 16), torch.tensor([8, 16], dtype=torch.int32)]}
+    several |= {
+        f"{kind}{n}d": [image[(0,) * (3 - n)], torch.randn([4, 4, 1, 1, 1][: 2 + n]), v]
+        for n in (1, 2, 3)
+        for kind in ("conv", "conv_transpose")
+    }
+    several |= {"convolution": [image[0, 0], torch.randn(4, 4, 1), v, [1], [0], [1], False, [0], 1]}
+    return several[name]
+
+
+@pytest.mark.parametrize("packet", [p for p in check._ONE_DTYPE if p is not torch.ops.aten.einsum], ids=str)
+def test_torch_refuses_them_itself(packet: Any) -> None:
+    """What is refused at capture fails in every step: for each operand, alone in another dtype."""
+    operands = _operands(packet.__name__)
+    packet(*operands)
+    for i in range(check._ONE_DTYPE[packet]):
+        mixed = [one.double() if i == n else one for n, one in enumerate(operands)]
+        with pytest.raises((RuntimeError, ValueError)):
+            packet(*mixed)
