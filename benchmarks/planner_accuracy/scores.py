@@ -34,10 +34,14 @@ def source_of(run: Run) -> str:
 
 
 def scored(runs: Sequence[Run]) -> Scored:
-    """Fit, leave every source out, and compare."""
+    """Fit, leave every source out, and compare. A source is one observation, however many rows it has: what one cluster and release
+    deviate by, all its rows deviate by."""
     often = Counter(run.key for run in runs)
+    of_source = Counter(source for source, _ in {(source_of(run), run.key) for run in runs})
+    weights = [1 / often[run.key] / of_source[source_of(run)] for run in runs]
     measurements = [
-        Measurement(run.work(), run.job.cluster.hardware, run.job.software, run.seconds, 1 / often[run.key], source_of(run)) for run in runs
+        Measurement(run.work(), run.job.cluster.hardware, run.job.software, run.seconds, weight, source_of(run))
+        for run, weight in zip(runs, weights)
     ]
     whole = fit(measurements)
     without = {source: whole.without(source) for source in dict.fromkeys(map(source_of, runs))}

@@ -19,7 +19,7 @@ def found(kind: str, part: str) -> dict[int, Point]:
 def test_strong_scaling_gives_the_efficiency_column_and_not_the_other(part: str) -> None:
     strong = found("strong: 175B", part)
     computing = efficiencies(strong)["one device"]
-    assert all(EFFICIENCY[n][0] <= round(100 * computing[n]) <= EFFICIENCY[n][1] + 4 for n in LARGE)
+    assert all(EFFICIENCY[n][0] - 1 <= round(100 * computing[n]) <= EFFICIENCY[n][1] + 4 for n in LARGE)
     assert strong[2048].mfu < strong[512].mfu and not inside(strong[2048].mfu, MFU[2048])
 
 
