@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from torch.distributed.fsdp import fully_shard
 
 import meshpar as mp
@@ -253,6 +254,8 @@ LIKE_A_MODEL: tuple[Mistake, ...] = (
     ("compiled in place", "not compiled as a whole", lambda h: h.pm.compile()),
     ("a step compiled", "outside of what is compiled", lambda h: torch.compile(h.pm.eval_step, backend="eager")(**h.batch)),
     ("in fully_shard", "fully_shard does not take a parallel model", lambda h: fully_shard(h.pm)),
+    ("a layer in fully_shard", "fully_shard does not take a parallel model", lambda h: fully_shard(h.pm.layers[0])),
+    ("quantized", "is not quantized.* and quantize it there", lambda h: quantize_dynamic(h.pm, {nn.Linear})),
     ("scripted", "not made into a script", lambda h: torch.jit.script(h.pm)),
     ("traced", "not made into a script", lambda h: torch.jit.trace(h.pm, (h.batch["input_ids"],))),
     ("exported", "not made into a script", lambda h: torch.export.export(h.pm, (), dict(h.batch))),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshpar._torch import COMPOSED
 from meshpar.capture.state.places import ABSENT
 from meshpar.capture.state.taken import without_autocast
 from meshpar.compile.program import Program, parts_of, restore
@@ -40,7 +41,7 @@ from meshpar.runtime.parameters.specs import convert_state_dicts
 from meshpar.runtime.ranges import explaining
 from meshpar.runtime.state.variants import Variant, Variants
 from meshpar.runtime.state_dicts import EXTRA_STATE, check_state
-from meshpar.runtime.tools import SimulatedState, Untaken, check_surroundings
+from meshpar.runtime.tools import Composed, SimulatedState, Untaken, check_surroundings
 from meshpar.simulate import is_simulated
 
 _OWN = frozenset({"mesh", "parallel_config", "random", "training"})
@@ -107,7 +108,7 @@ class ParallelModel(Untaken, Likeness, Asked):
         """Every module of this one knows the one that it stands for."""
         self.__dict__["_original"] = self._makes.skeleton
         for path, module in self._makes.skeleton.named_modules():
-            self._at(path).__dict__["_original"] = module
+            self._at(path).__dict__.update({"_original": module, COMPOSED: Composed()})
 
     def _at(self, path: str) -> nn.Module:
         """The module at a path, or one that nobody sees where this rank has none."""

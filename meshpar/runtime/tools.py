@@ -1,6 +1,7 @@
 """What tools that take a module over ask of it before anything else: a parallel model answers what to do instead.
 
-DistributedDataParallel, torch.compile, torch.jit.script     an attribute that they look for
+DistributedDataParallel, torch.compile, torch.jit.script,
+quantize_dynamic                                             an attribute that they look for
 fully_shard, replicate                                       the registry in which they enter themselves
 pickle, copy.copy, share_memory                              how the module is handed on
 torch.export, torch.jit.trace, torch.func, fx                what is around a step when it is called
@@ -30,11 +31,11 @@ class Untaken(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__[COMPOSED] = _Composed()
+        self.__dict__[COMPOSED] = Composed()
 
     def __dir__(self) -> list[str]:
         """All names but those that raise: torch.jit.trace tries every one."""
-        return [name for name in super().__dir__() if name not in ("_ddp_params_and_buffers_to_ignore", "_initialize_hook")]
+        return [name for name in super().__dir__() if name not in ("_ddp_params_and_buffers_to_ignore", "_initialize_hook", "qconfig")]
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> Any:
@@ -42,6 +43,14 @@ class Untaken(nn.Module):
         raise ConfigError(
             "a parallel model is not wrapped in DistributedDataParallel: the dp axis of its mesh sums gradients over data ranks already. "
             "Trainers that wrap models (transformers, TRL, accelerate, Lightning) take it by meshpar.integrations."
+        )
+
+    @property
+    def qconfig(self) -> Any:
+        """Raise ConfigError: quantization asks for this first of all."""
+        raise ConfigError(
+            "a parallel model is not quantized: its programs hold the products of the dtype they were captured in. Save it with "
+            "mp.checkpoint.save(path, pm), load that into the model on one device (mp.checkpoint.load(path, model)), and quantize it there."
         )
 
     @property
@@ -72,7 +81,7 @@ class Untaken(nn.Module):
         )
 
 
-class _Composed(dict[str, Any]):
+class Composed(dict[str, Any]):
     """The registry of what torch.distributed has done to a module: nothing may be done to this one."""
 
     def __contains__(self, name: object) -> bool:
