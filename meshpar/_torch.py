@@ -264,6 +264,11 @@ def functions_called(instead: Callable[..., Any]) -> Iterator[None]:
             base.apply = before
 
 
+def takes_a_list(function: type[torch.autograd.Function]) -> bool:
+    """Whether its backward is given all gradients in one list (from torch 2.13 on)."""
+    return hasattr(torch.autograd.Function, "boxed_grads_call") and function.boxed_grads_call
+
+
 def function_behind(node: Any) -> type[torch.autograd.Function] | str | None:
     """The Function that made a node of the autograd graph, in C++ its name alone; None for a derivative of torch's own.
 
@@ -679,6 +684,7 @@ __all__ = [
     "set_grad_enabled",
     "states_from_generators",
     "takes",
+    "takes_a_list",
     "transforms",
     "without_modes",
     "written_arguments",

@@ -80,7 +80,7 @@ class StageGraph:
 
     def _values(self) -> Sequence[Any]:
         """What the graph returns: nodes, or None where the model returned none."""
-        values: Sequence[Any] = next(reversed(self.graph.nodes)).args[0]
+        values: Any = self.graph.output_node().args[0]
         return values
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshpar._torch import FakeTensorMode, OpOverload, TorchDispatchMode, draws, written_arguments
+from meshpar._torch import FakeTensorMode, OpOverload, TorchDispatchMode, draws, takes_a_list, written_arguments
 from meshpar.ops.nature import Nature
 
 _NAMESPACE = "meshpar_function"
@@ -187,7 +187,7 @@ class FunctionForms:
     def _backward(self, context: _Context, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         given: Any = self.cls.vjp if self.cls.vjp is not torch.autograd.Function.vjp else self.cls.backward
         with torch.no_grad():
-            found = given(context, list(grads)) if self.cls.boxed_grads_call else given(context, *grads)
+            found = given(context, list(grads)) if takes_a_list(self.cls) else given(context, *grads)
         found = found if isinstance(found, tuple) else (found,)
         return (*found, *(None for _ in range(len(self.like) - len(found))))
 

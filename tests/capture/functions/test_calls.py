@@ -105,13 +105,13 @@ class ByNeed(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0] * (2 if ctx.needs_input_grad[1] else 3), None
 
 
+BOXED = function(lambda ctx, x: x.round(), lambda ctx, grads: 2 * grads[0], boxed_grads_call=True).apply
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "one of two results": lambda x: function(lambda ctx, x: (x.round(), x * 3), lambda ctx, g, h: g + 5 * h).apply(x)[0],
     "no zeros": lambda x: function(_unfilled, lambda ctx, g, h: g + (1 if h is None else 5 * h)).apply(x)[0],
     "marked": lambda x: torch.mul(*function(_marked, lambda ctx, g, h: g + 5 * h).apply(x)),
     "one tensor twice": lambda x: function(lambda ctx, x, y: (x + y).round(), lambda ctx, g: (g, g)).apply(x, 2 * x),
     "vjp": type("Vjp", (torch.autograd.Function,), {"forward": lambda ctx, x: x.round(), "vjp": lambda ctx, g: 2 * g}).apply,  # type: ignore[attr-defined]
-    "boxed": function(lambda ctx, x: x.round(), lambda ctx, grads: 2 * grads[0], boxed_grads_call=True).apply,
     "arguments": lambda x: function(lambda ctx, x, *rest: x.round(), lambda ctx, g: (2 * g, None, None, None)).apply(
         x, None, [1, 2], {"a": 1}
     ),
@@ -119,6 +119,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "asking": lambda x: Asking.apply(x, x.square().mean()),
     "without gradient": function(lambda ctx, x: x.clone(), lambda ctx, g: None).apply,
     "a limit seldom reached": function(lambda ctx, x: x.clone(), lambda ctx, g: g.clamp(-1e4, 1e4)).apply,
+    **({"boxed": BOXED} if hasattr(torch.autograd.Function, "boxed_grads_call") else {}),  # (from torch 2.13 on)
     "twice": lambda x: clipped.apply(clipped.apply(x) * 2),
     "in no_grad": lambda x: x + torch.no_grad()(straight)(x),
 }
