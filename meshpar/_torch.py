@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from types import SimpleNamespace
+from types import ClassMethodDescriptorType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -226,6 +226,21 @@ def accumulate_gradients(root: nn.Module) -> None:
                 parameter.to_accumulated_grad_if_needed()
 
 
+def forget_step(root: Any) -> bool:
+    """Let FSDP2 forget a step that raised; False where it cannot (before torch 2.13)."""
+    if not hasattr(root, "reset_iter_state"):
+        return False
+    root.reset_iter_state()
+    return True
+
+
+def shares_out_over_several() -> bool:
+    """Whether FSDP2 shares parameters out over several axes of a mesh as over one (from torch 2.13 on)."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    return hasattr(FSDPParam, "_build_spmd_sharding_spec")
+
+
 def _unit_groups(root: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import fully_shard
 
@@ -246,8 +261,13 @@ def functions_called(instead: Callable[..., Any]) -> Iterator[None]:
     """Inside, `instead(apply, cls, args, kwargs)` answers every call of an `autograd.Function`; `apply(*args, **kwargs)` is the call.
 
     torch 2.13: `Function.apply` looks up `super().apply` when it is called, so that a name on its base is found from wherever `apply` was
-    kept: a stored bound method, a partial, a class that overrides it. Wait for a public way to watch Functions.
+    kept: a stored bound method, a partial, a class that overrides it. From torch 2.14 on it is a method in C, which looks up nothing but
+    `forward`. Wait for a public way to watch Functions.
     """
+    if isinstance(vars(torch.autograd.Function)["apply"], ClassMethodDescriptorType):
+        with _forwards_called(instead):
+            yield
+        return
     base: Any = torch.autograd.function._SingleLevelFunction
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -262,6 +282,75 @@ def functions_called(instead: Callable[..., Any]) -> Iterator[None]:
             del base.apply
         else:
             base.apply = before
+
+
+@contextmanager
+def _forwards_called(instead: Callable[..., Any]) -> Iterator[None]:
+    """`functions_called` by the `forward` of every class: autograd takes the results for those of the Function, whatever they are."""
+    before: list[tuple[Any, Any]] = []
+    made = torch.autograd.function.FunctionMeta.__init__
+
+    def answering(original: Any) -> Any:
+        def forward(cls: Any, *given: Any, **kwargs: Any) -> Any:
+            run = original.__get__(None, cls)
+            if torch.is_grad_enabled():  # somebody calls it as a function: under autograd gradients are off in here
+                return run(*given, **kwargs)
+            context, args = ((), given) if cls.setup_context is not torch.autograd.Function.setup_context else (given[:1], given[1:])
+
+            def apply(*args: Any, **kwargs: Any) -> Any:
+                with _grad_mode(False):
+                    return run(*context, *args, **kwargs)
+
+            with _grad_mode(True):  # (whatever it is around the call)
+                return instead(apply, cls, args, kwargs)
+
+        forward.alone = original.__get__(None, torch.autograd.Function)  # type: ignore[attr-defined]
+        return classmethod(forward)
+
+    def watch(cls: Any) -> None:
+        if "forward" in vars(cls):
+            before.append((cls, vars(cls)["forward"]))
+            cls.forward = answering(vars(cls)["forward"])
+
+    def watched(cls: Any, *about: Any) -> None:
+        made(cls, *about)
+        watch(cls)
+
+    for cls in list(_subclasses(torch.autograd.Function)):
+        watch(cls)
+    torch.autograd.function.FunctionMeta.__init__ = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.function.FunctionMeta.__init__ = made  # type: ignore[method-assign]
+        for cls, original in before:
+            cls.forward = original
+
+
+def forward_alone(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The forward of a Function, to be called as it is written: no call of the Function, whoever watches these."""
+    found: Callable[..., Any] = function.forward
+    return getattr(found, "alone", found)
+
+
+def _subclasses(cls: type) -> Iterator[Any]:
+    one: Any
+    for one in cls.__subclasses__():
+        yield one
+        yield from _subclasses(one)
+
+
+@contextmanager
+def _grad_mode(enabled: bool) -> Iterator[None]:
+    """`torch.set_grad_enabled` that no trace sees."""
+    before = torch.is_grad_enabled()
+    with _C.DisableTorchFunction():
+        set_grad_enabled(enabled)
+    try:
+        yield
+    finally:
+        with _C.DisableTorchFunction():
+            set_grad_enabled(before)
 
 
 def takes_a_list(function: type[torch.autograd.Function]) -> bool:
@@ -659,7 +748,9 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "flatten_mesh",
+    "forward_alone",
     "forget_meshes",
+    "forget_step",
     "function_behind",
     "functional",
     "functions_behind",
@@ -682,6 +773,7 @@ __all__ = [
     "run_backward",
     "simulated_generators",
     "set_grad_enabled",
+    "shares_out_over_several",
     "states_from_generators",
     "takes",
     "takes_a_list",

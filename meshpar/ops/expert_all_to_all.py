@@ -232,9 +232,8 @@ def _known(splits: Tensor, n: int, dropping: bool, order: Tensor | None) -> tupl
         torch._check(left == 0, lambda: "expert_all_to_all: every row needs an expert.")
         left = 0
     total = splits[1].sum().item() if order is None else order.shape[0]
-    sent[-1] = n - left - sum(sent[:-1])
-    received[-1] = total - sum(received[:-1])
-    return [*sent, left], [*received, 0]
+    most, all_but_last = sent[:-1], received[:-1]
+    return [*most, n - left - sum(most), left], [*all_but_last, total - sum(all_but_last), 0]
 
 
 def _splits(rows: Tensor, route: Route, axis: AxisKey) -> tuple[Sequence[int], Sequence[int], int]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshpar._torch import FakeTensorMode, OpOverload, TorchDispatchMode, draws, takes_a_list, written_arguments
+from meshpar._torch import FakeTensorMode, OpOverload, TorchDispatchMode, draws, forward_alone, takes_a_list, written_arguments
 from meshpar.ops.nature import Nature
 
 _NAMESPACE = "meshpar_function"
@@ -206,9 +206,9 @@ class FunctionForms:
         context: Any = _Context(tuple(isinstance(arg, ExampleCall) and arg.needs_grad for arg in self.like))
         with torch.no_grad():
             if self.cls.setup_context is torch.autograd.Function.setup_context:
-                results = self.cls.forward(context, *args)
+                results = forward_alone(self.cls)(context, *args)
             else:
-                results = self.cls.forward(*args)
+                results = forward_alone(self.cls)(*args)
                 self.cls.setup_context(context, tuple(args), results)
         results = results if isinstance(results, tuple) else (results,)
         if not all(isinstance(result, Tensor) for result in results):

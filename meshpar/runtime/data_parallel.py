@@ -16,7 +16,7 @@ own way to divide, does not exist on gloo).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -28,9 +28,20 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from meshpar import roles
-from meshpar._torch import accumulate_gradients, as_parameter, local_of, mesh_info, part_here, reduce_gradients, shard_over
+from meshpar._torch import (
+    accumulate_gradients,
+    as_parameter,
+    forget_step,
+    local_of,
+    mesh_info,
+    part_here,
+    reduce_gradients,
+    shard_over,
+    shares_out_over_several,
+)
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
+from meshpar.errors import ConfigError
 from meshpar.runtime.blocks import Tree, shared_blocks
 from meshpar.runtime.parameters.specs import mark, spec_of
 from meshpar.sharding.types import Owned
@@ -46,11 +57,14 @@ class DataParallelism:
     """The blocks of each unit; the root is one more."""
     keeps: bool = False
     """Whether parameters stay gathered until the gradients of the step are summed."""
+    stopped: list[str] = field(default_factory=list)
+    """Why there can be no further step, if there is a reason."""
 
     def microbatch(self, index: int, count: int) -> None:
         """Say which microbatch of the step comes next: gradients are summed, and parameters let go, when the mode says so."""
         if not isinstance(self.root, FSDPModule):
             return
+        self._check()
         last = index == count - 1
         self.root.set_is_last_backward(last)
         self.root.set_requires_gradient_sync(last or self.mode in ("zero2", "zero3"))
@@ -61,6 +75,7 @@ class DataParallelism:
         """Say, before a pipeline stage's backward, whether it is its last of the step: gradients are summed in it."""
         if not isinstance(self.root, FSDPModule):
             return
+        self._check()
         self.root.set_is_last_backward(last)
         self.root.set_requires_gradient_sync(last)
         self.root.set_requires_all_reduce(last)
@@ -80,8 +95,17 @@ class DataParallelism:
     def reset(self) -> None:
         """Recover after an exception in forward or backward: the step's gradients are dropped."""
         if isinstance(self.root, FSDPModule):
-            self.root.reset_iter_state()
-            self.microbatch(0, 1)
+            if forget_step(self.root):
+                self.microbatch(0, 1)
+            else:
+                self.stopped.append(
+                    f"an earlier step raised, and FSDP2 of torch {torch.__version__} cannot forget what it had begun: parallelize again "
+                    "and load the last checkpoint, or use torch 2.13."
+                )
+
+    def _check(self) -> None:
+        if self.stopped:
+            raise ConfigError(self.stopped[0])
 
 
 def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool = False, alone: Collection[str] = ()) -> DataParallelism:
@@ -101,6 +125,12 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     if not data:
         tree.set_compute_dtype(precision.compute_dtype)
         return DataParallelism(tree, config.data_parallel, ())
+    dims = _dims(data, config.data_parallel)
+    if len(dims.shard_names) > 1 and not shares_out_over_several():
+        raise ConfigError(
+            f"FSDP2 of torch {torch.__version__} shares parameters out over one axis, not over {' and '.join(dims.shard_names)}: use "
+            f'data_parallel="replicate", one of these axes alone, or torch 2.13.'
+        )
     spmd = mesh if names == mesh.mesh_dim_names else mesh[names]
     left = {p for name, p in tree.named_parameters() if name in alone}
     if left:
@@ -108,7 +138,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     _spread(tree, spmd)
     options: dict[str, Any] = {
         "mesh": spmd,
-        "dp_mesh_dims": _dims(data, config.data_parallel),
+        "dp_mesh_dims": dims,
         "reshard_after_forward": config.data_parallel == "zero3" and not keeps,
         "mp_policy": MixedPrecisionPolicy(precision.compute_dtype, precision.reduce_dtype, cast_forward_inputs=False),
         "ignored_params": left,

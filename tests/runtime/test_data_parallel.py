@@ -12,6 +12,7 @@ from torch import nn
 
 import meshpar as mp
 from meshpar.config import ParallelConfig, Precision
+from meshpar.errors import ConfigError
 from meshpar.mesh import data_rank, local_batch
 from meshpar.runtime import data_parallel
 from meshpar.runtime.parameters.gradients import clip_grad_norm_
@@ -255,3 +256,33 @@ def test_parameters_without_dims(gloo: Pool, tmp_path: Path) -> None:
         assert max(gloo.run(tempered, "dp=2", mode, str(tmp_path / mode), False)) < 1e-12
     for spec in ("pp=2", "tp=2", "dp=2"):
         assert max(gloo.run(tempered, spec, "zero2", str(tmp_path / "zero3"), True)) < 1e-12
+
+
+def test_releases_that_share_out_over_one_axis_alone_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.12: the parts that it gives ranks of two axes are not those that its DTensors say."""
+    monkeypatch.setattr(data_parallel, "shares_out_over_several", lambda: False)
+    with mp.simulate(4):
+        mesh = mp.make_mesh("dp=2,cp=2")
+        with pytest.raises(ConfigError, match=r"not over dp and cp: use data_parallel=\"replicate\", one of these axes"):
+            data_parallel.apply(make_tree(make_net(), mesh), mesh, ParallelConfig())
+
+
+def stopped() -> str:
+    """What a step says after one that raised, where FSDP2 cannot forget that."""
+    mesh = world_mesh("dp=2")
+    parallel = data_parallel.apply(make_tree(make_net(), mesh), mesh, ParallelConfig())
+    parallel.microbatch(0, 1)
+    before, data_parallel.forget_step = data_parallel.forget_step, lambda root: False
+    try:
+        parallel.reset()
+    finally:
+        data_parallel.forget_step = before
+    try:
+        parallel.microbatch(0, 1)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_releases_that_cannot_forget_a_step_refuse_the_next(gloo: Pool) -> None:
+    assert all("parallelize again" in said for said in gloo.run(stopped, world=2))

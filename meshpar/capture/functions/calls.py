@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from meshpar._torch import FakeTensor, functions_behind, functions_called
+from meshpar._torch import FakeTensor, forward_alone, functions_behind, functions_called
 from meshpar.capture.blame import here
 from meshpar.capture.functions.proofs import draws, nature_of, sizes
 from meshpar.capture.functions.state import FunctionState, changed, state_of
@@ -79,7 +79,7 @@ class Calls:
         self.model = model
         self.in_cpp: dict[str, None] = {}
         """Functions written in C++, by name: a graph has them if they belong to an operator."""
-        self._inlined: set[type[torch.autograd.Function]] = set()
+        self._seen: set[type[torch.autograd.Function]] = set()
         self._answers: dict[tuple[Any, ...], bool] = {}
 
     def answer(self, apply: Callable[..., Any], cls: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,8 +94,8 @@ class Calls:
         if key not in self._answers:
             aside(lambda: _refuse_changing(self.model, cls, args))
             self._answers[key] = not state_of(cls) and aside(lambda: _agrees(cls, args))
+        self._seen.add(cls)
         if self._answers[key]:
-            self._inlined.add(cls)
             return apply(*args, **kwargs)
         return _as_operator(self.model, cls, args, kwargs)
 
@@ -107,7 +107,7 @@ class Calls:
     def _look_at(self, function: type[torch.autograd.Function] | str | None) -> None:
         if isinstance(function, str) and not function.startswith(("at::", "torch::", "c10")):
             self.in_cpp[function] = None
-        elif isinstance(function, type) and function not in self._inlined and not _is_internal(function):
+        elif isinstance(function, type) and function not in self._seen and not _is_internal(function):
             raise CaptureError(
                 f"{type(self.model).__name__} cannot be captured: {function.__qualname__} ({function.__module__}) is an autograd.Function "
                 "that was not called by its apply, so that its backward would be lost.\n"
@@ -217,7 +217,7 @@ def _agrees_at(cls: type[torch.autograd.Function], args: tuple[Any, ...]) -> boo
             theirs = _tensors(cls.apply(*args))
             leading = (_LoneContext(args),) if cls.setup_context is torch.autograd.Function.setup_context else ()
             # Without writes in place, which autograd would refuse where they follow what was saved.
-            plain = _tensors(torch.func.functionalize(lambda *given: cls.forward(*leading, *given))(*args))
+            plain = _tensors(torch.func.functionalize(lambda *given: forward_alone(cls)(*leading, *given))(*args))
         if [t.requires_grad for t in theirs] != [t.requires_grad for t in plain] or not close(theirs, plain, _NEAR):
             return False
         return _same_derivatives(theirs, plain, [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad])

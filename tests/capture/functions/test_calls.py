@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import lru_cache, partial
-from types import SimpleNamespace
+from types import ClassMethodDescriptorType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +105,9 @@ class ByNeed(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0] * (2 if ctx.needs_input_grad[1] else 3), None
 
 
+IN_C = isinstance(vars(torch.autograd.Function).get("apply"), ClassMethodDescriptorType)
+"""Whether `apply` is a method in C (from torch 2.14 on), which finds a Function wherever it is called from, and does not say whether
+gradients are on there: under `no_grad` too, an operator is made."""
 BOXED = function(lambda ctx, x: x.round(), lambda ctx, grads: 2 * grads[0], boxed_grads_call=True).apply
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "one of two results": lambda x: function(lambda ctx, x: (x.round(), x * 3), lambda ctx, g, h: g + 5 * h).apply(x)[0],
@@ -127,7 +130,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_is_the_functions_own(kind: str) -> None:
-    assert len(operators(KINDS[kind])) == {"twice": 2, "in no_grad": 0}.get(kind, 1)
+    assert len(operators(KINDS[kind])) == {"twice": 2, "in no_grad": int(IN_C)}.get(kind, 1)
 
 
 def test_inside_a_reentrant_checkpoint() -> None:
@@ -205,7 +208,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "differentiated twice": (_penalised, "asks for gradients at test_calls.py(?s:.*)torch.func.jvp"),
     "peeking": (Peeking.apply, "run outside of autograd, its backward gives other gradients"),
     "dirty": (lambda x: function(_dirty, lambda ctx, g: 3 * g).apply(x * 1), "it overwrites its operands"),
-    "unseen": (_raw, "Straight .*not called by its apply.*\n  Call Straight.apply"),
+    **({} if IN_C else {"unseen": (_raw, "Straight .*not called by its apply.*\n  Call Straight.apply")}),
 }
 
 
