@@ -58,7 +58,7 @@ def main() -> None:
         "baselines": baseline_rows(result),
     }
     if options.search:
-        sections["places"] = places.text(runs, result.whole.constants)
+        sections["places"] = places.text(runs, result.errors["left out"], result.whole.constants)
     for name, text in sections.items():
         print(f"== {name}\n\n{text}")
     print("FITTED:", {name: float(f"{result.whole.constants[name]:.4g}") for name in FREE})

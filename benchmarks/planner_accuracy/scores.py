@@ -92,6 +92,13 @@ def pairs(runs: Sequence[Run], errors: np.ndarray, *, same_cluster: bool) -> tup
 
 def _orders(runs: Sequence[Run], errors: np.ndarray, same_cluster: bool) -> Iterator[bool]:
     rate = [run.job.tokens / run.job.cluster.gpus / run.seconds for run in runs]
+    for a, b in _alike(runs, same_cluster):
+        if max(rate[a], rate[b]) > 1.1 * min(rate[a], rate[b]):
+            estimated = rate[a] / (1 + errors[a]), rate[b] / (1 + errors[b])
+            yield (estimated[0] > estimated[1]) == (rate[a] > rate[b])
+
+
+def _alike(runs: Sequence[Run], same_cluster: bool) -> Iterator[tuple[int, int]]:
     for a, b in combinations(range(len(runs)), 2):
         x, y = runs[a], runs[b]
         alike = (x.name, x.job.seq, x.job.cluster.hardware, x.job.dtype) == (y.name, y.job.seq, y.job.cluster.hardware, y.job.dtype)
@@ -99,9 +106,14 @@ def _orders(runs: Sequence[Run], errors: np.ndarray, same_cluster: bool) -> Iter
             continue
         if same_cluster and (x.job.cluster.gpus, x.job.batch) != (y.job.cluster.gpus, y.job.batch):
             continue
-        if max(rate[a], rate[b]) > 1.1 * min(rate[a], rate[b]):
-            estimated = rate[a] / (1 + errors[a]), rate[b] / (1 + errors[b])
-            yield (estimated[0] > estimated[1]) == (rate[a] > rate[b])
+        yield a, b
+
+
+def apart(runs: Sequence[Run], errors: np.ndarray, *, sparse: bool) -> tuple[float, int]:
+    """By how much errors of two mappings of one model on one kind of GPU deviate from each other (the standard deviation of one of them,
+    in the logarithm, by the median), and how many pairs say so. What is wrong with both alike moves no choice between them."""
+    found = [abs(np.log1p(errors[a]) - np.log1p(errors[b])) for a, b in _alike(runs, False) if runs[a].sparse == runs[b].sparse == sparse]
+    return float(np.median(found)) / 0.6745 / 2**0.5, len(found)
 
 
 def constants_table(whole: Calibration) -> list[list[str]]:
