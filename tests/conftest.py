@@ -18,11 +18,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 def pytest_addoption(parser: pytest.Parser) -> None:
     with suppress(ValueError):  # pytest-timeout's, when it is installed
         parser.addini("timeout", "seconds per test (needs pytest-timeout; the pool of ranks has its own limit)")
+    parser.addoption("--gpu-on", default="cuda", help="where tests marked gpu run: `cpu` tries the tests themselves, without a GPU")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu:
+    if not gpu or config.getoption("--gpu-on") != "cuda":
         return
     import torch
 
