@@ -49,7 +49,8 @@ class Lowering:
     def whole(self, signature: BatchSignature, captured: Captured, plan: Plan) -> Program:
         """One that every rank runs from its first to its last call."""
         graph = self._lowered(captured, plan)
-        return Program(signature, captured, replace(plan, ledger=ledger(graph)), self._finished(graph))
+        graph = self._finished(graph)
+        return Program(signature, captured, replace(plan, ledger=ledger(graph)), graph)
 
     def _lowered(self, captured: Captured, plan: Plan) -> fx.Graph:
         if plan.stages:
@@ -59,7 +60,8 @@ class Lowering:
         return order.lowered(captured.graph, {a.axis: a for a in plan.axes}, axes, frozenset(captured.parameters), summed)
 
     def _finished(self, graph: fx.Graph) -> fx.Graph:
-        return order.finished(graph, results=self.config.recompute != "selective")
+        config = self.config
+        return order.finished(graph, results=config.recompute != "selective", overlap=config.overlap_tensor_parallel)
 
 
 def in_stages(program: Program) -> Program:
