@@ -33,12 +33,6 @@ CONTEXT = ("auto", "gather", "heads", "ring")
 RECOMPUTE = ("none", "selective", "full")
 DATA_PARALLEL = ("replicate", "zero1", "zero2", "zero3")
 
-UNREAD: Mapping[str, str] = {
-    "overlap_grad_reduce": "not read yet: FSDP2 sums gradients beside backward (on CPUs it waits for each sum), whatever it says",
-    "overlap_tensor_parallel": "not read yet: every collective inside a graph is waited for where it is called, whatever it says",
-}
-"""Field of ParallelConfig that nothing obeys so far -> what happens instead."""
-
 _DTYPES: Mapping[str, torch.dtype] = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -147,11 +141,15 @@ class ParallelConfig(_Fields):
     precision: Precision = field(default_factory=Precision)
     """The dtypes; a string such as "bf16" is short for `Precision.named`."""
     overlap_grad_reduce: bool = True
-    """Not read yet (see `UNREAD`): whether gradients are summed over the data ranks while backward still runs."""
+    """Whether `train_step` sums gradients over the data ranks while backward still runs (where devices can: on CPUs FSDP2 waits for each
+    sum); else after the backward of a microbatch ("zero2", "zero3") or of the last one. `loss.backward()` of one's own always does."""
     overlap_param_gather: bool = True
     """In forward, gather the next block's parameters while the current one computes. In backward FSDP2 always does, where devices can."""
     overlap_tensor_parallel: bool = True
-    """Not read yet (see `UNREAD`): whether collectives of `tp` start as soon as their input is ready and are waited for at first use."""
+    """Whether collectives inside a graph (of `tp`, `ep`, `cp`) run beside computation: gradient sums beside the weight gradients of the
+    products of their block, where messages are not small (`passes/products.py`). Results are the same bits either way."""
+    overlap_p2p: bool = True
+    """Whether a stage of a pipeline computes while what it is sent arrives; else it waits for each message when it begins to receive it."""
     outputs: Literal["whole", "cut"] = "whole"
     """What `pm(**batch)` returns: whole tensors of this data rank's samples, or ("cut") DTensors where values are cut, not gathered."""
     pad_to: int | Sequence[int] | None = None
@@ -226,7 +224,7 @@ class ParallelConfig(_Fields):
         ]
         complaints += [
             f"{name}={value!r}: True or False."
-            for name in ("overlap_grad_reduce", "overlap_param_gather", "overlap_tensor_parallel")
+            for name in ("overlap_grad_reduce", "overlap_param_gather", "overlap_tensor_parallel", "overlap_p2p")
             if not isinstance(value := getattr(self, name), bool)
         ]
         if not isinstance(self.sequence_parallel, bool) and self.sequence_parallel != "auto":

@@ -43,7 +43,7 @@ Primitive = Callable[[Tensor, Any, Any], Tensor]
 """`(x, layout, axis) -> y` without autograd: `layout` is () or the fields of one shard or two, `axis` is (group, size, rank)."""
 Finish = Callable[[], Tensor]
 """Waits for a collective that was started, and gives its result. To be called once."""
-Start = Callable[[Tensor, Any, Any], Finish]
+Starting = Callable[[Tensor, Any, Any], Finish]
 """A primitive that sends, in two: what it returns waits."""
 
 
@@ -173,7 +173,7 @@ def call(op: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
 
 
 def begin(op: Callable[..., Tensor], x: Tensor, *args: Any) -> Finish:
-    """Start a functional collective; what is returned waits for it. `x` must be kept as it is until then."""
+    """Starting a functional collective; what is returned waits for it. `x` must be kept as it is until then."""
     if torch.compiler.is_compiling():
         flying = op(x, *args)
         return lambda: functional.wait_tensor.default(flying)
@@ -249,8 +249,8 @@ _CARRIERS = {
 }
 
 
-def _carried(start: Start, x: Tensor, layout: Any, axis: Any) -> Finish:
-    """Start a primitive that only moves values on a dtype that the backends know."""
+def _carried(start: Starting, x: Tensor, layout: Any, axis: Any) -> Finish:
+    """Starting a primitive that only moves values on a dtype that the backends know."""
     carrier = _CARRIERS[x.dtype]
     if carrier.itemsize == x.dtype.itemsize:
         viewed = start(x.view(carrier), layout, axis)
@@ -259,7 +259,7 @@ def _carried(start: Start, x: Tensor, layout: Any, axis: Any) -> Finish:
     return lambda: widened().to(x.dtype)
 
 
-STARTS: Mapping[Primitive, Start] = {
+STARTS: Mapping[Primitive, Starting] = {
     all_reduce: _start_all_reduce,
     all_reduce_in_place: _start_all_reduce_in_place,
     all_gather: _start_all_gather,

@@ -30,7 +30,7 @@ from meshpar.ops.experts import grouped_mm as _grouped_mm
 from meshpar.ops.experts import grouped_outer
 from meshpar.ops.primitives import STARTS, all_reduce_in_place
 
-Work = Callable[[], Tensor]
+WeightGradient = Callable[[], Tensor]
 
 
 class Beside:
@@ -40,9 +40,9 @@ class Beside:
 
     def __init__(self) -> None:
         self.is_open = False
-        self.work: dict[int, Work] = {}
+        self.work: dict[int, WeightGradient] = {}
 
-    def put(self, number: int, gradient: Work) -> None:
+    def put(self, number: int, gradient: WeightGradient) -> None:
         """Leave the gradient of a weight."""
         self.work[number] = gradient
 
@@ -61,14 +61,14 @@ def i_to_r(x: Tensor, later: Beside, weights: tuple[Tensor, ...], *, group: str,
     """`ops.collectives.i_to_r`, in whose backward the gradients of `weights` are computed."""
     if not _flies(x, size):
         return collectives.i_to_r(x, group=group, size=size, rank=rank, reuse=reuse)
-    return _Convert.apply(x, later, "i_to_r", (), (group, size, rank), reuse, *weights)
+    return _Hiding.apply(x, later, "i_to_r", (), (group, size, rank), reuse, *weights)
 
 
 def convert(x: Tensor, later: Beside, weights: tuple[Tensor, ...], name: str, *layout: Any, group: str, size: int, rank: int) -> Tensor:
     """Any other conversion of `ops.collectives` by its `name`, in whose backward the gradients of `weights` are computed."""
     if not _flies(x, size):
         return getattr(collectives, name)(x, *layout, group=group, size=size, rank=rank)
-    return _Convert.apply(x, later, name, layout, (group, size, rank), False, *weights)
+    return _Hiding.apply(x, later, name, layout, (group, size, rank), False, *weights)
 
 
 def _flies(x: Tensor, size: int) -> bool:
@@ -76,7 +76,7 @@ def _flies(x: Tensor, size: int) -> bool:
     return size > 1 and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-class _Convert(torch.autograd.Function):
+class _Hiding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, later: Beside, name: str, layout: Any, axis: Any, reuse: bool, *weights: Tensor) -> Tensor:
         forward, backward = PRIMITIVES[name]

@@ -11,7 +11,6 @@ from math import prod
 import torch
 from torch import fx
 
-from meshpar.config import UNREAD
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.facts import Info, facts
 from meshpar.graph.op import op_name
@@ -104,8 +103,7 @@ def communication(plan: Plan, order: Order | None) -> list[str]:
         totals[plan.stages[comm.stage].rank if several else 0] += int(comm.count * comm.nbytes)
     by = "the rank that sends most" if several else "a rank"
     heading = f"Communication of one microbatch: {count(max(totals.values()), 'B')} sent by {by}"
-    lines = [heading, *table(cells, right=(5, 6) if several else (4, 5)), *_data_parallel(plan, order)]
-    return [*lines, *(f"  {name} is {why}" for name, why in UNREAD.items())]
+    return [heading, *table(cells, right=(5, 6) if several else (4, 5)), *_data_parallel(plan, order)]
 
 
 def _sent_to(comm: Comm) -> str:
