@@ -63,7 +63,7 @@ FIELDS: Mapping[str, Callable[[Any], tuple[str, Any]]] = {
 }
 """Name -> (field of ParallelConfig, its value); a value of None leaves the default. Later entries win over earlier ones."""
 
-_TP_OVERLAP = "overlap_tensor_parallel (tp_comm_overlap) switches all of it: gradient sums run beside weight gradients, in the order of the graph"
+_TP_OVERLAP = "overlap_tensor_parallel (tp_comm_overlap) switches all of it"
 _CAPTURE = "the model's own code is captured, so the model itself decides"
 _LOSS = "the loss is always the token-weighted mean over the whole global batch"
 _P2P = "stages send without waiting (batch_isend_irecv), in the order of the schedule, and let go of what has arrived"
@@ -133,7 +133,7 @@ NOTHING: Mapping[str, str] = {
     "tp_comm_overlap_disable_qkv": _TP_OVERLAP,
     "tp_comm_overlap_disable_fc1": _TP_OVERLAP,
     "tp_comm_bootstrap_backend": _TP_OVERLAP,
-    "overlap_moe_expert_parallel_comm": "rows go back beside the weight gradients of experts with overlap_tensor_parallel; forward waits for them",
+    "overlap_moe_expert_parallel_comm": "with overlap_tensor_parallel, gradients of rows go back beside the weight gradients of experts",
     "delay_wgrad_compute": 'schedule="zero-bubble" defers weight gradients',
     "defer_embedding_wgrad_compute": 'schedule="zero-bubble" defers weight gradients',
     "wgrad_deferral_limit": 'schedule="zero-bubble" defers weight gradients',

@@ -1,4 +1,4 @@
-"""A slow network between local gloo ranks: every collective takes a latency and its bytes over a bandwidth, and leaves the core free.
+"""A slow network between local gloo ranks: a collective takes a latency and its bytes over a bandwidth, and leaves the core free.
 
 One message after the other, in the order in which they were started, as on one link. Two numbers come out of it: how long the network was
 busy, and how much of that the program stood still for.

@@ -1,7 +1,7 @@
 """How much of communication a step stands still for: `python benchmarks/overlap/run.py --write`.
 
-Local gloo ranks of one thread each, over a network that is slowed down (`link.py`): each collective takes a stated latency and its bytes over
-a stated bandwidth, and leaves the core free. "Exposed" is the share of that time for which the step waits, "computing" the time of the step
+Local gloo ranks of one thread each, over a network that is slowed down (`link.py`): each collective takes a stated latency and its bytes
+over a stated bandwidth, and leaves the core free. "Exposed" is the share of that time for which the step waits, "computing" the time of the step
 without it. The network is a clock beside the processor time of a rank, which other work on the machine hardly touches; with `--sleep` it is a
 thread that sleeps, and time is real (for an idle machine with a core for each rank, and one more). The bandwidth is such that a message stands to the products beside it as on 8 GPUs of one node. With `overlap`
 on and off, and for the tensor-parallel Llama beside code by hand, `benchmarks/tensor_parallel/handwritten.py`, which waits for each
@@ -135,8 +135,8 @@ def worker(rounds: int, only: list[str], sleep: bool) -> list[str]:
         if only and not any(word in str(case) for word in only):
             continue
         for name, (took, busy, exposed) in measure(case, rounds, sleep).items():
-            cells = [str(case), name, f"{took * 1e3:.0f}", f"{(took - exposed) * 1e3:.0f}", f"{busy * 1e3:.0f}", f"{100 * exposed / busy:.0f} %"]
-            rows.append(line(cells))
+            numbers = (f"{seconds * 1e3:.0f}" for seconds in (took, took - exposed, busy))
+            rows.append(line([str(case), name, *numbers, f"{100 * exposed / busy:.0f} %"]))
             if dist.get_rank() == 0:
                 print(rows[-1], flush=True)
     return rows
@@ -153,7 +153,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table to README.md beside this file")
     options = parser.parse_args()
     rows = launch.run(worker, options.rounds, options.only, options.sleep, world=2)[0]
-    size = f"{LAYERS} layers, hidden {HIDDEN}, 2 x {LENGTH} tokens, float32; {LATENCY * 1e6:.0f} us and {BANDWIDTH / 1e6:.0f} MB/s per device."
+    network = f"{LATENCY * 1e6:.0f} us and {BANDWIDTH / 1e6:.0f} MB/s per device"
+    size = f"{LAYERS} layers, hidden {HIDDEN}, 2 x {LENGTH} tokens, float32; {network}."
     where = machine("gloo", "both ranks share the cores")
     text = readme("Overlap: exposed communication", __doc__, size, "", *table(HEAD, rows), where=where, script="benchmarks/overlap/run.py")
     print(text)

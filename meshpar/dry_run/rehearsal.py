@@ -230,9 +230,9 @@ class _Stage:
             later.open()
         if self.staged:
             self.data.backward(last=last and not self.defers)
-        arrived = [None if g is None else torch.empty(g[0], dtype=g[1]) for g in grads]
         else:
             self.data.alone()
+        arrived = [None if g is None else torch.empty(g[0], dtype=g[1]) for g in grads]
         torch.autograd.backward(roots, arrived)
         later.close()
         done = tape.mark()
