@@ -1,11 +1,12 @@
 """How much of communication a step stands still for: `python benchmarks/overlap/run.py --write`.
 
 Local gloo ranks of one thread each, over a network that is slowed down (`link.py`): each collective takes a stated latency and its bytes
-over a stated bandwidth, and leaves the core free. "Exposed" is the share of that time for which the step waits, "computing" the time of the step
-without it. The network is a clock beside the processor time of a rank, which other work on the machine hardly touches; with `--sleep` it is a
-thread that sleeps, and time is real (for an idle machine with a core for each rank, and one more). The bandwidth is such that a message stands to the products beside it as on 8 GPUs of one node. With `overlap`
-on and off, and for the tensor-parallel Llama beside code by hand, `benchmarks/tensor_parallel/handwritten.py`, which waits for each
-collective where it is called. Every gradient is compared, on against off, bit for bit, before anything is timed.
+over a stated bandwidth, and leaves the core free. "Exposed" is the share of that time for which the step waits, "computing" the time of
+the step without it. The network is a clock beside the processor time of a rank, which other work on the machine hardly touches; with
+`--sleep` it is a thread that sleeps, and time is real (for an idle machine with a core for each rank, and one more). The bandwidth is
+such that a message stands to the products beside it as on 8 GPUs of one node. With `overlap` on and off, and for the tensor-parallel
+Llama beside code by hand, `benchmarks/tensor_parallel/handwritten.py`, which waits for each collective where it is called. Every gradient
+is compared, on against off, bit for bit, before anything is timed.
 """
 
 from __future__ import annotations

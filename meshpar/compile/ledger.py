@@ -12,7 +12,7 @@ from torch import fx
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
-from meshpar.ops import convolution, gathered, halo, ring, scans, vocab_parallel
+from meshpar.ops import convolution, gathered, halo, pieces, ring, scans, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
@@ -54,6 +54,8 @@ def entries(node: fx.Node) -> Iterator[Comm]:
     known = facts(node)
     if known.conversion is not None:
         yield from _converted(node, [known.conversion])
+    if node.target is pieces.gathered and known.conversion is not None:
+        yield from _again(node, known.conversion)
     if known.joined:
         yield from _converted(node, known.joined)
     if known.exchange is not None:
@@ -72,6 +74,13 @@ def entries(node: fx.Node) -> Iterator[Comm]:
         tokens, smoothing = prod(info_of(target).shape), where.get("label_smoothing", 0.0)
         for sent in vocab_parallel.cross_entropy_traffic(tokens, info_of(node).dtype, where["size"], label_smoothing=smoothing):
             yield _comm(node, ALL_REDUCE, known.axis or "", sent.phase, float(sent.nbytes))
+
+
+def _again(node: fx.Node, change: Change) -> Iterator[Comm]:
+    """What is gathered once more in backward, for the gradients of weights."""
+    weights: Any = node.args[1]
+    if any(info_of(weight).requires_grad for weight in weights):
+        yield _comm(node, ALL_GATHER, change.axis, "backward", wire_bytes(ALL_GATHER, change.whole.nbytes, change.size))
 
 
 def _between_parts(node: fx.Node) -> Iterator[Comm]:

@@ -61,7 +61,8 @@ class Lowering:
 
     def _finished(self, graph: fx.Graph) -> fx.Graph:
         config = self.config
-        return order.finished(graph, results=config.recompute != "selective", overlap=config.overlap_tensor_parallel)
+        keeps, overlap = config.recompute != "selective", config.overlap_tensor_parallel
+        return order.finished(graph, results=keeps, overlap=overlap, pieces=config.recompute == "none")
 
 
 def in_stages(program: Program) -> Program:

@@ -202,8 +202,14 @@ def rotated(x: Tensor, axis: Any) -> Tensor:
         parts = on_rank(lambda r, x: torch.cat([x if q == (r + 1) % size else torch.zeros_like(x) for q in range(size)]), axis, x)
         found: Tensor = on_rank(lambda r, y: y.unflatten(0, (size, -1))[(r - 1) % size].clone(), axis, _exchange(parts, size, group)())
         return found
-    sent, received = ([x.shape[0] if q == at % size else 0 for q in range(size)] for at in (rank + 1, rank - 1))
-    return call(functional.all_to_all_single.default, x.contiguous(), received, sent, group)
+    return start_shift(x, 1, axis)()
+
+
+def start_shift(x: Tensor, by: int, axis: Any) -> Finish:
+    """What the rank `by` before this one had: every rank sends its `x` (dim 0 is its first) to the one `by` after it. Not simulated."""
+    group, size, rank = axis
+    sent, received = ([x.shape[0] if q == at % size else 0 for q in range(size)] for at in (rank + by, rank - by))
+    return begin(functional.all_to_all_single.default, x.contiguous(), received, sent, group)
 
 
 def exchanged(parts: tuple[Tensor, ...], received: Sequence[Sequence[int]], axis: Any) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from meshpar.graph.facts import Facts, Info, facts, info_of, infos_of, set_facts
 from meshpar.graph.op import op_name, operands
 from meshpar.graph.operators import operator_of
-from meshpar.ops import collectives, expert_all_to_all, products
+from meshpar.ops import collectives, expert_all_to_all, pieces, products
 from meshpar.ops.collectives import PRIMITIVES
 from meshpar.sharding.conversions import conversion, wire_bytes
 
@@ -33,6 +33,7 @@ _LATER: Mapping[str, Callable[..., Tensor]] = {
     "linear": products.linear,
     **dict.fromkeys(("mm", "matmul", "addmm"), products.matmul),
     "meshpar.grouped_mm": products.grouped_mm,
+    "meshpar.ops.pieces.scattered": pieces.scattered,
 }
 """Products -> the same, leaving the gradient of the weight to somebody else."""
 _CONVERSIONS = frozenset(getattr(collectives, name) for name in PRIMITIVES)
@@ -54,7 +55,7 @@ class HideGradientSums:
 
     def _assigned(self, graph: fx.Graph) -> list[tuple[fx.Node, list[fx.Node]]]:
         """Collectives, and the products whose weight gradients are computed beside each."""
-        constant = _constant(graph)
+        constant = constants(graph)
         starts = [n for n in graph.nodes if n not in constant and _message(n) >= max(1, self.least_bytes)]
         through = _through(graph, frozenset(starts))
         left = [n for n in graph.nodes if through.get(n) and _is_weighed(n, constant)]
@@ -80,13 +81,13 @@ def _message(node: fx.Node) -> float:
     if node.target is expert_all_to_all.send_rows and known.exchange is not None:
         return float(known.exchange.rows.nbytes) if known.exchange.rows.requires_grad else 0.0
     change = known.conversion
-    if node.target not in _CONVERSIONS or change is None or not change.whole.requires_grad:
+    if node.target not in (*_CONVERSIONS, pieces.gathered) or change is None or not change.whole.requires_grad:
         return 0.0
     found = conversion(change.before, change.after)
     return wire_bytes(found.backward, change.whole.nbytes, change.size) if found is not None and found.backward is not None else 0.0
 
 
-def _constant(graph: fx.Graph) -> frozenset[fx.Node]:
+def constants(graph: fx.Graph) -> frozenset[fx.Node]:
     """Parameters, and what is made of nothing else."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -111,7 +112,7 @@ def _differentiable(info: Info | None) -> bool:
 
 def _is_weighed(node: fx.Node, constant: frozenset[fx.Node]) -> bool:
     """Whether a node is the product of a value with a parameter that is trained."""
-    if op_name(node.target) not in _LATER or node.kwargs:
+    if op_name(node.target) not in _LATER or (node.kwargs and node.target is not pieces.scattered):
         return False
     x, weight, bias = _factors(node)
     if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node) and weight in constant and x not in constant):
@@ -122,10 +123,10 @@ def _is_weighed(node: fx.Node, constant: frozenset[fx.Node]) -> bool:
 
 
 def _factors(node: fx.Node) -> tuple[Any, Any, Any]:
-    """Value, weight, and what is added, of a product (of grouped_mm the offsets)."""
+    """Value, weight, and what is added, of a product."""
     places = operator_of(node.target).factors
     assert places is not None
-    if _LATER[op_name(node.target)] is products.grouped_mm:
+    if _LATER[op_name(node.target)] in (products.grouped_mm, pieces.scattered):
         return node.args[0], node.args[1], None
     added = node.args[0] if places[0] else node.args[2] if len(node.args) > 2 else None
     return node.args[places[0]], node.args[places[1]], added
@@ -133,15 +134,15 @@ def _factors(node: fx.Node) -> tuple[Any, Any, Any]:
 
 def _ready(left: Sequence[fx.Node], through: Mapping[fx.Node, frozenset[fx.Node]], start: fx.Node) -> list[fx.Node]:
     """The products whose gradients come to `start`, which can have their weights."""
-    return [n for n in left if start in through[n] and _can_come(start, _factors(n)[1])]
+    return [n for n in left if start in through[n] and can_come(start, _factors(n)[1])]
 
 
-def _can_come(start: fx.Node, node: fx.Node) -> bool:
+def can_come(start: fx.Node, node: fx.Node) -> bool:
     """Whether what a parameter is made into may stand before `start`: collectives stay where they are, in one order on all ranks."""
     if node < start:
         return True
     sends = facts(node).conversion is not None or bool(facts(node).joined)
-    return not (sends and node.kwargs["rank"] >= 0) and all(_can_come(start, one) for one in node.all_input_nodes)  # type: ignore[operator]
+    return not (sends and node.kwargs["rank"] >= 0) and all(can_come(start, one) for one in node.all_input_nodes)  # type: ignore[operator]
 
 
 def _same(some: Sequence[fx.Node], others: Sequence[fx.Node]) -> bool:
@@ -172,12 +173,14 @@ def _join(graph: fx.Graph, start: fx.Node, weighed: Sequence[fx.Node]) -> None:
     """Let `start` compute the weight gradients of the products."""
     weights = tuple(_factors(node)[1] for node in weighed)
     for weight in weights:
-        _bring(start, weight)
+        bring(start, weight)
     known = facts(start)
     with graph.inserting_before(start):
         later = set_facts(graph.call_function(products.beside), Facts(module=known.module, region=known.region, stage=known.stage))
     if start.target is expert_all_to_all.send_rows:
         start.args, start.target = (*start.args, later, weights), products.send_rows
+    elif start.target is pieces.gathered:
+        start.args = (*start.args, later, weights)
     elif start.target is collectives.i_to_r:
         start.args, start.target = (start.args[0], later, weights), products.i_to_r
     else:
@@ -186,12 +189,13 @@ def _join(graph: fx.Graph, start: fx.Node, weighed: Sequence[fx.Node]) -> None:
     for number, node in enumerate(weighed):
         x, weight, bias = _factors(node)
         node.target = _LATER[op_name(node.target)]
-        node.args = (x, weight, node.args[2] if node.target is products.grouped_mm else bias, later, number)
+        more = node.args[2:] if node.target in (products.grouped_mm, pieces.scattered) else (bias,)
+        node.args = (x, weight, *more, later, number)
 
 
-def _bring(start: fx.Node, node: fx.Node) -> None:
+def bring(start: fx.Node, node: fx.Node) -> None:
     """What a parameter is made into stands before `start`."""
     for one in node.all_input_nodes:
-        _bring(start, one)
+        bring(start, one)
     if start < node:
         start.prepend(node)

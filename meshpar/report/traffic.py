@@ -173,10 +173,10 @@ def _repeated_on(axis: AxisPlan, plan: Plan, graph: fx.Graph) -> list[str]:
     for node in graph.nodes:
         if node.op != "call_function" or facts(node).info is None or not differentiable(node):
             continue
-        if facts(node).conversion is not None or facts(node).joined or node.target is operator.getitem:
+        cost, size = flops(node), nbytes(node)
+        if (facts(node).conversion is not None and not cost) or facts(node).joined or node.target is operator.getitem:
             continue
         whole = axis.axis not in facts(node).cut
-        cost, size = flops(node), nbytes(node)
         work[whole] += int(cost)
         moved[whole] += int(size)
         if whole:
