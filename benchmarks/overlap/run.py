@@ -35,7 +35,7 @@ from benchmarks.tensor_parallel.handwritten import Handwritten, Model  # noqa: E
 from meshpar.proof import launch  # noqa: E402
 
 LATENCY, BANDWIDTH = 1e-4, 1e8
-HIDDEN, LENGTH, LAYERS = 512, 512, 2
+HIDDEN, LENGTH, LAYERS = 512, 512, 4
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ _PRODUCTS: dict[str, OperatorRow] = {
     **_product("meshpar.ops.products.linear", matrix=("outputs", "inputs")),
     **_product("meshpar.ops.products.matmul"),
     **_rows("meshpar.ops.pieces.gathered", kind="product", flops=count.products, factors=(0, 1)),
-    **_rows("meshpar.ops.pieces.scattered", kind="product", flops=count.reduced_product, factors=(0, 1)),
+    **_rows("meshpar.ops.pieces.scattered meshpar.ops.pieces.reduced", kind="product", flops=count.reduced_product, factors=(0, 1)),
     **_product("meshpar.ops.products.grouped_mm", matrix=("experts",)),
     **_product("meshpar.grouped_mm", rules.grouped_mm, matrix=("experts",)),  # the matrices of every expert are cut alike
     **_rows("einsum", rules.einsum, kind="product", flops=count.einsum),

@@ -10,11 +10,17 @@
         network                       rows of rank + 1 ...   rows of rank + 2 ...
         rank      rows of rank + 1    rows of rank + 2       own rows, and the sum
 
-As many bytes are sent as by the collectives, in size - 1 messages, each to one rank. `gathered` keeps the part of x that the rank has, and
-gathers it again in backward while the gradients of x are computed: one all-gather more, and 1/size of the memory (as Megatron does). The
-gradient sum of `gathered` runs beside the weight gradients, its own and those that others leave (see `ops.products`); the gather in the
-backward of `scattered` is in pieces, too. Rows are multiplied in groups, and parts summed from the own one backward: rounding differs from
-that of whole products. Only for sequences that all ranks have equal parts of, of one stretch each.
+    y = p_to_i(linear(a, v), ...)             y = reduced(a, v, ...)
+
+        network                       sum of the first rows .   sum of the next ....
+        rank      first rows of y     next rows                 ...
+
+As many bytes are sent as by the collectives, in size - 1 messages, each to one rank, or (sums) in `PIECES` parts. `gathered` keeps the
+part of x that the rank has, and gathers it again in backward while the gradients of x are computed: one all-gather more, and 1/size of the
+memory (as Megatron does). The gradient sum of `gathered` runs beside the weight gradients, its own and those that others leave (see
+`ops.products`); the gather in the backward of `scattered` is in pieces, too. Rows are multiplied in groups, and parts summed from the own
+one backward: rounding differs from that of whole products. The first two only for sequences that all ranks have equal parts of, of one
+stretch each.
 """
 
 from __future__ import annotations
@@ -28,9 +34,11 @@ from torch.nn.functional import linear
 from meshpar.ops import collectives, products
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
-from meshpar.ops.primitives import STARTS, Finish, all_gather, reduce_scatter, start_shift
+from meshpar.ops.primitives import STARTS, Finish, all_gather, all_reduce_in_place, reduce_scatter, start_shift
 from meshpar.ops.products import Beside
 
+PIECES = 4
+"""Of a sum: all but the last of them travel beside products."""
 Weights = tuple[Tensor, ...]
 Biases = tuple[Tensor | None, ...]
 
@@ -195,12 +203,51 @@ class _Scattered(torch.autograd.Function):
             whole.narrow(ctx.dim, start, n).copy_(part)
             _multiply(part, weight.t(), None, for_a.narrow(ctx.dim, start, n))
         rows, columns = whole.view(-1, weight.shape[0]), a.reshape(-1, a.shape[-1])
-        if not ctx.needs_input_grad[1]:
-            return for_a, None, None, None, None, None
-        if ctx.later is None:
-            return for_a, rows.t().mm(columns), None, None, None, None
-        ctx.later.put(ctx.number, lambda: rows.t().mm(columns))
-        return for_a, None, None, None, None, None
+        return for_a, _for_weight(ctx, rows, columns), None, None, None, None
+
+
+def reduced(a: Tensor, weight: Tensor, later: Beside | None = None, number: int = 0, *, group: str, size: int, rank: int) -> Tensor:
+    """`p_to_i` of a product: `a` [..., i], `weight` [o, i] -> [..., o], summed over the axis. `later`, `number`: as of `scattered`."""
+    if not _travels(size, rank):
+        pending = linear(a, weight) if later is None else products.linear(a, weight, None, later, number)
+        return collectives.p_to_i(pending, group=group, size=size, rank=rank)
+    axis = (group, size, rank)
+    if not torch.is_grad_enabled() or not (a.requires_grad or weight.requires_grad):
+        return _reduced(a, weight, axis)
+    waits = later is not None and later.is_open and a.requires_grad and weight.requires_grad
+    return _Reduced.apply(a, weight, later if waits else None, number, axis)
+
+
+def _reduced(a: Tensor, weight: Tensor, axis: tuple[str, int, int]) -> Tensor:
+    start = STARTS[all_reduce_in_place]
+    flying = [start(rows.mm(weight.t()), (), axis) for rows in a.reshape(-1, a.shape[-1]).chunk(PIECES)]
+    return torch.cat([arrive() for arrive in flying]).view(*a.shape[:-1], -1)
+
+
+class _Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor, later: Beside | None, number: int, axis: Any) -> Tensor:
+        ctx.save_for_backward(a, weight)
+        ctx.later, ctx.number = later, number
+        return _reduced(a, weight, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        a, weight = ctx.saved_tensors
+        rows, columns = grad.reshape(-1, grad.shape[-1]), a.reshape(-1, a.shape[-1])
+        for_a = rows.mm(weight).view(a.shape) if ctx.needs_input_grad[0] else None
+        return for_a, _for_weight(ctx, rows, columns), None, None, None
+
+
+def _for_weight(ctx: Any, rows: Tensor, columns: Tensor) -> Tensor | None:
+    """The gradient of the weight of a product, unless it is left to somebody else."""
+    if not ctx.needs_input_grad[1]:
+        return None
+    if ctx.later is None:
+        return rows.t().mm(columns)
+    ctx.later.put(ctx.number, lambda: rows.t().mm(columns))
+    return None
 
 
 def _travels(size: int, rank: int) -> bool:

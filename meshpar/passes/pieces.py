@@ -1,4 +1,4 @@
-"""Products beside the collectives of a cut sequence, in pieces: all-gather and products, product and reduce-scatter become one call each.
+"""Products beside their own collectives, in pieces: all-gather and products, product and reduce-scatter or all-reduce become one call each.
 
 before                                       after
   x_r = s_to_r(x, 1, ...)                      qk = gathered(x, (wq, wk), (None, None), 1, ...)
@@ -7,6 +7,8 @@ before                                       after
   ...                                          ...
   y   = linear(a, wo)                          y_s = scattered(a, wo, 1, ...)
   y_s = p_to_s(y, 1, ...)
+  z   = linear(c, wo)                          z_i = reduced(c, wo, ...)
+  z_i = p_to_i(z, ...)
 
 Only where nothing else reads what is gathered, or the pending sum, and for equal parts of one stretch. (Blocks that are computed again in
 backward are left alone: they would gather three times.)
@@ -15,12 +17,13 @@ backward are left alone: they would gather three times.)
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from torch import fx
+from torch import Tensor, fx
 
-from meshpar.graph.facts import facts, info_of, set_facts
+from meshpar.graph.facts import Change, facts, info_of, set_facts
 from meshpar.graph.op import op_name
 from meshpar.ops import collectives, pieces
 from meshpar.passes.products import bring, can_come, constants
@@ -39,24 +42,25 @@ class CutIntoPieces:
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         fixed = constants(graph)
         for node in list(graph.nodes):
-            if not self._is_even(node):
+            change = facts(node).conversion
+            if change is None or change.whole.nbytes < self.least_bytes:
                 continue
-            if node.target is collectives.s_to_r and _products(node, fixed):
+            if node.target is collectives.s_to_r and _is_even(node, change) and _are_products(node, fixed):
                 _gather(graph, node)
-            elif node.target is collectives.p_to_s and _is_pending_product(node):
-                _scatter(graph, node)
+            elif node.target is collectives.p_to_s and _is_even(node, change) and _is_pending_product(node):
+                _sum(graph, node, pieces.scattered)
+            elif node.target is collectives.p_to_i and _is_pending_product(node):
+                _sum(graph, node, pieces.reduced)
         return graph
 
-    def _is_even(self, node: fx.Node) -> bool:
-        """Whether a conversion is one to or from equal parts of one stretch of a dim that is no feature's, and large."""
-        change = facts(node).conversion
-        if node.target not in (collectives.s_to_r, collectives.p_to_s) or change is None or change.whole.nbytes < self.least_bytes:
-            return False
-        dim, repeat, segments = cast(tuple[int, int, tuple[tuple[int, int], ...]], node.args[1:])
-        return repeat == 1 and len(segments) == 1 and segments[0][0] % change.size == 0 and dim < len(change.whole.shape) - 1
+
+def _is_even(node: fx.Node, change: Change) -> bool:
+    """Whether a conversion is one to or from equal parts of one stretch of a dim that is no feature's."""
+    dim, repeat, segments = cast(tuple[int, int, tuple[tuple[int, int], ...]], node.args[1:])
+    return repeat == 1 and len(segments) == 1 and segments[0][0] % change.size == 0 and dim < len(change.whole.shape) - 1
 
 
-def _products(node: fx.Node, fixed: frozenset[fx.Node]) -> bool:
+def _are_products(node: fx.Node, fixed: frozenset[fx.Node]) -> bool:
     """Whether all that reads what is gathered are products of it with parameters, in its block."""
     return bool(node.users) and all(
         op_name(user.target) == "linear"
@@ -70,7 +74,7 @@ def _products(node: fx.Node, fixed: frozenset[fx.Node]) -> bool:
 
 
 def _is_pending_product(node: fx.Node) -> bool:
-    """Whether what is summed and cut is a product without a bias that nothing else reads."""
+    """Whether what is summed is a product without a bias that nothing else reads."""
     made: Any = node.args[0]
     return (
         made.op == "call_function"
@@ -99,7 +103,7 @@ def _gather(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _scatter(graph: fx.Graph, node: fx.Node) -> None:
+def _sum(graph: fx.Graph, node: fx.Node, target: Callable[..., Tensor]) -> None:
     made: Any = node.args[0]
-    node.target, node.args = pieces.scattered, (*made.args[:2], *node.args[1:])
+    node.target, node.args = target, (*made.args[:2], *node.args[1:])
     graph.erase_node(made)

@@ -34,8 +34,10 @@ _LATER: Mapping[str, Callable[..., Tensor]] = {
     **dict.fromkeys(("mm", "matmul", "addmm"), products.matmul),
     "meshpar.grouped_mm": products.grouped_mm,
     "meshpar.ops.pieces.scattered": pieces.scattered,
+    "meshpar.ops.pieces.reduced": pieces.reduced,
 }
 """Products -> the same, leaving the gradient of the weight to somebody else."""
+_IN_PIECES = (pieces.scattered, pieces.reduced)
 _CONVERSIONS = frozenset(getattr(collectives, name) for name in PRIMITIVES)
 
 
@@ -112,7 +114,7 @@ def _differentiable(info: Info | None) -> bool:
 
 def _is_weighed(node: fx.Node, constant: frozenset[fx.Node]) -> bool:
     """Whether a node is the product of a value with a parameter that is trained."""
-    if op_name(node.target) not in _LATER or (node.kwargs and node.target is not pieces.scattered):
+    if op_name(node.target) not in _LATER or (node.kwargs and node.target not in _IN_PIECES):
         return False
     x, weight, bias = _factors(node)
     if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node) and weight in constant and x not in constant):
@@ -126,7 +128,7 @@ def _factors(node: fx.Node) -> tuple[Any, Any, Any]:
     """Value, weight, and what is added, of a product."""
     places = operator_of(node.target).factors
     assert places is not None
-    if _LATER[op_name(node.target)] in (products.grouped_mm, pieces.scattered):
+    if _LATER[op_name(node.target)] in (products.grouped_mm, *_IN_PIECES):
         return node.args[0], node.args[1], None
     added = node.args[0] if places[0] else node.args[2] if len(node.args) > 2 else None
     return node.args[places[0]], node.args[places[1]], added
@@ -189,7 +191,7 @@ def _join(graph: fx.Graph, start: fx.Node, weighed: Sequence[fx.Node]) -> None:
     for number, node in enumerate(weighed):
         x, weight, bias = _factors(node)
         node.target = _LATER[op_name(node.target)]
-        more = node.args[2:] if node.target in (products.grouped_mm, pieces.scattered) else (bias,)
+        more = node.args[2:] if node.target in (products.grouped_mm, *_IN_PIECES) else (bias,)
         node.args = (x, weight, *more, later, number)
 
 

@@ -6,6 +6,8 @@ k  = qk[1]                                             k   = linear(x_r, wk)
 
 y  = scattered(a, w, 1, ..., later, 0)         ->      p   = products.linear(a, w, None, later, 0)
                                                        y   = p_to_s(p, 1, ...)
+    z  = reduced(a, w, ...)                                p   = linear(a, w)
+                                                           z   = p_to_i(p, ...)
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import fx
 from meshpar.graph.facts import Change, Facts, facts, info_of, set_facts
 from meshpar.graph.op import op_name
 from meshpar.ops import collectives, products
+from meshpar.sharding.types import Shard
 
 _PIECES = "meshpar.ops.pieces."
 
@@ -33,8 +36,8 @@ def expanded(graph: fx.Graph) -> fx.Graph:
         name = op_name(node.target) if node.op == "call_function" else ""
         if name == _PIECES + "gathered":
             made[node] = _gathered(new, node, made)
-        elif name == _PIECES + "scattered":
-            made[node] = _scattered(new, node, made)
+        elif name in (_PIECES + "scattered", _PIECES + "reduced"):
+            made[node] = _summed(new, node, made, scattered=name.endswith("scattered"))
         elif node.target is operator.getitem and isinstance(made[node.args[0]], list):
             made[node] = set_facts(made[node.args[0]][node.args[1]], facts(node))
         else:
@@ -61,21 +64,23 @@ def _linear(new: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) ->
     return new.call_function(torch.ops.aten.linear.default, (x, weight) if bias is None else (x, weight, bias))
 
 
-def _scattered(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
+def _summed(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any], *, scattered: bool) -> fx.Node:
     given: Any = fx.map_arg(node.args, made.__getitem__)
-    a, weight, dim, repeat, segments, *left = given
-    known, where = facts(node), dict(node.kwargs)
+    known = facts(node)
     assert known.conversion is not None
+    a, weight, *rest = given
+    layout, left = (rest[:3], rest[3:]) if scattered else ([], rest)
     pending = new.call_function(products.linear, (a, weight, None, *left)) if left else _linear(new, a, weight, None)
-    set_facts(pending, _before(known, known.conversion, dim))
-    result = new.call_function(collectives.p_to_s, (pending, dim, repeat, segments), where)
-    return set_facts(result, known)
+    set_facts(pending, _before(known, known.conversion))
+    to = collectives.p_to_s if scattered else collectives.p_to_i
+    return set_facts(new.call_function(to, (pending, *layout), dict(node.kwargs)), known)
 
 
-def _before(known: Facts, change: Change, dim: int) -> Facts:
+def _before(known: Facts, change: Change) -> Facts:
     """Of the value before it was converted."""
     assert known.part_of is not None
     turned = replace(change, before=change.after, after=change.before)
     info: Any = known.info
-    shape = tuple(n * change.size if d == dim else n for d, n in enumerate(info.shape))
+    cut = change.after.dim if isinstance(change.after, Shard) else None
+    shape = tuple(n * change.size if d == cut else n for d, n in enumerate(info.shape))
     return replace(known, info=replace(info, shape=shape), part_of=known.part_of.converted(turned), conversion=None)
