@@ -38,13 +38,15 @@ def verified(mesh: str, **config: Any) -> tuple[float, list[bool], list[int]]:
 @pytest.mark.parametrize("mode", ["zero1", "zero3"])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_gradients_are_summed_beside_backward_or_after_it(gloo: Pool, mode: str, overlap: bool) -> None:
-    for worst, inside, _ in gloo.run(verified, "dp=2", world=2, data_parallel=mode, microbatches=2, overlap_grad_reduce=overlap):
+    for worst, inside, _ in gloo.run(
+        verified, "dp=2", world=2, timeout=180.0, data_parallel=mode, microbatches=2, overlap_grad_reduce=overlap
+    ):
         assert worst < 1e-9
         assert inside and set(inside) == {overlap}
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_messages_arrive_beside_computation_or_before_it(gloo: Pool, overlap: bool) -> None:
-    for worst, _, waiting in gloo.run(verified, "pp=2", world=2, microbatches=4, overlap_p2p=overlap):
+    for worst, _, waiting in gloo.run(verified, "pp=2", world=2, timeout=180.0, microbatches=4, overlap_p2p=overlap):
         assert worst < 1e-9
         assert waiting and any(waiting) == overlap

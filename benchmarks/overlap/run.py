@@ -3,10 +3,13 @@
 Local gloo ranks of one thread each, over a network that is slowed down (`link.py`): each collective takes a stated latency and its bytes
 over a stated bandwidth, and leaves the core free. "Exposed" is the share of that time for which the step waits, "computing" the time of
 the step without it. The network is a clock beside the processor time of a rank, which other work on the machine hardly touches; with
-`--sleep` it is a thread that sleeps, and time is real (for an idle machine with a core for each rank, and one more). The bandwidth is
-such that a message stands to the products beside it as on 8 GPUs of one node. With `overlap` on and off, and for the tensor-parallel
-Llama beside code by hand, `benchmarks/tensor_parallel/handwritten.py`, which waits for each collective where it is called. Every gradient
-is compared, on against off, bit for bit, before anything is timed.
+`--sleep` it is a thread that sleeps, and time is real (for an idle machine with a core for each rank, and one more).
+
+At this bandwidth a message takes about 1.7 times as long as the output projection beside it, as with hidden 8192 in bf16 on 8 H100 of one
+node (half of 989 TFLOP/s, 250 GB/s in collectives); `--bandwidth` takes another. `overlap_tensor_parallel` is on and off; for the
+tensor-parallel Llama there is code by hand, too, `benchmarks/tensor_parallel/handwritten.py`, which waits for each collective where it is
+called (its model ends in a squared error: no embedding, no head). Gradients are compared, on against off, before anything is timed. Not
+in the table: data parallelism, for which FSDP2 waits on CPUs whatever is asked, and pipelines, whose messages are not collectives.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from benchmarks.measuring import line, machine, readme, table, write  # noqa: E4
 from benchmarks.tensor_parallel.handwritten import Handwritten, Model  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 
-LATENCY, BANDWIDTH = 1e-4, 1e8
+LATENCY, BANDWIDTH = 1e-4, 1.25e8
 HIDDEN, LENGTH, LAYERS = 512, 512, 4
 
 
@@ -104,10 +107,10 @@ def gradients(module: nn.Module) -> list[Tensor]:
     return [(g.to_local() if isinstance(g, torch.distributed.tensor.DTensor) else g).clone() for g in found]
 
 
-def measure(case: Case, rounds: int, sleep: bool) -> dict[str, tuple[float, float, float]]:
+def measure(case: Case, rounds: int, sleep: bool, bandwidth: float) -> dict[str, tuple[float, float, float]]:
     """By contender: seconds of a step, of communication in it, and of waiting for that; medians over the rounds."""
     steps = {name: step_of(case, name == "on") for name in (("off",) if case.model == "by hand" else ("off", "on"))}
-    link = (Sleeping if sleep else Link)(LATENCY, BANDWIDTH)
+    link = (Sleeping if sleep else Link)(LATENCY, bandwidth)
     made = {name: list[tuple[float, float, float]]() for name in steps}
     seen = {}
     with slow(link):
@@ -123,19 +126,21 @@ def measure(case: Case, rounds: int, sleep: bool) -> dict[str, tuple[float, floa
                     made[name].append((took, link.busy, link.exposed))
                 else:
                     seen[name] = gradients(module)
-    if len(seen) == 2 and not all(torch.equal(a, b) for a, b in zip(seen["on"], seen["off"], strict=True)):
-        raise SystemExit(f"{case}: gradients differ")
+    if len(seen) == 2:
+        worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(seen["on"], seen["off"], strict=True))
+        if worst > 1e-4:
+            raise SystemExit(f"{case}: gradients differ by {worst:.1e}")
     return {name: tuple(statistics.median(values) for values in zip(*found, strict=True)) for name, found in made.items()}  # type: ignore[misc]
 
 
-def worker(rounds: int, only: list[str], sleep: bool) -> list[str]:
+def worker(rounds: int, only: list[str], sleep: bool, bandwidth: float) -> list[str]:
     """What every rank runs: the rows of the table."""
     warnings.simplefilter("ignore")
     rows = []
     for case in CASES:
         if only and not any(word in str(case) for word in only):
             continue
-        for name, (took, busy, exposed) in measure(case, rounds, sleep).items():
+        for name, (took, busy, exposed) in measure(case, rounds, sleep, bandwidth).items():
             numbers = (f"{seconds * 1e3:.0f}" for seconds in (took, took - exposed, busy))
             rows.append(line([str(case), name, *numbers, f"{100 * exposed / busy:.0f} %"]))
             if dist.get_rank() == 0:
@@ -150,11 +155,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only", nargs="*", default=[], help="words of cases")
+    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes per second and device")
     parser.add_argument("--sleep", action="store_true", help="real time, on a network that sleeps")
     parser.add_argument("--write", action="store_true", help="write the table to README.md beside this file")
     options = parser.parse_args()
-    rows = launch.run(worker, options.rounds, options.only, options.sleep, world=2)[0]
-    network = f"{LATENCY * 1e6:.0f} us and {BANDWIDTH / 1e6:.0f} MB/s per device"
+    rows = launch.run(worker, options.rounds, options.only, options.sleep, options.bandwidth, world=2)[0]
+    network = f"{LATENCY * 1e6:.0f} us and {options.bandwidth / 1e6:.0f} MB/s per device"
     size = f"{LAYERS} layers, hidden {HIDDEN}, 2 x {LENGTH} tokens, float32; {network}."
     where = machine("gloo", "both ranks share the cores")
     text = readme("Overlap: exposed communication", __doc__, size, "", *table(HEAD, rows), where=where, script="benchmarks/overlap/run.py")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from meshpar.compile.exposure import exposed
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
@@ -16,25 +17,33 @@ from meshpar.ops import convolution, gathered, halo, pieces, ring, scans, vocab_
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
+from meshpar.sharding.price import Price
 from meshpar.sharding.types import Shard
 
 
-def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
+def ledger(graph: fx.Graph, price: Price | None = None) -> tuple[Comm, ...]:
     """One entry per collective and phase of one microbatch, in program order.
 
-    Bytes are what each device sends with ring algorithms: an all-reduce of n bytes over t ranks sends 2 n (t-1)/t.
+    Bytes are what each device sends with ring algorithms: an all-reduce of n bytes over t ranks sends 2 n (t-1)/t. Seconds are those of
+    `price`.
     """
-    return tuple(entry for node in graph.nodes for entry in entries(node))
+    price = price or Price()
+    return tuple(_timed(node, entry, price) for node in graph.nodes for entry in entries(node))
 
 
-def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[Comm, ...]:
+def _timed(node: fx.Node, entry: Comm, price: Price) -> Comm:
+    seconds = price.collective(entry.nbytes)
+    return replace(entry, seconds=seconds, exposed=exposed(node, entry.phase, entry.kind, seconds, price))
+
+
+def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int], price: Price) -> tuple[Comm, ...]:
     """The same for the stages of a pipeline, with what they send to each other: whole values, by each device its own part.
 
     `ranks`: of each stage; those that meet on one rank send nothing.
     """
     found: list[Comm] = []
     for stage in stages:
-        found += [replace(entry, stage=stage.index) for entry in ledger(stage.graph)]
+        found += [replace(entry, stage=stage.index) for entry in ledger(stage.graph, price)]
         if stage.index > 0 and ranks[stage.index] != ranks[stage.index - 1]:
             found += _sent(stage)
     return tuple(found)

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshpar.compile.hooks import check_stages
 from meshpar.compile.ledger import ledger
 from meshpar.compile.place import check_buffers, place
+from meshpar.compile.priced import priced
 from meshpar.compile.program import Program
 from meshpar.compile.signature import BatchSignature
 from meshpar.compile.split import split
@@ -50,7 +51,7 @@ class Lowering:
         """One that every rank runs from its first to its last call."""
         graph = self._lowered(captured, plan)
         graph = self._finished(graph)
-        return Program(signature, captured, replace(plan, ledger=ledger(graph)), graph)
+        return Program(signature, captured, replace(plan, ledger=ledger(graph, priced(self.config, self.mesh))), graph)
 
     def _lowered(self, captured: Captured, plan: Plan) -> fx.Graph:
         if plan.stages:

@@ -150,6 +150,8 @@ def scattered(
     segments: Segments,
     later: Beside | None = None,
     number: int = 0,
+    helped: Beside | None = None,
+    others: Weights = (),
     *,
     group: str,
     size: int,
@@ -157,16 +159,19 @@ def scattered(
 ) -> Tensor:
     """`p_to_s` of a product: `a` [..., n, i], `weight` [o, i] -> [..., n / size, o] of the sum over the axis.
 
-    The gradient of the weight is left in `later`, if that is given, under its `number`.
+    The gradient of the weight is left in `later`, if that is given, under its `number`. In backward those of `others`, which are left in
+    `helped`, are computed while the gradient is gathered.
     """
     layout, axis = (dim, repeat, segments), (group, size, rank)
     if not _travels(size, rank):
         pending = linear(a, weight) if later is None else products.linear(a, weight, None, later, number)
+        if helped is not None:
+            return products.convert(pending, helped, others, "p_to_s", *layout, group=group, size=size, rank=rank)
         return collectives.p_to_s(pending, *layout, group=group, size=size, rank=rank)
     if not torch.is_grad_enabled() or not (a.requires_grad or weight.requires_grad):
         return _scattered(a, weight, dim, axis)
     waits = later is not None and later.is_open and a.requires_grad and weight.requires_grad
-    return _Scattered.apply(a, weight, later if waits else None, number, layout, axis)
+    return _Scattered.apply(a, weight, later if waits else None, number, helped, layout, axis, *others)
 
 
 def _scattered(a: Tensor, weight: Tensor, dim: int, axis: tuple[str, int, int]) -> Tensor:
@@ -183,9 +188,13 @@ def _scattered(a: Tensor, weight: Tensor, dim: int, axis: tuple[str, int, int]) 
 
 class _Scattered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: Tensor, later: Beside | None, number: int, layout: Any, axis: Any) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, weight: Tensor, later: Any, number: int, helped: Any, layout: Any, axis: Any, *others: Tensor
+    ) -> Tensor:
+        if helped is not None:
+            helped.is_open = True
         ctx.save_for_backward(a, weight)
-        ctx.later, ctx.number, ctx.dim, ctx.axis = later, number, layout[0], axis
+        ctx.later, ctx.number, ctx.helped, ctx.others, ctx.dim, ctx.axis = later, number, helped, len(others), layout[0], axis
         return _scattered(a, weight, layout[0], axis)
 
     @staticmethod
@@ -198,12 +207,15 @@ class _Scattered(torch.autograd.Function):
         arriving: list[Finish] = [start_shift(grad, by, ctx.axis) for by in range(1, size)]
         whole = grad.new_empty([*a.shape[:-1], weight.shape[0]])
         for_a = torch.empty_like(a, memory_format=torch.contiguous_format)
+        for_others: list[Tensor | None] = []
         for by in range(size):
+            if by == 1 and ctx.helped is not None:
+                for_others = ctx.helped.run(ctx.others)
             part, start = grad if by == 0 else arriving[by - 1](), (rank - by) % size * n
             whole.narrow(ctx.dim, start, n).copy_(part)
             _multiply(part, weight.t(), None, for_a.narrow(ctx.dim, start, n))
         rows, columns = whole.view(-1, weight.shape[0]), a.reshape(-1, a.shape[-1])
-        return for_a, _for_weight(ctx, rows, columns), None, None, None, None
+        return for_a, _for_weight(ctx, rows, columns), None, None, None, None, None, *for_others
 
 
 def reduced(a: Tensor, weight: Tensor, later: Beside | None = None, number: int = 0, *, group: str, size: int, rank: int) -> Tensor:

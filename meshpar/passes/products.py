@@ -83,7 +83,7 @@ def _message(node: fx.Node) -> float:
     if node.target is expert_all_to_all.send_rows and known.exchange is not None:
         return float(known.exchange.rows.nbytes) if known.exchange.rows.requires_grad else 0.0
     change = known.conversion
-    if node.target not in (*_CONVERSIONS, pieces.gathered) or change is None or not change.whole.requires_grad:
+    if node.target not in (*_CONVERSIONS, pieces.gathered, pieces.scattered) or change is None or not change.whole.requires_grad:
         return 0.0
     found = conversion(change.before, change.after)
     return wire_bytes(found.backward, change.whole.nbytes, change.size) if found is not None and found.backward is not None else 0.0
@@ -154,18 +154,30 @@ def _same(some: Sequence[fx.Node], others: Sequence[fx.Node]) -> bool:
 def _work(node: fx.Node) -> float:
     """In proportion to the operations of a weight gradient."""
     x, _, _ = _factors(node)
-    return float(prod(info_of(x).shape) * info_of(node).shape[-1])
+    return float(prod(info_of(x).shape) * info_of(node).shape[-1])  # (rows of x, which a sum may have more of than its result)
+
+
+def _own(start: fx.Node) -> float:
+    """The same of the weight gradients that a collective computes without being asked to."""
+    if start.target is not pieces.gathered:
+        return 0.0
+    x: Any = start.args[0]
+    return float(sum(prod(one.shape) for one in infos_of(start) if one is not None) * info_of(x).shape[-1])
 
 
 def _shared(ready: Sequence[fx.Node], starts: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """The products, the last ones first, dealt out to collectives in the order of backward, in proportion to what these send."""
+    """The products, the last ones first, dealt out to collectives in the order of backward, in proportion to what these send.
+
+    (Less what they compute beside themselves anyway.)
+    """
     found: list[list[fx.Node]] = [[] for _ in starts]
-    whole, sent = sum(map(_work, ready)), sum(map(_message, starts))
-    done, at, until = 0.0, 0, _message(starts[0]) / sent * whole
+    whole, sent = sum(map(_work, ready)) + sum(map(_own, starts)), sum(map(_message, starts))
+    quotas = [max(0.0, _message(one) / sent * whole - _own(one)) for one in starts]
+    done, at, until = 0.0, 0, quotas[0]
     for node in reversed(ready):
         while at < len(starts) - 1 and done + _work(node) / 2 > until:
             at += 1
-            until += _message(starts[at]) / sent * whole
+            until += quotas[at]
         found[at].append(node)
         done += _work(node)
     return found
@@ -183,6 +195,8 @@ def _join(graph: fx.Graph, start: fx.Node, weighed: Sequence[fx.Node]) -> None:
         start.args, start.target = (*start.args, later, weights), products.send_rows
     elif start.target is pieces.gathered:
         start.args = (*start.args, later, weights)
+    elif start.target is pieces.scattered:
+        start.args = (*start.args, *(None, 0)[len(start.args) - 5 :], later, weights)
     elif start.target is collectives.i_to_r:
         start.args, start.target = (start.args[0], later, weights), products.i_to_r
     else:
@@ -192,6 +206,10 @@ def _join(graph: fx.Graph, start: fx.Node, weighed: Sequence[fx.Node]) -> None:
         x, weight, bias = _factors(node)
         node.target = _LATER[op_name(node.target)]
         more = node.args[2:] if node.target in (products.grouped_mm, *_IN_PIECES) else (bias,)
+        if node.target is pieces.scattered and len(more) > 3:  # (it computes those of others)
+            more = (*more[:3], later, number, *more[5:])
+            node.args = (x, weight, *more)
+            continue
         node.args = (x, weight, *more, later, number)
 
 

@@ -103,7 +103,25 @@ def communication(plan: Plan, order: Order | None) -> list[str]:
         totals[plan.stages[comm.stage].rank if several else 0] += int(comm.count * comm.nbytes)
     by = "the rank that sends most" if several else "a rank"
     heading = f"Communication of one microbatch: {count(max(totals.values()), 'B')} sent by {by}"
-    return [heading, *table(cells, right=(5, 6) if several else (4, 5)), *_data_parallel(plan, order)]
+    return [heading, *table(cells, right=(5, 6) if several else (4, 5)), *waited_for(plan.ledger), *_data_parallel(plan, order)]
+
+
+def waited_for(ledger: Sequence[Comm]) -> list[str]:
+    """Axis by axis, for how much of its communication a rank waits, by the constants of the plan."""
+    lines = []
+    for axis in dict.fromkeys(comm.axis for comm in ledger if comm.seconds):
+        own = [comm for comm in ledger if comm.axis == axis]
+        took, waits = sum(comm.count * comm.seconds for comm in own), sum(comm.count * comm.exposed for comm in own)
+        sent, alone = sum(comm.count * comm.nbytes for comm in own), sum(comm.count * comm.exposed_bytes for comm in own)
+        lines.append(
+            f"  {axis}: {_ms(took)} of communication, {_ms(took - waits)} of it beside computation; {_ms(waits)} are waited for "
+            f"({100 * waits / took:.0f} %; {count(alone, 'B')} of {count(sent, 'B')})"
+        )
+    return [*lines, "    (times by the constants of an accelerator of today, unless the configuration names the hardware)"] if lines else []
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def _sent_to(comm: Comm) -> str:

@@ -70,10 +70,15 @@ def _summed(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any], *, scattered
     assert known.conversion is not None
     a, weight, *rest = given
     layout, left = (rest[:3], rest[3:]) if scattered else ([], rest)
-    pending = new.call_function(products.linear, (a, weight, None, *left)) if left else _linear(new, a, weight, None)
+    later, helped = left[:2], left[2:]
+    leaves = later and later[0] is not None
+    pending = new.call_function(products.linear, (a, weight, None, *later)) if leaves else _linear(new, a, weight, None)
     set_facts(pending, _before(known, known.conversion))
-    to = collectives.p_to_s if scattered else collectives.p_to_i
-    return set_facts(new.call_function(to, (pending, *layout), dict(node.kwargs)), known)
+    to: Any = collectives.p_to_s if scattered else collectives.p_to_i
+    args = (pending, *layout)
+    if helped:
+        to, args = products.convert, (pending, *helped, to.__name__, *layout)
+    return set_facts(new.call_function(to, args, dict(node.kwargs)), known)
 
 
 def _before(known: Facts, change: Change) -> Facts:
