@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import torch
 
 from meshpar.errors import ConfigError, near, raise_all
+from meshpar.planner.hardware import Hardware, hardware
 from meshpar.settings import read_fields
 
 MiB = 2**20
@@ -32,12 +33,6 @@ SCHEDULES: Mapping[str, tuple[int, int | None]] = {
 CONTEXT = ("auto", "gather", "heads", "ring")
 RECOMPUTE = ("none", "selective", "full")
 DATA_PARALLEL = ("replicate", "zero1", "zero2", "zero3")
-
-UNREAD: Mapping[str, str] = {
-    "overlap_grad_reduce": "not read yet: FSDP2 sums gradients beside backward (on CPUs it waits for each sum), whatever it says",
-    "overlap_tensor_parallel": "not read yet: every collective inside a graph is waited for where it is called, whatever it says",
-}
-"""Field of ParallelConfig that nothing obeys so far -> what happens instead."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "fp64": torch.float64,
@@ -147,11 +142,16 @@ class ParallelConfig(_Fields):
     precision: Precision = field(default_factory=Precision)
     """The dtypes; a string such as "bf16" is short for `Precision.named`."""
     overlap_grad_reduce: bool = True
-    """Not read yet (see `UNREAD`): whether gradients are summed over the data ranks while backward still runs."""
+    """Whether `train_step` sums gradients over the data ranks while backward still runs (where devices can: on CPUs FSDP2 waits for each
+    sum); else after the backward of a microbatch ("zero2", "zero3") or of the last one. `loss.backward()` of one's own always does."""
     overlap_param_gather: bool = True
     """In forward, gather the next block's parameters while the current one computes. In backward FSDP2 always does, where devices can."""
     overlap_tensor_parallel: bool = True
-    """Not read yet (see `UNREAD`): whether collectives of `tp` start as soon as their input is ready and are waited for at first use."""
+    """Whether collectives inside a graph (of `tp`, `ep`, `cp`) run beside computation: gradient sums beside the weight gradients of the
+    products of their block (`passes/products.py`: the same bits), products beside their own collectives in pieces (`passes/pieces.py`:
+    the same to rounding), where messages are not small."""
+    overlap_p2p: bool = True
+    """Whether a stage of a pipeline computes while what it is sent arrives; else it waits for each message when it begins to receive it."""
     outputs: Literal["whole", "cut"] = "whole"
     """What `pm(**batch)` returns: whole tensors of this data rank's samples, or ("cut") DTensors where values are cut, not gathered."""
     pad_to: int | Sequence[int] | None = None
@@ -159,6 +159,9 @@ class ParallelConfig(_Fields):
     the first of several lengths that is not shorter. Data ranks then may have different numbers of positions and of samples: they are
     padded alike, at the cost of one small exchange a step; 1 pads to the longest of them. What is padded counts nothing, which is proved
     for the model, or refused (`capture/padding`). None pads samples alone, where microbatches do not divide them."""
+    hardware: Hardware | None = None
+    """The machine: an accelerator by name ("h100"), a file of `mp.calibrate`, or a `Hardware`. What is decided by price, such as
+    `sequence_parallel="auto"`, is decided by its constants; None takes those of an accelerator of today, at sizes of today."""
     seed: int = 0
     """Seeds the random numbers of steps, dropout above all. Initial values are those of the model, however it was seeded."""
     translation: tuple[Translation, ...] = field(default=(), compare=False, repr=False)
@@ -171,6 +174,8 @@ class ParallelConfig(_Fields):
             object.__setattr__(self, "stages", tuple(self.stages))
         if isinstance(self.pad_to, Sequence) and not isinstance(self.pad_to, str):
             object.__setattr__(self, "pad_to", tuple(sorted(self.pad_to)))
+        if isinstance(self.hardware, str | Path):
+            object.__setattr__(self, "hardware", hardware(self.hardware))
         if self.virtual_stages is None and self.schedule in SCHEDULES:
             object.__setattr__(self, "virtual_stages", SCHEDULES[self.schedule][0])
         raise_all(ConfigError, "ParallelConfig:", self._complaints())
@@ -226,11 +231,13 @@ class ParallelConfig(_Fields):
         ]
         complaints += [
             f"{name}={value!r}: True or False."
-            for name in ("overlap_grad_reduce", "overlap_param_gather", "overlap_tensor_parallel")
+            for name in ("overlap_grad_reduce", "overlap_param_gather", "overlap_tensor_parallel", "overlap_p2p")
             if not isinstance(value := getattr(self, name), bool)
         ]
         if not isinstance(self.sequence_parallel, bool) and self.sequence_parallel != "auto":
             complaints.append(f'sequence_parallel={self.sequence_parallel!r}: True, False or "auto".')
+        if self.hardware is not None and not isinstance(self.hardware, Hardware):
+            complaints.append(f"hardware={self.hardware!r}: the name of an accelerator, a file of `mp.calibrate`, or a Hardware.")
         if not isinstance(self.precision, Precision):
             complaints.append(
                 f"precision={self.precision!r}: a Precision, or one of {', '.join(_DTYPES)}.{near(str(self.precision), _DTYPES)}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from meshpar.config import UNREAD, Precision, Translation
+from meshpar.config import Precision, Translation
 from meshpar.errors import ConfigError, near, raise_all
 
 AXES: Mapping[str, str] = {
@@ -55,6 +55,7 @@ FIELDS: Mapping[str, Callable[[Any], tuple[str, Any]]] = {
     "overlap_grad_reduce": lambda value: ("overlap_grad_reduce", bool(value)),
     "overlap_param_gather": lambda value: ("overlap_param_gather", bool(value)),
     "cp_comm_type": lambda value: ("context", _CONTEXT.get(value, "auto") if isinstance(value, str) else None),
+    "overlap_p2p_comm": lambda value: ("overlap_p2p", bool(value)),
     "tp_comm_overlap": lambda value: ("overlap_tensor_parallel", bool(value)),
     "async_tensor_model_parallel_allreduce": lambda value: ("overlap_tensor_parallel", bool(value)),
     "num_microbatches": lambda value: ("microbatches", value),
@@ -62,7 +63,7 @@ FIELDS: Mapping[str, Callable[[Any], tuple[str, Any]]] = {
 }
 """Name -> (field of ParallelConfig, its value); a value of None leaves the default. Later entries win over earlier ones."""
 
-_TP_OVERLAP = UNREAD["overlap_tensor_parallel"]
+_TP_OVERLAP = "overlap_tensor_parallel (tp_comm_overlap) switches all of it"
 _CAPTURE = "the model's own code is captured, so the model itself decides"
 _LOSS = "the loss is always the token-weighted mean over the whole global batch"
 _P2P = "stages send without waiting (batch_isend_irecv), in the order of the schedule, and let go of what has arrived"
@@ -132,13 +133,12 @@ NOTHING: Mapping[str, str] = {
     "tp_comm_overlap_disable_qkv": _TP_OVERLAP,
     "tp_comm_overlap_disable_fc1": _TP_OVERLAP,
     "tp_comm_bootstrap_backend": _TP_OVERLAP,
-    "overlap_moe_expert_parallel_comm": "collectives of ep are waited for where they are called",
+    "overlap_moe_expert_parallel_comm": "with overlap_tensor_parallel, gradients of rows go back beside the weight gradients of experts",
     "delay_wgrad_compute": 'schedule="zero-bubble" defers weight gradients',
     "defer_embedding_wgrad_compute": 'schedule="zero-bubble" defers weight gradients',
     "wgrad_deferral_limit": 'schedule="zero-bubble" defers weight gradients',
     "pipeline_model_parallel_comm_backend": "the mesh's process groups are used",
     "variable_seq_lengths": "graphs are cached per input shape",
-    "overlap_p2p_comm": _P2P,
     "overlap_p2p_comm_warmup_flush": _P2P,
     "batch_p2p_comm": _P2P,
     "batch_p2p_sync": _P2P,
@@ -290,6 +290,5 @@ def _explain_field(name: str, value: Any, fields: Mapping[str, Any]) -> Translat
     why = {
         "bucket_bytes": f"counted in bytes, {_BYTES_PER_GRADIENT} for each parameter",
         "virtual_stages": 'with schedule="interleaved-1f1b"',
-        **UNREAD,
     }.get(field, "")
     return Translation(name, value, f"{field}={wanted!r}", why)

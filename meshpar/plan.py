@@ -81,6 +81,15 @@ class Comm:
     region: str
     stage: int = 0
     """The pipeline stage that runs it."""
+    seconds: float = 0.0
+    """How long one takes, by the constants that the plan was priced with."""
+    exposed: float = 0.0
+    """For how much of that the rank waits: nothing is computed beside it (`compile/exposure.py`)."""
+
+    @property
+    def exposed_bytes(self) -> float:
+        """The bytes, of `nbytes`, that nothing is computed beside."""
+        return self.nbytes * self.exposed / self.seconds if self.seconds else self.nbytes
 
 
 @dataclass(frozen=True, repr=False)

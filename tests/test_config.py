@@ -119,7 +119,7 @@ def test_megatron_tables_do_not_overlap() -> None:
 def test_every_known_name_is_explained() -> None:
     values = {"recompute_granularity": None, "data_parallel_sharding_strategy": "optim", "bucket_size": 8, "num_microbatches": 1, "seed": 0}
     given = {name: values.get(name) for name in (*AXES, *FIELDS, *NOTHING, *MODEL)}
-    given |= dict.fromkeys(("sequence_parallel", "overlap_grad_reduce"), True)
+    given |= dict.fromkeys(("sequence_parallel", "overlap_grad_reduce", "overlap_p2p_comm"), True)
     for line in ParallelConfig.from_megatron(given).translation:
         assert line.becomes or line.why, line.name
 

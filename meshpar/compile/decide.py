@@ -28,6 +28,7 @@ from meshpar.plan import AxisPlan, ParameterPlan, Plan, StagePlan
 from meshpar.roles import ROLES, dividing
 from meshpar.sharding.infer import Inference, infer
 from meshpar.sharding.policy import Request, expert_stacks
+from meshpar.sharding.price import Price
 from meshpar.sharding.solve import solve
 from meshpar.sharding.types import I, Owned, Shard, Type
 
@@ -65,6 +66,7 @@ class Decision:
     ordered: bool = True
     """Whether outputs that are cut leave in global order."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    price: Price = field(default_factory=Price)
     others: Mapping[str, tuple[tuple[int, ...], str, bool]] = field(default_factory=dict)
     """All parameters of the model: shape, dtype, trainable; those the graph does not use stay whole."""
 
@@ -93,6 +95,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 role.divides,
                 inputs=captured.batch_dims if role.own_batches else {},
                 parameters=frozenset(captured.parameters),
+                price=request.price,
                 pinned=_pinned(request, name),
                 wanted=wanted.get(name, {}),
                 owned=request.owned,

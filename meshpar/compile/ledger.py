@@ -9,32 +9,41 @@ from typing import Any
 
 from torch import fx
 
+from meshpar.compile.exposure import exposed
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
-from meshpar.ops import convolution, gathered, halo, ring, scans, vocab_parallel
+from meshpar.ops import convolution, gathered, halo, pieces, ring, scans, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
+from meshpar.sharding.price import Price
 from meshpar.sharding.types import Shard
 
 
-def ledger(graph: fx.Graph) -> tuple[Comm, ...]:
+def ledger(graph: fx.Graph, price: Price | None = None) -> tuple[Comm, ...]:
     """One entry per collective and phase of one microbatch, in program order.
 
-    Bytes are what each device sends with ring algorithms: an all-reduce of n bytes over t ranks sends 2 n (t-1)/t.
+    Bytes are what each device sends with ring algorithms: an all-reduce of n bytes over t ranks sends 2 n (t-1)/t. Seconds are those of
+    `price`.
     """
-    return tuple(entry for node in graph.nodes for entry in entries(node))
+    price = price or Price()
+    return tuple(_timed(node, entry, price) for node in graph.nodes for entry in entries(node))
 
 
-def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int]) -> tuple[Comm, ...]:
+def _timed(node: fx.Node, entry: Comm, price: Price) -> Comm:
+    seconds = price.collective(entry.nbytes)
+    return replace(entry, seconds=seconds, exposed=exposed(node, entry.phase, entry.kind, seconds, price))
+
+
+def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int], price: Price) -> tuple[Comm, ...]:
     """The same for the stages of a pipeline, with what they send to each other: whole values, by each device its own part.
 
     `ranks`: of each stage; those that meet on one rank send nothing.
     """
     found: list[Comm] = []
     for stage in stages:
-        found += [replace(entry, stage=stage.index) for entry in ledger(stage.graph)]
+        found += [replace(entry, stage=stage.index) for entry in ledger(stage.graph, price)]
         if stage.index > 0 and ranks[stage.index] != ranks[stage.index - 1]:
             found += _sent(stage)
     return tuple(found)
@@ -54,6 +63,8 @@ def entries(node: fx.Node) -> Iterator[Comm]:
     known = facts(node)
     if known.conversion is not None:
         yield from _converted(node, [known.conversion])
+    if node.target is pieces.gathered and known.conversion is not None:
+        yield from _again(node, known.conversion)
     if known.joined:
         yield from _converted(node, known.joined)
     if known.exchange is not None:
@@ -72,6 +83,13 @@ def entries(node: fx.Node) -> Iterator[Comm]:
         tokens, smoothing = prod(info_of(target).shape), where.get("label_smoothing", 0.0)
         for sent in vocab_parallel.cross_entropy_traffic(tokens, info_of(node).dtype, where["size"], label_smoothing=smoothing):
             yield _comm(node, ALL_REDUCE, known.axis or "", sent.phase, float(sent.nbytes))
+
+
+def _again(node: fx.Node, change: Change) -> Iterator[Comm]:
+    """What is gathered once more in backward, for the gradients of weights."""
+    weights: Any = node.args[1]
+    if any(info_of(weight).requires_grad for weight in weights):
+        yield _comm(node, ALL_GATHER, change.axis, "backward", wire_bytes(ALL_GATHER, change.whole.nbytes, change.size))
 
 
 def _between_parts(node: fx.Node) -> Iterator[Comm]:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshpar.compile.hooks import check_stages
 from meshpar.compile.ledger import ledger
 from meshpar.compile.place import check_buffers, place
+from meshpar.compile.priced import priced
 from meshpar.compile.program import Program
 from meshpar.compile.signature import BatchSignature
 from meshpar.compile.split import split
@@ -49,7 +50,8 @@ class Lowering:
     def whole(self, signature: BatchSignature, captured: Captured, plan: Plan) -> Program:
         """One that every rank runs from its first to its last call."""
         graph = self._lowered(captured, plan)
-        return Program(signature, captured, replace(plan, ledger=ledger(graph)), self._finished(graph))
+        graph = self._finished(graph)
+        return Program(signature, captured, replace(plan, ledger=ledger(graph, priced(self.config, self.mesh))), graph)
 
     def _lowered(self, captured: Captured, plan: Plan) -> fx.Graph:
         if plan.stages:
@@ -59,7 +61,9 @@ class Lowering:
         return order.lowered(captured.graph, {a.axis: a for a in plan.axes}, axes, frozenset(captured.parameters), summed)
 
     def _finished(self, graph: fx.Graph) -> fx.Graph:
-        return order.finished(graph, results=self.config.recompute != "selective")
+        config = self.config
+        keeps, overlap = config.recompute != "selective", config.overlap_tensor_parallel
+        return order.finished(graph, results=keeps, overlap=overlap, pieces=config.recompute == "none")
 
 
 def in_stages(program: Program) -> Program:

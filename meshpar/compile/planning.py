@@ -18,6 +18,7 @@ from meshpar.compile.agreement import agree_on_graph
 from meshpar.compile.claimed import check_rules
 from meshpar.compile.decide import Decision, StageRequest, decide, place_as_before
 from meshpar.compile.given import ParameterFacts, check_given
+from meshpar.compile.priced import priced
 from meshpar.compile.shapes.plans import Plans
 from meshpar.config import ParallelConfig
 from meshpar.consensus import agree
@@ -98,6 +99,7 @@ class Planner:
             owned=not is_simulated(),
             ordered=self.config.outputs == "cut",
             options=self._options,
+            price=priced(self.config, self.mesh),
             others=parameters,
         )
         like = stages is None, tuple(trains for _, _, trains in parameters.values())
@@ -128,6 +130,8 @@ class Planner:
             "outputs": config.outputs,
             "rules": self.rules,
         }
+        if config.hardware is not None:
+            asked["hardware"] = config.hardware.name
         if self.schedule is not None:
             stages = None if config.stages is None else list(config.stages)
             asked |= {"schedule": config.schedule, "virtual_stages": config.virtual_stages, "stages": stages}

@@ -29,6 +29,7 @@ from meshpar.compile.hooks import check_microbatches
 from meshpar.compile.ledger import staged_ledger
 from meshpar.compile.lowering import Lowering
 from meshpar.compile.planning import Planner
+from meshpar.compile.priced import priced
 from meshpar.compile.program import Program
 from meshpar.compile.proved import proved, proved_loss
 from meshpar.compile.shapes.classes import KnownShapes, kind_of
@@ -188,7 +189,7 @@ class Programs:
         if not program.stages:
             return program
         ranks = [stage.rank for stage in program.plan.stages]
-        sent = self.planner.from_first_rank(lambda: staged_ledger(program.stages, ranks))
+        sent = self.planner.from_first_rank(lambda: staged_ledger(program.stages, ranks, priced(self.config, self.mesh)))
         return replace(program, plan=replace(program.plan, ledger=sent))
 
 

@@ -230,6 +230,8 @@ class _Stage:
             later.open()
         if self.staged:
             self.data.backward(last=last and not self.defers)
+        else:
+            self.data.alone()
         arrived = [None if g is None else torch.empty(g[0], dtype=g[1]) for g in grads]
         torch.autograd.backward(roots, arrived)
         later.close()
@@ -240,6 +242,8 @@ class _Stage:
             self.data.accumulate()
             if last:
                 self.data.reduce()
+        elif last:
+            self.data.done(0, 1)
         return done
 
 

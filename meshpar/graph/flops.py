@@ -15,6 +15,16 @@ def product(factor: int = 0) -> Flops:
     return lambda op: 2 * prod(op.out.shape) * (op.shapes[factor] or (1,))[-1]
 
 
+def products(op: Op) -> float:
+    """Several products of one value."""
+    return sum(2 * prod(out.shape) * op.shapes[0][-1] for out in op.outs if out is not None)
+
+
+def reduced_product(op: Op) -> float:
+    """A product of which a rank gets its rows of the sum: it computes all of them."""
+    return 2 * prod(op.shapes[0]) * op.shapes[1][0]
+
+
 def einsum(op: Op) -> float:
     """Every combination of indices once, whatever is done first."""
     sizes: dict[str, int] = {}

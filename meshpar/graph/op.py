@@ -86,8 +86,8 @@ def op_name(target: Any) -> str:
 
 
 def read(node: fx.Node) -> Op:
-    """Read a `call_function` node whose values are described."""
-    nodes = operands(node)
+    """Read a `call_function` node whose values are described; what it is handed beside tensors is no operand."""
+    nodes = tuple(n for n in operands(node) if facts(n).info is not None)
     return Op(
         node,
         op_name(node.target),

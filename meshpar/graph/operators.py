@@ -209,6 +209,11 @@ _PRODUCTS: dict[str, OperatorRow] = {
     **_product("meshpar.ops.deferred.linear", matrix=("outputs", "inputs")),
     **_product("meshpar.ops.deferred.matmul"),
     **_product("meshpar.ops.deferred.grouped_mm", matrix=("experts",)),
+    **_product("meshpar.ops.products.linear", matrix=("outputs", "inputs")),
+    **_product("meshpar.ops.products.matmul"),
+    **_rows("meshpar.ops.pieces.gathered", kind="product", flops=count.products, factors=(0, 1)),
+    **_rows("meshpar.ops.pieces.scattered meshpar.ops.pieces.reduced", kind="product", flops=count.reduced_product, factors=(0, 1)),
+    **_product("meshpar.ops.products.grouped_mm", matrix=("experts",)),
     **_product("meshpar.grouped_mm", rules.grouped_mm, matrix=("experts",)),  # the matrices of every expert are cut alike
     **_rows("einsum", rules.einsum, kind="product", flops=count.einsum),
     **_rows("outer", row("i, j -> i j", linear=((0,), (1,)))),
@@ -254,6 +259,7 @@ _EXPERTS: dict[str, OperatorRow] = {
     **_rows("meshpar.row_expert", rules.row_expert, kind="experts"),
     **_rows("meshpar.combine", row("(t k) h, (t k), t [k] -> t h", linear=((0,), (2,))), kind="experts"),
     **_rows("meshpar.ops.expert_all_to_all.send_rows", row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)), kind="experts"),
+    **_rows("meshpar.ops.products.send_rows", kind="experts"),
     **_rows("meshpar.ops.expert_all_to_all.return_rows", row("[n] h, [s] [r], [m], [m] -> [n] h", linear=((0,),)), kind="experts"),
 }
 
@@ -369,6 +375,10 @@ _COLLECTIVES: dict[str, OperatorRow] = {
         local=local.exchanged_again,
     )
     for name in ("i_to_r_many", *(conversion.op for conversion in CONVERSIONS.values()))
+} | {
+    "meshpar.ops.products.i_to_r": OperatorRow(kind="collective", saves="nothing", view=True),
+    "meshpar.ops.products.convert": OperatorRow(kind="collective", saves="nothing"),
+    "meshpar.ops.products.beside": OperatorRow(saves="nothing"),
 }
 
 OPERATORS: dict[str, OperatorRow] = {

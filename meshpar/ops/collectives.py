@@ -27,6 +27,7 @@ it up (`reuse=True`: see `passes.reuse`); results may alias it where nothing is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,16 @@ from meshpar.ops.primitives import (
     zero_padded,
 )
 
+PRIMITIVES: Mapping[str, tuple[Primitive, Primitive]] = {
+    "i_to_r": (same, all_reduce),
+    "i_to_s": (own_slice, all_gather),
+    "p_to_r": (all_reduce, all_reduce),
+    "p_to_s": (reduce_scatter, all_gather),
+    "s_to_r": (all_gather, reduce_scatter),
+    "s_to_s": (all_to_all, all_to_all),
+}
+"""The conversions that send in backward: what they do forward, and backward."""
+
 
 def i_to_r(x: Tensor, *, group: str, size: int, rank: int, reuse: bool = False) -> Tensor:
     """Invariant to replicate: uses of `x` whose gradients are pending sums; backward adds them up (Megatron's f).
@@ -55,7 +66,8 @@ def i_to_r(x: Tensor, *, group: str, size: int, rank: int, reuse: bool = False) 
     """
     if size == 1 or not _needs_grad(x):
         return x
-    return _Convert.apply(x, same, all_reduce_in_place if reuse else all_reduce, (), (group, size, rank))
+    forward, backward = PRIMITIVES["i_to_r"]
+    return _Convert.apply(x, forward, all_reduce_in_place if reuse else backward, (), (group, size, rank))
 
 
 def i_to_r_many(*xs: Tensor, group: str, size: int, rank: int) -> tuple[Tensor, ...]:
@@ -74,7 +86,7 @@ def i_to_p(x: Tensor, *, group: str, size: int, rank: int) -> Tensor:
 
 def i_to_s(x: Tensor, dim: int, repeat: int, segments: Segments, *, group: str, size: int, rank: int) -> Tensor:
     """Invariant to shard: this rank's slice; backward gathers."""
-    return x if size == 1 else _convert(x, own_slice, all_gather, (dim, repeat, segments), (group, size, rank))
+    return x if size == 1 else _convert(x, *PRIMITIVES["i_to_s"], (dim, repeat, segments), (group, size, rank))
 
 
 def r_to_i(x: Tensor, *, group: str, size: int, rank: int) -> Tensor:
@@ -104,12 +116,12 @@ def p_to_i(x: Tensor, *, group: str, size: int, rank: int, reuse: bool = False) 
 
 def p_to_r(x: Tensor, *, group: str, size: int, rank: int) -> Tensor:
     """Partial to replicate: the sum over the axis, of the value and of its gradients."""
-    return x if size == 1 else _convert(x, all_reduce, all_reduce, (), (group, size, rank))
+    return x if size == 1 else _convert(x, *PRIMITIVES["p_to_r"], (), (group, size, rank))
 
 
 def p_to_s(x: Tensor, dim: int, repeat: int, segments: Segments, *, group: str, size: int, rank: int) -> Tensor:
     """Partial to shard: this rank's slice of the sum."""
-    return x if size == 1 else _convert(x, reduce_scatter, all_gather, (dim, repeat, segments), (group, size, rank))
+    return x if size == 1 else _convert(x, *PRIMITIVES["p_to_s"], (dim, repeat, segments), (group, size, rank))
 
 
 def s_to_i(x: Tensor, dim: int, repeat: int, segments: Segments, *, group: str, size: int, rank: int) -> Tensor:
@@ -119,7 +131,7 @@ def s_to_i(x: Tensor, dim: int, repeat: int, segments: Segments, *, group: str, 
 
 def s_to_r(x: Tensor, dim: int, repeat: int, segments: Segments, *, group: str, size: int, rank: int) -> Tensor:
     """Shard to replicate: all slices in global order; the gradients are added up and scattered."""
-    return x if size == 1 else _convert(x, all_gather, reduce_scatter, (dim, repeat, segments), (group, size, rank))
+    return x if size == 1 else _convert(x, *PRIMITIVES["s_to_r"], (dim, repeat, segments), (group, size, rank))
 
 
 def s_to_p(x: Tensor, dim: int, repeat: int, segments: Segments, *, group: str, size: int, rank: int) -> Tensor:
@@ -146,7 +158,7 @@ def s_to_s(
         return x
     if not _needs_grad(x):
         return all_to_all(x, (*here, *there), (group, size, rank))
-    return _Convert.apply(x, all_to_all, all_to_all, (*here, *there), (group, size, rank), (*there, *here))
+    return _Convert.apply(x, *PRIMITIVES["s_to_s"], (*here, *there), (group, size, rank), (*there, *here))
 
 
 def _needs_grad(x: Tensor) -> bool:

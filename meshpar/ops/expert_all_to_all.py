@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshpar._torch import FakeTensor, functional, resolve_process_group
 from meshpar.errors import ConfigError, raise_all
 from meshpar.ops import experts
-from meshpar.ops.primitives import call, on_rank
+from meshpar.ops.primitives import Finish, begin, call, on_rank
 from meshpar.sharding.types import chunk
 from meshpar.simulate import is_simulated, local_tensors
 
@@ -187,6 +187,11 @@ def return_rows(
     return exchange_back(y, _route_of(splits, order, place), dropping=dropping, group=group, size=size, rank=rank)
 
 
+def start_return_rows(y: Tensor, splits: Tensor, order: Tensor, place: Tensor, *, dropping: bool, axis: AxisKey) -> Finish:
+    """`return_rows` in two, without autograd: what is returned waits for the rows."""
+    return _start_returned(y, _route_of(splits, order, place), dropping, axis)
+
+
 def _route_of(splits: Tensor, order: Tensor, place: Tensor) -> Route:
     return Route(splits, None, None) if order.dtype == torch.int32 else Route(splits, order, place)
 
@@ -298,10 +303,21 @@ def _sent(x: Tensor, route: Route, dropping: bool, axis: AxisKey) -> Tensor:
 
 
 def _returned(y: Tensor, route: Route, dropping: bool, axis: AxisKey) -> Tensor:
+    return _start_returned(y, route, dropping, axis)()
+
+
+def _start_returned(y: Tensor, route: Route, dropping: bool, axis: AxisKey) -> Finish:
     sent, received, left = _splits(y, route, axis)
     y = on_rank(_contiguous, axis, y) if route.place is None else on_rank(_permuted, axis, y, route.place)
-    rows = call(functional.all_to_all_single.default, y, sent, received, axis[0])
-    return torch.cat([rows, rows.new_zeros(left, *rows.shape[1:])]) if dropping else rows
+    flying = begin(functional.all_to_all_single.default, y, sent, received, axis[0])
+    if not dropping:
+        return flying
+
+    def with_the_rest() -> Tensor:
+        rows = flying()
+        return torch.cat([rows, rows.new_zeros(left, *rows.shape[1:])])
+
+    return with_the_rest
 
 
 def _contiguous(rank: int, rows: Tensor) -> Tensor:

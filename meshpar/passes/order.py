@@ -11,7 +11,9 @@ lowered    `Lower`, outermost axis first, as they were typed: the types of the n
            `Coalesce` joins conversions of small parameters: those of every axis must be there.
            `SeedRandom` and `TallyExperts` ask for inputs of their own; they read the operators that are left, and nothing reads them.
 deferred   Only for schedules that put the gradients of weights off, and after lowering: the products that are split must be local ones.
-finished   `Reuse` is the last: memory that nothing reads any more is known when no pass adds a reader, and when stages are cut.
+finished   `CutIntoPieces` and `HideGradientSums` join products and conversions of one block, so stages must be cut; they leave those alone
+           that were put off. The first takes what is next to each other, the other what is left, and what the first left to do.
+           `Reuse` is the last: memory that nothing reads any more is known when no pass adds a reader, and when stages are cut.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from meshpar.passes.batch_norm import expand_batch_norm
 from meshpar.passes.coalesce import Coalesce
 from meshpar.passes.convolutions import AlignConvolutions
 from meshpar.passes.lower import Lower
+from meshpar.passes.pieces import CutIntoPieces
+from meshpar.passes.products import HideGradientSums
 from meshpar.passes.randomness import SeedRandom
 from meshpar.passes.reduce import ReduceGradients
 from meshpar.passes.reuse import Reuse
@@ -80,8 +84,13 @@ def deferred(graph: fx.Graph, parameters: frozenset[str]) -> fx.Graph:
     return DeferWeightGradients(parameters)(graph)
 
 
-def finished(graph: fx.Graph, *, results: bool) -> fx.Graph:
-    """The graph that runs: memory that nothing reads again is used again. `results`: also that of results, which recompute may need."""
+def finished(graph: fx.Graph, *, results: bool, overlap: bool, pieces: bool = False) -> fx.Graph:
+    """The graph that runs. `overlap`: what can be computed while a collective runs, is; memory that nothing reads again is used again.
+
+    `results`: also that of results, which recompute may need. `pieces`: also products beside their own collectives, in pieces.
+    """
+    if overlap:
+        graph = HideGradientSums()(CutIntoPieces()(graph) if pieces else graph)
     return Reuse(results=results)(graph)
 
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from meshpar.graph.facts import facts
 from meshpar.graph.operators import operator_of
-from meshpar.ops import collectives
+from meshpar.ops import collectives, products
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Reuse:
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         for node in graph.nodes:
             if (node.target is collectives.p_to_i and self.results and _is_own_result(node)) or (
-                node.target is collectives.i_to_r and node.users and all(_makes_gradient(user, node) for user in node.users)
+                node.target in (collectives.i_to_r, products.i_to_r)
+                and node.users
+                and all(_makes_gradient(user, node) for user in node.users)
             ):
                 node.kwargs = {**node.kwargs, "reuse": True}
         return graph

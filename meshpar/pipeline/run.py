@@ -44,7 +44,11 @@ from meshpar.runtime.steps import check_trained
 
 
 class Pipelined(Engine):
-    """The stages of this rank. `trees` and `data`: by stage index; `axis`: this rank's place among the ranks of the pipeline."""
+    """The stages of this rank. `trees` and `data`: by stage index; `axis`: this rank's place among the ranks of the pipeline.
+
+    `overlaps`: whether what is received may arrive while this rank computes; else it waits for each message when it begins to receive it.
+    (What is sent is never waited for: two neighbours that send to each other would wait for ever.)
+    """
 
     def __init__(
         self,
@@ -55,8 +59,11 @@ class Pipelined(Engine):
         schedule: Schedule,
         axis: Axis,
         device: torch.device,
+        *,
+        overlaps: bool = True,
     ) -> None:
         super().__init__(trees, first)
+        self.overlaps = overlaps
         self.data, self.ties, self.schedule, self.axis, self.device = data, ties, schedule, axis, device
         self.events: list[Event] | None = None
         """Where the times of computations go while they are measured."""
@@ -260,8 +267,9 @@ class _Run:
         self.engine.data[action.stage].accumulate()
 
     def _reduce(self, action: Action) -> None:
-        if self.defers:
-            self.engine.data[action.stage].reduce()
+        data = self.engine.data[action.stage]
+        if self.defers or not data.beside:
+            data.reduce()
 
     # -- moving --------------------------------------------------------------------------------------------------------------------------
 
@@ -292,6 +300,8 @@ class _Run:
         buffers = tuple(torch.empty(i.shape, dtype=i.dtype, device=device) if wanted else None for i, wanted in infos)
         table[at] = buffers
         self.waiting[kind, at] = self._batched(dist.irecv, [b for b in buffers if b is not None], stage)
+        if not self.engine.overlaps:
+            _wait(self.waiting.pop((kind, at)))
 
     def _batched(self, op: Any, tensors: Sequence[torch.Tensor], stage: int) -> list[dist.Work]:
         group = _group(self.engine.axis)
@@ -301,8 +311,12 @@ class _Run:
     def _arrive(self, action: Action) -> None:
         """Wait for what an action of computation was sent, if it was sent anything."""
         kind = "F" if action.kind == "F" else "B" if action.kind in "BI" else ""
-        for work in self.waiting.pop((kind, (action.stage, action.microbatch)), ()):
-            work.wait()
+        _wait(self.waiting.pop((kind, (action.stage, action.microbatch)), ()))
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 def _now(device: torch.device) -> float:

@@ -11,7 +11,6 @@ from math import prod
 import torch
 from torch import fx
 
-from meshpar.config import UNREAD
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.facts import Info, facts
 from meshpar.graph.op import op_name
@@ -104,8 +103,25 @@ def communication(plan: Plan, order: Order | None) -> list[str]:
         totals[plan.stages[comm.stage].rank if several else 0] += int(comm.count * comm.nbytes)
     by = "the rank that sends most" if several else "a rank"
     heading = f"Communication of one microbatch: {count(max(totals.values()), 'B')} sent by {by}"
-    lines = [heading, *table(cells, right=(5, 6) if several else (4, 5)), *_data_parallel(plan, order)]
-    return [*lines, *(f"  {name} is {why}" for name, why in UNREAD.items())]
+    return [heading, *table(cells, right=(5, 6) if several else (4, 5)), *waited_for(plan.ledger), *_data_parallel(plan, order)]
+
+
+def waited_for(ledger: Sequence[Comm]) -> list[str]:
+    """Axis by axis, for how much of its communication a rank waits, by the constants of the plan."""
+    lines = []
+    for axis in dict.fromkeys(comm.axis for comm in ledger if comm.seconds):
+        own = [comm for comm in ledger if comm.axis == axis]
+        took, waits = sum(comm.count * comm.seconds for comm in own), sum(comm.count * comm.exposed for comm in own)
+        sent, alone = sum(comm.count * comm.nbytes for comm in own), sum(comm.count * comm.exposed_bytes for comm in own)
+        lines.append(
+            f"  {axis}: {_ms(took)} of communication, {_ms(took - waits)} of it beside computation; {_ms(waits)} are waited for "
+            f"({100 * waits / took:.0f} %; {count(alone, 'B')} of {count(sent, 'B')})"
+        )
+    return [*lines, "    (times by the constants of an accelerator of today, unless the configuration names the hardware)"] if lines else []
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def _sent_to(comm: Comm) -> str:
@@ -175,10 +191,10 @@ def _repeated_on(axis: AxisPlan, plan: Plan, graph: fx.Graph) -> list[str]:
     for node in graph.nodes:
         if node.op != "call_function" or facts(node).info is None or not differentiable(node):
             continue
-        if facts(node).conversion is not None or facts(node).joined or node.target is operator.getitem:
+        cost, size = flops(node), nbytes(node)
+        if (facts(node).conversion is not None and not cost) or facts(node).joined or node.target is operator.getitem:
             continue
         whole = axis.axis not in facts(node).cut
-        cost, size = flops(node), nbytes(node)
         work[whole] += int(cost)
         moved[whole] += int(size)
         if whole:

@@ -84,7 +84,8 @@ def build(
     if schedule is None:
         return Whole(trees[0], data[0], program)
     ties = _ties(program.plan, mesh, parameters)
-    return Pipelined(trees, program, data, ties, schedule, stage_axis(mesh), torch.device(mesh.device_type))
+    device = torch.device(mesh.device_type)
+    return Pipelined(trees, program, data, ties, schedule, stage_axis(mesh), device, overlaps=config.overlap_p2p)
 
 
 def trees_in_memory(

@@ -57,6 +57,8 @@ class DataParallelism:
     """The blocks of each unit; the root is one more."""
     keeps: bool = False
     """Whether parameters stay gathered until the gradients of the step are summed."""
+    beside: bool = True
+    """Whether gradients are summed while backward still runs; else `done` sums them."""
     stopped: list[str] = field(default_factory=list)
     """Why there can be no further step, if there is a reason."""
 
@@ -67,19 +69,38 @@ class DataParallelism:
         self._check()
         last = index == count - 1
         self.root.set_is_last_backward(last)
-        self.root.set_requires_gradient_sync(last or self.mode in ("zero2", "zero3"))
+        self.root.set_requires_gradient_sync(last or self._each)
         self.root.set_requires_all_reduce(last)
         self.root.set_reshard_after_backward(last or self.mode == "zero3")
+
+    def alone(self) -> None:
+        """Say, before the backward of a microbatch of a step, that no gradients are to be summed in it."""
+        if isinstance(self.root, FSDPModule) and not self.beside:
+            self.root.set_requires_gradient_sync(False)
+
+    def done(self, index: int, count: int) -> None:
+        """Say which microbatch of the step is done: its gradients are summed now, where that is not done beside backward."""
+        if not self.beside and (index == count - 1 or self._each):
+            self.reduce()
+
+    @property
+    def _each(self) -> bool:
+        """Whether gradients are summed for every microbatch."""
+        return self.mode in ("zero2", "zero3")
 
     def backward(self, *, last: bool) -> None:
         """Say, before a pipeline stage's backward, whether it is its last of the step: gradients are summed in it."""
         if not isinstance(self.root, FSDPModule):
             return
         self._check()
-        self.root.set_is_last_backward(last)
-        self.root.set_requires_gradient_sync(last)
-        self.root.set_requires_all_reduce(last)
+        self._sums(last and self.beside)
         self.root.set_reshard_after_backward(last or (self.mode == "zero3" and not self.keeps))
+
+    def _sums(self, now: bool) -> None:
+        assert isinstance(self.root, FSDPModule)
+        self.root.set_is_last_backward(now)
+        self.root.set_requires_gradient_sync(now)
+        self.root.set_requires_all_reduce(now)
 
     def accumulate(self) -> None:
         """Keep gradients that came outside of any backward in the dtype they are summed in."""
@@ -89,7 +110,8 @@ class DataParallelism:
     def reduce(self) -> None:
         """Sum the gradients of a step now, outside of any backward."""
         if isinstance(self.root, FSDPModule):
-            self.backward(last=True)
+            self._sums(True)
+            self.root.set_reshard_after_backward(True)
             reduce_gradients(self.root)
 
     def reset(self) -> None:
@@ -124,7 +146,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     data = roles.summing(names)
     if not data:
         tree.set_compute_dtype(precision.compute_dtype)
-        return DataParallelism(tree, config.data_parallel, ())
+        return DataParallelism(tree, config.data_parallel, (), beside=config.overlap_grad_reduce)
     dims = _dims(data, config.data_parallel)
     if len(dims.shard_names) > 1 and not shares_out_over_several():
         raise ConfigError(
@@ -157,7 +179,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(tree, units, config)
     tree.register_forward_hook(_reshard_without_gradients)
-    return DataParallelism(tree, config.data_parallel, units, keeps)
+    return DataParallelism(tree, config.data_parallel, units, keeps, config.overlap_grad_reduce)
 
 
 def _dims(data: Sequence[str], mode: Mode) -> DataParallelMeshDims:

@@ -122,7 +122,9 @@ class Whole(Engine):
             loss = self._tree.run(program.key, *arguments(program, part))[program.captured.loss]
             if backward:
                 check_trained(loss)
+                self._data.alone()
                 loss.backward(times(scale, loss))
+                self._data.done(index, len(parts))
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total

@@ -18,12 +18,16 @@ class Price:
     link: float = 2.5e11
     latency: float = 1e-5
     launch: float = 2e-7
+    as_is: bool = False
+    """Whether these are the constants of the machine that will run: then small models are not planned as large ones."""
 
     def at_scale(self, largest: float, full: float = 2.0**26) -> Price:
         """Prices under which a small model is planned as a large one would be: the fixed costs shrink with its largest activation.
 
         `largest`: bytes of the largest value; `full`: bytes from which on fixed costs count in full (64 MiB: 4 x 2048 x 4096 in bf16).
         """
+        if self.as_is:
+            return self
         share = min(1.0, largest / full)
         return replace(self, latency=self.latency * share, launch=self.launch * share)
 

@@ -60,7 +60,7 @@ def test_a_captured_graph_outlives_lowering() -> None:
     plan = decide(found, Decision((("dp", 2), ("tp", 2)), (("dp", 2), ("tp", 2))))
     for plans in ({}, {a.axis: a for a in plan.axes}):
         graph = order.lowered(found.graph, plans, axes, parameters, {"dp": parameters})
-        order.finished(order.deferred(graph, parameters), results=True)
+        order.finished(order.deferred(graph, parameters), results=True, overlap=False)
         assert graph is not found.graph and [node.format_node() for node in found.graph.nodes] == before
 
 

@@ -137,6 +137,10 @@ def _grouped(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainC
     return PlainCall(torch.ops.meshpar.grouped_mm.default, tuple(args[:3]), transposed=bool(args[3]))
 
 
+def _grouped_beside(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
+    return PlainCall(torch.ops.meshpar.grouped_mm.default, tuple(args[:3]))
+
+
 def _dispatch(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
     return PlainCall(torch.ops.meshpar.dispatch.default, (*args[:3], *args[4:]))
 
@@ -163,6 +167,9 @@ _READ: Mapping[str, Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]] =
     "meshpar.ops.deferred.linear": _linear,
     "meshpar.ops.deferred.matmul": _matmul,
     "meshpar.ops.deferred.grouped_mm": _grouped,
+    "meshpar.ops.products.linear": _linear,
+    "meshpar.ops.products.matmul": _matmul,
+    "meshpar.ops.products.grouped_mm": _grouped_beside,
     "meshpar.ops.load.dispatch": _dispatch,
     "meshpar.ops.each_rank.each_rank": _first_rank,
 }

@@ -13,6 +13,7 @@ from torch import fx
 
 from meshpar.proof.static.claims import Claims
 from meshpar.proof.static.derive import Derive
+from meshpar.proof.static.expanded import expanded
 from meshpar.proof.static.gradients import Backward
 from meshpar.proof.static.reader import LocalKey, ProgramReading
 from meshpar.proof.static.report import StaticReport
@@ -44,7 +45,7 @@ def _one_way(claims: Claims, derive: Derive, parts: Sequence[ProgramPart]) -> St
     for stage, part in enumerate(parts):
         reading.stage = stage
         received = {name: key for name, key in zip(part.receives, sent) if key is not None}
-        found = reading.read(part.graph, received, [*(None for _ in part.sends), *part.returns])
+        found = reading.read(expanded(part.graph), received, [*(None for _ in part.sends), *part.returns])
         sent = found[: len(part.sends)]
     Backward(reading).run()
     return StaticReport(reading.proved, tuple(reading.unproved), tuple(reading.faults))

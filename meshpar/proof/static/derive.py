@@ -13,7 +13,7 @@ from torch import fx
 from meshpar.graph.facts import facts
 from meshpar.graph.op import Op, Value, op_name, read, value_of
 from meshpar.graph.operators import OPERATORS, draws, operator_of
-from meshpar.proof.static import around, attention, experts
+from meshpar.proof.static import around, attention, beside, experts
 from meshpar.proof.static.actions import OperatorAction, action_of, literal, reduction
 from meshpar.proof.static.calls import PlainCall, plain_call
 from meshpar.proof.static.claims import Claims, LocalValue, declared
@@ -58,7 +58,8 @@ class Derive:
 
     def __call__(self, reading: ProgramReading, node: fx.Node) -> Made:
         name = op_name(node.target)
-        if name.startswith("meshpar.ops.collectives."):
+        beside.check(node)
+        if name.startswith("meshpar.ops.collectives.") or name in beside.CONVERSIONS:
             return exchange(self.claims, self.level, reading, node)
         if name in experts.MOVEMENTS:
             return experts.MOVEMENTS[name](self.claims, self.level, self._routes, reading, node)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import fx
 
 from meshpar.graph.facts import facts
-from meshpar.graph.op import op_name, operands
+from meshpar.graph.op import operands
+from meshpar.proof.static import beside
 from meshpar.proof.static.claims import Claims, LocalValue
 from meshpar.proof.static.exchanges import EXCHANGES
 from meshpar.proof.static.forms import told
@@ -19,7 +20,7 @@ from meshpar.sharding.types import I, P, Partial, Shard, Type
 
 def exchange(claims: Claims, level: Mapping[str, int], reading: ProgramReading, node: fx.Node) -> Made:
     """What a conversion makes of what it reads."""
-    name = op_name(node.target).rpartition(".")[2]
+    name, _ = beside.conversion_of(node)
     group = str(node.kwargs["group"])
     if group not in level:
         raise Contradiction("it runs in a group of ranks that is no axis of values")
@@ -27,7 +28,7 @@ def exchange(claims: Claims, level: Mapping[str, int], reading: ProgramReading, 
     axis = claims.axes[k]
     if node.kwargs["size"] != axis.size or node.kwargs["rank"] != axis.rank:
         raise Contradiction(f"on {axis.name}: it is told {node.kwargs['size']} ranks and rank {node.kwargs['rank']}")
-    keys = [key_of(a) for a in operands(node)]
+    keys = [key_of(a) for a in (operands(node)[:1] if beside.computes(node) else operands(node))]
     one = "i_to_r" if name == "i_to_r_many" else name
     if one not in EXCHANGES:
         raise Unproved("a collective that is not known")
@@ -43,7 +44,8 @@ def _one(claims: Claims, reading: ProgramReading, node: fx.Node, name: str, key:
     wrong = {"same": has != I, "part": not isinstance(has, Shard), "sum": not isinstance(has, Partial)}[row.takes]
     if wrong:
         raise Contradiction(f"on {axis.name}: it takes {_WORDS[row.takes]}, and is handed what is {told(has)}")
-    layouts = [Shard(*node.args[at : at + 3]) for at in range(1, len(node.args) - 2, 3)]  # type: ignore[arg-type]
+    _, said = beside.conversion_of(node)
+    layouts = [Shard(*said[at : at + 3]) for at in range(0, len(said) - 2, 3)]
     told_before = layouts.pop(0) if row.takes == "part" else None
     told_after = layouts.pop(0) if row.gives == "part" else None
     shapes = claims.shapes(held.value, held.types)

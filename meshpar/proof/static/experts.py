@@ -30,7 +30,7 @@ Movement = Callable[[Claims, Mapping[str, int], dict[fx.Node, RowsRoute], Progra
 
 def _sent(claims: Claims, level: Mapping[str, int], routes: dict[fx.Node, RowsRoute], reading: ProgramReading, node: fx.Node) -> Made:
     k = _level(claims, level, node)
-    keys = [key_of(a) for a in operands(node)]
+    keys = [key_of(a) for a in operands(node)[:2]]
     held = [reading.held.get(key) for key in keys]
     x, ends = held
     if x is None or ends is None:
@@ -82,6 +82,7 @@ def _level(claims: Claims, level: Mapping[str, int], node: fx.Node) -> int:
 
 MOVEMENTS: Mapping[str, Movement] = {
     "meshpar.ops.expert_all_to_all.send_rows": _sent,
+    "meshpar.ops.products.send_rows": _sent,
     "meshpar.ops.expert_all_to_all.return_rows": _returned,
 }
 

@@ -61,7 +61,7 @@ def key_of(node: fx.Node) -> LocalKey:
     return node, 0
 
 
-_ASIDE = ("meshpar.ops.random.derive", "meshpar.ops.load.slot")
+_ASIDE = ("meshpar.ops.random.derive", "meshpar.ops.load.slot", "meshpar.ops.products.beside")
 
 
 class ProgramReading:

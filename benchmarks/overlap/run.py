@@ -1,0 +1,173 @@
+"""How much of communication a step stands still for: `python benchmarks/overlap/run.py --write`.
+
+Local gloo ranks of one thread each, over a network that is slowed down (`link.py`): each collective takes a stated latency and its bytes
+over a stated bandwidth, and leaves the core free. "Exposed" is the share of that time for which the step waits, "computing" the time of
+the step without it. The network is a clock beside the processor time of a rank, which other work on the machine hardly touches; with
+`--sleep` it is a thread that sleeps, and time is real (for an idle machine with a core for each rank, and one more).
+
+At this bandwidth a message takes about 1.7 times as long as the output projection beside it, as with hidden 8192 in bf16 on 8 H100 of one
+node (half of 989 TFLOP/s, 250 GB/s in collectives); `--bandwidth` takes another. `overlap_tensor_parallel` is on and off; for the
+tensor-parallel Llama there is code by hand, too, `benchmarks/tensor_parallel/handwritten.py`, which waits for each collective where it is
+called (its model ends in a squared error: no embedding, no head). Gradients are compared, on against off, before anything is timed. Not
+in the table: data parallelism, for which FSDP2 waits on CPUs whatever is asked, and pipelines, whose messages are not collectives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from link import Link, Sleeping, slow  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import meshpar as mp  # noqa: E402
+from benchmarks.measuring import line, machine, readme, table, write  # noqa: E402
+from benchmarks.tensor_parallel.handwritten import Handwritten, Model  # noqa: E402
+from meshpar.proof import launch  # noqa: E402
+
+LATENCY, BANDWIDTH = 1e-4, 1.25e8
+HIDDEN, LENGTH, LAYERS = 512, 512, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: a model, a mesh, and whether the sequence is cut."""
+
+    model: str
+    mesh: str
+    sequence: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.mesh}" + (", sequence parallel" if self.sequence else "")
+
+
+CASES = (
+    Case("llama", "tp=2"),
+    Case("llama", "tp=2", True),
+    Case("by hand", "tp=2"),
+    Case("by hand", "tp=2", True),
+    Case("mixtral", "tp=2"),
+    Case("mixtral", "tp=2", True),
+    Case("mixtral", "ep=2"),
+)
+
+
+def transformer(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2} if name == "mixtral" else {}
+    config = AutoConfig.for_model(
+        name,
+        num_hidden_layers=LAYERS,
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_attention_heads=HIDDEN // 64,
+        num_key_value_heads=HIDDEN // 128,
+        vocab_size=1024,
+        use_cache=False,
+        **more,
+    )
+    model: nn.Module = AutoModelForCausalLM.from_config(config).train()
+    torch.manual_seed(1)
+    ids = torch.randint(1024, (2 if dist.get_world_size() > 1 else 1, LENGTH))
+    return model, {"input_ids": ids, "labels": ids}
+
+
+def step_of(case: Case, overlap: bool) -> tuple[nn.Module, Callable[[], Any]]:
+    """A model, and a step of it."""
+    if case.model == "by hand":
+        torch.manual_seed(0)
+        hand = Handwritten(Model(LAYERS, HIDDEN, 64, 3 * HIDDEN), sequence=case.sequence)
+        x, target = torch.randn(2, 2, LENGTH, HIDDEN)
+        return hand, lambda: hand(x, target).backward()
+    model, batch = transformer(case.model)
+    mesh = mp.make_mesh(case.mesh)
+    if case.mesh.startswith("ep"):
+        batch = mp.local_batch(batch, mesh)
+    config = mp.ParallelConfig(sequence_parallel=case.sequence, overlap_tensor_parallel=overlap)
+    pm = mp.parallelize(model, mesh, example=batch, config=config)
+    return pm, lambda: pm.train_step(**batch)
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    found = [p.grad for p in module.parameters() if p.grad is not None]
+    return [(g.to_local() if isinstance(g, torch.distributed.tensor.DTensor) else g).clone() for g in found]
+
+
+def measure(case: Case, rounds: int, sleep: bool, bandwidth: float) -> dict[str, tuple[float, float, float]]:
+    """By contender: seconds of a step, of communication in it, and of waiting for that; medians over the rounds."""
+    steps = {name: step_of(case, name == "on") for name in (("off",) if case.model == "by hand" else ("off", "on"))}
+    link = (Sleeping if sleep else Link)(LATENCY, bandwidth)
+    made = {name: list[tuple[float, float, float]]() for name in steps}
+    seen = {}
+    with slow(link):
+        for turn in range(rounds + 1):
+            for name, (module, step) in steps.items():
+                for parameter in module.parameters():
+                    parameter.grad = None
+                dist.barrier()
+                link.clear()
+                step()
+                took = link.now
+                if turn:
+                    made[name].append((took, link.busy, link.exposed))
+                else:
+                    seen[name] = gradients(module)
+    if len(seen) == 2:
+        worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(seen["on"], seen["off"], strict=True))
+        if worst > 1e-4:
+            raise SystemExit(f"{case}: gradients differ by {worst:.1e}")
+    return {name: tuple(statistics.median(values) for values in zip(*found, strict=True)) for name, found in made.items()}  # type: ignore[misc]
+
+
+def worker(rounds: int, only: list[str], sleep: bool, bandwidth: float) -> list[str]:
+    """What every rank runs: the rows of the table."""
+    warnings.simplefilter("ignore")
+    rows = []
+    for case in CASES:
+        if only and not any(word in str(case) for word in only):
+            continue
+        for name, (took, busy, exposed) in measure(case, rounds, sleep, bandwidth).items():
+            numbers = (f"{seconds * 1e3:.0f}" for seconds in (took, took - exposed, busy))
+            rows.append(line([str(case), name, *numbers, f"{100 * exposed / busy:.0f} %"]))
+            if dist.get_rank() == 0:
+                print(rows[-1], flush=True)
+    return rows
+
+
+HEAD = ("case", "overlap", "step, ms", "computing, ms", "communication, ms", "exposed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", nargs="*", default=[], help="words of cases")
+    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes per second and device")
+    parser.add_argument("--sleep", action="store_true", help="real time, on a network that sleeps")
+    parser.add_argument("--write", action="store_true", help="write the table to README.md beside this file")
+    options = parser.parse_args()
+    rows = launch.run(worker, options.rounds, options.only, options.sleep, options.bandwidth, world=2)[0]
+    network = f"{LATENCY * 1e6:.0f} us and {options.bandwidth / 1e6:.0f} MB/s per device"
+    size = f"{LAYERS} layers, hidden {HIDDEN}, 2 x {LENGTH} tokens, float32; {network}."
+    where = machine("gloo", "both ranks share the cores")
+    text = readme("Overlap: exposed communication", __doc__, size, "", *table(HEAD, rows), where=where, script="benchmarks/overlap/run.py")
+    print(text)
+    if options.write:
+        write(HERE / "README.md", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""How long a collective is waited for: what it takes, less what a lowered graph computes beside it, both by the constants of a `Price`.
+
+    i_to_r(x, later, (wa, wb))     backward: the gradients of wa and wb run beside it
+    gathered, t ranks              own rows run beside the first of t - 1 messages, those that have arrived beside the next
+                                   backward: gathering runs beside the gradients of values, their sum beside those of weights
+    scattered, reduced             a message leaves when its rows are computed: the last ones run late
+    any other                      is waited for where it is called
+
+Overlap over the borders of calls (of data parallelism, of pipelines) is none of a graph's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from meshpar.graph.cost import flops
+from meshpar.graph.facts import facts
+from meshpar.ops import pieces, products
+from meshpar.sharding.conversions import ALL_GATHER
+from meshpar.sharding.price import Price
+
+_COMPUTING = (products.i_to_r, products.convert, products.send_rows)
+_PLACES: Mapping[Any, int] = {
+    products.i_to_r: 1,
+    products.convert: 1,
+    products.send_rows: 2,
+    pieces.gathered: 6,
+    pieces.scattered: 7,
+}
+"""Of a call, where among its arguments is what others leave to it."""
+
+
+def exposed(node: fx.Node, phase: str, kind: str, seconds: float, price: Price) -> float:
+    """The seconds, of those that one of a node's collectives takes, beside which nothing is computed."""
+    change = facts(node).conversion
+    if node.target in _COMPUTING and phase == "backward":
+        return max(0.0, seconds - _left_to(node, price))
+    if node.target is pieces.gathered:
+        assert change is not None
+        own = price.compute(flops(node), 0.0)
+        if phase == "forward":
+            return _arriving(seconds, own, change.size)
+        return max(0.0, seconds - (own if kind == ALL_GATHER else own + _left_to(node, price)))
+    if node.target is pieces.scattered:
+        assert change is not None
+        own = price.compute(flops(node), 0.0)
+        if phase == "forward":
+            return _leaving(seconds, own, change.size - 1, change.size)
+        return max(0.0, _arriving(seconds, own, change.size) - _left_to(node, price))
+    if node.target is pieces.reduced and phase == "forward":
+        return _leaving(seconds, price.compute(flops(node), 0.0), pieces.PIECES, pieces.PIECES)
+    return seconds
+
+
+def _left_to(node: fx.Node, price: Price) -> float:
+    """Seconds of the weight gradients that products left to a node: as many as those of the products."""
+    return sum(price.compute(flops(user), 0.0) for later in _queues(node) for user in later.users if user is not node)
+
+
+def _queues(node: fx.Node) -> Sequence[fx.Node]:
+    """Where a node finds what is left to it."""
+    place = _PLACES[node.target]
+    found = node.args[place] if len(node.args) > place else None
+    return [found] if isinstance(found, fx.Node) else []
+
+
+def _arriving(seconds: float, compute: float, size: int) -> float:
+    """Parts are computed as they come, the own one first: of `size` parts, all but that one travel."""
+    return max(0.0, seconds - compute * (size - 1) / size)
+
+
+def _leaving(seconds: float, compute: float, messages: int, parts: int) -> float:
+    """Parts leave as they are computed, `messages` of `parts`; how much later than the last part is computed the last one has arrived."""
+    part, one = compute / parts, seconds / messages
+    ends = [k * part + (messages - k + 1) * one for k in range(1, messages + 1)]
+    return min(seconds, max(0.0, max(ends) - compute))

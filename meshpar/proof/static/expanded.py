@@ -1,0 +1,91 @@
+"""Calls that do several things at once, taken apart: a proof reads products and conversions one by one.
+
+qk = gathered(x, (wq, wk), (None, None), 1, ...)       x_r = s_to_r(x, 1, ...)
+q  = qk[0]                                     ->      q   = linear(x_r, wq)
+k  = qk[1]                                             k   = linear(x_r, wk)
+
+y  = scattered(a, w, 1, ..., later, 0)         ->      p   = products.linear(a, w, None, later, 0)
+                                                       y   = p_to_s(p, 1, ...)
+    z  = reduced(a, w, ...)                                p   = linear(a, w)
+                                                           z   = p_to_i(p, ...)
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from meshpar.graph.facts import Change, Facts, facts, info_of, set_facts
+from meshpar.graph.op import op_name
+from meshpar.ops import collectives, products
+from meshpar.sharding.types import Shard
+
+_PIECES = "meshpar.ops.pieces."
+
+
+def expanded(graph: fx.Graph) -> fx.Graph:
+    """The graph, or one that does the same in more calls; what is known of a value stays with it."""
+    if not any(op_name(node.target).startswith(_PIECES) for node in graph.nodes if node.op == "call_function"):
+        return graph
+    new, made = fx.Graph(), dict[fx.Node, Any]()
+    for node in graph.nodes:
+        name = op_name(node.target) if node.op == "call_function" else ""
+        if name == _PIECES + "gathered":
+            made[node] = _gathered(new, node, made)
+        elif name in (_PIECES + "scattered", _PIECES + "reduced"):
+            made[node] = _summed(new, node, made, scattered=name.endswith("scattered"))
+        elif node.target is operator.getitem and isinstance(made[node.args[0]], list):
+            made[node] = set_facts(made[node.args[0]][node.args[1]], facts(node))
+        else:
+            made[node] = new.node_copy(node, made.__getitem__)
+    return new
+
+
+def _gathered(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> list[fx.Node]:
+    given: Any = fx.map_arg(node.args, made.__getitem__)
+    x, weights, biases, dim, repeat, segments, *left = given
+    change = facts(node).conversion
+    assert change is not None
+    where, info = dict(node.kwargs), info_of(x)
+    shape = tuple(n * change.size if d == dim else n for d, n in enumerate(info.shape))
+    if left:
+        whole = new.call_function(products.convert, (x, *left, "s_to_r", dim, repeat, segments), where)
+    else:
+        whole = new.call_function(collectives.s_to_r, (x, dim, repeat, segments), where)
+    set_facts(whole, replace(facts(node), info=replace(info, shape=shape)))
+    return [_linear(new, whole, w, b) for w, b in zip(weights, biases, strict=True)]
+
+
+def _linear(new: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    return new.call_function(torch.ops.aten.linear.default, (x, weight) if bias is None else (x, weight, bias))
+
+
+def _summed(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any], *, scattered: bool) -> fx.Node:
+    given: Any = fx.map_arg(node.args, made.__getitem__)
+    known = facts(node)
+    assert known.conversion is not None
+    a, weight, *rest = given
+    layout, left = (rest[:3], rest[3:]) if scattered else ([], rest)
+    later, helped = left[:2], left[2:]
+    leaves = later and later[0] is not None
+    pending = new.call_function(products.linear, (a, weight, None, *later)) if leaves else _linear(new, a, weight, None)
+    set_facts(pending, _before(known, known.conversion))
+    to: Any = collectives.p_to_s if scattered else collectives.p_to_i
+    args = (pending, *layout)
+    if helped:
+        to, args = products.convert, (pending, *helped, to.__name__, *layout)
+    return set_facts(new.call_function(to, args, dict(node.kwargs)), known)
+
+
+def _before(known: Facts, change: Change) -> Facts:
+    """Of the value before it was converted."""
+    assert known.part_of is not None
+    turned = replace(change, before=change.after, after=change.before)
+    info: Any = known.info
+    cut = change.after.dim if isinstance(change.after, Shard) else None
+    shape = tuple(n * change.size if d == cut else n for d, n in enumerate(info.shape))
+    return replace(known, info=replace(info, shape=shape), part_of=known.part_of.converted(turned), conversion=None)

@@ -1,0 +1,74 @@
+"""Products in pieces on real ranks: values and gradients of the plain conversions and products, three and two ranks, with a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import linear
+
+from meshpar.ops import collectives, pieces, products
+from tests.pool import Pool
+
+
+def made(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * seed + dist.get_rank())
+    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def compared(kind: str, batch: int) -> dict[str, float]:
+    """The largest differences of values and gradients, in pieces and not."""
+    where = {"group": dist.group.WORLD.group_name, "size": dist.get_world_size(), "rank": dist.get_rank()}  # type: ignore[union-attr]
+    size = dist.get_world_size()
+    layout, n = (1, 1, ((2 * size, 1),)), 2 * size
+    found = []
+    for cut in (True, False):
+        later = products.beside()
+        x, u, v = made(batch, 2, 5, seed=1), made(7, 5, seed=2), made(3, 5, seed=3)
+        bias, w = made(3, seed=5), made(5, 7, seed=6)
+        a, q = made(batch, n, 7, seed=4), made(4, 5, seed=7)
+        if kind == "gathered":
+            if cut:
+                y, z = pieces.gathered(x, (u, v), (None, bias), *layout, later, (w,), **where)
+                out = [y, z, products.linear(y, w, None, later, 0)]
+            else:
+                whole = collectives.s_to_r(x, *layout, **where)
+                y = linear(whole, u)
+                out = [y, linear(whole, v, bias), linear(y, w)]
+            leaves = [x, u, v, bias, w]
+        elif kind == "scattered":
+            if cut:
+                first = pieces.scattered(a, w, *layout, None, 0, later, (q,), **where)
+                out = [first, products.linear(first, q, None, later, 0)]
+            else:
+                first = collectives.p_to_s(linear(a, w), *layout, **where)
+                out = [first, linear(first, q)]
+            leaves = [a, w, q]
+        else:
+            out = [pieces.reduced(a, w, **where) if cut else collectives.p_to_i(linear(a, w), **where)]
+            leaves = [a, w]
+        sum((o**2).sum() for o in out).backward()  # type: ignore[union-attr]
+        found.append([*out, *(leaf.grad for leaf in leaves)])
+    return {str(i): (p - q).abs().max().item() for i, (p, q) in enumerate(zip(*found, strict=True))}  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", ["gathered", "scattered", "reduced"])
+@pytest.mark.parametrize(("world", "batch"), [(3, 2), (2, 1)])
+def test_values_and_gradients(gloo: Pool, kind: str, world: int, batch: int) -> None:
+    for differences in gloo.run(compared, kind, batch, world=world):
+        assert max(differences.values()) < 1e-12, differences
+
+
+def without_gradients() -> bool:
+    where: dict[str, Any] = {"group": dist.group.WORLD.group_name, "size": 2, "rank": dist.get_rank()}  # type: ignore[union-attr]
+    x, u = made(1, 2, 5, seed=1), made(7, 5, seed=2)
+    with torch.no_grad():
+        (y,) = pieces.gathered(x, (u,), (None,), 1, 1, ((4, 1),), **where)
+        return bool((y - linear(collectives.s_to_r(x, 1, 1, ((4, 1),), **where), u)).abs().max() < 1e-12) and not y.requires_grad
+
+
+def test_evaluation(gloo: Pool) -> None:
+    assert all(gloo.run(without_gradients, world=2))

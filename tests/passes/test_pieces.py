@@ -1,0 +1,119 @@
+"""Products in pieces beside their own collectives: the values of one device, over real ranks, in fewer calls, and proved."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import meshpar as mp
+from meshpar.graph.facts import Change, Facts, Info, set_facts
+from meshpar.ops import collectives, pieces
+from meshpar.passes import order
+from meshpar.passes.pieces import CutIntoPieces
+from meshpar.passes.products import HideGradientSums
+from meshpar.proof.static.expanded import expanded
+from meshpar.sharding.types import P, R, plain
+from tests.models import text, tiny
+from tests.pool import Pool
+
+aten = torch.ops.aten
+
+
+def verified(name: str, mesh: str, **config: Any) -> tuple[float, list[str], list[tuple[str, str]]]:
+    """The largest difference from one device, the calls in pieces, and what is sent."""
+    warnings.filterwarnings("error", message="the static check")
+    real = order.CutIntoPieces, order.HideGradientSums
+    order.CutIntoPieces = partial(CutIntoPieces, least_bytes=0)  # type: ignore[misc, assignment]
+    order.HideGradientSums = partial(HideGradientSums, least_bytes=0)  # type: ignore[misc, assignment]
+    try:
+        grid = mp.make_mesh(mesh)
+        found = mp.verify(tiny(name), grid, text(), config=mp.ParallelConfig(**config))
+        pm = mp.parallelize(tiny(name), grid, example=text(), config=mp.ParallelConfig(**config))
+        called = [word for word in ("gathered", "scattered", "reduced") if f"pieces_{word}(" in pm.print_readable()]
+        return max(d.largest for d in found.differences), called, [(c.kind, c.phase) for c in pm.comms() if c.region.endswith("layers.0")]
+    finally:
+        order.CutIntoPieces, order.HideGradientSums = real  # type: ignore[misc]
+
+
+def test_a_cut_sequence(gloo: Pool) -> None:
+    for worst, called, sent in gloo.run(verified, "llama", "tp=2", world=2, timeout=180.0, sequence_parallel=True):
+        assert worst < 1e-9
+        assert called == ["gathered", "scattered"]
+        assert sent.count(("all_gather", "backward")) == 4, "two of products, two again for weights"
+        assert sent.count(("all_gather", "forward")) == sent.count(("reduce_scatter", "backward")) == 2
+
+
+def test_a_whole_sequence(gloo: Pool) -> None:
+    for worst, called, sent in gloo.run(verified, "llama", "tp=2", world=2, timeout=180.0, sequence_parallel=False):
+        assert worst < 1e-9
+        assert called == ["reduced"]
+        assert sent.count(("all_reduce", "forward")) == sent.count(("all_reduce", "backward")) == 2
+
+
+def test_blocks_that_are_computed_again_gather_no_third_time(gloo: Pool) -> None:
+    for worst, called, _ in gloo.run(verified, "llama", "tp=2", world=2, timeout=180.0, sequence_parallel=True, recompute="selective"):
+        assert worst < 1e-9 and not called
+
+
+def graph_of() -> tuple[fx.Graph, fx.Node, fx.Node]:
+    """s_to_r, two products, and one that is summed and cut."""
+    graph, where = fx.Graph(), {"group": "0", "size": 2, "rank": 0}
+    cut, whole = plain(1, 8), Info((1, 8, 4), torch.float32, True)
+
+    def made(node: fx.Node, *shape: int, **known: Any) -> fx.Node:
+        return set_facts(node, Facts(Info(shape, torch.float32, True), region="block", **known))
+
+    x = made(graph.placeholder("x"), 1, 4, 4)
+    weights = [made(graph.get_attr(name), 4, 4) for name in "abc"]
+    layout = (cut.dim, cut.repeat, cut.segments)
+    y = made(graph.call_function(collectives.s_to_r, (x, *layout), where), 1, 8, 4, conversion=Change("tp", 2, cut, R, whole))
+    a, b = (made(graph.call_function(aten.linear.default, (y, w)), 1, 8, 4) for w in weights[:2])
+    c = made(graph.call_function(aten.mul.Tensor, (a, b)), 1, 8, 4)
+    d = made(graph.call_function(aten.linear.default, (c, weights[2])), 1, 8, 4)
+    z = made(graph.call_function(collectives.p_to_s, (d, *layout), where), 1, 4, 4, conversion=Change("tp", 2, P, cut, whole))
+    graph.output((z,))
+    return graph, y, z
+
+
+def targets(graph: fx.Graph) -> list[str]:
+    return [getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"]
+
+
+def test_before_and_after() -> None:
+    graph, _, z = graph_of()
+    CutIntoPieces(least_bytes=0)(graph)
+    graph.lint()
+    assert targets(graph) == ["gathered", "getitem", "getitem", "mul.Tensor", "scattered"]
+    HideGradientSums(least_bytes=0)(graph)
+    graph.lint()
+    gathered = next(n for n in graph.nodes if n.target is pieces.gathered)
+    assert [w.target for w in gathered.args[-1]] == ["c"] and z.args[-2:] == (gathered.args[-2], 0)
+    assert targets(expanded(graph)) == ["beside", "convert", "linear.default", "linear.default", "mul.Tensor", "linear", "p_to_s"]
+
+
+def test_what_else_is_read_is_gathered_as_before() -> None:
+    graph, y, _ = graph_of()
+    with graph.inserting_after(y):
+        set_facts(graph.call_function(aten.relu.default, (y,)), Facts(Info((1, 8, 4), torch.float32, True), region="block"))
+    CutIntoPieces(least_bytes=0)(graph)
+    assert targets(graph)[0] == "s_to_r"
+
+
+@pytest.mark.parametrize("segments", [((3, 1), (5, 1)), ((7, 1),)])
+def test_unequal_parts_are_left_alone(segments: tuple[tuple[int, int], ...]) -> None:
+    graph, y, z = graph_of()
+    for node in (y, z):
+        node.args = (*node.args[:-1], segments)
+    CutIntoPieces(least_bytes=0)(graph)
+    assert targets(graph)[0] == "s_to_r" and targets(graph)[-1] == "p_to_s"
+
+
+def test_small_values_are_left_alone() -> None:
+    graph, *_ = graph_of()
+    CutIntoPieces()(graph)
+    assert targets(graph)[0] == "s_to_r"
