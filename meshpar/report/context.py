@@ -61,8 +61,7 @@ def _uneven(axis: AxisPlan, graph: fx.Graph) -> list[str]:
     """A line where causal attention grows along parts that are in one piece each."""
     for node in graph.nodes:
         if node.target in _FORMS and node.target is not halo.halo_attention and node.kwargs.get("causal", True):
-            place = 6 if node.target is gathered.gathered_attention else 5
-            segments: Any = node.args[place]
+            segments: Any = node.args[5 if node.target is context.causal_attention else 6]
             if len(segments) == 1 and node.kwargs.get("window") is None:
                 most = (2 * axis.size - 1) / axis.size
                 return [

@@ -208,7 +208,7 @@ def attention(call: LocalCall) -> None:
     window, causal, form = a.get("window"), a.get("is_causal", True), call.plan.why
     if cut is None or cut.dim != len(call.op.infos[0].shape) - 2 or (form not in ("gather", "ring", "halo") and not causal):
         return
-    mask = [call.args[3] if len(call.args) > 3 else call.kwargs.get("attn_mask")] if form == "gather" else []
+    mask = [call.args[3] if len(call.args) > 3 else call.kwargs.get("attn_mask")] if form in ("gather", "ring") else []
     call.args = [*call.args[:3], *mask, cut.dim, cut.repeat, cut.segments]
     call.kwargs = {"window": window, "scale": a["scale"], "enable_gqa": a["enable_gqa"], **call.where()}
     call.target = _FORMS.get(form, context.causal_attention)

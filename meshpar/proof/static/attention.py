@@ -90,8 +90,8 @@ def on_its_axis(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> O
     if Shard(*call.cut).dim != query.dim or layout_of(Shard(*call.cut), ranks) != layout_of(query, ranks):
         raise Contradiction(f"it is told that ranks have the positions {Shard(*call.cut)}, they have {query}")
     _check_pattern(op, call)
-    if call.way == "gathered":
-        return _gathered(op, call, types, ranks)
+    if call.way in ("gathered", "ring"):
+        return _of_all_keys(op, call, types, ranks)
     if len(types) > 3:
         raise Unproved("attention of a part with a mask")
     if call.way == "queries":
@@ -104,8 +104,8 @@ def on_its_axis(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> O
     return Outcome((query,), (WHOLE, WHOLE, WHOLE))
 
 
-def _gathered(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> Outcome:
-    """Keys and values are gathered inside, in a layout of their own; their gradients come back as parts. A mask is that of the queries."""
+def _of_all_keys(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> Outcome:
+    """Keys and values of all ranks are met inside; their gradients come back as parts. A mask is that of the queries."""
     query = types[0]
     assert isinstance(query, Shard)
     keys = Shard(query.dim, 1, tuple(call.told["keys"]))

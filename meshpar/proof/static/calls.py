@@ -101,12 +101,17 @@ def _prefix(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCa
     return PlainCall(getattr(aten, how).default, (x, cut[0]), {"dtype": dtype}, "prefix", kwargs["group"], tuple(cut))
 
 
-def _gathered(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
-    causal = bool(kwargs.get("causal", False))
-    told = {"window": kwargs.get("window"), "causal": causal, "keys": kwargs["keys"]}
-    named = {"scale": kwargs.get("scale"), "enable_gqa": kwargs.get("enable_gqa", False)}
-    call = (*args[:4], 0.0, causal)
-    return PlainCall(aten.scaled_dot_product_attention.default, call, named, "gathered", kwargs["group"], tuple(args[4:7]), told=told)
+def _of_all_keys(way: str) -> Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]:
+    """Queries of a rank with the keys and values of all, under a mask or none: "gathered" in a layout of their own, or in a "ring"."""
+
+    def read(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
+        causal, cut = bool(kwargs.get("causal", False)), tuple(args[4:7])
+        told = {"window": kwargs.get("window"), "causal": causal, "keys": kwargs.get("keys", cut[2])}
+        named = {"scale": kwargs.get("scale"), "enable_gqa": kwargs.get("enable_gqa", False)}
+        call = (*args[:4], 0.0, causal)
+        return PlainCall(aten.scaled_dot_product_attention.default, call, named, way, kwargs["group"], cut, told=told)
+
+    return read
 
 
 def _drawn(target: Any) -> Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]:
@@ -152,8 +157,8 @@ _READ: Mapping[str, Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]] =
     "meshpar.ops.vocab_parallel.embedding": _embedding,
     "meshpar.ops.vocab_parallel.cross_entropy": _cross_entropy,
     "meshpar.ops.context.causal_attention": _attention("queries"),
-    "meshpar.ops.gathered.gathered_attention": _gathered,
-    "meshpar.ops.ring.ring_attention": _attention("ring"),
+    "meshpar.ops.gathered.gathered_attention": _of_all_keys("gathered"),
+    "meshpar.ops.ring.ring_attention": _of_all_keys("ring"),
     "meshpar.ops.halo.halo_attention": _attention("halo"),
     "meshpar.ops.convolution.halo_convolution": _near,
     "meshpar.ops.scans.cumulated": _prefix,
