@@ -96,8 +96,9 @@ def _attention(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> flo
 
 def _of_tiles(args: Sequence[Any]) -> float:
     """Attention in tiles: two products of the pairs of positions that are not passed over."""
-    query, _, value, _, rectangles, causal, window = args[:7]
-    return 2.0 * prod(query.shape[:2]) * tiles.area(rectangles, causal, window) * (query.shape[-1] + value.shape[-1])
+    query, _, value, _, rectangles, scoring = args[:6]
+    area = tiles.area(rectangles, tiles.Scoring.read(scoring))
+    return 2.0 * prod(query.shape[:2]) * area * (query.shape[-1] + value.shape[-1])
 
 
 _TILES: Mapping[str, float] = {"meshpar.attend_": 1.0, "meshpar.attend_backward_": 2.5}

@@ -11,7 +11,7 @@ computed in tiles (`ops/tiles.py`), so that nothing is as large as the queries t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import on_rank, rotated
-from meshpar.ops.tiles import Rectangle, Sees, attend_, attend_backward_, nothing_yet, wide
+from meshpar.ops.tiles import Rectangle, Scoring, Step, attend_, attend_backward_, nothing_yet, of_four_dims, sums_of, told, wide
 from meshpar.sharding.types import Shard
 
 Span = tuple[int, int]
@@ -32,15 +32,15 @@ def ring_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    added: Sequence[Tensor],
     dim: int,
     repeat: int,
     segments: Segments,
     *,
+    steps: Sequence[Step] = (),
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
-    softcap: float | None = None,
     enable_gqa: bool = False,
     group: str,
     size: int,
@@ -50,35 +50,29 @@ def ring_attention(
 
     `query`: `[b, h, s_local, e]`, `key`: `[b, k, s_local, e]`, `value`: `[b, k, s_local, f]`, all cut along the positions in the layout
     (dim, repeat, segments) of one `Shard`; h is a multiple of k. `causal`: the query at position i sees the keys 0 to i, with `window` only
-    the last `window` of them. `mask`: `[..., s_local, t]`, of this rank's queries and all keys. Returns `[b, h, s_local, f]`. Every rank
-    sends its keys and values `size - 1` times forward, and backward again with their gradients.
+    the last `window` of them. `added`: operands of the `steps` of scores, `[..., s_local, t]`, of this rank's queries and all keys. Returns
+    `[b, h, s_local, f]`. Every rank sends its keys and values `size - 1` times forward, and backward again with their gradients.
     """
-    sees = Sees(causal, window, query.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    how = _Ring(Shard(dim, repeat, tuple(segments)), sees, (group, size, rank))
-    mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
-    found: Tensor = _RingAttention.apply(query, key, value, mask, how)
+    scoring = told(query, scale, steps, causal=causal, window=window)
+    how = _Ring(Shard(dim, repeat, tuple(segments)), scoring, (group, size, rank))
+    found: Tensor = _RingAttention.apply(query, key, value, how, *of_four_dims(added))
     return found
 
 
 @dataclass(frozen=True)
 class _Ring:
     cut: Shard
-    sees: Sees
+    scoring: Scoring
     axis: tuple[str, int, int]
 
-    def rectangles(self, rank: int, step: int) -> list[int]:
-        """What meets in a step, one `Rectangle` after the other."""
+    def told(self, rank: int, step: int) -> tuple[list[int], str]:
+        """What meets in a step, one `Rectangle` after the other, and how it scores: for the operators of tiles."""
         size, found = self.axis[1], list[int]()
         for query, (at, stop) in _held(self.cut.ranges(size, rank)):
             for key, (first, last) in _held(self.cut.ranges(size, (rank - step) % size)):
-                if not self.sees.none(at, stop - at, first, last - first):
+                if not self.scoring.sees_none(at, stop - at, first, last - first):
                     found += Rectangle(query, key, stop - at, last - first, at, first)
-        return found
-
-    def told(self, rank: int, step: int) -> tuple[Any, ...]:
-        """The same for the operators of tiles."""
-        sees = self.sees
-        return self.rectangles(rank, step), sees.causal, sees.window, sees.scale, sees.softcap
+        return found, self.scoring.written
 
 
 def _held(ranges: tuple[Span, ...]) -> Iterator[tuple[int, Span]]:
@@ -91,38 +85,36 @@ def _held(ranges: tuple[Span, ...]) -> Iterator[tuple[int, Span]]:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _Ring) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: _Ring, *added: Tensor) -> Tensor:
         size, held = how.axis[1], _packed(key, value, how)
-        out, lse = on_rank(lambda _, x: nothing_yet(x, value.shape[-1]), how.axis, query)
-        masks = [] if mask is None else [mask]
+        out, norm = on_rank(lambda _, x: nothing_yet(x, value.shape[-1]), how.axis, query)
         for step in range(size):
-            on_rank(partial(_meet, how, step, key.shape, value.shape), how.axis, query, held, out, lse, *masks)
+            on_rank(partial(_meet, how, step, key.shape, value.shape), how.axis, query, held, out, norm, *added)
             if step < size - 1:
                 held = rotated(held, how.axis)
-        found: Tensor = on_rank(lambda _, x, like: x.to(like.dtype), how.axis, out, query)
-        ctx.save_for_backward(query, key, value, mask, found, lse)
+        found: Tensor = on_rank(_cast, how.axis, out, query)
+        ctx.save_for_backward(query, key, value, found, norm, *added)
         ctx.how = how
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        query, key, value, mask, found, lse = ctx.saved_tensors
-        how, held, learnt = ctx.how, _packed(key, value, ctx.how), ctx.needs_input_grad[3]
+        query, key, value, found, norm, *added = ctx.saved_tensors
+        how, held, needed = ctx.how, _packed(key, value, ctx.how), ctx.needs_input_grad[4:]
         delta = on_rank(lambda _, x, g: (wide(x) * wide(g)).sum(-1), how.axis, found, grad)
-        of_query, back = on_rank(_zeros, how.axis, query, held)
-        masks = [] if mask is None else [mask]
-        sums = [on_rank(lambda _, x: wide(x.new_zeros(x.shape)), how.axis, mask)] if learnt else []
+        of_query, back = on_rank(lambda _, q, h: (wide(q.new_zeros(q.shape)), wide(h.new_zeros(h.shape))), how.axis, query, held)
+        sums = on_rank(lambda _, *x: tuple(sums_of(x, needed)), how.axis, *added) if added else ()
         for step in range(how.axis[1]):
             work = partial(_return, how, step, key.shape, value.shape)
-            on_rank(work, how.axis, query, held, grad, lse, delta, of_query, back, *masks, *sums)
+            on_rank(work, how.axis, query, held, grad, norm, delta, of_query, back, *added, *sums)
             if step < how.axis[1] - 1:
                 held = rotated(held, how.axis)
             back = rotated(back, how.axis)
         unpack = partial(_unpacked, key.shape, value.shape)
         of_key, of_value = on_rank(lambda _, x, like: tuple(part.to(like.dtype) for part in unpack(x)), how.axis, back, key)
-        of_query, *of_mask = (on_rank(_cast, how.axis, x, like) for x, like in zip((of_query, *sums), (query, *masks)))
-        return of_query, of_key, of_value, of_mask[0] if of_mask else None, None
+        of_added = [on_rank(_cast, how.axis, x, like) if need else None for x, like, need in zip(sums, added, needed, strict=True)]
+        return on_rank(_cast, how.axis, of_query, query), of_key, of_value, None, *of_added
 
 
 def _packed(key: Tensor, value: Tensor, how: _Ring) -> Tensor:
@@ -136,39 +128,19 @@ def _unpacked(key: torch.Size, value: torch.Size, held: Tensor) -> tuple[Tensor,
     return held[:count].view(key), held[count:].view(value)
 
 
-def _zeros(rank: int, query: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    return wide(query.new_zeros(query.shape)), wide(held.new_zeros(held.shape))
-
-
 def _cast(rank: int, x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype)
 
 
-def _meet(
-    how: _Ring, step: int, key: torch.Size, value: torch.Size, rank: int, query: Tensor, held: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None = None,
-) -> None:  # fmt: skip
+def _meet(how: _Ring, step: int, key: torch.Size, value: torch.Size, rank: int, *tensors: Tensor) -> None:
     """Add what arrived in this step to the results."""
-    attend_(query, *_unpacked(key, value, held), mask, *how.told(rank, step), out, lse)
+    query, held, out, norm, *added = tensors
+    attend_(query, *_unpacked(key, value, held), added, *how.told(rank, step), out, norm)
 
 
-def _return(
-    how: _Ring,
-    step: int,
-    key: torch.Size,
-    value: torch.Size,
-    rank: int,
-    query: Tensor,
-    held: Tensor,
-    grad: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    of_query: Tensor,
-    back: Tensor,
-    mask: Tensor | None = None,
-    of_mask: Tensor | None = None,
-) -> None:
+def _return(how: _Ring, step: int, key: torch.Size, value: torch.Size, rank: int, *tensors: Tensor) -> None:
     """Add the gradients with what arrived in this step."""
-    of_key_and_value = _unpacked(key, value, back)
-    gradients = grad, lse, delta, of_query, *of_key_and_value, of_mask
-    attend_backward_(query, *_unpacked(key, value, held), mask, *how.told(rank, step), *gradients)
+    query, held, grad, norm, delta, of_query, back, *rest = tensors
+    added, sums = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    gradients = of_query, *_unpacked(key, value, back), sums
+    attend_backward_(query, *_unpacked(key, value, held), added, *how.told(rank, step), grad, norm, delta, *gradients)

@@ -3,16 +3,17 @@
                       keys 0 to 3    4 to 7    8 to 11
     queries 4 to 7    all            some      none          a tile of which nothing is seen is passed over, only "some" needs a mask
 
-Of each query are kept what it got so far, and the logarithm of the sum of exp(score) so far, from which backward makes the weights of a
-tile again. (The formulas are those of FlashAttention, arXiv 2205.14135.) Everything here is local to one rank.
+Of each query are kept what it got so far, the largest score and the sum of exp(score), from which backward makes the weights of a tile
+again. (The formulas are those of FlashAttention, arXiv 2205.14135.) Everything here is local to one rank.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,20 +23,28 @@ SIDE = 256
 SCORES = 2**20
 """The most scores of a tile: so many heads and samples, but one at least."""
 
+Step = tuple[Any, ...]
+"""What is done to scores z; i is the place of an operand `[b, h, s, all positions]`, any dim of which may be 1.
+
+    ("times", x)      z x                                       ("seen", i)          z where it is true, else -inf
+    ("tanh",)         tanh z                                    ("keep", i, x)       z where it is true, else x
+    ("plus", i)       z + operand i                             ("fill", i, x)       x where it is true, else z
+    ("by", i)         z operand i                               x: a number, or the place of an operand of one element
+"""
+
 
 @dataclass(frozen=True)
-class Sees:
-    """What a query sees of keys, and how strongly."""
+class Scoring:
+    """What a query sees of keys, and how strongly: products times `scale`, then the steps, then what is not seen is left out."""
 
     causal: bool = False
     """Whether the query at position i sees the keys up to i alone."""
     window: int | None = None
     """Of those, how many of the last."""
     scale: float = 1.0
-    softcap: float | None = None
-    """c where scores are c tanh(score / c), before anything is added to them."""
+    steps: tuple[Step, ...] = ()
 
-    def none(self, at: int, rows: int, first: int, columns: int) -> bool:
+    def sees_none(self, at: int, rows: int, first: int, columns: int) -> bool:
         """Whether none of the queries from position `at` sees any of the keys from `first`."""
         late = (self.causal or self.window is not None) and first > at + rows - 1
         return late or (self.window is not None and first + columns - 1 <= at - self.window)
@@ -48,6 +57,17 @@ class Sees:
         behind = torch.arange(at, at + rows, device=device)[:, None] - torch.arange(first, first + columns, device=device)
         hidden = behind < 0
         return hidden if self.window is None else hidden | (behind >= self.window)
+
+    @property
+    def written(self) -> str:
+        """As the operators below take it."""
+        return json.dumps([self.causal, self.window, self.scale, self.steps])
+
+    @staticmethod
+    def read(written: str) -> Scoring:
+        """The other way."""
+        causal, window, scale, steps = json.loads(written)
+        return Scoring(causal, window, scale, tuple(tuple(step) for step in steps))
 
 
 class Rectangle(NamedTuple):
@@ -65,76 +85,101 @@ class Rectangle(NamedTuple):
     """The position of the first key."""
 
 
-def area(rectangles: Sequence[int], causal: bool, window: int | None) -> int:
+def area(rectangles: Sequence[int], scoring: Scoring) -> int:
     """Pairs of queries and keys in the tiles that are not passed over, of rectangles that are written one after the other."""
-    sees = Sees(causal, window)
-    return sum(rows.size * columns.size for one in _rectangles(rectangles) for rows, columns in _pieces(one, sees))
+    return sum(rows.size * columns.size for one in _rectangles(rectangles) for rows, columns in _pieces(one, scoring))
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rectangles: Sequence[Rectangle], sees: Sees, out: Tensor, lse: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    rectangles: Sequence[Rectangle],
+    scoring: Scoring,
+    out: Tensor,
+    norm: Tensor,
 ) -> None:
     """Add what queries get from these keys, in place, to what they got from others.
 
-    `query`: `[b, h, s, e]`, `key`: `[b, k, t, e]`, `value`: `[b, k, t, f]`, h a multiple of k. `mask`: `[b, h, s, all positions]`, any of
-    which may be 1: False where a key is not seen, or numbers that are added to the scores. `out`: `[b, h, s, f]` and `lse`: `[b, h, s]`,
-    zeros and -inf to begin with.
+    `query`: `[b, h, s, e]`, `key`: `[b, k, t, e]`, `value`: `[b, k, t, f]`, h a multiple of k. `operands`: of the steps. `out`:
+    `[b, h, s, f]`, zeros to begin with, and `norm`: `[b, h, s, 2]`, the largest score so far, and the logarithm of the sum of
+    exp(score - largest): -inf to begin with. (Of scores near -1e38, as masks make them, the sum of the two would forget the second.)
     """
-    for tile in _tiles(query, key, rectangles, sees):
-        scores = _scores(tile, query, key, mask, sees)
-        most = scores.amax(-1)
-        most = most.masked_fill_(most == -torch.inf, 0.0)
-        weights = scores.sub_(most[..., None]).exp_()
-        before = lse[tile.queries]
-        total = torch.logaddexp(before, weights.sum(-1).log_() + most)
-        safe = total.masked_fill(total == -torch.inf, 0.0)  # a query that has seen nothing yet
+    for tile in _tiles(query, key, rectangles, scoring):
+        scores = _shown(tile, _stepped(tile, query, key, operands, scoring)[-1], scoring)
+        own, most = norm[tile.queries], scores.amax(-1)
+        weights = scores.sub_(_finite(most)[..., None]).exp_()
+        top = torch.maximum(own[..., 0], most)
+        before, more = (x - _finite(top) for x in (own[..., 0], most))
+        total = torch.logaddexp(before + own[..., 1], more + weights.sum(-1).log_())
         found = tile.by_query(tile.by_key(weights) @ wide(value[tile.keys]))
-        got = out[tile.queries]
-        got.mul_((before - safe).exp_()[..., None]).addcmul_(found, (most - safe).exp_()[..., None])
-        before.copy_(total)
+        kept, new = (before + own[..., 1] - _finite(total)).exp_(), (more - _finite(total)).exp_()
+        out[tile.queries].mul_(kept[..., None]).addcmul_(found, new[..., None])
+        own.copy_(torch.stack([top, total], -1))
 
 
 def attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    operands: Sequence[Tensor],
     rectangles: Sequence[Rectangle],
-    sees: Sees,
+    scoring: Scoring,
     grad: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     delta: Tensor,
     of_query: Tensor,
     of_key: Tensor,
     of_value: Tensor,
-    of_mask: Tensor | None,
+    of_operands: Sequence[Tensor],
 ) -> None:
-    """Add the gradients, in place. `lse`: of all keys; `delta` `[b, h, s]`: the sums of result times `grad`."""
-    for tile in _tiles(query, key, rectangles, sees):
-        scores = _scores(tile, query, key, mask, sees)
-        own = lse[tile.queries]
-        weights = scores.sub_(own.masked_fill(own == -torch.inf, 0.0)[..., None]).exp_()
+    """Add the gradients, in place. `norm`: of all keys; `delta` `[b, h, s]`: the sums of result times `grad`. `of_operands`: of one
+    dim for an operand that needs none."""
+    for tile in _tiles(query, key, rectangles, scoring):
+        values = _stepped(tile, query, key, operands, scoring)
+        top, total = (_finite(x)[..., None] for x in norm[tile.queries].unbind(-1))
+        last = values[-1].clone() if scoring.steps else values[-1]
+        weights = _shown(tile, last, scoring).sub_(top).sub_(total).exp_()
         g, k, v = tile.by_key(wide(grad[tile.queries])), wide(key[tile.keys]), wide(value[tile.keys])
         of_value[tile.keys] += tile.by_key(weights).transpose(-1, -2) @ g
         of_scores = tile.by_query(g @ v.transpose(-1, -2)).sub_(delta[tile.queries][..., None]).mul_(weights)
-        if of_mask is not None:
-            _add_to_mask(tile, of_scores, of_mask)
-        if sees.softcap is not None:
-            of_scores.mul_(1 - (_products(tile, query, key, sees) / sees.softcap).tanh_().square_())
-        of_products = tile.by_key(of_scores).mul_(sees.scale)
+        for at in range(len(scoring.steps) - 1, -1, -1):
+            of_scores = _back(tile, scoring.steps[at], of_scores, values[at : at + 2], operands, of_operands)
+        of_products = tile.by_key(of_scores) * scoring.scale
         of_query[tile.queries] += tile.by_query(of_products @ k)
         of_key[tile.keys] += of_products.transpose(-1, -2) @ tile.by_key(wide(query[tile.queries]))
 
 
 def nothing_yet(query: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`out` and `lse` of queries before they meet a key."""
+    """`out` and `norm` of queries before they meet a key."""
     like = wide(query.new_empty(()))
-    return like.new_zeros(*query.shape[:-1], width), like.new_full(query.shape[:-1], -torch.inf)
+    return like.new_zeros(*query.shape[:-1], width), like.new_full((*query.shape[:-1], 2), -torch.inf)
+
+
+def sums_of(operands: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    """Zeros for the gradients of operands, of one dim where none is needed."""
+    return [wide(x.new_zeros(x.shape)) if need else x.new_zeros(1) for x, need in zip(operands, needed, strict=True)]
 
 
 def wide(x: Tensor) -> Tensor:
     """In float32, if it is not in float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def told(query: Tensor, scale: float | None, steps: Sequence[Step], *, causal: bool, window: int | None) -> Scoring:
+    """How attention scores, in the words of its arguments."""
+    return Scoring(causal, window, query.shape[-1] ** -0.5 if scale is None else scale, tuple(tuple(step) for step in steps))
+
+
+def of_four_dims(added: Sequence[Tensor]) -> list[Tensor]:
+    """Operands of steps, with dims of 1 before their own."""
+    return [x[(None,) * (4 - x.dim())] for x in added]
+
+
+def _finite(x: Tensor) -> Tensor:
+    """0 where a query has seen nothing."""
+    return x.masked_fill(x == -torch.inf, 0.0)
 
 
 class _Range(NamedTuple):
@@ -174,16 +219,22 @@ class _Tile:
         """And back."""
         return x.view(x.shape[0], -1, self.rows.size, x.shape[-1])
 
-    def in_mask(self, mask: Tensor) -> tuple[slice, ...]:
-        """Where it is in `[b, h, s, all positions]`, any of which may be 1."""
+    def of(self, operand: Tensor) -> Tensor:
+        """Its part of `[b, h, s, all positions]`, any of which may be 1."""
         columns = slice(self.columns.at, self.columns.at + self.columns.size)
-        return tuple(slice(0, 1) if n == 1 else part for n, part in zip(mask.shape, (*self.queries, columns), strict=True))
+        return operand[tuple(slice(0, 1) if n == 1 else part for n, part in zip(operand.shape, (*self.queries, columns), strict=True))]
+
+    def add_to(self, of_operand: Tensor, operand: Tensor, grad: Tensor) -> None:
+        """Add to the gradient of an operand, if that is wanted: summed where one element meets several scores."""
+        if of_operand.shape == operand.shape:
+            place = self.of(of_operand)
+            place += grad.sum_to_size(place.shape)
 
 
-def _tiles(query: Tensor, key: Tensor, rectangles: Sequence[Rectangle], sees: Sees) -> Iterator[_Tile]:
+def _tiles(query: Tensor, key: Tensor, rectangles: Sequence[Rectangle], scoring: Scoring) -> Iterator[_Tile]:
     (b, h), k = query.shape[:2], key.shape[1]
     for rectangle in rectangles:
-        for rows, columns in _pieces(rectangle, sees):
+        for rows, columns in _pieces(rectangle, scoring):
             one = rows.size * columns.size * (h // k)
             heads = min(k, max(1, SCORES // one))
             samples = min(b, max(1, SCORES // (one * heads)))
@@ -191,81 +242,109 @@ def _tiles(query: Tensor, key: Tensor, rectangles: Sequence[Rectangle], sees: Se
                 yield _Tile(slice(low, min(low + samples, b)), slice(first, min(first + heads, k)), h // k, rows, columns)
 
 
-def _pieces(rectangle: Rectangle, sees: Sees) -> Iterator[tuple[_Range, _Range]]:
+def _pieces(rectangle: Rectangle, scoring: Scoring) -> Iterator[tuple[_Range, _Range]]:
     """Stretches of queries and of keys, but for those that do not see each other."""
     for row, column in product(range(0, rectangle.rows, SIDE), range(0, rectangle.columns, SIDE)):
         rows = _Range(rectangle.query + row, rectangle.at + row, min(SIDE, rectangle.rows - row))
         columns = _Range(rectangle.key + column, rectangle.first + column, min(SIDE, rectangle.columns - column))
-        if not sees.none(rows.at, rows.size, columns.at, columns.size):
+        if not scoring.sees_none(rows.at, rows.size, columns.at, columns.size):
             yield rows, columns
 
 
-def _products(tile: _Tile, query: Tensor, key: Tensor, sees: Sees) -> Tensor:
-    """Queries times keys, `[b, h, rows, columns]`."""
-    scaled = tile.by_key(wide(query[tile.queries])) * sees.scale
-    return tile.by_query(scaled @ wide(key[tile.keys]).transpose(-1, -2))
-
-
-def _scores(tile: _Tile, query: Tensor, key: Tensor, mask: Tensor | None, sees: Sees) -> Tensor:
-    scores = _products(tile, query, key, sees)
-    if sees.softcap is not None:
-        scores.div_(sees.softcap).tanh_().mul_(sees.softcap)
-    if mask is not None:
-        added = mask[tile.in_mask(mask)]
-        scores = scores.masked_fill_(~added, -torch.inf) if mask.dtype == torch.bool else scores.add_(added)
-    hidden = sees.hidden(tile.rows.at, tile.rows.size, tile.columns.at, tile.columns.size, query.device)
+def _shown(tile: _Tile, scores: Tensor, scoring: Scoring) -> Tensor:
+    """Scores, in place, without those of what is not seen."""
+    hidden = scoring.hidden(tile.rows.at, tile.rows.size, tile.columns.at, tile.columns.size, scores.device)
     return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
-def _add_to_mask(tile: _Tile, of_scores: Tensor, of_mask: Tensor) -> None:
-    """The gradient of what is added to scores: summed where it is added to several."""
-    place = of_mask[tile.in_mask(of_mask)]
-    place += of_scores.sum_to_size(place.shape)
+def _stepped(tile: _Tile, query: Tensor, key: Tensor, operands: Sequence[Tensor], scoring: Scoring) -> list[Tensor]:
+    """Scaled products `[b, h, rows, columns]`, and what each step makes of them."""
+    scaled = tile.by_key(wide(query[tile.queries])) * scoring.scale
+    found = [tile.by_query(scaled @ wide(key[tile.keys]).transpose(-1, -2))]
+    for step in scoring.steps:
+        found.append(_stepping(tile, step, found[-1], operands))
+    return found
+
+
+def _stepping(tile: _Tile, step: Step, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    match step:
+        case ("times", x):
+            return z * x
+        case ("tanh",):
+            return z.tanh()
+        case ("plus", i):
+            return z + tile.of(operands[i]).to(z.dtype)
+        case ("by", i):
+            return z * tile.of(operands[i]).to(z.dtype)
+        case ("seen", i):
+            return z.masked_fill(~tile.of(operands[i]), -torch.inf)
+        case ("keep", i, x):
+            return torch.where(tile.of(operands[i]), z, tile.of(operands[x]).to(z.dtype) if isinstance(x, int) else x)
+        case ("fill", i, x):
+            return torch.where(tile.of(operands[i]), tile.of(operands[x]).to(z.dtype) if isinstance(x, int) else x, z)
+    raise ValueError(f"{step}: no step of scores")
+
+
+def _back(
+    tile: _Tile, step: Step, grad: Tensor, values: Sequence[Tensor], operands: Sequence[Tensor], of_operands: Sequence[Tensor]
+) -> Tensor:
+    """The gradient of what a step was given; adds that of its operand. `values`: what it was given, and what it gave."""
+    before, after = values
+    match step:
+        case ("times", x):
+            return grad * x
+        case ("tanh",):
+            return grad * (1 - after.square())
+        case ("plus", i):
+            tile.add_to(of_operands[i], operands[i], grad)
+            return grad
+        case ("by", i):
+            tile.add_to(of_operands[i], operands[i], grad * before)
+            return grad * tile.of(operands[i]).to(grad.dtype)
+        case ("seen" | "keep", i, *_):
+            return grad.masked_fill(~tile.of(operands[i]), 0.0)
+        case ("fill", i, _):
+            return grad.masked_fill(tile.of(operands[i]), 0.0)
+    raise ValueError(f"{step}: no step of scores")
 
 
 # ---- the same as operators: one call each for whoever counts, or has no memory -----------------------------------------------------------
 
 
-@torch.library.custom_op("meshpar::attend_", mutates_args=("out", "lse"))
+@torch.library.custom_op("meshpar::attend_", mutates_args=("out", "norm"))
 def attend_(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    operands: Sequence[Tensor],
     rectangles: Sequence[int],
-    causal: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
+    scoring: str,
     out: Tensor,
-    lse: Tensor,
+    norm: Tensor,
 ) -> None:
     """`attend`, of rectangles that are written one after the other."""
-    attend(query, key, value, mask, _rectangles(rectangles), Sees(causal, window, scale, softcap), out, lse)
+    attend(query, key, value, operands, _rectangles(rectangles), Scoring.read(scoring), out, norm)
 
 
-@torch.library.custom_op("meshpar::attend_backward_", mutates_args=("of_query", "of_key", "of_value", "of_mask"))
+@torch.library.custom_op("meshpar::attend_backward_", mutates_args=("of_query", "of_key", "of_value", "of_operands"))
 def attend_backward_(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    operands: Sequence[Tensor],
     rectangles: Sequence[int],
-    causal: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
+    scoring: str,
     grad: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     delta: Tensor,
     of_query: Tensor,
     of_key: Tensor,
     of_value: Tensor,
-    of_mask: Tensor | None,
+    of_operands: Sequence[Tensor],
 ) -> None:
     """`attend_backward`, likewise."""
-    sees = Sees(causal, window, scale, softcap)
-    attend_backward(query, key, value, mask, _rectangles(rectangles), sees, grad, lse, delta, of_query, of_key, of_value, of_mask)
+    gradients = of_query, of_key, of_value, of_operands
+    attend_backward(query, key, value, operands, _rectangles(rectangles), Scoring.read(scoring), grad, norm, delta, *gradients)
 
 
 @attend_.register_fake
