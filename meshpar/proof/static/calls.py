@@ -99,7 +99,8 @@ def _near(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall
 
 def _prefix(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
     x, how, dtype, *cut = args
-    return PlainCall(getattr(aten, how).default, (x, cut[0]), {"dtype": dtype}, "prefix", kwargs["group"], tuple(cut))
+    named = {} if how == "logcumsumexp" else {"dtype": dtype}
+    return PlainCall(getattr(aten, how).default, (x, cut[0]), named, "prefix", kwargs["group"], tuple(cut))
 
 
 def _gathered(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
