@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import meshpar as mp
 from meshpar.plan import Comm
 from meshpar.proof.alone import static_report
+from tests.pool import Pool
 
 S, H, V = 16, 16, 37
 
@@ -60,6 +61,8 @@ class Cumulative(nn.Module):
             y = y.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
         elif self.kind == "cumprod":
             y = (y.sigmoid() + 0.3).cumprod(-2)
+        elif self.kind == "logcumsumexp":
+            y = y.logcumsumexp(1)
         elif self.kind == "transposed":
             y = y.transpose(1, 2).cumsum(-1).transpose(1, 2) / 8
         else:  # linear attention
@@ -122,7 +125,9 @@ def test_convolutions_fetch_what_lies_around_and_say_so() -> None:
 @pytest.mark.parametrize("mesh", ["cp=4", "cp=2,tp=2"])
 def test_cumulative_sums_and_products(mesh: str) -> None:
     torch.manual_seed(0)
-    mp.verify(Stack(*(Cumulative(kind) for kind in ("cumsum", "cumprod", "transposed", "linear"))), mesh, batch()).raise_if_failed()
+    mp.verify(
+        Stack(*(Cumulative(kind) for kind in ("cumsum", "cumprod", "logcumsumexp", "transposed", "linear"))), mesh, batch()
+    ).raise_if_failed()
 
 
 def test_cumulative_sums_send_totals_and_say_so() -> None:
@@ -134,6 +139,30 @@ def test_cumulative_sums_send_totals_and_say_so() -> None:
 
 
 def test_all_of_it_is_proved() -> None:
-    report = static_report(Stack(*map(Convolution, _CONVOLUTIONS), *map(Cumulative, ("cumsum", "cumprod"))), "cp=2,tp=2", batch())
+    report = static_report(
+        Stack(*map(Convolution, _CONVOLUTIONS), *map(Cumulative, ("cumsum", "cumprod", "logcumsumexp"))), "cp=2,tp=2", batch()
+    )
     report.check()
     assert report.share == 1.0 and not report.unproved
+
+
+def of_several_kinds() -> Stack:
+    torch.manual_seed(0)
+    return Stack(Convolution("causal"), Convolution("wide"), *map(Cumulative, ("cumsum", "cumprod", "logcumsumexp"))).double()
+
+
+def stepped() -> tuple[float, dict[str, Tensor]]:
+    """The loss and all gradients of a step on this mesh of two."""
+    pm = mp.parallelize(of_several_kinds(), mp.make_mesh("cp=2"), example=batch(), config=mp.ParallelConfig(data_parallel="replicate"))
+    loss = pm.train_step(**batch())
+    return float(loss), {name: mp.full_grad(p) for name, p in pm.named_parameters()}  # type: ignore[misc]
+
+
+def test_processes_send_what_lies_around_and_what_came_before(gloo: Pool) -> None:
+    model = of_several_kinds()
+    right = model(**batch())["loss"]
+    right.backward()
+    for loss, gradients in gloo.run(stepped):
+        assert abs(loss - float(right.detach())) < 1e-12
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12)

@@ -76,7 +76,7 @@ def test_ring_backward_with_stale_keys_and_values() -> None:
     with mp.simulate(2):
         where = {"group": mp.make_mesh("cp=2").get_group("cp").group_name, "size": 2, "rank": -1}
         parts = [[per_rank(lambda rank, x=x: taken(x, rank)).requires_grad_() for x in one] for one in sets]
-        outs = [ring_attention(*one, 2, 1, CUT.segments, causal=True, **where) for one in parts]  # type: ignore[misc]
+        outs = [ring_attention(*one, [], 2, 1, CUT.segments, causal=True, **where) for one in parts]  # type: ignore[misc]
         for out, own, right in zip(outs, parts, wanted, strict=True):
             for got, want in zip(torch.autograd.grad(out.square().sum(), own), right, strict=True):
                 for rank, local in local_tensors(got).items():

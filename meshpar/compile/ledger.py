@@ -13,7 +13,7 @@ from meshpar.compile.exposure import exposed
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
-from meshpar.ops import convolution, gathered, halo, pieces, ring, scans, vocab_parallel
+from meshpar.ops import convolution, gathered, halo, pieces, ring, scans, scored, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
@@ -69,7 +69,7 @@ def entries(node: fx.Node) -> Iterator[Comm]:
         yield from _converted(node, known.joined)
     if known.exchange is not None:
         yield from _exchanged(node, known.exchange)
-    if node.target in (ring.ring_attention, halo.halo_attention):
+    if node.target in (ring.ring_attention, halo.halo_attention, scored.scored_halo_attention):
         yield from _between_parts(node)
     if node.target is convolution.halo_convolution:
         yield from _around(node)

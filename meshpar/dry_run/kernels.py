@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 from meshpar._torch import group_behind, is_view_operator, pytree
+from meshpar.ops import tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ def kernel_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result:
 
 def _work(name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> tuple[str, float]:
     packet = getattr(func, "_overloadpacket", None)
+    if name in _TILES:
+        return "attention", _TILES[name] * _of_tiles(args)
     if "attention" in name:
         return "attention", _attention(name, args, kwargs)
     if name in _GROUPED:
@@ -89,6 +92,17 @@ def _attention(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> flo
     pairs = prod(query.shape[:-1]) * key.shape[-2]
     flops = 2 * pairs * (query.shape[-1] + value.shape[-1])
     return flops * (2.5 if backward else 1.0) * (0.5 if _is_causal(name, args, kwargs) else 1.0)
+
+
+def _of_tiles(args: Sequence[Any]) -> float:
+    """Attention in tiles: two products of the pairs of positions that are not passed over."""
+    query, _, value, _, rectangles, scoring = args[:6]
+    area = tiles.area(rectangles, tiles.Scoring.read(scoring))
+    return 2.0 * prod(query.shape[:2]) * area * (query.shape[-1] + value.shape[-1])
+
+
+_TILES: Mapping[str, float] = {"meshpar.attend_": 1.0, "meshpar.attend_backward_": 2.5}
+"""Operators of `ops/tiles.py` -> how many times the products of a forward."""
 
 
 def _is_causal(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

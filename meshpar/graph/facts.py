@@ -148,6 +148,8 @@ class Facts:
     """On the mean of a batch norm that was written out."""
     extra: Extra | None = None
     """On an input that is no tensor of the batch: what it is."""
+    unrecognised: str | None = None
+    """On a softmax that may be a part of attention: why it is not made that."""
 
     # what lowering made of it
 

@@ -70,9 +70,10 @@ def attention(op: Op) -> float:
 
 
 def windowed_attention(op: Op) -> float:
-    """Of each query with as many keys as its window has."""
-    query, _, value = op.shapes[:3]
-    return 2 * prod(query[:-1]) * int(op.arguments["window"]) * (query[-1] + value[-1])
+    """Of each query with as many keys as its window has, or all."""
+    query, key, value = op.shapes[:3]
+    window = op.arguments.get("window")
+    return 2 * prod(query[:-1]) * int(key[-2] if window is None else window) * (query[-1] + value[-1])
 
 
 def ring_attention(op: Op) -> float:

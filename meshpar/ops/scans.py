@@ -23,12 +23,15 @@ from meshpar.sharding.types import Shard
 def cumulated(
     x: Tensor, how: str, dtype: torch.dtype | None, dim: int, repeat: int, segments: Segments, *, group: str, size: int, rank: int
 ) -> Tensor:
-    """`cumsum` or `cumprod` (`how`) along the dim that is cut.
+    """`cumsum`, `cumprod` or `logcumsumexp` (`how`) along the dim that is cut. `dtype`: of the first two, what they compute in.
 
     `x`: this rank's part, in the layout (dim, repeat, segments) of a `Shard`. Returns a tensor of the same shape: its part of the result.
     """
     cut, scan = Shard(dim, repeat, tuple(segments)), _SCANS[how]
-    parts = [scan.along(part, dim, dtype=dtype) for part in x.split([high - low for low, high in cut.pieces(size, 0)], dim)]
+    parts = [
+        scan.along(part if dtype is None else part.to(dtype), dim)
+        for part in x.split([high - low for low, high in cut.pieces(size, 0)], dim)
+    ]
     totals = torch.stack([part.select(dim, -1) for part in parts])
     every = s_to_r(totals, 0, 1, ((size * len(parts), 1),), group=group, size=size, rank=rank)
     earlier = on_rank(lambda one, like: torch.tensor(_earlier(cut, size, one), device=like.device), (group, size, rank), x)
@@ -51,6 +54,7 @@ class _Scan(NamedTuple):
 _SCANS = {
     "cumsum": _Scan(torch.cumsum, torch.sum, torch.add, 0.0),
     "cumprod": _Scan(torch.cumprod, torch.prod, torch.mul, 1.0),
+    "logcumsumexp": _Scan(torch.logcumsumexp, torch.logsumexp, torch.logaddexp, -torch.inf),
 }
 SCANS = frozenset(_SCANS)
 """The operators that are done so."""

@@ -133,13 +133,13 @@ def _in_groups(node: fx.Node, arguments: dict[str, Any]) -> None:
 def _short(arguments: dict[str, Any]) -> tuple[Any, Any, bool]:
     """Keys and values, of grouped heads without copies, and whether heads are grouped."""
     key, value = arguments["key"], arguments["value"]
-    short = _ungrouped(key), _ungrouped(value)
+    short = ungrouped(key), ungrouped(value)
     if short[0] is not None and short[1] is not None and info_of(short[0]).shape[1] == info_of(short[1]).shape[1]:
         return *short, True
     return key, value, bool(arguments["enable_gqa"])
 
 
-def _ungrouped(repeated: fx.Node) -> fx.Node | None:
+def ungrouped(repeated: fx.Node) -> fx.Node | None:
     """`k [b, g, s, e]` where `repeated` is k with each head n times in a row, `[b, g n, s, e]`."""
     if repeated.target is aten.repeat_interleave.self_int and len(repeated.args) > 2 and repeated.args[2] in (1, -3):
         return repeated.args[0] if len(info_of(repeated).shape) == 4 else None  # type: ignore[return-value]

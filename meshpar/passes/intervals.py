@@ -63,6 +63,71 @@ def intervals(mask: fx.Node) -> Intervals | None:
     return found if isinstance(found, Intervals) else None
 
 
+def shown(mask: fx.Node, never: float) -> Intervals | None:
+    """The intervals of a mask of numbers to add, 0 where a query sees a key and at most `never` where not, or of booleans."""
+    while op_name(mask.target) in ("expand", "_to_copy", "unsqueeze", "clone") and info_of(mask).dtype.is_floating_point:
+        before = mask.args[0]
+        if not isinstance(before, fx.Node) or info_of(before).shape[-2:] != info_of(mask).shape[-2:]:
+            break
+        mask = before
+    if info_of(mask).dtype == torch.bool:
+        return intervals(mask)
+    if op_name(mask.target) == "where" and len(mask.args) == 3 and isinstance(mask.args[0], fx.Node):
+        zero, other = (_number(a) for a in mask.args[1:])
+        wide = info_of(mask.args[0]).shape[-2:] == info_of(mask).shape[-2:]
+        if zero == 0 and other is not None and other <= never and wide:
+            return intervals(mask.args[0])
+    return _evaluated(mask, never)
+
+
+def _number(value: Any) -> float | None:
+    """What a number, or a tensor that is one number everywhere, is; None where that is not known."""
+    if isinstance(value, int | float):
+        return float(value)
+    if not isinstance(value, fx.Node) or op_name(value.target) not in _ONE_NUMBER:
+        return None
+    place = _ONE_NUMBER[op_name(value.target)]
+    found = value.args[place] if isinstance(place, int) else float(place)
+    return float(found) if isinstance(found, int | float) else None
+
+
+_ONE_NUMBER: Mapping[str, int | str] = {
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), "0"),
+    **dict.fromkeys(("full", "full_like"), 1),
+    "scalar_tensor": 0,
+    "new_full": 2,
+}
+"""Operators whose result is one number everywhere -> the place of it among the arguments, or the number."""
+
+
+def least(node: fx.Node) -> float | None:
+    """The smallest of some numbers; None where they are not known, or many."""
+    if prod(info_of(node).shape) > SMALL:
+        return None
+    with without_modes(), torch.no_grad():
+        value = _Reader(0, 0).read(node)
+        return float(value.min()) if isinstance(value, torch.Tensor) and value.numel() else None
+
+
+def _evaluated(mask: fx.Node, never: float) -> Intervals | None:
+    """The intervals of a small mask of numbers, of which all are computed."""
+    shape = info_of(mask).shape
+    if len(shape) < 2 or prod(shape) > SMALL:
+        return None
+    with without_modes(), torch.no_grad():
+        value = _Reader(0, 0).read(mask)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return None
+        table = value.reshape(-1, *shape[-2:])
+        seen = table[0] == 0
+        if not bool((table == table[:1]).all()) or not bool((table[0][~seen] <= never).all()):
+            return None
+        counts, start = seen.sum(-1), seen.long().argmax(-1)
+        stop, places = start + counts, torch.arange(shape[-1])
+        right = bool((seen == ((places >= start[:, None]) & (places < stop[:, None]))).all())
+    return Intervals(start, stop, shape[-1]) if right else None
+
+
 class _Reader:
     def __init__(self, queries: int, keys: int) -> None:
         self.queries, self.keys = queries, keys

@@ -2,9 +2,10 @@
 
     captured ── before() ── decided on ── lowered() ── deferred() ── cut into stages ── finished() ── what the runtime is given
 
-before     Batch norm is written out first: its statistics then are sums like any other, and the types see them. Masks of attention are read
-           while they are whole: a part of a causal mask is not causal. Losses of all positions but some at the ends take all, while the
-           slice can be seen. Convolutions with a padding before or a slice after them become ones that give a result for each position.
+before     Batch norm is written out first: its statistics then are sums like any other, and the types see them. Attention that is written
+           out becomes attention, and masks are read, while they are whole: a part of a causal mask is not causal. Losses of all positions
+           but some at the ends take all, while the slice can be seen. Convolutions with a padding before or a slice after them become ones
+           that give a result for each position.
 lowered    `Lower`, outermost axis first, as they were typed: the types of the next one speak of the sizes that are left.
            `SimplifyAttention` again: a mask that is causal with the sizes of this rank need not be read.
            `ReduceGradients`: the sum of a gradient becomes a conversion of the parameter, so every use of it must be in the graph.
@@ -36,6 +37,7 @@ from meshpar.passes.reuse import Reuse
 from meshpar.passes.shifted import IgnoreEnds
 from meshpar.passes.tally import TallyExperts
 from meshpar.passes.weight_gradients import DeferWeightGradients
+from meshpar.passes.written_out import recognise_attention
 from meshpar.plan import AxisPlan
 from meshpar.roles import ROLES
 
@@ -46,6 +48,7 @@ def before(graph: fx.Graph, axes: Sequence[Axis]) -> None:
     if any(axis.size > 1 and ROLES[axis.name].own_batches for axis in axes):
         expand_batch_norm(graph)
     if "sequence" in divided:
+        recognise_attention(graph)
         SimplifyAttention(windows=True)(graph)
         IgnoreEnds()(graph)
         AlignConvolutions()(graph)

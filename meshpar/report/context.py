@@ -14,7 +14,7 @@ from meshpar.graph.cost import flops
 from meshpar.graph.facts import facts, info_of, infos_of
 from meshpar.graph.op import op_name
 from meshpar.graph.operators import operator_of
-from meshpar.ops import context, convolution, gathered, halo, ring, scans
+from meshpar.ops import context, convolution, gathered, halo, ring, scans, scored
 from meshpar.ops.random import draw
 from meshpar.plan import AxisPlan, Plan
 from meshpar.report.text import count, table
@@ -26,6 +26,8 @@ _FORMS = {
     gathered.gathered_attention: "gather",
     ring.ring_attention: "ring",
     halo.halo_attention: "halo",
+    scored.scored_halo_attention: "halo",
+    scored.scored_attention_of_a_part: "gather",
 }
 _SAYS = {
     "gather": "a rank's queries meet all keys and values",
@@ -42,16 +44,17 @@ def attention(plan: Plan, graph: fx.Graph) -> list[str]:
 
 
 def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
-    found: Counter[tuple[str, str, int]] = Counter()
+    found: Counter[tuple[str, str, str, int]] = Counter()
     for node in graph.nodes:
+        module = re.sub(r"\d+", "*", facts(node).module or "the model")
         if (form := _form(node, axis)) is not None:
             sent = sum(e.nbytes for one in _before(node) for e in entries(one) if e.axis == axis.axis and e.phase == "forward")
-            found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, int(sent)] += 1
+            found[module, form, _why_not(node, axis), int(sent)] += 1
         elif (form := _written_out(node, axis)) is not None:
-            found[re.sub(r"\d+", "*", facts(node).module or "the model"), form, 0] += 1
+            found[module, form, facts(node).unrecognised or "", 0] += 1
     rows = [
-        (f"  {module}", f"x{times}", form, _SAYS[form], count(sent, "B") if sent or form not in _WRITTEN.values() else "")
-        for (module, form, sent), times in found.items()
+        (f"  {module}", f"x{times}", form, _SAYS[form] + f" ({why})" * bool(why), count(sent, "B") if sent or form in _SENDING else "")
+        for (module, form, why, sent), times in found.items()
     ]
     heading = f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward"
     return [heading, *table(rows, right=(4,)), *_uneven(axis, graph)] if rows else []
@@ -60,9 +63,8 @@ def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
 def _uneven(axis: AxisPlan, graph: fx.Graph) -> list[str]:
     """A line where causal attention grows along parts that are in one piece each."""
     for node in graph.nodes:
-        if node.target in _FORMS and node.target is not halo.halo_attention and node.kwargs.get("causal", True):
-            place = 6 if node.target is gathered.gathered_attention else 5
-            segments: Any = node.args[place]
+        if _FORMS.get(node.target, "halo") != "halo" and node.kwargs.get("causal", True):
+            segments: Any = node.args[5 if node.target is context.causal_attention else 6]
             if len(segments) == 1 and node.kwargs.get("window") is None:
                 most = (2 * axis.size - 1) / axis.size
                 return [
@@ -126,6 +128,13 @@ def _form(node: fx.Node, axis: AxisPlan) -> str | None:
     return "gather" if outs[0].dim == len(info_of(node).shape) - 2 else "heads"
 
 
+def _why_not(node: fx.Node, axis: AxisPlan) -> str:
+    """Why attention has not the form that was asked for."""
+    part = facts(node).part_of
+    plan = axis.nodes.get(part.origin) if part is not None else None
+    return "" if plan is None else plan.why.partition(": ")[2]
+
+
 def _written_out(node: fx.Node, axis: AxisPlan) -> str | None:
     """The form of a softmax of scores that a model computes itself."""
     if node.op != "call_function" or operator_of(node.target).kind != "softmax" or not operator_of(node.target).weighs:
@@ -142,6 +151,7 @@ def _written_out(node: fx.Node, axis: AxisPlan) -> str | None:
 
 _OF_PAIRS = ("matmul", "bmm", "baddbmm", "einsum")
 _WRITTEN = {form: f"products and a softmax, {form}" for form in ("gather", "heads", "whole")}
+_SENDING = frozenset(_SAYS)
 _SAYS |= {said: f"not recognised as attention: {_SAYS[form]}" for form, said in _WRITTEN.items()}
 
 

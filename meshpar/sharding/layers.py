@@ -32,12 +32,23 @@ def attention_of_a_part(op: Op) -> Signature | None:
     """Queries that an outer axis cut already: heads may be cut."""
     if len(op.shapes[0]) != 4 or len(op.shapes[1]) != 4:
         return row("... [s] [e], ... [t] [e], ... [t] [f] -> ... [s] [f]", linear=((2,),))(op)
-    grouped = op.shapes[1][1] not in (1, op.shapes[0][1])
-    lead, rest = "b (k g)" if grouped else "b k", ""
-    if len(op.shapes) > 3:
-        terms = ["b", "[h]" if grouped and op.shapes[3][-3:-2] not in ((), (1,)) else "k", "[s]", "[m]"]
-        rest = ", " + " ".join(terms[4 - len(op.shapes[3]) :])
-    return row(f"{lead} [s] [e], b k [t] [e], b k [t] [f]{rest} -> {lead} [s] [f]", linear=((2,),))(op)
+    return _of_heads(op, "[s]", "[m]")
+
+
+def scored_attention(op: Op) -> Signature | None:
+    """Heads may be cut, and queries; keys and values are needed whole."""
+    return _of_heads(op, "s", "[t]")
+
+
+def _of_heads(op: Op, queries: str, keys: str) -> Signature | None:
+    """Attention with any number of operands that are broadcast to samples, heads, queries and keys."""
+    heads, grouped = op.shapes[0][1], op.shapes[1][1] not in (1, op.shapes[0][1])
+    lead, more = "(k g)" if grouped else "k", list[str]()
+    for shape in op.shapes[3:]:
+        terms = ["b", lead if shape[-3:-2] == (heads,) else "k", queries, keys]
+        more.append(" ".join(terms[4 - len(shape) :]))
+    added = "".join(f", {terms}" for terms in more)
+    return row(f"b {lead} {queries} [e], b k [t] [e], b k [t] [f]{added} -> b {lead} {queries} [f]", linear=((2,),))(op)
 
 
 def normalised(op: Op) -> Signature:

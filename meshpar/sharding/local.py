@@ -16,7 +16,7 @@ import torch
 
 from meshpar.graph.op import Op
 from meshpar.mesh import Axis
-from meshpar.ops import context, gathered, halo, ring, scans, vocab_parallel
+from meshpar.ops import context, gathered, halo, ring, scans, scored, vocab_parallel
 from meshpar.ops import convolution as convolution_ops
 from meshpar.plan import NodePlan
 from meshpar.sharding.types import Partial, Shard, local_shape
@@ -204,21 +204,45 @@ def cumulated(call: LocalCall) -> None:
 
 def attention(call: LocalCall) -> None:
     """Queries that are cut are not the first ones: what they may see follows from their positions."""
-    cut, a = call.in_shard(), call.op.arguments
-    window, causal, form = a.get("window"), a.get("is_causal", True), call.plan.why
+    cut, a, own = call.in_shard(), call.op.arguments, call.target is scored.scored_attention
+    form = call.plan.why.partition(": ")[0]
+    window, causal = a.get("window"), bool(a.get("is_causal", True))
     if cut is None or cut.dim != len(call.op.infos[0].shape) - 2 or (form not in ("gather", "ring", "halo") and not causal):
         return
-    mask = [call.args[3] if len(call.args) > 3 else call.kwargs.get("attn_mask")] if form == "gather" else []
-    call.args = [*call.args[:3], *mask, cut.dim, cut.repeat, cut.segments]
+    given = call.args[3] if len(call.args) > 3 else call.kwargs.get("attn_mask")
+    call.args = [*call.args[:3], *_added(given, form, own), cut.dim, cut.repeat, cut.segments]
     call.kwargs = {"window": window, "scale": a["scale"], "enable_gqa": a["enable_gqa"], **call.where()}
-    call.target = _FORMS.get(form, context.causal_attention)
-    if form in ("gather", "ring"):
+    call.target = _FORMS.get((form, own), scored.scored_attention_of_a_part if own else context.causal_attention)
+    if form in ("gather", "ring") or (own and form != "halo"):
         call.kwargs["causal"] = causal
+    if form == "ring" or own:
+        call.kwargs["steps"] = a["steps"] if own else _steps_of(call.op)
     if form == "gather" and (keys := call.in_shard(1)) is not None:
         call.kwargs["keys"] = keys.segments
 
 
-_FORMS = {"gather": gathered.gathered_attention, "halo": halo.halo_attention, "ring": ring.ring_attention}
+def _added(given: Any, form: str, own: bool) -> list[Any]:
+    """What is added to scores, as a form takes it: a mask, operands, or nothing."""
+    if form == "halo" or (not own and form not in ("gather", "ring")):
+        return []
+    if own or form == "gather":
+        return [given]
+    return [[] if given is None else [given]]
+
+
+def _steps_of(op: Op) -> tuple[tuple[str, int], ...]:
+    """A mask as a step of scores."""
+    return () if len(op.infos) < 4 else (("seen" if op.infos[3].dtype == torch.bool else "plus", 0),)
+
+
+_FORMS = {
+    ("gather", False): gathered.gathered_attention,
+    ("halo", False): halo.halo_attention,
+    ("halo", True): scored.scored_halo_attention,
+    ("ring", False): ring.ring_attention,
+    ("ring", True): ring.ring_attention,
+}
+"""The operators of the forms, of torch's attention and of that with steps of its own."""
 
 
 def exchanged_again(call: LocalCall) -> None:

@@ -325,18 +325,18 @@ class SequencePolicy(Policy):
         kept += positions.of_parts(call, self.reading, self.price, work)
         if row.sequences:
             kept = attention.gathering(call, kept, self.reading, self.price)
-            kept = self._asked_for([*kept, *attention.between_parts(call, self.reading, self.price, work)])
+            kept = self._asked_for(call, [*kept, *attention.between_parts(call, self.reading, self.price, work)])
         return [one if _is_cut(one) else replace(one, cost=one.cost + _REPEATED * unit) for one in kept]
 
     def _cuts_a_matrix(self, call: BoundOp, choice: Choice) -> bool:
         pairs = zip(call.op.operands, choice.uses, strict=True)
         return any(one.op == "get_attr" and one.target in self.request.parameters and isinstance(use, Shard) for one, use in pairs)
 
-    def _asked_for(self, found: Sequence[Choice]) -> list[Choice]:
-        """The typings of the form the user asked for, where there are any."""
+    def _asked_for(self, call: BoundOp, found: Sequence[Choice]) -> list[Choice]:
+        """The typings of the form the user asked for, where there are any; others are told why not."""
         asked = self.request.context
         fitting = [one for one in found if attention.form(one) in (("ring", "halo") if asked == "ring" else (asked,))]
-        return fitting or list(found)
+        return fitting or attention.instead(found, call, self.reading, asked)
 
     def _growing(self) -> frozenset[int]:
         """The sequences along which causal attention grows, where they can be dealt out in twice as many pieces as there are ranks."""

@@ -66,14 +66,14 @@ class Reading:
         """Factors a matrix of the model sums over: the hidden size of the residual stream is one of them."""
         found: set[int] = set()
         for call in self.inference.calls.values():
-            if call.signature is None or operator_of(call.op.node.target).kind not in ARITHMETIC:
-                continue
-            if not any(n.op == "get_attr" for n in call.op.operands):
+            kind = operator_of(call.op.node.target).kind
+            factors = call.op.operands[:3] if kind == "attention" else call.op.operands  # not what is added to scores
+            if call.signature is None or kind not in ARITHMETIC or not any(n.op == "get_attr" for n in factors):
                 continue
             kept = {n for dims in call.signature.outputs for dim in dims for segment in dim for n in segment}
             of_parameters = {
                 name
-                for operand, dims in zip(call.op.operands, call.signature.inputs, strict=True)
+                for operand, dims in zip(factors, call.signature.inputs)
                 if operand.op == "get_attr"
                 for dim in dims
                 for segment in dim

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import meshpar as mp
-from meshpar.ops import ring
+from meshpar.ops import tiles
 from meshpar.ops.context import causal_attention
 from meshpar.ops.halo import halo_attention, windowed_attention
 from meshpar.ops.ring import ring_attention
@@ -80,10 +80,10 @@ class TestForms:
         window: int | None,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(ring, "SCORES", 64)  # a few queries at a time
+        monkeypatch.setattr(tiles, "SIDE", 3)
 
         def op(*args: object, **how: object) -> Tensor:
-            return ring_attention(*args, causal=causal, window=window, **how)  # type: ignore[arg-type]
+            return ring_attention(*args[:3], [], *args[3:], causal=causal, window=window, **how)  # type: ignore[arg-type]
 
         assert agrees(op, size, segments, whole(causal, window), heads, False) < 1e-13
 
@@ -105,7 +105,7 @@ def test_a_window_of_a_whole_sequence() -> None:
 def test_queries_that_see_nothing_yet_are_not_nan() -> None:
     """In a ring the first part that arrives may be all in the future."""
     cut = ((S, 1),)
-    assert agrees(lambda *a, **k: ring_attention(*a, causal=True, **k), 4, cut, whole(True, None), (2, 2), False) < 1e-13
+    assert agrees(lambda *a, **k: ring_attention(*a[:3], [], *a[3:], causal=True, **k), 4, cut, whole(True, None), (2, 2), False) < 1e-13
 
 
 def test_causal_work_is_shared_alike() -> None:

@@ -233,7 +233,7 @@ def _each_operand(read: Read) -> Read:
 def attention_text(op: Op) -> str | None:
     """Every query with all keys, of its sample and head. A causal one by position: then queries go together."""
     q, k = op.shapes[0], op.shapes[1]
-    s = "[s]" if op.arguments.get("is_causal") or op.arguments.get("window") or op.arguments.get("dropout_p") else "s"
+    s = "[s]" if op.arguments.get("is_causal") or op.arguments.get("window") else "s"
     if len(q) != 4 or len(k) != 4:
         mask = f"... {s} [t]"
         return f"... {s} [e], ... [t] [e], ... [t] [f], {mask} -> ... {s} [f]"
@@ -245,6 +245,17 @@ def attention_text(op: Op) -> str | None:
         of_heads = "[m]" if grouped else "k"
         mask = ", " + " ".join(["b", of_heads, s, "[t]"][4 - len(shape) :])
     return f"b {heads} {s} [e], b k [t] [e], b k [t] [f]{mask} -> b {heads} {s} [f]"
+
+
+def scored_text(op: Op) -> str | None:
+    """The same with any number of operands that are added to scores, or multiply or hide them."""
+    s = "[s]" if op.arguments.get("is_causal") or op.arguments.get("window") else "s"
+    grouped = op.shapes[1][1] != op.shapes[0][1] and op.shapes[1][1] > 1
+    heads, more = "(k g)" if grouped else "k", ""
+    for shape in op.shapes[3:]:
+        terms = ["b", heads if shape[-3:-2] == op.shapes[0][1:2] else "k", s, "[t]"]
+        more += ", " + " ".join(terms[4 - len(shape) :])
+    return f"b {heads} {s} [e], b k [t] [e], b k [t] [f]{more} -> b {heads} {s} [f]"
 
 
 def _convolution(op: Op) -> str | None:
@@ -466,6 +477,7 @@ _ACTIONS: dict[str, Read] = {
     **_rows("einsum", _each_operand(chosen(_einsum))),
     **_rows("cdist", text("... i [c], ... j [c] -> ... i j")),
     **_rows("scaled_dot_product_attention meshpar.ops.halo.windowed_attention", chosen(attention_text, (2,))),
+    **_rows("meshpar.ops.scored.scored_attention", chosen(scored_text, (2,))),
     **_rows("convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", chosen(_convolution, (0, 2), (1, 2))),
     **_rows("meshpar.ops.convolution.convolved", chosen(_convolution, (0, 2), (1, 2))),
     **_rows("embedding", text("[v] c, ... -> ... c", (0,))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isclose
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,15 +16,15 @@ from meshpar.proof.static.calls import PlainCall
 from meshpar.proof.static.forms import PARTIAL, WHOLE, Outcome, told
 from meshpar.proof.static.layout import layout_of
 from meshpar.proof.static.masks import Masks
-from meshpar.proof.static.report import Contradiction, Unproved
-from meshpar.sharding.types import I, Shard, Type
+from meshpar.proof.static.report import Contradiction
+from meshpar.sharding.types import Shard, Type
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def is_attention(op: Op) -> bool:
     """Whether a call of the model's graph is attention as a whole."""
-    return op.node.target is SDPA or op.name == "meshpar.ops.halo.windowed_attention"
+    return op.node.target is SDPA or op.name in ("meshpar.ops.halo.windowed_attention", "meshpar.ops.scored.scored_attention")
 
 
 def aligned(op: Op, call: PlainCall, values: Sequence[Value], masks: Masks) -> Op:
@@ -90,36 +91,42 @@ def on_its_axis(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> O
     if Shard(*call.cut).dim != query.dim or layout_of(Shard(*call.cut), ranks) != layout_of(query, ranks):
         raise Contradiction(f"it is told that ranks have the positions {Shard(*call.cut)}, they have {query}")
     _check_pattern(op, call)
-    if call.way == "gathered":
-        return _gathered(op, call, types, ranks)
-    if len(types) > 3:
-        raise Unproved("attention of a part with a mask")
+    if call.way in ("gathered", "ring"):
+        return _of_all_keys(op, call, types, ranks)
     if call.way == "queries":
-        if any(t != I for t in types[1:3]):
+        if any(isinstance(t, Shard) for t in types[1:3]):
             raise Contradiction("it takes all keys and values, and is handed a part")
-        return Outcome((query,), (WHOLE, PARTIAL, PARTIAL))
+        return Outcome((query,), (WHOLE, PARTIAL, PARTIAL, *_added(op, types, ranks)))
     for one in types[1:3]:
         if not isinstance(one, Shard) or one.dim != query.dim or layout_of(one, ranks) != layout_of(query, ranks):
             raise Contradiction(f"keys and values are {told(one)}, it takes the parts of the positions of the queries")
     return Outcome((query,), (WHOLE, WHOLE, WHOLE))
 
 
-def _gathered(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> Outcome:
-    """Keys and values are gathered inside, in a layout of their own; their gradients come back as parts. A mask is that of the queries."""
+def _of_all_keys(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> Outcome:
+    """Keys and values of all ranks are met inside; their gradients come back as parts. A mask is that of the queries."""
     query = types[0]
     assert isinstance(query, Shard)
     keys = Shard(query.dim, 1, tuple(call.told["keys"]))
     for one in types[1:3]:
         if not isinstance(one, Shard) or one.dim != query.dim or layout_of(one, ranks) != layout_of(keys, ranks):
             raise Contradiction(f"keys and values are {told(one)}, it gathers {keys}")
-    if len(types) == 3:
-        return Outcome((query,), (WHOLE, WHOLE, WHOLE))
-    mask, rows = types[3], len(op.shapes[3]) - 2
-    if mask == I and op.shapes[3][rows] == 1:
-        return Outcome((query,), (WHOLE, WHOLE, WHOLE, PARTIAL))
-    if not isinstance(mask, Shard) or mask.dim != rows or layout_of(mask, ranks) != layout_of(query, ranks):
-        raise Contradiction(f"its mask is {told(mask)}, the queries are {query}")
-    return Outcome((query,), (WHOLE, WHOLE, WHOLE, WHOLE))
+    return Outcome((query,), (WHOLE, WHOLE, WHOLE, *_added(op, types, ranks)))
+
+
+def _added(op: Op, types: Sequence[Type], ranks: int) -> tuple[Any, ...]:
+    """Of each operand that is added to scores, what its gradient is. Its queries are those of the rank."""
+    query, found = types[0], list[Any]()
+    assert isinstance(query, Shard)
+    for mask, shape in zip(types[3:], op.shapes[3:], strict=True):
+        rows = len(shape) - 2
+        if not isinstance(mask, Shard) and (rows < 0 or shape[rows] == 1):
+            found.append(PARTIAL)
+        elif not isinstance(mask, Shard) or mask.dim != rows or layout_of(mask, ranks) != layout_of(query, ranks):
+            raise Contradiction(f"its mask is {told(mask)}, the queries are {query}")
+        else:
+            found.append(WHOLE)
+    return tuple(found)
 
 
 def _check_pattern(op: Op, call: PlainCall) -> None:

@@ -15,6 +15,7 @@ from torch import fx
 
 from meshpar.graph.op import op_name
 from meshpar.ops.convolution import convolved
+from meshpar.ops.scored import scored_attention
 
 aten = torch.ops.aten
 
@@ -98,15 +99,32 @@ def _near(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall
 
 def _prefix(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
     x, how, dtype, *cut = args
-    return PlainCall(getattr(aten, how).default, (x, cut[0]), {"dtype": dtype}, "prefix", kwargs["group"], tuple(cut))
+    named = {} if how == "logcumsumexp" else {"dtype": dtype}
+    return PlainCall(getattr(aten, how).default, (x, cut[0]), named, "prefix", kwargs["group"], tuple(cut))
 
 
 def _gathered(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
-    causal = bool(kwargs.get("causal", False))
-    told = {"window": kwargs.get("window"), "causal": causal, "keys": kwargs["keys"]}
+    told = {"window": kwargs.get("window"), "causal": bool(kwargs.get("causal", False)), "keys": kwargs["keys"]}
     named = {"scale": kwargs.get("scale"), "enable_gqa": kwargs.get("enable_gqa", False)}
-    call = (*args[:4], 0.0, causal)
+    call = (*args[:4], 0.0, told["causal"])
     return PlainCall(aten.scaled_dot_product_attention.default, call, named, "gathered", kwargs["group"], tuple(args[4:7]), told=told)
+
+
+def _scored(way: str) -> Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]:
+    """Attention of a part with steps of scores; in a ring torch's own too, whose mask is the only one."""
+
+    def read(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
+        added, cut = ([], args[3:6]) if way == "halo" else (args[3], args[4:7])
+        told = {"window": kwargs.get("window"), "causal": bool(kwargs.get("causal", way == "halo")), "keys": cut[2]}
+        named = {"scale": kwargs.get("scale"), "enable_gqa": kwargs.get("enable_gqa", False)}
+        if origin is scored_attention:
+            named |= {"steps": kwargs["steps"], "is_causal": told["causal"], "window": told["window"]}
+            call, target = (*args[:3], added), scored_attention
+        else:
+            call, target = (*args[:3], *(added or [None]), 0.0, told["causal"]), aten.scaled_dot_product_attention.default
+        return PlainCall(target, call, named, way, kwargs["group"], tuple(cut), told=told)
+
+    return read
 
 
 def _drawn(target: Any) -> Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]:
@@ -157,7 +175,9 @@ _READ: Mapping[str, Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]] =
     "meshpar.ops.vocab_parallel.cross_entropy": _cross_entropy,
     "meshpar.ops.context.causal_attention": _attention("queries"),
     "meshpar.ops.gathered.gathered_attention": _gathered,
-    "meshpar.ops.ring.ring_attention": _attention("ring"),
+    "meshpar.ops.ring.ring_attention": _scored("ring"),
+    "meshpar.ops.scored.scored_attention_of_a_part": _scored("queries"),
+    "meshpar.ops.scored.scored_halo_attention": _scored("halo"),
     "meshpar.ops.halo.halo_attention": _attention("halo"),
     "meshpar.ops.convolution.halo_convolution": _near,
     "meshpar.ops.scans.cumulated": _prefix,

@@ -1,0 +1,358 @@
+"""Attention in tiles: scores of a few queries and keys at a time, in float32 or wider, and no longer than they are used.
+
+                      keys 0 to 3    4 to 7    8 to 11
+    queries 4 to 7    all            some      none          a tile of which nothing is seen is passed over, only "some" needs a mask
+
+Of each query are kept what it got so far, the largest score and the sum of exp(score), from which backward makes the weights of a tile
+again. (The formulas are those of FlashAttention, arXiv 2205.14135.) Everything here is local to one rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SIDE = 256
+"""The most queries and the most keys of a tile."""
+SCORES = 2**20
+"""The most scores of a tile: so many heads and samples, but one at least."""
+
+Step = tuple[Any, ...]
+"""What is done to scores z; i is the place of an operand `[b, h, s, all positions]`, any dim of which may be 1.
+
+    ("times", x)      z x                                       ("seen", i)          z where it is true, else -inf
+    ("tanh",)         tanh z                                    ("keep", i, x)       z where it is true, else x
+    ("plus", i)       z + operand i                             ("fill", i, x)       x where it is true, else z
+    ("by", i)         z operand i                               x: a number, or the place of an operand of one element
+"""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a query sees of keys, and how strongly: products times `scale`, then the steps, then what is not seen is left out."""
+
+    causal: bool = False
+    """Whether the query at position i sees the keys up to i alone."""
+    window: int | None = None
+    """Of those, how many of the last."""
+    scale: float = 1.0
+    steps: tuple[Step, ...] = ()
+
+    def sees_none(self, at: int, rows: int, first: int, columns: int) -> bool:
+        """Whether none of the queries from position `at` sees any of the keys from `first`."""
+        late = (self.causal or self.window is not None) and first > at + rows - 1
+        return late or (self.window is not None and first + columns - 1 <= at - self.window)
+
+    def hidden(self, at: int, rows: int, first: int, columns: int, device: torch.device) -> Tensor | None:
+        """`[rows, columns]`: True where the query does not see the key; None where all see all."""
+        past = first + columns - 1 <= at or not (self.causal or self.window is not None)
+        if past and (self.window is None or first > at + rows - 1 - self.window):
+            return None
+        behind = torch.arange(at, at + rows, device=device)[:, None] - torch.arange(first, first + columns, device=device)
+        hidden = behind < 0
+        return hidden if self.window is None else hidden | (behind >= self.window)
+
+    @property
+    def written(self) -> str:
+        """As the operators below take it."""
+        return json.dumps([self.causal, self.window, self.scale, self.steps])
+
+    @staticmethod
+    def read(written: str) -> Scoring:
+        """The other way."""
+        causal, window, scale, steps = json.loads(written)
+        return Scoring(causal, window, scale, tuple(tuple(step) for step in steps))
+
+
+class Rectangle(NamedTuple):
+    """Queries and keys that meet: a part of the table of all pairs, as stretches of what is held and of positions."""
+
+    query: int
+    """Where the first query is held."""
+    key: int
+    rows: int
+    """How many queries."""
+    columns: int
+    at: int
+    """The position of the first query."""
+    first: int
+    """The position of the first key."""
+
+
+def area(rectangles: Sequence[int], scoring: Scoring) -> int:
+    """Pairs of queries and keys in the tiles that are not passed over, of rectangles that are written one after the other."""
+    return sum(rows.size * columns.size for one in _rectangles(rectangles) for rows, columns in _pieces(one, scoring))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    rectangles: Sequence[Rectangle],
+    scoring: Scoring,
+    out: Tensor,
+    norm: Tensor,
+) -> None:
+    """Add what queries get from these keys, in place, to what they got from others.
+
+    `query`: `[b, h, s, e]`, `key`: `[b, k, t, e]`, `value`: `[b, k, t, f]`, h a multiple of k. `operands`: of the steps. `out`:
+    `[b, h, s, f]`, zeros to begin with, and `norm`: `[b, h, s, 2]`, the largest score so far, and the logarithm of the sum of
+    exp(score - largest): -inf to begin with. (Of scores near -1e38, as masks make them, the sum of the two would forget the second.)
+    """
+    for tile in _tiles(query, key, rectangles, scoring):
+        scores = _shown(tile, _stepped(tile, query, key, operands, scoring)[-1], scoring)
+        own, most = norm[tile.queries], scores.amax(-1)
+        weights = scores.sub_(_finite(most)[..., None]).exp_()
+        top = torch.maximum(own[..., 0], most)
+        before, more = (x - _finite(top) for x in (own[..., 0], most))
+        total = torch.logaddexp(before + own[..., 1], more + weights.sum(-1).log_())
+        found = tile.by_query(tile.by_key(weights) @ wide(value[tile.keys]))
+        kept, new = (before + own[..., 1] - _finite(total)).exp_(), (more - _finite(total)).exp_()
+        out[tile.queries].mul_(kept[..., None]).addcmul_(found, new[..., None])
+        own.copy_(torch.stack([top, total], -1))
+
+
+def attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    rectangles: Sequence[Rectangle],
+    scoring: Scoring,
+    grad: Tensor,
+    norm: Tensor,
+    delta: Tensor,
+    of_query: Tensor,
+    of_key: Tensor,
+    of_value: Tensor,
+    of_operands: Sequence[Tensor],
+) -> None:
+    """Add the gradients, in place. `norm`: of all keys; `delta` `[b, h, s]`: the sums of result times `grad`. `of_operands`: of one
+    dim for an operand that needs none."""
+    for tile in _tiles(query, key, rectangles, scoring):
+        values = _stepped(tile, query, key, operands, scoring)
+        top, total = (_finite(x)[..., None] for x in norm[tile.queries].unbind(-1))
+        last = values[-1].clone() if scoring.steps else values[-1]
+        weights = _shown(tile, last, scoring).sub_(top).sub_(total).exp_()
+        g, k, v = tile.by_key(wide(grad[tile.queries])), wide(key[tile.keys]), wide(value[tile.keys])
+        of_value[tile.keys] += tile.by_key(weights).transpose(-1, -2) @ g
+        of_scores = tile.by_query(g @ v.transpose(-1, -2)).sub_(delta[tile.queries][..., None]).mul_(weights)
+        for at in range(len(scoring.steps) - 1, -1, -1):
+            of_scores = _back(tile, scoring.steps[at], of_scores, values[at : at + 2], operands, of_operands)
+        of_products = tile.by_key(of_scores) * scoring.scale
+        of_query[tile.queries] += tile.by_query(of_products @ k)
+        of_key[tile.keys] += of_products.transpose(-1, -2) @ tile.by_key(wide(query[tile.queries]))
+
+
+def nothing_yet(query: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`out` and `norm` of queries before they meet a key."""
+    like = wide(query.new_empty(()))
+    return like.new_zeros(*query.shape[:-1], width), like.new_full((*query.shape[:-1], 2), -torch.inf)
+
+
+def sums_of(operands: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    """Zeros for the gradients of operands, of one dim where none is needed."""
+    return [wide(x.new_zeros(x.shape)) if need else x.new_zeros(1) for x, need in zip(operands, needed, strict=True)]
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, if it is not in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def told(query: Tensor, scale: float | None, steps: Sequence[Step], *, causal: bool, window: int | None) -> Scoring:
+    """How attention scores, in the words of its arguments."""
+    return Scoring(causal, window, query.shape[-1] ** -0.5 if scale is None else scale, tuple(tuple(step) for step in steps))
+
+
+def of_four_dims(added: Sequence[Tensor]) -> list[Tensor]:
+    """Operands of steps, with dims of 1 before their own."""
+    return [x[(None,) * (4 - x.dim())] for x in added]
+
+
+def _finite(x: Tensor) -> Tensor:
+    """0 where a query has seen nothing."""
+    return x.masked_fill(x == -torch.inf, 0.0)
+
+
+class _Range(NamedTuple):
+    held: int
+    at: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Tile:
+    samples: slice
+    key_heads: slice
+    group: int
+    """Query heads of one head of keys and values."""
+    rows: _Range
+    columns: _Range
+
+    @property
+    def heads(self) -> slice:
+        return slice(self.key_heads.start * self.group, self.key_heads.stop * self.group)
+
+    @property
+    def queries(self) -> tuple[slice, ...]:
+        """Where they are in `[b, h, s, ...]`."""
+        return self.samples, self.heads, slice(self.rows.held, self.rows.held + self.rows.size)
+
+    @property
+    def keys(self) -> tuple[slice, ...]:
+        """Where they are in `[b, k, t, ...]`."""
+        return self.samples, self.key_heads, slice(self.columns.held, self.columns.held + self.columns.size)
+
+    def by_key(self, x: Tensor) -> Tensor:
+        """`[b, k g, s, ...]` as `[b, k, g s, ...]`."""
+        return x.reshape(x.shape[0], -1, self.group * self.rows.size, x.shape[-1])
+
+    def by_query(self, x: Tensor) -> Tensor:
+        """And back."""
+        return x.view(x.shape[0], -1, self.rows.size, x.shape[-1])
+
+    def of(self, operand: Tensor) -> Tensor:
+        """Its part of `[b, h, s, all positions]`, any of which may be 1."""
+        columns = slice(self.columns.at, self.columns.at + self.columns.size)
+        return operand[tuple(slice(0, 1) if n == 1 else part for n, part in zip(operand.shape, (*self.queries, columns), strict=True))]
+
+    def add_to(self, of_operand: Tensor, operand: Tensor, grad: Tensor) -> None:
+        """Add to the gradient of an operand, if that is wanted: summed where one element meets several scores."""
+        if of_operand.shape == operand.shape:
+            place = self.of(of_operand)
+            place += grad.sum_to_size(place.shape)
+
+
+def _tiles(query: Tensor, key: Tensor, rectangles: Sequence[Rectangle], scoring: Scoring) -> Iterator[_Tile]:
+    (b, h), k = query.shape[:2], key.shape[1]
+    for rectangle in rectangles:
+        for rows, columns in _pieces(rectangle, scoring):
+            one = rows.size * columns.size * (h // k)
+            heads = min(k, max(1, SCORES // one))
+            samples = min(b, max(1, SCORES // (one * heads)))
+            for low, first in product(range(0, b, samples), range(0, k, heads)):
+                yield _Tile(slice(low, min(low + samples, b)), slice(first, min(first + heads, k)), h // k, rows, columns)
+
+
+def _pieces(rectangle: Rectangle, scoring: Scoring) -> Iterator[tuple[_Range, _Range]]:
+    """Stretches of queries and of keys, but for those that do not see each other."""
+    for row, column in product(range(0, rectangle.rows, SIDE), range(0, rectangle.columns, SIDE)):
+        rows = _Range(rectangle.query + row, rectangle.at + row, min(SIDE, rectangle.rows - row))
+        columns = _Range(rectangle.key + column, rectangle.first + column, min(SIDE, rectangle.columns - column))
+        if not scoring.sees_none(rows.at, rows.size, columns.at, columns.size):
+            yield rows, columns
+
+
+def _shown(tile: _Tile, scores: Tensor, scoring: Scoring) -> Tensor:
+    """Scores, in place, without those of what is not seen."""
+    hidden = scoring.hidden(tile.rows.at, tile.rows.size, tile.columns.at, tile.columns.size, scores.device)
+    return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
+
+
+def _stepped(tile: _Tile, query: Tensor, key: Tensor, operands: Sequence[Tensor], scoring: Scoring) -> list[Tensor]:
+    """Scaled products `[b, h, rows, columns]`, and what each step makes of them."""
+    scaled = tile.by_key(wide(query[tile.queries])) * scoring.scale
+    found = [tile.by_query(scaled @ wide(key[tile.keys]).transpose(-1, -2))]
+    for step in scoring.steps:
+        found.append(_stepping(tile, step, found[-1], operands))
+    return found
+
+
+def _stepping(tile: _Tile, step: Step, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    match step:
+        case ("times", x):
+            return z * x
+        case ("tanh",):
+            return z.tanh()
+        case ("plus", i):
+            return z + tile.of(operands[i]).to(z.dtype)
+        case ("by", i):
+            return z * tile.of(operands[i]).to(z.dtype)
+        case ("seen", i):
+            return z.masked_fill(~tile.of(operands[i]), -torch.inf)
+        case ("keep", i, x):
+            return torch.where(tile.of(operands[i]), z, tile.of(operands[x]).to(z.dtype) if isinstance(x, int) else x)
+        case ("fill", i, x):
+            return torch.where(tile.of(operands[i]), tile.of(operands[x]).to(z.dtype) if isinstance(x, int) else x, z)
+    raise ValueError(f"{step}: no step of scores")
+
+
+def _back(
+    tile: _Tile, step: Step, grad: Tensor, values: Sequence[Tensor], operands: Sequence[Tensor], of_operands: Sequence[Tensor]
+) -> Tensor:
+    """The gradient of what a step was given; adds that of its operand. `values`: what it was given, and what it gave."""
+    before, after = values
+    match step:
+        case ("times", x):
+            return grad * x
+        case ("tanh",):
+            return grad * (1 - after.square())
+        case ("plus", i):
+            tile.add_to(of_operands[i], operands[i], grad)
+            return grad
+        case ("by", i):
+            tile.add_to(of_operands[i], operands[i], grad * before)
+            return grad * tile.of(operands[i]).to(grad.dtype)
+        case ("seen" | "keep", i, *_):
+            return grad.masked_fill(~tile.of(operands[i]), 0.0)
+        case ("fill", i, _):
+            return grad.masked_fill(tile.of(operands[i]), 0.0)
+    raise ValueError(f"{step}: no step of scores")
+
+
+# ---- the same as operators: one call each for whoever counts, or has no memory -----------------------------------------------------------
+
+
+@torch.library.custom_op("meshpar::attend_", mutates_args=("out", "norm"))
+def attend_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    rectangles: Sequence[int],
+    scoring: str,
+    out: Tensor,
+    norm: Tensor,
+) -> None:
+    """`attend`, of rectangles that are written one after the other."""
+    attend(query, key, value, operands, _rectangles(rectangles), Scoring.read(scoring), out, norm)
+
+
+@torch.library.custom_op("meshpar::attend_backward_", mutates_args=("of_query", "of_key", "of_value", "of_operands"))
+def attend_backward_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    rectangles: Sequence[int],
+    scoring: str,
+    grad: Tensor,
+    norm: Tensor,
+    delta: Tensor,
+    of_query: Tensor,
+    of_key: Tensor,
+    of_value: Tensor,
+    of_operands: Sequence[Tensor],
+) -> None:
+    """`attend_backward`, likewise."""
+    gradients = of_query, of_key, of_value, of_operands
+    attend_backward(query, key, value, operands, _rectangles(rectangles), Scoring.read(scoring), grad, norm, delta, *gradients)
+
+
+@attend_.register_fake
+@attend_backward_.register_fake
+def _(*operands: object) -> None:
+    return None
+
+
+def _rectangles(numbers: Sequence[int]) -> list[Rectangle]:
+    count = len(Rectangle._fields)
+    return [Rectangle(*numbers[i : i + count]) for i in range(0, len(numbers), count)]

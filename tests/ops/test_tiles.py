@@ -1,0 +1,125 @@
+"""Attention in tiles: against attention in one piece, with everything that may be added to scores; and that no table of pairs is made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from meshpar.dry_run.tape import MachineTape, levels
+from meshpar.ops import tiles
+from meshpar.ops.tiles import Rectangle, Scoring, Step, attend, attend_backward, nothing_yet, sums_of
+
+S = 16
+ALL = [Rectangle(0, 0, S, S, 0, 0)]
+IN_PARTS = [Rectangle(0, 4, 10, 12, 0, 4), Rectangle(10, 4, 6, 12, 10, 4), Rectangle(10, 0, 6, 4, 10, 0), Rectangle(0, 0, 10, 4, 0, 0)]
+"""Some of the queries and some of the keys at a time, in any order."""
+
+
+def whole(query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], scoring: Scoring) -> Tensor:
+    """Written out."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    z = query @ key.transpose(-1, -2) * scoring.scale
+    for kind, *of in scoring.steps:
+        numbers = [operands[x] if isinstance(x, int) else x for x in of]
+        if kind == "times":
+            z = z * numbers[0]
+        elif kind == "tanh":
+            z = torch.tanh(z)
+        elif kind == "plus":
+            z = z + numbers[0]
+        elif kind == "by":
+            z = z * numbers[0]
+        elif kind == "seen":
+            z = z.masked_fill(~numbers[0], -torch.inf)
+        else:
+            z = torch.where(numbers[0] if kind == "keep" else ~numbers[0], z, numbers[1])
+    hidden = scoring.hidden(0, query.shape[2], 0, key.shape[2], query.device)
+    return (z if hidden is None else z.masked_fill(hidden, -torch.inf)).softmax(-1) @ value
+
+
+def given(samples: int, heads: int, kv: int, s: int = S, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(samples, n, s, d, dtype=dtype, requires_grad=True) for n, d in ((heads, 4), (kv, 4), (kv, 3))]
+
+
+SEEN, ADDED, FACTORS, FILL, NONE = range(5)
+"""Operands: what is seen, a bias of each head, factors of a query, a number, what is seen where some queries see nothing."""
+STEPS: dict[str, tuple[Step, ...]] = {
+    "none": (),
+    "masked": (("seen", SEEN),),
+    "biased": (("plus", ADDED),),
+    "capped": (("times", 0.5), ("tanh",), ("times", 2.0), ("plus", ADDED)),
+    "scaled by a tensor": (("by", FACTORS), ("plus", ADDED), ("seen", SEEN)),
+    "kept": (("plus", ADDED), ("keep", SEEN, -3.0), ("times", 2.0)),
+    "filled": (("fill", SEEN, FILL), ("by", FACTORS)),
+    "hidden from some": (("plus", ADDED), ("keep", NONE, -3e38)),
+}
+SHOWN = {"all": (False, None), "causal": (True, None), "window": (True, 5)}
+
+
+@pytest.mark.parametrize("shape", [(2, 6, S, S), (1, 6, 1, S), (S, S), (2, 1, S, 1)], ids=str)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("shown", SHOWN)
+def test_it_is_attention(shown: str, steps: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "SIDE", 5)
+    monkeypatch.setattr(tiles, "SCORES", 60)  # a head or two of a sample
+    scoring = Scoring(*SHOWN[shown], 0.7, STEPS[steps])
+    q, k, v = given(2, 6, 3)
+    seen = (torch.rand(2, 1, S, S) < 0.6) | torch.eye(S, dtype=torch.bool)
+    added, factors = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in (shape, (2, 1, S, 1)))
+    operands = [seen, added, factors, torch.tensor(0.3, dtype=torch.float64), seen & (torch.arange(S) != 2)[:, None]]
+    used = {x for step in scoring.steps for x in step[1:] if isinstance(x, int)}
+    needed = [i in used and i in (ADDED, FACTORS) for i in range(5)]
+    right = whole(q, k, v, operands, scoring)
+    grad = torch.randn_like(right)
+    wanted = torch.autograd.grad(right, [q, k, v, *(x for x, need in zip(operands, needed, strict=True) if need)], grad)
+    with torch.no_grad():
+        wide = [x[(None,) * (4 - x.dim())] for x in operands]
+        out, norm = nothing_yet(q, 3)
+        attend(q, k, v, wide, IN_PARTS, Scoring.read(scoring.written), out, norm)
+        torch.testing.assert_close(out, right, rtol=1e-12, atol=1e-12)
+        sums, more = [torch.zeros_like(x) for x in (q, k, v)], sums_of(wide, needed)
+        attend_backward(q, k, v, wide, IN_PARTS, scoring, grad, norm, (out * grad).sum(-1), *sums, more)
+        for found, want in zip((*sums, *(x for x, need in zip(more, needed, strict=True) if need)), wanted, strict=True):
+            torch.testing.assert_close(found.view(want.shape), want, rtol=1e-12, atol=1e-12)
+
+
+def test_queries_that_see_nothing_get_nothing() -> None:
+    q, k, v = (x.detach() for x in given(1, 2, 2))
+    mask = torch.ones(1, 1, S, S, dtype=torch.bool)
+    mask[..., 3, :] = False
+    out, norm = nothing_yet(q, 3)
+    masked = Scoring(steps=(("seen", 0),))
+    attend(q, k, v, [mask], ALL, masked, out, norm)
+    sums = [torch.zeros_like(x) for x in (q, k, v)]
+    attend_backward(q, k, v, [mask], ALL, masked, torch.ones_like(out), norm, out.sum(-1), *sums, [torch.zeros(1)])
+    assert not out[..., 3, :].any() and not sums[0][..., 3, :].any() and all(bool(torch.isfinite(x).all()) for x in (out, *sums))
+
+
+def used(s: int, scoring: Scoring) -> tuple[int, int]:
+    """Of attention of `s` positions, forward and backward: the most bytes that are taken at a time, and how many products are made."""
+    q, k, v = (x.detach() for x in given(1, 4, 2, s, torch.float32))
+    (out, norm), sums, grad = nothing_yet(q, 3), [torch.zeros_like(x) for x in (q, k, v)], torch.ones(1, 4, s, 3)
+    delta, rectangles = torch.ones(1, 4, s), [Rectangle(0, 0, s, s, 0, 0)]
+    with MachineTape() as tape:
+        for x in (q, k, v, out, norm, grad, delta, *sums):
+            tape.number(x)
+        before = sum(grown for _, grown in tape.storages.changes)
+        attend(q, k, v, [], rectangles, scoring, out, norm)
+        attend_backward(q, k, v, [], rectangles, scoring, grad, norm, delta, *sums, [])
+        most = max(levels(tape.storages.changes)) - before
+        return most, sum(call.kernel.kind == "matrix" for call in tape.calls)
+
+
+def test_nothing_is_as_large_as_the_pairs_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the length: a few tiles. Those of which a causal query or a window sees nothing are not computed."""
+    monkeypatch.setattr(tiles, "SIDE", 8)
+    monkeypatch.setattr(tiles, "SCORES", 4 * 8 * 8)
+    tile, products = 4 * 4 * 8 * 8, 7  # bytes of four heads; two products forward, five backward
+    (short, every), (long, _) = used(64, Scoring()), used(128, Scoring())
+    assert short == long < 6 * tile and every == 8 * 8 * products
+    assert used(64, Scoring(causal=True))[1] == 8 * 9 // 2 * products
+    assert used(64, Scoring(causal=True, window=9))[1] == (8 + 7) * products
+    assert tiles.area([0, 0, 64, 64, 0, 0], Scoring(causal=True)) == 36 * 64
