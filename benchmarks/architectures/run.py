@@ -1,4 +1,4 @@
-"""Every architecture of transformers through `mp.verify`: `python benchmarks/architectures/run.py --tasks causal`.
+"""Every architecture of a package through `mp.verify`: `python benchmarks/architectures/run.py --package timm`.
 
 For each a tiny model with random weights is trained one step on one device and over dp=2 x tp=2 (simulated ranks), in float64, and loss,
 every gradient, the gradient norm and the parameters after one AdamW step are compared. One process each, with a time limit; results are
@@ -33,9 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
 
-from benchmarks.architectures import small  # noqa: E402
+from benchmarks.architectures import packages  # noqa: E402
 from meshpar.compile import planning, programs  # noqa: E402
 from meshpar.errors import MeshparError  # noqa: E402
 from meshpar.graph.cost import flops  # noqa: E402
@@ -47,7 +46,7 @@ from meshpar.proof.verify import verify  # noqa: E402
 from meshpar.roles import ROLES  # noqa: E402
 
 
-def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
+def case(package: packages.Package, task: str, kind: str, mesh: str | None, steps: int) -> dict[str, Any]:
     """Run one architecture in this process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -60,22 +59,21 @@ def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
     _kept(order, "lowered", graphs)
     start = time.perf_counter()
     try:
-        model, batch = small.made(task, kind)
+        made = package.made(task, kind)
+        model, batch = made.model, made.batch
     except Exception as error:
         return {"status": "built", "why": _said(error)}
+    alone = time.process_time()
     try:
         with only(torch.float64):
-            copy = comparable(model, dtype=torch.float64, perturb=0.02, seed=0)
-            output = copy(**cast(batch, torch.float64))
-            assert output["loss"] is not None, "no loss"
-            output["loss"].backward()
+            _step(made, comparable(model, dtype=torch.float64, perturb=0.02, seed=0))
     except Exception as error:
         return {"status": "eager", "why": _said(error)}
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "eager_s": time.process_time() - alone}
     if mesh is None:
         return found | {"status": "ok"}
     try:
-        report = verify(model, mesh, batch)
+        report = verify(model, mesh, batch, loss_fn=made.loss_fn, steps=steps)
         found |= {"status": "ok" if report.ok else "wrong", "worst": {d.quantity: [d.largest, *d.worst[:2]] for d in report.differences}}
         found["notes"] = list(report.notes)
         if not report.ok and any("draws random numbers" in note for note in report.notes):
@@ -88,7 +86,16 @@ def case(task: str, kind: str, mesh: str | None) -> dict[str, Any]:
         found |= {"whole": _whole(plans[0]), "no_rule": list(plans[0].notes)}
     if plans and graphs:
         found |= {"repeated": {a.axis: _repeated(graphs[0], a.axis) for a in plans[0].axes if ROLES[a.axis].divides == "sequence"}}
-    return found | {"seconds": time.perf_counter() - start, **{f"{k}_s": v for k, v in seconds.items()}}
+    return found | {"seconds": time.perf_counter() - start, "cpu_s": time.process_time(), **{f"{k}_s": v for k, v in seconds.items()}}
+
+
+def _step(made: packages.Made, model: Any) -> None:
+    """Forward and backward on one device."""
+    batch = cast(made.batch, torch.float64)
+    output = model(**batch) if isinstance(batch, dict) else model(*batch)
+    loss = output["loss"] if made.loss_fn is None else made.loss_fn(output, batch)
+    assert loss is not None, "no loss"
+    loss.backward()
 
 
 def _whole(plan: Any) -> float:
@@ -129,11 +136,11 @@ def _timed(module: Any, name: str, seconds: dict[str, float]) -> None:
     inner: Callable[..., Any] = getattr(module, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             return inner(*args, **kwargs)
         finally:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds[name] = seconds.get(name, 0.0) + time.process_time() - start
 
     setattr(module, name, timed)
 
@@ -148,14 +155,14 @@ def _kept(module: Any, name: str, kept: list[Any]) -> None:
     setattr(module, name, keeping)
 
 
-def forked(task: str, kind: str, mesh: str | None, limit: float) -> dict[str, Any]:
+def forked(package: packages.Package, task: str, kind: str, mesh: str | None, limit: float, steps: int = 2) -> dict[str, Any]:
     """`case` in a child process, which has `limit` seconds."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         try:
-            result = case(task, kind, mesh)
+            result = case(package, task, kind, mesh, steps)
         except BaseException as error:
             result = {"status": "crash", "why": repr(error)[:1000], "trace": traceback.format_exc()[-3000:]}
         with os.fdopen(write, "w") as out:
@@ -179,7 +186,7 @@ def table(path: Path) -> str:
         last[row["task"], row["kind"]] = row
     statuses = ("ok", "wrong", "crash", "refused", "drawn", "timeout", "eager", "built")
     lines = ["| task | all | " + " | ".join(statuses) + " |", "|" + "---|" * (len(statuses) + 2)]
-    for task in small.TASKS:
+    for task in dict.fromkeys(task for task, _ in last):
         count = Counter(r["status"] for (t, _), r in last.items() if t == task)
         if count:
             lines.append(f"| {task} | {sum(count.values())} | " + " | ".join(str(count[s]) for s in statuses) + " |")
@@ -188,30 +195,32 @@ def table(path: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(small.TASKS), choices=small.TASKS)
+    parser.add_argument("--package", default="transformers", choices=packages.NAMES)
+    parser.add_argument("--tasks", nargs="+", help="only these; all, unless given")
     parser.add_argument("--kinds", nargs="+", help="only these")
     parser.add_argument("--mesh", default="dp=2,tp=2")
     parser.add_argument("--eager", action="store_true", help="only build the models, and run them on one device")
     parser.add_argument("--every", default="1/0", help="n/k: of the kinds of each task every n-th, from the k-th on")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps compared")
     parser.add_argument("--out", type=Path, default=Path("architectures.jsonl"))
     parser.add_argument("--resume", action="store_true", help="leave out what the file has already")
     parser.add_argument("--table", action="store_true", help="only sum up what is in the file")
     options = parser.parse_args()
     if not options.table:
-        transformers.logging.set_verbosity_error()
+        package = packages.of(options.package)
         done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.resume and options.out.exists() else []
         skip = {(row["task"], row["kind"]) for row in done}
-        for task in options.tasks:
+        for task in options.tasks or package.TASKS:
             step, first = map(int, options.every.split("/"))
-            for kind in small.kinds(task)[first::step]:
+            for kind in package.kinds(task)[first::step]:
                 if (options.kinds and kind not in options.kinds) or (task, kind) in skip:
                     continue
                 mesh = None if options.eager else options.mesh
-                result = {"task": task, "kind": kind, "mesh": mesh, **forked(task, kind, mesh, options.limit)}
+                result = {"task": task, "kind": kind, "mesh": mesh, **forked(package, task, kind, mesh, options.limit, options.steps)}
                 with options.out.open("a") as out:
                     out.write(json.dumps(result) + "\n")
-                print(f"{task} {kind}: {result['status']} {result.get('seconds', 0):.1f} s {result.get('why', '')[:150]}", flush=True)
+                print(f"{task} {kind}: {result['status']} {result.get('cpu_s', 0):.1f} s {result.get('why', '')[:150]}", flush=True)
     print(table(options.out))
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 import meshpar.ops.ctc
 import meshpar.ops.expect  # noqa: F401  (registers meshpar::expect)
 from meshpar._torch import OpOverload
+from meshpar.capture.bags import embedding_bag
 from meshpar.capture.blame import here
 from meshpar.errors import CaptureError
 
@@ -182,6 +183,7 @@ def _asks_for_gradients(*_: Any, **__: Any) -> None:
 
 _INSTEAD: Mapping[Any, Callable[..., Any]] = {
     F.ctc_loss: _ctc_loss,
+    F.embedding_bag: embedding_bag,
     Tensor.data.__get__: _data,  # type: ignore[attr-defined]
     torch.bincount: _bincount,
     Tensor.bincount: _bincount,

@@ -1,0 +1,1 @@
+"""Models as people write them by hand, in plain torch."""
