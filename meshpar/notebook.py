@@ -44,7 +44,7 @@ PATIENCE = 3.0
 """Seconds that ranks have to come back after one failed or all were interrupted; those still in a collective then will not."""
 
 
-def ranks(world: int, *, timeout: float = 600.0, names: Mapping[str, Any] | None = None) -> Ranks:
+def ranks(world: int, *, timeout: float = 600.0, names: Mapping[str, Any] | None = None) -> LocalRanks:
     """Start `world` gloo ranks as copies of this process, and the cell magic `%%ranks` where this is a notebook.
 
     `names`: the variables they start with; by default those of the notebook (of `__main__`). `timeout`: seconds of a collective.
@@ -59,12 +59,12 @@ def ranks(world: int, *, timeout: float = 600.0, names: Mapping[str, Any] | None
         raise ConfigError(f"notebook.ranks({world!r}): how many ranks, a whole number of at least 1.")
     if (reason := afresh()) is not None:
         raise MeshparError(f"notebook.ranks: ranks are copies of this process, and {reason}. Start them by torchrun, with a script.")
-    made = Ranks(world, timeout, names)
+    made = LocalRanks(world, timeout, names)
     _register(made)
     return made
 
 
-class Ranks:
+class LocalRanks:
     """Ranks that stay. Make them with `ranks`; `with` or `close()` ends them, as does the end of the notebook."""
 
     def __init__(self, world: int, timeout: float, names: Mapping[str, Any] | None) -> None:
@@ -107,7 +107,7 @@ class Ranks:
             pipe.close()
         self._processes, self._pipes = [], []
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self) -> LocalRanks:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,7 +115,7 @@ class Ranks:
 
     def __repr__(self) -> str:
         alive = sum(process.is_alive() for process in self._processes)
-        return f"Ranks({alive} of {self.world} gloo processes, process ids {', '.join(str(p.pid) for p in self._processes)})"
+        return f"LocalRanks({alive} of {self.world} gloo processes, process ids {', '.join(str(p.pid) for p in self._processes)})"
 
     # -- how -------------------------------------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class Ranks:
         return len(answers) == self.world and all(kind == "done" for kind, _ in answers.values())
 
 
-def _register(made: Ranks) -> None:
+def _register(made: LocalRanks) -> None:
     """The cell magic, where this process is an IPython: it runs on the ranks that were made last."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:

@@ -15,7 +15,7 @@ from meshpar.errors import ConfigError, RankError
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[notebook.Ranks]:
+def two() -> Iterator[notebook.LocalRanks]:
     with notebook.ranks(2, names={"base": 40}) as made:
         yield made
 
@@ -24,7 +24,7 @@ def interrupt_after(seconds: float) -> None:
     threading.Timer(seconds, signal.raise_signal, [signal.SIGINT]).start()
 
 
-def test_variables_stay_and_values_come_back(two: notebook.Ranks, capsys: pytest.CaptureFixture[str]) -> None:
+def test_variables_stay_and_values_come_back(two: notebook.LocalRanks, capsys: pytest.CaptureFixture[str]) -> None:
     two.run("import torch, torch.distributed as dist\nx = torch.full((2,), float(base + rank))\ndist.all_reduce(x)")
     assert [value.tolist() for value in two("x")] == [[81.0, 81.0], [81.0, 81.0]]
     two.put(y=torch.ones(2))
@@ -34,14 +34,14 @@ def test_variables_stay_and_values_come_back(two: notebook.Ranks, capsys: pytest
         notebook.ranks(0)
 
 
-def test_an_error_on_all_ranks_leaves_them_as_they_are(two: notebook.Ranks) -> None:
+def test_an_error_on_all_ranks_leaves_them_as_they_are(two: notebook.LocalRanks) -> None:
     two.run("kept = rank")
     with pytest.raises(RankError, match="NameError: name 'nothing' is not defined(.|\n)*keep their variables"):
         two.run("nothing")
     assert two("kept") == [0, 1]
 
 
-def test_an_interrupt_reaches_all_ranks(two: notebook.Ranks) -> None:
+def test_an_interrupt_reaches_all_ranks(two: notebook.LocalRanks) -> None:
     two.run("kept = 7 + rank")
     interrupt_after(0.5)
     with pytest.raises(KeyboardInterrupt, match="All ranks are in step, and keep their variables"):
@@ -49,7 +49,7 @@ def test_an_interrupt_reaches_all_ranks(two: notebook.Ranks) -> None:
     assert two("kept") == [7, 8]
 
 
-def test_ranks_that_hang_or_die_are_started_anew(two: notebook.Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_hang_or_die_are_started_anew(two: notebook.LocalRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notebook, "PATIENCE", 1.0)
     two.run("import torch, torch.distributed as dist\nkept = 1")
     begun = time.monotonic()
