@@ -16,8 +16,8 @@ from meshpar.plot.canvas import INK, PALE, axes_for, bare, colour
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABELS = 6
-"""Points of a front that are named."""
+APART = 0.07
+"""Points of a front are named that are so much of the picture's height below the last one that was."""
 
 
 def memory(found: DryRun, rank: int = 0, *, ax: Axes | None = None) -> Axes:
@@ -64,8 +64,7 @@ def frontier(found: Mappings, *, ax: Axes | None = None) -> Axes:
     ax.scatter([x for x, _, _ in every], [y / GiB for _, y, _ in every], s=14, color="#9aa4ad", linewidths=0, label="fits")
     xs, ys = [x for x, _, _ in front], [y / GiB for _, y, _ in front]
     ax.plot(xs, ys, color=colour(5), marker="o", markersize=5, linewidth=1.2, label="nothing is better in both")
-    step = max(1, (len(front) - 1) // (LABELS - 1)) if len(front) > 1 else 1
-    for x, y, words in front[::step]:
+    for x, y, words in _apart(front, *every):
         ax.annotate(words, (x, y / GiB), xytext=(5, 5), textcoords="offset points", fontsize=7.5, color=INK)
     ax.set_xlabel("seconds of a step", fontsize=9)
     ax.set_ylabel("GiB of a rank", fontsize=9)
@@ -87,6 +86,16 @@ def pareto(points: list[tuple[float, float, str]]) -> list[tuple[float, float, s
     kept: list[tuple[float, float, str]] = []
     for point in sorted(points):
         if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def _apart(front: list[tuple[float, float, str]], *every: tuple[float, float, str]) -> list[tuple[float, float, str]]:
+    """Those whose names do not cover each other."""
+    height = max(y for _, y, _ in every) - min(y for _, y, _ in every)
+    kept: list[tuple[float, float, str]] = []
+    for point in front:
+        if not kept or kept[-1][1] - point[1] > APART * height:
             kept.append(point)
     return kept
 
