@@ -1,4 +1,4 @@
-"""Every block of code in docs/ runs: Python in the order of the page, commands, scripts for ranks on two of them; and links lead somewhere."""
+"""Every block of code in docs/ runs: Python in the order of the page, commands, scripts on two ranks; and links lead somewhere."""
 
 from __future__ import annotations
 
