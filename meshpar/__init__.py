@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meshpar import checkpoint, data, ops, pipeline, plot
+    from meshpar import checkpoint, data, notebook, ops, pipeline, plot
     from meshpar.api import parallelize
     from meshpar.calibrate import calibrate
     from meshpar.capture.experts.seam import register_experts
@@ -58,7 +58,7 @@ _HOME = {
 _NAMESAKES = ("calibrate", "dry_run", "simulate")
 """Functions called like the module they live in."""
 _MODULES = {
-    **{name: name for name in ("checkpoint", "data", "ops", "pipeline", "plot")},
+    **{name: name for name in ("checkpoint", "data", "notebook", "ops", "pipeline", "plot")},
     **{name: f"pipeline.{name}" for name in ("schedule", "timing")},
 }
 
@@ -93,6 +93,7 @@ __all__ = [
     "local_batch",
     "make_mesh",
     "meta",
+    "notebook",
     "ops",
     "parallelize",
     "pipeline",

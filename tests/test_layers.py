@@ -35,7 +35,7 @@ LAYERS = (
     ("checkpoint",),
     ("arguments", "api", "pipeline"),
     ("proof",),
-    ("plot", "dry_run", "calibrate", "integrations", "cli", ""),
+    ("plot", "dry_run", "calibrate", "integrations", "notebook", "cli", ""),
 )
 """Modules and folders, lowest first; the longest name that fits a module decides. "" is the package itself."""
 FILES = sorted(PACKAGE.rglob("*.py"))

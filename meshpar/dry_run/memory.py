@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meshpar.dry_run.rehearsal import Pass, Rehearsed
-from meshpar.pipeline.schedule import Order
+from meshpar.pipeline.schedule import COMPUTE, Order
 from meshpar.planner import Constants, Stack
 from meshpar.planner.hardware import GiB
 
@@ -40,6 +40,8 @@ class RankNeeds:
     """Workspaces of libraries, and what an allocator loses to fragments."""
     in_flight: tuple[int, ...]
     """Of each stage, the most microbatches between forward and the end of their backward."""
+    course: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+    """For each computation in order, bytes above those that are always there: the most while it runs, and after it."""
 
     @property
     def states(self) -> float:
@@ -49,6 +51,11 @@ class RankNeeds:
     def peak(self) -> float:
         """All of it."""
         return self.states + self.activations + self.buffers + self.reserve
+
+    @property
+    def always(self) -> float:
+        """What is there all the time: the peak without what comes and goes."""
+        return self.peak - max((most for most, _ in self.course), default=0.0)
 
 
 def needs(
@@ -102,6 +109,9 @@ class _Level:
         self.most: Counter[int] = Counter()
         self.peak = (0, 0, 0)
         """Total, activations, gradients when it is fullest."""
+        self.highest = 0
+        """The most since the last computation ended."""
+        self.course: list[tuple[float, float]] = []
 
     @property
     def total(self) -> int:
@@ -115,8 +125,12 @@ class _Level:
         p = one.first if turn == 0 else one.last if turn == self.last else one.middle
         self.done[kind, stage] += 1
         {"F": self._forward, "B": self._backward, "I": self._inputs, "W": self._weights}[kind](one, p)
+        self._note(0)
+        self.course.append((self.highest, self.total))
+        self.highest = self.total
 
     def _note(self, above: int) -> None:
+        self.highest = max(self.highest, self.total + above)
         self.peak = max(self.peak, (self.total + above, self.activations, self.gradients))
 
     def _move(self, kind: str, one: Rehearsed) -> None:
@@ -181,6 +195,7 @@ def _own(rank: int, stages: Sequence[Rehearsed], actions: Sequence[tuple[str, in
         logits=sum(one.logits for one in stages),
         reserve=0.0,
         in_flight=tuple(level.most[one.index] for one in stages),
+        course=tuple(level.course),
     )
 
 
@@ -190,10 +205,14 @@ def _of_stack(
     kept = {one.index: one.received + one.middle.forward.scattered for one in stages}
     flying: Counter[int] = Counter()
     most, top = Counter[int](), 0
+    course: list[tuple[float, float]] = []
     for kind, stage in actions:
         flying[stage] += {"F": 1, "B": -1, "W": -1}.get(kind, 0)
         most[stage] = max(most[stage], flying[stage])
-        top = max(top, sum(kept[s] * n for s, n in flying.items()))
+        now = sum(kept[s] * n for s, n in flying.items())
+        top = max(top, now)
+        if kind in COMPUTE:
+            course.append((max(now, course[-1][1] if course else 0), now))
     mode, ranks, of_experts = data
     parts = [0.0, 0.0, 0.0]
     for elements, shared in ((sum(o.elements for o in stages), ranks), (sum(o.expert_elements for o in stages), of_experts)):
@@ -212,6 +231,7 @@ def _of_stack(
         logits=logits,
         reserve=0.0,
         in_flight=tuple(most[one.index] for one in stages),
+        course=tuple(course),
     )
 
 

@@ -13,7 +13,7 @@ from meshpar.dry_run.ledger import LedgerLine
 from meshpar.dry_run.memory import RankNeeds
 from meshpar.dry_run.pricing import Pricing
 from meshpar.errors import ConfigError
-from meshpar.pipeline.schedule import Order
+from meshpar.pipeline.schedule import Event, Order
 from meshpar.planner import CONVENTIONS, Hardware, StepTime, Workload
 from meshpar.planner.cost import PARTS
 from meshpar.planner.hardware import GiB
@@ -67,6 +67,11 @@ class DryRun:
             raise ConfigError(f"step={seconds!r}: the seconds of a step that was measured, a number above 0.")
         return replace(self.hardware, scale=self.hardware.scale * seconds / self.time.seconds)
 
+    def timeline(self) -> tuple[Event, ...]:
+        """When every rank of the pipeline computes what, in seconds; without one, the first three microbatches of a rank."""
+        assert self.pricing is not None
+        return self.pricing.events(self.hardware)
+
     @property
     def limit(self) -> float:
         """Bytes of an accelerator that training can use."""
@@ -106,7 +111,7 @@ class DryRun:
             "precision": self.precision,
             "fits": self.fits,
             "limit": self.limit,
-            "ranks": [{**asdict(one), "states": one.states, "peak": one.peak} for one in self.ranks],
+            "ranks": [_as_dict(one) for one in self.ranks],
             "ledger": [asdict(line) for line in self.ledger],
             "seconds": {"step": self.time.seconds, "low": low, "high": high, **self.seconds},
             "parts": dict(self.time.parts),
@@ -154,6 +159,11 @@ class DryRun:
         for name, share in self.mfu.items():
             yield f"MFU {name}: {100 * share:.1f} %  ({CONVENTIONS[name]})"
         yield from self.notes
+
+
+def _as_dict(one: RankNeeds) -> dict[str, Any]:
+    known = {name: value for name, value in asdict(one).items() if name != "course"}
+    return {**known, "states": one.states, "peak": one.peak}
 
 
 MEMORY = ("pp", "stages", "parameters", "gradients", "optimizer", "activations", "in flight", "buffers", "logits", "reserve", "peak")

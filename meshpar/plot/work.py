@@ -87,3 +87,37 @@ def expert_load(tokens: Sequence[float], *, ranks: int = 1, ax: Axes | None = No
     ax.set_title(f"{len(counts)} experts on {ranks} ranks: the busiest rank has {busiest:.2f} x the mean", loc="left", fontsize=10)
     bare(ax)
     return ax
+
+
+def expert_flow(rows: Sequence[Sequence[float]], *, ranks: int, ax: Axes | None = None) -> Axes:
+    """What each rank sends to the ranks that hold experts, as a heat map: a line sends, a column receives.
+
+    `rows`: for each rank that routes tokens, how many it sends to each expert (`pm.expert_flow()[name].tolist()`). `ranks`: of the axis
+    that divides the experts, which must divide their number. The title says how much more than the mean the fullest column receives.
+
+    Raises ConfigError where `ranks` does not divide the number of experts, and where nothing is sent.
+
+    >>> ax = expert_flow([[3, 1, 0, 4], [2, 2, 2, 2]], ranks=2)  # doctest: +SKIP
+    """
+    experts = len(rows[0]) if rows else 0
+    if not experts or experts % ranks or not any(map(sum, rows)):
+        raise ConfigError(f"plot.expert_flow: {experts} experts on {ranks} ranks, {len(rows)} ranks that send; they must divide evenly.")
+    each = experts // ranks
+    sent = [[sum(row[at * each : (at + 1) * each]) for at in range(ranks)] for row in rows]
+    received = [sum(column) for column in zip(*sent)]
+    largest = max(map(max, sent))
+    ax = axes_for(ax, 1.8 + max(2.6, 0.5 * ranks), 1.3 + max(1.6, 0.42 * len(rows)))
+    ax.imshow(sent, cmap="viridis_r", vmin=0, vmax=largest, aspect="auto")
+    for line, column in ((line, column) for line in range(len(rows)) for column in range(ranks) if max(len(rows), ranks) <= 16):
+        value = sent[line][column]
+        ink = "white" if value > 0.45 * largest else "black"
+        ax.text(column, line, f"{value:,.0f}", ha="center", va="center", fontsize=8, color=ink)
+    held = [f"rank {at}\n{at * each}" + (f" to {at * each + each - 1}" if each > 1 else "") for at in range(ranks)]
+    ax.set_xticks(range(ranks), held if ranks <= 16 else ["" for _ in held], fontsize=8)
+    ax.set_yticks(range(len(rows)), [f"from {line}" for line in range(len(rows))], fontsize=8)
+    ax.set_xlabel("receives, for experts", fontsize=9)
+    ax.set_title(
+        f"rows of tokens: the fullest rank receives {max(received) * ranks / sum(received):.2f} x the mean", loc="left", fontsize=10
+    )
+    bare(ax)
+    return ax

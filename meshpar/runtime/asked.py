@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.compile.program import Program
@@ -21,7 +21,7 @@ from meshpar.report.memory import MemoryReport, memory
 from meshpar.report.text import as_html
 from meshpar.runtime.blocks import inlined, print_code
 from meshpar.runtime.engine import Engine
-from meshpar.runtime.load import expert_load
+from meshpar.runtime.load import expert_flow, expert_load
 from meshpar.runtime.state.variants import Variants
 
 
@@ -41,6 +41,11 @@ class Asked(nn.Module):
         """Every decision, as data."""
         return self._first.plan
 
+    @property
+    def lowered_graph(self) -> fx.Graph:
+        """What a rank runs, as one graph of calls on local tensors; with a pipeline, that of all stages."""
+        return self._first.graph
+
     def comms(self) -> tuple[Comm, ...]:
         """The ledger: every collective of one microbatch."""
         return self.plan.comms()
@@ -52,6 +57,13 @@ class Asked(nn.Module):
         before the first step.
         """
         return expert_load(self._tallies, self.mesh)
+
+    def expert_flow(self) -> dict[str, torch.Tensor]:
+        """The same before it is summed over the mesh: [ranks that route tokens of their own, E], ranks in the order of the mesh.
+
+        Its sum over ranks is `expert_load()`. `mp.plot.expert_flow` draws it. Collective.
+        """
+        return expert_flow(self._tallies, self.mesh)
 
     def explain(self) -> str:
         """The plan in words: placements and the reasons for them, communication, repeated work."""

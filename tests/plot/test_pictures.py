@@ -170,3 +170,12 @@ def test_drawn_into_axes_that_are_given(plan: Plan) -> None:
     assert mp.plot.mesh("dp=2", ax=given[0]) is given[0]
     assert mp.plot.collective("all_reduce", 2, ax=given[1]) is given[1]
     assert mp.plot.communication(plan, ax=given[2]) is given[2]
+
+
+def test_expert_flow() -> None:
+    ax = mp.plot.expert_flow([[3, 1, 0, 4], [2, 2, 2, 2]], ranks=2)
+    assert texts(ax) == ["4", "4", "4", "4"] and "1.00 x the mean" in ax.get_title(loc="left")
+    ax = mp.plot.expert_flow([[8, 0, 0, 0], [8, 0, 0, 0]], ranks=2)
+    assert ax.images[0].get_array().tolist() == [[8, 0], [8, 0]] and "2.00 x the mean" in ax.get_title(loc="left")
+    with pytest.raises(ConfigError, match="3 experts on 2 ranks, 1 ranks that send; they must divide evenly"):
+        mp.plot.expert_flow([[1, 2, 3]], ranks=2)
