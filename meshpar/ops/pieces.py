@@ -39,19 +39,19 @@ from meshpar.ops.products import Beside
 
 PIECES = 4
 """Of a sum: all but the last of them travel beside products."""
-Weights = tuple[Tensor, ...]
+Matrices = tuple[Tensor, ...]
 Biases = tuple[Tensor | None, ...]
 
 
 def gathered(
     x: Tensor,
-    weights: Weights,
+    weights: Matrices,
     biases: Biases,
     dim: int,
     repeat: int,
     segments: Segments,
     later: Beside | None = None,
-    others: Weights = (),
+    others: Matrices = (),
     *,
     group: str,
     size: int,
@@ -116,7 +116,7 @@ def _for_x(rows: list[Tensor | None], weights: list[Tensor], shape: list[int]) -
     return total.view(shape)
 
 
-def _products(x: Tensor, weights: Weights, biases: Biases, dim: int, axis: tuple[str, int, int]) -> list[Tensor]:
+def _products(x: Tensor, weights: Matrices, biases: Biases, dim: int, axis: tuple[str, int, int]) -> list[Tensor]:
     """The products, the own rows first, then those of each rank whose part arrives."""
     _, size, rank = axis
     n = x.shape[dim]
@@ -151,7 +151,7 @@ def scattered(
     later: Beside | None = None,
     number: int = 0,
     helped: Beside | None = None,
-    others: Weights = (),
+    others: Matrices = (),
     *,
     group: str,
     size: int,

@@ -22,7 +22,7 @@ from torch import Tensor
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import on_rank, rotated
-from meshpar.ops.tiles import Rectangle, Scoring, Step, attend_, attend_backward_, nothing_yet, of_four_dims, sums_of, told, wide
+from meshpar.ops.tiles import Rectangle, ScoreStep, Scoring, attend_, attend_backward_, nothing_yet, of_four_dims, sums_of, told, wide
 from meshpar.sharding.types import Shard
 
 Span = tuple[int, int]
@@ -37,7 +37,7 @@ def ring_attention(
     repeat: int,
     segments: Segments,
     *,
-    steps: Sequence[Step] = (),
+    steps: Sequence[ScoreStep] = (),
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,

@@ -20,7 +20,7 @@ from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.halo import before_each
 from meshpar.ops.layouts import Segments
 from meshpar.ops.near import fetched
-from meshpar.ops.tiles import Rectangle, Scoring, Step, attend_, attend_backward_, nothing_yet, of_four_dims, sums_of, told, wide
+from meshpar.ops.tiles import Rectangle, ScoreStep, Scoring, attend_, attend_backward_, nothing_yet, of_four_dims, sums_of, told, wide
 from meshpar.sharding.types import Shard
 from meshpar.simulate import axis_rank, per_rank
 
@@ -31,7 +31,7 @@ def scored_attention(
     value: Tensor,
     added: Sequence[Tensor] = (),
     *,
-    steps: Sequence[Step] = (),
+    steps: Sequence[ScoreStep] = (),
     is_causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
@@ -57,7 +57,7 @@ def scored_attention_of_a_part(
     repeat: int,
     segments: Segments,
     *,
-    steps: Sequence[Step] = (),
+    steps: Sequence[ScoreStep] = (),
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
@@ -92,7 +92,7 @@ def scored_halo_attention(
     repeat: int,
     segments: Segments,
     *,
-    steps: Sequence[Step] = (),
+    steps: Sequence[ScoreStep] = (),
     window: int,
     scale: float | None = None,
     enable_gqa: bool = False,

@@ -23,7 +23,7 @@ SIDE = 256
 SCORES = 2**20
 """The most scores of a tile: so many heads and samples, but one at least."""
 
-Step = tuple[Any, ...]
+ScoreStep = tuple[Any, ...]
 """What is done to scores z; i is the place of an operand `[b, h, s, all positions]`, any dim of which may be 1.
 
     ("times", x)      z x                                       ("seen", i)          z where it is true, else -inf
@@ -42,7 +42,7 @@ class Scoring:
     window: int | None = None
     """Of those, how many of the last."""
     scale: float = 1.0
-    steps: tuple[Step, ...] = ()
+    steps: tuple[ScoreStep, ...] = ()
 
     def sees_none(self, at: int, rows: int, first: int, columns: int) -> bool:
         """Whether none of the queries from position `at` sees any of the keys from `first`."""
@@ -167,7 +167,7 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def told(query: Tensor, scale: float | None, steps: Sequence[Step], *, causal: bool, window: int | None) -> Scoring:
+def told(query: Tensor, scale: float | None, steps: Sequence[ScoreStep], *, causal: bool, window: int | None) -> Scoring:
     """How attention scores, in the words of its arguments."""
     return Scoring(causal, window, query.shape[-1] ** -0.5 if scale is None else scale, tuple(tuple(step) for step in steps))
 
@@ -266,7 +266,7 @@ def _stepped(tile: _Tile, query: Tensor, key: Tensor, operands: Sequence[Tensor]
     return found
 
 
-def _stepping(tile: _Tile, step: Step, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+def _stepping(tile: _Tile, step: ScoreStep, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
     match step:
         case ("times", x):
             return z * x
@@ -286,7 +286,7 @@ def _stepping(tile: _Tile, step: Step, z: Tensor, operands: Sequence[Tensor]) ->
 
 
 def _back(
-    tile: _Tile, step: Step, grad: Tensor, values: Sequence[Tensor], operands: Sequence[Tensor], of_operands: Sequence[Tensor]
+    tile: _Tile, step: ScoreStep, grad: Tensor, values: Sequence[Tensor], operands: Sequence[Tensor], of_operands: Sequence[Tensor]
 ) -> Tensor:
     """The gradient of what a step was given; adds that of its operand. `values`: what it was given, and what it gave."""
     before, after = values

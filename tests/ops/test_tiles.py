@@ -8,7 +8,7 @@ from torch import Tensor
 
 from meshpar.dry_run.tape import MachineTape, levels
 from meshpar.ops import tiles
-from meshpar.ops.tiles import Rectangle, Scoring, Step, attend, attend_backward, nothing_yet, sums_of
+from meshpar.ops.tiles import Rectangle, ScoreStep, Scoring, attend, attend_backward, nothing_yet, sums_of
 
 S = 16
 ALL = [Rectangle(0, 0, S, S, 0, 0)]
@@ -46,7 +46,7 @@ def given(samples: int, heads: int, kv: int, s: int = S, dtype: torch.dtype = to
 
 SEEN, ADDED, FACTORS, FILL, NONE = range(5)
 """Operands: what is seen, a bias of each head, factors of a query, a number, what is seen where some queries see nothing."""
-STEPS: dict[str, tuple[Step, ...]] = {
+STEPS: dict[str, tuple[ScoreStep, ...]] = {
     "none": (),
     "masked": (("seen", SEEN),),
     "biased": (("plus", ADDED),),
