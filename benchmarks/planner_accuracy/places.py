@@ -65,8 +65,8 @@ def _limit(searches: Sequence[np.ndarray], deviation: float, pairs: int) -> str:
         near += (times[fastest] <= 1.1 * times[0]).mean()
     of = max(1, len(searches))
     return (
-        f"  the fastest of all mappings, were it published: {100 * five / of:.0f} and {100 * near / of:.0f} %, if estimates of mappings of one "
-        f"job deviate by {100 * deviation:.1f} % each ({pairs} pairs say so)"
+        f"  the fastest of all mappings, were it published: {100 * five / of:.0f} and {100 * near / of:.0f} %, if estimates of mappings "
+        f"of one job deviate by {100 * deviation:.1f} % each ({pairs} pairs say so)"
     )
 
 

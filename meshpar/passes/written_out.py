@@ -29,7 +29,7 @@ from meshpar.graph.op import op_name
 from meshpar.graph.operators import operator_of
 from meshpar.ops.halo import windowed_attention
 from meshpar.ops.scored import scored_attention
-from meshpar.ops.tiles import Step
+from meshpar.ops.tiles import ScoreStep
 from meshpar.passes.attention import ungrouped
 from meshpar.passes.erase import erase_unused
 from meshpar.passes.intervals import Intervals, least, shown
@@ -343,7 +343,7 @@ def _replace(found: _Match) -> None:
     erase_unused(found.result)
 
 
-def _told(steps: Sequence[_Written], operands: Sequence[fx.Node]) -> tuple[Step, ...]:
+def _told(steps: Sequence[_Written], operands: Sequence[fx.Node]) -> tuple[ScoreStep, ...]:
     """The steps by the places of their operands."""
     places = {node: i for i, node in enumerate(operands)}
     return tuple((kind, *(places[x] if isinstance(x, fx.Node) else x for x in rest if x is not None)) for kind, *rest in steps)
