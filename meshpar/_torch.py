@@ -680,12 +680,14 @@ def checkpoints_only_call() -> Iterator[None]:
     def through(*_: Any, **__: Any) -> Iterator[None]:
         yield
 
-    original = torch_checkpoint._checkpoint_without_reentrant_generator
-    torch_checkpoint._checkpoint_without_reentrant_generator = through
+    name = "_checkpoint_without_reentrant_generator"
+    name = f"{name}_impl" if hasattr(torch_checkpoint, f"{name}_impl") else name  # (from torch 2.14 on)
+    original = getattr(torch_checkpoint, name)
+    setattr(torch_checkpoint, name, through)
     try:
         yield
     finally:
-        torch_checkpoint._checkpoint_without_reentrant_generator = original
+        setattr(torch_checkpoint, name, original)
 
 
 def run_backward(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, OutputKind, OutputSpec
 from torch.fx.node import map_arg
 
 from meshpar.capture.blame import source_of
@@ -67,11 +67,15 @@ def _calls(program: ExportedProgram) -> list[fx.Node]:
 
 def _roots(program: ExportedProgram, renamed: Mapping[str, str]) -> list[fx.Node]:
     """What the forward returns, in order, and the new values of what it changes, by name."""
-    nodes = {node.name: node for node in program.graph.nodes}
-    specs = [spec for spec in program.graph_signature.output_specs if spec.kind != OutputKind.USER_INPUT_MUTATION]
-    returned = [spec for spec in specs if spec.kind == OutputKind.USER_OUTPUT]
-    changed = sorted((s for s in specs if s.kind != OutputKind.USER_OUTPUT), key=lambda s: renamed.get(str(s.target), str(s.target)))
-    return [nodes[spec.arg.name] for spec in (*returned, *changed)]
+    kept = [(spec, node) for spec, node in _outputs(program) if spec.kind != OutputKind.USER_INPUT_MUTATION]
+    returned = [node for spec, node in kept if spec.kind == OutputKind.USER_OUTPUT]
+    changed = [(renamed.get(str(spec.target), str(spec.target)), node) for spec, node in kept if spec.kind != OutputKind.USER_OUTPUT]
+    return [*returned, *(node for _, node in sorted(changed, key=lambda one: one[0]))]
+
+
+def _outputs(program: ExportedProgram) -> list[tuple[OutputSpec, fx.Node]]:
+    """What the graph returns, and what each of it is. (By their places: torch 2.14 may have given nodes other names since.)"""
+    return list(zip(program.graph_signature.output_specs, program.graph.output_node().args[0], strict=True))
 
 
 def _order_of_use(program: ExportedProgram, calls: Sequence[fx.Node]) -> dict[str, None]:
@@ -189,15 +193,14 @@ def _results(
     program: ExportedProgram, copies: Mapping[fx.Node, fx.Node], renamed: Mapping[str, str]
 ) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """The values of the output node: what the forward returns, then the new values of the buffers it updates."""
-    by_name = {node.name: copy for node, copy in copies.items()}
     returned: list[fx.Node] = []
     updated: dict[str, fx.Node] = {}
-    for spec in program.graph_signature.output_specs:
+    for spec, node in _outputs(program):
         if spec.kind == OutputKind.USER_OUTPUT:
-            returned.append(by_name[spec.arg.name])
+            returned.append(copies[node])
         elif spec.kind == OutputKind.BUFFER_MUTATION:
-            updated[renamed[str(spec.target)]] = by_name[spec.arg.name]
-        elif spec.kind != OutputKind.USER_INPUT_MUTATION and not _keeps_bounds(by_name[spec.arg.name], renamed.get(str(spec.target))):
+            updated[renamed[str(spec.target)]] = copies[node]
+        elif spec.kind != OutputKind.USER_INPUT_MUTATION and not _keeps_bounds(copies[node], renamed.get(str(spec.target))):
             raise CaptureError(
                 f"The forward changes {renamed.get(str(spec.target), spec.target)} in place, a parameter or a plain tensor of the model.\n"
                 "  Only buffers may change in a forward: make it one with register_buffer, or change it outside."

@@ -24,6 +24,8 @@ _COMPILED = (
     "torch.compile out, and call steps outside of what is compiled."
 )
 _SCRIPTED = "a parallel model is not made into a script: export or trace the model as it was, on one device, with its values."
+_ASKED = frozenset(("_ddp_params_and_buffers_to_ignore", "_infer_parameters", "_initialize_hook", "qconfig"))
+"""Names that raise."""
 
 
 class Untaken(nn.Module):
@@ -35,7 +37,7 @@ class Untaken(nn.Module):
 
     def __dir__(self) -> list[str]:
         """All names but those that raise: torch.jit.trace tries every one."""
-        return [name for name in super().__dir__() if name not in ("_ddp_params_and_buffers_to_ignore", "_initialize_hook", "qconfig")]
+        return [name for name in super().__dir__() if name not in _ASKED]
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> Any:
@@ -56,6 +58,11 @@ class Untaken(nn.Module):
     @property
     def _initialize_hook(self) -> Any:
         """Raise ConfigError: torch.compile asks for this first of all."""
+        raise ConfigError(_COMPILED)
+
+    @property
+    def _infer_parameters(self) -> Any:
+        """Raise ConfigError: from torch 2.14 on, what torch.compile made asks for this in its first call."""
         raise ConfigError(_COMPILED)
 
     def compile(self, *args: Any, **kwargs: Any) -> NoReturn:

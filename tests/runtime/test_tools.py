@@ -38,7 +38,7 @@ def on_processes(spec: str, microbatches: int) -> dict[str, str]:
         "summed": said(lambda: (0 + loss + loss).backward()),
         "scaled": said(lambda: torch.amp.GradScaler("cpu").scale(loss).backward()),
         "fully_shard": said(lambda: fully_shard(pm)),
-        "compile": said(lambda: torch.compile(pm, backend="eager")),
+        "compile": said(lambda: torch.compile(pm, backend="eager")(**local)),
         "DDP": said(lambda: nn.parallel.DistributedDataParallel(pm)),
     }
     torch.save(pm.state_dict(), io.BytesIO())
