@@ -215,11 +215,11 @@ def grouped_experts(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -
     """An expert layer in the registry's terms (stacked weights, maybe biases and gates): `hidden` [T, h], `index`, `weights` [T, k]."""
     x, offsets, perm = dispatch(hidden, index, self.num_experts)
     expert = row_expert(x, offsets) if self.has_bias else None
-    into = "gate_up_proj" if self.has_gate else "up_proj"
-    y = _project(self, into, x, offsets, expert)
-    y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+    has_gate = getattr(self, "has_gate", True)  # (transformers 5.0 has no other form, and no norm)
+    y = _project(self, "gate_up_proj" if has_gate else "up_proj", x, offsets, expert)
+    y = self._apply_gate(y) if has_gate else self.act_fn(y)
     y = _project(self, "down_proj", y, offsets, expert)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     return combine(y, perm, weights)
 
