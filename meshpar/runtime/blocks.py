@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 
 from meshpar.errors import ConfigError
+from meshpar.runtime.compiled import as_it_is, compiled
 from meshpar.runtime.cut import Cut, Piece, cut
 from meshpar.runtime.hooks import refusing
 from meshpar.runtime.likeness import Likeness
@@ -186,7 +187,7 @@ class Tree(Block):
         code = _exec(printed.src, printed.globals, path or "root")
         if path:
             code = wrap(code, self._recompute, graph)
-            code = code if self._compile is None else torch.compile(code, **self._compile)
+            code = code if self._compile is None or as_it_is(graph) else compiled(code, self._compile, path)
         self._library.codes[printed.src] = (printed.globals, code)
         return code
 
