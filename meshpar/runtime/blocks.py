@@ -12,7 +12,7 @@ once.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -22,14 +22,12 @@ from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 
 from meshpar.errors import ConfigError
-from meshpar.runtime.compiled import as_it_is, compiled
+from meshpar.runtime.compiled import Code, as_it_is, compiled
 from meshpar.runtime.cut import Cut, Piece, cut
 from meshpar.runtime.hooks import refusing
 from meshpar.runtime.likeness import Likeness
 from meshpar.runtime.local import LocalParameters, Store
 from meshpar.runtime.recompute import Mode, wrap
-
-Code = Callable[..., Any]
 
 
 def build(
