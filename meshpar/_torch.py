@@ -716,6 +716,13 @@ def is_compiled_around() -> bool:
     return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
+def compile_errors() -> tuple[type[BaseException], ...]:
+    """What torch.compile raises of its own. (torch 2.13; wait for public names.) Imported when asked for: it takes seconds."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
 def transform_level() -> int:
     """How many transforms of torch.func are under way. (torch 2.13; wait for a public question.)"""
     return torch._C._functorch.maybe_current_level() or 0  # type: ignore[no-any-return, unused-ignore]
@@ -723,6 +730,7 @@ def transform_level() -> int:
 
 __all__ = [
     "COMPOSED",
+    "compile_errors",
     "is_compiled_around",
     "transform_level",
     "BatchNorm",

@@ -34,6 +34,9 @@ CONTEXT = ("auto", "gather", "heads", "ring")
 RECOMPUTE = ("none", "selective", "full")
 DATA_PARALLEL = ("replicate", "zero1", "zero2", "zero3")
 
+_COMPILE = {"backend", "dynamic", "fullgraph", "mode", "options"}
+"""The arguments of torch.compile that a field of ParallelConfig may hold."""
+
 _DTYPES: Mapping[str, torch.dtype] = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -135,6 +138,10 @@ class ParallelConfig(_Fields):
     asked for takes another one: `explain()` says which each has."""
     recompute: Recompute = "none"
     """What is computed again in backward, per block: nothing, all but matmul and attention outputs, or everything."""
+    compile: bool | Mapping[str, Any] = False
+    """Whether the code of blocks is compiled by torch.compile, once for all blocks of one structure, and again for every other shape of
+    batch; a dict holds its arguments, as in {"mode": "max-autotune-no-cudagraphs"}. What is not in a block runs as it is; so do blocks that
+    exchange tokens over `ep`, whose sizes depend on values, and everything on simulated ranks and in a dry run."""
     data_parallel: DataParallel = "zero3"
     """What is split over the data ranks: nothing, optimizer state, also gradients, also parameters."""
     bucket_bytes: int = 25 * MiB
@@ -234,6 +241,9 @@ class ParallelConfig(_Fields):
             for name in ("overlap_grad_reduce", "overlap_param_gather", "overlap_tensor_parallel", "overlap_p2p")
             if not isinstance(value := getattr(self, name), bool)
         ]
+        if not isinstance(self.compile, (bool, Mapping)) or (isinstance(self.compile, Mapping) and not set(self.compile) <= _COMPILE):
+            names = ", ".join(sorted(_COMPILE))
+            complaints.append(f"compile={self.compile!r}: True, False, or a dict of arguments of torch.compile: {names}.")
         if not isinstance(self.sequence_parallel, bool) and self.sequence_parallel != "auto":
             complaints.append(f'sequence_parallel={self.sequence_parallel!r}: True, False or "auto".')
         if self.hardware is not None and not isinstance(self.hardware, Hardware):

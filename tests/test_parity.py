@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
+import torch
+from torch import nn
 
 import meshpar as mp
+from benchmarks.architectures.packages.plain import text as text_models
+from meshpar.sharding.types import I
 from tests.models import plain, text, tiny
 from tests.pool import Pool
 
@@ -78,3 +85,15 @@ def test_microbatches_of_uneven_label_counts() -> None:
     model, batch = plain("gpt")
     mp.verify(model, "dp=2", batch, config=mp.ParallelConfig(microbatches=2)).raise_if_failed()
     mp.verify(model, "tp=2", batch, config=mp.ParallelConfig(microbatches=4)).raise_if_failed()
+
+
+@pytest.mark.parametrize("mixer", [partial(text_models.Mamba2Block, groups=1), text_models.XAttention], ids=["state space", "one key head"])
+def test_what_all_heads_share_is_cut_beside_them_in_one_projection(mixer: Callable[[], nn.Module]) -> None:
+    """B and C of one group, beside z, x and dt by heads; the keys and values of one head: computed in parts, and gathered."""
+    torch.manual_seed(0)
+    model, ids = text_models.Stack(mixer), torch.randint(1, 64, (4, 12))
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("tp=2", "cpu"), example=(ids, ids))
+    whole = [name for name, p in pm.plan.parameters.items() if p.placements["tp"] == I and len(p.shape) > 1]
+    assert not whole
+    mp.verify(model, "tp=2", (ids, ids)).raise_if_failed()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -81,7 +82,8 @@ class Planner:
     def _agree(self, captured: Captured, parameters: ParameterFacts) -> None:
         if not self._alone:
             agree_on_graph(captured, parameters, self.mesh)
-            asked = f"{self.config} {sorted(self.rules.items())} {self.given and self.given.hash}"
+            decided = replace(self.config, compile=False)  # which each rank may do its own way: a function in it prints where it lies
+            asked = f"{decided} {sorted(self.rules.items())} {self.given and self.given.hash}"
             agree(asked, self.mesh, "the configuration, the rules or the plan that was given")
 
     def _planned(self, captured: Captured, parameters: ParameterFacts, stages: StageRequest | None) -> Plan:

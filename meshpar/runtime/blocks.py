@@ -12,7 +12,7 @@ once.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -22,13 +22,12 @@ from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 
 from meshpar.errors import ConfigError
+from meshpar.runtime.compiled import Code, as_it_is, compiled
 from meshpar.runtime.cut import Cut, Piece, cut
 from meshpar.runtime.hooks import refusing
 from meshpar.runtime.likeness import Likeness
 from meshpar.runtime.local import LocalParameters, Store
 from meshpar.runtime.recompute import Mode, wrap
-
-Code = Callable[..., Any]
 
 
 def build(
@@ -186,7 +185,7 @@ class Tree(Block):
         code = _exec(printed.src, printed.globals, path or "root")
         if path:
             code = wrap(code, self._recompute, graph)
-            code = code if self._compile is None else torch.compile(code, **self._compile)
+            code = code if self._compile is None or as_it_is(graph) else compiled(code, self._compile, path)
         self._library.codes[printed.src] = (printed.globals, code)
         return code
 

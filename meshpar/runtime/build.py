@@ -205,6 +205,7 @@ def trees_of(
     buffers: Mapping[str, torch.Tensor],
     *,
     recompute: Mode,
+    compile: Mapping[str, Any] | None = None,
 ) -> dict[int, Tree]:
     """One tree per stage in `own`, with the parameters of its stage; it is yet to learn the program.
 
@@ -215,7 +216,14 @@ def trees_of(
         held = {name: p for name, p in parameters.items() if stage in plans[name].stages}
         changed = program.all_stages[stage].mutations if program.all_stages else program.captured.mutations
         kept = {name: b for name, b in buffers.items() if name not in program.captured.mutations or name in changed}
-        trees[stage] = Tree(held, kept, aliases=program.captured.aliases, non_persistent=_non_persistent(model), recompute=recompute)
+        trees[stage] = Tree(
+            held,
+            kept,
+            aliases=program.captured.aliases,
+            non_persistent=_non_persistent(model),
+            recompute=recompute,
+            compile=compile,
+        )
     return trees
 
 
@@ -227,11 +235,18 @@ def _trees(
     parameters: Mapping[str, nn.Parameter],
     buffers: Mapping[str, torch.Tensor],
 ) -> dict[int, Tree]:
-    trees = trees_of(model, program, own, parameters, buffers, recompute=config.recompute)
+    trees = trees_of(model, program, own, parameters, buffers, recompute=config.recompute, compile=_compile(config))
     for tree in trees.values():
         mark_batch_norms(tree, model)
     teach(trees, program)
     return trees
+
+
+def _compile(config: ParallelConfig) -> Mapping[str, Any] | None:
+    """The arguments of torch.compile. Simulated ranks run as they are: the tensors of several ranks in one are not compiled."""
+    if config.compile is False or is_simulated() or _has_no_peers():
+        return None
+    return {} if config.compile is True else config.compile
 
 
 def _simulated(

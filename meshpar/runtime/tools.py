@@ -21,7 +21,8 @@ from meshpar.errors import ConfigError
 
 _COMPILED = (
     "a parallel model is not compiled as a whole: its steps are programs with collectives, captured and lowered already. Leave "
-    "torch.compile out, and call steps outside of what is compiled."
+    "torch.compile out, and call steps outside of what is compiled; parallelize(..., config=mp.ParallelConfig(compile=True)) compiles its "
+    "blocks."
 )
 _SCRIPTED = "a parallel model is not made into a script: export or trace the model as it was, on one device, with its values."
 _ASKED = frozenset(("_ddp_params_and_buffers_to_ignore", "_infer_parameters", "_initialize_hook", "qconfig"))

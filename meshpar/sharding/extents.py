@@ -28,6 +28,7 @@ class Extents:
     _link: list[int] = field(default_factory=list)
     _parts: list[tuple[str, tuple[int, ...]] | None] = field(default_factory=list)
     _patterns: dict[tuple[int, int], Pattern | None] = field(default_factory=dict)
+    _fused: set[int] = field(default_factory=set)
 
     def new(self, size: int) -> int:
         """A new extent of `size` elements, unrelated to all others."""
@@ -129,6 +130,17 @@ class Extents:
         parts = self._parts[self.find(one)]
         return parts is not None and parts[0] == "+"
 
+    def fuse(self, one: int) -> None:
+        """Say that an extent is what a matrix computes: where it is a row, its segments may be cut `beside` each other.
+
+        Call only when nothing will be unified any more.
+        """
+        self._fused.add(self.find(one))
+
+    def is_fused(self, one: int) -> bool:
+        """Whether that was said of it."""
+        return self.find(one) in self._fused
+
     def cuttable(self, one: int) -> tuple[int, ...]:
         """What an extent could be cut along, best first: its undivided factors, outermost first, each product of some right after them.
 
@@ -160,12 +172,24 @@ class Extents:
             return None
         inner = [self.pattern(p, factor) for p in parts[1]]
         if parts[0] == "+":
-            return join([p for p in inner if p is not None]) if all(p is not None for p in inner) else None
+            whole = beside(inner, [self._size[p] for p in parts[1]]) if self.is_fused(one) else inner
+            return join([p for p in whole if p is not None]) if all(p is not None for p in whole) else None
         for at, found in enumerate(inner):
             if found is not None:
                 sizes = [self._size[p] for p in parts[1]]
                 return nest(prod(sizes[:at]), found, prod(sizes[at + 1 :]))
         return None
+
+
+def beside(patterns: Sequence[Pattern | None], sizes: Sequence[int]) -> list[Pattern | None]:
+    """The patterns of segments of which most hold a factor: the others are cut with it, each between its elements.
+
+    So is a projection into many heads and few values that all of them share (keys of one head, the B and C of a state space): every rank
+    computes its part of all, and what is shared is gathered after that. As they are where more lies beside the factor than holds it.
+    """
+    if 2 * sum(size for pattern, size in zip(patterns, sizes, strict=True) if pattern is not None) < sum(sizes):
+        return list(patterns)
+    return [(1, ((size, 1),)) if pattern is None else pattern for pattern, size in zip(patterns, sizes, strict=True)]
 
 
 def nest(outer: int, pattern: Pattern, inner: int) -> Pattern:

@@ -12,7 +12,7 @@ from torch import fx
 from meshpar.graph.facts import facts, info_of
 from meshpar.graph.op import Op, Value, kind_of, read, value_of
 from meshpar.graph.operators import OPERATORS, operator_of
-from meshpar.sharding.extents import Extents, Pattern, join, nest
+from meshpar.sharding.extents import Extents, Pattern, beside, join, nest
 from meshpar.sharding.notation import Dim, Dims, Signature
 
 Axes = tuple[int | None, ...]
@@ -26,6 +26,8 @@ class BoundOp:
     op: Op
     signature: Signature | None
     names: Mapping[str, int]
+    rows: tuple[int, ...]
+    """The extents of its dims that are rows of segments."""
     kind: tuple[object, ...]
     """Equal for calls that differ in nothing but the values they are given (see `op.kind_of`)."""
 
@@ -52,6 +54,13 @@ def infer(graph: fx.Graph) -> Inference:
         elif node.op == "call_function" and node.target is not operator.getitem:
             call = _call(extents, dims, node, signatures)
             calls[node] = call
+    for node, call in calls.items():
+        if operator_of(node.target).kind in ("product", "convolution"):
+            for operand in call.op.operands:
+                if operand.op == "get_attr":
+                    for one in dims[operand, 0]:
+                        if one is not None:
+                            extents.fuse(one)
     return Inference(extents, dims, calls)
 
 
@@ -113,7 +122,15 @@ def _call(extents: Extents, dims: dict[Value, Axes], node: fx.Node, signatures: 
             dims[node, index] = _fresh(extents, info.shape)
         else:
             dims[node, index] = _result(extents, names, signature, index, info.shape)
-    return BoundOp(op, signature, names, kind)
+    rows = [] if signature is None else _rows(dims, op, signature)
+    return BoundOp(op, signature, names, tuple(rows), kind)
+
+
+def _rows(dims: Mapping[Value, Axes], op: Op, signature: Signature) -> list[int]:
+    """The extents of the dims that a signature reads as segments."""
+    values = [*(value_of(operand) for operand in op.operands), *((op.node, index) for index in range(len(op.outs)))]
+    labelled = zip(values, (*signature.inputs, *signature.outputs), strict=False)
+    return [one for value, labels in labelled for dim, one in zip(labels, dims.get(value, ())) if len(dim) > 1 and one is not None]
 
 
 def _result(extents: Extents, names: dict[str, int], signature: Signature, index: int, shape: tuple[int, ...]) -> Axes:
@@ -149,12 +166,13 @@ def pattern_in(call: BoundOp, extents: Extents, dim: Dim, group: frozenset[str],
     found: list[Pattern] = []
     assert call.signature is not None
     sizes = call.signature.sizes
+    held = _held(call, extents, group, factor)
     for segment in dim:
         hits = [i for i, n in enumerate(segment) if n in group]
         if len(hits) != 1:
             return None
         at = hits[0]
-        inner = extents.pattern(call.names[segment[at]], factor) if segment[at] in call.names else None
+        inner = held.get(segment[at])
         if inner is None:
             return None
         outer = 1
@@ -165,3 +183,12 @@ def pattern_in(call: BoundOp, extents: Extents, dim: Dim, group: frozenset[str],
             rest *= sizes[n]
         found.append(nest(outer, inner, rest))
     return join(found)
+
+
+def _held(call: BoundOp, extents: Extents, group: frozenset[str], factor: int) -> Mapping[str, Pattern | None]:
+    """How a factor lies in each name of a group; fellow segments of what a matrix computes are cut `beside` it."""
+    names = sorted(name for name in group if name in call.names)
+    patterns = [extents.pattern(call.names[name], factor) for name in names]
+    if any(extents.is_fused(row) for row in call.rows):
+        patterns = beside(patterns, [extents.size(call.names[name]) for name in names])
+    return dict(zip(names, patterns, strict=True))

@@ -91,3 +91,15 @@ def test_a_factor_of_a_product_holds_every_element_once(sizes: list[int], data: 
     cut = Shard(0, *pattern)
     held = {i for low, high in cut.ranges(sizes[at], 0) for i in range(low, high)}
     assert held == {i for i in range(outer * sizes[at] * inner) if i // inner % sizes[at] == 0}
+
+
+def test_few_that_all_heads_share_are_cut_beside_them() -> None:
+    """z | x | B | C | dt of 4 heads of 8, one state of 6: only heads are in most segments; B and C are cut between their elements."""
+    e = Extents()
+    heads, b, c = e.new(4), e.new(6), e.new(6)
+    z, x = (e.product([heads, e.new(8)]) for _ in range(2))
+    row = e.row([z, x, b, c, heads])
+    e.fuse(row)
+    assert e.pattern(row, heads) == (1, ((4, 8), (4, 8), (6, 1), (6, 1), (4, 1)))
+    assert shard(0, e.pattern(row, heads), 2) == Shard(0, 1, ((32, 1), (32, 1), (6, 1), (6, 1), (4, 1)))  # type: ignore[arg-type]
+    assert e.pattern(row, b) is None, "most of the row does not hold it"

@@ -177,7 +177,7 @@ _CASES: dict[str, dict[str, Callable[[], Made]]] = {
         "squeezenet1_1": lambda: _images(tv.SqueezeNet("1_1", num_classes=10, dropout=0.0), 64),
         "densenet": lambda: _images(_densenet(), 64),
         "googlenet": lambda: _images(tv.GoogLeNet(num_classes=10, init_weights=False, dropout=0.0, dropout_aux=0.0), 64),
-        "inception_v3": lambda: _images(tv.Inception3(num_classes=10, init_weights=False, dropout=0.0), 128),
+        "inception_v3": lambda: _images(tv.Inception3(num_classes=10, aux_logits=False, init_weights=False, dropout=0.0), 96),
         "shufflenet_v2": lambda: _images(tv.ShuffleNetV2([2, 2, 2], [8, 16, 32, 64, 64], num_classes=10)),
         "mobilenet_v2": lambda: _images(tv.MobileNetV2(10, 0.25, [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]], dropout=0.0)),
         "mobilenet_v3": lambda: _images(_mobilenet_v3()),
