@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import meshpar as mp
+from meshpar.proof.alone import static_report
 from meshpar.simulate import simulate
 
 B, S, H, V, NEVER = 2, 16, 32, 37, torch.finfo(torch.float32).min
@@ -59,6 +60,8 @@ class Written(nn.Module):
             scores = scores * self.strength
         if self.bias is not None:
             scores = scores + self.bias[:, :, (at[:, None] - at) % (2 * S)]
+        if self.kind == "two masks" and padding is not None:
+            scores, padding = scores + torch.where(padding[:, None, None, :].bool(), 0.0, NEVER), None
         causal = causal if padding is None else causal & padding[:, None, None, :].bool()
         if self.kind == "everything":
             return scores.softmax(-1)
@@ -107,6 +110,7 @@ CASES = [
     ("alibi", 4, "ring", "cp=2,tp=2", False),
     ("alibi", 4, "gather", "cp=4", False),
     ("everything", 2, "ring", "dp=2,cp=2", False),
+    ("two masks", 4, "ring", "cp=2", True),
 ]
 
 
@@ -121,6 +125,13 @@ def test_it_is_that_of_one_device(kind: str, kv: int, context: Any, mesh: str, p
         assert "products and a softmax" not in said
         form = "halo" if kind == "capped window" else context
         assert form == "auto" or f"blocks.*.a  x2  {form}" in said, said
+
+
+@pytest.mark.parametrize("kind", ["plain", "capped window", "bias", "alibi"])
+def test_it_is_proved(kind: str) -> None:
+    report = static_report(Decoder(kind, 2 if kind == "plain" else 4), "cp=2,tp=2", batch(), config=mp.ParallelConfig(context="ring"))
+    report.check()
+    assert report.share == 1.0 and not report.unproved
 
 
 class Refused(Written):
