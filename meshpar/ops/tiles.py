@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 SIDE = 256
 """The most queries and the most keys of a tile."""
@@ -106,7 +107,7 @@ def attend(
     `[b, h, s, f]`, zeros to begin with, and `norm`: `[b, h, s, 2]`, the largest score so far, and the logarithm of the sum of
     exp(score - largest): -inf to begin with. (Of scores near -1e38, as masks make them, the sum of the two would forget the second.)
     """
-    for tile in _tiles(query, key, rectangles, scoring):
+    for tile in _tiles(query, key, operands, rectangles, scoring):
         scores = _shown(tile, _stepped(tile, query, key, operands, scoring)[-1], scoring)
         own, most = norm[tile.queries], scores.amax(-1)
         weights = scores.sub_(_finite(most)[..., None]).exp_()
@@ -136,7 +137,7 @@ def attend_backward(
 ) -> None:
     """Add the gradients, in place. `norm`: of all keys; `delta` `[b, h, s]`: the sums of result times `grad`. `of_operands`: of one
     dim for an operand that needs none."""
-    for tile in _tiles(query, key, rectangles, scoring):
+    for tile in _tiles(query, key, operands, rectangles, scoring):
         values = _stepped(tile, query, key, operands, scoring)
         top, total = (_finite(x)[..., None] for x in norm[tile.queries].unbind(-1))
         last = values[-1].clone() if scoring.steps else values[-1]
@@ -231,15 +232,36 @@ class _Tile:
             place += grad.sum_to_size(place.shape)
 
 
-def _tiles(query: Tensor, key: Tensor, rectangles: Sequence[Rectangle], scoring: Scoring) -> Iterator[_Tile]:
+def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], rectangles: Sequence[Rectangle], scoring: Scoring) -> Iterator[_Tile]:
     (b, h), k = query.shape[:2], key.shape[1]
     for rectangle in rectangles:
+        seen = _seen(rectangle, operands, scoring)
         for rows, columns in _pieces(rectangle, scoring):
+            if seen is not None and not seen[(rows.held - rectangle.query) // SIDE][(columns.held - rectangle.key) // SIDE]:
+                continue
             one = rows.size * columns.size * (h // k)
             heads = min(k, max(1, SCORES // one))
             samples = min(b, max(1, SCORES // (one * heads)))
             for low, first in product(range(0, b, samples), range(0, k, heads)):
                 yield _Tile(slice(low, min(low + samples, b)), slice(first, min(first + heads, k)), h // k, rows, columns)
+
+
+def _seen(rectangle: Rectangle, operands: Sequence[Tensor], scoring: Scoring) -> list[list[bool]] | None:
+    """Of each tile, by its queries and its keys, whether a mask of booleans lets any be seen; None without such a mask.
+
+    One look at all of it, so that an accelerator is waited for once. (A later step may not bring back what is hidden.)
+    """
+    kinds = [kind for kind, *_ in scoring.steps]
+    if "seen" not in kinds or {"keep", "fill"} & {*kinds[kinds.index("seen") :]}:
+        return None
+    mask = operands[scoring.steps[kinds.index("seen")][1]]
+    spans = (rectangle.query, rectangle.rows), (rectangle.first, rectangle.columns)
+    for dim, (start, length) in zip((2, 3), spans, strict=True):
+        mask = mask if mask.shape[dim] == 1 else mask.narrow(dim, start, length)
+    some = mask.flatten(0, 1).any(0).expand(rectangle.rows, rectangle.columns)
+    some = pad(some, (0, -rectangle.columns % SIDE, 0, -rectangle.rows % SIDE))
+    found: list[list[bool]] = some.unflatten(1, (-1, SIDE)).any(2).unflatten(0, (-1, SIDE)).any(1).tolist()
+    return found
 
 
 def _pieces(rectangle: Rectangle, scoring: Scoring) -> Iterator[tuple[_Range, _Range]]:

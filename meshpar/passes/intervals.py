@@ -75,8 +75,8 @@ def shown(mask: fx.Node, never: float) -> Intervals | None:
     if op_name(mask.target) == "where" and len(mask.args) == 3 and isinstance(mask.args[0], fx.Node):
         zero, other = (_number(a) for a in mask.args[1:])
         wide = info_of(mask.args[0]).shape[-2:] == info_of(mask).shape[-2:]
-        if zero == 0 and other is not None and other <= never and wide:
-            return intervals(mask.args[0])
+        if zero == 0 and other is not None and other <= never and wide and (found := intervals(mask.args[0])) is not None:
+            return found
     return _evaluated(mask, never)
 
 

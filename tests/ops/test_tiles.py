@@ -98,7 +98,7 @@ def test_queries_that_see_nothing_get_nothing() -> None:
     assert not out[..., 3, :].any() and not sums[0][..., 3, :].any() and all(bool(torch.isfinite(x).all()) for x in (out, *sums))
 
 
-def used(s: int, scoring: Scoring) -> tuple[int, int]:
+def used(s: int, scoring: Scoring, *operands: Tensor) -> tuple[int, int]:
     """Of attention of `s` positions, forward and backward: the most bytes that are taken at a time, and how many products are made."""
     q, k, v = (x.detach() for x in given(1, 4, 2, s, torch.float32))
     (out, norm), sums, grad = nothing_yet(q, 3), [torch.zeros_like(x) for x in (q, k, v)], torch.ones(1, 4, s, 3)
@@ -107,8 +107,8 @@ def used(s: int, scoring: Scoring) -> tuple[int, int]:
         for x in (q, k, v, out, norm, grad, delta, *sums):
             tape.number(x)
         before = sum(grown for _, grown in tape.storages.changes)
-        attend(q, k, v, [], rectangles, scoring, out, norm)
-        attend_backward(q, k, v, [], rectangles, scoring, grad, norm, delta, *sums, [])
+        attend(q, k, v, operands, rectangles, scoring, out, norm)
+        attend_backward(q, k, v, operands, rectangles, scoring, grad, norm, delta, *sums, [torch.zeros(1)] * len(operands))
         most = max(levels(tape.storages.changes)) - before
         return most, sum(call.kernel.kind == "matrix" for call in tape.calls)
 
@@ -123,3 +123,13 @@ def test_nothing_is_as_large_as_the_pairs_of_positions(monkeypatch: pytest.Monke
     assert used(64, Scoring(causal=True))[1] == 8 * 9 // 2 * products
     assert used(64, Scoring(causal=True, window=9))[1] == (8 + 7) * products
     assert tiles.area([0, 0, 64, 64, 0, 0], Scoring(causal=True)) == 36 * 64
+
+
+def test_tiles_between_documents_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a mask of the batch says that nothing is seen."""
+    monkeypatch.setattr(tiles, "SIDE", 8)
+    document = torch.tensor([0] * 12 + [1] * 20 + [2] * 32)
+    mask = (document == document[:, None])[None, None]
+    within = 2 * 2 + 3 * 3 - 1 + 4 * 4  # tiles of each document; the first two meet in one
+    assert used(64, Scoring(steps=(("seen", 0),)), mask)[1] == 7 * within
+    assert used(64, Scoring(steps=(("seen", 0), ("fill", 1, 0.0))), mask, mask)[1] == 7 * 8 * 8  # what is hidden comes back
