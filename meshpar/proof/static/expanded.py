@@ -83,9 +83,8 @@ def _summed(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any], *, scattered
 
 def _before(known: Facts, change: Change) -> Facts:
     """Of the value before it was converted."""
-    assert known.part_of is not None
     turned = replace(change, before=change.after, after=change.before)
     info: Any = known.info
     cut = change.after.dim if isinstance(change.after, Shard) else None
     shape = tuple(n * change.size if d == cut else n for d, n in enumerate(info.shape))
-    return replace(known, info=replace(info, shape=shape), part_of=known.part_of.converted(turned), conversion=None)
+    return replace(known, info=replace(info, shape=shape), part_of=known.part_of and known.part_of.converted(turned), conversion=None)
