@@ -94,7 +94,8 @@ class _Gathered(torch.autograd.Function):
         rows = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         shape = list(x.shape)
         shape[ctx.layout[0]] *= ctx.axis[1]
-        flying = STARTS[reduce_scatter](_for_x(rows, weights, shape), ctx.layout, ctx.axis) if needed[0] else None
+        for_x = _for_x(rows, weights, shape) if needed[0] else None
+        flying = None if for_x is None else STARTS[reduce_scatter](for_x, ctx.layout, ctx.axis)
         for_weights: list[Tensor | None] = [None] * count
         if again is not None:
             columns = again().view(-1, x.shape[-1])
@@ -105,15 +106,14 @@ class _Gathered(torch.autograd.Function):
         return None if flying is None else flying(), None, None, None, None, *for_weights, *for_biases, *for_others
 
 
-def _for_x(rows: list[Tensor | None], weights: list[Tensor], shape: list[int]) -> Tensor:
+def _for_x(rows: list[Tensor | None], weights: list[Tensor], shape: list[int]) -> Tensor | None:
     """The gradient of what was multiplied, summed as autograd does: the last use first."""
     total: Tensor | None = None
     for r, weight in zip(reversed(rows), reversed(weights), strict=True):
         if r is not None:
             one = r.mm(weight)
             total = one if total is None else total.add_(one)
-    assert total is not None
-    return total.view(shape)
+    return None if total is None else total.view(shape)
 
 
 def _products(x: Tensor, weights: Matrices, biases: Biases, dim: int, axis: tuple[str, int, int]) -> list[Tensor]:

@@ -37,7 +37,7 @@ class CutIntoPieces:
     hide.
     """
 
-    least_bytes: int = 2**20
+    least_bytes: int = 2**21
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         fixed = constants(graph)

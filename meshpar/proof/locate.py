@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import Any
@@ -28,6 +28,7 @@ from meshpar._torch import LocalTensor, maybe_disable_local_tensor_mode
 from meshpar.compile.program import Program
 from meshpar.graph.facts import Change, facts, gives_several, info_of
 from meshpar.graph.op import op_name
+from meshpar.proof.static.expanded import separated
 from meshpar.roles import typed
 from meshpar.runtime.engine import Inputs
 from meshpar.runtime.model import ParallelModel
@@ -53,6 +54,7 @@ def first_difference(pm: ParallelModel, state: Mapping[str, torch.Tensor], batch
     program, inputs = _first_microbatch(pm, batch)
     if program.extra.random_key is not None:
         return None
+    program = replace(program, graph=separated(program.graph))
     both = _Both(program, _coordinates(pm), inputs, state)
     return _forward(both) or _backward(both) or _sums(both)
 

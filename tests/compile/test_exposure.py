@@ -58,7 +58,9 @@ def test_the_slower_a_rank_computes_the_less_it_waits(pm: mp.ParallelModel) -> N
 def test_what_is_said() -> None:
     one = Comm("all_reduce", "tp", "forward", 1000.0, 2, "p_to_i", "", "", 0, 0.002, 0.0005)
     assert one.exposed_bytes == 250.0 and Comm("send", "pp", "forward", 10.0, 1, "x", "", "").exposed_bytes == 10.0
-    assert waited_for([one])[0] == "  tp: 4 ms of communication, 3 ms of it beside computation; 1 ms are waited for (25 %; 500 B of 2 kB)"
+    assert (
+        waited_for([one])[0] == "  tp: 4 ms of communication, 3 ms of it beside computation; 1 ms are waited for (25 %; 500 B of 1.95 KiB)"
+    )
 
 
 def test_the_constants_of_a_machine() -> None:

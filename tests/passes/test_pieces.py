@@ -16,7 +16,7 @@ from meshpar.ops import collectives, pieces
 from meshpar.passes import order
 from meshpar.passes.pieces import CutIntoPieces
 from meshpar.passes.products import HideGradientSums
-from meshpar.proof.static.expanded import expanded
+from meshpar.proof.static.expanded import expanded, separated
 from meshpar.sharding.types import P, R, plain
 from tests.models import text, tiny
 from tests.pool import Pool
@@ -94,6 +94,7 @@ def test_before_and_after() -> None:
     gathered = next(n for n in graph.nodes if n.target is pieces.gathered)
     assert [w.target for w in gathered.args[-1]] == ["c"] and z.args[-2:] == (gathered.args[-2], 0)
     assert targets(expanded(graph)) == ["beside", "convert", "linear.default", "linear.default", "mul.Tensor", "linear", "p_to_s"]
+    assert targets(separated(graph)) == ["s_to_r", "linear.default", "linear.default", "mul.Tensor", "linear.default", "p_to_s"]
 
 
 def test_what_else_is_read_is_gathered_as_before() -> None:

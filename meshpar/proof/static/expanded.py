@@ -13,6 +13,7 @@ y  = scattered(a, w, 1, ..., later, 0)         ->      p   = products.linear(a, 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import fx
 
 from meshpar.graph.facts import Change, Facts, facts, info_of, set_facts
 from meshpar.graph.op import op_name
-from meshpar.ops import collectives, products
+from meshpar.ops import collectives, expert_all_to_all, products
 from meshpar.sharding.types import Shard
 
 _PIECES = "meshpar.ops.pieces."
@@ -83,9 +84,41 @@ def _summed(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any], *, scattered
 
 def _before(known: Facts, change: Change) -> Facts:
     """Of the value before it was converted."""
-    assert known.part_of is not None
     turned = replace(change, before=change.after, after=change.before)
     info: Any = known.info
     cut = change.after.dim if isinstance(change.after, Shard) else None
     shape = tuple(n * change.size if d == cut else n for d, n in enumerate(info.shape))
-    return replace(known, info=replace(info, shape=shape), part_of=known.part_of.converted(turned), conversion=None)
+    return replace(known, info=replace(info, shape=shape), part_of=known.part_of and known.part_of.converted(turned), conversion=None)
+
+
+def separated(graph: fx.Graph) -> fx.Graph:
+    """The same, and every product computes the gradient of its own weight: as if nothing ran beside anything."""
+    graph = expanded(graph)
+    new, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        if node.target is products.beside:
+            continue
+        apart = _APART.get(node.target)
+        if apart is None:
+            made[node] = new.node_copy(node, made.__getitem__)
+            continue
+        target, args = apart(node)
+        args, kwargs = fx.map_arg((args, dict(node.kwargs)), made.__getitem__)
+        made[node] = set_facts(new.call_function(target, args, kwargs), facts(node))
+    return new
+
+
+def _matmul(args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+    x, weight, added = args[:3]
+    return (torch.ops.aten.matmul.default, (x, weight)) if added is None else (torch.ops.aten.addmm.default, (added, x, weight))
+
+
+_APART: Mapping[Any, Callable[[fx.Node], tuple[Any, tuple[Any, ...]]]] = {
+    products.i_to_r: lambda node: (collectives.i_to_r, node.args[:1]),
+    products.convert: lambda node: (getattr(collectives, str(node.args[3])), (node.args[0], *node.args[4:])),
+    products.send_rows: lambda node: (expert_all_to_all.send_rows, node.args[:2]),
+    products.linear: lambda node: (torch.ops.aten.linear.default, node.args[: 3 if node.args[2] is not None else 2]),
+    products.matmul: lambda node: _matmul(node.args),
+    products.grouped_mm: lambda node: (torch.ops.meshpar.grouped_mm.default, node.args[:3]),
+}
+"""Calls that leave or compute weight gradients -> the same calls that do not."""
