@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from meshpar.runtime.parameters.scaler import GradScaler
     from meshpar.runtime.parameters.specs import full_grad, full_tensor
     from meshpar.simulate import simulate
+    from meshpar.waiting import progress
 
 _HOME = {
     "parallelize": "api",
@@ -45,6 +46,7 @@ _HOME = {
     "DryRun": "dry_run",
     "search": "dry_run.searching",
     "Plan": "plan",
+    "progress": "waiting",
     **dict.fromkeys(("clip_grad_norm_", "grad_norm"), "runtime.parameters.gradients"),
     "GradScaler": "runtime.parameters.scaler",
     "Weights": "init.fit",
@@ -98,6 +100,7 @@ __all__ = [
     "parallelize",
     "pipeline",
     "plot",
+    "progress",
     "rank_grid",
     "register_experts",
     "schedule",

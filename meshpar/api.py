@@ -32,6 +32,7 @@ from meshpar.runtime.model import ParallelModel
 from meshpar.runtime.originals import watch_originals
 from meshpar.runtime.padding import RunSizes
 from meshpar.sharding.policy import POLICIES
+from meshpar.waiting import working
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
@@ -95,13 +96,17 @@ def _parallelize(
     check_batch((args, kwargs), mesh)
     programs = Programs(model, mesh, config, rules=rules, loss_fn=loss_fn, plan=plan)
     begun = time.monotonic()
-    seen = programs.seen(args, kwargs, training=model.training, microbatches=config.microbatches)  # capture: what the model computes
-    decided = programs.planned(seen)  # which rank holds what, and what moves
-    program = programs.lowered(seen, decided)  # the part of it that this rank runs
+    with working(f"capturing {type(model).__name__}"):
+        seen = programs.seen(args, kwargs, training=model.training, microbatches=config.microbatches)  # capture: what the model computes
+    with working("planning"):
+        decided = programs.planned(seen)  # which rank holds what, and what moves
+    with working("lowering"):
+        program = programs.lowered(seen, decided)  # the part of it that this rank runs
     programs.seconds = time.monotonic() - begun
     agree(program.plan.hash, mesh, "the plan")
     agree_on_values(model, mesh, weights=weights)
-    engine = build(model, mesh, config, program, programs.schedule, weights=weights)
+    with working("making parameters" if weights is None else "reading weights"):
+        engine = build(model, mesh, config, program, programs.schedule, weights=weights)
     pm = ParallelModel(engine, mesh, config, programs, program, together)
     watch_originals(model, pm)
     return pm

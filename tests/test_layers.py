@@ -13,7 +13,7 @@ from tests.source import nodes
 
 PACKAGE = Path(__file__).parents[1] / "meshpar"
 LAYERS = (
-    ("errors", "collection", "settings", "config", "megatron", "roles", "report.text", "sharding.types", "planner"),
+    ("errors", "waiting", "collection", "settings", "config", "megatron", "roles", "report.text", "sharding.types", "planner"),
     (
         "_torch",
         "generators",

@@ -1,18 +1,21 @@
 """`meshpar` on the command line: demo, explain, verify, dry-run, plan, calibrate, checkpoint.
 
 Exit status: 0 all is well, 1 the parallel program differs from the original (or the comparison proves nothing), 2 the command cannot be
-meant, 3 it failed on the way.
+meant, 3 it failed on the way. What fails is a message; `meshpar --debug COMMAND ...` shows where.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from meshpar.errors import ConfigError, MeshparError, RankError
+from meshpar.errors import ConfigError, MeshparError, RankError, near
 
 try:
     import typer
@@ -24,6 +27,15 @@ if TYPE_CHECKING:
 
 SLOTS = 40
 """So many slots of a schedule fit on a screen."""
+STATUS = "Exit status: 0 done, 1 the parallel program differs or nothing is proved, 2 the command cannot be meant, 3 it failed on the way."
+EXAMPLES = {
+    "demo": "meshpar demo --mesh dp=2,tp=2 --steps 20",
+    "explain": "meshpar explain --mesh pp=2,dp=2,tp=2 --microbatches 4 --code",
+    "verify": "meshpar verify --model train:build --mesh dp=2,tp=2",
+    "dry_run": "meshpar dry-run layers=32,hidden=4096,heads=32,ffn=14336,vocab=128256 --mesh pp=2,dp=8,tp=4 --microbatches 16 --seq 4096",
+    "plan": "meshpar plan layers=32,hidden=4096,heads=32,ffn=14336,vocab=128256 --gpus 64 --global-batch 512 --seq 4096 --toml best.toml",
+    "calibrate": "meshpar calibrate here.json",
+}
 MISSING = "the meshpar command needs typer and rich, which are not installed. Type: pip install 'meshpar[demo]'"
 
 
@@ -69,6 +81,7 @@ if typer is not None:
     ]
     Recompute = Annotated[str, typer.Option("--recompute", help="none, selective or full.")]
     DataParallel = Annotated[str, typer.Option("--data-parallel", help="replicate, zero1, zero2 or zero3.")]
+    AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
     SequenceParallel = Annotated[
         bool, typer.Option("--sequence-parallel/--no-sequence-parallel", help="Cut activations between blocks too, where that costs less.")
     ]
@@ -82,13 +95,11 @@ def application() -> Any:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    for command in (demo, explain, verify):
-        app.command()(command)
+    app.callback()(_shared)
     from meshpar.cli import planning
 
-    app.command()(_with_messages(planning.dry_run))
-    app.command()(_with_messages(planning.plan))
-    app.command()(_with_messages(planning.calibrate))
+    for command in (demo, explain, verify, planning.dry_run, planning.plan, planning.calibrate):
+        app.command(epilog=f"Example: {EXAMPLES[command.__name__]}\n\n{STATUS}")(_with_messages(command))
     try:
         from meshpar.checkpoint.commands import app as checkpoint
     except ImportError as error:
@@ -119,32 +130,35 @@ def demo(
     data_parallel: DataParallel = "zero3",
     sequence_parallel: SequenceParallel = True,
     plan: Annotated[bool, typer.Option("--plan/--no-plan", help="Print the plan.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Train a small model on local ranks, and the same on one process beside it; say how far they are apart.
 
     Starts the ranks by itself, or uses those of torchrun. Exit status 1 when the two trainings differ.
     """
-    with _ending():
-        from meshpar.cli import demo as demonstration
-        from meshpar.cli.causal_lm import SmallSizes
+    from meshpar.cli import demo as demonstration
+    from meshpar.cli.causal_lm import SmallSizes
 
-        found = demonstration.run(
-            demonstration.Demo(
-                model=model,
-                mesh=mesh,
-                steps=steps,
-                batch=batch,
-                sizes=SmallSizes(layers, hidden, heads, kv_heads, seq),
-                data=data,
-                learning_rate=lr,
-                seed=seed,
-                config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
-                rules=_rules(rule),
-                show_plan=plan,
-            )
+    found = demonstration.run(
+        demonstration.Demo(
+            model=model,
+            mesh=mesh,
+            steps=steps,
+            batch=batch,
+            sizes=SmallSizes(layers, hidden, heads, kv_heads, seq),
+            data=data,
+            learning_rate=lr,
+            seed=seed,
+            config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
+            rules=_rules(rule),
+            show_plan=plan and not as_json,
+            silent=as_json,
         )
-        if found is not None and not found.ok:
-            raise typer.Exit(1)
+    )
+    if found is not None and as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    if found is not None and not found.ok:
+        raise typer.Exit(1)
 
 
 def explain(
@@ -165,22 +179,25 @@ def explain(
     sequence_parallel: SequenceParallel = True,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Print what a rank keeps in memory.")] = True,
     code: Annotated[bool, typer.Option("--code/--no-code", help="Print the code that rank 0 runs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say how a model would be laid out on a mesh, and why. Needs no ranks: this process stands for rank 0."""
-    with _ending():
-        from meshpar.cli.look import explained
+    from meshpar.cli.look import explained
 
-        asked = _asked(mesh, _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel), rule)
-        made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=0)
-        pm = explained(*made, mesh, **asked)
-        print(pm.explain())
-        if pm.schedule is not None and len(pm.schedule.compute[0]) <= SLOTS:
-            print(f"\n{pm.schedule_table()}")
-        if memory:
-            print(f"\n{pm.memory()}")
-        if code:
-            print()
-            pm.print_readable()
+    asked = _asked(mesh, _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel), rule)
+    made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=0)
+    pm = explained(*made, mesh, **asked)
+    if as_json:
+        print(json.dumps({"plan": json.loads(pm.plan.to_json()), "memory": asdict(pm.memory()), "text": pm.explain()}, indent=2))
+        return
+    print(pm.explain())
+    if pm.schedule is not None and len(pm.schedule.compute[0]) <= SLOTS:
+        print(f"\n{pm.schedule_table()}")
+    if memory:
+        print(f"\n{pm.memory()}")
+    if code:
+        print()
+        pm.print_readable()
 
 
 def verify(
@@ -210,6 +227,7 @@ def verify(
         float | None,
         typer.Option(help="Largest relative difference that passes (1e-9 or 1e-5 by dtype); in bfloat16 units of its rounding (6)."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the parallel program with the original: loss, every gradient, gradient norm, optimizer steps.
 
@@ -219,46 +237,47 @@ def verify(
 
     With --static nothing is run: the program is read back, and what cannot be proved of it is said (exit status 1 for a contradiction).
     """
-    with _ending():
-        asked = _asked(mesh, _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel), rule)
-        if static:
-            from meshpar.proof.alone import static_report
+    asked = _asked(mesh, _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel), rule)
+    if static:
+        from meshpar.proof.alone import static_report
 
-            made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=seed)
-            raise typer.Exit(_proved(lambda: static_report(made[0], mesh, made[1], **asked)))
-        import torch
-
-        from meshpar.proof.verify import verify as check
-
-        kinds = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-        if dtype not in kinds:
-            raise ConfigError(f"--dtype {dtype}: one of {', '.join(kinds)}.")
         made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=seed)
-        report = check(
-            made[0],
-            mesh,
-            made[1],
-            **asked,
-            steps=steps,
-            processes=processes,
-            dtype=kinds[dtype],
-            seed=seed,
-            tolerance=tolerance,
-        )
-        if _is_first():
-            print(report)
-        raise typer.Exit(0 if report.ok else 1)
+        raise typer.Exit(_proved(lambda: static_report(made[0], mesh, made[1], **asked), as_json))
+    import torch
+
+    from meshpar.proof.verify import verify as check
+
+    kinds = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise ConfigError(f"--dtype {dtype}: one of {', '.join(kinds)}.{near(dtype, kinds)}")
+    made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=seed)
+    report = check(
+        made[0],
+        mesh,
+        made[1],
+        **asked,
+        steps=steps,
+        processes=processes,
+        dtype=kinds[dtype],
+        seed=seed,
+        tolerance=tolerance,
+    )
+    if _is_first():
+        print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    raise typer.Exit(0 if report.ok else 1)
 
 
-def _proved(check: Callable[[], Any]) -> int:
+def _proved(check: Callable[[], Any], as_json: bool) -> int:
     """Print what a static check says; its exit status."""
     from meshpar.errors import ProgramFault
 
     try:
-        print(check())
+        found = check()
     except ProgramFault as fault:
-        print(fault, file=sys.stderr)
+        print(json.dumps({"ok": False, "fault": str(fault)}, indent=2) if as_json else fault, file=sys.stdout if as_json else sys.stderr)
         return 1
+    said = {"ok": True, "proved": found.proved, "share": found.share, "unproved": [str(one) for one in found.unproved]}
+    print(json.dumps(said, indent=2) if as_json else found)
     return 0
 
 
@@ -317,27 +336,49 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def _shared(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised, not its message alone.")] = False,
+) -> None:
+    """Trains unmodified PyTorch models over pipeline, data and tensor parallel axes."""
+    context.obj = debug
+
+
 def _with_messages(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose errors are a message and a status."""
 
     @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        with _ending():
+    def run(context: typer.Context, *args: Any, **kwargs: Any) -> None:
+        with _ending(debug=bool(context.obj), as_json=bool(kwargs.get("as_json"))):
             command(*args, **kwargs)
 
+    # typer reads the signature: the context, which it gives, and the options of the command
+    hints = get_type_hints(command, include_extras=True)
+    own = [each.replace(annotation=hints[name]) for name, each in signature(command).parameters.items()]
+    first = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    run.__signature__ = Signature([first, *own])  # type: ignore[attr-defined]
+    run.__annotations__ = {"context": typer.Context, **hints}
     return run
 
 
 @contextmanager
-def _ending() -> Iterator[None]:
-    """Errors of ours are a message and a status, not a traceback."""
+def _ending(*, debug: bool = False, as_json: bool = False) -> Iterator[None]:
+    """Errors are a message and a status, not a traceback, unless `debug` asks for one. As JSON, an object with both."""
     try:
         yield
-    except RankError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise typer.Exit(3) from None
-    except MeshparError as error:
-        raise typer.Exit(_complain(str(error))) from None
+    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        ours = isinstance(error, MeshparError)
+        status = 2 if ours and not isinstance(error, RankError) else 3
+        text = str(error) if ours else f"{type(error).__name__}: {error} (meshpar --debug COMMAND ... shows where)"
+        if as_json:
+            print(json.dumps({"error": text, "kind": type(error).__name__, "status": status}))
+        else:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        raise typer.Exit(status) from None
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,8 @@ class Demo:
     config: ParallelConfig = field(default_factory=ParallelConfig)
     rules: Mapping[str, str] = field(default_factory=dict)
     show_plan: bool = True
+    silent: bool = False
+    """Print nothing: the comparison is all."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class Comparison:
         """The largest relative difference of the gradient norm at any step."""
         return _largest(self.parallel.norms, self.alone.norms)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        return {"ok": self.ok, "loss": self.loss, "norm": self.norm, "tolerance": TOLERANCE, **asdict(self)}
+
     @property
     def ok(self) -> bool:
         """Whether both are within the tolerance (a number that is none is not)."""
@@ -110,7 +117,8 @@ def run(demo: Demo) -> Comparison | None:
             if dist.is_initialized():
                 dist.destroy_process_group()
     world = prod(sizes.values())
-    print(f"starting {world} local rank{'s' if world > 1 else ''} as {format_mesh(sizes)} (gloo, one thread each)", flush=True)
+    if not demo.silent:
+        print(f"starting {world} local rank{'s' if world > 1 else ''} as {format_mesh(sizes)} (gloo, one thread each)", flush=True)
     found: Comparison | None = launch.run(train, demo, world=world)[0]
     return found
 
@@ -134,7 +142,7 @@ def train(demo: Demo) -> Comparison | None:
     model = without_noise(small_model(demo.model, demo.sizes, seed=demo.seed)).train()
     text = Corpus(demo.data)
     first = dist.get_rank() == 0
-    console = Console(file=sys.stdout, soft_wrap=True) if first else Console(quiet=True)
+    console = Console(file=sys.stdout, soft_wrap=True) if first and not demo.silent else Console(quiet=True)
 
     def batch(step: int) -> dict[str, torch.Tensor]:
         whole = text.batch(step, samples=demo.batch, sequence=demo.sizes.sequence, seed=demo.seed)

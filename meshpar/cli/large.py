@@ -73,6 +73,7 @@ def parse_sizes(text: str) -> Transformer:
 def _of_transformers(text: str) -> Any:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     except ImportError as error:
         raise ConfigError(
             f"models by type come from transformers, which is not installed: pip install 'meshpar[demo]' ({error})."
@@ -82,8 +83,10 @@ def _of_transformers(text: str) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config.get_text_config())
     except (ValueError, KeyError, OSError) as error:
+        reason = str(error).partition(" Should contain one of ")[0]
         raise ConfigError(
-            f"model {text!r}: {error}\n  Write sizes (layers=80,hidden=8192,heads=64,ffn=28672,vocab=128256), package.module:function, a "
+            f"model {text!r}: {reason}{near(text, CONFIG_MAPPING_NAMES)}\n"
+            f"  Write sizes (layers=80,hidden=8192,heads=64,ffn=28672,vocab=128256), package.module:function, a "
             f"type of transformers, or the folder of a configuration."
         ) from error
     model.config.use_cache = False

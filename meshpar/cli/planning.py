@@ -193,6 +193,7 @@ def calibrate(
     microbatch: Annotated[int, typer.Option("--microbatch", min=1, help="With --step: samples of a microbatch.")] = 1,
     microbatches: Annotated[int | None, typer.Option("--microbatches", min=1, help="With --step: of a step.")] = None,
     stack: StackName = "meshpar",
+    as_json: AsJson = False,
 ) -> None:
     """Measure this machine (cores, gloo) in two minutes, and write it as hardware. With --step, scale hardware by one measured step."""
     from meshpar.planner.files import check_path, write
@@ -200,9 +201,12 @@ def calibrate(
     if step is None:
         from meshpar.calibrate import calibrate as run
 
-        found = run(file, ranks=ranks, rounds=rounds, say=lambda text: print(f"measuring {text} ...", flush=True))
+        found = run(file, ranks=ranks, rounds=rounds, say=lambda text: None if as_json else print(f"measuring {text} ...", flush=True))
         assert found.measured is not None
         low, high = found.measured.spread
+        if as_json:
+            print(json.dumps({"file": str(file), "source": found.source, "ranks": found.measured.ranks, "low": low, "high": high}))
+            return
         print(f"{file}: {found.source}, 1 to {found.measured.ranks} ranks. Its own programs took {low:.2f} to {high:.2f} of the estimate.")
         return
     from meshpar.cli.large import built, large_model
@@ -216,6 +220,9 @@ def calibrate(
     dry = run_dry(built(made), mesh or config or "", settings, hardware=gpu or file, example=batch, stack=stack)
     part = dry.scaled(step)
     write(part, file)
+    if as_json:
+        print(json.dumps({"file": str(file), "scale": part.scale, "estimated": dry.time.seconds, "measured": step}))
+        return
     print(f"{file}: {part.name}, scale {part.scale:.3f} (estimated {dry.time.seconds:.3g} s, measured {step:.3g} s)")
 
 

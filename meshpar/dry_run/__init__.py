@@ -36,12 +36,14 @@ from meshpar.pipeline.order import Schedule
 from meshpar.planner import Cluster, Constants, Hardware, Stack
 from meshpar.planner import stack as stack_of
 from meshpar.planner.hardware import hardware as hardware_of
+from meshpar.waiting import working
 
 __all__ = ["DryRun", "dry_run"]
 OURS = "meshpar"
 """The stack that stands for this runtime: then bytes are those that it allocates."""
 
 
+@working("running on ranks that do not exist")
 def dry_run(
     model: nn.Module,
     mesh: str | Path | Mapping[str, int],

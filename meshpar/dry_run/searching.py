@@ -14,6 +14,7 @@ from meshpar.errors import ConfigError
 from meshpar.planner import Cluster, Constants, Hardware, Job, Search, Space, Stack, Transformer, explain, launch, toml
 from meshpar.planner import search as search_mappings
 from meshpar.planner.search import Candidate
+from meshpar.waiting import working
 
 RUNS = Space(
     cp=(1, 2, 4, 8, 16, 32),
@@ -55,6 +56,7 @@ class Mappings:
     __repr__ = __str__
 
 
+@working("searching mappings")
 def search(
     model: nn.Module | Transformer,
     cluster: Cluster | tuple[str | Path | Hardware, int],

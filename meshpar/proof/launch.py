@@ -33,6 +33,7 @@ from torch import multiprocessing as processes
 
 from meshpar._torch import without_modes
 from meshpar.errors import MeshparError, RankError
+from meshpar.waiting import working
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """One thread per rank: as many ranks as cores, or more, would otherwise fight over them. And no advice that every rank repeats."""
@@ -65,11 +66,9 @@ def run(fn: Callable[..., Any], *args: Any, world: int, timeout: float = 900.0, 
                 start_method="fork" if reason is None else "spawn",
             )
         assert started is not None
-        deadline = time.monotonic() + timeout
         try:
-            while not started.join(timeout=1.0, grace_period=1.0):
-                if time.monotonic() > deadline:
-                    raise RankError(f"{world} local ranks did not finish within {timeout:.0f} s.")
+            with working(f"waiting for {world} local ranks"):  # (from here on nothing is forked)
+                _joined(started, world, timeout)
         except (processes.ProcessRaisedException, processes.ProcessExitedException) as error:
             raise _explained(Path(folder), world, error, reason) from None
         finally:
@@ -77,6 +76,14 @@ def run(fn: Callable[..., Any], *args: Any, world: int, timeout: float = 900.0, 
                 process.kill()
                 process.join()
         return [torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(world)]
+
+
+def _joined(started: Any, world: int, timeout: float) -> None:
+    """Wait for all ranks. Raises RankError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not started.join(timeout=1.0, grace_period=1.0):
+        if time.monotonic() > deadline:
+            raise RankError(f"{world} local ranks did not finish within {timeout:.0f} s.")
 
 
 def launched() -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from math import inf, prod
+from typing import Any
 
 import torch
 
@@ -63,6 +64,12 @@ class Report(Legible):
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        differences = [{**asdict(d), "ok": d.largest <= self.tolerance} for d in self.differences]
+        return {"ok": self.ok, **own, "mesh": dict(self.mesh), "dtype": str(self.dtype).removeprefix("torch."), "differences": differences}
 
     def raise_if_failed(self) -> Report:
         """Raise VerificationError with the table unless all is well; returns the report."""

@@ -63,6 +63,7 @@ from meshpar.roles import ROLES, dividing, stage_axis
 from meshpar.runtime.model import ParallelModel
 from meshpar.runtime.parameters.gradients import clip_grad_norm_
 from meshpar.simulate import is_simulated, local_tensors, simulate
+from meshpar.waiting import working
 
 
 def verify(
@@ -126,7 +127,7 @@ def verify(
             found = merged(launch.run(_on_rank, task, expected.right, sizes, world=prod(sizes.values())))
         else:
             where = "simulated ranks"
-            with simulate(prod(sizes.values())):
+            with working("comparing with one device"), simulate(prod(sizes.values())):
                 found = _compare(task, expected.right, make_mesh(sizes, "cpu"))
     report = _report(task, expected, complete(found, expected.right), sizes, where)
     if report.agrees:

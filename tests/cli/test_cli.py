@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,42 @@ def test_what_is_wrong_is_told_before_a_model_is_built(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cli, "_model_and_batch", built)
     assert typer_testing.CliRunner().invoke(cli.application(), [command, *wrong]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "explain", "verify", "dry-run", "plan", "calibrate"])
+def test_help_has_an_example_that_can_be_typed_and_says_the_status(command: str) -> None:
+    status, text = call(command, "--help")
+    words = " ".join(text.split())
+    assert status == 0 and f"Example: meshpar {command} " in words and "Exit status: 0 done, 1 the parallel program differs" in words
+    assert "--json" in text
+
+
+def test_json_is_one_object(tmp_path: Path) -> None:
+    status, text = call("verify", *SMALL, "--mesh", "tp=2", "--steps", "1", "--json")
+    found = json.loads(text)
+    assert status == 0 and found["ok"] and found["mesh"] == {"tp": 2} and found["differences"][0]["ok"]
+    status, text = call("verify", *SMALL, "--mesh", "tp=2", "--static", "--json")
+    assert status == 0 and json.loads(text)["share"] == 1.0
+    status, text = call("explain", *SMALL, "--mesh", "tp=2", "--json")
+    found = json.loads(text)
+    assert status == 0 and found["plan"]["mesh"] == [["tp", 2]] and found["memory"]["parameters"] > 0 and "Mesh tp=2" in found["text"]
+    status, text = call("verify", "--mesh", "tq=2", "--json")
+    assert status == 2 and json.loads(text)["status"] == 2 and "Did you mean" in json.loads(text)["error"]
+
+
+def broken() -> None:
+    raise KeyError("no such file of mine")
+
+
+def test_what_fails_is_a_message_and_debug_shows_where() -> None:
+    status, text = call("verify", "--model", f"{__name__}:broken")
+    assert status == 3 and "KeyError: 'no such file of mine'" in text and "--debug" in text and "Traceback" not in text
+    with pytest.raises(KeyError, match="no such file of mine"):
+        call("--debug", "verify", "--model", f"{__name__}:broken")
+
+
+def test_names_that_are_nearly_right() -> None:
+    status, text = call("dry-run", "lama", "--mesh", "dp=2")
+    assert status == 2 and "Did you mean" in text and "llama" in text and len(text) < 600
+    status, text = call("verfy")
+    assert status == 2 and "verify" in text

@@ -53,6 +53,7 @@ from meshpar.checkpoint.online.values import decode
 from meshpar.checkpoint.online.writer import PerRank
 from meshpar.errors import ConfigError, raise_all
 from meshpar.runtime.model import ParallelModel
+from meshpar.waiting import working
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def check_kinds(module: object, optimizer: object, scheduler: object) -> None:
     raise_all(ConfigError, "checkpoint:", complaints)
 
 
+@working("saving a checkpoint")
 def save(
     path: Path | str,
     module: nn.Module,
@@ -140,6 +142,7 @@ def save_async(
     return saving
 
 
+@working("loading a checkpoint")
 def load(
     path: Path | str,
     module: nn.Module,
