@@ -23,6 +23,7 @@ FULL = Facts(
     expert_stack=True,
     statistics=True,
     extra=Extra.RANDOM_KEY,
+    unrecognised="it drops weights at random",
     part_of=PartOf("linear_2", (("dp", 2, (P,)),)),
     cut=("dp",),
     axis="dp",
