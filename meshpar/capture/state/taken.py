@@ -221,6 +221,8 @@ def _writes(reads: Reads) -> tuple[dict[Place, Formula], dict[Place, str]]:
             writes[place] = value.formula
         elif _is_plain(value):
             writes[place] = ("value", copied(value))
+        elif _is_of_its_class(place, value, reads.roots):
+            place.put(reads.roots, ABSENT)
         elif isinstance(value, (*FUNCTIONS, nn.Module)):
             refused.append(f"{place}{where}: it is assigned a {type(value).__name__} in forward. Do so in __init__.")
         elif place in reads.read and not _is_remade(value):
@@ -233,6 +235,12 @@ def _writes(reads: Reads) -> tuple[dict[Place, Formula], dict[Place, str]]:
     if refused:
         raise CaptureError("\n  ".join(["The forward keeps state in attributes that a graph does not carry over:", *refused]))
     return writes, lost
+
+
+def _is_of_its_class(place: Place, value: Any, roots: Mapping[str, Any]) -> bool:
+    """Whether an attribute is the method that the object has without it: a wrapper was there for a while, and is taken off again."""
+    owner, name = place.owner(roots), place.steps[-1][1]
+    return isinstance(value, types.MethodType) and value.__self__ is owner and getattr(type(owner), name, None) is value.__func__
 
 
 def _is_plain(value: Any) -> bool:

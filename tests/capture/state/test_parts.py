@@ -76,3 +76,35 @@ def test_putting_back_what_is_there_is_no_change() -> None:
         net.head, net.scale, net.done = net.head, net.scale, False  # type: ignore[method-assign]
 
     assert mp.verify(Changing(same), "tp=2", (torch.randn(2, 4),)).ok
+
+
+class Listening(nn.Module):
+    """Puts a wrapper around the forward of a part for as long as it computes, as libraries do that record what parts return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, heard = self.up.forward, list[Tensor]()
+
+        def listened(x: Tensor) -> Tensor:
+            heard.append(own(x))
+            return heard[-1]
+
+        self.up.forward = listened  # type: ignore[method-assign]
+        try:
+            x = self.down(self.up(x).relu())
+        finally:
+            self.up.forward = own  # type: ignore[method-assign]
+        return x.square().mean() + 0.1 * heard[0].square().mean()
+
+
+def test_a_wrapper_that_is_taken_off_again_is_no_change() -> None:
+    batch = {"x": torch.randn(4, 4)}
+    mp.verify(Listening(), "tp=2", batch).raise_if_failed()
+    with mp.simulate(2):
+        pm = mp.parallelize(Listening().double(), mp.make_mesh("tp=2"), example={"x": torch.randn(4, 4).double()})
+        for _ in range(2):
+            pm.train_step(x=torch.randn(4, 4).double())
+        assert "1 graphs captured, 0 made" in pm.explain()
