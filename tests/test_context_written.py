@@ -106,9 +106,7 @@ def lines(model: nn.Module, mesh: str, context: Any, *, padding: bool = False) -
 @pytest.mark.parametrize(
     ("context", "mesh", "kv", "kinds", "padding"),
     [
-        ("ring", "cp=4", 2, ("capped", "capped window", "alibi", "bias"), False),
-        ("ring", "cp=2,tp=2", 4, EVERY, False),
-        ("gather", "cp=2,tp=2", 2, ("plain", "capped", "strength", "buffer"), False),
+        ("ring", "cp=4", 2, EVERY, False),
         ("heads", "cp=2,tp=2", 4, ("plain", "capped", "bias", "alibi"), False),
         ("ring", "cp=2", 4, ("plain", "bias", "buffer", "two masks"), True),
         ("gather", "dp=2,cp=2", 1, ("plain", "capped", "strength", "two masks"), True),

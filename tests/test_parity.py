@@ -15,7 +15,7 @@ from meshpar.sharding.types import I
 from tests.models import plain, text, tiny
 from tests.pool import Pool
 
-CAUSAL = "llama gpt2 gemma2 bloom phi3 falcon bart mamba mixtral deepseek_v3".split()
+CAUSAL = "llama gemma2 bloom falcon bart deepseek_v3".split()
 """One of each kind; `benchmarks/architectures` has all."""
 PLAIN = "gpt gpt_kv2 encoder_decoder vit mixer".split()
 
@@ -25,12 +25,12 @@ def test_language_models_over_data_and_tensor_axes(name: str) -> None:
     mp.verify(tiny(name), "dp=2,tp=2", text(), steps=3).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", "llama falcon mamba mixtral".split())
+@pytest.mark.parametrize("name", "gpt2 mamba mixtral".split())
 def test_language_models_without_sequence_parallelism(name: str) -> None:
     mp.verify(tiny(name), "tp=2", text(), config=mp.ParallelConfig(sequence_parallel=False)).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "falcon"])
+@pytest.mark.parametrize("name", ["qwen3", "falcon"])
 def test_fewer_key_value_heads_than_ranks(name: str) -> None:
     changes = {"num_kv_heads": 2, "new_decoder_architecture": True} if name == "falcon" else {"num_key_value_heads": 2}
     mp.verify(tiny(name, **changes), "tp=4", text()).raise_if_failed()
@@ -49,7 +49,7 @@ def test_what_mixes_samples_sees_the_global_batch(name: str, mesh: str) -> None:
     mp.verify(model, mesh, batch, steps=3).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mamba", "mixtral"])
+@pytest.mark.parametrize("name", ["phi3", "mixtral"])
 def test_float32_is_exact_to_its_rounding(name: str) -> None:
     import torch
 
@@ -62,14 +62,14 @@ def test_heads_that_do_not_divide_are_cut_inside_or_left_whole(heads: int, kv: i
     mp.verify(model, mesh, text(length=13)).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", "vit mamba mixtral".split())
+@pytest.mark.parametrize("name", "vit mamba".split())
 def test_three_ranks_that_hold_unequal_parts(name: str) -> None:
     """8 heads, a vocabulary of 131, 17 or 13 positions, 112 or 43 * 3 - 1 features on 3 ranks."""
     model, batch = plain(name) if name in PLAIN else (tiny(name), text(length=13))
     mp.verify(model, "tp=3", batch).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", "gpt_kv2 vit mamba".split())
+@pytest.mark.parametrize("name", "gpt_kv2 mamba".split())
 def test_three_real_ranks_that_hold_unequal_parts(gloo: Pool, name: str) -> None:
     for differences in gloo.run(verified, name, "tp=3", world=3):
         assert max(differences.values()) < 1e-9, differences

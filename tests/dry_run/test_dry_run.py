@@ -127,7 +127,6 @@ def test_a_sequence_that_is_cut() -> None:
 # ---- memory against what ranks allocate --------------------------------------------------------------------------------------------------
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("shallow", "pp=2,dp=2", {"data_parallel": "zero3", "microbatches": 4}),
     ("experts", "dp=2,ep=2", {"data_parallel": "zero1", "recompute": "full"}),
     ("shallow", "cp=2,tp=2", {"data_parallel": "zero3", "recompute": "selective"}),
 ]
