@@ -36,12 +36,11 @@ def trained(mesh: str, compile: Any, settings: Mapping[str, Any], steps: int = 2
 @pytest.mark.parametrize(
     ("mesh", "settings"),
     [
-        ("tp=2", {}),
         ("dp=2", {"recompute": "full"}),
         ("tp=2", {"recompute": "selective"}),
         ("pp=2", {"microbatches": 2}),
     ],
-    ids=["tensor parallel", "sharded data, all recomputed", "recomputed in part", "pipeline"],
+    ids=["sharded data, all recomputed", "recomputed in part", "pipeline"],
 )
 def test_compiled_blocks_compute_the_same(gloo: Pool, mesh: str, settings: Mapping[str, Any]) -> None:
     """Llama's two layers are one structure: one compilation."""

@@ -131,8 +131,8 @@ def on_every_rank(kind: str, spec: str, modes: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("kind", "spec", "world", "modes"),
     [
-        ("Net", "dp=2,tp=2", 4, ("zero1", "replicate")),
-        ("Stacked", "dp=2,ep=2", 4, ("zero3", "replicate")),
+        ("Net", "dp=2,tp=2", 4, ("zero1",)),
+        ("Stacked", "dp=2,ep=2", 4, ("zero3",)),
         ("Stacked", "ep=2,tp=2", 4, ("zero3",)),
     ],
 )
