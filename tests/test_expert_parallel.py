@@ -22,18 +22,15 @@ from tests.pool import Pool
 Case = tuple[str, str, Mapping[str, Any], Mapping[str, Any]]
 """Model, mesh, configuration, changes to the model."""
 
-_QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
 _GPT_OSS = {"num_local_experts": 4, "head_dim": 16, "num_experts_per_tok": 2}
 _GRANITE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _QUIET = {"output_router_logits": False}
 
 TWO: list[Case] = [("olmoe", "ep=2", {}, {"num_experts": 8, "num_experts_per_tok": 3}), ("list", "ep=2", {}, {"style": "skipping"})]
 FOUR: list[Case] = [
-    ("mixtral", "dp=2,ep=2", {}, {}),
     ("mixtral", "pp=2,ep=2", {"microbatches": 4, "schedule": "zbv"}, {**_QUIET, "num_hidden_layers": 4}),
-    ("qwen3_moe", "dp=2,ep=2", {"data_parallel": "zero2"}, _QWEN),
     ("granitemoe", "dp_replicate=2,ep=2", {"microbatches": 2}, _GRANITE),
-    ("list", "dp=2,ep=2", {"data_parallel": "replicate"}, {}),
+    ("list", "dp=2,ep=2", {"data_parallel": "zero2"}, {}),
     ("list", "pp=2,ep=2", {"microbatches": 2}, {"penalty": 0.0}),
 ]
 """What needs processes: stages, and every mode of data parallelism."""
@@ -62,7 +59,7 @@ def test_two_ranks(gloo: Pool) -> None:
     assert gloo.run(reports, TWO, world=2, timeout=240) == [[], []]
 
 
-@pytest.mark.parametrize("cases", [FOUR[1:2], FOUR[2:3], FOUR[4:]], ids=["1", "2", "3"])
+@pytest.mark.parametrize("cases", [FOUR[:1], FOUR[2:]], ids=["1", "2"])
 def test_four_ranks(gloo: Pool, cases: list[Case]) -> None:
     assert gloo.run(reports, cases, world=4, timeout=400) == [[]] * 4
 
