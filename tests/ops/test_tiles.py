@@ -133,3 +133,16 @@ def test_tiles_between_documents_are_not_computed(monkeypatch: pytest.MonkeyPatc
     within = 2 * 2 + 3 * 3 - 1 + 4 * 4  # tiles of each document; the first two meet in one
     assert used(64, Scoring(steps=(("seen", 0),)), mask)[1] == 7 * within
     assert used(64, Scoring(steps=(("seen", 0), ("fill", 1, 0.0))), mask, mask)[1] == 7 * 8 * 8  # what is hidden comes back
+
+
+def test_a_tile_that_one_sample_or_head_sees_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "SIDE", 5)
+    q, k, v = (x.detach() for x in given(2, 2, 2))
+    mask = torch.zeros(2, 2, S, S, dtype=torch.bool)
+    for sample in range(2):
+        for head in range(2):  # each sees another stretch of keys
+            mask[sample, head, :, 3 * (2 * sample + head) : 3 * (2 * sample + head) + 3] = True
+    masked = Scoring(steps=(("seen", 0),))
+    out, norm = nothing_yet(q, 3)
+    attend(q, k, v, [mask], ALL, masked, out, norm)
+    torch.testing.assert_close(out, whole(q, k, v, [mask], masked), rtol=1e-12, atol=1e-12)
