@@ -9,10 +9,13 @@ from functools import cache, partial
 from types import ClassMethodDescriptorType, SimpleNamespace
 from typing import Any
 
+import sympy  # which torch's expressions are made of
 import torch
 import torch.distributed._functional_collectives  # torch 2.13; registers the functional collectives' shapes for fake and meta tensors
 from torch import _C, nn
 from torch._C import _set_grad_enabled as set_grad_enabled  # torch 2.13; what export sees of torch.no_grad
+from torch._dispatch.python import enable_python_dispatcher  # torch 2.13; without it, operators in C++ ask for numbers
+from torch._dynamo.source import ConstantSource
 from torch._export.utils import _check_valid_to_preserve, _is_cia_op  # torch 2.13; which operators export writes out
 from torch._ops import (
     OpOverload,  # torch 2.13; the type of an ATen operator in a graph, wait for a public name
@@ -39,6 +42,7 @@ from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
 )
 from torch.fx import Node, _symbolic_trace
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # torch 2.13; see SizeSymbols
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # torch 2.13; what update_bn looks for, wait for a public name
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
 from torch.utils import _pytree as pytree  # torch 2.13; wait for public pytrees
@@ -582,6 +586,58 @@ def active_modes() -> tuple[str, ...]:
     return tuple(type(mode).__name__ for mode in modes if type(mode).__module__.partition(".")[0] not in ("torch", "meshpar"))
 
 
+def at_hints(value: Any) -> Any:
+    """The tensors of a pytree whose sizes are symbols, as ones without memory of the sizes that the symbols stand for."""
+
+    def plain(tensor: torch.Tensor) -> torch.Tensor:
+        if all(isinstance(n, int) for n in tensor.shape):
+            return tensor
+        made = torch.empty([n if isinstance(n, int) else n.node.hint for n in tensor.shape], dtype=tensor.dtype, device="meta")
+        return made.requires_grad_(tensor.requires_grad)
+
+    return pytree.tree_map_only(torch.Tensor, plain, value)
+
+
+class SizeSymbols:
+    """Symbols in the place of sizes: what is asked of them is written down (torch 2.13; wait for a public run of a forward on symbols)."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+        sources = [ConstantSource(f"size_{i}") for i in range(len(sizes))]
+        self.symbols = [
+            self._env.create_symbol(n, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            for n, source in zip(sizes, sources, strict=True)
+        ]
+        self.sizes = [
+            self._env.create_symintnode(symbol, hint=n, source=source)
+            for symbol, n, source in zip(self.symbols, sizes, sources, strict=True)
+        ]
+
+    def asked(self) -> list[Any]:
+        """What held for them, where it was asked: sympy's expressions."""
+        equal = [sympy.Eq(symbol, other) for symbol, other in self._env.replacements.items()]
+        return [*dict.fromkeys([*(guard.expr for guard in self._env.guards), *equal])]
+
+
+def expression(number: torch.SymInt | torch.SymFloat) -> Any:
+    """A number that was computed of `SizeSymbols`, as sympy's expression."""
+    return number.node.expr
+
+
+def at_sizes(expressions: Iterable[Any], symbols: Sequence[Any], sizes: Sequence[int]) -> Iterator[int | float | bool | None]:
+    """The value of each of sympy's `expressions` where `symbols` are these sizes; None of one that has none."""
+    values = {symbol: sympy.Integer(size) for symbol, size in zip(symbols, sizes, strict=True)}
+    for one in expressions:
+        found = one.xreplace(values)
+        if found in (sympy.true, sympy.false):
+            yield bool(found)
+        elif found.is_Integer:
+            yield int(found)
+        else:
+            yield float(found) if found.is_number and found.is_finite else None
+
+
 def default_device() -> torch.device | None:
     """Where tensors are made by default; None for where torch does by itself (torch 2.13: `torch.get_default_device()` takes 12 us)."""
     return torch.get_default_device() if torch._C._len_torch_function_stack() else None
@@ -741,9 +797,12 @@ __all__ = [
     "LocalTensorMode",
     "OpOverload",
     "StridedShard",
+    "SizeSymbols",
     "accumulate_gradients",
     "active_modes",
     "amp_unscale",
+    "at_hints",
+    "at_sizes",
     "alone",
     "as_parameter",
     "below_autograd",
@@ -754,6 +813,8 @@ __all__ = [
     "default_states",
     "default_device",
     "dtensor_like",
+    "expression",
+    "enable_python_dispatcher",
     "enabled_local_tensor_mode",
     "enter_autocast",
     "exit_autocast",

@@ -5,6 +5,9 @@
     --kinds llama gpt2 ...    small models of these architectures, simulated dp=2 x tp=2 (or --mesh), seven shapes each: is the graph, the
                               plan and the lowered program node for node that of a capture of its own, and how many were made without one
 
+    --random 200              so many steps of random lengths and numbers of samples on eight gloo ranks, pp=2 x dp=2 x tp=2: the largest
+                              difference of a loss from that of one process, how programs came about, memory after each quarter of the steps
+
 Every depth runs in a process of its own. Times are processor seconds of the one thread that does it all.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import random
 import subprocess
 import sys
 import time
@@ -32,14 +36,22 @@ import meshpar as mp  # noqa: E402
 from benchmarks.architectures.small import made  # noqa: E402
 from benchmarks.capture.run import build  # noqa: E402
 from benchmarks.measuring import machine  # noqa: E402
+from meshpar.compile.program import Program  # noqa: E402
 from meshpar.compile.programs import Programs  # noqa: E402
 from meshpar.compile.shapes.classes import KnownShapes  # noqa: E402
 from meshpar.compile.shapes.plans import Plans  # noqa: E402
 from meshpar.compile.shapes.written import written  # noqa: E402
+from meshpar.compile.signature import flatten  # noqa: E402
 from meshpar.graph import text  # noqa: E402
+from meshpar.proof import launch  # noqa: E402
 from meshpar.runtime.blocks import Tree  # noqa: E402
+from meshpar.runtime.engine import Engine, Inputs  # noqa: E402
+from meshpar.runtime.state.variants import Variants  # noqa: E402
+from tests.models import GPT, numbers  # noqa: E402
 
-LENGTHS = (1024, 1040, 1056, 1088, 960, 768, 512, 1504)
+LENGTHS = (1024, 512, 1504, 1040, 1056, 1088, 960, 768, 1496)
+TOLD = 4
+"""From this one on, the others tell the program."""
 
 
 def depth(layers: int) -> str:
@@ -49,23 +61,68 @@ def depth(layers: int) -> str:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=512)
     model = build("gpt", layers)
-    programs = Programs(model, mp.make_mesh("dp=64,tp=8"), mp.ParallelConfig())
+    mesh = mp.make_mesh("dp=64,tp=8")
+    programs = Programs(model, mesh, mp.ParallelConfig())
     tree = Tree(dict(model.named_parameters()), dict(model.named_buffers()))
     seconds, kept = [], []
+    variants: Variants | None = None
     for length in LENGTHS:
         ids = torch.zeros(1, length, dtype=torch.int64)
+        batch = {"input_ids": ids, "labels": ids}
         gc.collect()
         before, start = _resident(), time.process_time()
-        program = programs.make((), {"input_ids": ids, "labels": ids}, training=True)
-        tree.add_program(program.key, program.graph, constants=program.captured.constants)
+        if variants is None:
+            program = programs.make((), batch, training=True)
+            tree.add_program(program.key, program.graph, constants=program.captured.constants)
+            variants = Variants(tree, programs, OneTree({0: tree}, program), mesh)
+            variants.learn(program, 1)
+        else:
+            variants.make((flatten((), batch, True)[1], 1, ""), (), batch)
         seconds.append(time.process_time() - start)
         gc.collect()
         kept.append(_resident() - before)
-    count, later = programs.shapes.count, seconds[3:]
+    later, told = seconds[TOLD:], variants.told()
     mean, most = sum(later) / len(later), max(later)
-    memory = f"{kept[0]:.1f} | {sum(kept[3:]) / len(later):.1f}"
-    times = f"{seconds[0]:.2f} s | {seconds[1]:.2f} s | {seconds[2]:.2f} s | {mean:.3f} s | {most:.3f} s | {100 * mean / seconds[0]:.1f} %"
-    return f"| {layers} | {times} | {memory} | {count.captured} | {count.made} |"
+    memory = f"{kept[0]:.1f} | {sum(kept[TOLD:]) / len(later):.1f}"
+    times = f"{' | '.join(f'{s:.2f}' for s in seconds[:TOLD])} | {1000 * mean:.0f} | {1000 * most:.0f} | {100 * mean / seconds[0]:.1f} %"
+    print(*told, sep="\n", file=sys.stderr)
+    return f"| {layers} | {times} | {memory} |"
+
+
+class OneTree(Engine):
+    """Keeps the code of programs, and runs none."""
+
+    def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
+
+    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def random_lengths(steps: int) -> tuple[float, list[float], tuple[str, ...]]:
+    """One rank of many: the largest difference of the loss, MiB after each quarter, what `explain` says of shapes."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    model, mesh = GPT().double(), mp.make_mesh("pp=2,dp=2,tp=2")
+    draw = random.Random(0)
+    worst, kept = 0.0, []
+    pm: mp.ParallelModel | None = None
+    for step in range(steps):
+        torch.manual_seed(step)
+        samples, length = 4 * draw.randint(1, 3), draw.randint(2, 32)
+        batch = {"ids": numbers(53, samples, length), "labels": numbers(53, samples, length)}
+        local = mp.local_batch(batch, mesh)
+        if pm is None:
+            pm = mp.parallelize(model, mesh, example=local, config=mp.ParallelConfig(microbatches=2))
+        with torch.no_grad():
+            wanted = model(**batch)
+        worst = max(worst, abs(float(pm.train_step(**local)) - float(wanted)))
+        pm.zero_grad()
+        if (step + 1) % (steps // 4) == 0:
+            gc.collect()
+            kept.append(_resident())
+    assert pm is not None
+    return worst, kept, tuple(line for line in pm.explain().splitlines() if "programs" in line or "graphs captured" in line)
 
 
 def _resident() -> float:
@@ -115,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, nargs="*", default=[])
     parser.add_argument("--task", default="causal")
     parser.add_argument("--kinds", nargs="*", default=[])
+    parser.add_argument("--random", type=int, default=0, metavar="STEPS")
     parser.add_argument("--mesh", default="dp=2,tp=2")
     parser.add_argument("--here", action="store_true", help="in this process, without a heading")
     options = parser.parse_args(arguments)
@@ -124,11 +182,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print(machine())
     if options.depth:
-        names = ("layers", "first", "second", "third", "later, mean", "most", "of the first", "MiB first", "MiB later", "captured", "made")
-        print(f"| {' | '.join(names)} |")
-        print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+        names = ("layers", "first, s", "second", "third", "fourth", "later, mean, ms", "most", "of the first", "MiB first", "MiB later")
+        print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", flush=True)
     for layers in options.depth:
         subprocess.run([sys.executable, __file__, "--here", "--depth", str(layers)], check=True)
+    if options.random:
+        found = launch.run(random_lengths, options.random, world=8)
+        print(f"{options.random} steps: loss within {max(worst for worst, _, _ in found):.1e} of one process on every rank")
+        for rank, (_, kept, told) in enumerate(found):
+            print(f"rank {rank}: MiB {' '.join(f'{n:.0f}' for n in kept)}", *(told if rank == 0 else ()), sep="\n  ")
     if options.kinds:
         print("| architecture | as captured | graphs made | plans made | why not |\n|---|---|---|---|---|", flush=True)
         with mp.simulate(prod(int(part.partition("=")[2]) for part in options.mesh.split(","))):

@@ -39,6 +39,8 @@ class Program:
     """The same, returning every output."""
     proof: StaticReport = field(default_factory=lambda: StaticReport(0))
     """What was proved of it."""
+    like: Program | None = None
+    """Of a program that is another one with other numbers: that one. Its graphs are outlines, and trees alone have its code."""
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:

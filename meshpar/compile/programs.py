@@ -21,6 +21,7 @@ from meshpar.capture.hooks.models import ModelHooks
 from meshpar.capture.state.places import Place
 from meshpar.capture.state.taken import Ask, say
 from meshpar.capture.structure import order_of
+from meshpar.capture.symbolic import BatchSizes, Formulas, follow, read_again, sizes_of
 from meshpar.capture.witness import Witness, testify, without_memory
 from meshpar.collection import uncollected
 from meshpar.compile.denominators import Split, split_denominators
@@ -139,6 +140,20 @@ class Programs:
         loss = proved_loss(captured, parts, microbatches)
         return Seen(replace(signature, state=f"{variant(captured.state)}{trainable} {microbatches}"), parts, loss)
 
+    def sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Captured, microbatches: int) -> BatchSizes:
+        """The shapes of a batch as `like`, a capture of another one, has them. Raises Unseen, BatchError."""
+        return sizes_of(read_again(self.skeleton, args, kwargs, like, **self._about(microbatches)))
+
+    def formulas(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Captured, microbatches: int, symbol_of: Any, hints: Sequence[int]
+    ) -> Formulas:
+        """What the forward computes with, as formulas of the sizes of a batch: see `capture.symbolic`. Raises Unseen."""
+        about = self._about(microbatches)
+        with without_modes(), uncollected():
+            batch = read_again(self.skeleton, args, kwargs, like, **about)
+            ask = Ask(self.following.original, (), {}, torch.is_grad_enabled())
+            return follow(self.skeleton, batch, symbol_of, hints, ask=ask, **about)
+
     def planned(self, seen: Seen) -> Plan:
         """Where values and parameters lie, and what moves: decided on the first rank of the mesh for all. Collective."""
         return self.planner.plan(seen.parts.captured, self.parameters)
@@ -154,14 +169,7 @@ class Programs:
         return replace(program, counts=counts, averaged=parts.averaged, within=parts.within, proof=proof)
 
     def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, ask: Ask, kind: Hashable) -> Captured:
-        about: dict[str, Any] = {
-            "device": torch.device(self.mesh.device_type),
-            "scale": data_axis(self.mesh).size,
-            "divide": microbatches,
-            "loss_fn": self.loss_fn,
-            "dtype": self.config.precision.compute_dtype,
-            "ask": ask,
-        }
+        about = {**self._about(microbatches), "ask": ask}
 
         def captured() -> Captured:
             return capture(self.skeleton, args, kwargs, given=self.hooks.given, **about)
@@ -183,6 +191,16 @@ class Programs:
                 )
         order.before(found.graph, typed_axes(self.mesh))
         return found
+
+    def _about(self, microbatches: int) -> dict[str, Any]:
+        """How a batch is read and the forward is run."""
+        return {
+            "device": torch.device(self.mesh.device_type),
+            "scale": data_axis(self.mesh).size,
+            "divide": microbatches,
+            "loss_fn": self.loss_fn,
+            "dtype": self.config.precision.compute_dtype,
+        }
 
     def _with_ledger(self, program: Program) -> Program:
         """With the communication of a pipeline as the first rank has it: where values are cut unevenly, no rank sends more."""

@@ -11,9 +11,10 @@ once.
 
 from __future__ import annotations
 
+import copy
 import linecache
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
 
@@ -132,6 +133,30 @@ class Tree(Block):
         self._programs[key] = self._call("", made.root, constants or {}, mutations=mutations)
         self._library.cuts[key] = made
 
+    def functions(self, key: str) -> dict[tuple[str, ...], fx.Graph]:
+        """The different functions that a program runs: the blocks ("" for the root) that share one -> its graph."""
+        made, shared = self._library.cuts[key], dict[int, list[str]]()
+        for path in ("", *made.blocks):
+            shared.setdefault(id(_module_at(self, path)._programs[key].code), []).append(path)
+        return {tuple(paths): made.piece(paths[0]).graph for paths in shared.values()}
+
+    def add_like(self, key: str, like: str, graphs: Mapping[tuple[str, ...], fx.Graph]) -> None:
+        """Add a program that is the program `like` but for its functions, which are those of `graphs`, by the blocks that share one.
+
+        The graphs are this tree's own from now on: the root's calls blocks by the `key`.
+        """
+        made, pieces = self._library.cuts[like], dict[str, Piece]()
+        for paths, graph in graphs.items():
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    node.args = (key, *node.args[1:])
+            code = self._code(graph, paths[0])
+            for path in paths:
+                block = _module_at(self, path)
+                block._programs[key] = block._programs[like].running(code)
+                pieces[path] = replace(made.piece(path), graph=graph)
+        self._library.cuts[key] = replace(made, root=pieces[""], blocks={path: pieces[path] for path in made.blocks})
+
     def remove_program(self, key: str) -> None:
         """Forget a program, if it is known, and the code that no other runs."""
         if self._library.cuts.pop(key, None) is None:
@@ -218,6 +243,12 @@ class ModuleCall:
     ) -> None:
         self.code, self.parameters, self.buffers, self.constants = code, LocalParameters(parameters), buffers, constants
         self.copied, self.mutations = copied, mutations
+
+    def running(self, code: Code) -> ModuleCall:
+        """The same with another function."""
+        new = copy.copy(self)
+        new.code = code
+        return new
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Run the code on the local tensors of this moment (FSDP2 swaps parameters between calls)."""

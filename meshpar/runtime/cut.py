@@ -50,6 +50,10 @@ class Cut:
     inlined: Mapping[str, str] = field(default_factory=dict)
     """Regions that are no block of their own, and why."""
 
+    def piece(self, path: str) -> Piece:
+        """That of a block, or of the root ("")."""
+        return self.blocks[path] if path else self.root
+
 
 def cut(
     graph: fx.Graph,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from meshpar.compile.program import Program
 from meshpar.runtime.blocks import Tree
@@ -15,6 +16,10 @@ from meshpar.runtime.steps import check_trained
 
 Inputs = Mapping[str, Any]
 """What a graph is run on, by the names of its placeholders: the tensors of a microbatch, denominators, the random key."""
+
+
+Functions = Mapping[tuple[str, int, tuple[str, ...]], fx.Graph]
+"""For what ("step", "outputs", "counts"), in which tree, the blocks that share a function -> its graph; of all that a rank runs."""
 
 
 class Counting:
@@ -27,6 +32,15 @@ class Counting:
         """Learn to count for a program."""
         if program.counts is not None:
             self._tree.add_program(program.counts.key, program.counts.graph, constants=program.counts.captured.constants)
+
+    def functions(self, program: Program) -> Functions:
+        """What it runs for a program."""
+        return {} if program.counts is None else {("counts", 0, at): g for at, g in self._tree.functions(program.counts.key).items()}
+
+    def learn_like(self, program: Program, like: Program, functions: Functions) -> None:
+        """Learn to count for a program that is one that is known, but for its functions."""
+        if program.counts is not None and like.counts is not None:
+            self._tree.add_like(program.counts.key, like.counts.key, _of(functions, "counts", 0))
 
     def forget(self, program: Program) -> None:
         """Forget a program: it will not run again."""
@@ -56,6 +70,25 @@ class Engine(ABC):
         teach(self.trees, program)
         self.counting.learn(program)
 
+    def functions(self, program: Program) -> Functions:
+        """The different functions that this rank runs for a program that it knows."""
+        own = {
+            (name, index, at): graph
+            for name, key, indices in _held(program)
+            for index in indices
+            if index in self.trees
+            for at, graph in self.trees[index].functions(key).items()
+        }
+        return {**own, **self.counting.functions(program)}
+
+    def add_like(self, program: Program, like: Program, functions: Functions) -> None:
+        """Learn a program that is `like`, a known one, but for its functions."""
+        for (name, key, indices), (_, other, _) in zip(_held(program), _held(like), strict=True):
+            for index in indices:
+                if index in self.trees:
+                    self.trees[index].add_like(key, other, _of(functions, name, index))
+        self.counting.learn_like(program, like, functions)
+
     def forget(self, program: Program) -> None:
         """Forget a program: it will not run again."""
         for key in (program.key, every_output(program)):
@@ -84,6 +117,19 @@ def teach(trees: Mapping[int, Tree], program: Program) -> None:
         for stage in stages:
             if stage.index in trees:
                 trees[stage.index].add_program(key, stage.graph, constants=captured.constants, mutations=stage.mutations)
+
+
+def _held(program: Program) -> list[tuple[str, str, list[int]]]:
+    """What trees hold of a program: a name for it, its key, and which trees."""
+    if not program.all_stages:
+        return [("step", program.key, [0])]
+    ways = (("step", program.key, program.stages), ("outputs", every_output(program), program.all_stages))
+    return [(name, key, [stage.index for stage in stages]) for name, key, stages in ways]
+
+
+def _of(functions: Functions, name: str, index: int) -> dict[tuple[str, ...], fx.Graph]:
+    """Those of one tree for one key."""
+    return {at: graph for (one, tree, at), graph in functions.items() if (one, tree) == (name, index)}
 
 
 def every_output(program: Program) -> str:

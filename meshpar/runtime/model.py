@@ -205,7 +205,7 @@ class ParallelModel(Untaken, Likeness, Asked):
         new = type(self)(engine, self.mesh, self.parallel_config, makes, self._first, self._together)
         memo |= {id(self): new, **copy_values(self._engine, engine)}
         for program, microbatches, token in reversed(self._variants.programs()):
-            if program is not self._first:
+            if program is not self._first and program.like is None:
                 engine.add(program)
                 new._variants.learn(program, microbatches, token)
         new.random.load_state_dict(self.random.state_dict())

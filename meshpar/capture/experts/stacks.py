@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshpar._torch import pytree
+from meshpar._torch import at_hints, pytree
 from meshpar.capture.experts.body import Body, BodyStep, NotLifted, Ref, idle, read_by, refuse_changes
 from meshpar.capture.experts.proofs import attempt, proven, reasoned
 from meshpar.capture.experts.record import drop, record
@@ -172,7 +172,8 @@ class Stacks:
         for other, of, as_called, known in self.learnt:
             if (_signature(as_called), of) == (_signature(call), experts) and (other is module or alike(other, module)):
                 return known
-        found = attempt(lambda: _learn(module, experts, call), _NO_RUN)
+        numbered = replace(call, leaves=at_hints(call.leaves))
+        found = attempt(lambda: _learn(module, experts, numbered), _NO_RUN)
         self.learnt.append((module, experts, call, found))
         return found
 

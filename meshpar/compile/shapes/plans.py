@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from meshpar.compile.shapes.fitted import Fitted
 from meshpar.compile.shapes.numbers import Differs, NewNumbers, Number
 from meshpar.compile.shapes.written import written
 from meshpar.graph.captured import Captured
@@ -159,6 +160,45 @@ def _kind(type_: Type | None, size: int, numbers: list[Number]) -> Any:
         numbers += (units, each)
     least = min(type_.local_length(size, rank) for rank in (0, size - 1))
     return type_.dim, len(type_.segments), type_.is_even(size), least > 0
+
+
+AxisShard = tuple[Shard, int]
+"""A type that cuts, and among how many ranks."""
+
+
+def cuts_of(plan: Plan) -> tuple[list[Any], list[AxisShard], list[AxisShard]]:
+    """The types of a plan but for sizes; those of all its values that cut; those of its outputs that cut."""
+    kinds = [_types(axis)[0] for axis in plan.axes]
+    outputs = [(type_, axis.size) for axis in plan.axes for type_ in axis.outputs if isinstance(type_, Shard)]
+    inner = (
+        (type_, axis.size)
+        for axis in plan.axes
+        for node in axis.nodes.values()
+        for type_ in (*node.uses, *node.outs, *node.handed)
+        if isinstance(type_, Shard)
+    )
+    return kinds, [*inner, *outputs], outputs
+
+
+def cut_again(several: Sequence[AxisShard], fitted: Fitted) -> Shard:
+    """A type at new sizes, from what it was at known ones. Raises Differs where it would not cut evenly what was cut evenly."""
+    size = several[0][1]
+    read = [list[Number]() for _ in several]
+    kinds = [_kind(type_, size, numbers) for (type_, _), numbers in zip(several, read, strict=True)]
+    found = _again(several[0][0], iter([fitted.now(values) for values in zip(*read, strict=True)]))
+    assert isinstance(found, Shard)
+    if any(kind != kinds[0] for kind in (*kinds, _kind(found, size, []))):
+        raise Differs("a dim is not cut evenly any more, or is")
+    return found
+
+
+def with_outputs(plan: Plan, outputs: Iterator[Shard], key: str) -> Plan:
+    """The plan of a program that is another one at new sizes, as far as it says what leaves it. `key`: tells it from others."""
+    axes = [
+        replace(axis, nodes={}, outputs=tuple([next(outputs) if isinstance(type_, Shard) else type_ for type_ in axis.outputs]))
+        for axis in plan.axes
+    ]
+    return replace(plan, graph=f"{plan.graph} {key}", axes=tuple(axes), ledger=())
 
 
 def _axis(axis: AxisPlan, sizes: Iterator[Number]) -> AxisPlan:

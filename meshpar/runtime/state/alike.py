@@ -117,6 +117,14 @@ class Alike:
         )
         hooks.agreed()
 
+    def all(self, one: bool) -> bool:
+        """Whether it is so on every rank. Collective."""
+        if not self._real:
+            return one
+        sent = torch.tensor(int(one), device=self._device)
+        dist.all_reduce(sent, op=dist.ReduceOp.MIN)
+        return bool(sent)
+
     def values(self, found: Mapping[str, str]) -> None:
         """Compare values by name, before a program is made for them. Raises BatchError that names those that differ. Collective."""
         if not self._real:

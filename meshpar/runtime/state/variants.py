@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,14 +19,19 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.capture.state.ambient import TABLE
 from meshpar.capture.state.places import Place, described, same
+from meshpar.capture.state.taken import State
+from meshpar.capture.symbolic import Formulas
+from meshpar.capture.witness import Unseen
 from meshpar.compile.program import Program
 from meshpar.compile.programs import Programs
+from meshpar.compile.shapes.classes import kind_of
 from meshpar.compile.signature import BatchSignature
 from meshpar.compile.state.following import Shown
 from meshpar.compile.state.held import Held
-from meshpar.errors import CaptureError, ConfigError, PlanError
+from meshpar.errors import BatchError, CaptureError, ConfigError, PlanError
 from meshpar.runtime.engine import Engine
 from meshpar.runtime.state.alike import Alike, Hooks, Step
+from meshpar.runtime.state.resized import Resized, Told
 from meshpar.runtime.state.trainable import Trainable
 
 Key = tuple[BatchSignature, int, str]
@@ -59,6 +64,7 @@ class Variants:
         self._captures: Counter[Key] = Counter()
         self._last: list[Variant] | None = None
         """The programs of the batch before."""
+        self._resized = Resized(engine)
         self.forgotten = 0
         """How many shapes were forgotten for others."""
         self._said: set[str] = set()
@@ -84,15 +90,24 @@ class Variants:
     def learn(self, program: Program, microbatches: int, token: str = "") -> Variant:
         """Keep a program that the engine knows."""
         key = replace(program.signature, state=""), microbatches, token
-        found = Variant(program, Held(program.captured.state, self._makes.skeleton, self._device))
+        state = program.captured.state
+        known = self._held(state)
+        found = Variant(program, known or Held(state, self._makes.skeleton, self._device))
         kept = self._variants.setdefault(key, [])
         kept.insert(0, found)
         for old in kept[KEPT:]:
-            self._engine.forget(old.program)
+            self._forget(old.program)
         del kept[KEPT:]
-        self._makes.following.learn(program.captured.state)
+        if program.like is None:
+            self._resized.learn(self._kind(key), program)
+        if known is None:
+            self._makes.following.learn(state)
         self._forget_oldest()
         return found
+
+    def _held(self, state: State) -> Held | None:
+        """What a program looks at that was made with this state, or of one that was."""
+        return next((one.held for kept in self._variants.values() for one in kept if one.held.state is state), None)
 
     def _forget_oldest(self) -> None:
         """Forget the programs that were not used for longest; never that of parallelize, which reports are about."""
@@ -100,9 +115,13 @@ class Variants:
         while sum(map(len, self._variants.values())) > MOST and len(others) > 1:
             oldest, *others = others
             for old in self._variants.pop(oldest):
-                self._engine.forget(old.program)
+                self._forget(old.program)
             self._captures.pop(oldest, None)
             self.forgotten += 1
+
+    def _forget(self, program: Program) -> None:
+        self._engine.forget(program)
+        self._resized.forget(program)
 
     def lost(self, name: str) -> str | None:
         """Where forward puts a tensor into an attribute of the model that nobody finds there, if it does."""
@@ -136,15 +155,50 @@ class Variants:
         """What became of the shapes of batches, for `explain`."""
         count = sum(map(len, self._variants.values()))
         gone = f"; {self.forgotten} used longest ago forgotten (at most {MOST} are kept)" if self.forgotten else ""
-        return (f"{count} programs kept{gone}", *self._makes.shapes.told(self._makes.planner.plans.made))
+        return (f"{count} programs kept{gone}", *self._makes.shapes.told(self._makes.planner.plans.made), *self._resized.told())
 
     def make(self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """A program for the state of this moment."""
+        made = self._told_by_others(key, args, kwargs)
+        if self._alike.all(made is not None and not made.tried) and made is not None:
+            self._resized.add(made)
+            return self.learn(made.program, *key[1:])
         self._makes.following.follow_all()
         kept = self._variants.get(key, [])
         changed = kept[0].held.changed() if kept else []
         self._alike.values({str(place): described(self._value(kept[0], place)) for place in changed})
         self._count(key, changed)
+        found = self._made_as_ever(key, args, kwargs, kept, changed)
+        if made is not None:
+            self._resized.compare(made, found.program)
+        return found
+
+    def _told_by_others(self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Told | None:
+        """The program for a new batch, if those of other sizes tell it."""
+        like = self._resized.one_of(self._kind(key))
+        if like is None or key in self._variants:
+            return None
+
+        def holds(state: State) -> bool:
+            held = self._held(state)
+            return held is not None and held.holds()
+
+        def follow(symbol_of: Any, hints: Sequence[int]) -> Formulas:
+            self._makes.following.follow_all()
+            return self._makes.formulas(args, kwargs, like, key[1], symbol_of, hints)
+
+        try:
+            sizes = self._makes.sizes(args, kwargs, like, key[1])
+        except (Unseen, BatchError):
+            return None  # the capture tells what is wrong with it
+        return self._resized.at(self._kind(key), sizes, key[0], holds, follow)
+
+    def _kind(self, key: Key) -> Hashable:
+        return kind_of(*key)
+
+    def _made_as_ever(
+        self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any], kept: list[Variant], changed: list[Place]
+    ) -> Variant:
         numbers = self._numbers(kept[0], changed) if kept else ()
         if numbers:
             try:

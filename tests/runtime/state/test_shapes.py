@@ -99,7 +99,7 @@ def test_shorter_samples_filled_up_are_exact() -> None:
         assert worst(pm, model, filled, short) < 1e-12
 
 
-def on_ranks(spec: str, microbatches: int) -> tuple[float, int, int]:
+def on_ranks(spec: str, microbatches: int) -> tuple[float, int, int, int]:
     torch.manual_seed(0)
     model = GPT().double()
     mesh = mp.make_mesh(spec)
@@ -111,14 +111,15 @@ def on_ranks(spec: str, microbatches: int) -> tuple[float, int, int]:
 
     pm = mp.parallelize(model, mesh, example=shared(12)[0], config=mp.ParallelConfig(microbatches=microbatches))
     found = 0.0
-    for length in (12, 14, 18, 9, 12, 11, 16):
+    for length in (12, 14, 18, 9, 12, 11, 16, 13):
         local, whole = shared(length)
         found = max(found, worst(pm, model, local, whole))
-    return found, pm._makes.shapes.count.captured, pm._makes.planner.plans.made
+    return found, pm._makes.shapes.count.captured, pm._makes.planner.plans.made, pm._variants._resized.made
 
 
 def test_ranks_and_stages_do_not_part(gloo: Pool) -> None:
-    for found, captured, plans in gloo.run(on_ranks, "pp=2,dp=2", 2, world=4, timeout=300):
+    for found, captured, plans, told in gloo.run(on_ranks, "pp=2,dp=2", 2, world=4, timeout=300):
         assert found < 1e-12
         assert captured == 2
         assert plans > 0
+        assert told > 0

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshpar._torch import pytree
+from meshpar._torch import at_hints, pytree
 from meshpar.capture.experts.body import Body, NotLifted, idle, refuse_changes
 from meshpar.capture.experts.lists.doubles import Case, Double, Trial, members_of, type_of
 from meshpar.capture.experts.lists.forms import Form, Probe, Result, Sum, forms
@@ -75,7 +75,7 @@ class Lists:
                 return known
         found: list[LiftedLoop | NotLifted] = []
         for container in containers:
-            case = Case(owner, container, args, kwargs)
+            case = Case(owner, container, *at_hints((args, kwargs)))
             found.append(attempt(lambda case=case: _learn(case), "it does not run on a few random tokens"))  # type: ignore[misc]
         lifted = [one for one in found if isinstance(one, LiftedLoop)]
         best: LiftedLoop | NotLifted
