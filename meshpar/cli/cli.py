@@ -91,6 +91,7 @@ def application() -> Any:
     """The typer application, with `checkpoint` where that part is there."""
     app = typer.Typer(
         help="Trains unmodified PyTorch models over pipeline, data and tensor parallel axes.",
+        epilog=f"meshpar COMMAND --help has the options and an example of each.\n\n{STATUS} (meshpar checkpoint has its own.)",
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -99,13 +100,14 @@ def application() -> Any:
     from meshpar.cli import planning
 
     for command in (demo, explain, verify, planning.dry_run, planning.plan, planning.calibrate):
-        app.command(epilog=f"Example: {EXAMPLES[command.__name__]}\n\n{STATUS}")(_with_messages(command))
+        first_line = (command.__doc__ or "").partition("\n")[0]  # (typer would cut it at the edge of the screen)
+        app.command(short_help=first_line, epilog=f"Example: {EXAMPLES[command.__name__]}\n\n{STATUS}")(_with_messages(command))
     try:
         from meshpar.checkpoint.commands import app as checkpoint
     except ImportError as error:
         print(f"note: meshpar checkpoint is not available: {error}", file=sys.stderr)
     else:
-        app.add_typer(checkpoint, name="checkpoint")
+        app.add_typer(checkpoint, name="checkpoint", short_help="Inspect, verify, compare, reshard and convert checkpoints.")
     return app
 
 
@@ -336,9 +338,18 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        import meshpar
+
+        print(f"meshpar {meshpar.__version__}")
+        raise typer.Exit
+
+
 def _shared(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised, not its message alone.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which release this is.")] = False,
 ) -> None:
     """Trains unmodified PyTorch models over pipeline, data and tensor parallel axes."""
     context.obj = debug

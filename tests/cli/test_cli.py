@@ -40,7 +40,8 @@ def own() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def test_help_names_the_commands() -> None:
     status, text = call("--help")
-    assert status == 0 and all(name in text for name in ("demo", "explain", "verify", "checkpoint"))
+    assert status == 0 and all(name in text for name in ("demo", "explain", "verify", "checkpoint", "Exit status: 0 done"))
+    assert call("--version")[1].startswith("meshpar 0")
 
 
 def test_explain() -> None:
