@@ -55,7 +55,8 @@ _HOME = {
     **dict.fromkeys(("full_grad", "full_tensor"), "runtime.parameters.specs"),
     "add_rule": "graph.operators",
     "register_experts": "capture.experts.seam",
-    **dict.fromkeys(("Report", "VerificationError", "verify"), "proof.verify"),
+    "verify": "proof.verify",
+    **dict.fromkeys(("Report", "VerificationError"), "proof.report"),
 }
 _NAMESAKES = ("calibrate", "dry_run", "simulate")
 """Functions called like the module they live in."""
