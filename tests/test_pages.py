@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -15,11 +16,13 @@ from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 from typing import Any
 
 import pytest
 from torch.distributed import run as torchrun
 
+import meshpar as mp
 from meshpar.graph.operators import OPERATORS
 from tests.integrations.training import launched
 from tests.pool import Pool
@@ -218,6 +221,18 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             heads = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, f"{page.name} links to {target}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """And each of them is where the package says: modules by what is public in them."""
+    named = re.findall(r"^::: (\S+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
+    for place in named:
+        module, _, name = place.rpartition(".")
+        getattr(importlib.import_module(module), name)
+    found = {place.rpartition(".")[2] for place in named}
+    modules = {name for name in mp.__all__ if isinstance(getattr(mp, name), ModuleType)}
+    assert set(mp.__all__) - modules <= found
+    assert {name for name in modules if not any(place == f"meshpar.{name}" or f".{name}." in place for place in named)} == set()
 
 
 def test_every_page_is_in_the_menu() -> None:

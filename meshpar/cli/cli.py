@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
@@ -361,6 +361,7 @@ def _with_messages(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(context: typer.Context, *args: Any, **kwargs: Any) -> None:
         with _ending(debug=bool(context.obj), as_json=bool(kwargs.get("as_json"))):
+            _check_own(context, kwargs)
             command(*args, **kwargs)
 
     # typer reads the signature: the context, which it gives, and the options of the command
@@ -370,6 +371,22 @@ def _with_messages(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = Signature([first, *own])  # type: ignore[attr-defined]
     run.__annotations__ = {"context": typer.Context, **hints}
     return run
+
+
+OF_SIZES = ("layers", "hidden", "heads", "kv_heads", "seq", "batch", "microbatch")
+"""Options for models that are made here; a function of the user's brings a model and a batch of its own."""
+
+
+def _check_own(context: typer.Context, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options that would do nothing to a model of the user's own."""
+    if ":" not in (given.get("model") or ""):
+        return
+    sources = {name: str(context.get_parameter_source(name)) for name in OF_SIZES if name in given}
+    typed = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source.endswith("COMMANDLINE")]
+    if typed and context.info_name != "plan":
+        raise ConfigError(
+            f"{', '.join(typed)}: {given['model']} returns a model and a batch of its own. Leave the option out, or change those."
+        )
 
 
 @contextmanager

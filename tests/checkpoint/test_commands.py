@@ -61,6 +61,10 @@ def test_names_that_are_nearly_right(tmp_path: Path) -> None:
     assert "Did you mean 'inspect'" in call("inspekt", status=2)
     assert "--mesh" in call("reshard", "a", "b", "--mash", "tp=2", status=2)
     assert "Did you mean step-100?" in call("inspect", tmp_path / "step-10", status=2)
+    assert "Did you mean step-100?" in call("ls", tmp_path / "step100", status=2)
+    assert "Did you mean step-100?" in call("from-dcp", tmp_path / "step_100", "b", "--mesh", "tp=2", status=2)
+    save(tmp_path / "ours", sample(), "tp=2")
+    assert "is a meshpar checkpoint already" in call("from-dcp", tmp_path / "ours", "b", "--mesh", "tp=2", status=2)
     assert "file 'rules.txt' does not exist" in call("to-hf", tmp_path, "b", "--map", "rules.txt", status=2)
 
 
