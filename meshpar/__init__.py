@@ -55,7 +55,8 @@ _HOME = {
     **dict.fromkeys(("full_grad", "full_tensor"), "runtime.parameters.specs"),
     "add_rule": "graph.operators",
     "register_experts": "capture.experts.seam",
-    **dict.fromkeys(("Report", "VerificationError", "verify"), "proof.verify"),
+    "verify": "proof.verify",
+    **dict.fromkeys(("Report", "VerificationError"), "proof.report"),
 }
 _NAMESAKES = ("calibrate", "dry_run", "simulate")
 """Functions called like the module they live in."""
@@ -125,9 +126,21 @@ def __getattr__(name: str) -> Any:
         globals()[name] = import_module(f".{_MODULES[name]}", __name__)
     elif name in _HOME:
         globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    elif name == "__version__":
+        globals()[name] = _version()
     if name not in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals()[name]
+
+
+def _version() -> str:
+    """The release that was installed; a checkout that was not has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(__name__)
+    except PackageNotFoundError:
+        return "0 (not installed)"
 
 
 def __dir__() -> list[str]:

@@ -8,9 +8,7 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.integrations.training import Rows, collate, launched, model
+from tests.integrations.training import launched
 from tests.pool import Pool
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
@@ -22,10 +20,7 @@ def blocks() -> list[str]:
 
 def run(folder: str) -> list[str]:
     """Names that the blocks made."""
-    from meshpar.integrations.batches import agreed
-
-    torch.manual_seed(0)
-    names: dict[str, Any] = {"dataset": Rows(24), "collate": collate, "model": model(), "padded": agreed, "__name__": "page"}
+    names: dict[str, Any] = {"__name__": "page"}
     with launched(), chdir(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number, block in enumerate(blocks()):
@@ -36,6 +31,6 @@ def run(folder: str) -> list[str]:
 def test_the_page_runs(gloo: Pool, tmp_path: Path) -> None:
     assert len(blocks()) == 7
     for names in gloo.run(run, str(tmp_path), world=2, timeout=240):
-        assert {"valid", "tokens", "trainer", "accelerator", "fabric", "adapters"} <= set(names)
+        assert {"padded", "trainer", "accelerator", "fabric", "adapters"} <= set(names)
     made = {path.name for path in tmp_path.iterdir()}
-    assert {"run", "exported", "state", "fabric", "lightning.ckpt", "adapter"} <= made
+    assert {"exported", "state", "fabric", "lightning.ckpt", "adapter"} <= made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,20 @@ def test_outputs_are_committed(path: Path) -> None:
     said = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
     assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|work)/", said)
     assert path.stat().st_size < LARGEST
+
+
+DEFAULT = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40))
+"""matplotlib's own blue, orange, green and red, two of which many people cannot tell apart: pictures are drawn in `mp.plot.COLOURS`."""
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_pictures_have_the_colours_of_the_package_on_white(path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    cells = nbformat.read(path, as_version=4).cells
+    for text in [o.data["image/png"] for cell in cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]:
+        pixels = (255 * pyplot.imread(BytesIO(b64decode(text)))).round().reshape(-1, 4)
+        assert pixels[0].tolist() == [255, 255, 255, 255]  # (a dark page shows it as it was drawn)
+        assert not any((pixels[:, :3] == colour).all(1).any() for colour in DEFAULT)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,7 +1,4 @@
-"""`meshpar checkpoint ...`: every command, with --json, a progress bar, and an exit status that scripts can trust.
-
-0 done   1 differs, or files that do not belong there   2 usage   3 corrupt or incomplete   4 plan impossible   5 the file system refused
-"""
+"""`meshpar checkpoint ...`: every command, with --json, a bar, an example in its help, an exit status that scripts can trust."""
 
 from __future__ import annotations
 
@@ -10,7 +7,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import Signature, signature
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,22 +26,46 @@ from meshpar.checkpoint.format.partial import storage_errors
 from meshpar.checkpoint.move.transfer import Options
 from meshpar.errors import CheckpointError, ConfigError
 
+STATUS = (
+    "Exit status: 0 done, 1 differs, or files that do not belong there, 2 the command cannot be meant, 3 corrupt or incomplete, "
+    "4 the plan is impossible, 5 the file system refused."
+)
+EXAMPLES = {
+    "inspect": "meshpar checkpoint inspect run/step-100",
+    "verify": "meshpar checkpoint verify run/step-100 --json",
+    "diff": "meshpar checkpoint diff run/step-100 wide --tolerance 1e-6",
+    "reshard": "meshpar checkpoint reshard run/step-100 wide --mesh tp=4,pp=2",
+    "from-hf": "meshpar checkpoint from-hf downloaded/ start --mesh tp=2,dp=2",
+    "to-hf": "meshpar checkpoint to-hf run/step-100 exported --dtype bf16",
+    "from-dcp": "meshpar checkpoint from-dcp old start --mesh dp=8 --trust-pickle",
+    "to-dcp": "meshpar checkpoint to-dcp run/step-100 for-torch",
+    "ls": "meshpar checkpoint ls run",
+    "gc": "meshpar checkpoint gc run --keep 3 --dry-run",
+}
+
 app = typer.Typer(
     help="Inspect, verify, compare, reshard and convert checkpoints: on the CPU, in bounded memory, without the model.",
+    epilog=STATUS,
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
+Either = Annotated[Path, typer.Argument(help="A checkpoint, or a Hugging Face folder.")]
+Source = Annotated[Path, typer.Argument(help="What is read.")]
+Target = Annotated[Path, typer.Argument(help="A new folder; one that exists is refused.")]
+Folder = Annotated[Path, typer.Argument(help="The folder that checkpoints lie in.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Mesh = Annotated[str, typer.Option("--mesh", help="The mesh to divide over, such as tp=4,pp=2,dp=2,ep=8.")]
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="A JSON file that says how each tensor is divided.")]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", exists=True, dir_okay=False, help="A JSON file that says how each tensor is divided.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Decide and check everything, write nothing.")]
 Memory = Annotated[str, typer.Option("--max-memory", help="Memory for buffers, such as 256MiB.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, max=256, help="Threads.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Cast the model's floating tensors: bf16, fp16, fp32, fp64.")]
 Checksums = Annotated[bool, typer.Option("--checksums/--no-checksums", help="Verify what is read and record crc32 of what is written.")]
-MapFile = Annotated[Path | None, typer.Option("--map", help="A file with one key map rule per line.")]
+MapFile = Annotated[Path | None, typer.Option("--map", exists=True, dir_okay=False, help="A file with one key map rule per line.")]
 Rules = Annotated[list[str] | None, typer.Option("--rule", help="A key map rule, such as 'model.{rest*} -> {rest*}'; may be repeated.")]
 
 
@@ -60,37 +82,53 @@ def parse_size(text: str) -> int:
     return int(float(hit.group(1)) * (1024 if hit.group(3) else 1000) ** power)
 
 
-@app.command()
-def inspect(path: Path, as_json: Json = False) -> None:
+def _register(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with an example and the status in its help, whose errors are a message and a status."""
+
+    def register(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(context: typer.Context, **given: Any) -> None:
+            with _ending(given["as_json"], debug=bool(context.obj)):
+                command(**given)
+
+        own = signature(command, eval_str=True).parameters.values()  # typer reads the signature: the context, which it gives, and these
+        first = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        run.__signature__ = Signature([first, *own])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (first, *own)}
+        first_line = (command.__doc__ or "").partition("\n")[0]  # (typer would cut it at the edge of the screen)
+        app.command(name, short_help=first_line, epilog=f"Example: {EXAMPLES[name]}\n\n{STATUS}")(run)
+        return command
+
+    return register
+
+
+@_register("inspect")
+def inspect(path: Either, as_json: Json = False) -> None:
     """Show mesh, files and tensors of a checkpoint or a Hugging Face folder."""
-    with _ending(as_json):
-        facts = inspection.inspect(path)
-        _print(facts, as_json, _show_inspect)
+    _print(inspection.inspect(path), as_json, _show_inspect)
 
 
-@app.command()
-def verify(path: Path, workers: Workers = 1, as_json: Json = False) -> None:
+@_register("verify")
+def verify(path: Either, workers: Workers = 1, as_json: Json = False) -> None:
     """Check every byte against its checksum, and the directory against the manifest."""
-    with _ending(as_json):
-        with _bar("verify", as_json) as progress:
-            found = inspection.verify(path, workers=workers, progress=progress)
-        _print(found.to_json(), as_json, _show_verify)
-        raise typer.Exit(found.status)
+    with _bar("verify", as_json) as progress:
+        found = inspection.verify(path, workers=workers, progress=progress)
+    _print(found.to_json(), as_json, _show_verify)
+    raise typer.Exit(found.status)
 
 
-@app.command()
+@_register("diff")
 def diff(
-    a: Path,
-    b: Path,
+    a: Either,
+    b: Either,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Largest absolute difference that counts as equal; 0 compares bits.")] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor, whatever meshes they are divided over."""
-    with _ending(as_json):
-        with _bar("diff", as_json) as progress:
-            found = inspection.diff(a, b, tolerance=tolerance, progress=progress)
-        _print(found.to_json(), as_json, _show_diff)
-        raise typer.Exit(0 if found.same else 1)
+    with _bar("diff", as_json) as progress:
+        found = inspection.diff(a, b, tolerance=tolerance, progress=progress)
+    _print(found.to_json(), as_json, _show_diff)
+    raise typer.Exit(0 if found.same else 1)
 
 
 def conversion(name: str) -> Callable[[Callable[..., Report]], Callable[..., None]]:
@@ -110,7 +148,7 @@ def conversion(name: str) -> Callable[[Callable[..., Report]], Callable[..., Non
             as_json: Json = False,
             **own: Any,
         ) -> None:
-            with _ending(as_json), _bar(name, as_json) as progress:
+            with _bar(name, as_json) as progress:
                 options = Options(memory=parse_size(max_memory), workers=workers, verify=checksums, checksums=checksums)
                 how = {"dtype": None if dtype is None else parse_dtype(dtype), "options": options, "resume": resume, "dry_run": dry_run}
                 report = convert(**own, how=how | {"progress": progress})
@@ -121,14 +159,14 @@ def conversion(name: str) -> Callable[[Callable[..., Report]], Callable[..., Non
         command.__signature__ = Signature(shown)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in shown}
         command.__doc__ = convert.__doc__
-        app.command(name)(command)
+        _register(name)(command)
         return command
 
     return register
 
 
 @conversion("reshard")
-def reshard(src: Path, dst: Path, mesh: Mesh = "", plan: PlanFile = None, *, how: dict[str, Any]) -> Report:
+def reshard(src: Source, dst: Target, mesh: Mesh = "", plan: PlanFile = None, *, how: dict[str, Any]) -> Report:
     """Divide a checkpoint over another mesh."""
     _need_mesh(mesh, plan)
     return resharding.reshard(src, dst, mesh or None, plan=plan, **how)
@@ -136,7 +174,7 @@ def reshard(src: Path, dst: Path, mesh: Mesh = "", plan: PlanFile = None, *, how
 
 @conversion("from-hf")
 def from_hf(
-    src: Path, dst: Path, mesh: Mesh = "", plan: PlanFile = None, map_file: MapFile = None, rule: Rules = None, *, how: dict[str, Any]
+    src: Source, dst: Target, mesh: Mesh = "", plan: PlanFile = None, map_file: MapFile = None, rule: Rules = None, *, how: dict[str, Any]
 ) -> Report:
     """Read a Hugging Face folder into a checkpoint. Without a key map, experts named one by one are stacked."""
     _need_mesh(mesh, plan)
@@ -145,8 +183,8 @@ def from_hf(
 
 @conversion("to-hf")
 def to_hf(
-    src: Path,
-    dst: Path,
+    src: Source,
+    dst: Target,
     map_file: MapFile = None,
     rule: Rules = None,
     unstack_experts: Annotated[bool, typer.Option(help="Split stacked experts into one tensor per expert.")] = False,
@@ -161,8 +199,8 @@ def to_hf(
 
 @conversion("from-dcp")
 def from_dcp(
-    src: Path,
-    dst: Path,
+    src: Source,
+    dst: Target,
     mesh: Mesh = "",
     plan: PlanFile = None,
     trust_pickle: Annotated[
@@ -187,55 +225,58 @@ def from_dcp(
     )
 
 
-@app.command("to-dcp")
+@_register("to-dcp")
 def to_dcp(
-    src: Path,
-    dst: Path,
+    src: Source,
+    dst: Target,
     model_prefix: Annotated[str, typer.Option(help="What to put before the names of the model's tensors.")] = "",
     dry_run: DryRun = False,
     max_memory: Memory = "256MiB",
     as_json: Json = False,
 ) -> None:
     """Write a directory that torch.distributed.checkpoint loads."""
-    with _ending(as_json), _bar("to-dcp", as_json) as progress:
+    with _bar("to-dcp", as_json) as progress:
         options = Options(memory=parse_size(max_memory))
         report = dcp.to_dcp(src, dst, model_prefix=model_prefix, options=options, progress=progress, dry_run=dry_run)
         _print(report.to_json(), as_json, _show_report)
 
 
-@app.command()
-def ls(path: Annotated[Path, typer.Argument()] = Path("."), as_json: Json = False) -> None:
+@_register("ls")
+def ls(path: Folder = Path("."), as_json: Json = False) -> None:
     """List the checkpoints under a directory, complete or not."""
-    with _ending(as_json):
-        rows = inspection.ls(path)
-        _print({"path": str(path), "checkpoints": rows}, as_json, _show_ls)
+    _print({"path": str(path), "checkpoints": inspection.ls(path)}, as_json, _show_ls)
 
 
-@app.command()
+@_register("gc")
 def gc(
-    path: Path,
+    path: Folder,
     keep: Annotated[int | None, typer.Option(min=1, help="Also remove all but the newest N checkpoints.")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Remove what interrupted runs left under a directory."""
-    with _ending(as_json):
-        removed = inspection.gc(path, keep=keep, dry_run=dry_run)
-        _print({"removed": removed, "dry_run": dry_run}, as_json, _show_gc)
+    removed = inspection.gc(path, keep=keep, dry_run=dry_run)
+    _print({"removed": removed, "dry_run": dry_run}, as_json, _show_gc)
 
 
 @contextmanager
-def _ending(as_json: bool) -> Iterator[None]:
-    """Turn errors into one message and an exit status."""
+def _ending(as_json: bool, *, debug: bool) -> Iterator[None]:
+    """Turn errors into one message and an exit status, unless `debug` asks for a traceback."""
     try:
         with storage_errors(Path("."), "The command"):
             yield
-    except (CheckpointError, ConfigError) as error:
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        ours = isinstance(error, (CheckpointError, ConfigError))
         status = getattr(error, "status", 2 if isinstance(error, ConfigError) else 3)
+        kind, text = type(error).__name__, str(error) if ours else f"{error} (meshpar --debug checkpoint ... shows where)"
         if as_json:
-            print(json.dumps({"error": str(error), "kind": type(error).__name__, "status": status}))
+            print(json.dumps({"error": text, "kind": kind, "status": status}))
         else:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{kind}: {text}", file=sys.stderr)
         raise typer.Exit(status) from None
 
 

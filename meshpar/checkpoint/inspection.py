@@ -18,7 +18,7 @@ from meshpar.checkpoint.format.casts import castable, values
 from meshpar.checkpoint.format.faults import CorruptError, StorageError
 from meshpar.checkpoint.format.files import ITEMSIZE, BlockCrc, Disk, read_header
 from meshpar.checkpoint.format.manifest import MANIFEST, Manifest
-from meshpar.checkpoint.format.opened import ASSETS, INDEX, Checkpoint, Pool, open_checkpoint
+from meshpar.checkpoint.format.opened import ASSETS, INDEX, Checkpoint, Pool, near_path, open_checkpoint
 from meshpar.checkpoint.format.partial import LOCK, REMOVED, SCRATCH, is_locked, remove_partial, set_aside
 from meshpar.checkpoint.format.table import Chunk
 from meshpar.checkpoint.move.jobs import slabs
@@ -319,7 +319,7 @@ def ls(root: Path | str, disk: Disk | None = None) -> list[dict[str, Any]]:
     """The checkpoints directly under a directory: complete, corrupt, being written, or left over from an interrupted run."""
     base = Path(root)
     if not base.is_dir():
-        raise ConfigError(f"{base} is not a directory.")
+        raise ConfigError(f"{base} is not a directory.{near_path(base)}")
     rows = []
     for path in sorted(base.iterdir()):
         if path.is_symlink() or not path.is_dir():
@@ -351,7 +351,7 @@ def gc(root: Path | str, *, keep: int | None = None, dry_run: bool = False, disk
     if keep is not None and keep < 1:
         raise ConfigError(f"--keep {keep}: at least 1 checkpoint must stay.")
     if not base.is_dir():
-        raise ConfigError(f"{base} is not a directory.")
+        raise ConfigError(f"{base} is not a directory.{near_path(base)}")
     doomed = [p for p in sorted(base.iterdir()) if _is_partial(p) and not is_locked(p)]
     doomed += [
         p for p in sorted(base.iterdir()) if p.name.startswith(".") and p.name.endswith(REMOVED) and p.is_dir() and not p.is_symlink()

@@ -82,7 +82,10 @@ def small_model(kind: str, sizes: SmallSizes | None = None, *, seed: int = 0) ->
     try:
         default = AutoConfig.for_model(kind).get_text_config()
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"transformers has no model type {kind!r}.{near(kind, _kinds())}") from error
+        raise ConfigError(
+            f"transformers has no model type {kind!r}.{near(kind, _kinds())} A model of your own is package.module:function, a function "
+            f"without arguments that returns (model, batch)."
+        ) from error
     settings = _known(default, (sizes or SmallSizes()).settings())
     torch.manual_seed(seed)
     try:
@@ -130,13 +133,22 @@ def own_model(path: str) -> tuple[nn.Module, Mapping[str, Any] | tuple[Any, ...]
         made = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"--model {path}: {error}. Write package.module:function, a function without arguments that returns (model, batch)."
+            f"--model {path}: {error}.{_near_own(module, name)} Write package.module:function, a function without arguments that returns "
+            f"(model, batch)."
         ) from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise ConfigError(
             f"--model {path}: the function must return (model, batch), an nn.Module and a dict or tuple; it returned {type(made).__name__}."
         )
     return made
+
+
+def _near_own(module: str, name: str) -> str:
+    """What is nearly called so: functions of the module, or modules of the working directory."""
+    if module in sys.modules:
+        return near(name, [known for known, value in vars(sys.modules[module]).items() if callable(value)])
+    here = [path.stem for path in Path.cwd().glob("*.py")]
+    return f" Did you mean {module[:-3]}:{name}?" if module.endswith(".py") else near(module, here)
 
 
 class Corpus:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
@@ -91,6 +91,7 @@ def application() -> Any:
     """The typer application, with `checkpoint` where that part is there."""
     app = typer.Typer(
         help="Trains unmodified PyTorch models over pipeline, data and tensor parallel axes.",
+        epilog=f"meshpar COMMAND --help has the options and an example of each.\n\n{STATUS} (meshpar checkpoint has its own.)",
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -99,13 +100,14 @@ def application() -> Any:
     from meshpar.cli import planning
 
     for command in (demo, explain, verify, planning.dry_run, planning.plan, planning.calibrate):
-        app.command(epilog=f"Example: {EXAMPLES[command.__name__]}\n\n{STATUS}")(_with_messages(command))
+        first_line = (command.__doc__ or "").partition("\n")[0]  # (typer would cut it at the edge of the screen)
+        app.command(short_help=first_line, epilog=f"Example: {EXAMPLES[command.__name__]}\n\n{STATUS}")(_with_messages(command))
     try:
         from meshpar.checkpoint.commands import app as checkpoint
     except ImportError as error:
         print(f"note: meshpar checkpoint is not available: {error}", file=sys.stderr)
     else:
-        app.add_typer(checkpoint, name="checkpoint")
+        app.add_typer(checkpoint, name="checkpoint", short_help="Inspect, verify, compare, reshard and convert checkpoints.")
     return app
 
 
@@ -336,9 +338,18 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        import meshpar
+
+        print(f"meshpar {meshpar.__version__}")
+        raise typer.Exit
+
+
 def _shared(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised, not its message alone.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which release this is.")] = False,
 ) -> None:
     """Trains unmodified PyTorch models over pipeline, data and tensor parallel axes."""
     context.obj = debug
@@ -350,6 +361,7 @@ def _with_messages(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(context: typer.Context, *args: Any, **kwargs: Any) -> None:
         with _ending(debug=bool(context.obj), as_json=bool(kwargs.get("as_json"))):
+            _check_own(context, kwargs)
             command(*args, **kwargs)
 
     # typer reads the signature: the context, which it gives, and the options of the command
@@ -359,6 +371,22 @@ def _with_messages(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = Signature([first, *own])  # type: ignore[attr-defined]
     run.__annotations__ = {"context": typer.Context, **hints}
     return run
+
+
+OF_SIZES = ("layers", "hidden", "heads", "kv_heads", "seq", "batch", "microbatch")
+"""Options for models that are made here; a function of the user's brings a model and a batch of its own."""
+
+
+def _check_own(context: typer.Context, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options that would do nothing to a model of the user's own."""
+    if ":" not in (given.get("model") or ""):
+        return
+    sources = {name: str(context.get_parameter_source(name)) for name in OF_SIZES if name in given}
+    typed = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source.endswith("COMMANDLINE")]
+    if typed and context.info_name != "plan":
+        raise ConfigError(
+            f"{', '.join(typed)}: {given['model']} returns a model and a batch of its own. Leave the option out, or change those."
+        )
 
 
 @contextmanager

@@ -124,6 +124,8 @@ def run(demo: Demo) -> Comparison | None:
 
 
 def _check(demo: Demo, sizes: Mapping[str, int]) -> None:
+    if ":" in demo.model:
+        raise ConfigError(f"demo trains models of transformers, by type; for {demo.model} type: meshpar verify --model {demo.model}")
     data = prod(size for name, size in sizes.items() if ROLES[name].own_batches)
     least = data * demo.config.microbatches
     if demo.batch % least:

@@ -83,13 +83,13 @@ def search(
     >>> found.best.memory.total < 80e9
     True
     """
+    where = _cluster(cluster)  # (what it cannot be is told before a model is captured)
     if isinstance(model, Transformer):
         sizes, own = model, None
     else:
         sizes, own = sizes_of(model, example)
     if (length := seq or own) is None:
         raise ConfigError("search: seq is missing; give the tokens of a sample, a whole number of at least 1.")
-    where = _cluster(cluster)
     job = Job(sizes, where, length, global_batch, precision, stack)
     known = constants or Constants.default()
     return Mappings(search_mappings(job, space or _space(job), known, top=top), known)

@@ -18,6 +18,7 @@ from meshpar.init.record import mark_of, recording, ref_of
 from meshpar.init.same import difference
 from meshpar.init.tape import Replay, Tape, TapedView
 from meshpar.init.weights import Files, Lazy, Matched, Ranges, say
+from meshpar.waiting import each
 
 PlaceTensor = Callable[[str, torch.Tensor | Lazy], None]
 WeightsFrom = str | PathLike[str] | Weights
@@ -89,13 +90,12 @@ def materialise(
         _check_twins(matched, names, share)
         say(matched.notes)
         found |= {name: matched.lazy[name].read().to(buffers[name].dtype) for name in matched.buffers}
-        for name in names:
-            if name in matched.lazy:
-                place(name, matched.lazy[name])
+        for name in each([name for name in names if name in matched.lazy]):
+            place(name, matched.lazy[name])
         wanted = {name: parameters[name] for name in names if name not in matched.lazy}
     wanted |= {name: buffer for name, buffer in buffers.items() if name not in found}
 
-    for name, value in _once(_initialised(model, wanted, seed)):
+    for name, value in each(_once(_initialised(model, wanted, seed)), len(wanted)):
         if name in parameters:
             place(name, value if dtype is None or not value.is_floating_point() else value.to(dtype))
         else:

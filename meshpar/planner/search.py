@@ -17,6 +17,7 @@ from meshpar.planner.hardware import GiB
 from meshpar.planner.layers import assemble
 from meshpar.planner.mapping import RECOMPUTE, V_SHAPED, Job, Mapping, complaints
 from meshpar.planner.memory import PeakMemory, fullest, roughly
+from meshpar.waiting import each
 
 SIMULATED = 48
 """So many of the fastest by closed form are simulated, and of so many shapes the best, and of every family the best."""
@@ -120,7 +121,7 @@ def search(job: Job, space: Space | None = None, constants: Constants | None = N
     fitting: list[Candidate] = []
     small: dict[str, tuple[Mapping, PeakMemory]] = {}  # family -> of the mappings that do not fit, the one that lacks least
     tried = 0
-    for options in candidates(job, space or Space()):
+    for options in each(list(candidates(job, space or Space()))):
         for mapping in options:
             tried += 1
             work = assemble(job, mapping)
@@ -237,7 +238,7 @@ def _simulated(job: Job, fitting: list[Candidate], constants: Constants, memo: M
             families.add(one.family)
             chosen.append(one)
     speed, found = rates(job.cluster.hardware, job.software, constants), []
-    for one in chosen:
+    for one in each(chosen):
         work = assemble(job, one.mapping)
         found.append(Candidate(one.mapping, timed(work, speed, memo), fullest(work, job.software, constants), True))
     kept = [one for one in found if one.memory.total <= limit(job)]

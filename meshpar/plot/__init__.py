@@ -11,6 +11,7 @@ expert_flow(pm.expert_flow()[name], ranks=4)    who sends how many rows to whose
 memory(mp.dry_run(...), rank=0)                 what a rank holds over the time of a step
 frontier(mp.search(...))                        mappings by time and memory, and those that nothing beats in both
 schedule(pm.schedule, measured=events)          a pipeline as a Gantt chart; `chrome_trace` for Perfetto
+COLOURS                                         those of ranks, for pictures of your own
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from meshpar.plot.ahead import frontier, memory
     from meshpar.plot.blocks import block
     from meshpar.plot.bytes_sent import communication, traffic
+    from meshpar.plot.canvas import COLOURS
     from meshpar.plot.gantt import chrome_trace, schedule, schedule_table
     from meshpar.plot.holders import mesh, parameter
     from meshpar.plot.moves import collective
     from meshpar.plot.work import causal_work, expert_flow, expert_load
 
 _HOME = {
+    "COLOURS": "canvas",
     "block": "blocks",
     **dict.fromkeys(("frontier", "memory"), "ahead"),
     **dict.fromkeys(("chrome_trace", "schedule", "schedule_table"), "gantt"),
@@ -38,6 +41,7 @@ _HOME = {
 }
 
 __all__ = [
+    "COLOURS",
     "block",
     "causal_work",
     "chrome_trace",

@@ -30,7 +30,7 @@ def axes_for(ax: Axes | None, width: float, height: float) -> Axes:
 
 def bare(ax: Axes) -> None:
     """Without ticks and frame."""
-    ax.tick_params(length=0)
+    ax.tick_params(length=0, pad=6)  # (the names of two axes would touch at their corner)
     ax.spines[:].set_visible(False)
 
 
@@ -43,5 +43,9 @@ def colour(number: int) -> tuple[float, float, float]:
 
 def ink_on(number: int) -> str:
     """What can be read on the colour of a rank."""
-    red, green, blue = colour(number)
+    return ink_over(*colour(number))
+
+
+def ink_over(red: float, green: float, blue: float) -> str:
+    """What can be read on a colour."""
     return "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from meshpar.errors import ConfigError, MeshparError, raise_all
 from meshpar.pipeline.schedule import COMPUTE, Event, Order, schedule_table
 from meshpar.pipeline.timing import Costs, bubble, measured_costs, simulate
+from meshpar.plot.canvas import COLOURS, IDLE, ink_over
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"F": "#2f6db5", "B": "#2e8b57", "I": "#d97a17", "W": "#8e5aa8"}
+_COLOURS = dict(zip("FIBW", COLOURS))
 _NAMES = {"F": "forward", "B": "backward", "I": "backward: input gradient", "W": "backward: weight gradient"}
-_IDLE = "#e6eaed"
 
 
 def schedule(order: Order, *, costs: Costs | None = None, measured: Sequence[Event] | None = None, width: float = 13.0) -> Figure:
@@ -74,14 +74,14 @@ def _draw(axes: Axes, order: Order, events: Sequence[Event], width: float) -> No
     narrow = width * durations[len(durations) // 10]
     size = min(8.5, 1.25 * narrow / len(str(order.microbatches - 1)))
     for rank in range(order.ranks):
-        axes.broken_barh([(first, last - first)], (rank - 0.43, 0.86), facecolor=_IDLE)
+        axes.broken_barh([(first, last - first)], (rank - 0.43, 0.86), facecolor=IDLE)
         row = [event for event in computing if event.rank == rank]
         lights = [_lightness(order.stages_of(rank), event.stage) for event in row]
         colours = [_lighter(_COLOURS[event.kind], light) for event, light in zip(row, lights)]
         spans = [(event.start, event.end - event.start) for event in row]
         axes.broken_barh(spans, (rank - 0.43, 0.86), facecolor=colours, edgecolor="white", linewidth=min(0.7, 0.1 * narrow))
-        for event, light in zip(row, lights) if size >= 4.5 else ():
-            middle, ink = (event.start + event.end) / 2, "white" if light < 0.3 else "black"
+        for event, colour in zip(row, colours) if size >= 4.5 else ():
+            middle, ink = (event.start + event.end) / 2, ink_over(*colour)
             if event.end - event.start >= durations[len(durations) // 10]:
                 axes.text(middle, rank, str(event.microbatch), ha="center", va="center_baseline", fontsize=size, color=ink)
     axes.set_ylim(order.ranks - 0.5, -0.5)
@@ -100,8 +100,9 @@ def _lightness(stages: Sequence[int], stage: int) -> float:
     return 0.45 * stages.index(stage) / max(1, len(stages) - 1)
 
 
-def _lighter(colour: str, light: float) -> tuple[float, ...]:
-    return tuple((1 - light) * int(colour[at : at + 2], 16) / 255 + light for at in (1, 3, 5))
+def _lighter(colour: str, light: float) -> tuple[float, float, float]:
+    red, green, blue = ((1 - light) * int(colour[at : at + 2], 16) / 255 + light for at in (1, 3, 5))
+    return red, green, blue
 
 
 def _legend(order: Order) -> list[Any]:
@@ -110,7 +111,7 @@ def _legend(order: Order) -> list[Any]:
     kinds = {a.kind for row in order.compute for a in row if a is not None}
     named = [Patch(color=_COLOURS[kind], label=name) for kind, name in _NAMES.items() if kind in kinds]
     several = order.stages > order.ranks
-    return [*named, Patch(color=_IDLE, label="idle"), *([Patch(alpha=0, label="lighter: later stage of the rank")] if several else [])]
+    return [*named, Patch(color=IDLE, label="idle"), *([Patch(alpha=0, label="lighter: later stage of the rank")] if several else [])]
 
 
 def _listed(stages: Sequence[int]) -> str:

@@ -63,7 +63,7 @@ from meshpar.roles import ROLES, dividing, stage_axis
 from meshpar.runtime.model import ParallelModel
 from meshpar.runtime.parameters.gradients import clip_grad_norm_
 from meshpar.simulate import is_simulated, local_tensors, simulate
-from meshpar.waiting import working
+from meshpar.waiting import each, working
 
 
 def verify(
@@ -191,7 +191,7 @@ def _compare(task: Task, reference: Reference, mesh: DeviceMesh) -> Differences:
     with task.conditions():
         pm, packed = parallel(task, mesh)
         optimizer: torch.optim.Optimizer | None = None
-        for step, whole in enumerate(task.batches, 1):
+        for step, whole in enumerate(each(task.batches), 1):
             batch = share(whole, mesh, packed=packed)
             value = pm.train_step(**batch) if isinstance(batch, Mapping) else pm.train_step(*batch)
             losses[f"step {step}"] = scalar_distance(value, reference.losses[step - 1])

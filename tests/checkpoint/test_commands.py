@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from meshpar.checkpoint import inspection
 from meshpar.checkpoint.commands import app, parse_size
 from meshpar.errors import ConfigError
 from tests.checkpoint.making import flip, load, same, sample, save, save_folder
@@ -42,6 +45,37 @@ def test_the_whole_way(tmp_path: Path) -> None:
         ("hf", "a", "b", "back"), "complete"
     )
     assert call_json("gc", tmp_path) == {"removed": [], "dry_run": False}
+
+
+@pytest.mark.parametrize("name", [command.name for command in app.registered_commands])
+def test_help_has_an_example_that_can_be_typed_and_says_the_status(name: str) -> None:
+    words = " ".join(call(name, "--help").split())
+    example = words.partition("Example: meshpar checkpoint ")[2].partition(" Exit status: 0 done, 1 differs")[0]
+    command, *arguments = shlex.split(example)
+    assert command == name and "--json" in words
+    typer.main.get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+
+
+def test_names_that_are_nearly_right(tmp_path: Path) -> None:
+    (tmp_path / "step-100").mkdir()
+    assert "Did you mean 'inspect'" in call("inspekt", status=2)
+    assert "--mesh" in call("reshard", "a", "b", "--mash", "tp=2", status=2)
+    assert "Did you mean step-100?" in call("inspect", tmp_path / "step-10", status=2)
+    assert "Did you mean step-100?" in call("ls", tmp_path / "step100", status=2)
+    assert "Did you mean step-100?" in call("from-dcp", tmp_path / "step_100", "b", "--mesh", "tp=2", status=2)
+    save(tmp_path / "ours", sample(), "tp=2")
+    assert "is a meshpar checkpoint already" in call("from-dcp", tmp_path / "ours", "b", "--mesh", "tp=2", status=2)
+    assert "file 'rules.txt' does not exist" in call("to-hf", tmp_path, "b", "--map", "rules.txt", status=2)
+
+
+def test_what_goes_wrong_unforeseen_is_a_message_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(inspection, "inspect", broken)
+    assert call("inspect", tmp_path, status=3) == "RuntimeError: out of luck (meshpar --debug checkpoint ... shows where)\n"
+    assert call_json("inspect", tmp_path, status=3)["kind"] == "RuntimeError"
+    assert isinstance(CliRunner().invoke(app, ["inspect", str(tmp_path)], obj=True).exception, RuntimeError)
 
 
 def test_exit_statuses(tmp_path: Path) -> None:

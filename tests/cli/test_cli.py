@@ -40,7 +40,8 @@ def own() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def test_help_names_the_commands() -> None:
     status, text = call("--help")
-    assert status == 0 and all(name in text for name in ("demo", "explain", "verify", "checkpoint"))
+    assert status == 0 and all(name in text for name in ("demo", "explain", "verify", "checkpoint", "Exit status: 0 done"))
+    assert call("--version")[1].startswith("meshpar 0")
 
 
 def test_explain() -> None:
@@ -74,7 +75,15 @@ def test_verify_fails_by_exit_status() -> None:
     [
         (("verify", "--mesh", "tq=2"), "unknown axis 'tq'"),
         (("verify", "--model", "lama"), "no model type 'lama'. Did you mean llama"),
+        (("verify", "--model", "tests"), "A model of your own is package.module:function"),
         (("verify", "--model", "tests.cli.test_cli:nothing"), "package.module:function"),
+        (("verify", "--model", "tests.cli.test_cli:onw"), "Did you mean own"),
+        (("verify", "--model", "train.py:build"), "Did you mean train:build?"),
+        (
+            ("verify", "--model", "tests.cli.test_cli:own", "--seq", "8"),
+            "--seq: tests.cli.test_cli:own returns a model and a batch of its own",
+        ),
+        (("demo", "--model", "tests.cli.test_cli:own"), "meshpar verify --model tests.cli.test_cli:own"),
         (("verify", "--model", "tests.cli.test_cli:call"), "must return (model, batch)"),
         (("verify", *SMALL, "--rule", "q_proj"), "write PATTERN=WHERE"),
         (("verify", *SMALL, "--rule", "*.q_pro.weight=tp:0"), "matches no parameter"),

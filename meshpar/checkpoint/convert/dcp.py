@@ -29,8 +29,8 @@ from meshpar.checkpoint.format.casts import TORCH_DTYPES
 from meshpar.checkpoint.format.division import Grid
 from meshpar.checkpoint.format.faults import CorruptError, ImpossibleError
 from meshpar.checkpoint.format.files import BLOCK, ITEMSIZE, Disk, check_name, check_tensor_name
-from meshpar.checkpoint.format.manifest import FileRecord, Manifest
-from meshpar.checkpoint.format.opened import Checkpoint, open_checkpoint
+from meshpar.checkpoint.format.manifest import MANIFEST, FileRecord, Manifest
+from meshpar.checkpoint.format.opened import Checkpoint, near_path, open_checkpoint
 from meshpar.checkpoint.format.partial import writing
 from meshpar.checkpoint.format.sink import rank_sink
 from meshpar.checkpoint.format.table import Chunk, Stored, Table
@@ -197,6 +197,10 @@ def from_dcp(
     Tensors under `model_prefix` are the model's and lose the prefix; others keep their names. Plain values (numbers, strings,
     lists, dicts) are stored beside them; other Python objects are an error, or left out with `skip_objects`.
     """
+    if (Path(source) / MANIFEST).exists():
+        raise ConfigError(f"{source} is a meshpar checkpoint already; use `meshpar checkpoint reshard`.")
+    if not Path(source).is_dir():
+        raise ConfigError(f"{source} is not a directory.{near_path(Path(source))}")
     if not trust_pickle:
         raise ConfigError(f"{source} holds pickles. They are read by an unpickler that runs nothing; to allow that, add --trust-pickle.")
     how = How(options or Options(), disk or Disk(), resume, dry_run, progress)

@@ -17,7 +17,7 @@ from meshpar.checkpoint.format.files import MAX_HEADER, Disk, Header, check_name
 from meshpar.checkpoint.format.handles import Handles
 from meshpar.checkpoint.format.manifest import MANIFEST, Asset, FileRecord, Manifest
 from meshpar.checkpoint.format.table import Chunk, Stored, Table
-from meshpar.errors import ConfigError
+from meshpar.errors import ConfigError, near
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -43,6 +43,11 @@ class Checkpoint:
         return self.root / ASSETS / asset.name if self.form == "meshpar" else self.root / asset.name
 
 
+def near_path(path: Path) -> str:
+    """A sentence with what is there of nearly the same name, or nothing."""
+    return near(path.name, sorted(each.name for each in path.parent.iterdir())) if path.parent.is_dir() else ""
+
+
 def open_checkpoint(path: Path, disk: Disk | None = None) -> Checkpoint:
     """Open a checkpoint directory of ours, a Hugging Face folder, or one safetensors file.
 
@@ -52,7 +57,7 @@ def open_checkpoint(path: Path, disk: Disk | None = None) -> Checkpoint:
     if path.is_file():
         return _open_hf(disk, path.parent, path.name, [path.name], None, with_assets=False)
     if not path.is_dir():
-        raise ConfigError(f"{path} does not exist.")
+        raise ConfigError(f"{path} does not exist.{near_path(path)}")
     if (path / MANIFEST).is_symlink() or (path / MANIFEST).exists():
         return Checkpoint(path, manifests.read(disk, path), "meshpar")
     if (path / INDEX).exists():

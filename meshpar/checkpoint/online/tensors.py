@@ -38,6 +38,7 @@ from meshpar.checkpoint.online.ranks import Failure, Group, Ranks, attempt
 from meshpar.checkpoint.online.writer import Local, PerRank, Record, finish, merge, rank_tensor, write_rank
 from meshpar.errors import ConfigError, near
 from meshpar.roles import ROLES
+from meshpar.waiting import each
 
 Tensors = Mapping[str, torch.Tensor | Held]
 
@@ -294,7 +295,7 @@ def fill(
 
     def read() -> None:
         with Reader(opened, disk) as reader:
-            for name, part in parts.items():
+            for name, part in each(parts.items()):
                 if name not in absent:
                     read_into(reader, name, part)
 

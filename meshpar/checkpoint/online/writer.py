@@ -31,6 +31,7 @@ from meshpar.checkpoint.format.partial import Partial, shared_directory
 from meshpar.checkpoint.format.sink import NewFile, Sink, pack, rank_files, rank_suffixes
 from meshpar.checkpoint.format.table import Alike, Chunks, Table
 from meshpar.errors import ConfigError
+from meshpar.waiting import each
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def write_rank(
     groups = [(g.chunks.boxes, g.chunks.file.tolist(), g.chunks.begin.tolist()) for g in sink.table.groups]
     crcs: list[list[int]] = [[] for _ in groups]  # of each group: its rows come in order
     try:
-        for t, group, row in zip(held, sink.table.group.tolist(), sink.table.row.tolist(), strict=True):
+        for t, group, row in zip(each(held), sink.table.group.tolist(), sink.table.row.tolist(), strict=True):
             boxes, file, begin = groups[group]
             crcs[group] += _write_local(t, boxes, file[row], begin[row], out, rank, checksums)
         out.flush()
