@@ -161,6 +161,9 @@ class ParallelConfig(_Fields):
     """Whether a stage of a pipeline computes while what it is sent arrives; else it waits for each message when it begins to receive it."""
     outputs: Literal["whole", "cut"] = "whole"
     """What `pm(**batch)` returns: whole tensors of this data rank's samples, or ("cut") DTensors where values are cut, not gathered."""
+    logits_bytes: int | None = None
+    """The most bytes of logits that a rank holds at once in a step: a loss over a product is computed some rows at a time, and again in
+    backward (`passes/chunked_loss.py`: the same to rounding, for a quarter of the head's operations more). None: all at once."""
     pad_to: int | Sequence[int] | None = None
     """To what lengths positions are padded (dim 1 of the first tensor, and the dims of others that are as long): multiples of a number, or
     the first of several lengths that is not shorter. Data ranks then may have different numbers of positions and of samples: they are
@@ -221,6 +224,7 @@ class ParallelConfig(_Fields):
                 ("microbatches", self.microbatches, 1),
                 ("virtual_stages", self.virtual_stages, 1),
                 ("bucket_bytes", self.bucket_bytes, 1),
+                ("logits_bytes", self.logits_bytes, 1),
                 ("seed", self.seed, 0),
             )
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least)

@@ -293,6 +293,7 @@ _LAYERS: dict[str, OperatorRow] = {
 }  # fmt: skip
 
 _LOSSES: dict[str, OperatorRow] = {
+    **_rows("meshpar.ops.chunked_loss.cross_entropy", kind="label loss", flops=count.reduced_product, additive=True),
     **_rows("cross_entropy_loss", layers.cross_entropy, kind="label loss", additive=True, local=local.cross_entropy),
     **_rows("nll_loss nll_loss_nd nll_loss2d", layers.label_loss, kind="label loss", additive=True),
     **_rows("mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits",
@@ -381,6 +382,7 @@ _COLLECTIVES: dict[str, OperatorRow] = {
     )
     for name in ("i_to_r_many", *(conversion.op for conversion in CONVERSIONS.values()))
 } | {
+    "meshpar.ops.again.computed": OperatorRow(kind="elementwise"),
     "meshpar.ops.products.i_to_r": OperatorRow(kind="collective", saves="nothing", view=True),
     "meshpar.ops.products.convert": OperatorRow(kind="collective", saves="nothing"),
     "meshpar.ops.products.beside": OperatorRow(saves="nothing"),
