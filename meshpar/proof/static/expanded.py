@@ -48,7 +48,9 @@ def expanded(graph: fx.Graph) -> fx.Graph:
         elif name == _CHUNKED:
             made[node] = _at_once(new, node, made)
         elif node.target is operator.getitem and isinstance(made[node.args[0]], list):
-            made[node] = set_facts(made[node.args[0]][node.args[1]], facts(node))
+            item = made[node] = made[node.args[0]][node.args[1]]
+            if facts(item).conversion is None:
+                set_facts(item, facts(node))
         else:
             made[node] = new.node_copy(node, made.__getitem__)
     return new
@@ -59,14 +61,14 @@ def _gathered(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> list[fx
     x, weights, biases, dim, repeat, segments, *left = given
     change = facts(node).conversion
     assert change is not None
-    where, info = dict(node.kwargs), info_of(x)
+    where, info = {name: value for name, value in node.kwargs.items() if name != "whole"}, info_of(x)
     shape = tuple(n * change.size if d == dim else n for d, n in enumerate(info.shape))
     if left:
         whole = new.call_function(products.convert, (x, *left, "s_to_r", dim, repeat, segments), where)
     else:
         whole = new.call_function(collectives.s_to_r, (x, dim, repeat, segments), where)
     set_facts(whole, replace(facts(node), info=replace(info, shape=shape)))
-    return [_linear(new, whole, w, b) for w, b in zip(weights, biases, strict=True)]
+    return [*(_linear(new, whole, w, b) for w, b in zip(weights, biases, strict=True)), whole]
 
 
 def _linear(new: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
