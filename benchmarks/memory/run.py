@@ -14,6 +14,9 @@ bytes a value, f: width of the MLP over the hidden one, g: key and value heads o
 With sequence parallelism what stands before the semicolon is divided by t too, but for the rows of experts: every rank of tp multiplies all
 rows by its part of the matrices. Numbers of which there is one for each token, or token and head (of norms, of attention, of the router)
 are not in the closed forms.
+
+"Without the passes": as autograd keeps what the model calls (`passes/again.py` and `passes/pieces.py` switched off): float32 copies of
+norms that are written out, the results of activations and gates, sequences that were gathered.
 """
 
 from __future__ import annotations
@@ -22,7 +25,10 @@ import argparse
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,7 @@ import meshpar as mp  # noqa: E402
 from benchmarks.measuring import line, machine, readme, table, write  # noqa: E402
 from meshpar._torch import local_of  # noqa: E402
 from meshpar.dry_run.tape import MachineTape, alive  # noqa: E402
+from meshpar.passes import order  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 
 Kept = dict[str, int]
@@ -115,6 +122,18 @@ def model_of(name: str, layers: int, shape: Shape) -> nn.Module:
     return AutoModelForCausalLM.from_config(config).train().bfloat16()
 
 
+@contextmanager
+def passes(on: bool) -> Iterator[None]:
+    """Inside, with or without what keeps less than autograd asks for."""
+    real = order.ComputeAgain, order.CutIntoPieces
+    try:
+        if not on:
+            order.ComputeAgain, order.CutIntoPieces = (partial(one, least_bytes=2**60) for one in real)  # type: ignore[misc, assignment]
+        yield
+    finally:
+        order.ComputeAgain, order.CutIntoPieces = real  # type: ignore[misc]
+
+
 def kept(case: Case, layers: int, shape: Shape) -> Kept:
     """What is alive after a forward and was not before it."""
     mesh = mp.make_mesh(f"tp={case.ranks}")
@@ -139,22 +158,27 @@ def kept(case: Case, layers: int, shape: Shape) -> Kept:
     return dict(found)
 
 
-def per_layer(case: Case, shape: Shape) -> Kept:
-    """What one layer more keeps."""
+def per_layer(case: Case, shape: Shape) -> list[Kept]:
+    """What one layer more keeps, with the passes and without."""
     warnings.simplefilter("ignore")
-    fewer, more = (Counter(kept(case, layers, shape)) for layers in (2, 3))
-    more.subtract(fewer)
-    return {name: size for name, size in more.items() if size}
+    found = []
+    for on in (True, False):
+        with passes(on):
+            fewer, more = (Counter(kept(case, layers, shape)) for layers in (2, 3))
+        more.subtract(fewer)
+        found.append({name: size for name, size in more.items() if size})
+    return found
 
 
-def row(case: Case, shape: Shape, found: Kept) -> str:
+def row(case: Case, shape: Shape, found: Sequence[Kept]) -> str:
     """One line of the table."""
-    measured, closed = sum(found.values()), closed_form(case, shape)
-    numbers = (f"{x / shape.unit:.2f}" for x in (measured, closed))
-    return line([str(case), f"{measured / 2**20:.2f}", *numbers, f"{measured / closed:.2f}"])
+    measured, without = (sum(one.values()) for one in found)
+    closed = closed_form(case, shape)
+    numbers = (f"{x / shape.unit:.2f}" for x in (closed, measured, without))
+    return line([str(case), *numbers, f"{measured / closed:.2f}", f"{without / closed:.2f}"])
 
 
-HEAD = ("case", "MiB per layer", "measured / s b h", "closed form / s b h", "measured : closed form")
+HEAD = ("case", "closed form", "measured", "without the passes", "measured : closed form", "without : closed form")
 
 
 def main() -> None:
@@ -170,10 +194,10 @@ def main() -> None:
         found = launch.run(per_layer, case, shape, world=case.ranks)[0]
         rows.append(row(case, shape, found))
         print(rows[-1], flush=True)
-        for name, size in sorted(found.items(), key=lambda item: -abs(item[1])) if options.detail else ():
+        for name, size in sorted(found[0].items(), key=lambda item: -abs(item[1])) if options.detail else ():
             print(f"    {size / shape.unit:7.3f}  {name}")
     size = f"hidden {shape.hidden}, {shape.heads} heads ({shape.kv} of keys and values), width {shape.ffn} (gpt: {4 * shape.hidden}), "
-    size += f"{shape.experts} experts of which {shape.choices}, {shape.samples} x {shape.length} tokens."
+    size += f"{shape.experts} experts of which {shape.choices}, {shape.samples} x {shape.length} tokens. Bytes per token and hidden width."
     text = readme("Memory of a layer", __doc__, size, "", *table(HEAD, rows), where=machine("gloo"), script="benchmarks/memory/run.py")
     if options.write:
         write(HERE / "README.md", text)

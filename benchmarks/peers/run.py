@@ -4,7 +4,8 @@ Two local gloo ranks of one thread each; a Llama of transformers of 4 layers. A 
 float32: all of them on both ranks over `tp`, two on each over `dp`, one at a time through a pipeline of two stages (1F1B). Others
 (`others.py`) are used as their documentation has it, meshpar by `mp.parallelize(model, mesh)` and one option. In every round each
 contender takes one step, in turn, so that whatever else the machine does hits all alike; a step is timed between barriers, the slowest rank
-counts. Before any timing all must give the loss and the norm of gradients of the model in one process, in float64.
+counts. Before any timing all must give the loss and the norm of gradients of the model in one process, to 1e-6, in float64 but for the loss,
+which transformers takes in float32.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def contenders(size: Size, dtype: torch.dtype, folder: Path) -> dict[str, Conten
 
 def check(folder: Path) -> dict[str, float]:
     """The largest difference of the loss, or of the norm of gradients, from those of one process, relative to them."""
-    size = Size(64, 1)
+    size = SIZES[0]
     model = size.model(torch.float64)
     loss = model(**batch_of()).loss
     loss.backward()
@@ -122,7 +123,7 @@ def check(folder: Path) -> dict[str, float]:
         said = torch.tensor([0.0 if found is None else float(found), 0.0 if found is None else 1.0], dtype=torch.float64)
         dist.all_reduce(said)
         worst[name] = max(abs(float(said[0] / said[1]) / loss.item() - 1), abs(contender.norm() / norm - 1))
-        if worst[name] > 1e-9:
+        if worst[name] > 1e-6:  # (transformers takes its loss in float32)
             raise SystemExit(f"{name}: loss or gradients differ by {worst[name]:.1e}")
     return worst
 
@@ -135,6 +136,9 @@ def measure(size: Size, rounds: int, folder: Path) -> Times:
 
 def worker(hidden: list[int], rounds: int | None, folder: str) -> dict[int, Times]:
     """What every rank runs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     worst = check(Path(folder))
@@ -163,13 +167,13 @@ def rows(size: Size, times: Times) -> list[str]:
 HEAD = ("hidden", "kind", "contender", "ms", "to the first of its kind", "processor ms")
 
 
-def report(lines: list[str], rounds: int | None) -> str:
+def report(lines: list[str], hidden: list[int], rounds: int | None) -> str:
     """The README's text."""
-    counts = ", ".join(f"hidden {size.hidden}: {rounds or size.rounds} rounds" for size in SIZES)
-    legend = "Milliseconds per step and ratios, minimum / median; processor time of a rank, minimum."
-    sizes = f"{LAYERS} layers, width 3 times hidden, heads of 32, vocabulary {VOCABULARY}, {SAMPLES} x {LENGTH} tokens; {counts}."
     import transformers
 
+    counts = ", ".join(f"hidden {size.hidden}: {rounds or size.rounds} rounds" for size in SIZES if size.hidden in hidden)
+    legend = "Milliseconds per step and ratios, minimum / median; processor time of a rank, minimum."
+    sizes = f"{LAYERS} layers, width 3 times hidden, heads of 32, vocabulary {VOCABULARY}, {SAMPLES} x {LENGTH} tokens; {counts}."
     where = machine("gloo", "both ranks share the cores", f"transformers {transformers.__version__}")
     body = (sizes, "", legend, "", *table(HEAD, lines))
     return readme("Beside what torch and transformers have", __doc__, *body, where=where, script="benchmarks/peers/run.py")
@@ -183,7 +187,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = launch.run(worker, options.hidden, options.rounds, folder, world=2)[0]
-    text = report([text for size in SIZES if size.hidden in found for text in rows(size, found[size.hidden])], options.rounds)
+    text = report([text for size in SIZES if size.hidden in found for text in rows(size, found[size.hidden])], options.hidden, options.rounds)
     if options.write:
         write(HERE / "README.md", text)
     else:
