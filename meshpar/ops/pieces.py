@@ -19,8 +19,8 @@ As many bytes are sent as by the collectives, in size - 1 messages, each to one 
 part of x that the rank has, and gathers it again in backward while the gradients of x are computed: one all-gather more, and 1/size of the
 memory (as Megatron does). The gradient sum of `gathered` runs beside the weight gradients, its own and those that others leave (see
 `ops.products`); the gather in the backward of `scattered` is in pieces, too. Rows are multiplied in groups, and parts summed from the own
-one backward: rounding differs from that of whole products. The first two only for sequences that all ranks have equal parts of, of one
-stretch each.
+one backward: rounding differs from that of whole products. Only sequences that all ranks have equal parts of, of one stretch each, travel in
+pieces.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def gathered(
     """The products of `s_to_r(x)` with `weights`: `x` [..., n, i] cut along `dim`, `weights` [o, i] -> one [..., n * size, o] each.
 
     In backward the gradients of `others`, which are left in `later`, are computed while that of `x` is summed. `whole`: the last result is
-    `s_to_r(x)` itself, for those who read it and do not keep it; then the products are not in pieces.
+    `s_to_r(x)` itself, for those who read it and do not keep it; then the products are not in pieces. (Nor are they where ranks have
+    unequal parts, or parts of several stretches.)
     """
     layout, axis = (dim, repeat, segments), (group, size, rank)
     if not _travels(size, rank):
@@ -82,9 +83,14 @@ def _of_whole(y: Tensor, weights: Matrices, biases: Biases, whole: bool) -> tupl
 
 
 def _forward(x: Tensor, weights: Matrices, biases: Biases, layout: Any, axis: Any, whole: bool) -> tuple[Tensor, ...]:
-    if whole:
+    if whole or not is_one_stretch(*layout[1:], axis[1]):
         return _of_whole(all_gather(x, layout, axis), weights, biases, whole)
     return tuple(_products(x, weights, biases, layout[0], axis))
+
+
+def is_one_stretch(repeat: int, segments: Segments, size: int) -> bool:
+    """Whether ranks have equal parts of one stretch each, which can travel by themselves."""
+    return repeat == 1 and len(segments) == 1 and segments[0][0] % size == 0
 
 
 class _Gathered(torch.autograd.Function):
@@ -98,7 +104,9 @@ class _Gathered(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.later, ctx.layout, ctx.axis, ctx.count, ctx.others = later, layout, axis, count, len(others)
         ctx.set_materialize_grads(False)
-        return _forward(x, weights, biases, layout, axis, whole)
+        found = _forward(x, weights, biases, layout, axis, whole)
+        ctx.shape = (*found[0].shape[:-1], x.shape[-1])
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -108,15 +116,13 @@ class _Gathered(torch.autograd.Function):
         wanted = [grad is not None and need for grad, need in zip(grads, needed[6 : 6 + count], strict=True)]
         again = STARTS[all_gather](x, ctx.layout, ctx.axis) if any(wanted) else None
         rows = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        shape = list(x.shape)
-        shape[ctx.layout[0]] *= ctx.axis[1]
-        for_x = _for_x(rows, weights, shape) if needed[0] else None
+        for_x = _for_x(rows, weights, ctx.shape) if needed[0] else None
         if needed[0] and of_whole and of_whole[0] is not None:
             for_x = of_whole[0] if for_x is None else for_x.add_(of_whole[0])
         flying = None if for_x is None else STARTS[reduce_scatter](for_x, ctx.layout, ctx.axis)
         for_weights: list[Tensor | None] = [None] * count
         if again is not None:
-            columns = again().view(-1, x.shape[-1])
+            columns = again().reshape(-1, x.shape[-1])
             for_weights = [
                 products.outer(columns, r, w.t()).t() if want and r is not None else None
                 for r, w, want in zip(rows, weights, wanted, strict=True)
@@ -127,7 +133,7 @@ class _Gathered(torch.autograd.Function):
         return None if flying is None else flying(), None, None, None, None, None, *for_weights, *for_biases, *for_others
 
 
-def _for_x(rows: list[Tensor | None], weights: list[Tensor], shape: list[int]) -> Tensor | None:
+def _for_x(rows: list[Tensor | None], weights: list[Tensor], shape: tuple[int, ...]) -> Tensor | None:
     """The gradient of what was multiplied, summed as autograd does: the last use first."""
     total: Tensor | None = None
     for r, weight in zip(reversed(rows), reversed(weights), strict=True):

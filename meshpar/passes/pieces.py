@@ -10,7 +10,7 @@ before                                       after
   z   = linear(c, wo)                          z_i = reduced(c, wo, ...)
   z_i = p_to_i(z, ...)
 
-Only where nothing else reads what is gathered and keeps it, or reads the pending sum, and for equal parts of one stretch. Products of rows
+Only where nothing else reads what is gathered and keeps it, or reads the pending sum, and that for equal parts of one stretch. Products of rows
 (`addmm` of a view) are products like others; of what is gathered, they and those who keep nothing may read views. (Blocks that are computed
 again in backward are left alone: they would gather three times.)
 """
@@ -51,7 +51,7 @@ class CutIntoPieces:
             change = facts(node).conversion
             if change is None or change.whole.nbytes < self.least_bytes:
                 continue
-            if node.target is collectives.s_to_r and _is_even(node, change):
+            if node.target is collectives.s_to_r and node.args[1] < len(change.whole.shape) - 1:
                 readers = _readers(node)
                 made = [reader for reader in readers if _is_product(node, reader, fixed)]
                 if made and all(reader in made or _keeps_nothing(node, reader) for reader in readers):
@@ -64,9 +64,9 @@ class CutIntoPieces:
 
 
 def _is_even(node: fx.Node, change: Change) -> bool:
-    """Whether a conversion is one to or from equal parts of one stretch of a dim that is no feature's."""
+    """Whether a conversion is one to equal parts of one stretch of a dim that is no feature's."""
     dim, repeat, segments = cast(tuple[int, int, tuple[tuple[int, int], ...]], node.args[1:])
-    return repeat == 1 and len(segments) == 1 and segments[0][0] % change.size == 0 and dim < len(change.whole.shape) - 1
+    return pieces.is_one_stretch(repeat, segments, change.size) and dim < len(change.whole.shape) - 1
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

@@ -143,12 +143,13 @@ def test_what_else_is_read_is_gathered_as_before() -> None:
 
 
 @pytest.mark.parametrize("segments", [((3, 1), (5, 1)), ((7, 1),)])
-def test_unequal_parts_are_left_alone(segments: tuple[tuple[int, int], ...]) -> None:
+def test_unequal_parts_travel_whole(segments: tuple[tuple[int, int], ...]) -> None:
+    """Products keep their part alone; it is gathered, and sums are scattered, in one message."""
     graph, y, z = graph_of()
     for node in (y, z):
         node.args = (*node.args[:-1], segments)
     CutIntoPieces(least_bytes=0)(graph)
-    assert targets(graph)[0] == "s_to_r" and targets(graph)[-1] == "p_to_s"
+    assert targets(graph)[0] == "gathered" and targets(graph)[-1] == "p_to_s"
 
 
 def test_small_values_are_left_alone() -> None:
