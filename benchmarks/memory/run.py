@@ -43,7 +43,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import line, machine, readme, table, write  # noqa: E402
 from meshpar._torch import local_of  # noqa: E402
-from meshpar.dry_run.tape import MachineTape, alive  # noqa: E402
+from meshpar.dry_run.tape import MachineTape, alive, levels  # noqa: E402
 from meshpar.passes import order  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 
@@ -97,11 +97,11 @@ def closed_form(case: Case, shape: Shape) -> float:
     return shape.unit * (whole / (t if case.sequence else 1) + rows + cut / t)
 
 
-def model_of(name: str, layers: int, shape: Shape) -> nn.Module:
+def model_of(name: str, layers: int, shape: Shape, vocabulary: int = 256) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    common: dict[str, Any] = {"vocab_size": 256, "use_cache": False, "attn_implementation": "sdpa"}
+    common: dict[str, Any] = {"vocab_size": vocabulary, "use_cache": False, "attn_implementation": "sdpa"}
     if name == "gpt":
         config = AutoConfig.for_model(
             "gpt2", n_layer=layers, n_embd=shape.hidden, n_head=shape.heads, n_positions=shape.length, attn_pdrop=0.0, **common
@@ -170,6 +170,48 @@ def per_layer(case: Case, shape: Shape) -> list[Kept]:
     return found
 
 
+VOCABULARY, TOKENS = 16384, 2048
+SHARES = (None, 8, 32)
+"""What the logits of a step are divided by for `logits_bytes`."""
+
+
+def peak(share: int | None, ranks: int) -> tuple[int, float]:
+    """The most bytes that a step takes above those that are there before it, and its loss, of a model that is little but its head."""
+    warnings.simplefilter("ignore")
+    shape = Shape(hidden=64, heads=2, kv=2, ffn=64, samples=4, length=TOKENS // 4)
+    mesh = mp.make_mesh(f"tp={ranks}")
+    model = model_of("llama", 1, shape, VOCABULARY).float()
+    ids = torch.randint(VOCABULARY, (shape.samples, shape.length), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids}
+    least = None if share is None else TOKENS * VOCABULARY * 4 // ranks // share
+    pm = mp.parallelize(model, mesh, example=batch, config=mp.ParallelConfig(logits_bytes=least))
+    pm.train_step(**batch)
+    with MachineTape() as tape:
+        for tensor in (*batch.values(), *pm.parameters(), *(p.grad for p in pm.parameters()), *pm.buffers()):
+            tape.number(local_of(tensor) if isinstance(tensor, DTensor) else tensor)  # type: ignore[arg-type]
+        before = sum(alive(tape.storages.changes).values())
+        loss = pm.train_step(**batch)
+        most = max(levels(tape.storages.changes)) - before
+    return most, float(loss)
+
+
+def rows_of_logits() -> list[str]:
+    """The lines of the second table."""
+    found = []
+    for ranks in (1, 2):
+        losses = set()
+        for share in SHARES:
+            most, loss = launch.run(peak, share, ranks, world=ranks)[0]
+            losses.add(round(loss, 4))
+            logits = TOKENS * VOCABULARY * 4 / ranks
+            said = "all at once" if share is None else f"1/{share}"
+            found.append(line([f"tp={ranks}", said, f"{logits / 2**20:.0f}", f"{most / 2**20:.1f}", f"{most / logits:.2f}"]))
+            print(found[-1], flush=True)
+        if len(losses) > 1:
+            raise SystemExit(f"losses differ: {losses}")
+    return found
+
+
 def row(case: Case, shape: Shape, found: Sequence[Kept]) -> str:
     """One line of the table."""
     measured, without = (sum(one.values()) for one in found)
@@ -198,7 +240,13 @@ def main() -> None:
             print(f"    {size / shape.unit:7.3f}  {name}")
     size = f"hidden {shape.hidden}, {shape.heads} heads ({shape.kv} of keys and values), width {shape.ffn} (gpt: {4 * shape.hidden}), "
     size += f"{shape.experts} experts of which {shape.choices}, {shape.samples} x {shape.length} tokens. Bytes per token and hidden width."
-    text = readme("Memory of a layer", __doc__, size, "", *table(HEAD, rows), where=machine("gloo"), script="benchmarks/memory/run.py")
+    logits = [
+        f"Of a step of a model that is little but its head, {TOKENS} tokens, a vocabulary of {VOCABULARY}, float32, with all logits at once or",
+        "`ParallelConfig(logits_bytes=...)`: MiB of a rank's logits, and the most bytes above those that are there before the step.",
+        "",
+        *table(("mesh", "logits at once", "logits, MiB", "peak, MiB", "peak : logits"), rows_of_logits() if not options.only else []),
+    ]
+    text = readme("Memory of a layer", __doc__, size, "", *table(HEAD, rows), "", *logits, where=machine("gloo"), script="benchmarks/memory/run.py")
     if options.write:
         write(HERE / "README.md", text)
 

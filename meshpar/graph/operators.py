@@ -261,6 +261,7 @@ _ROWS_OF_TABLES: dict[str, OperatorRow] = {
 
 _EXPERTS: dict[str, OperatorRow] = {
     **_rows("meshpar.dispatch", row("t [h], t [k] -> (t k) [h], [x], (t k)"), kind="experts", saves="indices"),
+    **_rows("meshpar.ops.load.dispatch", kind="experts", saves="indices"),
     **_rows("meshpar.row_expert", rules.row_expert, kind="experts"),
     **_rows("meshpar.combine", row("(t k) h, (t k), t [k] -> t h", linear=((0,), (2,))), kind="experts"),
     **_rows("meshpar.ops.expert_all_to_all.send_rows", row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)), kind="experts"),
