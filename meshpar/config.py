@@ -137,7 +137,8 @@ class ParallelConfig(_Fields):
     few keys before a rank's own are fetched, its halo). "auto" decides for each layer by price. A layer that cannot have the form that is
     asked for takes another one: `explain()` says which each has."""
     recompute: Recompute = "none"
-    """What is computed again in backward, per block: nothing, all but matmul and attention outputs, or everything."""
+    """What is computed again in backward, per block: nothing, all but matmul and attention outputs, or everything. "none" computes cheap
+    operators again all the same, and gathers again, where backward then keeps a megabyte or more less (`passes/again.py`, `passes/pieces.py`)."""
     compile: bool | Mapping[str, Any] = False
     """Whether the code of blocks is compiled by torch.compile, once for all blocks of one structure, and again for every other shape of
     batch; a dict holds its arguments, as in {"mode": "max-autotune-no-cudagraphs"}. What is not in a block runs as it is; so do blocks that
@@ -161,6 +162,9 @@ class ParallelConfig(_Fields):
     """Whether a stage of a pipeline computes while what it is sent arrives; else it waits for each message when it begins to receive it."""
     outputs: Literal["whole", "cut"] = "whole"
     """What `pm(**batch)` returns: whole tensors of this data rank's samples, or ("cut") DTensors where values are cut, not gathered."""
+    logits_bytes: int | None = None
+    """The most bytes of logits that a rank holds at once in a step: a loss over a product is computed some rows at a time, and again in
+    backward (`passes/chunked_loss.py`: the same to rounding, for a quarter of the head's operations more). None: all at once."""
     pad_to: int | Sequence[int] | None = None
     """To what lengths positions are padded (dim 1 of the first tensor, and the dims of others that are as long): multiples of a number, or
     the first of several lengths that is not shorter. Data ranks then may have different numbers of positions and of samples: they are
@@ -221,6 +225,7 @@ class ParallelConfig(_Fields):
                 ("microbatches", self.microbatches, 1),
                 ("virtual_stages", self.virtual_stages, 1),
                 ("bucket_bytes", self.bucket_bytes, 1),
+                ("logits_bytes", self.logits_bytes, 1),
                 ("seed", self.seed, 0),
             )
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least)

@@ -94,7 +94,7 @@ def contenders(hidden: Tensor, index: Tensor, weights: Tensor, local: int) -> di
     assert group is not None
     operator = mp.ops.expert_all_to_all
     sorted_, _, dispatched = operator.dispatch(hidden, index, total)
-    sent, received = dispatched.route.splits[:, :-1].tolist()
+    sent, received = dispatched.route.splits[:, :-1].unflatten(1, (dist.get_world_size(), -1)).sum(2).tolist()
     there = hidden.repeat_interleave(CHOICES, 0)
 
     def ours() -> Tensor:

@@ -107,7 +107,7 @@ class Sleeping(Link):
 @contextmanager
 def slow(link: Link) -> Iterator[None]:
     """Inside, the collectives of graphs, and those of `handwritten`, go over `link`."""
-    begin = primitives.begin
+    begin, start = primitives.begin, primitives.start_messages
 
     def begun(op: Any, x: Tensor, *args: Any) -> Callable[[], Tensor]:
         name = op._schema.name.partition("::")[2]
@@ -115,12 +115,17 @@ def slow(link: Link) -> Iterator[None]:
         sent = SENT[name](x, group.size()) if name in SENT else x.nbytes * (1 - args[1][group.rank()] / max(1, x.shape[0]))
         return link.carry(sent, begin(op, x, *args))
 
+    def started(gone: Any, come: Any, group: str) -> Callable[[], None]:
+        return link.carry(sum(x.nbytes for x, _, _ in gone), start(gone, come, group))
+
     primitives.begin = expert_all_to_all.begin = begun  # type: ignore[attr-defined]
+    expert_all_to_all.start_messages = started  # type: ignore[attr-defined]
     handwritten.dist = _ByHand(link)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         primitives.begin = expert_all_to_all.begin = begin  # type: ignore[attr-defined]
+        expert_all_to_all.start_messages = start  # type: ignore[attr-defined]
         handwritten.dist = dist  # type: ignore[attr-defined]
 
 

@@ -14,7 +14,7 @@ from meshpar.compile.place import check_buffers, place
 from meshpar.compile.priced import priced
 from meshpar.compile.program import Program
 from meshpar.compile.signature import BatchSignature
-from meshpar.compile.split import split
+from meshpar.compile.split import StageGraph, split
 from meshpar.compile.summed import unmanaged
 from meshpar.config import ParallelConfig
 from meshpar.graph.captured import Captured
@@ -43,6 +43,9 @@ class Lowering:
         program = in_stages(Program(signature, captured, plan, graph))
         check_buffers(program.all_stages, plan)
         check_stages(program.all_stages, [stage.rank for stage in plan.stages], captured.hooks)
+        if self.config.logits_bytes is not None:
+            for stage in program.stages:
+                order.chunked(stage.graph, self.config.logits_bytes)
         for stage in (*program.all_stages, *program.stages):
             self._finished(stage.graph)
         return program
@@ -50,8 +53,17 @@ class Lowering:
     def whole(self, signature: BatchSignature, captured: Captured, plan: Plan) -> Program:
         """One that every rank runs from its first to its last call."""
         graph = self._lowered(captured, plan)
+        step = self._loss_alone(graph, captured)
         graph = self._finished(graph)
-        return Program(signature, captured, replace(plan, ledger=ledger(graph, priced(self.config, self.mesh))), graph)
+        return Program(signature, captured, replace(plan, ledger=ledger(graph, priced(self.config, self.mesh))), graph, step=step)
+
+    def _loss_alone(self, graph: fx.Graph, captured: Captured) -> StageGraph | None:
+        """The same for its loss alone, whose logits nobody else is to have: in chunks, where that is asked for."""
+        if self.config.logits_bytes is None or captured.loss is None:
+            return None
+        (step,) = split(graph, 1, parameters=frozenset(captured.parameters), mutations=captured.mutations, wanted=(captured.loss,))
+        self._finished(order.chunked(step.graph, self.config.logits_bytes))
+        return step
 
     def _lowered(self, captured: Captured, plan: Plan) -> fx.Graph:
         if plan.stages:
@@ -63,7 +75,7 @@ class Lowering:
     def _finished(self, graph: fx.Graph) -> fx.Graph:
         config = self.config
         keeps, overlap = config.recompute != "selective", config.overlap_tensor_parallel
-        return order.finished(graph, results=keeps, overlap=overlap, pieces=config.recompute == "none")
+        return order.finished(graph, results=keeps, overlap=overlap, again=config.recompute == "none")
 
 
 def in_stages(program: Program) -> Program:

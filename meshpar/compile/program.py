@@ -37,6 +37,8 @@ class Program:
     """Where the mesh has a pipeline: the graph by stages, returning the loss alone."""
     all_stages: tuple[StageGraph, ...] = ()
     """The same, returning every output."""
+    step: StageGraph | None = None
+    """Without a pipeline: the graph of `train_step`, returning the loss alone, where that is another one."""
     proof: StaticReport = field(default_factory=lambda: StaticReport(0))
     """What was proved of it."""
     like: Program | None = None

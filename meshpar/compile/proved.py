@@ -63,6 +63,8 @@ def read_back(program: Program, mesh: DeviceMesh, config: ParallelConfig) -> Sta
         summed=summed,
     )
     ways = (program.all_stages,) if program.stages == program.all_stages else (program.all_stages, program.stages)
+    if program.step is not None:
+        ways = (*ways, (program.step,))
     return check(claims, [_parts(program, stages) for stages in ways])
 
 

@@ -16,8 +16,8 @@ def product(factor: int = 0) -> Flops:
 
 
 def products(op: Op) -> float:
-    """Several products of one value."""
-    return sum(2 * prod(out.shape) * op.shapes[0][-1] for out in op.outs if out is not None)
+    """Several products of one value. (A last result may be that value itself.)"""
+    return sum(2 * prod(out.shape) * op.shapes[0][-1] for out, _ in zip(op.outs, op.node.args[1]) if out is not None)
 
 
 def reduced_product(op: Op) -> float:

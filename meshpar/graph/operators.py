@@ -260,7 +260,8 @@ _ROWS_OF_TABLES: dict[str, OperatorRow] = {
 }
 
 _EXPERTS: dict[str, OperatorRow] = {
-    **_rows("meshpar.dispatch", row("t [h], t [k] -> (t k) [h], [x], (t k)"), kind="experts"),
+    **_rows("meshpar.dispatch", row("t [h], t [k] -> (t k) [h], [x], (t k)"), kind="experts", saves="indices"),
+    **_rows("meshpar.ops.load.dispatch", kind="experts", saves="indices"),
     **_rows("meshpar.row_expert", rules.row_expert, kind="experts"),
     **_rows("meshpar.combine", row("(t k) h, (t k), t [k] -> t h", linear=((0,), (2,))), kind="experts"),
     **_rows("meshpar.ops.expert_all_to_all.send_rows", row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)), kind="experts"),
@@ -293,6 +294,7 @@ _LAYERS: dict[str, OperatorRow] = {
 }  # fmt: skip
 
 _LOSSES: dict[str, OperatorRow] = {
+    **_rows("meshpar.ops.chunked_loss.cross_entropy", kind="label loss", flops=count.reduced_product, additive=True),
     **_rows("cross_entropy_loss", layers.cross_entropy, kind="label loss", additive=True, local=local.cross_entropy),
     **_rows("nll_loss nll_loss_nd nll_loss2d", layers.label_loss, kind="label loss", additive=True),
     **_rows("mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits",
@@ -381,6 +383,7 @@ _COLLECTIVES: dict[str, OperatorRow] = {
     )
     for name in ("i_to_r_many", *(conversion.op for conversion in CONVERSIONS.values()))
 } | {
+    "meshpar.ops.again.computed": OperatorRow(kind="elementwise"),
     "meshpar.ops.products.i_to_r": OperatorRow(kind="collective", saves="nothing", view=True),
     "meshpar.ops.products.convert": OperatorRow(kind="collective", saves="nothing"),
     "meshpar.ops.products.beside": OperatorRow(saves="nothing"),

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshpar._torch import FakeTensor, functional, resolve_process_group
 from meshpar.errors import ConfigError, raise_all
 from meshpar.ops import experts
-from meshpar.ops.primitives import Finish, begin, call, on_rank
+from meshpar.ops.primitives import Finish, begin, call, on_rank, start_messages
 from meshpar.sharding.types import chunk
 from meshpar.simulate import is_simulated, local_tensors
 
@@ -39,6 +39,8 @@ AxisKey = tuple[str, int, int]
 
 
 Splits = Tensor | tuple[Sequence[int], Sequence[int]]
+LEAST_MESSAGE = 2**17
+"""Bytes of an expert's rows from one rank, on the average, from which on a CPU sends them by themselves."""
 
 
 class Route(NamedTuple):
@@ -47,6 +49,9 @@ class Route(NamedTuple):
     `splits` [2, ranks + 1] (int64, on the host): the rows sent to every rank and those left out; the rows received from every rank, and 0.
     `order` [m]: where among the received rows, source by source, each row in expert order is; `place` [m] is its inverse. Both are None
     where the two orders are the same, one expert per rank. In compiled code `splits` are the numbers themselves.
+
+    Where the rows of an expert are a message of their own, each arrives where it belongs: both are None, and `splits` [2, E + 1] are the
+    rows sent to every expert, and those received from every rank for each of this rank's.
     """
 
     splits: Splits
@@ -138,6 +143,10 @@ def exchange(x: Tensor, offsets: Tensor, *, dropping: bool = False, group: str, 
     `offsets` (int32) are the ends of this rank's rows of every expert, those that come back the ends of all ranks' rows of this rank's
     experts; an expert's rows are in the order of the ranks they came from. With `dropping`, rows after the last offset are not sent.
     Two all-to-alls, of E numbers and of the rows; the host waits once, for 2 * size numbers. Its gradient is `exchange_back`.
+
+    On CPUs, whose memory is not much faster than their network, rows are not put into another order where they arrive: from
+    `LEAST_MESSAGE` on those of every expert are a message of their own. (Whether they are, all ranks see alike: with its numbers each
+    tells how many rows it has.)
     """
     axis = (group, size, rank)
     if size == 1 and not dropping:
@@ -146,12 +155,14 @@ def exchange(x: Tensor, offsets: Tensor, *, dropping: bool = False, group: str, 
         raise ConfigError(f"expert_all_to_all: {size} ranks do not divide the {offsets.shape[0]} experts.")
     if _is_fake(x):
         return _exchange_fake(x, offsets, axis)
+    tells = rank >= 0 and offsets.shape[0] > size and x.device.type == "cpu" and not torch.compiler.is_compiling() and not _pretends(group)
     counts = on_rank(lambda _, ends: ends.diff(prepend=ends.new_zeros(1)), axis, offsets)
-    even = [offsets.shape[0] // size] * size
-    received = call(functional.all_to_all_single.default, counts, even, even, group)
+    told = torch.nn.functional.pad(counts.view(size, -1), (0, 1), value=x.shape[0]).flatten() if tells else counts
+    even = [told.shape[0] // size] * size
+    received = call(functional.all_to_all_single.default, told, even, even, group)
     if rank >= 0 and _pretends(group):
         received = counts
-    splits, order, place, ends = on_rank(partial(_route, size, dropping), axis, x, counts, received)
+    splits, order, place, ends = on_rank(partial(_route, size, dropping, tells), axis, x, counts, received)
     if torch.compiler.is_compiling():
         splits = _known(splits, x.shape[0], dropping, order)
     route = Route(splits, order, place)
@@ -200,20 +211,23 @@ def _route_of(splits: Tensor, order: Tensor, place: Tensor) -> Route:
 
 
 def _route(
-    size: int, dropping: bool, rank: int, x: Tensor, counts: Tensor, received: Tensor
+    size: int, dropping: bool, tells: bool, rank: int, x: Tensor, counts: Tensor, received: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """`splits`, `order`, `place` (see `Route`) and the experts' ends, of what this rank sends to every expert and gets for its own."""
-    arrived = received.view(size, -1).long()
-    sent = counts.view(size, -1).sum(1)
+    arrived, rows_of = received.view(size, -1).long(), None
+    if tells:
+        arrived, rows_of = arrived[:, :-1], arrived[:, -1]
+    alone = rows_of is not None and int(rows_of.sum()) * x.shape[1] * x.itemsize >= LEAST_MESSAGE * size * counts.shape[0]
+    sent, came = (counts.long(), arrived.flatten()) if alone else (counts.view(size, -1).sum(1), arrived.sum(1))
     left = x.shape[0] - sent.sum(0, keepdim=True)
-    splits = torch.stack([torch.cat([sent, left]), torch.cat([arrived.sum(1), torch.zeros_like(left)])]).cpu()
+    splits = torch.stack([torch.cat([sent, left]), torch.cat([came, torch.zeros_like(left)])]).cpu()
     if not dropping and not torch.compiler.is_compiling() and splits[0, -1]:
         raise ConfigError(
             f"expert_all_to_all: the offsets end at {x.shape[0] - int(splits[0, -1])}, x has {x.shape[0]} rows: every row needs an expert "
             f"from 0 to {counts.shape[0] - 1} (or dropping=True, which leaves the rows after the last offset out)."
         )
     ends = arrived.sum(0).cumsum(0).to(torch.int32)
-    if arrived.shape[1] == 1:
+    if alone or arrived.shape[1] == 1:
         return splits, None, None, ends
     total = int(splits[1].sum())
     here = _starts(arrived)
@@ -298,6 +312,8 @@ class _Moved(torch.autograd.Function):
 def _sent(x: Tensor, route: Route, dropping: bool, axis: AxisKey) -> Tensor:
     sent, received, left = _splits(x, route, axis)
     x = on_rank(_contiguous, axis, x[: x.shape[0] - left] if dropping else x)
+    if len(sent) > axis[1]:
+        return _start_alone(x, _by_rank(sent, axis[1]), _by_expert(received, axis[1]), axis)()
     rows = call(functional.all_to_all_single.default, x, received, sent, axis[0])
     return rows if route.order is None else on_rank(_permuted, axis, rows, route.order)
 
@@ -309,7 +325,10 @@ def _returned(y: Tensor, route: Route, dropping: bool, axis: AxisKey) -> Tensor:
 def _start_returned(y: Tensor, route: Route, dropping: bool, axis: AxisKey) -> Finish:
     sent, received, left = _splits(y, route, axis)
     y = on_rank(_contiguous, axis, y) if route.place is None else on_rank(_permuted, axis, y, route.place)
-    flying = begin(functional.all_to_all_single.default, y, sent, received, axis[0])
+    if len(sent) > axis[1]:
+        flying = _start_alone(y, _by_expert(received, axis[1]), _by_rank(sent, axis[1]), axis)
+    else:
+        flying = begin(functional.all_to_all_single.default, y, sent, received, axis[0])
     if not dropping:
         return flying
 
@@ -318,6 +337,49 @@ def _start_returned(y: Tensor, route: Route, dropping: bool, axis: AxisKey) -> F
         return torch.cat([rows, rows.new_zeros(left, *rows.shape[1:])])
 
     return with_the_rest
+
+
+Stretches = dict[tuple[int, int], tuple[int, int]]
+"""(rank, one of its experts, or of this rank's) -> the first and the last row of what goes there, or comes from there."""
+
+
+def _by_rank(counts: Sequence[int], size: int) -> Stretches:
+    """Rows in the order of experts, those of all ranks."""
+    local = len(counts) // size
+    return _stretches([(at, counts[at]) for at in range(len(counts))], local)
+
+
+def _by_expert(counts: Sequence[int], size: int) -> Stretches:
+    """Rows in the order of this rank's experts, of each those of one rank after the other."""
+    local = len(counts) // size
+    return _stretches([(rank * local + expert, counts[rank * local + expert]) for expert in range(local) for rank in range(size)], local)
+
+
+def _stretches(counts: Sequence[tuple[int, int]], local: int) -> Stretches:
+    found, start = Stretches(), 0
+    for at, count in counts:
+        found[divmod(at, local)] = start, start + count
+        start += count
+    return found
+
+
+def _start_alone(x: Tensor, here: Stretches, there: Stretches, axis: AxisKey) -> Finish:
+    """Every stretch of `x` a message of its own, which arrives in its place."""
+    group, _, rank = axis
+    x = x.detach()
+    result = x.new_empty(sum(stop - start for start, stop in there.values()), *x.shape[1:])
+    gone = [(x[start:stop], peer, tag) for (peer, tag), (start, stop) in here.items() if peer != rank and stop > start]
+    come = [(result[start:stop], peer, tag) for (peer, tag), (start, stop) in there.items() if peer != rank and stop > start]
+    wait = start_messages(gone, come, group)
+    for key, (start, stop) in here.items():
+        if key[0] == rank:
+            result[slice(*there[key])].copy_(x[start:stop])
+
+    def arrived() -> Tensor:
+        wait()
+        return result
+
+    return arrived
 
 
 def _contiguous(rank: int, rows: Tensor) -> Tensor:

@@ -97,6 +97,9 @@ def combine(y: Tensor, perm: Tensor, weights: Tensor) -> Tensor:
     Summed choice by choice, in float32 or wider, and returned in the type of `y`: the same bits whatever rank computed which expert.
     """
     wide = torch.promote_types(torch.promote_types(y.dtype, weights.dtype), torch.float32)
+    if y.dtype == wide and y.device.type == "cpu" and y.numel():  # one pass over the rows, each by itself
+        of_token = _inverse(perm).view(weights.shape)
+        return torch.nn.functional.embedding_bag(of_token, y, mode="sum", per_sample_weights=weights.to(wide))
     result = y.new_empty((weights.shape[0], y.shape[1]))
     of_token, weights = _inverse(perm).view(weights.shape), weights.to(wide)
     for block in _blocks(result):

@@ -19,8 +19,8 @@ As many bytes are sent as by the collectives, in size - 1 messages, each to one 
 part of x that the rank has, and gathers it again in backward while the gradients of x are computed: one all-gather more, and 1/size of the
 memory (as Megatron does). The gradient sum of `gathered` runs beside the weight gradients, its own and those that others leave (see
 `ops.products`); the gather in the backward of `scattered` is in pieces, too. Rows are multiplied in groups, and parts summed from the own
-one backward: rounding differs from that of whole products. The first two only for sequences that all ranks have equal parts of, of one
-stretch each.
+one backward: rounding differs from that of whole products. Only sequences that all ranks have equal parts of, of one stretch each, travel in
+pieces.
 """
 
 from __future__ import annotations
@@ -53,60 +53,87 @@ def gathered(
     later: Beside | None = None,
     others: Matrices = (),
     *,
+    whole: bool = False,
     group: str,
     size: int,
     rank: int,
 ) -> tuple[Tensor, ...]:
     """The products of `s_to_r(x)` with `weights`: `x` [..., n, i] cut along `dim`, `weights` [o, i] -> one [..., n * size, o] each.
 
-    In backward the gradients of `others`, which are left in `later`, are computed while that of `x` is summed.
+    In backward the gradients of `others`, which are left in `later`, are computed while that of `x` is summed. `whole`: the last result is
+    `s_to_r(x)` itself, for those who read it and do not keep it; then the products are not in pieces. (Nor are they where ranks have
+    unequal parts, or parts of several stretches.)
     """
     layout, axis = (dim, repeat, segments), (group, size, rank)
     if not _travels(size, rank):
-        whole = (
+        y = (
             collectives.s_to_r(x, *layout, group=group, size=size, rank=rank)
             if later is None
             else products.convert(x, later, others, "s_to_r", *layout, group=group, size=size, rank=rank)
         )
-        return tuple(linear(whole, w, b) for w, b in zip(weights, biases, strict=True))
+        return _of_whole(y, weights, biases, whole)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *weights)):
-        return tuple(_products(x, weights, biases, dim, axis))
-    return _Gathered.apply(x, later, layout, axis, len(weights), *weights, *biases, *others)
+        return _forward(x, weights, biases, layout, axis, whole)
+    return _Gathered.apply(x, later, layout, axis, whole, len(weights), *weights, *biases, *others)
+
+
+def _of_whole(y: Tensor, weights: Matrices, biases: Biases, whole: bool) -> tuple[Tensor, ...]:
+    found = tuple(linear(y, w, b) for w, b in zip(weights, biases, strict=True))
+    return (*found, y) if whole else found
+
+
+def _forward(x: Tensor, weights: Matrices, biases: Biases, layout: Any, axis: Any, whole: bool) -> tuple[Tensor, ...]:
+    if whole or not is_one_stretch(*layout[1:], axis[1]):
+        return _of_whole(all_gather(x, layout, axis), weights, biases, whole)
+    return tuple(_products(x, weights, biases, layout[0], axis))
+
+
+def is_one_stretch(repeat: int, segments: Segments, size: int) -> bool:
+    """Whether ranks have equal parts of one stretch each, which can travel by themselves."""
+    return repeat == 1 and len(segments) == 1 and segments[0][0] % size == 0
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, later: Beside | None, layout: Any, axis: Any, count: int, *rest: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, later: Beside | None, layout: Any, axis: Any, whole: bool, count: int, *rest: Any
+    ) -> tuple[Tensor, ...]:
         weights, biases, others = rest[:count], rest[count : 2 * count], rest[2 * count :]
         if later is not None:
             later.is_open = x.requires_grad
         ctx.save_for_backward(x, *weights)
         ctx.later, ctx.layout, ctx.axis, ctx.count, ctx.others = later, layout, axis, count, len(others)
         ctx.set_materialize_grads(False)
-        return tuple(_products(x, weights, biases, layout[0], axis))
+        found = _forward(x, weights, biases, layout, axis, whole)
+        ctx.shape = (*found[0].shape[:-1], x.shape[-1])
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         (x, *weights), needed, count = ctx.saved_tensors, ctx.needs_input_grad, ctx.count
-        wanted = [grad is not None and need for grad, need in zip(grads, needed[5 : 5 + count], strict=True)]
+        of_whole, grads = grads[count:], grads[:count]
+        wanted = [grad is not None and need for grad, need in zip(grads, needed[6 : 6 + count], strict=True)]
         again = STARTS[all_gather](x, ctx.layout, ctx.axis) if any(wanted) else None
         rows = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        shape = list(x.shape)
-        shape[ctx.layout[0]] *= ctx.axis[1]
-        for_x = _for_x(rows, weights, shape) if needed[0] else None
+        for_x = _for_x(rows, weights, ctx.shape) if needed[0] else None
+        if needed[0] and of_whole and of_whole[0] is not None:
+            for_x = of_whole[0] if for_x is None else for_x.add_(of_whole[0])
         flying = None if for_x is None else STARTS[reduce_scatter](for_x, ctx.layout, ctx.axis)
         for_weights: list[Tensor | None] = [None] * count
         if again is not None:
-            columns = again().view(-1, x.shape[-1])
-            for_weights = [r.t().mm(columns) if want and r is not None else None for r, want in zip(rows, wanted, strict=True)]
-        needs = needed[5 + count : 5 + 2 * count]
+            columns = again().reshape(-1, x.shape[-1])
+            for_weights = [
+                products.outer(columns, r, w.t()).t() if want and r is not None else None
+                for r, w, want in zip(rows, weights, wanted, strict=True)
+            ]
+        needs = needed[6 + count : 6 + 2 * count]
         for_biases = [r.sum(0) if need and r is not None else None for r, need in zip(rows, needs, strict=True)]
         for_others = ctx.later.run(ctx.others) if ctx.later is not None else []
-        return None if flying is None else flying(), None, None, None, None, *for_weights, *for_biases, *for_others
+        return None if flying is None else flying(), None, None, None, None, None, *for_weights, *for_biases, *for_others
 
 
-def _for_x(rows: list[Tensor | None], weights: list[Tensor], shape: list[int]) -> Tensor | None:
+def _for_x(rows: list[Tensor | None], weights: list[Tensor], shape: tuple[int, ...]) -> Tensor | None:
     """The gradient of what was multiplied, summed as autograd does: the last use first."""
     total: Tensor | None = None
     for r, weight in zip(reversed(rows), reversed(weights), strict=True):

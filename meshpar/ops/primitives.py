@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from meshpar._torch import LocalTensor, below_autograd, functional, is_view
+from meshpar._torch import LocalTensor, below_autograd, functional, is_view, resolve_process_group
 from meshpar.ops.layouts import (
     join,
     local_shape,
@@ -210,6 +210,22 @@ def start_shift(x: Tensor, by: int, axis: Any) -> Finish:
     group, size, rank = axis
     sent, received = ([x.shape[0] if q == at % size else 0 for q in range(size)] for at in (rank + by, rank - by))
     return begin(functional.all_to_all_single.default, x.contiguous(), received, sent, group)
+
+
+Message = tuple[Tensor, int, int]
+"""A tensor of one stretch, the rank of the group that it goes to or comes from, and a tag."""
+
+
+def start_messages(gone: Sequence[Message], come: Sequence[Message], group: str) -> Callable[[], None]:
+    """Sending some tensors and receiving others, each between two ranks; what is returned waits for all. Not simulated."""
+    between = resolve_process_group(group)
+    works = [between.recv([x], peer, tag) for x, peer, tag in come] + [between.send([x], peer, tag) for x, peer, tag in gone]
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait
 
 
 def exchanged(parts: tuple[Tensor, ...], received: Sequence[Sequence[int]], axis: Any) -> Tensor:

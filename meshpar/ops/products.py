@@ -163,13 +163,13 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows, columns = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         matrix = weight if ctx.transposed else weight.t()
-        ctx.later.put(ctx.number, lambda: _outer(columns, rows, matrix) if ctx.transposed else _outer(columns, rows, matrix).t())
+        ctx.later.put(ctx.number, lambda: outer(columns, rows, matrix) if ctx.transposed else outer(columns, rows, matrix).t())
         for_x = (rows @ matrix.t()).view(x.shape) if ctx.needs_input_grad[0] else None
         for_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return for_x, None, for_bias, None, None, None
 
 
-def _outer(x: Tensor, grad: Tensor, matrix: Tensor) -> Tensor:
+def outer(x: Tensor, grad: Tensor, matrix: Tensor) -> Tensor:
     """The gradient of the `matrix` of a product, in the order of its memory, as torch has it."""
     if matrix.stride(0) == 1 and matrix.stride(1) == matrix.shape[0]:
         return grad.t().mm(x).t()

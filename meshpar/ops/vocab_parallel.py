@@ -81,7 +81,7 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: reduction {reduction!r}; 'sum' or 'none' (a mean is the sum over its own denominator).")
     if size == 1:
         return F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-    how = _Loss(dim, (repeat, segments), reduction, ignore_index, label_smoothing, (group, size, rank))
+    how = Loss(dim, (repeat, segments), reduction, ignore_index, label_smoothing, (group, size, rank))
     return _CrossEntropy.apply(logits, target, weight, how)
 
 
@@ -154,7 +154,7 @@ def _localize(ids: Tensor, layout: Any, size: int, rank: int) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True, slots=True)
-class _Loss:
+class Loss:
     """What is known of a cross entropy before any tensor is."""
 
     dim: int
@@ -181,13 +181,13 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, how: _Loss) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, how: Loss) -> Tensor:
         group, axis = how.axis[0], how.axis
         weights = () if weight is None else (weight,)
-        peak = call(functional.all_reduce.default, on_rank(lambda _, x: _peak(x.movedim(how.dim, -1)), axis, logits), "max", group)
-        exps, sums, index, absent = on_rank(partial(_local_sums, how), axis, logits, target, peak, *weights)
+        peak = call(functional.all_reduce.default, on_rank(lambda _, x: peak_of(x.movedim(how.dim, -1)), axis, logits), "max", group)
+        exps, sums, index, absent = on_rank(partial(local_sums, how), axis, logits, target, peak, *weights)
         sums = call(functional.all_reduce.default, sums, "sum", group)
-        loss, token_weight = on_rank(partial(_loss, how), axis, sums, target, *weights)
+        loss, token_weight = on_rank(partial(loss_of, how), axis, sums, target, *weights)
         ctx.how = how
         ctx.save_for_backward(exps, sums, index, absent, token_weight, target, *weights)
         return on_rank(lambda _, x: (x.sum() if how.reduction == "sum" else x).to(logits.dtype), axis, loss)
@@ -195,19 +195,20 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        return on_rank(partial(_gradient, ctx.how), ctx.how.axis, grad, *ctx.saved_tensors), None, None, None
+        return on_rank(partial(gradient_of, ctx.how), ctx.how.axis, grad, *ctx.saved_tensors), None, None, None
 
 
 def _accumulated_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _peak(x: Tensor) -> Tensor:
+def peak_of(x: Tensor) -> Tensor:
+    """The largest logit of each token, of this rank's classes; classes last."""
     x = x if x.shape[-1] else x.new_full((*x.shape[:-1], 1), -torch.inf)
     return x.amax(-1).to(_accumulated_in(x.dtype))
 
 
-def _local_sums(how: _Loss, rank: int, x: Tensor, target: Tensor, peak: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def local_sums(how: Loss, rank: int, x: Tensor, target: Tensor, peak: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """E, this rank's share of (sum of E, target logit[, weighted sum of logits]), the target's local index and where it is elsewhere."""
     index, absent = _localize(target.masked_fill(target == how.ignore_index, 0), how.layout, how.axis[1], rank)
     shifted = x.movedim(how.dim, -1).to(peak.dtype) - peak.unsqueeze(-1)
@@ -217,7 +218,7 @@ def _local_sums(how: _Loss, rank: int, x: Tensor, target: Tensor, peak: Tensor, 
     return exps.to(x.dtype), torch.stack([exps.sum(-1), picked, *logits]), index, absent
 
 
-def _loss(how: _Loss, _: int, sums: Tensor, target: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(how: Loss, _: int, sums: Tensor, target: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of every token, and its weight (zero where it is ignored)."""
     ignored = target == how.ignore_index
     known = target.masked_fill(ignored, 0)
@@ -230,8 +231,8 @@ def _loss(how: _Loss, _: int, sums: Tensor, target: Tensor, *weights: Tensor) ->
     return loss.masked_fill_(ignored, 0), token_weight
 
 
-def _gradient(
-    how: _Loss,
+def gradient_of(
+    how: Loss,
     rank: int,
     grad: Tensor,
     exps: Tensor,

@@ -1,6 +1,6 @@
 """The sequence of passes, and why it is that one.
 
-    captured ── before() ── decided on ── lowered() ── deferred() ── cut into stages ── finished() ── what the runtime is given
+    captured ── before() ── decided on ── lowered() ── deferred() ── cut into stages ── chunked() ── finished() ── what the runtime is given
 
 before     Batch norm is written out first: its statistics then are sums like any other, and the types see them. Attention that is written
            out becomes attention, and masks are read, while they are whole: a part of a causal mask is not causal. Losses of all positions
@@ -12,8 +12,10 @@ lowered    `Lower`, outermost axis first, as they were typed: the types of the n
            `Coalesce` joins conversions of small parameters: those of every axis must be there.
            `SeedRandom` and `TallyExperts` ask for inputs of their own; they read the operators that are left, and nothing reads them.
 deferred   Only for schedules that put the gradients of weights off, and after lowering: the products that are split must be local ones.
+chunked    Where logits are to be few at a time, in graphs that return the loss alone: a reader of all logits must be gone.
 finished   `CutIntoPieces` and `HideGradientSums` join products and conversions of one block, so stages must be cut; they leave those alone
            that were put off. The first takes what is next to each other, the other what is left, and what the first left to do.
+           `ComputeAgain` joins what is cheap, when nobody looks for single operators any more.
            `Reuse` is the last: memory that nothing reads any more is known when no pass adds a reader, and when stages are cut.
 """
 
@@ -24,8 +26,10 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from meshpar.mesh import Axis
+from meshpar.passes.again import ComputeAgain
 from meshpar.passes.attention import SimplifyAttention
 from meshpar.passes.batch_norm import expand_batch_norm
+from meshpar.passes.chunked_loss import ChunkLoss
 from meshpar.passes.coalesce import Coalesce
 from meshpar.passes.convolutions import AlignConvolutions
 from meshpar.passes.lower import Lower
@@ -87,14 +91,22 @@ def deferred(graph: fx.Graph, parameters: frozenset[str]) -> fx.Graph:
     return DeferWeightGradients(parameters)(graph)
 
 
-def finished(graph: fx.Graph, *, results: bool, overlap: bool, pieces: bool = False) -> fx.Graph:
+def finished(graph: fx.Graph, *, results: bool, overlap: bool, again: bool = False) -> fx.Graph:
     """The graph that runs. `overlap`: what can be computed while a collective runs, is; memory that nothing reads again is used again.
 
-    `results`: also that of results, which recompute may need. `pieces`: also products beside their own collectives, in pieces.
+    `results`: also that of results, which recompute may need. `again`: backward may gather and compute again what keeps less, since blocks
+    are not computed again as they are: products beside their own collectives in pieces, and what is cheap.
     """
     if overlap:
-        graph = HideGradientSums()(CutIntoPieces()(graph) if pieces else graph)
+        graph = HideGradientSums()(CutIntoPieces()(graph) if again else graph)
+    if again:
+        graph = ComputeAgain()(graph)
     return Reuse(results=results)(graph)
+
+
+def chunked(graph: fx.Graph, nbytes: int) -> fx.Graph:
+    """The lowered graph with at most `nbytes` of the logits of its losses at once: one that returns no logits."""
+    return ChunkLoss(nbytes)(graph)
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

@@ -10,23 +10,29 @@ before                                       after
   z   = linear(c, wo)                          z_i = reduced(c, wo, ...)
   z_i = p_to_i(z, ...)
 
-Only where nothing else reads what is gathered, or the pending sum, and for equal parts of one stretch. (Blocks that are computed again in
-backward are left alone: they would gather three times.)
+Only where nothing else reads what is gathered and keeps it, or reads the pending sum, and that for equal parts of one stretch. Products of rows
+(`addmm` of a view) are products like others; of what is gathered, they and those who keep nothing may read views. (Blocks that are computed
+again in backward are left alone: they would gather three times.)
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx
 
 from meshpar.graph.facts import Change, facts, info_of, set_facts
-from meshpar.graph.op import op_name
+from meshpar.graph.op import op_name, operands
+from meshpar.graph.operators import operator_of
 from meshpar.ops import collectives, pieces
 from meshpar.passes.products import bring, can_come, constants
+
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,11 @@ class CutIntoPieces:
             change = facts(node).conversion
             if change is None or change.whole.nbytes < self.least_bytes:
                 continue
-            if node.target is collectives.s_to_r and _is_even(node, change) and _are_products(node, fixed):
-                _gather(graph, node)
+            if node.target is collectives.s_to_r and node.args[1] < len(change.whole.shape) - 1:
+                readers = _readers(node)
+                made = [reader for reader in readers if _is_product(node, reader, fixed)]
+                if made and all(reader in made or _keeps_nothing(node, reader) for reader in readers):
+                    _gather(graph, node, made, whole=len(made) < len(readers))
             elif node.target is collectives.p_to_s and _is_even(node, change) and _is_pending_product(node):
                 _sum(graph, node, pieces.scattered)
             elif node.target is collectives.p_to_i and _is_pending_product(node):
@@ -55,22 +64,51 @@ class CutIntoPieces:
 
 
 def _is_even(node: fx.Node, change: Change) -> bool:
-    """Whether a conversion is one to or from equal parts of one stretch of a dim that is no feature's."""
+    """Whether a conversion is one to equal parts of one stretch of a dim that is no feature's."""
     dim, repeat, segments = cast(tuple[int, int, tuple[tuple[int, int], ...]], node.args[1:])
-    return repeat == 1 and len(segments) == 1 and segments[0][0] % change.size == 0 and dim < len(change.whole.shape) - 1
+    return pieces.is_one_stretch(repeat, segments, change.size) and dim < len(change.whole.shape) - 1
 
 
-def _are_products(node: fx.Node, fixed: frozenset[fx.Node]) -> bool:
-    """Whether all that reads what is gathered are products of it with parameters, in its block."""
-    return bool(node.users) and all(
-        op_name(user.target) == "linear"
-        and user.op == "call_function"
-        and user.args[0] is node
-        and facts(user).region == facts(node).region
-        and all(isinstance(p, fx.Node) and p in fixed and can_come(node, p) for p in user.args[1:] if p is not None)
-        and len(info_of(user.args[1]).shape) == 2  # type: ignore[arg-type]
-        for user in node.users
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads what is gathered, as it is or viewed."""
+    found: dict[fx.Node, None] = {}
+    for user in node.users:
+        viewed = user.op == "call_function" and operator_of(user.target).view
+        found |= dict.fromkeys(_readers(user) if viewed else [user])
+    return sorted(found)
+
+
+def _is_product(node: fx.Node, reader: fx.Node, fixed: frozenset[fx.Node]) -> bool:
+    """Whether `reader` is a product of what is gathered, or of its rows, with parameters, in its block."""
+    if reader.op != "call_function" or op_name(reader.target) not in _FACTORS or reader.kwargs or facts(reader).region != facts(node).region:
+        return False
+    x, weight, bias = _factors(reader)
+    width = info_of(x).shape[-1]
+    return (
+        len([n for n in operands(reader) if n is x]) == 1
+        and width == info_of(node).shape[-1]
+        and all(isinstance(p, fx.Node) and p in fixed and can_come(node, p) for p in (weight, bias) if p is not None)
+        and len(info_of(weight).shape) == 2
+        and (bias is None or len(info_of(bias).shape) == 1)
+        and (x is node or op_name(x.target) in _ROWS)
     )
+
+
+_FACTORS: Mapping[str, tuple[int, int, int]] = {"linear": (0, 1, 2), "mm": (0, 1, 2), "addmm": (1, 2, 0)}
+"""Products of rows -> where their factors are, and what is added."""
+_ROWS = ("view", "reshape", "_unsafe_view", "flatten")
+"""Views that leave rows of the last dim as they are, if they leave its size."""
+
+
+def _factors(product: fx.Node) -> tuple[Any, Any, Any]:
+    x, weight, added = _FACTORS[op_name(product.target)]
+    return product.args[x], product.args[weight], product.args[added] if added < len(product.args) else None
+
+
+def _keeps_nothing(node: fx.Node, reader: fx.Node) -> bool:
+    """Whether backward of a reader, in its block, needs nothing of what it reads."""
+    known = reader.op == "call_function" and operator_of(reader.target).saves in ("nothing", "indices", "results")
+    return known and facts(reader).region == facts(node).region
 
 
 def _is_pending_product(node: fx.Node) -> bool:
@@ -86,20 +124,44 @@ def _is_pending_product(node: fx.Node) -> bool:
     )
 
 
-def _gather(graph: fx.Graph, node: fx.Node) -> None:
-    users = sorted(node.users)
-    weights, biases = zip(*((user.args[1], user.args[2] if len(user.args) > 2 else None) for user in users), strict=True)
-    for value in (*weights, *biases):
-        if isinstance(value, fx.Node):
-            bring(node, value)
+def _gather(graph: fx.Graph, node: fx.Node, users: Sequence[fx.Node], *, whole: bool) -> None:
+    factors = [_factors(user) for user in users]
+    for _, weight, bias in factors:
+        for value in (weight, bias):
+            if isinstance(value, fx.Node):
+                bring(node, value)
+    known, shape = facts(node), info_of(node).shape[:-1]
     with graph.inserting_before(node):
-        made = graph.call_function(pieces.gathered, (node.args[0], weights, biases, *node.args[1:]), dict(node.kwargs))
-        set_facts(made, replace(facts(node), info=tuple(info_of(user) for user in users)))
-        for index, user in enumerate(users):
-            item = graph.call_function(operator.getitem, (made, index))
-            user.replace_all_uses_with(set_facts(item, facts(user)))
-    for user in users:
-        graph.erase_node(user)
+        weights = tuple(_outputs_first(user, weight) for user, (_, weight, _) in zip(users, factors, strict=True))
+        infos = [replace(info_of(user), shape=(*shape, info_of(user).shape[-1])) for user in users]
+        args = (node.args[0], weights, tuple(bias for _, _, bias in factors), *node.args[1:])
+        made = graph.call_function(pieces.gathered, args, {**node.kwargs, "whole": True} if whole else dict(node.kwargs))
+        set_facts(made, replace(known, info=(*infos, *([info_of(node)] if whole else []))))
+        for index, (user, info) in enumerate(zip(users, infos, strict=True)):
+            item = set_facts(graph.call_function(operator.getitem, (made, index)), replace(facts(user), info=info))
+            if info != info_of(user):
+                item = set_facts(graph.call_function(aten.reshape.default, (item, list(info_of(user).shape))), facts(user))
+            user.replace_all_uses_with(item)
+            graph.erase_node(user)
+        if whole:
+            item = graph.call_function(operator.getitem, (made, len(users)))
+            node.replace_all_uses_with(set_facts(item, replace(known, conversion=None)))
+    _erase_unread(graph, node)
+
+
+def _outputs_first(product: fx.Node, weight: fx.Node) -> fx.Node:
+    """The weight of a product as `linear` has it."""
+    if op_name(product.target) == "linear":
+        return weight
+    info = info_of(weight)
+    turned = product.graph.call_function(aten.t.default, (weight,))
+    return set_facts(turned, facts(product).beside(replace(info, shape=info.shape[::-1])))
+
+
+def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """A value, and views of it, that nobody reads any more."""
+    for user in list(node.users):
+        _erase_unread(graph, user)
     graph.erase_node(node)
 
 

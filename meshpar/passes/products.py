@@ -162,7 +162,8 @@ def _own(start: fx.Node) -> float:
     if start.target is not pieces.gathered:
         return 0.0
     x: Any = start.args[0]
-    return float(sum(prod(one.shape) for one in infos_of(start) if one is not None) * info_of(x).shape[-1])
+    weights: Any = start.args[1]  # (a last result may be what was gathered)
+    return float(sum(prod(one.shape) for one, _ in zip(infos_of(start), weights) if one is not None) * info_of(x).shape[-1])
 
 
 def _shared(ready: Sequence[fx.Node], starts: Sequence[fx.Node]) -> list[list[fx.Node]]:

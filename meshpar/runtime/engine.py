@@ -91,7 +91,7 @@ class Engine(ABC):
 
     def forget(self, program: Program) -> None:
         """Forget a program: it will not run again."""
-        for key in (program.key, every_output(program)):
+        for key in (program.key, every_output(program), loss_alone(program)):
             for tree in self.trees.values():
                 tree.remove_program(key)
         self.counting.forget(program)
@@ -113,6 +113,8 @@ def teach(trees: Mapping[int, Tree], program: Program) -> None:
     captured = program.captured
     if not program.all_stages:
         trees[0].add_program(program.key, program.graph, constants=captured.constants, mutations=captured.mutations)
+    if program.step is not None:
+        trees[0].add_program(loss_alone(program), program.step.graph, constants=captured.constants, mutations=program.step.mutations)
     for key, stages in ((program.key, program.stages), (every_output(program), program.all_stages)):
         for stage in stages:
             if stage.index in trees:
@@ -135,6 +137,11 @@ def _of(functions: Functions, name: str, index: int) -> dict[tuple[str, ...], fx
 def every_output(program: Program) -> str:
     """The name under which the stages of a pipeline run a program for all its outputs."""
     return f"{program.key}_all"
+
+
+def loss_alone(program: Program) -> str:
+    """The name under which a program that is no pipeline's runs for its loss alone, where its logits are to be few at a time."""
+    return f"{program.key}_loss"
 
 
 def arguments(program: Program, inputs: Inputs) -> list[Any]:
@@ -165,7 +172,7 @@ class Whole(Engine):
         total: torch.Tensor | None = None
         for index, part in enumerate(parts):
             self._data.microbatch(index, len(parts))
-            loss = self._tree.run(program.key, *arguments(program, part))[program.captured.loss]
+            loss = self._loss(program, part)
             if backward:
                 check_trained(loss)
                 self._data.alone()
@@ -174,3 +181,9 @@ class Whole(Engine):
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
+
+    def _loss(self, program: Program, part: Inputs) -> torch.Tensor:
+        if program.step is not None:
+            return self._tree.run(loss_alone(program), *(part[name] for name in program.step.inputs))[0]
+        assert program.captured.loss is not None
+        return self._tree.run(program.key, *arguments(program, part))[program.captured.loss]

@@ -284,6 +284,49 @@ def test_gloo(gloo: Pool, tokens: tuple[int, ...], skew: float, dtype: torch.dty
     assert_same([torch.cat(parts) for parts in zip(*found)], with_gradients(one_device, *whole))
 
 
+def one_by_one_on_gloo(whole: list[Tensor], tokens: Sequence[int], **options: Any) -> tuple[list[Tensor], int]:
+    """With a message for the rows of every expert, however few; and how many messages this rank sent and received."""
+    least, start, seen = expert_all_to_all.LEAST_MESSAGE, expert_all_to_all.start_messages, [0]
+
+    def counted(gone: Sequence[Any], come: Sequence[Any], group: str) -> Callable[[], None]:
+        seen[0] += len(gone) + len(come)
+        return start(gone, come, group)
+
+    expert_all_to_all.LEAST_MESSAGE, expert_all_to_all.start_messages = 1, counted
+    try:
+        mesh, num_experts = init_device_mesh("cpu", (len(tokens),)), whole[3].shape[0]
+        return with_gradients(
+            lambda *args: layer(*args, num_experts, mesh, **options), *shares(whole, tokens, dist.get_rank())
+        ), seen[0]
+    finally:
+        expert_all_to_all.LEAST_MESSAGE, expert_all_to_all.start_messages = least, start
+
+
+@pytest.mark.parametrize(
+    ("tokens", "skew", "options"),
+    [((5, 4), 0.0, {}), ((0, 6), 1.0, {}), ((3, 0, 6, 2), 0.2, {}), ((5, 5), 0.1, {"capacity_factor": 0.5, "drop_policy": "position"})],
+)
+def test_a_message_for_every_expert(gloo: Pool, tokens: tuple[int, ...], skew: float, options: dict[str, Any]) -> None:
+    """Rows arrive where they belong: the same bits, and gradients, and nothing is put into another order."""
+    whole = problem(sum(tokens), 8, 2, torch.float32, skew)
+    found = gloo.run(one_by_one_on_gloo, whole, tokens, world=len(tokens), **options)
+    assert any(sent for _, sent in found)
+    expected = simulated(whole, tokens, **options) if options else with_gradients(one_device, *whole)
+    assert_same([torch.cat(parts) for parts in zip(*(one for one, _ in found))], expected)
+
+
+def test_small_messages_travel_together(gloo: Pool) -> None:
+    assert expert_all_to_all.LEAST_MESSAGE > 2**10
+    whole = problem(9, 8, 2, torch.float64)
+    assert [tuple(x) for x in gloo.run(splits_on_gloo, whole, (5, 4), world=2)] == [(2, 3)] * 2
+
+
+def splits_on_gloo(whole: list[Tensor], tokens: Sequence[int]) -> list[int]:
+    """The shape of what a route says of rows."""
+    hidden, index, *_ = shares(whole, tokens, dist.get_rank())
+    return list(expert_all_to_all.dispatch(hidden, index, 8)[2].route.splits.shape)  # type: ignore[union-attr]
+
+
 def recomputed_on_gloo(whole: list[Tensor], tokens: Sequence[int]) -> list[Tensor]:
     def run(*args: Tensor) -> Tensor:
         return checkpoint(layer, *args, 4, use_reentrant=False)

@@ -30,14 +30,20 @@ def compared(kind: str, batch: int) -> dict[str, float]:
         x, u, v = made(batch, 2, 5, seed=1), made(7, 5, seed=2), made(3, 5, seed=3)
         bias, w = made(3, seed=5), made(5, 7, seed=6)
         a, q = made(batch, n, 7, seed=4), made(4, 5, seed=7)
-        if kind == "gathered":
+        if kind.startswith("gathered"):
+            if kind == "gathered, of stretches":  # one of each sample
+                layout, x = (0, batch, ((n, 1),)), x.detach().flatten(0, 1).requires_grad_()
+            elif kind == "gathered, unequal":
+                layout = (1, 1, ((n - 1, 1),))
+                x = x[:, : 2 - (dist.get_rank() == size - 1)].detach().requires_grad_()
+            more = kind == "gathered, and whole"
             if cut:
-                y, z = pieces.gathered(x, (u, v), (None, bias), *layout, later, (w,), **where)
-                out = [y, z, products.linear(y, w, None, later, 0)]
+                y, z, *whole = pieces.gathered(x, (u, v), (None, bias), *layout, later, (w,), whole=more, **where)
+                out = [y, z, products.linear(y, w, None, later, 0), *whole]
             else:
-                whole = collectives.s_to_r(x, *layout, **where)
-                y = linear(whole, u)
-                out = [y, linear(whole, v, bias), linear(y, w)]
+                one = collectives.s_to_r(x, *layout, **where)
+                y = linear(one, u)
+                out = [y, linear(one, v, bias), linear(y, w), *([one] if more else [])]
             leaves = [x, u, v, bias, w]
         elif kind == "scattered":
             if cut:
@@ -55,7 +61,7 @@ def compared(kind: str, batch: int) -> dict[str, float]:
     return {str(i): (p - q).abs().max().item() for i, (p, q) in enumerate(zip(*found, strict=True))}  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("kind", ["gathered", "scattered", "reduced"])
+@pytest.mark.parametrize("kind", ["gathered", "gathered, and whole", "gathered, of stretches", "gathered, unequal", "scattered", "reduced"])
 @pytest.mark.parametrize(("world", "batch"), [(3, 2), (2, 1)])
 def test_values_and_gradients(gloo: Pool, kind: str, world: int, batch: int) -> None:
     for differences in gloo.run(compared, kind, batch, world=world):

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 import meshpar as mp
-from meshpar.graph.facts import Change, Facts, Info, set_facts
+from meshpar.graph.facts import Change, Facts, Info, facts, set_facts
 from meshpar.ops import collectives, pieces
 from meshpar.passes import order
 from meshpar.passes.pieces import CutIntoPieces
@@ -46,6 +46,13 @@ def test_a_cut_sequence(gloo: Pool) -> None:
         assert called == ["gathered", "scattered"]
         assert sent.count(("all_gather", "backward")) == 4, "two of products, two again for weights"
         assert sent.count(("all_gather", "forward")) == sent.count(("reduce_scatter", "backward")) == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_rows_and_experts(gloo: Pool, name: str) -> None:
+    """Products of rows; a router and a dispatch of what is gathered."""
+    for worst, called, _ in gloo.run(verified, name, "tp=2", world=2, timeout=180.0, sequence_parallel=True):
+        assert worst < 1e-9 and "gathered" in called
 
 
 def test_a_whole_sequence(gloo: Pool) -> None:
@@ -97,21 +104,52 @@ def test_before_and_after() -> None:
     assert targets(separated(graph)) == ["s_to_r", "linear.default", "linear.default", "mul.Tensor", "linear.default", "p_to_s"]
 
 
+def test_products_of_rows() -> None:
+    """addmm of a view, as a product whose weight is turned."""
+    graph, y, _ = graph_of()
+    (first, _), info = list(y.users), Info((8, 4), torch.float32, True)
+    with graph.inserting_before(first):
+        rows = set_facts(graph.call_function(aten.view.default, (y, [-1, 4])), Facts(info, region="block"))
+        bias = set_facts(graph.get_attr("e"), Facts(Info((4,), torch.float32, True), region="block"))
+        product = graph.call_function(aten.addmm.default, (bias, rows, first.args[1]))
+        set_facts(product, Facts(info, region="block"))
+        again = set_facts(graph.call_function(aten.view.default, (product, [1, 8, 4])), facts(first))
+    first.replace_all_uses_with(again)
+    graph.erase_node(first)
+    CutIntoPieces(least_bytes=0)(graph)
+    graph.lint()
+    assert targets(graph) == ["t.default", "gathered", "getitem", "reshape.default", "getitem", "view.default", "mul.Tensor", "scattered"]
+
+
+def test_a_reader_that_keeps_nothing() -> None:
+    """It reads what was gathered; products keep their part alone."""
+    graph, y, _ = graph_of()
+    with graph.inserting_after(y):
+        total = set_facts(graph.call_function(aten.sum.default, (y,)), Facts(Info((), torch.float32, True), region="block"))
+    graph.output_node().args = ((*graph.output_node().args[0], total),)
+    CutIntoPieces(least_bytes=0)(graph)
+    graph.lint()
+    (gathered,) = (n for n in graph.nodes if n.target is pieces.gathered)
+    assert gathered.kwargs["whole"] and targets(graph)[:2] == ["gathered", "getitem"]
+    assert targets(expanded(graph))[0] == "s_to_r"
+
+
 def test_what_else_is_read_is_gathered_as_before() -> None:
     graph, y, _ = graph_of()
     with graph.inserting_after(y):
-        set_facts(graph.call_function(aten.relu.default, (y,)), Facts(Info((1, 8, 4), torch.float32, True), region="block"))
+        set_facts(graph.call_function(aten.sin.default, (y,)), Facts(Info((1, 8, 4), torch.float32, True), region="block"))
     CutIntoPieces(least_bytes=0)(graph)
     assert targets(graph)[0] == "s_to_r"
 
 
 @pytest.mark.parametrize("segments", [((3, 1), (5, 1)), ((7, 1),)])
-def test_unequal_parts_are_left_alone(segments: tuple[tuple[int, int], ...]) -> None:
+def test_unequal_parts_travel_whole(segments: tuple[tuple[int, int], ...]) -> None:
+    """Products keep their part alone; it is gathered, and sums are scattered, in one message."""
     graph, y, z = graph_of()
     for node in (y, z):
         node.args = (*node.args[:-1], segments)
     CutIntoPieces(least_bytes=0)(graph)
-    assert targets(graph)[0] == "s_to_r" and targets(graph)[-1] == "p_to_s"
+    assert targets(graph)[0] == "gathered" and targets(graph)[-1] == "p_to_s"
 
 
 def test_small_values_are_left_alone() -> None:

@@ -8,6 +8,9 @@ y  = scattered(a, w, 1, ..., later, 0)         ->      p   = products.linear(a, 
                                                        y   = p_to_s(p, 1, ...)
     z  = reduced(a, w, ...)                                p   = linear(a, w)
                                                            z   = p_to_i(p, ...)
+
+    l  = chunked_loss.cross_entropy(x, w, None, t, ...)    y   = linear(x, w)
+                                                           l   = cross_entropy(y, t, ...)
 """
 
 from __future__ import annotations
@@ -20,17 +23,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.facts import Change, Facts, facts, info_of, set_facts
+from meshpar.graph.facts import Change, Facts, Info, facts, info_of, set_facts
 from meshpar.graph.op import op_name
-from meshpar.ops import collectives, expert_all_to_all, products
+from meshpar.ops import again, chunked_loss, collectives, expert_all_to_all, products, vocab_parallel
 from meshpar.sharding.types import Shard
 
 _PIECES = "meshpar.ops.pieces."
+_CHUNKED, _AGAIN = op_name(chunked_loss.cross_entropy), op_name(again.computed)
 
 
 def expanded(graph: fx.Graph) -> fx.Graph:
     """The graph, or one that does the same in more calls; what is known of a value stays with it."""
-    if not any(op_name(node.target).startswith(_PIECES) for node in graph.nodes if node.op == "call_function"):
+    if not any(op_name(node.target).startswith((_PIECES, _CHUNKED, _AGAIN)) for node in graph.nodes if node.op == "call_function"):
         return graph
     new, made = fx.Graph(), dict[fx.Node, Any]()
     for node in graph.nodes:
@@ -39,8 +43,14 @@ def expanded(graph: fx.Graph) -> fx.Graph:
             made[node] = _gathered(new, node, made)
         elif name in (_PIECES + "scattered", _PIECES + "reduced"):
             made[node] = _summed(new, node, made, scattered=name.endswith("scattered"))
+        elif name == _AGAIN:
+            made[node] = _one_by_one(new, node, made)
+        elif name == _CHUNKED:
+            made[node] = _at_once(new, node, made)
         elif node.target is operator.getitem and isinstance(made[node.args[0]], list):
-            made[node] = set_facts(made[node.args[0]][node.args[1]], facts(node))
+            item = made[node] = made[node.args[0]][node.args[1]]
+            if facts(item).conversion is None:
+                set_facts(item, facts(node))
         else:
             made[node] = new.node_copy(node, made.__getitem__)
     return new
@@ -51,14 +61,14 @@ def _gathered(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> list[fx
     x, weights, biases, dim, repeat, segments, *left = given
     change = facts(node).conversion
     assert change is not None
-    where, info = dict(node.kwargs), info_of(x)
-    shape = tuple(n * change.size if d == dim else n for d, n in enumerate(info.shape))
+    where, info = {name: value for name, value in node.kwargs.items() if name != "whole"}, info_of(x)
+    shape = tuple(change.before.length if d == dim else n for d, n in enumerate(info.shape))  # type: ignore[union-attr]
     if left:
         whole = new.call_function(products.convert, (x, *left, "s_to_r", dim, repeat, segments), where)
     else:
         whole = new.call_function(collectives.s_to_r, (x, dim, repeat, segments), where)
     set_facts(whole, replace(facts(node), info=replace(info, shape=shape)))
-    return [_linear(new, whole, w, b) for w, b in zip(weights, biases, strict=True)]
+    return [*(_linear(new, whole, w, b) for w, b in zip(weights, biases, strict=True)), whole]
 
 
 def _linear(new: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
@@ -80,6 +90,34 @@ def _summed(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any], *, scattered
     if helped:
         to, args = products.convert, (pending, *helped, to.__name__, *layout)
     return set_facts(new.call_function(to, args, dict(node.kwargs)), known)
+
+
+def _at_once(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
+    given: Any = fx.map_arg((node.args, dict(node.kwargs)), made.__getitem__)
+    (x, weight, bias, target, weights, _, dtype, segments), named = given
+    before, classes = info_of(x), info_of(weight).shape[0]
+    logits = _linear(new, x, weight, bias)
+    known = facts(node).beside(Info((*before.shape[:-1], classes), before.dtype, before.requires_grad))
+    set_facts(logits, known)
+    if dtype != before.dtype:
+        cast = new.call_function(torch.ops.aten._to_copy.default, (logits,), {"dtype": dtype})
+        logits = set_facts(cast, replace(known, info=Info((*before.shape[:-1], classes), dtype, before.requires_grad)))
+    repeat, reduction = named["repeat"], named["reduction"]
+    if "group" in named:
+        found = new.call_function(vocab_parallel.cross_entropy, (logits, target, weights, 1, repeat, segments), {n: v for n, v in named.items() if n != "repeat"})
+    else:
+        args = (logits, target, weights, {"none": 0, "sum": 2}[reduction], named["ignore_index"], named["label_smoothing"])
+        found = new.call_function(torch.ops.aten.cross_entropy_loss.default, args)
+    return set_facts(found, facts(node))
+
+
+def _one_by_one(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
+    steps: Any = node.args[0]
+    values = [made[operand] for operand in node.all_input_nodes]
+    for name, args, kwargs in steps:
+        given = fx.node.map_aggregate((args, dict(kwargs)), lambda one: again.value(one, values))
+        values.append(new.call_function(again.operator(name), *given))
+    return set_facts(values[-1], facts(node))
 
 
 def _before(known: Facts, change: Change) -> Facts:
