@@ -83,6 +83,8 @@ class Programs:
         self.seconds = 0.0
         """How long the first program took to make."""
         self.shapes = KnownShapes()
+        self.finish: Callable[[Program, Mapping[str, Any]], Program] = lambda program, kwargs: program
+        """What is done to a program, made for these keyword arguments, before it runs."""
 
     @property
     def schedule(self) -> Schedule | None:
@@ -110,7 +112,7 @@ class Programs:
         """
         with uncollected():
             seen = self.seen(args, kwargs, training=training, microbatches=microbatches, **state)
-            return self.lowered(seen, self.planned(seen))
+            return self.finish(self.lowered(seen, self.planned(seen)), kwargs)
 
     def seen(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from meshpar.runtime.steps import check_trained
 
 Inputs = Mapping[str, Any]
 """What a graph is run on, by the names of its placeholders: the tensors of a microbatch, denominators, the random key."""
+
+
+Outside = Callable[[int, Mapping[int, torch.Tensor]], torch.Tensor]
+"""The number of a microbatch and its outputs -> its loss."""
 
 
 class Counting:
@@ -64,14 +68,25 @@ class Engine(ABC):
         self.counting.forget(program)
 
     @abstractmethod
-    def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        """All outputs of a program for one batch."""
+    def run(self, program: Program, inputs: Inputs, stay: Collection[int] = ()) -> tuple[Any, ...]:
+        """All outputs of a program for one batch, without gradients where there is a pipeline.
+
+        Those of `stay` are on the ranks of the stages that return them; elsewhere they are None.
+        """
 
     @abstractmethod
-    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self,
+        program: Program,
+        parts: Sequence[Inputs],
+        *,
+        backward: bool,
+        scale: torch.Tensor | None = None,
+        outside: Outside | None = None,
+    ) -> torch.Tensor:
         """The sum of the losses of all microbatches, the same on every rank; with `backward`, gradients are complete at the end.
 
-        Gradients are those of the loss times `scale`.
+        Gradients are those of the loss times `scale`. The loss is the program's, or what `outside` makes of its outputs (in float64).
         """
 
 
@@ -101,6 +116,14 @@ def times(scale: torch.Tensor | None, loss: torch.Tensor) -> torch.Tensor | None
     return None if scale is None else torch.ones_like(loss) * scale.to(loss.device, loss.dtype)
 
 
+def loss_in(program: Program, outputs: Sequence[torch.Tensor], microbatch: int, outside: Outside | None) -> torch.Tensor:
+    """The loss of a microbatch, of all outputs of its program."""
+    if outside is not None:
+        return outside(microbatch, dict(enumerate(outputs)))
+    assert program.captured.loss is not None
+    return outputs[program.captured.loss]
+
+
 class Whole(Engine):
     """Every rank runs the whole model: microbatches one after the other."""
 
@@ -108,23 +131,31 @@ class Whole(Engine):
         super().__init__({0: tree}, first)
         self._tree, self._data = tree, data
 
-    def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    def run(self, program: Program, inputs: Inputs, stay: Collection[int] = ()) -> tuple[Any, ...]:
         """All outputs of a program for one batch."""
         self._data.microbatch(0, 1)
         return self._tree.run(program.key, *arguments(program, inputs))
 
-    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self,
+        program: Program,
+        parts: Sequence[Inputs],
+        *,
+        backward: bool,
+        scale: torch.Tensor | None = None,
+        outside: Outside | None = None,
+    ) -> torch.Tensor:
         """The sum of the losses of all microbatches."""
-        assert program.captured.loss is not None
         total: torch.Tensor | None = None
         for index, part in enumerate(parts):
             self._data.microbatch(index, len(parts))
-            loss = self._tree.run(program.key, *arguments(program, part))[program.captured.loss]
+            loss = loss_in(program, self._tree.run(program.key, *arguments(program, part)), index, outside)
             if backward:
                 check_trained(loss)
                 self._data.alone()
                 loss.backward(times(scale, loss))
                 self._data.done(index, len(parts))
-            total = loss.detach() if total is None else total + loss.detach()
+            found = loss.detach() if outside is None else loss.detach().double()
+            total = found if total is None else total + found
         assert total is not None
         return total
