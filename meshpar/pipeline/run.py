@@ -38,7 +38,7 @@ from meshpar.pipeline.sends import Sends
 from meshpar.pipeline.ties import Ties
 from meshpar.runtime.blocks import Tree
 from meshpar.runtime.data_parallel import DataParallelism
-from meshpar.runtime.engine import Engine, Inputs, Outside, every_output, times
+from meshpar.runtime.engine import Engine, Inputs, OutsideLoss, every_output, times
 from meshpar.runtime.failures import looks_lost
 from meshpar.runtime.steps import check_trained
 
@@ -87,7 +87,7 @@ class Pipelined(Engine):
         *,
         backward: bool,
         scale: torch.Tensor | None = None,
-        outside: Outside | None = None,
+        outside: OutsideLoss | None = None,
     ) -> torch.Tensor:
         """The sum of the losses of all microbatches, on every rank; with `backward`, gradients are complete at the end."""
         actions = self.schedule.order(len(parts), backward=backward)
@@ -124,7 +124,7 @@ class Pipelined(Engine):
         backward: bool,
         scale: torch.Tensor | None = None,
         keeps: bool = False,
-        outside: Outside | None = None,
+        outside: OutsideLoss | None = None,
     ) -> _Run:
         """One pass; the last stage adds up the losses, its own or those of `outside`, or `keeps` what it returns."""
         defers = actions.defers()
@@ -180,7 +180,7 @@ class _Run:
         defers: bool,
         scale: torch.Tensor | None,
         keeps: bool,
-        outside: Outside | None,
+        outside: OutsideLoss | None,
     ) -> None:
         self.scale, self.keeps, self.outside = scale, keeps, outside
         self.engine, self.cuts, self.key, self.parts, self.place = engine, cuts, key, parts, place

@@ -17,7 +17,7 @@ Inputs = Mapping[str, Any]
 """What a graph is run on, by the names of its placeholders: the tensors of a microbatch, denominators, the random key."""
 
 
-Outside = Callable[[int, Mapping[int, torch.Tensor]], torch.Tensor]
+OutsideLoss = Callable[[int, Mapping[int, torch.Tensor]], torch.Tensor]
 """The number of a microbatch and its outputs -> its loss."""
 
 
@@ -82,7 +82,7 @@ class Engine(ABC):
         *,
         backward: bool,
         scale: torch.Tensor | None = None,
-        outside: Outside | None = None,
+        outside: OutsideLoss | None = None,
     ) -> torch.Tensor:
         """The sum of the losses of all microbatches, the same on every rank; with `backward`, gradients are complete at the end.
 
@@ -116,7 +116,7 @@ def times(scale: torch.Tensor | None, loss: torch.Tensor) -> torch.Tensor | None
     return None if scale is None else torch.ones_like(loss) * scale.to(loss.device, loss.dtype)
 
 
-def loss_in(program: Program, outputs: Sequence[torch.Tensor], microbatch: int, outside: Outside | None) -> torch.Tensor:
+def loss_in(program: Program, outputs: Sequence[torch.Tensor], microbatch: int, outside: OutsideLoss | None) -> torch.Tensor:
     """The loss of a microbatch, of all outputs of its program."""
     if outside is not None:
         return outside(microbatch, dict(enumerate(outputs)))
@@ -143,7 +143,7 @@ class Whole(Engine):
         *,
         backward: bool,
         scale: torch.Tensor | None = None,
-        outside: Outside | None = None,
+        outside: OutsideLoss | None = None,
     ) -> torch.Tensor:
         """The sum of the losses of all microbatches."""
         total: torch.Tensor | None = None

@@ -27,7 +27,7 @@ from meshpar.consensus import check_batch
 from meshpar.errors import BatchError, CaptureError, ConfigError, PlanError
 from meshpar.mesh import data_rank, typed_axes
 from meshpar.roles import ROLES
-from meshpar.runtime.caching.forward import Cache, CachedForward
+from meshpar.runtime.caching.forward import CachedForward, KeptCache
 from meshpar.runtime.caching.keys import cache_name
 from meshpar.runtime.caching.proof import why_not
 from meshpar.runtime.failures import Together
@@ -74,7 +74,7 @@ class Generation:
 
     def _with_cache(self, args: tuple[Any, ...], asked: Mapping[str, Any], device: torch.device, longest: int) -> Any:
         self._cached = self._cached or self._make()
-        kept = Cache(longest)
+        kept = KeptCache(longest)
         standing = _standing_in(self._model, device, _one_by_one(self._cached, kept, self._together))
         found = standing.generate(*args, **{**asked, "use_cache": True, cache_name(self._model) or "": kept.handle()})
         self.told = f"with a cache of keys and values: {self._cached.cuts()}"
@@ -82,7 +82,7 @@ class Generation:
 
     def _why_not(self, asked: Mapping[str, Any]) -> str | None:
         """Why there is no cache in this call, if there is none."""
-        settings = asked.get("generation_config") or self._model.generation_config  # type: ignore[union-attr]
+        settings: Any = asked.get("generation_config") or self._model.generation_config
         if asked.get("use_cache", settings.use_cache) is False:
             return "use_cache=False"
         used = [name for name in _ALONE if asked.get(name, getattr(settings, name, None)) is not None]
@@ -100,7 +100,9 @@ class Generation:
     def _say(self, reason: str, asked: Mapping[str, Any]) -> None:
         """Raise ConfigError where a cache was asked for; else keep the reason, and warn when it is a new one."""
         if asked.get("use_cache"):
-            raise ConfigError(f"generate(use_cache=True) of a parallel model: {reason}.\n  Leave it out: tokens are the same, each a whole forward.")
+            raise ConfigError(
+                f"generate(use_cache=True) of a parallel model: {reason}.\n  Leave it out: tokens are the same, each a whole forward."
+            )
         told = f"without a cache, a forward of the longest length for each token: {reason}"
         if told != self.told and asked.get("use_cache") is None:
             warnings.warn(f"generate runs {told}.", stacklevel=4)
@@ -120,7 +122,11 @@ def _check(model: nn.Module, asked: Mapping[str, Any]) -> None:
         complaints.append(f"the generate of {type(model).__name__} is its own, and would run the model's own forward.")
     elif getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         complaints.append("an encoder and a decoder: only models that read and write one sequence of tokens generate so far.")
-    refused = [name for name in ("cache", "past_key_values", "assistant_model", "streamer", "inputs_embeds", "negative_prompt_ids") if name in asked]
+    refused = [
+        name
+        for name in ("cache", "past_key_values", "assistant_model", "streamer", "inputs_embeds", "negative_prompt_ids")
+        if name in asked
+    ]
     complaints += [f"{name}= is not possible: tokens are all that is read, and a cache is made for each call." for name in refused]
     if is_simulated():
         complaints.append("simulated ranks cannot: a loop asks for the values of tokens. Use processes.")
@@ -192,7 +198,7 @@ def _whole(pm: Callable[..., Any], longest: int) -> Forward:
     return run
 
 
-def _one_by_one(cached: CachedForward, kept: Cache, together: Together) -> Forward:
+def _one_by_one(cached: CachedForward, kept: KeptCache, together: Together) -> Forward:
     """The prompt, then one token at a time, each with what was kept of those before."""
 
     def run(given: Mapping[str, Any]) -> Any:

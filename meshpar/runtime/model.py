@@ -35,8 +35,8 @@ from meshpar.runtime.generation import Generation
 from meshpar.runtime.hooks import StepHooks, refusing
 from meshpar.runtime.likeness import Likeness, refuse_method
 from meshpar.runtime.names import together as one_module
-from meshpar.runtime.outside import LossFunction
 from meshpar.runtime.outputs import Leave, leaving, returned
+from meshpar.runtime.outside import LossFunction
 from meshpar.runtime.padding import Filled, Padding
 from meshpar.runtime.parameters.gradients import OnMesh
 from meshpar.runtime.parameters.specs import convert_state_dicts
@@ -246,8 +246,8 @@ class ParallelModel(Untaken, Likeness, Asked):
         if self._makes.schedule is not None and self.training and torch.is_grad_enabled():
             raise BatchError(
                 "a pipelined model trains by pm.train_step(**batch), which runs forward and backward of all microbatches in the order of "
-                "its schedule and returns the loss; with a loss of your own, pm.forward_backward(batch, loss_fn). To see outputs: pm.eval(), "
-                "then with torch.no_grad(): pm(**batch)."
+                "its schedule and returns the loss; with a loss of your own, pm.forward_backward(batch, loss_fn). To see outputs: "
+                "pm.eval(), then with torch.no_grad(): pm(**batch)."
             )
         batch = self._fit(args, kwargs, 1, outputs=True)
         tensors, variant = self._program(batch.args, batch.kwargs, 1)
@@ -279,7 +279,7 @@ class ParallelModel(Untaken, Likeness, Asked):
     def forward_backward(
         self, batch: Any, loss_fn: LossFunction, *, target: Any = None, count: Callable[[Any], Any] | None = None
     ) -> torch.Tensor:
-        """Forward and backward of one step with a loss of your own, over all microbatches. Returns the loss, the same on every rank (float64).
+        """Forward and backward of one step with a loss of your own, over all microbatches. Returns it, the same on every rank (float64).
 
         `batch`: this data rank's, a dict or a tuple of what forward takes. `loss_fn(output, batch)` is called for each microbatch, on the
         ranks of the last stage of a pipeline, with what the model returns for it, plain tensors, and that part of the batch; or of
@@ -333,9 +333,9 @@ class ParallelModel(Untaken, Likeness, Asked):
     def generate(self, *args: Any, **asked: Any) -> Any:
         """`generate` of a transformers model for this data rank's prompts, in its own words: greedy, sampling, beams; the model's tokens.
 
-        With a cache of keys and values where that is proved to be exact for the model, each rank keeping its share; else every token is a
-        whole forward, which is warned of (`pm.generation` says why). `use_cache=True` refuses instead. Call `eval()` first to switch dropout
-        off. Collective; prompts have one shape on all data ranks. Raises ConfigError for what it cannot do.
+        With a cache of keys and values where that is proved to be exact for the model, each rank keeping its share; else every token is
+        a whole forward, which is warned of (`pm.generation` says why). `use_cache=True` refuses instead. Call `eval()` first to switch
+        dropout off. Collective; prompts have one shape on all data ranks. Raises ConfigError for what it cannot do.
 
             pm.eval().generate(input_ids, max_new_tokens=20)
         """
@@ -384,7 +384,7 @@ class ParallelModel(Untaken, Likeness, Asked):
             raise BatchError(
                 f"this batch gives no loss. The model returned {returned(program.captured)}; its loss is output.loss, output['loss'], a "
                 "scalar, or the only scalar of a tuple. Pass labels if the model computes its loss from them. Of several, or of anything "
-                "else, say which: parallelize(..., loss_fn=lambda output, batch: output[0])."
+                "else, say which: parallelize(..., loss_fn=lambda output, batch: output[0]), or pm.forward_backward(batch, loss_fn)."
             )
         with without_autocast(), explaining(program.captured, tensors):
             total = self._engine.step(program, self._parts(program, tensors, count), backward=backward, scale=scale)

@@ -29,7 +29,7 @@ LossFunction = Callable[[Any, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
+class Microbatch:
     """One microbatch: the arguments of forward, and what the loss function is given beside the output."""
 
     args: tuple[Any, ...]
@@ -37,7 +37,7 @@ class Part:
     target: Any
 
 
-def parts(model: torch.nn.Module, batch: Any, target: Any, microbatches: int) -> list[Part]:
+def parts(model: torch.nn.Module, batch: Any, target: Any, microbatches: int) -> list[Microbatch]:
     """The microbatches of a local batch. Raises BatchError where they do not divide it."""
     args, kwargs = ((), structure.order_of(model)(batch)) if isinstance(batch, Mapping) else (tuple(batch), {})
     given, spec = pytree.tree_flatten((args, kwargs))
@@ -55,14 +55,14 @@ def parts(model: torch.nn.Module, batch: Any, target: Any, microbatches: int) ->
     cut = [_cut(leaf, dims.get(name or ""), microbatches) for name, leaf in zip(names, given, strict=True)]
     pieces = [pytree.tree_unflatten([leaf[i] for leaf in cut], spec) for i in range(microbatches)]
     if target is None:
-        return [Part(args, kwargs, kwargs if isinstance(batch, Mapping) else args) for args, kwargs in pieces]
+        return [Microbatch(args, kwargs, kwargs if isinstance(batch, Mapping) else args) for args, kwargs in pieces]
     wanted, spec = pytree.tree_flatten(target)
     lone = [list(x.shape) for x in wanted if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != samples]
     if lone:
         raise BatchError(f"forward_backward: target= has tensors of shape {lone}, and the local batch {samples} samples: a row for each.")
     cut = [_cut(leaf, 0 if isinstance(leaf, torch.Tensor) and leaf.dim() else None, microbatches) for leaf in wanted]
     targets = [pytree.tree_unflatten([leaf[i] for leaf in cut], spec) for i in range(microbatches)]
-    return [Part(*piece, one) for piece, one in zip(pieces, targets, strict=True)]
+    return [Microbatch(args, kwargs, one) for (args, kwargs), one in zip(pieces, targets, strict=True)]
 
 
 def _cut(leaf: Any, dim: int | None, count: int) -> Sequence[Any]:
@@ -75,8 +75,8 @@ def loss_of(loss_fn: LossFunction, output: Any, target: Any) -> torch.Tensor:
     if not isinstance(loss, torch.Tensor) or not loss.is_floating_point() or loss.numel() != 1:
         found = f"a {loss.dtype} tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
         raise ConfigError(
-            f"forward_backward: loss_fn(output, batch) gives one floating number as a tensor, this one gave {found}. For a mean over tokens "
-            "let it give their sum, and pass count=, what the sum is to be divided by."
+            f"forward_backward: loss_fn(output, batch) gives one floating number as a tensor, this one gave {found}. For a mean over "
+            "tokens let it give their sum, and pass count=, what the sum is to be divided by."
         )
     return loss.reshape(())
 

@@ -33,7 +33,7 @@ from meshpar.mesh import typed_axes
 from meshpar.ops.collectives import i_to_s
 from meshpar.roles import ROLES
 from meshpar.runtime.caching.keys import cache_name, handle, is_cache, keys_and_values
-from meshpar.runtime.caching.shards import Settled, Types, settled
+from meshpar.runtime.caching.shards import AxisTypes, Settled, settled
 from meshpar.runtime.engine import Engine
 from meshpar.runtime.outputs import Leave, gathered
 from meshpar.runtime.state.variants import Variant, Variants
@@ -84,12 +84,12 @@ class _Buffer:
 
     tensor: Tensor | None
     """[samples, heads, positions, width], as this rank has it; None where its stages have not the layer."""
-    types: Types
+    types: AxisTypes
     whole: Tensor
     """What a program for one token takes of it, as ranks that share the batch have it together: without memory."""
 
 
-class Cache:
+class KeptCache:
     """What one call of generate keeps. `room`: how many positions a forward of one token attends to, itself included."""
 
     def __init__(self, room: int) -> None:
@@ -153,7 +153,7 @@ class CachedForward:
         axes = dict.fromkeys(axis for axis, _ in sorted(found))
         return f"each rank of {', '.join(axes)} has those of its own heads" if axes else "each rank has those of its samples"
 
-    def prompt(self, batch: Mapping[str, Any], cache: Cache) -> Any:
+    def prompt(self, batch: Mapping[str, Any], cache: KeptCache) -> Any:
         """What the model returns for prompts; their keys and values are in `cache` then."""
         variant, tensors = self._program({**batch, self._name: keys_and_values()(())}, compared=True)
         program, samples = variant.program, batch["input_ids"].shape[0]
@@ -169,7 +169,7 @@ class CachedForward:
             cache.buffers.append(_Buffer(None if new is None else cache.roomy(new), self._types(program, index), whole))
         return self._said(program, outputs, cache)
 
-    def token(self, batch: Mapping[str, Any], cache: Cache) -> Any:
+    def token(self, batch: Mapping[str, Any], cache: KeptCache) -> Any:
         """What the model returns for one token of each sample, after those in `cache`; then it is in there too."""
         leaves = [None if one is None else one.whole for one in cache.buffers]
         variant, tensors = self._program({**batch, self._name: keys_and_values()(list(zip(leaves[::2], leaves[1::2], strict=True)))})
@@ -187,10 +187,13 @@ class CachedForward:
 
     def _program(self, kwargs: Mapping[str, Any], *, compared: bool = False) -> tuple[Variant, list[Tensor]]:
         """The program for a batch, and the tensors of it; `compared`: whether ranks that share a batch are to compare its values."""
-        ordered = self._ordered(kwargs)
+        ordered = self._ordered({**kwargs, "use_cache": True})
         tensors, signature = flatten((), dict(ordered), False)
-        closer = (lambda: check_batch(((), ordered), self._mesh) and None) if compared and signature not in self._seen else None
-        key, found = self._variants.match(signature, 1, closer)
+
+        def closer() -> None:
+            check_batch(((), ordered), self._mesh)
+
+        key, found = self._variants.match(signature, 1, closer if compared and signature not in self._seen else None)
         if found is None:
             found = self._variants.make(key, (), ordered)
         self._seen.add(signature)
@@ -205,7 +208,7 @@ class CachedForward:
         self._variants.done(variant)
         return outputs
 
-    def _types(self, program: Program, index: int) -> Types:
+    def _types(self, program: Program, index: int) -> AxisTypes:
         """The types of an output on the axes whose ranks share a batch. Raises CaptureError where it is not of this rank's samples."""
         for plan in program.plan.axes:
             if ROLES[plan.axis].own_batches and plan.size > 1 and not plan.samples[index]:
@@ -213,11 +216,11 @@ class CachedForward:
         names = [axis.name for axis in self._axes]
         return {plan.axis: plan.outputs[index] for plan in program.plan.axes if plan.axis in names}
 
-    def _retype(self, buffer: _Buffer, types: Types) -> None:
+    def _retype(self, buffer: _Buffer, types: AxisTypes) -> None:
         """Hold a buffer as a program takes it."""
         buffer.tensor, buffer.types = self._converted(buffer.tensor, buffer.types, types), types
 
-    def _converted(self, value: Tensor | None, before: Types, after: Types) -> Tensor | None:
+    def _converted(self, value: Tensor | None, before: AxisTypes, after: AxisTypes) -> Tensor | None:
         if value is None or before == after:
             return value
         for axis in reversed(self._axes):
@@ -228,7 +231,7 @@ class CachedForward:
                 value = i_to_s(value, cut.dim, cut.repeat, cut.segments, **where)
         return value
 
-    def _said(self, program: Program, outputs: tuple[Tensor | None, ...], cache: Cache) -> Any:
+    def _said(self, program: Program, outputs: tuple[Tensor | None, ...], cache: KeptCache) -> Any:
         """What the model returns, with something that stands for the cache in its place."""
         stay = self._settled[program.key].stay
         out = restore(program, lambda i: _HERE if i in stay else self._leave(program, cast(Tensor, outputs[i]), i))
@@ -242,7 +245,8 @@ _HERE = Slot("")
 
 def _returned(program: Program, index: int) -> Info:
     """What an output of a program looks like. Raises CaptureError where it is no keys or values."""
-    info = info_of(program.captured.graph.output_node().args[0][index])  # type: ignore[index, union-attr]
+    values: Any = program.captured.graph.output_node().args[0]
+    info = info_of(values[index])
     if len(info.shape) != 4:
         raise CaptureError(f"a layer keeps a tensor of shape {list(info.shape)}, no [samples, heads, positions, width]")
     return info

@@ -31,11 +31,11 @@ def cache_name(model: nn.Module) -> str | None:
 
 
 @cache
-def keys_and_values() -> Callable[[Sequence[Pair]], Any]:
+def keys_and_values() -> type[Any]:
     """The type of such a cache, made of one pair for each layer: a cache of transformers, and a pytree."""
     from transformers.cache_utils import Cache, DynamicLayer
 
-    class Layer(DynamicLayer):  # type: ignore[misc]
+    class Layer(DynamicLayer):
         """Keys and values of one layer; what a forward adds is known apart."""
 
         def __init__(self, pair: Pair = (None, None)) -> None:
@@ -50,7 +50,7 @@ def keys_and_values() -> Callable[[Sequence[Pair]], Any]:
             self.keys, self.values, self.is_initialized = key_states, value_states, True
             return key_states, value_states
 
-    class KeysAndValues(Cache):  # type: ignore[misc]
+    class KeysAndValues(Cache):
         """One layer for each pair, and more when a forward adds to them."""
 
         def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -68,7 +68,7 @@ def keys_and_values() -> Callable[[Sequence[Pair]], Any]:
 
 def is_cache(value: Any) -> bool:
     """Whether a value is one."""
-    return keys_and_values.cache_info().currsize > 0 and isinstance(value, keys_and_values())  # type: ignore[arg-type]
+    return keys_and_values.cache_info().currsize > 0 and isinstance(value, keys_and_values())
 
 
 @cache
@@ -76,7 +76,7 @@ def handle() -> Callable[..., Any]:
     """The type of what stands for a cache in transformers' loop: `positions` and `reorder` are asked, tensors stay with the programs."""
     from transformers.cache_utils import Cache
 
-    class Handle(Cache):  # type: ignore[misc]
+    class Handle(Cache):
         """A cache that another object holds."""
 
         is_compileable, is_linear, is_sliding = False, [False], [False]

@@ -32,7 +32,7 @@ _STEP = 7
 
 
 def why_not(model: nn.Module, *, trusted: bool = False) -> str | None:
-    """Why `model` cannot generate with a cache of keys and values; None where that is proved. `trusted`: the user's word for it is enough."""
+    """Why `model` cannot generate with a cache of keys and values; None where that is proved. `trusted`: the user's word is enough."""
     known = inspect.signature(type(model).forward).parameters
     name = cache_name(model)
     if name is None:
@@ -53,7 +53,7 @@ def why_not(model: nn.Module, *, trusted: bool = False) -> str | None:
         return _differs(model, name, takes_positions="position_ids" in known)
     except Exception as error:  # whatever it is: nothing is known then
         said = str(error).strip().partition("\n")[0][:200]
-        return f"its forward with a cache cannot be run on drawn values: {type(error).__name__}: {said}"
+        return f"its forward does not run with keys and values alone: {type(error).__name__}: {said}"
 
 
 def _differs(model: nn.Module, name: str, *, takes_positions: bool) -> str | None:

@@ -1,10 +1,10 @@
 """Keys and values stay on the ranks that made them: taken as shards, given back as shards, on the stage of their layer.
 
-    before                                                       after
-      cache: I, whole on every rank of tp
-      part  = i_to_s(cache, 1)        this rank's heads          keys  = cat(cache, k)        cache is this rank's heads
-      keys  = cat(part, k)
-      stage 0 -- k --> stage 1 -- k --> output                   stage 0 -- k --> output of stage 0
+before                                                       after
+  cache: I, whole on every rank of tp
+  part  = i_to_s(cache, 1)        this rank's heads          keys  = cat(cache, k)        cache is this rank's heads
+  keys  = cat(part, k)
+  stage 0 -- k --> stage 1 -- k --> output                   stage 0 -- k --> output of stage 0
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from meshpar.mesh import Axis
 from meshpar.ops import collectives
 from meshpar.sharding.types import I, Shard, Type
 
-Types = Mapping[str, Type]
+AxisTypes = Mapping[str, Type]
 """The type of a value on each axis whose ranks share a batch."""
 
 
@@ -31,7 +31,7 @@ class Settled:
     """A program, the types at which it takes the inputs it was asked about, and the outputs that stay on their stage."""
 
     program: Program
-    taken: Mapping[str, Types]
+    taken: Mapping[str, AxisTypes]
     stay: frozenset[int]
 
 
@@ -46,13 +46,13 @@ def _inputs(graph: fx.Graph, name: str) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if node.op == "placeholder" and node.target == name)
 
 
-def _taken(inputs: list[fx.Node], axes: Collection[Axis]) -> Types:
+def _taken(inputs: list[fx.Node], axes: Collection[Axis]) -> AxisTypes:
     """The types of an input, after the cuts that all its uses begin with are done outside."""
     types: dict[str, Type] = {axis.name: I for axis in axes}
     names = {axis.group: axis.name for axis in axes}
     while cuts := _cuts(inputs, names):
-        group, dim, repeat, segments = cuts[0].kwargs["group"], *cuts[0].args[1:]
-        types[names[group]] = Shard(dim, repeat, tuple(tuple(one) for one in segments))
+        dim, repeat, segments = cast(Any, cuts[0].args[1:])
+        types[names[str(cuts[0].kwargs["group"])]] = Shard(dim, repeat, tuple(tuple(one) for one in segments))
         for node in inputs:
             for cut in list(node.users):
                 set_facts(node, replace(facts(node), info=info_of(cut)))
@@ -74,7 +74,8 @@ def _at_home(stages: tuple[StageGraph, ...], outputs: Collection[int]) -> tuple[
     if not stages:
         return stages
     found, last = list(stages), stages[-1]
-    values = dict(zip(last.outputs, last.graph.output_node().args[0][len(last.sends) :], strict=False))
+    returned: Any = last.graph.output_node().args[0]
+    values = dict(zip(last.outputs, returned[len(last.sends) :], strict=False))
     for index in outputs:
         name, at = values[index].name, len(stages) - 1
         while name in found[at].receives:
