@@ -54,8 +54,7 @@ class Settling:
         name = next((name for name, value in kwargs.items() if is_cache(value)), None)
         if name is None:
             return program
-        outputs = [i for i in outputs_in(program, name) if i is not None]
-        found = self.settled[program.key] = settled(program, inputs_in(program, name), outputs, self.axes)
+        found = self.settled[program.key] = settled(program, _inputs_in(program, name), _outputs_in(program, name), self.axes)
         return found.program
 
 
@@ -66,13 +65,13 @@ def settling(programs: Programs, mesh: DeviceMesh) -> Settling:
     return programs.finish
 
 
-def inputs_in(program: Program, name: str) -> list[str]:
+def _inputs_in(program: Program, name: str) -> list[str]:
     """The inputs of a program that its argument `name` consists of."""
     _, kwargs = pytree.tree_unflatten(list(program.captured.in_leaves), program.captured.in_spec)
     return [str(leaf.key) for leaf in pytree.tree_leaves(kwargs[name]) if isinstance(leaf, Slot)]
 
 
-def outputs_in(program: Program, name: str) -> list[int | None]:
+def _outputs_in(program: Program, name: str) -> list[int | None]:
     """The outputs of a program that `name` of what the model returns consists of, in the order of its leaves; None for one that is none."""
     leaves = pytree.tree_leaves(restore(program, lambda i: Slot(i))[name])
     return [int(leaf.key) if isinstance(leaf, Slot) else None for leaf in leaves]
@@ -159,7 +158,7 @@ class CachedForward:
         program, samples = variant.program, batch["input_ids"].shape[0]
         outputs = self._run(variant, self._inputs_of(program, tensors))
         cache.begin(batch["input_ids"].shape[1])
-        for index in outputs_in(program, self._name):
+        for index in self._settled[program.key].outputs:
             info = None if index is None else _returned(program, index)
             if index is None or info is None:
                 cache.buffers.append(None)
@@ -173,14 +172,14 @@ class CachedForward:
         """What the model returns for one token of each sample, after those in `cache`; then it is in there too."""
         leaves = [None if one is None else one.whole for one in cache.buffers]
         variant, tensors = self._program({**batch, self._name: keys_and_values()(list(zip(leaves[::2], leaves[1::2], strict=True)))})
-        program, taken = variant.program, self._settled[variant.program.key].taken
+        program, known = variant.program, self._settled[variant.program.key]
         buffers = [one for one in cache.buffers if one is not None]
         inputs = self._inputs_of(program, tensors)
-        for name, buffer in zip(inputs_in(program, self._name), buffers, strict=True):
-            self._retype(buffer, taken[name])
+        for (name, types), buffer in zip(known.taken.items(), buffers, strict=True):
+            self._retype(buffer, types)
             inputs[name] = cache.window(buffer)
         outputs = self._run(variant, inputs)
-        for index, buffer in zip((i for i in outputs_in(program, self._name) if i is not None), buffers, strict=True):
+        for index, buffer in zip((i for i in known.outputs if i is not None), buffers, strict=True):
             cache.write(buffer, self._converted(outputs[index], self._types(program, index), buffer.types))
         cache.count += 1
         return self._said(program, outputs, cache)

@@ -9,8 +9,9 @@ before                                                       after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 from torch import fx
@@ -28,18 +29,25 @@ AxisTypes = Mapping[str, Type]
 
 @dataclass(frozen=True)
 class Settled:
-    """A program, the types at which it takes the inputs it was asked about, and the outputs that stay on their stage."""
+    """A program, the types at which it takes the inputs of its cache, and which outputs its cache consists of, that stay on their stage."""
 
     program: Program
     taken: Mapping[str, AxisTypes]
-    stay: frozenset[int]
+    outputs: tuple[int | None, ...]
+    """In the order of the leaves; None for one that is no tensor."""
+
+    @cached_property
+    def stay(self) -> frozenset[int]:
+        """Those that are tensors."""
+        return frozenset(i for i in self.outputs if i is not None)
 
 
-def settled(program: Program, inputs: Collection[str], outputs: Collection[int], axes: Collection[Axis]) -> Settled:
+def settled(program: Program, inputs: Collection[str], outputs: Sequence[int | None], axes: Collection[Axis]) -> Settled:
     """`program` taking `inputs` as shards where its first deed is to cut them, and keeping `outputs` on the stages that make them."""
     graphs = list(dict.fromkeys(stage.graph for stage in program.all_stages)) or [program.graph]
     taken = {name: _taken([n for graph in graphs for n in _inputs(graph, name)], axes) for name in inputs}
-    return Settled(replace(program, all_stages=_at_home(program.all_stages, outputs)), taken, frozenset(outputs))
+    stay = [i for i in outputs if i is not None]
+    return Settled(replace(program, all_stages=_at_home(program.all_stages, stay)), taken, tuple(outputs))
 
 
 def _inputs(graph: fx.Graph, name: str) -> Iterator[fx.Node]:
