@@ -41,6 +41,8 @@ class Program:
     """Without a pipeline: the graph of `train_step`, returning the loss alone, where that is another one."""
     proof: StaticReport = field(default_factory=lambda: StaticReport(0))
     """What was proved of it."""
+    alone: bool = False
+    """Whether no program of other sizes is made of it by numbers alone."""
     like: Program | None = None
     """Of a program that is another one with other numbers: that one. Its graphs are outlines, and trees alone have its code."""
 

@@ -38,7 +38,6 @@ from meshpar.compile.signature import BatchSignature, flatten
 from meshpar.compile.state.following import Following
 from meshpar.compile.state.held import variant
 from meshpar.config import ParallelConfig
-from meshpar.errors import BatchError
 from meshpar.graph.captured import Captured
 from meshpar.mesh import data_axis, typed_axes
 from meshpar.passes import order
@@ -84,6 +83,8 @@ class Programs:
         self.seconds = 0.0
         """How long the first program took to make."""
         self.shapes = KnownShapes()
+        self.finish: Callable[[Program, Mapping[str, Any]], Program] = lambda program, kwargs: program
+        """What is done to a program, made for these keyword arguments, before it runs."""
 
     @property
     def schedule(self) -> Schedule | None:
@@ -111,7 +112,9 @@ class Programs:
         """
         with uncollected():
             seen = self.seen(args, kwargs, training=training, microbatches=microbatches, **state)
-            return self.lowered(seen, self.planned(seen))
+            made = self.lowered(seen, self.planned(seen))
+            finished = self.finish(made, kwargs)
+            return made if finished is made else replace(finished, alone=True)
 
     def seen(
         self,
@@ -137,7 +140,7 @@ class Programs:
         self.originals = {}  # (the model may be gone when the next program is made, and its memory somebody else's)
         say(captured.state.notes, self.skeleton)
         parts = _parted(captured, microbatches)
-        loss = proved_loss(captured, parts, microbatches)
+        loss = proved_loss(captured, parts, microbatches if captured.loss is not None else 1)
         return Seen(replace(signature, state=f"{variant(captured.state)}{trainable} {microbatches}"), parts, loss)
 
     def sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Captured, microbatches: int) -> BatchSizes:
@@ -217,12 +220,8 @@ def parameter_facts(model: nn.Module) -> ParameterFacts:
 
 
 def _parted(captured: Captured, microbatches: int) -> Split:
-    if microbatches == 1:
+    if microbatches == 1 or captured.loss is None:  # (a step says so, unless its loss is computed outside)
         return Split(captured, None, ())
-    if captured.loss is None:
-        raise BatchError(
-            "a step of several microbatches needs a loss: pass labels if the model computes it from them, or loss_fn= to parallelize."
-        )
     check_microbatches(captured)
     parts = split_denominators(captured, microbatches)
     told = [f"these terms of the loss are the mean of those of the microbatches: {', '.join(parts.averaged)}."] if parts.averaged else []

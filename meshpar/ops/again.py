@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 Step = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 

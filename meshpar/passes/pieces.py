@@ -31,7 +31,6 @@ from meshpar.graph.operators import operator_of
 from meshpar.ops import collectives, pieces
 from meshpar.passes.products import bring, can_come, constants
 
-
 aten = torch.ops.aten
 
 
@@ -80,7 +79,12 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 def _is_product(node: fx.Node, reader: fx.Node, fixed: frozenset[fx.Node]) -> bool:
     """Whether `reader` is a product of what is gathered, or of its rows, with parameters, in its block."""
-    if reader.op != "call_function" or op_name(reader.target) not in _FACTORS or reader.kwargs or facts(reader).region != facts(node).region:
+    if (
+        reader.op != "call_function"
+        or op_name(reader.target) not in _FACTORS
+        or reader.kwargs
+        or facts(reader).region != facts(node).region
+    ):
         return False
     x, weight, bias = _factors(reader)
     width = info_of(x).shape[-1]

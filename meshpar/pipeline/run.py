@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,7 +38,7 @@ from meshpar.pipeline.sends import Sends
 from meshpar.pipeline.ties import Ties
 from meshpar.runtime.blocks import Tree
 from meshpar.runtime.data_parallel import DataParallelism
-from meshpar.runtime.engine import Engine, Inputs, every_output, times
+from meshpar.runtime.engine import Engine, Inputs, OutsideLoss, every_output, times
 from meshpar.runtime.failures import looks_lost
 from meshpar.runtime.steps import check_trained
 
@@ -69,19 +69,33 @@ class Pipelined(Engine):
         """Where the times of computations go while they are measured."""
         dist.all_reduce(torch.zeros(1, device=device), group=_group(axis))  # NCCL wants all ranks in a group's first communication
 
-    def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        """All outputs of a program, without gradients; the last stage computes them and hands them to all."""
+    def run(self, program: Program, inputs: Inputs, stay: Collection[int] = ()) -> tuple[Any, ...]:
+        """All outputs of a program, without gradients; the last stage computes them and hands them to all, but for those that stay."""
         with torch.no_grad():
             actions = self.schedule.order(1, backward=False)
             run = self._run(program.all_stages, every_output(program), [inputs], actions, backward=False, keeps=True)
-        return self._from_last_stage(run.outputs, program.all_stages[-1])
+        last = program.all_stages[-1]
+        handed = [(i, info) for i, info in zip(last.outputs, last.returned, strict=True) if i not in stay]
+        values = [run.outputs[i] for i, _ in handed if i in run.outputs]
+        found = run.outputs | dict(zip((i for i, _ in handed), self._from_last_stage(values, [info for _, info in handed]), strict=True))
+        return tuple(found.get(i) for i in range(max((*found, *stay)) + 1))
 
-    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self,
+        program: Program,
+        parts: Sequence[Inputs],
+        *,
+        backward: bool,
+        scale: torch.Tensor | None = None,
+        outside: OutsideLoss | None = None,
+    ) -> torch.Tensor:
         """The sum of the losses of all microbatches, on every rank; with `backward`, gradients are complete at the end."""
         actions = self.schedule.order(len(parts), backward=backward)
+        cuts, key = (program.stages, program.key) if outside is None else (program.all_stages, every_output(program))
         with torch.set_grad_enabled(backward), self.ties.summing() if backward else nullcontext():
-            run = self._run(program.stages, program.key, parts, actions, backward=backward, scale=scale)
-        (total,) = self._from_last_stage([] if run.total is None else [run.total], program.stages[-1])
+            run = self._run(cuts, key, parts, actions, backward=backward, scale=scale, outside=outside)
+        infos = cuts[-1].returned if outside is None else (Info((), torch.float64, requires_grad=False),)
+        (total,) = self._from_last_stage([] if run.total is None else [run.total], infos)
         return total
 
     @contextmanager
@@ -110,10 +124,11 @@ class Pipelined(Engine):
         backward: bool,
         scale: torch.Tensor | None = None,
         keeps: bool = False,
+        outside: OutsideLoss | None = None,
     ) -> _Run:
-        """One pass; the last stage adds up the losses, or `keeps` what it returns."""
+        """One pass; the last stage adds up the losses, its own or those of `outside`, or `keeps` what it returns."""
         defers = actions.defers()
-        run = _Run(self, cuts, key, parts, actions.place, backward, defers, scale, keeps)
+        run = _Run(self, cuts, key, parts, actions.place, backward, defers, scale, keeps, outside)
         try:
             run.perform(actions.actions[self.axis.rank])
         except Exception:
@@ -122,11 +137,11 @@ class Pipelined(Engine):
             raise
         return run
 
-    def _from_last_stage(self, values: Sequence[torch.Tensor], last: StageGraph) -> tuple[torch.Tensor, ...]:
+    def _from_last_stage(self, values: Sequence[torch.Tensor], infos: Sequence[Info]) -> tuple[torch.Tensor, ...]:
         """What the ranks of the last stage computed, on every rank of the pipeline."""
-        source = self.schedule.order(1, backward=False).place[last.index]
+        source = self.schedule.order(1, backward=False).place[-1]
         found = []
-        for i, info in enumerate(last.returned):
+        for i, info in enumerate(infos):
             value = values[i].contiguous() if values else torch.empty(info.shape, dtype=info.dtype, device=self.device)
             dist.broadcast(value, group=_group(self.axis), group_src=source)
             found.append(value)
@@ -165,11 +180,12 @@ class _Run:
         defers: bool,
         scale: torch.Tensor | None,
         keeps: bool,
+        outside: OutsideLoss | None,
     ) -> None:
-        self.scale, self.keeps = scale, keeps
+        self.scale, self.keeps, self.outside = scale, keeps, outside
         self.engine, self.cuts, self.key, self.parts, self.place = engine, cuts, key, parts, place
         self.backward, self.defers = backward, defers
-        self.outputs: list[torch.Tensor] = []
+        self.outputs: dict[int, torch.Tensor] = {}
         self.total: torch.Tensor | None = None
         self.flights: dict[ActionPlace, _Flight] = {}
         self.values: dict[ActionPlace, tuple[torch.Tensor, ...]] = {}
@@ -227,13 +243,15 @@ class _Run:
         if self.backward:
             flight.edges = tuple(get_gradient_edge(value) if value.requires_grad else None for value in sends)
             self.flights[at] = flight
+        if self.keeps:
+            self.outputs |= zip(cut.outputs, own, strict=False)
         if stage < len(self.cuts) - 1:
             self._hand("F", (stage + 1, action.microbatch), tuple(value.detach() for value in sends))
-        elif self.keeps:
-            self.outputs = list(own)
-        else:
-            flight.loss = own[0] if self.backward else None
-            self.total = own[0].detach() if self.total is None else self.total + own[0].detach()
+        elif not self.keeps:
+            loss = own[0] if self.outside is None else self.outside(action.microbatch, dict(zip(cut.outputs, own, strict=False)))
+            flight.loss = loss if self.backward else None
+            found = loss.detach() if self.outside is None else loss.detach().double()
+            self.total = found if self.total is None else self.total + found
 
     def _backward(self, action: Action) -> None:
         stage, at = action.stage, (action.stage, action.microbatch)

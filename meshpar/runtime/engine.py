@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from meshpar.runtime.steps import check_trained
 
 Inputs = Mapping[str, Any]
 """What a graph is run on, by the names of its placeholders: the tensors of a microbatch, denominators, the random key."""
-
-
 Functions = Mapping[tuple[str, int, tuple[str, ...]], fx.Graph]
 """For what ("step", "outputs", "counts"), in which tree, the blocks that share a function -> its graph; of all that a rank runs."""
+OutsideLoss = Callable[[int, Mapping[int, torch.Tensor]], torch.Tensor]
+"""The number of a microbatch and its outputs -> its loss."""
 
 
 class Counting:
@@ -72,61 +73,73 @@ class Engine(ABC):
 
     def functions(self, program: Program) -> Functions:
         """The different functions that this rank runs for a program that it knows."""
-        own = {
-            (name, index, at): graph
-            for name, key, indices in _held(program)
-            for index in indices
-            if index in self.trees
-            for at, graph in self.trees[index].functions(key).items()
-        }
+        here = [held for held in _held(program) if held.tree in self.trees]
+        own = {(one.purpose, one.tree, at): g for one in here for at, g in self.trees[one.tree].functions(one.key).items()}
         return {**own, **self.counting.functions(program)}
 
     def add_like(self, program: Program, like: Program, functions: Functions) -> None:
         """Learn a program that is `like`, a known one, but for its functions."""
-        for (name, key, indices), (_, other, _) in zip(_held(program), _held(like), strict=True):
-            for index in indices:
-                if index in self.trees:
-                    self.trees[index].add_like(key, other, _of(functions, name, index))
+        for one, other in zip(_held(program), _held(like), strict=True):
+            if one.tree in self.trees:
+                self.trees[one.tree].add_like(one.key, other.key, _of(functions, one.purpose, one.tree))
         self.counting.learn_like(program, like, functions)
 
     def forget(self, program: Program) -> None:
         """Forget a program: it will not run again."""
-        for key in (program.key, every_output(program), loss_alone(program)):
-            for tree in self.trees.values():
-                tree.remove_program(key)
+        for held in _held(program):
+            if held.tree in self.trees:
+                self.trees[held.tree].remove_program(held.key)
         self.counting.forget(program)
 
     @abstractmethod
-    def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        """All outputs of a program for one batch."""
+    def run(self, program: Program, inputs: Inputs, stay: Collection[int] = ()) -> tuple[Any, ...]:
+        """All outputs of a program for one batch, without gradients where there is a pipeline.
+
+        Those of `stay` are on the ranks of the stages that return them; elsewhere they are None.
+        """
 
     @abstractmethod
-    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self,
+        program: Program,
+        parts: Sequence[Inputs],
+        *,
+        backward: bool,
+        scale: torch.Tensor | None = None,
+        outside: OutsideLoss | None = None,
+    ) -> torch.Tensor:
         """The sum of the losses of all microbatches, the same on every rank; with `backward`, gradients are complete at the end.
 
-        Gradients are those of the loss times `scale`.
+        Gradients are those of the loss times `scale`. The loss is the program's, or what `outside` makes of its outputs (in float64).
         """
 
 
 def teach(trees: Mapping[int, Tree], program: Program) -> None:
     """Add a program, or its share of every stage, to the trees."""
-    captured = program.captured
-    if not program.all_stages:
-        trees[0].add_program(program.key, program.graph, constants=captured.constants, mutations=captured.mutations)
-    if program.step is not None:
-        trees[0].add_program(loss_alone(program), program.step.graph, constants=captured.constants, mutations=program.step.mutations)
-    for key, stages in ((program.key, program.stages), (every_output(program), program.all_stages)):
-        for stage in stages:
-            if stage.index in trees:
-                trees[stage.index].add_program(key, stage.graph, constants=captured.constants, mutations=stage.mutations)
+    for held in _held(program):
+        if held.tree in trees:
+            trees[held.tree].add_program(held.key, held.graph, constants=program.captured.constants, mutations=held.mutations)
 
 
-def _held(program: Program) -> list[tuple[str, str, list[int]]]:
-    """What trees hold of a program: a name for it, its key, and which trees."""
-    if not program.all_stages:
-        return [("step", program.key, [0])]
-    ways = (("step", program.key, program.stages), ("outputs", every_output(program), program.all_stages))
-    return [(name, key, [stage.index for stage in stages]) for name, key, stages in ways]
+@dataclass(frozen=True)
+class _Held:
+    """What a tree holds of a program: for what, under which key."""
+
+    purpose: str
+    key: str
+    tree: int
+    graph: fx.Graph
+    mutations: tuple[str, ...]
+
+
+def _held(program: Program) -> list[_Held]:
+    if program.all_stages:
+        ways = (("step", program.key, program.stages), ("outputs", every_output(program), program.all_stages))
+        return [_Held(purpose, key, one.index, one.graph, one.mutations) for purpose, key, stages in ways for one in stages]
+    found = [_Held("outputs", program.key, 0, program.graph, program.captured.mutations)]
+    if (one := program.step) is not None:
+        found.append(_Held("step", loss_alone(program), 0, one.graph, one.mutations))
+    return found
 
 
 def _of(functions: Functions, name: str, index: int) -> dict[tuple[str, ...], fx.Graph]:
@@ -154,6 +167,14 @@ def times(scale: torch.Tensor | None, loss: torch.Tensor) -> torch.Tensor | None
     return None if scale is None else torch.ones_like(loss) * scale.to(loss.device, loss.dtype)
 
 
+def loss_in(program: Program, outputs: Sequence[torch.Tensor], microbatch: int, outside: OutsideLoss | None) -> torch.Tensor:
+    """The loss of a microbatch, of all outputs of its program."""
+    if outside is not None:
+        return outside(microbatch, dict(enumerate(outputs)))
+    assert program.captured.loss is not None
+    return outputs[program.captured.loss]
+
+
 class Whole(Engine):
     """Every rank runs the whole model: microbatches one after the other."""
 
@@ -161,29 +182,36 @@ class Whole(Engine):
         super().__init__({0: tree}, first)
         self._tree, self._data = tree, data
 
-    def run(self, program: Program, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    def run(self, program: Program, inputs: Inputs, stay: Collection[int] = ()) -> tuple[Any, ...]:
         """All outputs of a program for one batch."""
         self._data.microbatch(0, 1)
         return self._tree.run(program.key, *arguments(program, inputs))
 
-    def step(self, program: Program, parts: Sequence[Inputs], *, backward: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self,
+        program: Program,
+        parts: Sequence[Inputs],
+        *,
+        backward: bool,
+        scale: torch.Tensor | None = None,
+        outside: OutsideLoss | None = None,
+    ) -> torch.Tensor:
         """The sum of the losses of all microbatches."""
-        assert program.captured.loss is not None
         total: torch.Tensor | None = None
         for index, part in enumerate(parts):
             self._data.microbatch(index, len(parts))
-            loss = self._loss(program, part)
+            loss = self._loss(program, part, index, outside)
             if backward:
                 check_trained(loss)
                 self._data.alone()
                 loss.backward(times(scale, loss))
                 self._data.done(index, len(parts))
-            total = loss.detach() if total is None else total + loss.detach()
+            found = loss.detach() if outside is None else loss.detach().double()
+            total = found if total is None else total + found
         assert total is not None
         return total
 
-    def _loss(self, program: Program, part: Inputs) -> torch.Tensor:
-        if program.step is not None:
+    def _loss(self, program: Program, part: Inputs, index: int, outside: OutsideLoss | None) -> torch.Tensor:
+        if program.step is not None and outside is None:
             return self._tree.run(loss_alone(program), *(part[name] for name in program.step.inputs))[0]
-        assert program.captured.loss is not None
-        return self._tree.run(program.key, *arguments(program, part))[program.captured.loss]
+        return loss_in(program, self._tree.run(program.key, *arguments(program, part)), index, outside)

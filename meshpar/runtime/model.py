@@ -21,20 +21,22 @@ from meshpar.config import ParallelConfig
 from meshpar.consensus import check_batch, check_whole
 from meshpar.errors import BatchError, ConfigError
 from meshpar.init.weights import tensor_groups
-from meshpar.mesh import data_rank
+from meshpar.mesh import data_axis, data_rank
 from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
-from meshpar.runtime import steps
+from meshpar.runtime import outside, steps
 from meshpar.runtime.asked import Asked
 from meshpar.runtime.build import build, copy_values
+from meshpar.runtime.caching.forward import CachedForward, settling
 from meshpar.runtime.engine import Engine
 from meshpar.runtime.evaluation import evaluate
 from meshpar.runtime.failures import Together
-from meshpar.runtime.generation import generate
+from meshpar.runtime.generation import Generation
 from meshpar.runtime.hooks import StepHooks, refusing
 from meshpar.runtime.likeness import Likeness, refuse_method
 from meshpar.runtime.names import together as one_module
 from meshpar.runtime.outputs import Leave, leaving, returned
+from meshpar.runtime.outside import LossFunction
 from meshpar.runtime.padding import Filled, Padding
 from meshpar.runtime.parameters.gradients import OnMesh
 from meshpar.runtime.parameters.specs import convert_state_dicts
@@ -59,6 +61,7 @@ class ParallelModel(Untaken, Likeness, Asked):
 
         loss = pm.train_step(**batch)        forward and backward, gradients summed over the mesh; the loss of the global batch
         loss = pm.eval_step(**batch)         the same loss without gradients
+        loss = pm.forward_backward(batch, loss_fn)    the same with a loss of your own
         out  = pm(**batch)                   the model's own output for this data rank's samples; backward from any loss of it
     """
 
@@ -74,6 +77,7 @@ class ParallelModel(Untaken, Likeness, Asked):
     scaled_by: object | None
     """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
     _variants: Variants
+    _generation: Generation
 
     def __init__(
         self, engine: Engine, mesh: DeviceMesh, config: ParallelConfig, programs: Programs, first: Program, together: Together
@@ -83,6 +87,7 @@ class ParallelModel(Untaken, Likeness, Asked):
         self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None, _simulated=is_simulated())
         self.__dict__.update(_padding=Padding(programs, mesh, config, first.captured))
         self.__dict__.update(_leave=leaving(mesh, config.outputs))
+        settling(programs, mesh)
         self._take_names()
         self.mesh, self.parallel_config = mesh, config
         self.random = RandomState(config.seed)
@@ -92,6 +97,7 @@ class ParallelModel(Untaken, Likeness, Asked):
         self._show_originals()
         self.__dict__["_variants"] = Variants(self, programs, engine, mesh, self._hooks)
         self._variants.learn(first, config.microbatches)
+        self.__dict__["_generation"] = Generation(self, programs.skeleton, mesh, together, self._cached)
         known = frozenset(n for n in programs.skeleton.state_dict() if n.rpartition(".")[2] != EXTRA_STATE)
         convert_state_dicts(self, known, [group for group, _ in tensor_groups(programs.skeleton) if len(group) > 1])
 
@@ -240,7 +246,8 @@ class ParallelModel(Untaken, Likeness, Asked):
         if self._makes.schedule is not None and self.training and torch.is_grad_enabled():
             raise BatchError(
                 "a pipelined model trains by pm.train_step(**batch), which runs forward and backward of all microbatches in the order of "
-                "its schedule and returns the loss. To see outputs: pm.eval(), then with torch.no_grad(): pm(**batch)."
+                "its schedule and returns the loss; with a loss of your own, pm.forward_backward(batch, loss_fn). To see outputs: "
+                "pm.eval(), then with torch.no_grad(): pm(**batch)."
             )
         batch = self._fit(args, kwargs, 1, outputs=True)
         tensors, variant = self._program(batch.args, batch.kwargs, 1)
@@ -269,6 +276,52 @@ class ParallelModel(Untaken, Likeness, Asked):
             self.__dict__["scaled_by"] = scaler
             return self._train(args, kwargs, scale)
 
+    def forward_backward(
+        self, batch: Any, loss_fn: LossFunction, *, target: Any = None, count: Callable[[Any], Any] | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of one step with a loss of your own, over all microbatches. Returns it, the same on every rank (float64).
+
+        `batch`: this data rank's, a dict or a tuple of what forward takes. `loss_fn(output, batch)` is called for each microbatch, on the
+        ranks of the last stage of a pipeline, with what the model returns for it, plain tensors, and that part of the batch; or of
+        `target`, tensors with a row per sample that forward does not take. It gives one number. The loss is the mean of these numbers over
+        microbatches and data ranks; with `count`, which says of a local batch (or of its target) what the loss is the mean over, their sum
+        by the sum of these counts. Gradients are those of this loss, and add to what `.grad` holds.
+
+            loss = pm.forward_backward(batch, lambda output, batch: my_loss(output.logits, batch["labels"]))
+            loss = pm.forward_backward(batch, sum_over_tokens, count=lambda batch: (batch["labels"] != -100).sum())
+
+        Raises BatchError for a batch that does not divide, ConfigError for a loss that is no number.
+        """
+        with self._together.section("forward_backward"):
+            self.__dict__["scaled_by"] = None
+            steps.check_gradients()
+            self._check_own_hooks()
+            with self._hooks.acting(self):
+                return self._outside(batch, loss_fn, target, count)
+
+    def _outside(self, batch: Any, loss_fn: LossFunction, target: Any, count: Callable[[Any], Any] | None) -> torch.Tensor:
+        if self.parallel_config.outputs == "cut":
+            raise ConfigError('forward_backward: outputs="cut" gives DTensors of the global batch, not those of one rank\'s microbatch.')
+        pieces = outside.parts(self._makes.skeleton, batch, target, self.parallel_config.microbatches)
+        filled = [self._fit(piece.args, piece.kwargs, 1, outputs=True) for piece in pieces]
+        first, variant = self._program(filled[0].args, filled[0].kwargs, 1)
+        others = [self._values(flatten(one.args, dict(one.kwargs), self.training)[0], variant) for one in filled[1:]]
+        program, data = variant.program, data_axis(self.mesh)
+
+        def loss(microbatch: int, outputs: Mapping[int, torch.Tensor]) -> torch.Tensor:
+            own = filled[microbatch].own
+            output = restore(program, lambda i: own(i, self._leave(program, outputs[i], i)))
+            return outside.loss_of(loss_fn, output, pieces[microbatch].target)
+
+        weight = outside.weight(count, batch if target is None else target, len(pieces), data, first[0].device)
+        with without_autocast(), explaining(program.captured, first):
+            inputs = [self._inputs(program, tensors, i) for i, tensors in enumerate([first, *others])]
+            total = self._engine.step(program, inputs, backward=True, scale=weight.own, outside=loss)
+            total = outside.summed(total, data) * weight.share
+        self.random.advance()
+        self._variants.done(variant)
+        return steps.done(total)
+
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of the global batch, without gradients. Call `eval()` first to switch dropout off, as with any module."""
@@ -280,12 +333,22 @@ class ParallelModel(Untaken, Likeness, Asked):
     def generate(self, *args: Any, **asked: Any) -> Any:
         """`generate` of a transformers model for this data rank's prompts, in its own words: greedy, sampling, beams; the model's tokens.
 
-        Exact, and slow: there is no cache of keys and values (`runtime/generation.py`). Call `eval()` first to switch dropout off.
-        Collective; prompts have one shape on all data ranks. Raises ConfigError for what it cannot do.
+        With a cache of keys and values where that is proved to be exact for the model, each rank keeping its share; else every token is
+        a whole forward, which is warned of (`pm.generation` says why). `use_cache=True` refuses instead. Call `eval()` first to switch
+        dropout off. Collective; prompts have one shape on all data ranks. Raises ConfigError for what it cannot do.
 
             pm.eval().generate(input_ids, max_new_tokens=20)
         """
-        return generate(self, self._makes.skeleton, self.mesh, args, asked)
+        return self._generation(args, asked)
+
+    @property
+    def generation(self) -> str:
+        """How `generate` ran the last time: with a cache of keys and values, and how that is cut, or without, and why."""
+        return self._generation.told
+
+    def _cached(self) -> CachedForward:
+        inputs = lambda program, tensors: self._inputs(program, tensors, 0)  # noqa: E731
+        return CachedForward(self._makes, self._variants, self._engine, self.mesh, inputs_of=inputs, leave=self._leave)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Any]], *, weight: Callable[[Any], Any]) -> float:
@@ -321,7 +384,7 @@ class ParallelModel(Untaken, Likeness, Asked):
             raise BatchError(
                 f"this batch gives no loss. The model returned {returned(program.captured)}; its loss is output.loss, output['loss'], a "
                 "scalar, or the only scalar of a tuple. Pass labels if the model computes its loss from them. Of several, or of anything "
-                "else, say which: parallelize(..., loss_fn=lambda output, batch: output[0])."
+                "else, say which: parallelize(..., loss_fn=lambda output, batch: output[0]), or pm.forward_backward(batch, loss_fn)."
             )
         with without_autocast(), explaining(program.captured, tensors):
             total = self._engine.step(program, self._parts(program, tensors, count), backward=backward, scale=scale)
@@ -368,10 +431,13 @@ class ParallelModel(Untaken, Likeness, Asked):
             check_whole({name: tensor for name, tensor in named if name not in captured.batch_dims}, self.mesh)
         self._checked.add(key)
         steps.check_devices(tensors, captured.inputs, self.mesh)
+        return self._values(tensors, variant), variant
+
+    def _values(self, tensors: Sequence[torch.Tensor], variant: Variant) -> list[torch.Tensor]:
+        """What a program takes of a batch, and of what forward reads beside it."""
         dtype = self.parallel_config.precision.compute_dtype
-        if dtype is not None:
-            tensors = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
-        return [*tensors, *variant.held.inputs()], variant
+        cast = tensors if dtype is None else [x.to(dtype) if x.is_floating_point() else x for x in tensors]
+        return [*cast, *variant.held.inputs()]
 
     def _check_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         alike = check_batch((args, kwargs), self.mesh)

@@ -68,15 +68,15 @@ def _whole(program: Program, value: torch.Tensor, index: int, known: list[tuple[
     share = 1.0
     for one, types, mine in known:
         if not ROLES[one.name].own_batches:
-            value = _gathered(value, types[index], one)
+            value = gathered(value, types[index], one)
             continue
         share /= one.size
         if not mine[index]:  # the same on all ranks: gradients of all of them are added up
-            value = i_to_r(_gathered(value, types[index], one), group=one.group, size=one.size, rank=one.rank)
+            value = i_to_r(gathered(value, types[index], one), group=one.group, size=one.size, rank=one.rank)
     return _Scaled.apply(value, share) if share != 1.0 and value.requires_grad and torch.is_grad_enabled() else value
 
 
-def _gathered(value: torch.Tensor, type_: Type, one: Axis) -> torch.Tensor:
+def gathered(value: torch.Tensor, type_: Type, one: Axis) -> torch.Tensor:
     """The whole value, whose gradients are the same on all ranks of the axis."""
     group = {"group": one.group, "size": one.size, "rank": one.rank}
     if isinstance(type_, Shard):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 import meshpar as mp
+from meshpar.runtime import generation
+from meshpar.runtime.caching.forward import KeptCache
+from meshpar.runtime.caching.proof import why_not
 from tests.models import tiny
 from tests.pool import Pool
 
@@ -26,34 +31,110 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor]:
     return ids.masked_fill(mask == 0, 0), mask
 
 
-def generates(spec: str) -> None:
+def made(spec: str, **changes: Any) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+    """A model, its parallel model, and this rank's prompts."""
     torch.manual_seed(0)
-    model = tiny("llama").double().eval()
+    model = tiny("llama", **changes).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 7
-    ids, mask = prompts()
     mesh = mp.make_mesh(spec)
-    own_ids, own_mask = mp.local_batch((ids, mask), mesh)
-    pm = mp.parallelize(model, mesh, example={"input_ids": own_ids, "labels": own_ids}).eval()
+    ids, mask = mp.local_batch(prompts(), mesh)
+    return model, mp.parallelize(model, mesh, example={"input_ids": ids, "labels": ids}).eval(), ids, mask
+
+
+@contextmanager
+def worked(pm: Any) -> Iterator[list[tuple[int, int]]]:
+    """How many samples and positions each program runs, forward by forward."""
+    rows: list[tuple[int, int]] = []
+    run = pm._engine.run
+
+    def counting(program: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        rows.append(tuple(inputs["input_ids"].shape))
+        return run(program, inputs, *args, **kwargs)
+
+    pm._engine.run = counting
+    yield rows
+    pm._engine.run = run
+
+
+def generates(spec: str) -> None:
+    model, pm, ids, mask = made(spec)
     for name, way in WAYS.items():
-        torch.manual_seed(5)
-        wanted = model.generate(own_ids, attention_mask=own_mask, max_new_tokens=4, **way)
-        torch.manual_seed(5)
-        found = pm.generate(own_ids, attention_mask=own_mask, max_new_tokens=4, **way)
-        assert torch.equal(found, wanted), f"{name} on {spec}: {found} {wanted}"
-    if spec == "tp=2":
-        torch.manual_seed(mesh.get_rank())
+        for new in ({}, {"use_cache": False})[: 2 if name == "greedy" else 1]:
+            torch.manual_seed(5)
+            wanted = model.generate(ids, attention_mask=mask, max_new_tokens=4, **way)
+            torch.manual_seed(5)
+            with worked(pm) as rows:
+                found = pm.generate(ids, attention_mask=mask, max_new_tokens=4, **way, **new)
+            assert torch.equal(found, wanted), f"{name} on {spec}: {found} {wanted}"
+            samples = len(ids) * way.get("num_beams", 1)
+            one_by_one = [(samples, 5), *[(samples, 1)] * 3]
+            assert rows == ([(samples, 9)] * 4 if new else one_by_one), f"{name} on {spec}: {rows}"
+            assert ("without a cache" in pm.generation) == bool(new), pm.generation
+    if spec == "dp=2,tp=2":
+        torch.manual_seed(torch.distributed.get_rank())
         with pytest.raises(mp.ConfigError, match="torch.manual_seed"):
-            pm.generate(own_ids, max_new_tokens=2, do_sample=True)
-        with pytest.raises(mp.ConfigError, match="no cache of keys and values"):
-            pm.generate(own_ids, max_new_tokens=2, use_cache=True)
+            pm.generate(ids, max_new_tokens=2, do_sample=True)
+
+
+def keeps(spec: str, kept: Any) -> None:
+    """The shapes of keys and values on this rank, layer by layer: [samples, heads, positions, width]."""
+    model, pm, ids, mask = made(spec)
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "KeptCache", lambda room: seen.append(KeptCache(room)) or seen[-1])
+        assert torch.equal(
+            pm.generate(ids, attention_mask=mask, max_new_tokens=4), model.generate(ids, attention_mask=mask, max_new_tokens=4)
+        )
+    (cache,) = seen
+    rank = torch.distributed.get_rank()
+    heads = [None if one.tensor is None else (one.tensor.shape[0], one.tensor.shape[1]) for one in cache.buffers]
+    assert heads == kept[rank], heads
+    assert ("each rank of tp has those of its own heads" in pm.generation) == ("tp" in spec), pm.generation
 
 
 @pytest.mark.parametrize(("spec", "world"), [("pp=2", 2), ("dp=2,tp=2", 4)])
 def test_tokens_are_the_models(gloo: Pool, spec: str, world: int) -> None:
     gloo.run(generates, spec, world=world, timeout=180)
+
+
+def test_a_rank_keeps_its_own_samples_heads_and_layers(gloo: Pool) -> None:
+    layers = [[(4, 2)] * 2 + [None] * 2, [(4, 2)] * 2 + [None] * 2, [None] * 2 + [(4, 2)] * 2, [None] * 2 + [(4, 2)] * 2]
+    gloo.run(keeps, "pp=2,tp=2", layers, world=4, timeout=180)
+    gloo.run(keeps, "dp=2,tp=2", [[(2, 2)] * 4] * 4, world=4, timeout=180)
+
+
+def refuses() -> None:
+    _, pm, ids, _ = made("dp=1")
+    with pytest.warns(UserWarning, match="without a cache, .* call pm.eval"):
+        pm.train().generate(ids, max_new_tokens=2)
+    with pytest.raises(mp.ConfigError, match=r"use_cache=True.* call pm.eval"):
+        pm.generate(ids, max_new_tokens=2, use_cache=True)
+    pm.eval().generate(ids, max_new_tokens=2, use_cache=True)
+    with pytest.raises(mp.ConfigError, match="a cache is made for each call"):
+        pm.generate(ids, max_new_tokens=2, past_key_values=object())
+
+
+def count_from_the_left(inner: Any) -> None:
+    """Positions are places in the cache, padding included."""
+    forward = inner.forward
+    inner.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
+
+
+def test_what_is_proved() -> None:
+    for name, says in (("llama", None), ("gpt2", None), ("mamba", "its forward"), ("bart", "its logits are others")):
+        reason = why_not(tiny(name).eval())
+        assert reason is None if says is None else says in (reason or ""), f"{name}: {reason}"
+    for name in ("llama", "gpt2"):
+        model = tiny(name).eval()
+        count_from_the_left(model.get_decoder())
+        assert "its logits are others" in (why_not(model) or ""), name
+
+
+def test_no_cache_where_it_is_not_exact(gloo: Pool) -> None:
+    gloo.run(refuses, world=1, timeout=120)
 
 
 def evaluates() -> tuple[float, float]:

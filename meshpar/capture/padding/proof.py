@@ -115,7 +115,7 @@ def _check_longer(short: _Tried, question: Question) -> None:
     args, kwargs = without_memory(wide)
     read = read_batch(question.model, args, kwargs, {}, scale=1, divide=1)
     hollow = fake.replaced(question.model, lambda tensor: fake.fake_of(tensor, _META, nullcontext(), dtype=torch.double))
-    with _told(), hollow, _running(), OnDevice(torch.device("cpu")), _Heard() as heard:
+    with _told(), hollow, running(), OnDevice(torch.device("cpu")), _Heard() as heard:
         recorder = ForwardRecorder(question.model, read, question.loss_fn, state.Recording(question.ask))
         recorder.functions = AsksNothing()  # type: ignore[assignment]
         recorder(*read.tensors)
@@ -142,7 +142,7 @@ def _run(question: Question, batch: Any, short: _Tried | None) -> _Tried:
     """Forward and backward. `short`: that without padding, if this is the one with it."""
     args, kwargs = batch
     read = read_batch(question.model, args, kwargs, {}, scale=1, divide=1)
-    with _told(), _drawn(question.model), _running():
+    with _told(), _drawn(question.model), running():
         return _recorded(question, read, short)
 
 
@@ -159,8 +159,8 @@ def _told() -> Iterator[None]:
 
 
 @contextmanager
-def _running() -> Iterator[None]:
-    """As a capture runs it, but for experts: those run as they are written."""
+def running() -> Iterator[None]:
+    """Inside, models run as a capture runs them, in float64 and without draws; but for experts: those run as they are written."""
     with (
         state.without_autocast(),
         torch.inference_mode(False),

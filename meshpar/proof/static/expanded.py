@@ -104,7 +104,9 @@ def _at_once(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
         logits = set_facts(cast, replace(known, info=Info((*before.shape[:-1], classes), dtype, before.requires_grad)))
     repeat, reduction = named["repeat"], named["reduction"]
     if "group" in named:
-        found = new.call_function(vocab_parallel.cross_entropy, (logits, target, weights, 1, repeat, segments), {n: v for n, v in named.items() if n != "repeat"})
+        found = new.call_function(
+            vocab_parallel.cross_entropy, (logits, target, weights, 1, repeat, segments), {n: v for n, v in named.items() if n != "repeat"}
+        )
     else:
         args = (logits, target, weights, {"none": 0, "sum": 2}[reduction], named["ignore_index"], named["label_smoothing"])
         found = new.call_function(torch.ops.aten.cross_entropy_loss.default, args)

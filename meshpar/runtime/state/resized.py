@@ -28,6 +28,7 @@ from meshpar.compile.shapes.outline import outline, sizes_of
 from meshpar.compile.shapes.plans import AxisShard, cut_again, cuts_of, with_outputs
 from meshpar.compile.shapes.written import plain, with_numbers
 from meshpar.compile.signature import BatchSignature
+from meshpar.compile.split import StageGraph
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import infos_of
 from meshpar.graph.text import digest
@@ -289,12 +290,16 @@ def _written(node: fx.Node, numbers: list[Number]) -> Any:
 
 
 def _stages(program: Program) -> Any:
-    return [(s.index, s.receives, s.inputs, s.sends, s.outputs, s.mutations) for s in (*program.stages, *program.all_stages)]
+    return [(s.index, s.receives, s.inputs, s.sends, s.outputs, s.mutations) for s in _cuts(program)]
+
+
+def _cuts(program: Program) -> list[StageGraph]:
+    return [*program.stages, *program.all_stages, *((program.step,) if program.step is not None else ())]
 
 
 def _graphs(program: Program) -> list[fx.Graph]:
     """All graphs of a program whose inputs and outputs anyone asks for, in the order of `_program`."""
-    own = [program.captured.graph, program.graph, *(stage.graph for stage in (*program.stages, *program.all_stages))]
+    own = [program.captured.graph, program.graph, *(one.graph for one in _cuts(program))]
     return [*own, *(_graphs(program.counts) if program.counts is not None else [])]
 
 
@@ -302,7 +307,8 @@ def _program(like: Program, signature: BatchSignature, plan: Plan, sizes: Iterat
     """The program `like` as one sees it from outside, at other sizes."""
     captured = replace(like.captured, graph=outline(like.captured.graph, iter(next(sizes))))
     graph = outline(like.graph, iter(next(sizes)))
-    stages = [replace(stage, graph=outline(stage.graph, iter(next(sizes)))) for stage in (*like.stages, *like.all_stages)]
+    cuts = [replace(one, graph=outline(one.graph, iter(next(sizes)))) for one in _cuts(like)]
+    stages, every, step = cuts[: len(like.stages)], cuts[len(like.stages) :][: len(like.all_stages)], cuts[-1:]
     return replace(
         like,
         signature=signature,
@@ -310,8 +316,9 @@ def _program(like: Program, signature: BatchSignature, plan: Plan, sizes: Iterat
         plan=plan,
         graph=graph,
         counts=like.counts and _program(like.counts, signature.counting, like.counts.plan, sizes),
-        stages=tuple(stages[: len(like.stages)]),
-        all_stages=tuple(stages[len(like.stages) :]),
+        stages=tuple(stages),
+        all_stages=tuple(every),
+        step=like.step and step[0],
         like=like,
     )
 

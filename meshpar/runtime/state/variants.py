@@ -98,7 +98,7 @@ class Variants:
         for old in kept[KEPT:]:
             self._forget(old.program)
         del kept[KEPT:]
-        if program.like is None:
+        if program.like is None and not program.alone:
             self._resized.learn(self._kind(key), program)
         if known is None:
             self._makes.following.learn(state)
