@@ -246,7 +246,9 @@ def main() -> None:
         "",
         *table(("mesh", "logits at once", "logits, MiB", "peak, MiB", "peak : logits"), rows_of_logits() if not options.only else []),
     ]
-    text = readme("Memory of a layer", __doc__, size, "", *table(HEAD, rows), "", *logits, where=machine("gloo"), script="benchmarks/memory/run.py")
+    text = readme(
+        "Memory of a layer", __doc__, size, "", *table(HEAD, rows), "", *logits, where=machine("gloo"), script="benchmarks/memory/run.py"
+    )
     if options.write:
         write(HERE / "README.md", text)
 

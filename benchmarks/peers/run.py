@@ -187,7 +187,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = launch.run(worker, options.hidden, options.rounds, folder, world=2)[0]
-    text = report([text for size in SIZES if size.hidden in found for text in rows(size, found[size.hidden])], options.hidden, options.rounds)
+    text = report(
+        [text for size in SIZES if size.hidden in found for text in rows(size, found[size.hidden])], options.hidden, options.rounds
+    )
     if options.write:
         write(HERE / "README.md", text)
     else:

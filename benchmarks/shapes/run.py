@@ -5,8 +5,10 @@
     --kinds llama gpt2 ...    small models of these architectures, simulated dp=2 x tp=2 (or --mesh), seven shapes each: is the graph, the
                               plan and the lowered program node for node that of a capture of its own, and how many were made without one
 
-    --random 200              so many steps of random lengths and numbers of samples on eight gloo ranks, pp=2 x dp=2 x tp=2: the largest
-                              difference of a loss from that of one process, how programs came about, memory after each quarter of the steps
+    --told llama gpt2 ...     small models of these architectures, simulated dp=2 x tp=2 (or --mesh): four lengths that are made as ever, then
+                              five between them; of how many is the code made of theirs by numbers alone, and is it that of a capture
+    --random 200              so many steps of random lengths and numbers of samples on eight gloo ranks, pp=2 x dp=2 x tp=2: how far a
+                              loss is from that of one process at most, how programs came about, memory after each quarter of the steps
 
 Every depth runs in a process of its own. Times are processor seconds of the one thread that does it all.
 """
@@ -46,6 +48,7 @@ from meshpar.graph import text  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 from meshpar.runtime.blocks import Tree  # noqa: E402
 from meshpar.runtime.engine import Engine, Inputs  # noqa: E402
+from meshpar.runtime.state.resized import code_of  # noqa: E402
 from meshpar.runtime.state.variants import Variants  # noqa: E402
 from tests.models import GPT, numbers  # noqa: E402
 
@@ -153,6 +156,40 @@ def exact(task: str, kind: str, mesh: Any) -> str:
     return f"| {kind} | {same} of {len(shapes)} | {count.made} | {programs.planner.plans.made} | {reasons[:160]} |"
 
 
+def told(task: str, kind: str, mesh: Any) -> str:
+    """One row: an architecture at lengths between known ones."""
+    torch.manual_seed(0)
+    model, batch = made(task, kind)
+    model = model.double().train()
+    tensors = dict(model.named_parameters()), dict(model.named_buffers())
+    programs, fresh = (Programs(model, mesh, mp.ParallelConfig()) for _ in range(2))
+    tree, other = Tree(*tensors), Tree(*tensors)
+    variants, same, count = None, 0, 0
+    for at, length in enumerate(BETWEEN):
+        given = resized(batch, 4, length)
+        if variants is None:
+            program = programs.make((), given, training=True)
+            engine, as_ever = OneTree({0: tree}, program), OneTree({0: other}, program)
+            engine.add(program)
+            variants = Variants(tree, programs, engine, mesh)
+            variants.learn(program, 1)
+        else:
+            signature = flatten((), programs.ordered(given), True)[1]
+            program = variants.make((signature, 1, ""), (), given).program
+        if at >= TOLD and program.like is not None:
+            fresh.shapes, fresh.planner.plans = KnownShapes(), Plans()
+            captured = fresh.make((), given, training=True)
+            as_ever.add(captured)
+            same += code_of(engine.functions(program)) == code_of(as_ever.functions(captured))
+            count += 1
+    assert variants is not None
+    reasons = "; ".join(line for line in variants.told() if line.startswith("not made of code"))
+    return f"| {kind} | {count} of {len(BETWEEN) - TOLD} | {same} of {count} | {reasons[:200]} |"
+
+
+BETWEEN = (8, 24, 16, 20, 10, 14, 18, 22, 12)
+
+
 def resized(batch: dict[str, Any], samples: int, length: int) -> dict[str, Any]:
     """The same batch with other numbers of samples and positions."""
 
@@ -161,7 +198,7 @@ def resized(batch: dict[str, Any], samples: int, length: int) -> dict[str, Any]:
             return value
         value = torch.cat([value, value])[:samples]
         if value.dim() == 2 and value.shape[1] == 12 and not value.is_floating_point():
-            value = torch.cat([value, value], 1)[:, :length]
+            value = torch.cat([value] * 3, 1)[:, :length]
         return value
 
     return {name: one(value) for name, value in batch.items()}
@@ -172,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, nargs="*", default=[])
     parser.add_argument("--task", default="causal")
     parser.add_argument("--kinds", nargs="*", default=[])
+    parser.add_argument("--told", nargs="*", default=[])
     parser.add_argument("--random", type=int, default=0, metavar="STEPS")
     parser.add_argument("--mesh", default="dp=2,tp=2")
     parser.add_argument("--here", action="store_true", help="in this process, without a heading")
@@ -189,15 +227,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.random:
         found = launch.run(random_lengths, options.random, world=8)
         print(f"{options.random} steps: loss within {max(worst for worst, _, _ in found):.1e} of one process on every rank")
-        for rank, (_, kept, told) in enumerate(found):
-            print(f"rank {rank}: MiB {' '.join(f'{n:.0f}' for n in kept)}", *(told if rank == 0 else ()), sep="\n  ")
-    if options.kinds:
-        print("| architecture | as captured | graphs made | plans made | why not |\n|---|---|---|---|---|", flush=True)
+        for rank, (_, kept, lines) in enumerate(found):
+            print(f"rank {rank}: MiB {' '.join(f'{n:.0f}' for n in kept)}", *(lines if rank == 0 else ()), sep="\n  ")
+    tables = (
+        (exact, options.kinds, "| architecture | as captured | graphs made | plans made | why not |\n|---|---|---|---|---|"),
+        (told, options.told, "| architecture | told | as captured | why not |\n|---|---|---|---|"),
+    )
+    for row, kinds, heading in tables:
+        if not kinds:
+            continue
+        print(heading, flush=True)
         with mp.simulate(prod(int(part.partition("=")[2]) for part in options.mesh.split(","))):
             mesh = mp.make_mesh(options.mesh)
-            for kind in options.kinds:
+            for kind in kinds:
                 try:
-                    print(exact(options.task, kind, mesh), flush=True)
+                    print(row(options.task, kind, mesh), flush=True)
                 except Exception as error:  # a row of the table: refused by capture, with the reason
                     print(f"| {kind} | {type(error).__name__}: {str(error).partition(chr(10))[0][:160]} | | | |", flush=True)
 

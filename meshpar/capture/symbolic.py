@@ -85,8 +85,6 @@ def follow(
 
     `hints`: what the symbols are in this batch. Raises Unseen where the forward does not run on symbols.
     """
-    if not all(tensor.is_contiguous() for tensor in batch.tensors):
-        raise Unseen("a tensor of the batch has gaps, or its dims in another order")
     symbols, numbers = SizeSymbols(hints), _SeenNumbers()
     shapes = [
         tuple(n if at is None else symbols.sizes[at] for n, at in zip(shape, which, strict=True))

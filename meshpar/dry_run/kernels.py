@@ -32,7 +32,7 @@ class Kernel:
     written: int = 0
     collective: str = ""
     """As `planner.Collective`: "all_gather", ..."""
-    moved: int = 0
+    moved: float = 0
     """Bytes of a collective as `planner.Collective` counts them."""
     group: str = ""
     """Name of the process group of a collective."""
@@ -150,8 +150,11 @@ def _collective(name: str, args: Sequence[Any], result: Any) -> Kernel | None:
     tensors = _all(args, result)
     sizes = [t.nbytes for t in tensors]
     given = sum(t.nbytes for t in _all(args[:1]))
-    moved = max(sizes) if kind in ("all_gather", "reduce_scatter") else given
-    return Kernel(name, "collective", "", read=min(sizes), collective=kind, moved=moved, group=group_behind(named[0]).group_name)
+    moved, group = max(sizes) if kind in ("all_gather", "reduce_scatter") else given, group_behind(named[0])
+    if name == "all_to_all_single" and (rows := sum(args[2])):
+        share = (rows - args[2][group.rank()]) / rows
+        moved = given * share * group.size() / max(1, group.size() - 1)  # a hop of a ring sends all that it is given
+    return Kernel(name, "collective", "", read=min(sizes), collective=kind, moved=moved, group=group.group_name)
 
 
 def _all(*trees: Any) -> list[torch.Tensor]:

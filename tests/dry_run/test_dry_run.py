@@ -18,6 +18,7 @@ from meshpar.cli.look import explained
 from meshpar.dry_run.decoder import Decoder
 from meshpar.planner import Transformer, flops_per_token
 from meshpar.planner.hardware import GiB
+from tests import models
 from tests.dry_run.measured import DENSE, EXPERTS, SHALLOW, TOKENS, batch, measured, model_of, predicted
 from tests.pool import Pool
 
@@ -122,6 +123,16 @@ def test_a_sequence_that_is_cut() -> None:
         model = Decoder(DENSE)
     found = mp.dry_run(model, "cp=2,tp=2", example=ids(4))
     assert any("cp" in str(row) for row in found.ledger) and "cp" in str(found)
+
+
+def test_bytes_that_go_round_are_those_of_the_ledger() -> None:
+    batch = {"ids": models.numbers(53, 4, 32), "labels": models.numbers(53, 4, 32)}
+    model, config = models.GPT(), mp.ParallelConfig(context="ring")
+    found = mp.dry_run(model, "cp=4", config, example=batch)
+    (hops,) = (line for line in found.ledger if line.kind == "all_to_all")
+    with mp.simulate(4):
+        ledger = mp.parallelize(model, mp.make_mesh("cp=4"), example=batch, config=config).comms()
+    assert hops.total == pytest.approx(sum(one.nbytes * one.count for one in ledger if one.kind == "ring"), rel=1e-9)
 
 
 # ---- memory against what ranks allocate --------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ class Resized:
 
     def compare(self, made: Told, as_ever: Program) -> None:
         """Compare a program that is not trusted yet with one that was made as ever, and that the engine knows."""
-        if _source(self._engine.functions(as_ever)) == _source(made.functions) and _outside(as_ever) == _outside(made.program):
+        if code_of(self._engine.functions(as_ever)) == code_of(made.functions) and _outside(as_ever) == _outside(made.program):
             made.of.trusted |= made.varying
         else:
             made.of.refused = "a program that was told by known sizes was another one when it was made"
@@ -323,7 +323,7 @@ def _program(like: Program, signature: BatchSignature, plan: Plan, sizes: Iterat
     )
 
 
-def _source(functions: Functions) -> Any:
+def code_of(functions: Functions) -> Any:
     """All that is printed of the code of some functions."""
     numbers: list[Number] = []
     return [(at, [_written(node, numbers) for node in graph.nodes]) for at, graph in functions.items()], numbers
