@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import cells
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS_PER_CELL = 240
@@ -25,9 +27,27 @@ def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
+IN_A_KERNEL = "08_real_ranks"
+"""Its ranks are copies of a kernel, which it interrupts; the others are run by IPython without one, in less time."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != IN_A_KERNEL], ids=lambda p: p.stem)
+def test_notebook_runs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    failed = cells.run([cell.source for cell in notebook.cells if cell.cell_type == "code"], path.parent, timeout=SECONDS_PER_CELL)
+    assert failed is None, failed
+
+
+@pytest.mark.parametrize(("source", "said"), [("x = 1\nx +", "SyntaxError"), ("assert False, 'so'", "so"), ("import os; os._exit(1)", "died")])
+def test_a_cell_that_fails_is_told(source: str, said: str, tmp_path: Path) -> None:
+    failed = cells.run(["y = 1", source], tmp_path, timeout=SECONDS_PER_CELL)
+    assert failed is not None and said in failed
+
+
+@pytest.mark.slow
+def test_notebook_runs_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ROOT / "notebooks" / f"{IN_A_KERNEL}.ipynb"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)
@@ -45,9 +65,9 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_outputs_are_committed(path: Path) -> None:
     """With at least one picture, no error, and no folder of the machine that ran it; small enough to read in a browser."""
     notebook = nbformat.read(path, as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in cells), "run it from top to bottom before it is committed"
-    outputs = [output for cell in cells for output in cell.outputs]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code), "run it from top to bottom before it is committed"
+    outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     said = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
@@ -62,8 +82,8 @@ DEFAULT = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_pictures_have_the_colours_of_the_package_on_white(path: Path) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    cells = nbformat.read(path, as_version=4).cells
-    for text in [o.data["image/png"] for cell in cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]:
+    every = nbformat.read(path, as_version=4).cells
+    for text in [o.data["image/png"] for cell in every for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]:
         pixels = (255 * pyplot.imread(BytesIO(b64decode(text)))).round().reshape(-1, 4)
         assert pixels[0].tolist() == [255, 255, 255, 255]  # (a dark page shows it as it was drawn)
         assert not any((pixels[:, :3] == colour).all(1).any() for colour in DEFAULT)
