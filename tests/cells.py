@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,15 +44,18 @@ def _run(answer: Connection, cells: Sequence[str], folder: str) -> None:
     os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path[:0] = [str(ROOT)]
-    sys.stdout = open(os.devnull, "w")
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        answer.send(_failed(cells))
+
+
+def _failed(cells: Sequence[str]) -> str | None:
     shell = _shell()
     for number, cell in enumerate(cells):
         try:
             shell.run_cell(cell, store_history=True).raise_error()
         except BaseException:
-            answer.send(f"cell {number}:\n{cell}\n{traceback.format_exc()}")
-            return
-    answer.send(None)
+            return f"cell {number}:\n{cell}\n{traceback.format_exc()}"
+    return None
 
 
 def _shell() -> Any:

@@ -39,7 +39,9 @@ def test_notebook_runs(path: Path) -> None:
     assert failed is None, failed
 
 
-@pytest.mark.parametrize(("source", "said"), [("x = 1\nx +", "SyntaxError"), ("assert False, 'so'", "so"), ("import os; os._exit(1)", "died")])
+@pytest.mark.parametrize(
+    ("source", "said"), [("x = 1\nx +", "SyntaxError"), ("assert False, 'so'", "so"), ("import os; os._exit(1)", "died")]
+)
 def test_a_cell_that_fails_is_told(source: str, said: str, tmp_path: Path) -> None:
     failed = cells.run(["y = 1", source], tmp_path, timeout=SECONDS_PER_CELL)
     assert failed is not None and said in failed

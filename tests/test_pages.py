@@ -53,7 +53,16 @@ KINDS = {
     "bash": "a script of a shell, which is read",
 }
 """What comes after the fence of a block; anything else is indented, and a drawing."""
-SMALLER = {"large.md": {"layers=96": "layers=4", "layers=8": "layers=2", '"pp=8,': '"pp=2,', '"pp=4,': '"pp=2,'}}
+SMALLER = {
+    "large.md": {
+        "layers=96": "layers=4",
+        "layers=8": "layers=2",
+        '"pp=8,': '"pp=2,',
+        '"pp=4,': '"pp=2,',
+        "192": "12",
+        "experts=64": "experts=8",
+    }
+}
 """Sizes that a page is run with here (`tests/dry_run` has those that it names)."""
 INSTALLED = {"pip", "tox"}
 """Programs that change an environment: what they are told is compared with the project's file."""
