@@ -52,7 +52,10 @@ def run(fn: Callable[..., Tensor], *tensors: Tensor) -> tuple[list[Tensor], int]
 @pytest.mark.parametrize(("steps", "fn"), [(NORM, norm), (GATE, gate)])
 def test_the_same_bits(steps: tuple[again.Step, ...], fn: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
-    given = torch.randn(6, 8).bfloat16(), torch.randn(8 if fn is norm else (6, 8)).bfloat16() if fn is norm else torch.randn(6, 8).bfloat16()
+    given = (
+        torch.randn(6, 8).bfloat16(),
+        torch.randn(8 if fn is norm else (6, 8)).bfloat16() if fn is norm else torch.randn(6, 8).bfloat16(),
+    )
     (found, kept), (expected, before) = run(lambda *xs: again.computed(steps, *xs), *given), run(fn, *given)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert kept == 0 < before

@@ -295,9 +295,7 @@ def one_by_one_on_gloo(whole: list[Tensor], tokens: Sequence[int], **options: An
     expert_all_to_all.LEAST_MESSAGE, expert_all_to_all.start_messages = 1, counted
     try:
         mesh, num_experts = init_device_mesh("cpu", (len(tokens),)), whole[3].shape[0]
-        return with_gradients(
-            lambda *args: layer(*args, num_experts, mesh, **options), *shares(whole, tokens, dist.get_rank())
-        ), seen[0]
+        return with_gradients(lambda *args: layer(*args, num_experts, mesh, **options), *shares(whole, tokens, dist.get_rank())), seen[0]
     finally:
         expert_all_to_all.LEAST_MESSAGE, expert_all_to_all.start_messages = least, start
 

@@ -47,7 +47,13 @@ def test_before_and_after() -> None:
     assert targets(graph) == ["slice.Tensor", "reshape.default", "cross_entropy"]
     (loss,) = (n for n in graph.nodes if n.target is chunked_loss.cross_entropy)
     assert loss.args[5:7] == (5, torch.float32), "rows at a time, and what they are cast to"
-    assert targets(expanded(graph)) == ["slice.Tensor", "reshape.default", "linear.default", "_to_copy.default", "cross_entropy_loss.default"]
+    assert targets(expanded(graph)) == [
+        "slice.Tensor",
+        "reshape.default",
+        "linear.default",
+        "_to_copy.default",
+        "cross_entropy_loss.default",
+    ]
 
 
 def test_what_else_is_read_is_there_at_once() -> None:
