@@ -420,11 +420,8 @@ class ParallelModel(Untaken, Likeness, Asked):
         closer = None if key in self._checked else lambda: self._check_batch(args, kwargs)
         kept, variant = self._variants.match(signature, microbatches, closer)
         if variant is None:
-            steps.say_capture(
-                "what forward reads, which changed" if key in self._variants.known() else steps.kind_of(tensors, self.training),
-                self._makes.seconds,
-            )
-            variant = self._variants.make(kept, args, kwargs)
+            why = "what forward reads, which changed" if key in self._variants.known() else steps.kind_of(tensors, self.training)
+            variant = self._variants.make(kept, args, kwargs, lambda: steps.say_capture(why, self._makes.seconds))
         captured = variant.program.captured
         if key not in self._checked:
             named = zip(captured.inputs, tensors, strict=False)

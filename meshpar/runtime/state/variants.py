@@ -157,12 +157,13 @@ class Variants:
         gone = f"; {self.forgotten} used longest ago forgotten (at most {MOST} are kept)" if self.forgotten else ""
         return (f"{count} programs kept{gone}", *self._makes.shapes.told(self._makes.planner.plans.made), *self._resized.told())
 
-    def make(self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
-        """A program for the state of this moment."""
+    def make(self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any], say: Callable[[], None] = lambda: None) -> Variant:
+        """A program for the state of this moment. `say`: called before one is made that others do not tell."""
         made = self._told_by_others(key, args, kwargs)
         if self._alike.all(made is not None and not made.tried) and made is not None:
             self._resized.add(made)
             return self.learn(made.program, *key[1:])
+        say()
         self._makes.following.follow_all()
         kept = self._variants.get(key, [])
         changed = kept[0].held.changed() if kept else []
