@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Step = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]
+CheapStep = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
-def computed(steps: tuple[Step, ...], *operands: Tensor) -> Tensor:
+def computed(steps: tuple[CheapStep, ...], *operands: Tensor) -> Tensor:
     """The last result of `steps`."""
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
     if not needed or torch.compiler.is_compiling():  # (compilers choose themselves)
@@ -32,7 +32,7 @@ def computed(steps: tuple[Step, ...], *operands: Tensor) -> Tensor:
 
 class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, steps: tuple[Step, ...], *operands: Tensor) -> Tensor:
+    def forward(ctx: Any, steps: tuple[CheapStep, ...], *operands: Tensor) -> Tensor:
         ctx.steps = steps
         ctx.save_for_backward(*operands)
         return _run(steps, operands)
@@ -50,7 +50,7 @@ class _Again(torch.autograd.Function):
         return None, *(next(found) if need else None for need in needed)
 
 
-def _run(steps: tuple[Step, ...], operands: Sequence[Tensor]) -> Tensor:
+def _run(steps: tuple[CheapStep, ...], operands: Sequence[Tensor]) -> Tensor:
     values = list(operands)
     for name, args, kwargs in steps:
         values.append(operator(name)(*_values(args, values), **{key: _values(arg, values) for key, arg in kwargs}))

@@ -47,7 +47,7 @@ def cross_entropy(
     `repeat`): which classes this rank has, the layout of a `Shard`; the whole where `size` is 1. `reduction`: "sum" or "none".
     """
     if rank < 0 or torch.compiler.is_compiling():  # simulated ranks may have unequal rows
-        named = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        named: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
         where: Any = {"group": group, "size": size, "rank": rank}
         logits = linear(x, weight, bias).to(dtype)
         return vocab_parallel.cross_entropy(logits, target, weights, 1, repeat, segments, **named, **where)

@@ -94,7 +94,8 @@ def _(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
 def combine(y: Tensor, perm: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of each token's rows: `y` [T*k, o] in expert order, `perm` from `dispatch`, `weights` [T, k] -> [T, o].
 
-    Summed choice by choice, in float32 or wider, and returned in the type of `y`: the same bits whatever rank computed which expert.
+    Summed choice by choice, in float32 or wider, and returned in the type of `y`: the same bits whatever rank computed which expert. (On
+    CPUs that can, a product and its sum are rounded once, not twice, in every row alike.)
     """
     wide = torch.promote_types(torch.promote_types(y.dtype, weights.dtype), torch.float32)
     if y.dtype == wide and y.device.type == "cpu" and y.numel():  # one pass over the rows, each by itself

@@ -90,7 +90,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **kwargs or {})
-        self.most = max([self.most, *(x.numel() for x in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(x, Tensor))])
+        self.most = max(
+            [self.most, *(x.numel() for x in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(x, Tensor))]
+        )
         return found
 
 

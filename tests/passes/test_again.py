@@ -87,5 +87,5 @@ def test_steps_of_models(monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, 
     with mp.simulate(2):
         grid = mp.make_mesh(mesh)
         pm = mp.parallelize(tiny(name), grid, example=mp.local_batch(text(), grid), config=mp.ParallelConfig(**config))
-        blocks = [n for n in pm._first.graph.nodes if n.target is again.computed]  # noqa: SLF001
+        blocks = [n for n in pm._first.graph.nodes if n.target is again.computed]
     assert len(blocks) >= 2, "activations of two layers"

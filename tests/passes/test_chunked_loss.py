@@ -47,7 +47,13 @@ def test_before_and_after() -> None:
     assert targets(graph) == ["slice.Tensor", "reshape.default", "cross_entropy"]
     (loss,) = (n for n in graph.nodes if n.target is chunked_loss.cross_entropy)
     assert loss.args[5:7] == (5, torch.float32), "rows at a time, and what they are cast to"
-    assert targets(expanded(graph)) == ["slice.Tensor", "reshape.default", "linear.default", "_to_copy.default", "cross_entropy_loss.default"]
+    assert targets(expanded(graph)) == [
+        "slice.Tensor",
+        "reshape.default",
+        "linear.default",
+        "_to_copy.default",
+        "cross_entropy_loss.default",
+    ]
 
 
 def test_what_else_is_read_is_there_at_once() -> None:
@@ -61,7 +67,7 @@ def verified(name: str, mesh: str, config: dict[str, Any]) -> tuple[float, bool]
     grid, config = mp.make_mesh(mesh), {"logits_bytes": 2000, **config}
     found = mp.verify(tiny(name), grid, text(), config=mp.ParallelConfig(**config))
     pm = mp.parallelize(tiny(name), grid, example=text(), config=mp.ParallelConfig(**config))
-    program = pm._first  # noqa: SLF001
+    program = pm._first
     graphs = [stage.graph for stage in program.stages] or [program.step.graph]
     return max(d.largest for d in found.differences), any(n.target is chunked_loss.cross_entropy for g in graphs for n in g.nodes)
 
