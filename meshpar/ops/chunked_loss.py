@@ -44,9 +44,10 @@ def cross_entropy(
     """`F.cross_entropy(linear(x, weight, bias).to(dtype), target, weights)`, `rows` rows at a time.
 
     `x` [n, i], `weight` [v_local, i], `bias` [v_local], `target` [n] global class indices, `weights` all class weights. `segments` (and
-    `repeat`): which classes this rank has, the layout of a `Shard`; the whole where `size` is 1. `reduction`: "sum" or "none".
+    `repeat`): which classes this rank has, the layout of a `Shard`; the whole where `size` is 1. `reduction`: "sum" or "none". No more than
+    `rows` rows, and those of simulated ranks, are taken at once.
     """
-    if rank < 0 or torch.compiler.is_compiling():  # simulated ranks may have unequal rows
+    if rank < 0 or x.shape[0] <= rows or torch.compiler.is_compiling():  # (simulated ranks may have unequal rows)
         named: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
         where: Any = {"group": group, "size": size, "rank": rank}
         logits = linear(x, weight, bias).to(dtype)

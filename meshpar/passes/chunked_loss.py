@@ -38,9 +38,7 @@ class ChunkLoss:
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         for node in list(graph.nodes):
             if node.op == "call_function" and (loss := _loss(node)) is not None and (steps := _steps(node, loss)) is not None:
-                rows = max(1, self.nbytes // (loss.classes * info_of(loss.logits).dtype.itemsize))
-                if rows < info_of(loss.logits).shape[0]:
-                    _rewrite(node, loss, steps, rows)
+                _rewrite(node, loss, steps, max(1, self.nbytes // (loss.classes * info_of(loss.logits).dtype.itemsize)))
         return graph
 
 

@@ -59,7 +59,6 @@ def test_before_and_after() -> None:
 def test_what_else_is_read_is_there_at_once() -> None:
     before = targets(graph_of(reader=True))
     assert targets(ChunkLoss(1)(graph_of(reader=True))) == before
-    assert targets(ChunkLoss(14 * 16 * 4)(graph_of())) == before, "all of them are no more than may be there"
 
 
 def verified(name: str, mesh: str, config: dict[str, Any]) -> tuple[float, bool]:
