@@ -241,8 +241,8 @@ def main() -> None:
     size = f"hidden {shape.hidden}, {shape.heads} heads ({shape.kv} of keys and values), width {shape.ffn} (gpt: {4 * shape.hidden}), "
     size += f"{shape.experts} experts of which {shape.choices}, {shape.samples} x {shape.length} tokens. Bytes per token and hidden width."
     logits = [
-        f"Of a step of a model that is little but its head, {TOKENS} tokens, a vocabulary of {VOCABULARY}, float32, with all",
-        "logits at once or `ParallelConfig(logits_bytes=...)`: MiB of a rank's logits, and the most bytes above those that are there before the step.",
+        f"Of a step of a model that is little but its head, {TOKENS} tokens, {VOCABULARY} words, float32, with all logits at once or",
+        "`ParallelConfig(logits_bytes=...)`: MiB of a rank's logits, and the most bytes above those that are there before the step.",
         "",
         *table(("mesh", "logits at once", "logits, MiB", "peak, MiB", "peak : logits"), rows_of_logits() if not options.only else []),
     ]
