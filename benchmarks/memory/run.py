@@ -59,8 +59,8 @@ class Shape:
     heads: int = 8
     kv: int = 4
     ffn: int = 1536
-    samples: int = 4
-    length: int = 512
+    samples: int = 8
+    length: int = 1024
     experts: int = 4
     choices: int = 2
 

@@ -12,6 +12,7 @@ sums, which keep nothing, are no gain.)
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ _KEPT_RESULTS = frozenset(("results", "operands and results"))
 class ComputeAgain:
     """Join what is cheap within a block. Changes the graph in place. `least_bytes`: what must be gained; less is not worth the time."""
 
-    least_bytes: int = 2**20
+    least_bytes: int = 2**22
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         joined: set[fx.Node] = set()
@@ -105,9 +106,12 @@ def _read(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _memory(node: fx.Node) -> fx.Node:
-    """The value whose memory a node is."""
+    """The value whose memory a node is: of several results that are no views, each its own."""
     while node.op == "call_function" and operator_of(node.target).view and operands(node):
-        node = operands(node)[0]
+        before = operands(node)[0]
+        if node.target is operator.getitem and not (before.op == "call_function" and operator_of(before.target).view):
+            return node
+        node = before
     return node
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -67,6 +68,16 @@ def test_a_sum_is_no_gain() -> None:
     graph.output((graph.add(aten.sin.default, total),))
     before = targets(graph)
     assert targets(ComputeAgain(least_bytes=1)(graph)) == before
+
+
+def test_one_of_several_results() -> None:
+    """What a call gives beside others is a value of its own; parts of a split are not."""
+    graph = Made()
+    info = Info((2, 8), torch.float32, True)
+    several = set_facts(graph.call_function(aten.native_layer_norm.default, (graph.add("x"),)), Facts((info, info), region="block"))
+    a, b = (graph.add(operator.getitem, several, at) for at in (0, 1))
+    graph.output((graph.add(aten.mm.default, graph.add(aten.mul.Tensor, graph.add(aten.silu.default, a), b), a),))
+    assert targets(ComputeAgain(least_bytes=64)(graph)) == ["native_layer_norm.default", "getitem", "getitem", "computed", "mm.default"]
 
 
 def test_turned_by_constants() -> None:
