@@ -6,8 +6,8 @@
     here                gate, up
 
 A step is the name of an operator, its arguments and keyword arguments. "%n" among them is the n-th value: operands first, then the results
-of steps. The last result is returned. The same operators on the same numbers, forward and backward. (Where several of them read one operand,
-its gradients are first summed here, then with those of others: the sum may be rounded in another order.)
+of steps. The last result is returned. The same operators on the same numbers, forward and backward. (Where several of them read one
+operand, its gradients are first summed here, then with those of others: the sum may be rounded in another order.)
 """
 
 from __future__ import annotations
