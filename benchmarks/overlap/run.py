@@ -121,7 +121,7 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 
 def measure(case: Case, rounds: int, sleep: bool, bandwidth: float) -> dict[str, tuple[float, float, float]]:
-    """By contender: seconds of a step, of communication in it, and of waiting for that; medians over the rounds."""
+    """By contender: seconds of a step, of communication in it, and of waiting for that; medians over the rounds, means over the ranks."""
     steps = {name: step_of(case, name == "on") for name in (("off",) if case.model in ALONE else ("off", "on"))}
     link = (Sleeping if sleep else Link)(LATENCY, bandwidth)
     made = {name: list[tuple[float, float, float]]() for name in steps}
@@ -143,7 +143,15 @@ def measure(case: Case, rounds: int, sleep: bool, bandwidth: float) -> dict[str,
         worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(seen["on"], seen["off"], strict=True))
         if worst > 1e-4:
             raise SystemExit(f"{case}: gradients differ by {worst:.1e}")
-    return {name: tuple(statistics.median(values) for values in zip(*found, strict=True)) for name, found in made.items()}  # type: ignore[misc]
+    return {name: of_all_ranks([statistics.median(values) for values in zip(*found, strict=True)]) for name, found in made.items()}
+
+
+def of_all_ranks(seconds: list[float]) -> tuple[float, float, float]:
+    """Their means: stages wait for different messages."""
+    found = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(found)
+    took, busy, exposed = (found / dist.get_world_size()).tolist()
+    return took, busy, exposed
 
 
 def worker(rounds: int, only: list[str], sleep: bool, bandwidth: float) -> list[str]:
