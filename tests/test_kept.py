@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from benchmarks.memory import run
-from meshpar.passes import order
 from tests.pool import Pool
 
 SHAPE = run.Shape(hidden=64, heads=4, kv=2, ffn=192, samples=2, length=64)
@@ -13,13 +10,8 @@ CASE = run.Case("llama", 2, True)
 
 
 def kept() -> list[float]:
-    """Bytes of a layer over tokens and hidden width, with the passes, of whatever size, and without."""
-    real = order.ComputeAgain, order.CutIntoPieces
-    order.ComputeAgain, order.CutIntoPieces = (partial(one, least_bytes=0) for one in real)  # type: ignore[misc, assignment]
-    try:
-        return [sum(one.values()) / SHAPE.unit for one in run.per_layer(CASE, SHAPE)]
-    finally:
-        order.ComputeAgain, order.CutIntoPieces = real  # type: ignore[misc]
+    """Bytes of a layer over tokens and hidden width, with the passes and without."""
+    return [sum(one.values()) / SHAPE.unit for one in run.per_layer(CASE, SHAPE)]
 
 
 def test_the_closed_form(gloo: Pool) -> None:
