@@ -52,21 +52,17 @@ class _Again(torch.autograd.Function):
 
 
 def _run(steps: tuple[CheapStep, ...], operands: Sequence[Tensor]) -> Tensor:
-    values = list(operands)
+    known = list(operands)
     for name, args, kwargs in steps:
-        values.append(operator(name)(*_values(args, values), **{key: _values(arg, values) for key, arg in kwargs}))
-    return values[-1]
+        known.append(operator(name)(*values(args, known), **{key: values(arg, known) for key, arg in kwargs}))
+    return known[-1]
 
 
-def _values(args: Any, values: Sequence[Tensor]) -> Any:
+def values(args: Any, known: Sequence[Any]) -> Any:
+    """The arguments of a step, those of `known` in their places."""
     if isinstance(args, (list, tuple)):
-        return [_values(one, values) for one in args]
-    return value(args, values)
-
-
-def value(arg: Any, values: Sequence[Any]) -> Any:
-    """The one of `values` that an argument stands for, or the argument itself."""
-    return values[int(arg[1:])] if isinstance(arg, str) and arg.startswith("%") else arg
+        return [values(one, known) for one in args]
+    return known[int(args[1:])] if isinstance(args, str) and args.startswith("%") else args
 
 
 @cache

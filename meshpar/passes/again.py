@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from meshpar._torch import OpOverload
-from meshpar.graph.facts import facts, info_of, infos_of
+from meshpar.graph.facts import facts, info_of, infos_of, set_facts
 from meshpar.graph.op import operands
 from meshpar.graph.operators import draws, operator_of
 from meshpar.ops import again
@@ -133,6 +133,7 @@ def _join(graph: fx.Graph, inside: Sequence[fx.Node]) -> None:
     slots = {node: f"%{number}" for number, node in enumerate([*given, *inside])}
     steps = tuple((str(node.target), _said(node.args, slots), tuple(_said(dict(node.kwargs), slots).items())) for node in inside)
     last.target, last.args, last.kwargs = again.computed, (steps, *given), {}
+    set_facts(last, replace(facts(last), inside=tuple(facts(node) for node in inside[:-1])))
     for node in reversed(inside[:-1]):
         graph.erase_node(node)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any
 
 import pytest
@@ -92,6 +93,7 @@ def test_turned_by_constants() -> None:
 
 @pytest.mark.parametrize(("name", "mesh", "config"), [("llama", "tp=2", {"sequence_parallel": True}), ("gpt2", "dp=2", {})])
 def test_steps_of_models(monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, config: dict[str, Any]) -> None:
+    warnings.filterwarnings("error", message="the static check")
     monkeypatch.setattr(order, "ComputeAgain", lambda: ComputeAgain(least_bytes=1))
     found = mp.verify(tiny(name), mesh, text(), config=mp.ParallelConfig(**config))
     assert max(d.largest for d in found.differences) < 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -44,16 +45,10 @@ def targets(graph: fx.Graph) -> list[str]:
 def test_before_and_after() -> None:
     graph = ChunkLoss(5 * 16 * 4)(graph_of())
     graph.lint()
-    assert targets(graph) == ["slice.Tensor", "reshape.default", "cross_entropy"]
+    assert targets(graph) == ["cross_entropy"]
     (loss,) = (n for n in graph.nodes if n.target is chunked_loss.cross_entropy)
     assert loss.args[5:7] == (5, torch.float32), "rows at a time, and what they are cast to"
-    assert targets(expanded(graph)) == [
-        "slice.Tensor",
-        "reshape.default",
-        "linear.default",
-        "_to_copy.default",
-        "cross_entropy_loss.default",
-    ]
+    assert targets(expanded(graph)) == [name.replace("view", "reshape") for name in targets(graph_of())]
 
 
 def test_what_else_is_read_is_there_at_once() -> None:
@@ -63,6 +58,7 @@ def test_what_else_is_read_is_there_at_once() -> None:
 
 def verified(name: str, mesh: str, config: dict[str, Any]) -> tuple[float, bool]:
     """The largest difference from one device, and whether the loss of a step is in chunks."""
+    warnings.filterwarnings("error", message="the static check")
     grid, config = mp.make_mesh(mesh), {"logits_bytes": 2000, **config}
     found = mp.verify(tiny(name), grid, text(), config=mp.ParallelConfig(**config))
     pm = mp.parallelize(tiny(name), grid, example=text(), config=mp.ParallelConfig(**config))
