@@ -138,7 +138,8 @@ class ParallelConfig(_Fields):
     asked for takes another one: `explain()` says which each has."""
     recompute: Recompute = "none"
     """What is computed again in backward, per block: nothing, all but matmul and attention outputs, or everything. "none" computes cheap
-    operators again all the same, and gathers again, where backward then keeps a megabyte or more less (`passes/again.py`, `passes/pieces.py`)."""
+    operators again all the same, and gathers again, where backward then keeps some megabytes less (`passes/again.py`,
+    `passes/pieces.py`)."""
     compile: bool | Mapping[str, Any] = False
     """Whether the code of blocks is compiled by torch.compile, once for all blocks of one structure, and again for every other shape of
     batch; a dict holds its arguments, as in {"mode": "max-autotune-no-cudagraphs"}. What is not in a block runs as it is; so do blocks that

@@ -1,11 +1,11 @@
 """Bytes that a layer keeps from forward to backward, beside the closed forms: `python benchmarks/memory/run.py --write`.
 
-Measured on local gloo ranks: the storages that are alive after a forward (`meshpar/dry_run/tape.py`, from the operator that makes one until
-nobody holds it), of a model of three layers less those of two: whatever lies outside of layers falls out, and whatever anybody holds counts,
-saved by autograd or not. bfloat16, as it is trained; fused attention; of the first rank.
+Measured on local gloo ranks: the storages that are alive after a forward (`meshpar/dry_run/tape.py`, from the operator that makes one
+until nobody holds it), of a model of three layers less those of two: whatever lies outside of layers falls out, and whatever anybody holds
+counts, saved by autograd or not. bfloat16, as it is trained; fused attention; of the first rank.
 
-The closed forms, in bytes per token and hidden width, of tensor parallelism over t (arXiv 2205.05198, there 10 + 24/t and 34/t for GPT; b = 2
-bytes a value, f: width of the MLP over the hidden one, g: key and value heads over heads, k: experts of a token):
+The closed forms, in bytes per token and hidden width, of tensor parallelism over t (arXiv 2205.05198, there 10 + 24/t and 34/t for GPT;
+b = 2 bytes a value, f: width of the MLP over the hidden one, g: key and value heads over heads, k: experts of a token):
 
     gpt       2 norms in and out 4b, 2 masks 2;       q, k, v, attention 4b/t, gelu in and out 2bf/t
     llama     2 norms in and out 4b;                  q, k, v, attention (2 + 2g)b/t, gate, up and their product 3bf/t
@@ -16,7 +16,8 @@ rows by its part of the matrices. Numbers of which there is one for each token, 
 are not in the closed forms.
 
 "Without the passes": as autograd keeps what the model calls (`passes/again.py` and `passes/pieces.py` switched off): float32 copies of
-norms that are written out, the results of activations and gates, sequences that were gathered.
+norms that are written out, the results of activations and gates, sequences that were gathered. Here the passes take what is small, too, so
+that few tokens tell; in a model they take what gains megabytes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 import meshpar as mp  # noqa: E402
@@ -59,8 +60,8 @@ class Shape:
     heads: int = 8
     kv: int = 4
     ffn: int = 1536
-    samples: int = 4
-    length: int = 512
+    samples: int = 2
+    length: int = 256
     experts: int = 4
     choices: int = 2
 
@@ -124,11 +125,11 @@ def model_of(name: str, layers: int, shape: Shape, vocabulary: int = 256) -> nn.
 
 @contextmanager
 def passes(on: bool) -> Iterator[None]:
-    """Inside, with or without what keeps less than autograd asks for."""
+    """Inside, with or without what keeps less than autograd asks for, of whatever size."""
     real = order.ComputeAgain, order.CutIntoPieces
+    least = 0 if on else 2**60
     try:
-        if not on:
-            order.ComputeAgain, order.CutIntoPieces = (partial(one, least_bytes=2**60) for one in real)  # type: ignore[misc, assignment]
+        order.ComputeAgain, order.CutIntoPieces = (partial(one, least_bytes=least) for one in real)  # type: ignore[misc, assignment]
         yield
     finally:
         order.ComputeAgain, order.CutIntoPieces = real  # type: ignore[misc]
@@ -241,7 +242,7 @@ def main() -> None:
     size = f"hidden {shape.hidden}, {shape.heads} heads ({shape.kv} of keys and values), width {shape.ffn} (gpt: {4 * shape.hidden}), "
     size += f"{shape.experts} experts of which {shape.choices}, {shape.samples} x {shape.length} tokens. Bytes per token and hidden width."
     logits = [
-        f"Of a step of a model that is little but its head, {TOKENS} tokens, a vocabulary of {VOCABULARY}, float32, with all logits at once or",
+        f"Of a step of a model that is little but its head, {TOKENS} tokens, {VOCABULARY} words, float32, with all logits at once or",
         "`ParallelConfig(logits_bytes=...)`: MiB of a rank's logits, and the most bytes above those that are there before the step.",
         "",
         *table(("mesh", "logits at once", "logits, MiB", "peak, MiB", "peak : logits"), rows_of_logits() if not options.only else []),

@@ -106,8 +106,14 @@ class Sleeping(Link):
 
 @contextmanager
 def slow(link: Link) -> Iterator[None]:
-    """Inside, the collectives of graphs, and those of `handwritten`, go over `link`."""
-    begin, start = primitives.begin, primitives.start_messages
+    """Inside, the collectives of graphs, those of `handwritten`, and what stages of pipelines receive, go over `link`."""
+    begin, start, batched = primitives.begin, primitives.start_messages, dist.batch_isend_irecv
+
+    def received(ops: list[dist.P2POp]) -> list[Any]:
+        return [
+            _Arriving(link.carry(op.tensor.nbytes, work.wait)) if op.op is dist.irecv else work
+            for op, work in zip(ops, batched(ops), strict=True)
+        ]
 
     def begun(op: Any, x: Tensor, *args: Any) -> Callable[[], Tensor]:
         name = op._schema.name.partition("::")[2]
@@ -121,12 +127,24 @@ def slow(link: Link) -> Iterator[None]:
     primitives.begin = expert_all_to_all.begin = begun  # type: ignore[attr-defined]
     expert_all_to_all.start_messages = started  # type: ignore[attr-defined]
     handwritten.dist = _ByHand(link)  # type: ignore[attr-defined]
+    dist.batch_isend_irecv = received
     try:
         yield
     finally:
         primitives.begin = expert_all_to_all.begin = begin  # type: ignore[attr-defined]
         expert_all_to_all.start_messages = start  # type: ignore[attr-defined]
         handwritten.dist = dist  # type: ignore[attr-defined]
+        dist.batch_isend_irecv = batched
+
+
+@dataclass
+class _Arriving:
+    """A message to a stage, which is waited for."""
+
+    arrive: Callable[[], Any]
+
+    def wait(self) -> Any:
+        return self.arrive()
 
 
 @dataclass

@@ -6,10 +6,12 @@ the step without it. The network is a clock beside the processor time of a rank,
 `--sleep` it is a thread that sleeps, and time is real (for an idle machine with a core for each rank, and one more).
 
 At this bandwidth a message takes about 1.7 times as long as the output projection beside it, as with hidden 8192 in bf16 on 8 H100 of one
-node (half of 989 TFLOP/s, 250 GB/s in collectives); `--bandwidth` takes another. `overlap_tensor_parallel` is on and off; for the
-tensor-parallel Llama there is code by hand, too, `benchmarks/tensor_parallel/handwritten.py`, which waits for each collective where it is
-called (its model ends in a squared error: no embedding, no head). Gradients are compared, on against off, before anything is timed. Not
-in the table: data parallelism, for which FSDP2 waits on CPUs whatever is asked, and pipelines, whose messages are not collectives.
+node (half of 989 TFLOP/s, 250 GB/s in collectives); `--bandwidth` takes another. `overlap_tensor_parallel` is on and off, in pipelines
+(1F1B, 4 microbatches of 1 x 512 tokens) `overlap_p2p`; for the tensor-parallel Llama there is code by hand, too,
+`benchmarks/tensor_parallel/handwritten.py`, which waits for each collective where it is called (its model ends in a squared error: no
+embedding, no head), and for the pipeline torch's own runtime. A message to a stage takes its time from when the stage begins to receive
+it; how late the other stage sends it is not counted. Gradients are compared, on against off, before anything is timed. Not in the table:
+data parallelism, for which FSDP2 waits on CPUs whatever is asked.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import line, machine, readme, table, write  # noqa: E402
+from benchmarks.peers.others import pipeline  # noqa: E402
 from benchmarks.tensor_parallel.handwritten import Handwritten, Model  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 
@@ -61,10 +64,15 @@ CASES = (
     Case("mixtral", "tp=2"),
     Case("mixtral", "tp=2", True),
     Case("mixtral", "ep=2"),
+    Case("llama", "pp=2"),
+    Case("torch.distributed.pipelining", "pp=2"),
 )
+MICROBATCHES = 4
+ALONE = ("by hand", "torch.distributed.pipelining")
+"""What has no switch."""
 
 
-def transformer(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def transformer(name: str, samples: int) -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -82,7 +90,7 @@ def transformer(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     )
     model: nn.Module = AutoModelForCausalLM.from_config(config).train()
     torch.manual_seed(1)
-    ids = torch.randint(1024, (2 if dist.get_world_size() > 1 else 1, LENGTH))
+    ids = torch.randint(1024, (samples, LENGTH))
     return model, {"input_ids": ids, "labels": ids}
 
 
@@ -93,11 +101,16 @@ def step_of(case: Case, overlap: bool) -> tuple[nn.Module, Callable[[], Any]]:
         hand = Handwritten(Model(LAYERS, HIDDEN, 64, 3 * HIDDEN), sequence=case.sequence)
         x, target = torch.randn(2, 2, LENGTH, HIDDEN)
         return hand, lambda: hand(x, target).backward()
-    model, batch = transformer(case.model)
+    staged = case.mesh.startswith("pp")
+    model, batch = transformer("llama" if case.model in ALONE else case.model, MICROBATCHES if staged else 2)
+    if case.model in ALONE:
+        other = pipeline(model, batch, MICROBATCHES)
+        return other.module, other.step
     mesh = mp.make_mesh(case.mesh)
     if case.mesh.startswith("ep"):
         batch = mp.local_batch(batch, mesh)
-    config = mp.ParallelConfig(sequence_parallel=case.sequence, overlap_tensor_parallel=overlap)
+    switches = {"overlap_p2p": overlap, "microbatches": MICROBATCHES} if staged else {"overlap_tensor_parallel": overlap}
+    config = mp.ParallelConfig(sequence_parallel=case.sequence, **switches)
     pm = mp.parallelize(model, mesh, example=batch, config=config)
     return pm, lambda: pm.train_step(**batch)
 
@@ -108,8 +121,8 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 
 def measure(case: Case, rounds: int, sleep: bool, bandwidth: float) -> dict[str, tuple[float, float, float]]:
-    """By contender: seconds of a step, of communication in it, and of waiting for that; medians over the rounds."""
-    steps = {name: step_of(case, name == "on") for name in (("off",) if case.model == "by hand" else ("off", "on"))}
+    """By contender: seconds of a step, of communication in it, and of waiting for that; medians over the rounds, means over the ranks."""
+    steps = {name: step_of(case, name == "on") for name in (("off",) if case.model in ALONE else ("off", "on"))}
     link = (Sleeping if sleep else Link)(LATENCY, bandwidth)
     made = {name: list[tuple[float, float, float]]() for name in steps}
     seen = {}
@@ -130,7 +143,15 @@ def measure(case: Case, rounds: int, sleep: bool, bandwidth: float) -> dict[str,
         worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(seen["on"], seen["off"], strict=True))
         if worst > 1e-4:
             raise SystemExit(f"{case}: gradients differ by {worst:.1e}")
-    return {name: tuple(statistics.median(values) for values in zip(*found, strict=True)) for name, found in made.items()}  # type: ignore[misc]
+    return {name: of_all_ranks([statistics.median(values) for values in zip(*found, strict=True)]) for name, found in made.items()}
+
+
+def of_all_ranks(seconds: list[float]) -> tuple[float, float, float]:
+    """Their means: stages wait for different messages."""
+    found = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(found)
+    took, busy, exposed = (found / dist.get_world_size()).tolist()
+    return took, busy, exposed
 
 
 def worker(rounds: int, only: list[str], sleep: bool, bandwidth: float) -> list[str]:

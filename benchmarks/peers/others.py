@@ -32,6 +32,7 @@ class Contender:
     parameters: Callable[[], Iterator[nn.Parameter]]
     norm: Callable[[], float]
     """Of all gradients."""
+    module: nn.Module | None = None
     averages: bool = False
     """Whether a rank's loss is that of its own samples."""
 
@@ -127,4 +128,4 @@ def pipeline(model: nn.Module, batch: Batch, microbatches: int) -> Contender:
         schedule.step(target=batch["labels"], losses=losses)
         return torch.stack(losses).mean().detach()
 
-    return Contender(step, half.parameters, whole_norm(half, spread=True))
+    return Contender(step, half.parameters, whole_norm(half, spread=True), half)

@@ -3,9 +3,9 @@
 Two local gloo ranks of one thread each; a Llama of transformers of 4 layers. A step is forward and backward of the same 4 samples in
 float32: all of them on both ranks over `tp`, two on each over `dp`, one at a time through a pipeline of two stages (1F1B). Others
 (`others.py`) are used as their documentation has it, meshpar by `mp.parallelize(model, mesh)` and one option. In every round each
-contender takes one step, in turn, so that whatever else the machine does hits all alike; a step is timed between barriers, the slowest rank
-counts. Before any timing all must give the loss and the norm of gradients of the model in one process, to 1e-6, in float64 but for the loss,
-which transformers takes in float32.
+contender takes one step, in turn, so that whatever else the machine does hits all alike; a step is timed between barriers, the slowest
+rank counts. Before any timing all must give the loss and the norm of gradients of the model in one process, to 1e-6: in float64, but for
+the loss, which transformers takes in float32.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     --kinds llama gpt2 ...    small models of these architectures, simulated dp=2 x tp=2 (or --mesh), seven shapes each: is the graph, the
                               plan and the lowered program node for node that of a capture of its own, and how many were made without one
 
-    --told llama gpt2 ...     small models of these architectures, simulated dp=2 x tp=2 (or --mesh): four lengths that are made as ever, then
-                              five between them; of how many is the code made of theirs by numbers alone, and is it that of a capture
+    --told llama gpt2 ...     small models of these architectures, simulated dp=2 x tp=2 (or --mesh): four lengths that are made as ever,
+                              then five between them; of how many is the code made by numbers alone, and is it that of a capture
     --random 200              so many steps of random lengths and numbers of samples on eight gloo ranks, pp=2 x dp=2 x tp=2: how far a
                               loss is from that of one process at most, how programs came about, memory after each quarter of the steps
 

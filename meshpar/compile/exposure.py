@@ -42,7 +42,8 @@ def exposed(node: fx.Node, phase: str, kind: str, seconds: float, price: Price) 
         assert change is not None
         own = price.compute(flops(node), 0.0)
         if phase == "forward":
-            in_pieces = not node.kwargs.get("whole") and pieces.is_one_stretch(*node.args[4:6], change.size)  # type: ignore[arg-type]
+            repeat, segments = node.args[4:6]
+            in_pieces = not node.kwargs.get("whole") and pieces.is_one_stretch(repeat, segments, change.size)  # type: ignore[arg-type]
             return _arriving(seconds, own, change.size) if in_pieces else seconds
         return max(0.0, seconds - (own if kind == ALL_GATHER else own + _left_to(node, price)))
     if node.target is pieces.scattered:

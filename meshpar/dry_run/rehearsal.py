@@ -34,6 +34,7 @@ from meshpar.ops.load import Tally
 from meshpar.runtime.blocks import Tree
 from meshpar.runtime.build import trees_in_memory
 from meshpar.runtime.data_parallel import DataParallelism
+from meshpar.runtime.engine import loss_alone
 from meshpar.runtime.parameters.specs import spec_of
 
 
@@ -118,7 +119,7 @@ def absent(mesh: str | Mapping[str, int]) -> Iterator[DeviceMesh]:
 
 def rehearse(programs: Programs, program: Program, model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> tuple[Rehearsed, ...]:
     """Every stage of `program`, on the fake process group that `mesh` is of."""
-    cuts = program.stages or (StageGraph(0, program.graph, (), program.inputs, (), (), ()),)
+    cuts = program.stages or (program.step or StageGraph(0, program.graph, (), program.inputs, (), (), ()),)
     first: dict[Hashable, int] = {}
     like = [first.setdefault(likeness(cut), cut.index) for cut in cuts]
     memory = FakeTensorMode(allow_non_fake_inputs=True)
@@ -190,6 +191,8 @@ class _Stage:
 
     def __init__(self, cut: StageGraph, tree: Tree, data: DataParallelism, program: Program, staged: bool, defers: bool) -> None:
         self.cut, self.tree, self.data, self.program, self.staged, self.defers = cut, tree, data, program, staged, defers
+        self.alone = cut is program.step
+        """Whether it returns the loss alone, though there is no pipeline."""
 
     def run(self, tape: MachineTape, *, first: bool, last: bool) -> Pass:
         """One microbatch: forward, then backward, then, where they are put off, the gradients of weights."""
@@ -202,7 +205,7 @@ class _Stage:
         for tensor in (*self.tree.parameters(), *self.tree.buffers()):
             tape.number(_local(tensor))
         begun = tape.mark()
-        outputs = self.tree.run(self.program.key, *inputs)
+        outputs = self.tree.run(loss_alone(self.program) if self.alone else self.program.key, *inputs)
         roots, grads = self._roots(outputs)
         del outputs
         forwards = tape.mark()
@@ -218,7 +221,7 @@ class _Stage:
         sends = outputs[: len(self.cut.sends)]
         loss = self.program.captured.loss
         if not self.cut.sends:
-            last = outputs[0 if self.staged else loss or 0]
+            last = outputs[0 if self.staged or self.alone else loss or 0]
             return [last], [None]
         edges = [torch.autograd.graph.get_gradient_edge(v) for v in sends if v.requires_grad]
         return edges, [(v.shape, v.dtype) for v in sends if v.requires_grad]

@@ -165,6 +165,8 @@ class Facts:
     """On one call that stands for several conversions: what each of its results was."""
     exchange: Exchange | None = None
     """On a call that sends experts' rows to other ranks, or back."""
+    inside: tuple[Facts, ...] = ()
+    """On one call that was several, one after the other: what is known of the others."""
 
     # while it is captured
 

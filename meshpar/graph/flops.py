@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 from meshpar.graph.op import Op
 
@@ -17,7 +18,8 @@ def product(factor: int = 0) -> Flops:
 
 def products(op: Op) -> float:
     """Several products of one value. (A last result may be that value itself.)"""
-    return sum(2 * prod(out.shape) * op.shapes[0][-1] for out, _ in zip(op.outs, op.node.args[1]) if out is not None)
+    weights: Any = op.node.args[1]
+    return sum(2 * prod(out.shape) * op.shapes[0][-1] for out, _ in zip(op.outs, weights) if out is not None)
 
 
 def reduced_product(op: Op) -> float:

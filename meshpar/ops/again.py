@@ -6,7 +6,8 @@
     here                gate, up
 
 A step is the name of an operator, its arguments and keyword arguments. "%n" among them is the n-th value: operands first, then the results
-of steps. The last result is returned. The same operators on the same numbers, forward and backward: the same bits.
+of steps. The last result is returned. The same operators on the same numbers, forward and backward. (Where several of them read one
+operand, its gradients are first summed here, then with those of others: the sum may be rounded in another order.)
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Step = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]
+CheapStep = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
-def computed(steps: tuple[Step, ...], *operands: Tensor) -> Tensor:
+def computed(steps: tuple[CheapStep, ...], *operands: Tensor) -> Tensor:
     """The last result of `steps`."""
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
     if not needed or torch.compiler.is_compiling():  # (compilers choose themselves)
@@ -32,7 +33,7 @@ def computed(steps: tuple[Step, ...], *operands: Tensor) -> Tensor:
 
 class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, steps: tuple[Step, ...], *operands: Tensor) -> Tensor:
+    def forward(ctx: Any, steps: tuple[CheapStep, ...], *operands: Tensor) -> Tensor:
         ctx.steps = steps
         ctx.save_for_backward(*operands)
         return _run(steps, operands)
@@ -50,22 +51,18 @@ class _Again(torch.autograd.Function):
         return None, *(next(found) if need else None for need in needed)
 
 
-def _run(steps: tuple[Step, ...], operands: Sequence[Tensor]) -> Tensor:
-    values = list(operands)
+def _run(steps: tuple[CheapStep, ...], operands: Sequence[Tensor]) -> Tensor:
+    known = list(operands)
     for name, args, kwargs in steps:
-        values.append(operator(name)(*_values(args, values), **{key: _values(arg, values) for key, arg in kwargs}))
-    return values[-1]
+        known.append(operator(name)(*values(args, known), **{key: values(arg, known) for key, arg in kwargs}))
+    return known[-1]
 
 
-def _values(args: Any, values: Sequence[Tensor]) -> Any:
+def values(args: Any, known: Sequence[Any]) -> Any:
+    """The arguments of a step, those of `known` in their places."""
     if isinstance(args, (list, tuple)):
-        return [_values(one, values) for one in args]
-    return value(args, values)
-
-
-def value(arg: Any, values: Sequence[Any]) -> Any:
-    """The one of `values` that an argument stands for, or the argument itself."""
-    return values[int(arg[1:])] if isinstance(arg, str) and arg.startswith("%") else arg
+        return [values(one, known) for one in args]
+    return known[int(args[1:])] if isinstance(args, str) and args.startswith("%") else args
 
 
 @cache

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from meshpar._torch import functional
-from meshpar.ops import vocab_parallel
+from meshpar.ops import again, vocab_parallel
+from meshpar.ops.again import CheapStep
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import call
+
+_CAST = "aten._to_copy.default"
 
 
 def cross_entropy(
@@ -33,6 +36,7 @@ def cross_entropy(
     dtype: torch.dtype,
     segments: Segments,
     *,
+    steps: tuple[CheapStep, ...] = (),
     repeat: int = 1,
     reduction: str = "sum",
     ignore_index: int = -100,
@@ -43,11 +47,16 @@ def cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy(linear(x, weight, bias).to(dtype), target, weights)`, `rows` rows at a time.
 
-    `x` [n, i], `weight` [v_local, i], `bias` [v_local], `target` [n] global class indices, `weights` all class weights. `segments` (and
-    `repeat`): which classes this rank has, the layout of a `Shard`; the whole where `size` is 1. `reduction`: "sum" or "none".
+    `x` [n, i] after `steps` (slices and reshapes of logits, which leave the classes alone; casts are passed over), `weight` [v_local, i],
+    `bias` [v_local], `target` [n] global class indices, `weights` all class weights. `segments` (and `repeat`): which classes this rank
+    has, the layout of a `Shard`; the whole where `size` is 1. `reduction`: "sum" or "none". No more than `rows` rows, and those of
+    simulated ranks, are taken at once.
     """
-    if rank < 0 or torch.compiler.is_compiling():  # simulated ranks may have unequal rows
-        named = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    for name, args, _ in steps:
+        if name != _CAST:
+            x = again.operator(name)(*again.values(args, (x,)))
+    if rank < 0 or x.shape[0] <= rows or torch.compiler.is_compiling():  # (simulated ranks may have unequal rows)
+        named: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
         where: Any = {"group": group, "size": size, "rank": rank}
         logits = linear(x, weight, bias).to(dtype)
         return vocab_parallel.cross_entropy(logits, target, weights, 1, repeat, segments, **named, **where)

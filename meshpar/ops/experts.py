@@ -44,8 +44,10 @@ def _(h: Tensor, index: Tensor, num_experts: int, dropping: bool = False) -> tup
 @torch.library.custom_op("meshpar::undispatch", mutates_args=())
 def undispatch(x: Tensor, perm: Tensor, choices: int) -> Tensor:
     """The gradient of `dispatch`: rows in expert order summed into their tokens, [T*k, h] -> [T, h]."""
-    result = x.new_empty((x.shape[0] // choices, x.shape[1]))
     of_token = _inverse(perm).view(-1, choices)
+    if _in_one_pass(x, x.dtype):
+        return torch.nn.functional.embedding_bag(of_token, x, mode="sum")
+    result = x.new_empty((x.shape[0] // choices, x.shape[1]))
     for block in _blocks(result):
         rows = x.index_select(0, of_token[block].flatten())
         torch.sum(rows.view(-1, choices, x.shape[1]), 1, out=result[block])
@@ -94,14 +96,14 @@ def _(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
 def combine(y: Tensor, perm: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of each token's rows: `y` [T*k, o] in expert order, `perm` from `dispatch`, `weights` [T, k] -> [T, o].
 
-    Summed choice by choice, in float32 or wider, and returned in the type of `y`: the same bits whatever rank computed which expert.
+    Summed choice by choice, in float32 or wider, and returned in the type of `y`: the same bits whatever rank computed which expert. (On
+    CPUs that can, a product and its sum are rounded once, not twice, in every row alike.)
     """
     wide = torch.promote_types(torch.promote_types(y.dtype, weights.dtype), torch.float32)
-    if y.dtype == wide and y.device.type == "cpu" and y.numel():  # one pass over the rows, each by itself
-        of_token = _inverse(perm).view(weights.shape)
-        return torch.nn.functional.embedding_bag(of_token, y, mode="sum", per_sample_weights=weights.to(wide))
-    result = y.new_empty((weights.shape[0], y.shape[1]))
     of_token, weights = _inverse(perm).view(weights.shape), weights.to(wide)
+    if _in_one_pass(y, wide):
+        return torch.nn.functional.embedding_bag(of_token, y, mode="sum", per_sample_weights=weights)
+    result = y.new_empty((weights.shape[0], y.shape[1]))
     for block in _blocks(result):
         terms = (
             y.index_select(0, rows).to(wide).mul_(weight.unsqueeze(1))
@@ -153,6 +155,11 @@ def _(x: Tensor, offsets: Tensor) -> Tensor:
 def _inverse(perm: Tensor) -> Tensor:
     """Where in expert order each choice's row is."""
     return torch.empty_like(perm).index_copy_(0, perm, torch.arange(perm.shape[0], device=perm.device))
+
+
+def _in_one_pass(rows: Tensor, wide: torch.dtype) -> bool:
+    """Whether torch has a kernel that reads rows where they are and sums them in `wide`, each by itself."""
+    return rows.dtype == wide and wide in (torch.float32, torch.float64) and rows.device.type == "cpu" and rows.numel() > 0
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

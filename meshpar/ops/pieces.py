@@ -19,8 +19,8 @@ As many bytes are sent as by the collectives, in size - 1 messages, each to one 
 part of x that the rank has, and gathers it again in backward while the gradients of x are computed: one all-gather more, and 1/size of the
 memory (as Megatron does). The gradient sum of `gathered` runs beside the weight gradients, its own and those that others leave (see
 `ops.products`); the gather in the backward of `scattered` is in pieces, too. Rows are multiplied in groups, and parts summed from the own
-one backward: rounding differs from that of whole products. Only sequences that all ranks have equal parts of, of one stretch each, travel in
-pieces.
+one backward: rounding differs from that of whole products. Only sequences that all ranks have equal parts of, of one stretch each,
+travel in pieces.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def _of_whole(y: Tensor, weights: Matrices, biases: Biases, whole: bool) -> tupl
 
 
 def _forward(x: Tensor, weights: Matrices, biases: Biases, layout: Any, axis: Any, whole: bool) -> tuple[Tensor, ...]:
-    if whole or not is_one_stretch(*layout[1:], axis[1]):
+    _, repeat, segments = layout
+    if whole or not is_one_stretch(repeat, segments, axis[1]):
         return _of_whole(all_gather(x, layout, axis), weights, biases, whole)
     return tuple(_products(x, weights, biases, layout[0], axis))
 

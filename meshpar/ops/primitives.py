@@ -212,11 +212,11 @@ def start_shift(x: Tensor, by: int, axis: Any) -> Finish:
     return begin(functional.all_to_all_single.default, x.contiguous(), received, sent, group)
 
 
-Message = tuple[Tensor, int, int]
+Parcel = tuple[Tensor, int, int]
 """A tensor of one stretch, the rank of the group that it goes to or comes from, and a tag."""
 
 
-def start_messages(gone: Sequence[Message], come: Sequence[Message], group: str) -> Callable[[], None]:
+def start_messages(gone: Sequence[Parcel], come: Sequence[Parcel], group: str) -> Callable[[], None]:
     """Sending some tensors and receiving others, each between two ranks; what is returned waits for all. Not simulated."""
     between = resolve_process_group(group)
     works = [between.recv([x], peer, tag) for x, peer, tag in come] + [between.send([x], peer, tag) for x, peer, tag in gone]

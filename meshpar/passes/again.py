@@ -12,14 +12,15 @@ sums, which keep nothing, are no gain.)
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from meshpar._torch import OpOverload
-from meshpar.graph.facts import facts, info_of, infos_of
+from meshpar.graph.facts import facts, info_of, infos_of, set_facts
 from meshpar.graph.op import operands
 from meshpar.graph.operators import draws, operator_of
 from meshpar.ops import again
@@ -32,7 +33,7 @@ _KEPT_RESULTS = frozenset(("results", "operands and results"))
 class ComputeAgain:
     """Join what is cheap within a block. Changes the graph in place. `least_bytes`: what must be gained; less is not worth the time."""
 
-    least_bytes: int = 2**20
+    least_bytes: int = 2**22
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         joined: set[fx.Node] = set()
@@ -105,9 +106,12 @@ def _read(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _memory(node: fx.Node) -> fx.Node:
-    """The value whose memory a node is."""
+    """The value whose memory a node is: of several results that are no views, each its own."""
     while node.op == "call_function" and operator_of(node.target).view and operands(node):
-        node = operands(node)[0]
+        before = operands(node)[0]
+        if node.target is operator.getitem and not (before.op == "call_function" and operator_of(before.target).view):
+            return node
+        node = before
     return node
 
 
@@ -129,6 +133,7 @@ def _join(graph: fx.Graph, inside: Sequence[fx.Node]) -> None:
     slots = {node: f"%{number}" for number, node in enumerate([*given, *inside])}
     steps = tuple((str(node.target), _said(node.args, slots), tuple(_said(dict(node.kwargs), slots).items())) for node in inside)
     last.target, last.args, last.kwargs = again.computed, (steps, *given), {}
+    set_facts(last, replace(facts(last), inside=tuple(facts(node) for node in inside[:-1])))
     for node in reversed(inside[:-1]):
         graph.erase_node(node)
 

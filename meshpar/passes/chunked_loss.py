@@ -1,13 +1,13 @@
 """Logits and their loss a few rows at a time, where nothing else reads the logits.
 
 before                                            after
-  y = linear(x, w)            [b, s, v]             z = reshape(x, [b s, i])
-  y = _to_copy(y, float32)                          loss = chunked_loss.cross_entropy(z, w, None, t, None, rows, float32, ...)
+  y = linear(x, w)            [b, s, v]             loss = chunked_loss.cross_entropy(x, w, None, t, None, rows, float32, ...)
+  y = _to_copy(y, float32)
   y = reshape(y, [b s, v])
   loss = cross_entropy(y, t, sum)
 
-Reshapes, slices and casts between the product and the loss, which leave the classes alone, are done to the rows of x. Classes that are cut
-over an axis stay so.
+Reshapes and slices between the product and the loss, which leave the classes alone, are done to the rows of x. Classes that are cut over an
+axis stay so.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 
-from meshpar.graph.facts import Info, facts, info_of, set_facts
+from meshpar.graph.facts import facts, info_of, set_facts
 from meshpar.graph.op import op_name, read
 from meshpar.ops import chunked_loss, vocab_parallel
+from meshpar.ops.again import CheapStep
 from meshpar.sharding.types import Shard
 
-aten = torch.ops.aten
 _RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 _REDUCTIONS = {0: "none", 2: "sum"}
 
@@ -38,9 +37,7 @@ class ChunkLoss:
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         for node in list(graph.nodes):
             if node.op == "call_function" and (loss := _loss(node)) is not None and (steps := _steps(node, loss)) is not None:
-                rows = max(1, self.nbytes // (loss.classes * info_of(loss.logits).dtype.itemsize))
-                if rows < info_of(loss.logits).shape[0]:
-                    _rewrite(node, loss, steps, rows)
+                _rewrite(node, loss, steps, max(1, self.nbytes // (loss.classes * info_of(loss.logits).dtype.itemsize)))
         return graph
 
 
@@ -100,27 +97,21 @@ def _steps(node: fx.Node, loss: _Loss) -> Sequence[fx.Node] | None:
 
 
 def _rewrite(node: fx.Node, loss: _Loss, steps: Sequence[fx.Node], rows: int) -> None:
-    product, graph = steps[0], node.graph
-    x: Any = product.args[0]
-    with graph.inserting_before(node):
-        for step in steps[1:]:
-            x = _of_rows(step, x)
+    product, *others = steps
     bias = product.args[2] if len(product.args) > 2 else None
     node.target = chunked_loss.cross_entropy
-    node.args = (x, product.args[1], bias, loss.target, loss.weights, rows, info_of(loss.logits).dtype, loss.cut.segments)
-    node.kwargs = {**loss.named, "repeat": loss.cut.repeat}
+    node.args = (*product.args[:2], bias, loss.target, loss.weights, rows, info_of(loss.logits).dtype, loss.cut.segments)
+    node.kwargs = {**loss.named, "repeat": loss.cut.repeat, "steps": tuple(_of_rows(step) for step in others)}
+    set_facts(node, replace(facts(node), inside=tuple(facts(step) for step in steps)))
     for old in reversed(steps):
-        graph.erase_node(old)
+        node.graph.erase_node(old)
 
 
-def _of_rows(step: fx.Node, x: fx.Node) -> fx.Node:
-    """A step between product and loss, done to what is multiplied."""
-    name, before = op_name(step.target), info_of(x)
+def _of_rows(step: fx.Node) -> CheapStep:
+    """A step between product and loss, of logits or of what they are made of."""
+    name = op_name(step.target)
     if name == "_to_copy":
-        return x
-    shape = (*info_of(step).shape[:-1], before.shape[-1])
+        return "aten._to_copy.default", ("%0",), (("dtype", info_of(step).dtype),)
     if name == "slice":
-        made = step.graph.call_function(aten.slice.Tensor, (x, *step.args[1:]))
-    else:
-        made = step.graph.call_function(aten.reshape.default, (x, list(shape)))
-    return set_facts(made, replace(facts(step), info=Info(shape, before.dtype, before.requires_grad)))
+        return "aten.slice.Tensor", ("%0", *step.args[1:]), ()
+    return "aten.reshape.default", ("%0", (*info_of(step).shape[:-1], -1)), ()

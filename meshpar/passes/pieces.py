@@ -10,9 +10,9 @@ before                                       after
   z   = linear(c, wo)                          z_i = reduced(c, wo, ...)
   z_i = p_to_i(z, ...)
 
-Only where nothing else reads what is gathered and keeps it, or reads the pending sum, and that for equal parts of one stretch. Products of rows
-(`addmm` of a view) are products like others; of what is gathered, they and those who keep nothing may read views. (Blocks that are computed
-again in backward are left alone: they would gather three times.)
+Only where nothing else reads what is gathered and keeps it, or reads the pending sum, and that for equal parts of one stretch. Products of
+rows (`addmm` of a view) are products like others; of what is gathered, they and those who keep nothing may read views. (Blocks that are
+computed again in backward are left alone: they would gather three times.)
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,15 @@ def test_memory_is_what_gloo_ranks_allocate(gloo: Pool, kind: str, mesh: str, op
     near = 0.05 if kind == "experts" else 0.02  # a dry run routes evenly, a router does not
     for at, size in enumerate(found):
         assert size == pytest.approx(max(wanted[at * ranks : (at + 1) * ranks]), rel=near)
+
+
+def test_memory_of_a_loss_in_chunks(gloo: Pool) -> None:
+    """A megabyte of logits of a rank, of which a sixteenth is there at once; of all positions but the last, which is proved too."""
+    warnings.filterwarnings("error", message="the static check")
+    options = {"logits_bytes": 2**16}
+    (found,), (whole,) = predicted("shallow", "dp=2", options), predicted("shallow", "dp=2", {})
+    assert found < whole - 2**20
+    assert found == pytest.approx(max(gloo.run(measured, "shallow", "dp=2", options, world=2, timeout=200)), rel=0.02)
 
 
 def test_what_is_measured_is_a_whole_step() -> None:

@@ -30,6 +30,7 @@ FULL = Facts(
     conversion=Change("dp", 2, P, I, INFO),
     joined=(Change("dp", 2, I, R, INFO),),
     exchange=Exchange("ep", 2, INFO),
+    inside=(Facts(INFO),),
     symbol="u0",
 )
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from meshpar.ops import again
 
-NORM: tuple[again.Step, ...] = (
+NORM: tuple[again.CheapStep, ...] = (
     ("aten._to_copy.default", ("%0",), (("dtype", torch.float32),)),
     ("aten.pow.Tensor_Scalar", ("%2", 2), ()),
     ("aten.mean.dim", ("%3", (-1,), True), ()),
@@ -21,7 +21,7 @@ NORM: tuple[again.Step, ...] = (
     ("aten._to_copy.default", ("%7",), (("dtype", torch.bfloat16),)),
     ("aten.mul.Tensor", ("%1", "%8"), ()),
 )
-GATE: tuple[again.Step, ...] = (("aten.silu.default", ("%0",), ()), ("aten.mul.Tensor", ("%2", "%1"), ()))
+GATE: tuple[again.CheapStep, ...] = (("aten.silu.default", ("%0",), ()), ("aten.mul.Tensor", ("%2", "%1"), ()))
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def run(fn: Callable[..., Tensor], *tensors: Tensor) -> tuple[list[Tensor], int]
 
 
 @pytest.mark.parametrize(("steps", "fn"), [(NORM, norm), (GATE, gate)])
-def test_the_same_bits(steps: tuple[again.Step, ...], fn: Callable[..., Tensor]) -> None:
+def test_the_same_bits(steps: tuple[again.CheapStep, ...], fn: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     given = (
         torch.randn(6, 8).bfloat16(),

@@ -302,7 +302,7 @@ def one_by_one_on_gloo(whole: list[Tensor], tokens: Sequence[int], **options: An
 
 @pytest.mark.parametrize(
     ("tokens", "skew", "options"),
-    [((5, 4), 0.0, {}), ((0, 6), 1.0, {}), ((3, 0, 6, 2), 0.2, {}), ((5, 5), 0.1, {"capacity_factor": 0.5, "drop_policy": "position"})],
+    [((5, 4), 0.0, {}), ((0, 6), 0.0, {}), ((3, 0, 6, 2), 0.2, {}), ((5, 5), 0.1, {"capacity_factor": 0.5, "drop_policy": "position"})],
 )
 def test_a_message_for_every_expert(gloo: Pool, tokens: tuple[int, ...], skew: float, options: dict[str, Any]) -> None:
     """Rows arrive where they belong: the same bits, and gradients, and nothing is put into another order."""

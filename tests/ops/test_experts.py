@@ -36,11 +36,34 @@ def test_combine_and_its_gradients(dtype: torch.dtype) -> None:
     wide = torch.promote_types(dtype, torch.float32)
     terms = torch.zeros(y.shape, dtype=wide).index_copy(0, perm, y.to(wide)).view(300, 3, -1) * weights.to(wide).unsqueeze(-1)
     expected = ((terms[:, 0] + terms[:, 1]) + terms[:, 2]).to(dtype)
-    assert out.dtype == dtype and torch.equal(out, expected)  # choice by choice, and rounded once
+    assert out.dtype == dtype and any(torch.equal(out, one) for one in (expected, fused(y, perm, weights)))  # choice by choice
     grad = torch.randn_like(out)
     for found, by_torch in zip(torch.autograd.grad(out, (y, weights), grad), torch.autograd.grad(expected, (y, weights), grad)):
         assert found.dtype == dtype
         torch.testing.assert_close(found, by_torch)
+
+
+def fused(y: torch.Tensor, perm: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """In float32, each product and sum rounded once: float64 holds such a product exactly."""
+    terms = torch.zeros(y.shape, dtype=torch.float64).index_copy(0, perm, y.double()).view(*weights.shape, -1) * weights.double().unsqueeze(
+        -1
+    )
+    total = terms[:, 0].float()
+    for at in range(1, weights.shape[1]):
+        total = (total.double() + terms[:, at]).float()
+    return total
+
+
+def test_a_row_is_summed_alike_wherever_it_lies() -> None:
+    """Alone, or among others, or at another address: the same bits, for all widths."""
+    for width in (1, 3, 8, 13, 64, 67):
+        y, weights = torch.randn(24, width), torch.rand(8, 3)
+        perm = torch.randperm(24)
+        whole, place = experts.combine(y, perm, weights), torch.empty_like(perm).index_copy_(0, perm, torch.arange(24)).view(8, 3)
+        for low, high in ((0, 1), (3, 5), (2, 8)):
+            rows = y[place[low:high].flatten()]
+            moved = torch.empty(rows.numel() + 1)[1:].view_as(rows).copy_(rows)
+            assert torch.equal(experts.combine(moved, torch.arange(len(rows)), weights[low:high]), whole[low:high])
 
 
 @pytest.mark.parametrize(("tokens", "k"), [(0, 2), (4, 0)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import warnings
 from typing import Any
 
 import pytest
@@ -69,6 +71,16 @@ def test_a_sum_is_no_gain() -> None:
     assert targets(ComputeAgain(least_bytes=1)(graph)) == before
 
 
+def test_one_of_several_results() -> None:
+    """What a call gives beside others is a value of its own; parts of a split are not."""
+    graph = Made()
+    info = Info((2, 8), torch.float32, True)
+    several = set_facts(graph.call_function(aten.native_layer_norm.default, (graph.add("x"),)), Facts((info, info), region="block"))
+    a, b = (graph.add(operator.getitem, several, at) for at in (0, 1))
+    graph.output((graph.add(aten.mm.default, graph.add(aten.mul.Tensor, graph.add(aten.silu.default, a), b), a),))
+    assert targets(ComputeAgain(least_bytes=64)(graph)) == ["native_layer_norm.default", "getitem", "getitem", "computed", "mm.default"]
+
+
 def test_turned_by_constants() -> None:
     """q * cos + rotated(q) * sin keeps neither q nor anything of it."""
     graph = Made()
@@ -81,11 +93,12 @@ def test_turned_by_constants() -> None:
 
 @pytest.mark.parametrize(("name", "mesh", "config"), [("llama", "tp=2", {"sequence_parallel": True}), ("gpt2", "dp=2", {})])
 def test_steps_of_models(monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, config: dict[str, Any]) -> None:
+    warnings.filterwarnings("error", message="the static check")
     monkeypatch.setattr(order, "ComputeAgain", lambda: ComputeAgain(least_bytes=1))
     found = mp.verify(tiny(name), mesh, text(), config=mp.ParallelConfig(**config))
     assert max(d.largest for d in found.differences) < 1e-9
     with mp.simulate(2):
         grid = mp.make_mesh(mesh)
         pm = mp.parallelize(tiny(name), grid, example=mp.local_batch(text(), grid), config=mp.ParallelConfig(**config))
-        blocks = [n for n in pm._first.graph.nodes if n.target is again.computed]  # noqa: SLF001
+        blocks = [n for n in pm._first.graph.nodes if n.target is again.computed]
     assert len(blocks) >= 2, "activations of two layers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -44,30 +45,24 @@ def targets(graph: fx.Graph) -> list[str]:
 def test_before_and_after() -> None:
     graph = ChunkLoss(5 * 16 * 4)(graph_of())
     graph.lint()
-    assert targets(graph) == ["slice.Tensor", "reshape.default", "cross_entropy"]
+    assert targets(graph) == ["cross_entropy"]
     (loss,) = (n for n in graph.nodes if n.target is chunked_loss.cross_entropy)
     assert loss.args[5:7] == (5, torch.float32), "rows at a time, and what they are cast to"
-    assert targets(expanded(graph)) == [
-        "slice.Tensor",
-        "reshape.default",
-        "linear.default",
-        "_to_copy.default",
-        "cross_entropy_loss.default",
-    ]
+    assert targets(expanded(graph)) == [name.replace("view", "reshape") for name in targets(graph_of())]
 
 
 def test_what_else_is_read_is_there_at_once() -> None:
     before = targets(graph_of(reader=True))
     assert targets(ChunkLoss(1)(graph_of(reader=True))) == before
-    assert targets(ChunkLoss(14 * 16 * 4)(graph_of())) == before, "all of them are no more than may be there"
 
 
 def verified(name: str, mesh: str, config: dict[str, Any]) -> tuple[float, bool]:
     """The largest difference from one device, and whether the loss of a step is in chunks."""
+    warnings.filterwarnings("error", message="the static check")
     grid, config = mp.make_mesh(mesh), {"logits_bytes": 2000, **config}
     found = mp.verify(tiny(name), grid, text(), config=mp.ParallelConfig(**config))
     pm = mp.parallelize(tiny(name), grid, example=text(), config=mp.ParallelConfig(**config))
-    program = pm._first  # noqa: SLF001
+    program = pm._first
     graphs = [stage.graph for stage in program.stages] or [program.step.graph]
     return max(d.largest for d in found.differences), any(n.target is chunked_loss.cross_entropy for g in graphs for n in g.nodes)
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.facts import Change, Facts, Info, facts, info_of, set_facts
+from meshpar.graph.facts import Change, Facts, facts, info_of, set_facts
 from meshpar.graph.op import op_name
 from meshpar.ops import again, chunked_loss, collectives, expert_all_to_all, products, vocab_parallel
 from meshpar.sharding.types import Shard
@@ -94,21 +94,17 @@ def _summed(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any], *, scattered
 
 def _at_once(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
     given: Any = fx.map_arg((node.args, dict(node.kwargs)), made.__getitem__)
-    (x, weight, bias, target, weights, _, dtype, segments), named = given
-    before, classes = info_of(x), info_of(weight).shape[0]
-    logits = _linear(new, x, weight, bias)
-    known = facts(node).beside(Info((*before.shape[:-1], classes), before.dtype, before.requires_grad))
-    set_facts(logits, known)
-    if dtype != before.dtype:
-        cast = new.call_function(torch.ops.aten._to_copy.default, (logits,), {"dtype": dtype})
-        logits = set_facts(cast, replace(known, info=Info((*before.shape[:-1], classes), dtype, before.requires_grad)))
-    repeat, reduction = named["repeat"], named["reduction"]
+    (x, weight, bias, target, weights, _, _, segments), named = given
+    steps, repeat, known = named["steps"], named["repeat"], facts(node).inside
+    logits = set_facts(_linear(new, x, weight, bias), known[0])
+    for step, about in zip(steps, known[1:], strict=True):
+        logits = set_facts(_step(new, step, [logits]), about)
     if "group" in named:
-        found = new.call_function(
-            vocab_parallel.cross_entropy, (logits, target, weights, 1, repeat, segments), {n: v for n, v in named.items() if n != "repeat"}
-        )
+        rest = {name: value for name, value in named.items() if name not in ("steps", "repeat")}
+        found = new.call_function(vocab_parallel.cross_entropy, (logits, target, weights, 1, repeat, segments), rest)
     else:
-        args = (logits, target, weights, {"none": 0, "sum": 2}[reduction], named["ignore_index"], named["label_smoothing"])
+        reduction = {"none": 0, "sum": 2}[named["reduction"]]
+        args = (logits, target, weights, reduction, named["ignore_index"], named["label_smoothing"])
         found = new.call_function(torch.ops.aten.cross_entropy_loss.default, args)
     return set_facts(found, facts(node))
 
@@ -116,10 +112,14 @@ def _at_once(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
 def _one_by_one(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
     steps: Any = node.args[0]
     values = [made[operand] for operand in node.all_input_nodes]
-    for name, args, kwargs in steps:
-        given = fx.node.map_aggregate((args, dict(kwargs)), lambda one: again.value(one, values))
-        values.append(new.call_function(again.operator(name), *given))
-    return set_facts(values[-1], facts(node))
+    for step, about in zip(steps, (*facts(node).inside, facts(node)), strict=True):
+        values.append(set_facts(_step(new, step, values), about))
+    return values[-1]
+
+
+def _step(new: fx.Graph, step: again.CheapStep, values: Sequence[fx.Node]) -> fx.Node:
+    name, args, kwargs = step
+    return new.call_function(again.operator(name), tuple(again.values(args, values)), dict(again.values(kwargs, values)))
 
 
 def _before(known: Facts, change: Change) -> Facts:
