@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,9 +59,10 @@ def worked(pm: Any) -> Iterator[list[tuple[int, int]]]:
     pm._engine.run = run
 
 
-def generates(spec: str) -> None:
-    model, pm, ids, mask = made(spec)
-    for name, way in WAYS.items():
+def generates(spec: str, names: Iterable[str] = WAYS, **changes: Any) -> None:
+    model, pm, ids, mask = made(spec, **changes)
+    for name in names:
+        way = WAYS[name]
         for new in ({}, {"use_cache": False})[: 2 if name == "greedy" else 1]:
             torch.manual_seed(5)
             wanted = model.generate(ids, attention_mask=mask, max_new_tokens=4, **way)
@@ -98,6 +99,10 @@ def keeps(spec: str, kept: Any) -> None:
 @pytest.mark.parametrize(("spec", "world"), [("pp=2", 2), ("dp=2,tp=2", 4)])
 def test_tokens_are_the_models(gloo: Pool, spec: str, world: int) -> None:
     gloo.run(generates, spec, world=world, timeout=180)
+
+
+def test_heads_that_are_fewer_than_the_ranks(gloo: Pool) -> None:
+    gloo.run(generates, "tp=4", ("beams",), num_key_value_heads=2, world=4, timeout=180)
 
 
 def test_a_rank_keeps_its_own_samples_heads_and_layers(gloo: Pool) -> None:

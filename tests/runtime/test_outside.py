@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import meshpar as mp
 from meshpar.simulate import local_tensors
+from tests.models import text, tiny
 from tests.pool import Pool
 from tests.test_outputs import Causal
 
@@ -78,6 +79,31 @@ def staged() -> None:
 
 def test_through_the_stages(gloo: Pool) -> None:
     gloo.run(staged, world=4, timeout=240)
+
+
+def lengths() -> None:
+    """Data ranks with other lengths, filled up to a multiple of four: the loss sees the positions that were passed."""
+    model, mesh = tiny("llama").double(), mp.make_mesh("dp=2")
+    local = [text(2, length) for length in (6, 7)]
+    rank = mp.data_rank(mesh)[0]
+    alone = copy.deepcopy(model)
+
+    def squares(output: Any, batch: Batch) -> torch.Tensor:
+        assert output.logits.shape[:2] == batch["input_ids"].shape == local[rank]["input_ids"][:1].shape
+        return output.logits.square().sum()
+
+    pm = mp.parallelize(model, mesh, example=local[rank], config=mp.ParallelConfig(microbatches=2, pad_to=4))
+    loss = pm.forward_backward(local[rank], squares, count=lambda batch: batch["input_ids"].numel())
+    expected = sum(alone(**batch).logits.square().sum() for batch in local) / 26
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    named = {name: p.grad for name, p in alone.named_parameters()}
+    for name, parameter in pm.named_parameters():
+        torch.testing.assert_close(mp.full_grad(parameter), named[name])
+
+
+def test_padding_is_not_in_the_loss(gloo: Pool) -> None:
+    gloo.run(lengths, world=2, timeout=240)
 
 
 def refuses() -> None:

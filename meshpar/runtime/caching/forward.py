@@ -33,7 +33,7 @@ from meshpar.mesh import typed_axes
 from meshpar.ops.collectives import i_to_s
 from meshpar.roles import ROLES
 from meshpar.runtime.caching.keys import cache_name, handle, is_cache, keys_and_values
-from meshpar.runtime.caching.shards import AxisTypes, Settled, settled
+from meshpar.runtime.caching.shards import APART, AxisTypes, Settled, settled
 from meshpar.runtime.engine import Engine
 from meshpar.runtime.outputs import Leave, gathered
 from meshpar.runtime.state.variants import Variant, Variants
@@ -148,9 +148,9 @@ class CachedForward:
 
     def cuts(self) -> str:
         """How keys and values lie on the ranks, in words."""
-        found = {(a, str(t)) for one in self._settled.values() for types in one.taken.values() for a, t in types.items() if t != I}
-        axes = dict.fromkeys(axis for axis, _ in sorted(found))
-        return f"each rank of {', '.join(axes)} has those of its own heads" if axes else "each rank has those of its samples"
+        found = [item for one in self._settled.values() for types in one.taken.values() for item in types.items()]
+        cut = sorted({f"each rank of {axis} has those of its own {APART[t.dim]}" for axis, t in found if isinstance(t, Shard)})
+        return " and ".join(cut) or "each rank has those of its samples"
 
     def prompt(self, batch: Mapping[str, Any], cache: KeptCache) -> Any:
         """What the model returns for prompts; their keys and values are in `cache` then."""
@@ -163,9 +163,11 @@ class CachedForward:
             if index is None or info is None:
                 cache.buffers.append(None)
                 continue
-            new = outputs[index]
+            types = self._types(program, index)
+            kept = {axis: t if isinstance(t, Shard) and t.dim in APART else I for axis, t in types.items()}
+            new = self._converted(outputs[index], types, kept)
             whole = torch.empty((samples, info.shape[1], cache.room - 1, info.shape[3]), dtype=info.dtype, device="meta")
-            cache.buffers.append(_Buffer(None if new is None else cache.roomy(new), self._types(program, index), whole))
+            cache.buffers.append(_Buffer(None if new is None else cache.roomy(new), kept, whole))
         return self._said(program, outputs, cache)
 
     def token(self, batch: Mapping[str, Any], cache: KeptCache) -> Any:

@@ -23,6 +23,8 @@ from meshpar.mesh import Axis
 from meshpar.ops import collectives
 from meshpar.sharding.types import I, Shard, Type
 
+APART = {1: "heads", 3: "width"}
+"""The dims along which a cache is kept in shards. (Samples are reordered, and positions written one by one: these are whole.)"""
 AxisTypes = Mapping[str, Type]
 """The type of a value on each axis whose ranks share a batch."""
 
@@ -70,9 +72,9 @@ def _taken(inputs: list[fx.Node], axes: Collection[Axis]) -> AxisTypes:
 
 
 def _cuts(inputs: list[fx.Node], groups: Collection[str]) -> list[fx.Node]:
-    """All uses of an input, if each cuts it in the same way over one of `groups`."""
+    """All uses of an input, if each cuts its heads or their width in the same way over one of `groups`."""
     users = [user for node in inputs for user in node.users]
-    if any(user.target is not collectives.i_to_s or user.kwargs["group"] not in groups for user in users):
+    if any(user.target is not collectives.i_to_s or user.kwargs["group"] not in groups or user.args[1] not in APART for user in users):
         return []
     return users if len({repr((user.args[1:], user.kwargs["group"])) for user in users}) == 1 else []
 
