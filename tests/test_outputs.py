@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 import meshpar as mp
 from meshpar._torch import maybe_disable_local_tensor_mode
 from meshpar.simulate import local_tensors
+from tests.models import text, tiny
 from tests.pool import Pool
 
 WIDTH, HEAD = 16, 4
@@ -338,3 +339,16 @@ def test_which_loss_is_meant() -> None:
 def test_outputs_of_real_ranks(gloo: Pool) -> None:
     for cut in gloo.run(against_one_device, "fewer keys", "dp=2,tp=2", world=4):
         assert {"fused", "rows"} <= cut
+
+
+def test_hidden_states_after_the_model_itself_ran() -> None:
+    """A library registers hooks when the model is run, and an attribute that says so: the one is not handed on without the others."""
+    model, batch = tiny("llama").double().eval(), text(4)
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=batch).eval()
+        for _ in range(2):
+            wanted = model(**batch, output_hidden_states=True).hidden_states
+            with torch.no_grad():
+                found = pm(**batch, output_hidden_states=True).hidden_states
+            assert len(found) == len(wanted) > 1
+            assert all((mp.full_tensor(a) - b).abs().max() < 1e-12 for a, b in zip(found, wanted, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ref
@@ -110,6 +111,34 @@ def _of_library(hook: Any) -> bool:
     """Whether an installed package registered a hook: such do when a model runs, to collect its outputs."""
     path = getattr(getattr(hook, "__code__", None), "co_filename", "")
     return of_torch(hook) or "site-packages" in path or "dist-packages" in path
+
+
+def hand_on_library_hooks(original: nn.Module, copy: nn.Module, before: Mapping[str, Sequence[frozenset[int]]]) -> None:
+    """Register forward hooks on a copy that an installed package registered on the original since: with the attributes that say so.
+
+    `before`: those that there were, see `forward_hooks`. Those that the copy's own forward registered are not registered again.
+    """
+    for path, keys in before.items():
+        for name, known, table in zip(_FORWARD, keys, _tables(original.get_submodule(path), _FORWARD), strict=True):
+            new = {key: hook for key, hook in table.items() if key not in known and _of_library(hook)}
+            if not new:
+                continue
+            module = copy.get_submodule(path)
+            own: dict[int, Any] = getattr(module, name)
+            there = Counter(getattr(hook, "__code__", hook) for hook in own.values())
+            for key, hook in new.items():
+                code = getattr(hook, "__code__", hook)
+                there[code] -= 1
+                if there[code] < 0 and key not in own:
+                    own[key] = hook
+                    for more in (f"{name}_with_kwargs", f"{name}_always_called"):
+                        if key in getattr(original.get_submodule(path), more, {}):
+                            getattr(module, more)[key] = True
+
+
+def forward_hooks(model: nn.Module) -> dict[str, tuple[frozenset[int], ...]]:
+    """The keys of the forward hooks of every module."""
+    return {path: _keys(_tables(module, _FORWARD)) for path, module in model.named_modules()}
 
 
 def _refuse_after(model: nn.Module) -> None:

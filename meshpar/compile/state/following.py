@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meshpar.capture.hooks.models import forward_hooks, hand_on_library_hooks
 from meshpar.capture.state.places import ABSENT, Place, copied, same
 from meshpar.capture.state.reads import attributes
 from meshpar.capture.state.taken import State, version_of
@@ -34,6 +35,8 @@ class Following:
         self._watched: dict[Place, None] = {}
         self._written: set[Place] = set()
         self._bound: Bound | None = None
+        shared = {path for path, _ in skeleton.named_modules()}
+        self._hooks = {path: keys for path, keys in forward_hooks(original).items() if path in shared}
         children = [(path, module._modules, dict(module._modules)) for path, module in original.named_modules()]
         self._children = children
         self._original = weakref.ref(original, lambda _: children.clear())  # nor are its parts kept alive
@@ -108,6 +111,7 @@ class Following:
         self._hand_on(original, [p for p in moved if p not in self._written and p.steps[-1] != ("attr", "training")])
 
     def _hand_on(self, original: nn.Module, places: list[Place]) -> None:
+        hand_on_library_hooks(original, self._skeleton, self._hooks)
         here, there = {"": self._skeleton}, {"": original}
         memo: dict[int, Any] = {id(module): self._skeleton.get_submodule(path) for path, module in _shared(original, self._skeleton)}
         both = []
