@@ -26,6 +26,7 @@ class Written(nn.Module):
         self.q, self.k, self.v, self.o = nn.Linear(H, H), nn.Linear(H, 8 * kv), nn.Linear(H, 8 * kv), nn.Linear(H, H)
         self.bias = nn.Parameter(torch.randn(1, 4, 2 * S) / 4) if kind == "bias" else None
         self.strength = nn.Parameter(torch.randn(4, 1, 1)) if kind == "strength" else None
+        self.sinks = nn.Parameter(torch.randn(4)) if kind.startswith("sink") else None
         self.register_buffer("seen", torch.ones(S, S, dtype=torch.bool).tril()[None, None], persistent=False)
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
@@ -65,7 +66,12 @@ class Written(nn.Module):
         causal = causal if padding is None else causal & padding[:, None, None, :].bool()
         if self.kind == "everything":
             return scores.softmax(-1)
-        return (scores + torch.where(causal, 0.0, NEVER)).softmax(-1)
+        scores = scores + torch.where(causal, 0.0, NEVER)
+        if self.sinks is not None:
+            joined = torch.cat([scores, self.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, s, -1)], -1)
+            joined = joined - joined.max(-1, keepdim=True).values if self.kind == "sink, less the largest" else joined
+            return joined.softmax(-1)[..., :-1]
+        return scores.softmax(-1)
 
 
 class Decoder(nn.Module):
@@ -92,7 +98,7 @@ def batch(*, padding: bool = False) -> dict[str, Tensor]:
     return {"ids": ids, "labels": ids} | ({"padding": (torch.arange(S) >= torch.tensor([[0], [5]])).long()} if padding else {})
 
 
-EVERY = ("plain", "capped", "capped window", "bias", "strength", "buffer", "alibi", "everything")
+EVERY = ("plain", "capped", "capped window", "bias", "strength", "buffer", "alibi", "everything", "sink", "sink, less the largest")
 
 
 def lines(model: nn.Module, mesh: str, context: Any, *, padding: bool = False) -> list[str]:
@@ -107,9 +113,9 @@ def lines(model: nn.Module, mesh: str, context: Any, *, padding: bool = False) -
     ("context", "mesh", "kv", "kinds", "padding"),
     [
         ("ring", "cp=4", 2, EVERY, False),
-        ("heads", "cp=2,tp=2", 4, ("plain", "capped", "bias", "alibi"), False),
-        ("ring", "cp=2", 4, ("plain", "bias", "buffer", "two masks"), True),
-        ("gather", "dp=2,cp=2", 1, ("plain", "capped", "strength", "two masks"), True),
+        ("heads", "cp=2,tp=2", 4, ("plain", "capped", "bias", "alibi", "sink"), False),
+        ("ring", "cp=2", 4, ("plain", "bias", "buffer", "two masks", "sink"), True),
+        ("gather", "dp=2,cp=2", 1, ("plain", "capped", "strength", "two masks", "sink"), True),
     ],
 )
 def test_it_is_that_of_one_device(context: Any, mesh: str, kv: int, kinds: tuple[str, ...], padding: bool) -> None:
@@ -123,7 +129,7 @@ def test_it_is_that_of_one_device(context: Any, mesh: str, kv: int, kinds: tuple
 
 def test_it_is_proved() -> None:
     report = static_report(
-        Decoder("plain", "capped window", "bias", "alibi"), "cp=2,tp=2", batch(), config=mp.ParallelConfig(context="ring")
+        Decoder("plain", "capped window", "bias", "alibi", "sink"), "cp=2,tp=2", batch(), config=mp.ParallelConfig(context="ring")
     )
     report.check()
     assert report.share == 1.0 and not report.unproved
@@ -135,8 +141,9 @@ class Refused(Written):
     def _weights(self, q: Tensor, k: Tensor, padding: Tensor | None) -> Tensor:
         at = torch.arange(q.shape[2])
         scores = q @ k.transpose(-1, -2) * 8**-0.5 + torch.where(at <= at[:, None], 0.0, NEVER)
-        if self.kind == "sink":
-            return torch.cat([scores, torch.zeros_like(scores[..., :1])], -1).softmax(-1)[..., :-1]
+        if self.kind == "sunk":
+            weights = torch.cat([scores, torch.zeros(*scores.shape[:-1], 1, dtype=scores.dtype)], -1).softmax(-1)
+            return weights[..., :-1] * (1 + weights[..., -1:])
         if self.kind == "read twice":
             return scores.softmax(-1) * (1 + 0.01 * scores.sigmoid().mean())
         if self.kind == "rounded":
@@ -154,7 +161,7 @@ def test_what_is_left_is_exact_and_told_why() -> None:
         "weights read twice": "(its weights are read elsewhere too)",
         "rounded": "(its scores go through round)",
         "dropout": "(it drops weights at random)",
-        "sink": "",
+        "sunk": "(the weight of one score more than there are keys is read too)",
     }
     model = Decoder(*reasons, layer=Refused)
     mp.verify(model, "cp=2", batch(), config=mp.ParallelConfig(context="ring")).raise_if_failed()

@@ -22,7 +22,19 @@ from torch import Tensor
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import on_rank, rotated
-from meshpar.ops.tiles import Rectangle, ScoreStep, Scoring, attend_, attend_backward_, nothing_yet, of_four_dims, sums_of, told, wide
+from meshpar.ops.tiles import (
+    Rectangle,
+    ScoreStep,
+    Scoring,
+    add_of_sink,
+    attend_,
+    attend_backward_,
+    nothing_yet,
+    of_four_dims,
+    sums_of,
+    told,
+    wide,
+)
 from meshpar.sharding.types import Shard
 
 Span = tuple[int, int]
@@ -87,7 +99,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: _Ring, *added: Tensor) -> Tensor:
         size, held = how.axis[1], _packed(key, value, how)
-        out, norm = on_rank(lambda _, x: nothing_yet(x, value.shape[-1]), how.axis, query)
+        out, norm = on_rank(lambda _, x, *added: nothing_yet(x, value.shape[-1], how.scoring.sink_of(added)), how.axis, query, *added)
         for step in range(size):
             on_rank(partial(_meet, how, step, key.shape, value.shape), how.axis, query, held, out, norm, *added)
             if step < size - 1:
@@ -111,10 +123,18 @@ class _RingAttention(torch.autograd.Function):
             if step < how.axis[1] - 1:
                 held = rotated(held, how.axis)
             back = rotated(back, how.axis)
+        if how.scoring.sink_of(added) is not None:
+            on_rank(partial(_of_sink, how), how.axis, norm, delta, *added, *sums)
         unpack = partial(_unpacked, key.shape, value.shape)
         of_key, of_value = on_rank(lambda _, x, like: tuple(part.to(like.dtype) for part in unpack(x)), how.axis, back, key)
         of_added = [on_rank(_cast, how.axis, x, like) if need else None for x, like, need in zip(sums, added, needed, strict=True)]
         return on_rank(_cast, how.axis, of_query, query), of_key, of_value, None, *of_added
+
+
+def _of_sink(how: _Ring, rank: int, norm: Tensor, delta: Tensor, *rest: Tensor) -> None:
+    """Add the gradient of the scores whose weights are nobody's, once."""
+    added, sums = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    add_of_sink(how.scoring.sink_of(added), how.scoring.sink_of(sums), norm, delta)  # type: ignore[arg-type]
 
 
 def _packed(key: Tensor, value: Tensor, how: _Ring) -> Tensor:

@@ -20,7 +20,19 @@ from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.halo import before_each
 from meshpar.ops.layouts import Segments
 from meshpar.ops.near import fetched
-from meshpar.ops.tiles import Rectangle, ScoreStep, Scoring, attend_, attend_backward_, nothing_yet, of_four_dims, sums_of, told, wide
+from meshpar.ops.tiles import (
+    Rectangle,
+    ScoreStep,
+    Scoring,
+    add_of_sink,
+    attend_,
+    attend_backward_,
+    nothing_yet,
+    of_four_dims,
+    sums_of,
+    told,
+    wide,
+)
 from meshpar.sharding.types import Shard
 from meshpar.simulate import axis_rank, per_rank
 
@@ -139,7 +151,7 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: _Local, *added: Tensor) -> Tensor:
         def run(rank: int, q: Tensor, k: Tensor, v: Tensor, *added: Tensor) -> tuple[Tensor, Tensor]:
-            out, norm = nothing_yet(q, v.shape[-1])
+            out, norm = nothing_yet(q, v.shape[-1], how.scoring.sink_of(added))
             attend_(q, k, v, added, *how.told(rank), out, norm)
             return out.to(q.dtype), norm
 
@@ -159,6 +171,8 @@ class _Scored(torch.autograd.Function):
             gradients, sums = [wide(x.new_zeros(x.shape)) for x in (q, k, v)], sums_of(added, needed)
             delta = (wide(found) * wide(grad)).sum(-1)
             attend_backward_(q, k, v, added, *how.told(rank), grad, norm, delta, *gradients, sums)
+            if (sink := how.scoring.sink_of(added)) is not None:
+                add_of_sink(sink, how.scoring.sink_of(sums), norm, delta)
             return tuple(x.to(like.dtype) for x, like in zip((*gradients, *sums), (q, k, v, *added), strict=True))
 
         of_query, of_key, of_value, *of_added = per_rank(run, grad, *ctx.saved_tensors)

@@ -31,6 +31,7 @@ ScoreStep = tuple[Any, ...]
     ("tanh",)         tanh z                                    ("keep", i, x)       z where it is true, else x
     ("plus", i)       z + operand i                             ("fill", i, x)       x where it is true, else z
     ("by", i)         z operand i                               x: a number, or the place of an operand of one element
+    ("sink", i)       one score more, operand i `[b, h, s, 1]`, whose weight is nobody's: the last step, if there is one
 """
 
 
@@ -58,6 +59,10 @@ class Scoring:
         behind = torch.arange(at, at + rows, device=device)[:, None] - torch.arange(first, first + columns, device=device)
         hidden = behind < 0
         return hidden if self.window is None else hidden | (behind >= self.window)
+
+    def sink_of(self, operands: Sequence[Tensor]) -> Tensor | None:
+        """The score of each query whose weight is nobody's."""
+        return operands[self.steps[-1][1]] if self.steps and self.steps[-1][0] == "sink" else None
 
     @property
     def written(self) -> str:
@@ -152,10 +157,20 @@ def attend_backward(
         of_key[tile.keys] += of_products.transpose(-1, -2) @ tile.by_key(wide(query[tile.queries]))
 
 
-def nothing_yet(query: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`out` and `norm` of queries before they meet a key."""
+def nothing_yet(query: Tensor, width: int, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`out` and `norm` of queries before they meet a key; with a `sink` they have met one score, and got nothing for it."""
     like = wide(query.new_empty(()))
-    return like.new_zeros(*query.shape[:-1], width), like.new_full((*query.shape[:-1], 2), -torch.inf)
+    norm = like.new_full((*query.shape[:-1], 2), -torch.inf)
+    if sink is not None:
+        norm[..., 0], norm[..., 1] = wide(sink)[..., 0], 0.0
+    return like.new_zeros(*query.shape[:-1], width), norm
+
+
+def add_of_sink(sink: Tensor, of_sink: Tensor, norm: Tensor, delta: Tensor) -> None:
+    """Add to the gradient of a sink, if that is wanted: what its weight takes from the results."""
+    if of_sink.shape == sink.shape:
+        weight = (wide(sink)[..., 0] - norm[..., 0] - norm[..., 1]).exp()
+        of_sink -= (weight * delta)[..., None].sum_to_size(of_sink.shape)
 
 
 def sums_of(operands: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
@@ -294,6 +309,8 @@ def _stepping(tile: _Tile, step: ScoreStep, z: Tensor, operands: Sequence[Tensor
             return z * x
         case ("tanh",):
             return z.tanh()
+        case ("sink", _):
+            return z
         case ("plus", i):
             return z + tile.of(operands[i]).to(z.dtype)
         case ("by", i):
@@ -317,6 +334,8 @@ def _back(
             return grad * x
         case ("tanh",):
             return grad * (1 - after.square())
+        case ("sink", _):
+            return grad
         case ("plus", i):
             tile.add_to(of_operands[i], operands[i], grad)
             return grad

@@ -5,8 +5,8 @@
       z = add(mul(z, 0.125), where(causal, 0, -3e38))
       y = matmul(softmax(z, -1), v)
 
-Between the products may be whatever works on single scores: factors, tanh, masks, biases of any shape, trained ones too. It is matched on
-the graph, where each value on the way has one reader. Then both are run on drawn values, and must agree in results and gradients. What is
+Between the products may be whatever works on single scores: factors, tanh, masks, biases of any shape, trained ones too; and a sink, one
+score more whose weight is left out of the product. It is matched on the graph, where each value on the way has one reader. Then both are run on drawn values, and must agree in results and gradients. What is
 not such is left as it is, and its softmax is told why (`explain()` says it).
 
 A mask of numbers alone that is causal or a window goes without a table. Where there is nothing else it is torch's own operator; anything
@@ -15,6 +15,7 @@ else is `ops/scored.py`, with the steps of the model in their order. (Torch's ke
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -102,8 +103,9 @@ def _matched(softmax: fx.Node) -> _Match:
     """What is around a softmax. Raises _No where that is not attention."""
     if len(info_of(softmax).shape) < 3 or softmax.args[1] not in (-1, len(info_of(softmax).shape) - 1):
         raise _No
-    back, product, steps = _scores(softmax)
-    on, result = _weights(softmax)
+    ahead, last, sink = _sunk(softmax.args[0])
+    back, product, steps = _scores(last)
+    on, result = _weights(softmax, sink)
     scale, (query, key) = 1.0, product.args[-2:]
     if op_name(product.target) == "baddbmm":
         if product.kwargs.get("beta", 1) != 1:
@@ -111,32 +113,71 @@ def _matched(softmax: fx.Node) -> _Match:
         scale, steps = float(product.kwargs.get("alpha", 1)), [("plus", product.args[0], None), *steps]  # type: ignore[arg-type, list-item]
     while steps and steps[0][0] == "times":
         scale, steps = scale * steps[0][2], steps[1:]
-    nodes = (product, *back, softmax, *on)
-    found = _Match(softmax, query, key, result.args[1], result, scale, tuple(steps), _shape(nodes), (*nodes, result))  # type: ignore[arg-type]
+    shape = _shape((product, *back, *(on if sink is not None else (softmax, *on))))
+    steps += [("sink", sink, None)] if sink is not None else []
+    nodes = (product, *back, *ahead, softmax, *on, result)
+    found = _Match(softmax, query, key, result.args[1], result, scale, tuple(steps), shape, nodes)  # type: ignore[arg-type]
     _check(found)
     return found
 
 
-def _scores(softmax: fx.Node) -> tuple[list[fx.Node], fx.Node, list[_Written]]:
-    """The nodes between the products and the softmax, the product, and the steps."""
-    node: Any = softmax.args[0]
+def _sunk(node: Any) -> tuple[list[fx.Node], Any, fx.Node | None]:
+    """Where one score more is joined to those of the keys: the nodes that do so, the scores of the keys, and the one.
+
+    The largest score may be taken off all of them, which changes no weight.
+    """
+    joined, nodes = node, list[fx.Node]()
+    if _is(node, "sub") and (largest := _largest(node)) is not None:
+        joined, nodes = node.args[0], [*largest, node]
+    if not _is(joined, "cat") or len(joined.args[0]) != 2 or not _is_last(joined, joined.args[1:2]) or len(joined.users) != 1 + bool(nodes):
+        return [], node, None
+    scores, sink = joined.args[0]
+    if info_of(sink).shape != (*info_of(scores).shape[:-1], 1):
+        return [], node, None
+    return [joined, *nodes], scores, sink
+
+
+def _largest(node: fx.Node) -> list[fx.Node] | None:
+    """The nodes that make the second argument of a difference, if that is the largest of the first along the last dim."""
+    first, second = node.args[:2]
+    nodes = [second]
+    if isinstance(second, fx.Node) and second.target is operator.getitem and second.args[1] == 0:
+        nodes = [second.args[0], second]
+    found = nodes[0]
+    if not (_is(found, "amax") or _is(found, "max")) or found.args[0] is not first or found.args[2:3] != (True,):  # type: ignore[union-attr]
+        return None
+    return nodes if _is_last(first, found.args[1:2]) and all(len(x.users) == 1 for x in nodes) else None  # type: ignore[arg-type, union-attr, return-value]
+
+
+def _is(node: Any, name: str) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node.target) == name
+
+
+def _is_last(node: fx.Node, dim: tuple[Any, ...]) -> bool:
+    """Whether an argument says the last dim of a value."""
+    return len(dim) == 1 and (dim[0][0] if isinstance(dim[0], list | tuple) else dim[0]) in (-1, len(info_of(node).shape) - 1)
+
+
+def _scores(node: Any) -> tuple[list[fx.Node], fx.Node, list[_Written]]:
+    """The nodes between the products and the last of the scores, the product, and the steps."""
+    like = node
     nodes: list[fx.Node] = []
     steps: list[_Written] = []
     while True:
         if not isinstance(node, fx.Node) or node.op != "call_function" or not isinstance(facts(node).info, Info):
             raise _No
-        if not _is_product_of(node, softmax):
+        if not _is_product_of(node, like):
             raise _No
         if len(node.users) != 1:
             raise _No("its scores are read elsewhere too")
         if op_name(node.target) in _PRODUCTS:
             return nodes[::-1], node, steps[::-1]
         nodes.append(node)
-        step, node = _step(node, softmax)
+        step, node = _step(node, like)
         steps += [step] if step is not None else []
 
 
-def _step(node: fx.Node, softmax: fx.Node) -> tuple[_Written | None, Any]:
+def _step(node: fx.Node, like: fx.Node) -> tuple[_Written | None, Any]:
     """What a node does to scores, and the scores that it does it to."""
     name, args = op_name(node.target), node.args
     if not _is_plain(node):
@@ -148,19 +189,19 @@ def _step(node: fx.Node, softmax: fx.Node) -> tuple[_Written | None, Any]:
     if name in ("mul", "div") and isinstance(args[1], int | float):
         return ("times", None, float(args[1]) if name == "mul" else 1 / float(args[1])), args[0]
     if name in ("add", "mul") and node.kwargs.get("alpha", 1) == 1 and all(isinstance(a, fx.Node) for a in args[:2]):
-        at = 0 if _is_product_of(args[0], softmax) else 1
+        at = 0 if _is_product_of(args[0], like) else 1
         return ("plus" if name == "add" else "by", args[1 - at], None), args[at]  # type: ignore[return-value]
     if name == "where" and len(args) == 3:
-        at = 1 if _is_product_of(args[1], softmax) else 2
+        at = 1 if _is_product_of(args[1], like) else 2
         return ("keep" if at == 1 else "fill", args[0], args[3 - at]), args[at]  # type: ignore[return-value]
     if name == "masked_fill":
         return ("fill", args[1], args[2]), args[0]  # type: ignore[return-value]
     raise _No(f"its scores go through {name}")
 
 
-def _is_product_of(node: Any, softmax: fx.Node) -> bool:
-    """Whether a value comes from a product, and has as many elements on the way as the softmax."""
-    todo, seen, count = [node], set[fx.Node](), prod(info_of(softmax).shape)
+def _is_product_of(node: Any, like: fx.Node) -> bool:
+    """Whether a value comes from a product, and has as many elements on the way as the scores."""
+    todo, seen, count = [node], set[fx.Node](), prod(info_of(like).shape)
     while todo:
         one = todo.pop()
         if not isinstance(one, fx.Node) or one in seen or one.op != "call_function" or not isinstance(facts(one).info, Info):
@@ -173,9 +214,15 @@ def _is_product_of(node: Any, softmax: fx.Node) -> bool:
     return False
 
 
-def _weights(softmax: fx.Node) -> tuple[list[fx.Node], fx.Node]:
-    """The nodes between the softmax and the product with the values, and that product."""
+def _weights(softmax: fx.Node, sink: fx.Node | None) -> tuple[list[fx.Node], fx.Node]:
+    """The nodes between the softmax and the product with the values, and that product. With a `sink`, its weight is left out first."""
     node, nodes = softmax, list[fx.Node]()
+    if sink is not None:
+        node, wanted = next(iter(softmax.users)), (*info_of(softmax).shape[:-1], info_of(softmax).shape[-1] - 1)
+        first = _is(node, "slice") and _is_last(softmax, node.args[1:2]) and node.args[2] == 0
+        if len(softmax.users) != 1 or not first or info_of(node).shape != wanted:
+            raise _No("the weight of one score more than there are keys is read too")
+        nodes.append(node)
     while True:
         if len(node.users) != 1:
             raise _No("its weights are read elsewhere too")
@@ -238,7 +285,7 @@ def _kind(found: _Match) -> Any:
     """Equal for matches of which one trial is enough."""
     places = {node: i for i, node in enumerate((*found.factors, *found.operands, *found.nodes))}
     calls = tuple((op_name(n.target), str(fx.map_arg((n.args, n.kwargs), lambda x: f"%{places[x]}"))) for n in found.nodes)
-    return calls, tuple(info_of(n) for n in places)
+    return calls, tuple(facts(n).info for n in places)
 
 
 def _difference(found: _Match) -> str:
@@ -292,6 +339,8 @@ def _as_written(found: _Match, values: dict[fx.Node, Tensor]) -> Tensor:
             known[node] = args[0]
         elif node.target is aten.softmax.int:
             known[node] = args[0].softmax(-1)
+        elif node.target is aten.slice.Tensor:
+            known[node] = args[0][..., :-1]
         else:
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return known[found.result]
@@ -382,7 +431,7 @@ def _without_tables(found: _Match) -> tuple[bool, int | None, list[_Written]]:
     """
     causal, window, left = False, None, list[_Written]()
     for at, step in enumerate(found.steps):
-        interval = _interval(step) if all(kind == "plus" for kind, *_ in found.steps[at + 1 :]) else None
+        interval = _interval(step) if all(kind in ("plus", "sink") for kind, *_ in found.steps[at + 1 :]) else None
         if interval is None or (len(interval.stop), interval.keys) != found.shape[2:] or interval.window is None:
             left.append(step)
             continue
