@@ -6,8 +6,9 @@
       y = matmul(softmax(z, -1), v)
 
 Between the products may be whatever works on single scores: factors, tanh, masks, biases of any shape, trained ones too; and a sink, one
-score more whose weight is left out of the product. It is matched on the graph, where each value on the way has one reader. Then both are run on drawn values, and must agree in results and gradients. What is
-not such is left as it is, and its softmax is told why (`explain()` says it).
+score more whose weight is left out of the product. It is matched on the graph, where each value on the way has one reader. Then both are
+run on drawn values, and must agree in results and gradients. What is not such is left as it is, and its softmax is told why (`explain()`
+says it).
 
 A mask of numbers alone that is causal or a window goes without a table. Where there is nothing else it is torch's own operator; anything
 else is `ops/scored.py`, with the steps of the model in their order. (Torch's kernels give other gradients where a mask of -1e38 hides all.)
