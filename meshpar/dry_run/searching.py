@@ -14,7 +14,7 @@ from meshpar.errors import ConfigError
 from meshpar.planner import Cluster, Constants, Hardware, Job, Search, Space, Stack, Transformer, explain, launch, toml
 from meshpar.planner import search as search_mappings
 from meshpar.planner.search import Candidate
-from meshpar.waiting import working
+from meshpar.waiting import each, working
 
 RUNS = Space(
     cp=(1, 2, 4, 8, 16, 32),
@@ -92,7 +92,7 @@ def search(
         raise ConfigError("search: seq is missing; give the tokens of a sample, a whole number of at least 1.")
     job = Job(sizes, where, length, global_batch, precision, stack)
     known = constants or Constants.default()
-    return Mappings(search_mappings(job, space or _space(job), known, top=top), known)
+    return Mappings(search_mappings(job, space or _space(job), known, top=top, watched=each), known)
 
 
 def _cluster(given: object) -> Cluster:

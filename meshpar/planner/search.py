@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as Map
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import log
+from typing import Any
 
 from meshpar.errors import ConfigError
 from meshpar.planner.constants import Constants
@@ -17,7 +18,6 @@ from meshpar.planner.hardware import GiB
 from meshpar.planner.layers import assemble
 from meshpar.planner.mapping import RECOMPUTE, V_SHAPED, Job, Mapping, complaints
 from meshpar.planner.memory import PeakMemory, fullest, roughly
-from meshpar.waiting import each
 
 SIMULATED = 48
 """So many of the fastest by closed form are simulated, and of so many shapes the best, and of every family the best."""
@@ -103,7 +103,11 @@ class Search:
         return self.ranked[0]
 
 
-def search(job: Job, space: Space | None = None, constants: Constants | None = None, *, top: int = 10) -> Search:
+Watched = Callable[[Sequence[Any]], Iterable[Any]]
+"""Hands on the steps of something that takes long, and tells somebody how many are done."""
+
+
+def search(job: Job, space: Space | None = None, constants: Constants | None = None, *, top: int = 10, watched: Watched = iter) -> Search:
     """Every mapping in a space that the job allows, ranked by estimated time among those that fit in memory.
 
     All are timed in closed form; the fastest, and the best of each family, with their pipeline simulated. Of recompute, the least that
@@ -121,7 +125,7 @@ def search(job: Job, space: Space | None = None, constants: Constants | None = N
     fitting: list[Candidate] = []
     small: dict[str, tuple[Mapping, PeakMemory]] = {}  # family -> of the mappings that do not fit, the one that lacks least
     tried = 0
-    for options in each(list(candidates(job, space or Space()))):
+    for options in watched(list(candidates(job, space or Space()))):
         for mapping in options:
             tried += 1
             work = assemble(job, mapping)
@@ -142,7 +146,7 @@ def search(job: Job, space: Space | None = None, constants: Constants | None = N
             f"search: nothing fits. The least is {need.total / GiB:.0f} GiB of {room / GiB:.0f}: {least}. Take more GPUs, or larger ones."
         )
     fitting.sort(key=lambda c: c.seconds)
-    ranked = _simulated(job, fitting, constants, memo, top)
+    ranked = _simulated(job, fitting, constants, memo, top, watched)
     lost = _lost(job, ranked, small, constants)
     shapes = {shape(one.mapping): one for one in reversed(ranked)}
     different = sorted(shapes.values(), key=_rank)
@@ -228,7 +232,7 @@ def _divisors(n: int) -> tuple[int, ...]:
     return tuple(d for d in range(1, n + 1) if n % d == 0)
 
 
-def _simulated(job: Job, fitting: list[Candidate], constants: Constants, memo: Memo, top: int) -> list[Candidate]:
+def _simulated(job: Job, fitting: list[Candidate], constants: Constants, memo: Memo, top: int, watched: Watched) -> list[Candidate]:
     """The promising ones once more with the pipeline simulated and memory by the order, fastest first; without those that do not fit."""
     chosen = fitting[: min(SIMULATED, 2 * top)]
     shapes, families = {shape(c.mapping) for c in chosen}, {c.family for c in chosen}
@@ -238,7 +242,7 @@ def _simulated(job: Job, fitting: list[Candidate], constants: Constants, memo: M
             families.add(one.family)
             chosen.append(one)
     speed, found = rates(job.cluster.hardware, job.software, constants), []
-    for one in each(chosen):
+    for one in watched(chosen):
         work = assemble(job, one.mapping)
         found.append(Candidate(one.mapping, timed(work, speed, memo), fullest(work, job.software, constants), True))
     kept = [one for one in found if one.memory.total <= limit(job)]
