@@ -116,14 +116,11 @@ def test_what_a_query_sees(kind: str) -> None:
 @pytest.mark.parametrize(
     "kind, kv, context",
     [
-        ("causal", 2, "gather"),
         ("causal", 2, "ring"),
         ("window", 4, "heads"),
-        ("window", 4, "ring"),
         ("all", 1, "ring"),
         ("is_causal", 4, "ring"),
         ("prefix", 2, "ring"),
-        ("bias", 4, "ring"),
     ],
 )
 def test_forms(kind: str, kv: int, context: Any) -> None:

@@ -71,7 +71,6 @@ def steps_against_one_device(spec: str, modes: list[str], microbatches: int) -> 
         ("dp=2", ["zero3", "zero2", "zero1", "replicate"], 2, 2),
         ("dp=2,tp=2", ["zero3", "replicate"], 2, 4),
         ("dp_replicate=2,dp_shard=2", ["zero3"], 1, 4),
-        ("tp=4", ["zero3"], 2, 4),
     ],
 )
 def test_steps_equal_one_device(gloo: Pool, spec: str, modes: list[str], microbatches: int, world: int) -> None:

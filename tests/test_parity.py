@@ -15,17 +15,17 @@ from meshpar.sharding.types import I
 from tests.models import plain, text, tiny
 from tests.pool import Pool
 
-CAUSAL = "llama gemma2 bloom falcon bart deepseek_v3".split()
+CAUSAL = "llama gemma2 bloom deepseek_v3".split()
 """One of each kind; `benchmarks/architectures` has all."""
 PLAIN = "gpt gpt_kv2 encoder_decoder vit mixer".split()
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_language_models_over_data_and_tensor_axes(name: str) -> None:
-    mp.verify(tiny(name), "dp=2,tp=2", text(), steps=3).raise_if_failed()
+    mp.verify(tiny(name), "dp=2,tp=2", text()).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", "gpt2 mamba mixtral".split())
+@pytest.mark.parametrize("name", "gpt2 mixtral".split())
 def test_language_models_without_sequence_parallelism(name: str) -> None:
     mp.verify(tiny(name), "tp=2", text(), config=mp.ParallelConfig(sequence_parallel=False)).raise_if_failed()
 
@@ -39,30 +39,27 @@ def test_fewer_key_value_heads_than_ranks(name: str) -> None:
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_models(name: str) -> None:
     model, batch = plain(name)
-    mp.verify(model, "dp=2,tp=2", batch, steps=3).raise_if_failed()
+    mp.verify(model, "dp=2,tp=2", batch).raise_if_failed()
 
 
 @pytest.mark.parametrize("name", ["batch_norm", "contrastive"])
 @pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
 def test_what_mixes_samples_sees_the_global_batch(name: str, mesh: str) -> None:
     model, batch = plain(name)
-    mp.verify(model, mesh, batch, steps=3).raise_if_failed()
+    mp.verify(model, mesh, batch).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", ["phi3", "mixtral"])
-def test_float32_is_exact_to_its_rounding(name: str) -> None:
-    import torch
-
-    mp.verify(tiny(name), "dp=2,tp=2", text(), dtype=torch.float32).raise_if_failed()
+def test_float32_is_exact_to_its_rounding() -> None:
+    mp.verify(tiny("mixtral"), "dp=2,tp=2", text(), dtype=torch.float32).raise_if_failed()
 
 
-@pytest.mark.parametrize(("heads", "kv", "mesh"), [(6, 6, "tp=4"), (6, 3, "tp=2"), (4, 1, "tp=4"), (5, 5, "tp=2")])
+@pytest.mark.parametrize(("heads", "kv", "mesh"), [(6, 6, "tp=4"), (4, 1, "tp=4"), (5, 5, "tp=2")])
 def test_heads_that_do_not_divide_are_cut_inside_or_left_whole(heads: int, kv: int, mesh: str) -> None:
     model = tiny("llama", hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=30)
     mp.verify(model, mesh, text(length=13)).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", "vit mamba".split())
+@pytest.mark.parametrize("name", ["vit"])
 def test_three_ranks_that_hold_unequal_parts(name: str) -> None:
     """8 heads, a vocabulary of 131, 17 or 13 positions, 112 or 43 * 3 - 1 features on 3 ranks."""
     model, batch = plain(name) if name in PLAIN else (tiny(name), text(length=13))

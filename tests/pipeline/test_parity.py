@@ -47,7 +47,6 @@ FOUR: list[Case] = [
     ("vit", "pp=2,tp=2", {"microbatches": 2}, {}),
 ]
 LANGUAGE: list[Case] = [
-    ("llama", "pp=4", {"microbatches": 8}, {"tie_word_embeddings": True}),
     ("llama", "pp=2,tp=2", {"microbatches": 4, "schedule": "zbv"}, {}),
     ("t5", "pp=2,dp=2", {"microbatches": 4, "schedule": "zero-bubble", "data_parallel": "zero2"}, {}),
 ]

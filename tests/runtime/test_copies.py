@@ -141,9 +141,7 @@ def average_of_gains(cases: list[tuple[str, str, str]], folder: str) -> list[flo
 TWO = [(how, "dp=2", mode) for how, mode in (("meta", "zero1"), ("weights", "zero2"), ("weights", "replicate"), ("meta", "zero3"))]
 FOUR = [
     ("meta", "pp=2,dp=2", "zero1"),
-    ("weights", "pp=2,dp=2", "replicate"),
-    ("weights", "dp_replicate=2,dp_shard=2", "zero3"),
-    ("meta", "dp=2,tp=2", "zero2"),
+    ("weights", "dp=2,tp=2", "zero2"),
 ]
 
 

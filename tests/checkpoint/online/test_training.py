@@ -190,14 +190,9 @@ def check(found: tuple[list[float], dict[str, torch.Tensor]], expected: tuple[li
 @pytest.mark.parametrize(
     "saved, four, two",
     [
-        (
-            ("tp=4", "zero3", "sgd"),
-            [("pp=2,dp=2", "zero1", "sgd"), ("dp_replicate=2,dp_shard=2", "zero3", "sgd")],
-            [("dp=2", "replicate", "sgd")],
-        ),
         (("pp=2,tp=2", "zero3", "foreach"), [("dp=4", "zero1", "foreach")], [("pp=2", "replicate", "fused")]),
     ],
-    ids=["tp4", "pp2tp2"],
+    ids=["pp2tp2"],
 )
 def test_a_run_goes_on_from_any_mesh(gloo: Pool, tmp_path: Path, saved: Case, four: list[Case], two: list[Case]) -> None:
     path = tmp_path / "a"
