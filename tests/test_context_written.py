@@ -113,7 +113,7 @@ def lines(model: nn.Module, mesh: str, context: Any, *, padding: bool = False) -
     ("context", "mesh", "kv", "kinds", "padding"),
     [
         ("ring", "cp=4", 2, EVERY, False),
-        ("heads", "cp=2,tp=2", 4, ("plain", "capped", "bias", "alibi", "sink"), False),
+        ("heads", "cp=2,tp=2", 4, ("plain", "bias", "sink"), False),
         ("ring", "cp=2", 4, ("plain", "bias", "buffer", "two masks", "sink"), True),
         ("gather", "dp=2,cp=2", 1, ("plain", "capped", "strength", "two masks", "sink"), True),
     ],

@@ -37,7 +37,6 @@ FOUR: list[Case] = [
 SIMULATED: list[Case] = [
     ("deepseek_v3", "ep=2,tp=2", {}, {}),
     ("gpt_oss", "ep=2,tp=2", {"recompute": "full"}, _GPT_OSS),
-    ("list", "ep=4", {}, {"experts": 8}),
 ]
 
 

@@ -38,8 +38,6 @@ SHAPES: list[Case] = [
 FOUR: list[Case] = [
     ("chain5", "pp=4", {"microbatches": 2}, {}),
     ("bare", "pp=4", {"microbatches": 4, "schedule": "zero-bubble"}, {}),
-    ("unet", "pp=4", {"microbatches": 4, "schedule": "gpipe"}, {}),
-    ("everywhere", "pp=2,tp=2", {"microbatches": 2}, {}),
     ("shared", "pp=2,dp=2", {"microbatches": 4, "schedule": "zbv", "data_parallel": "zero2"}, {}),
     ("tied", "pp=2,dp=2", {"microbatches": 4, "schedule": "zbv", "data_parallel": "zero3"}, {}),
     ("tied", "pp=2,dp=2", {"microbatches": 2, "data_parallel": "replicate", "recompute": "selective"}, {}),

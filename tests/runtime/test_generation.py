@@ -96,9 +96,9 @@ def keeps(spec: str, kept: Any) -> None:
     assert ("each rank of tp has those of its own heads" in pm.generation) == ("tp" in spec), pm.generation
 
 
-@pytest.mark.parametrize(("spec", "world"), [("pp=2", 2), ("dp=2,tp=2", 4)])
-def test_tokens_are_the_models(gloo: Pool, spec: str, world: int) -> None:
-    gloo.run(generates, spec, world=world, timeout=180)
+@pytest.mark.parametrize(("spec", "world", "names"), [("pp=2", 2, tuple(WAYS)), ("dp=2,tp=2", 4, ("beams",))])
+def test_tokens_are_the_models(gloo: Pool, spec: str, world: int, names: tuple[str, ...]) -> None:
+    gloo.run(generates, spec, names, world=world, timeout=180)
 
 
 def test_heads_that_are_fewer_than_the_ranks(gloo: Pool) -> None:
