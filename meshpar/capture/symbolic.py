@@ -113,11 +113,16 @@ def follow(
             symbols.mode,
             numbers,
         ):
-            recorder = ForwardRecorder(model, batch, loss_fn, state.Recording(ask))
+            recording = state.Recording(ask)
+            recorder = ForwardRecorder(model, batch, loss_fn, recording)
             recorder.functions = AsksNothing()  # type: ignore[assignment]
             recorder(*inputs)
     except Exception as error:  # whatever it is: the forward is watched for every shape instead, and its capture tells what is wrong
         raise Unseen(f"it does not run on sizes that are symbols: {str(error).strip().partition(chr(10))[0][:200]}") from error
+    assert recording.found is not None
+    left = (list(recorder.outcome.leaves), [list(formula) for formula in recording.found.writes.values()])
+    if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in pytree.tree_leaves(left)):
+        raise Unseen("a number that the forward returns, or leaves behind, depends on sizes")
     asked, known = symbols.asked(), set(symbols.symbols)
     if any(one.free_symbols - known for one in (*asked, *numbers.found)):
         raise Unseen("a size depends on values")

@@ -16,7 +16,8 @@ from meshpar.compile.shapes.numbers import Differs, Number, Values
 class Fitted:
     """Values at the known sizes -> value at new ones.
 
-    `known`: for each of the known sizes, the numbers of the forward; `now`: those at the new ones.
+    `known`: for each of the known sizes, the numbers of the forward; `now`: those at the new ones. Raises Differs where one of these was the
+    same for all known sizes, and is not any more: whatever else was the same may follow from it.
 
     >>> fitted = Fitted([[16, 17], [20, 21], [32, 33]], [24, 25])
     >>> fitted.now((8, 10, 16)), fitted.now((18, 22, 34)), fitted.now((3, 3, 3))
@@ -28,6 +29,8 @@ class Fitted:
         for row, value in zip(zip(*known, strict=True), now, strict=True):
             if value is not None and not any(one is None for one in row):
                 rows[row] = value
+                if value != row[0] and all(one == row[0] for one in row):  # what follows from it looks like a constant
+                    raise Differs(f"a number that was {row[0]} for all shapes known is {value} now")
         self._rows = rows
         self._found: dict[tuple[type, Values], Number] = {}
 
