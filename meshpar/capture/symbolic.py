@@ -31,6 +31,7 @@ from meshpar.capture.batch import ReadBatch, maybe_packed, read_batch
 from meshpar.capture.experts import seam as experts
 from meshpar.capture.recorder import ForwardRecorder
 from meshpar.capture.state import taken as state
+from meshpar.capture.state.places import described
 from meshpar.capture.witness import AsksNothing, OnDevice, Unseen
 from meshpar.graph.captured import Captured
 
@@ -74,6 +75,7 @@ def follow(
     batch: ReadBatch,
     symbol_of: Sequence[Sequence[int | None]],
     hints: Sequence[int],
+    like: Captured,
     *,
     device: torch.device,
     loss_fn: Callable[[Any, Any], Tensor] | None,
@@ -83,7 +85,8 @@ def follow(
 ) -> Formulas:
     """The formulas of the forward of `model`. `symbol_of`: which symbol each size of each tensor of `batch` is, None for a plain number.
 
-    `hints`: what the symbols are in this batch. Raises Unseen where the forward does not run on symbols.
+    `hints`: what the symbols are in this batch; `like`: the capture of another one. Raises Unseen where the forward does not run on
+    symbols, or returns or leaves behind what depends on them.
     """
     symbols, numbers = SizeSymbols(hints), _SeenNumbers()
     shapes = [
@@ -120,13 +123,20 @@ def follow(
     except Exception as error:  # whatever it is: the forward is watched for every shape instead, and its capture tells what is wrong
         raise Unseen(f"it does not run on sizes that are symbols: {str(error).strip().partition(chr(10))[0][:200]}") from error
     assert recording.found is not None
-    left = (list(recorder.outcome.leaves), [list(formula) for formula in recording.found.writes.values()])
-    if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in pytree.tree_leaves(left)):
-        raise Unseen("a number that the forward returns, or leaves behind, depends on sizes")
+    returned = pytree.tree_leaves(list(recorder.outcome.leaves))
+    if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in returned):
+        raise Unseen("a number that the forward returns depends on sizes")
+    if _left(recording.found) != _left(like.state):
+        raise Unseen("what the forward leaves behind depends on sizes")
     asked, known = symbols.asked(), set(symbols.symbols)
     if any(one.free_symbols - known for one in (*asked, *numbers.found)):
         raise Unseen("a size depends on values")
     return Formulas(tuple(symbols.symbols), tuple(dict.fromkeys((*symbols.symbols, *numbers.found))), tuple(asked))
+
+
+def _left(found: state.State) -> dict[str, str]:
+    """What a forward leaves behind, by place. (What depends on a symbol is no plain value, and not there.)"""
+    return {str(place): described(formula) for place, formula in found.writes.items()}
 
 
 class _SeenNumbers(TorchDispatchMode):

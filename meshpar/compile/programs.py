@@ -155,7 +155,7 @@ class Programs:
         with without_modes(), uncollected():
             batch = read_again(self.skeleton, args, kwargs, like, **about)
             ask = Ask(self.following.original, (), {}, torch.is_grad_enabled())
-            return follow(self.skeleton, batch, symbol_of, hints, ask=ask, **about)
+            return follow(self.skeleton, batch, symbol_of, hints, like, ask=ask, **about)
 
     def planned(self, seen: Seen) -> Plan:
         """Where values and parameters lie, and what moves: decided on the first rank of the mesh for all. Collective."""

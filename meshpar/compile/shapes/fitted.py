@@ -16,8 +16,8 @@ from meshpar.compile.shapes.numbers import Differs, Number, Values
 class Fitted:
     """Values at the known sizes -> value at new ones.
 
-    `known`: for each of the known sizes, the numbers of the forward; `now`: those at the new ones. Raises Differs where one of these was the
-    same for all known sizes, and is not any more: whatever else was the same may follow from it.
+    `known`: for each of the known sizes, the numbers of the forward; `now`: those at the new ones. Raises Differs where one of these was
+    the same for all known sizes, and is not any more: whatever else was the same may follow from it.
 
     >>> fitted = Fitted([[16, 17], [20, 21], [32, 33]], [24, 25])
     >>> fitted.now((8, 10, 16)), fitted.now((18, 22, 34)), fitted.now((3, 3, 3))

@@ -71,6 +71,35 @@ class Remainders(Mixed):
         return self.attend(x) * (n % 3 + 1) + filled.unflatten(1, (-1, 4)).mean((1, 2), keepdim=False)[:, None]
 
 
+class Alike(Mixed):
+    """A factor, and a number left behind, that are the same for the first lengths: all of these can be divided by three."""
+
+    rest = -1
+
+    def mix(self, x: Tensor, n: int) -> Tensor:
+        self.rest = n % 3
+        return self.attend(x) * (n % 3 + 1)
+
+
+class LeftBehind(Alike):
+    """The number alone."""
+
+    def mix(self, x: Tensor, n: int) -> Tensor:
+        self.rest = n % 3
+        return self.attend(x)
+
+
+@pytest.mark.parametrize("kind", [Alike, LeftBehind])
+def test_what_was_the_same_for_all_known_lengths_is_not_taken_for_granted(kind: type[Alike]) -> None:
+    model = kind().double()
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=batch(4, 12))
+        for length in (12, 24, 18, 21, 20, 16, 13):
+            one = batch(4, length)
+            assert worst(pm, model, one, one) < 1e-12, length
+            assert pm.original_module.rest == length % 3
+
+
 @pytest.mark.parametrize(("kind", "made"), [(Window, 2), (Halves, 4), (Branches, 2), (Remainders, 1)])
 def test_new_lengths_are_exact(kind: type[Mixed], made: int) -> None:
     model = kind().double()
