@@ -47,7 +47,7 @@ class _Again(torch.autograd.Function):
         with torch.enable_grad():
             result = _run(ctx.steps, operands)
         wanted = [x for x, need in zip(operands, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(result, wanted, grad, create_graph=twice))
+        found = iter(torch.autograd.grad(result, wanted, grad, create_graph=twice, allow_unused=True))  # (a condition has none)
         return None, *(next(found) if need else None for need in needed)
 
 

@@ -38,7 +38,7 @@ class ComputeAgain:
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         joined: set[fx.Node] = set()
         for node in reversed(list(graph.nodes)):
-            if node in joined or not _is_cheap(node) or operator_of(node.target).view:
+            if node in joined or not _is_cheap(node) or operator_of(node.target).view or not info_of(node).requires_grad:
                 continue
             inside = _inside(node)
             if len(inside) > 1 and _gain(inside) >= self.least_bytes:

@@ -71,3 +71,18 @@ def test_second_derivative() -> None:
 def test_without_gradients() -> None:
     a, b = torch.randn(2, 5)
     assert torch.equal(again.computed(GATE, a, b), gate(a, b))
+
+
+def test_an_operand_that_is_a_condition_alone_has_no_gradient() -> None:
+    steps: tuple[again.CheapStep, ...] = (
+        ("aten.gt.Scalar", ("%0", 0), ()),
+        ("aten.sigmoid.default", ("%1",), ()),
+        ("aten.where.self", ("%3", "%4", "%2"), ()),
+    )
+    leaves = [torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3)]
+    again.computed(steps, *leaves).square().sum().backward()
+    found = [x.grad for x in leaves]
+    copies = [x.detach().clone().requires_grad_() for x in leaves]
+    torch.where(copies[0] > 0, copies[1].sigmoid(), copies[2]).square().sum().backward()
+    assert found[0] is None and copies[0].grad is None
+    assert all(torch.equal(a, b.grad) for a, b in zip(found[1:], copies[1:], strict=True))
