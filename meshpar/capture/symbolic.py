@@ -9,7 +9,7 @@ a plain number (`range`, `math.sqrt`), the condition is that this size stays wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ from meshpar._torch import (
     expression,
     pytree,
 )
-from meshpar.capture import decompositions, fake, structure
-from meshpar.capture.batch import ReadBatch, maybe_packed, read_batch
+from meshpar.capture import decompositions, fake
+from meshpar.capture.batch import ReadBatch
 from meshpar.capture.experts import seam as experts
 from meshpar.capture.recorder import ForwardRecorder
 from meshpar.capture.state import taken as state
@@ -57,17 +57,6 @@ class Formulas:
 def sizes_of(batch: ReadBatch) -> BatchSizes:
     """The shape of every tensor of a batch as it is captured."""
     return tuple(shape or tuple(tensor.shape) for tensor, shape in zip(batch.tensors, batch.shapes, strict=True))
-
-
-def read_again(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Captured, *, scale: int, divide: int, **_: Any
-) -> ReadBatch:
-    """The batch, read as that of the capture `like` was. Raises Unseen where it is read in another way, BatchError."""
-    ordered = structure.order_of(model)(dict(kwargs))
-    batch = read_batch(model, args, ordered, like.batch_dims, scale=scale, divide=divide)
-    if batch.dims != like.batch_dims or maybe_packed(batch):
-        raise Unseen("another dim of an input is as long as the batch")
-    return batch
 
 
 def follow(

@@ -66,10 +66,7 @@ def testify(
 
     Raises Unseen where the batch is read in another way now, and where the forward asks for the value of a tensor.
     """
-    ordered = structure.order_of(model)(dict(kwargs))
-    batch = read_batch(model, args, ordered, like.batch_dims, scale=scale, divide=divide)
-    if batch.dims != like.batch_dims or maybe_packed(batch):
-        raise Unseen("another dim of an input is as long as the batch")
+    batch = read_again(model, args, kwargs, like, scale=scale, divide=divide)
     recording = state.Recording(ask)
     if recording.slots():
         raise Unseen("it takes numbers of Python as inputs")
@@ -100,6 +97,17 @@ def testify(
     assert recording.found is not None
     taken = state.settled(recording.found, model, found.lifted)
     return Witness(batch, recorder.outcome, taken, tuple(watch.calls), tuple(watch.numbers), found.lifted)
+
+
+def read_again(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Captured, *, scale: int, divide: int, **_: Any
+) -> ReadBatch:
+    """The batch, read as that of the capture `like` was. Raises Unseen where it is read in another way, BatchError."""
+    ordered = structure.order_of(model)(dict(kwargs))
+    batch = read_batch(model, args, ordered, like.batch_dims, scale=scale, divide=divide)
+    if batch.dims != like.batch_dims or maybe_packed(batch):
+        raise Unseen("another dim of an input is as long as the batch")
+    return batch
 
 
 class AsksNothing:

@@ -21,8 +21,8 @@ from meshpar.capture.hooks.models import ModelHooks
 from meshpar.capture.state.places import Place
 from meshpar.capture.state.taken import Ask, say
 from meshpar.capture.structure import order_of
-from meshpar.capture.symbolic import BatchSizes, Formulas, follow, read_again, sizes_of
-from meshpar.capture.witness import Witness, testify, without_memory
+from meshpar.capture.symbolic import BatchSizes, Formulas, follow, sizes_of
+from meshpar.capture.witness import Witness, read_again, testify, without_memory
 from meshpar.collection import uncollected
 from meshpar.compile.denominators import Split, split_denominators
 from meshpar.compile.given import ParameterFacts
