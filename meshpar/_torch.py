@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from types import ClassMethodDescriptorType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import sympy  # which torch's expressions are made of
 import torch
@@ -16,7 +17,11 @@ from torch import _C, nn
 from torch._C import _set_grad_enabled as set_grad_enabled  # torch 2.13; what export sees of torch.no_grad
 from torch._dispatch.python import enable_python_dispatcher  # torch 2.13; without it, operators in C++ ask for numbers
 from torch._dynamo.source import ConstantSource
-from torch._export.utils import _check_valid_to_preserve, _is_cia_op  # torch 2.13; which operators export writes out
+from torch._export.utils import (  # torch 2.13; which operators export writes out
+    _check_valid_to_preserve,
+    _is_cia_op,
+    _is_preservable_cia_op,
+)
 from torch._ops import (
     OpOverload,  # torch 2.13; the type of an ATen operator in a graph, wait for a public name
     mode_stack_state_for_pre_dispatch,  # torch 2.13; the trace of an export under way, wait for a public way out of it
@@ -41,6 +46,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
 )
+from torch.export import exported_program  # torch 2.13; wait for decompositions that touch only what a program calls
 from torch.fx import Node, _symbolic_trace
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # torch 2.13; see SizeSymbols
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # torch 2.13; what update_bn looks for, wait for a public name
@@ -69,6 +75,14 @@ def is_composite(operator: OpOverload) -> bool:
 def is_written_out(operator: OpOverload) -> bool:
     """Whether a functional program has no such calls: composite ones that may return their operand, or a view of it (torch 2.13)."""
     return is_composite(operator) and not _check_valid_to_preserve(operator)
+
+
+@contextmanager
+def only_composites(called: Collection[OpOverload]) -> Iterator[None]:
+    """Inside, `run_decompositions` prepares only these composite operators to stay whole: to prepare all 500 of them, at six dispatch keys
+    each, costs twice as much as the trace of a small model (torch 2.13)."""
+    with patch.object(exported_program, "_collect_all_valid_cia_ops", lambda: {one for one in called if _is_preservable_cia_op(one)}):
+        yield
 
 
 def resolve_process_group(name: str) -> ProcessGroup:
@@ -108,6 +122,32 @@ def states_from_generators() -> Iterator[None]:
         yield
     finally:
         _local_tensor._get_rng_state, _local_tensor._set_rng_state = before
+
+
+_LAYOUT: Mapping[Any, Callable[[torch.Tensor], Any]] = {
+    torch.ops.aten.sym_stride.default: lambda tensor: list(tensor.stride()),
+    torch.ops.aten.sym_storage_offset.default: torch.Tensor.storage_offset,
+}
+
+
+@contextmanager
+def layouts_at_once() -> Iterator[None]:
+    """Inside, simulated ranks answer at once where a view lies: C++ asks for it thrice a view, and torch runs each question in a new mode,
+    which costs four fifths of the view (torch 2.13)."""
+    original = vars(LocalTensor)["__torch_dispatch__"]
+
+    def dispatch(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.sym_size.default:
+            return tuple(args[0]._size)
+        if func in _LAYOUT:
+            return _local_tensor._combine_rank_results({r: _LAYOUT[func](t) for r, t in args[0]._local_tensors.items()}, None)
+        return original.__func__(cls, func, types, args, kwargs)
+
+    LocalTensor.__torch_dispatch__ = classmethod(dispatch)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        LocalTensor.__torch_dispatch__ = original  # type: ignore[method-assign]
 
 
 def generator_key(generator: torch.Generator) -> int:
@@ -832,9 +872,11 @@ __all__ = [
     "is_view",
     "is_view_operator",
     "lists_of_numbers",
+    "layouts_at_once",
     "local_of",
     "local_tensor_mode",
     "maybe_disable_local_tensor_mode",
+    "only_composites",
     "opaque_initialisers",
     "pipeline_compute",
     "pipeline_transfers",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from meshpar._torch import FakeStore, LocalTensor, enabled_local_tensor_mode, resolve_process_group
+from meshpar._torch import FakeStore, LocalTensor, enabled_local_tensor_mode, layouts_at_once, resolve_process_group
 from meshpar.errors import ConfigError
 from meshpar.generators import Ranks, generators_in, states_of_ranks
 
@@ -51,7 +51,7 @@ def simulate(world_size: int) -> Iterator[World]:
     started = _start_fake_group(world_size)
     torchs = sys.excepthook  # it puts "[rank0]: " before every line of an error, and stays when the group ends
     try:
-        with states_of_ranks(), Ranks(world_size):
+        with states_of_ranks(), layouts_at_once(), Ranks(world_size):
             yield World(world_size)
     finally:
         if started:

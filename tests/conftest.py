@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     with suppress(ValueError):  # pytest-timeout's, when it is installed
         parser.addini("timeout", "seconds per test (needs pytest-timeout; the pool of ranks has its own limit)")
     parser.addoption("--gpu-on", default="cuda", help="where tests marked gpu run: `cpu` tries the tests themselves, without a GPU")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: the collector need not walk over half a million objects again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 20)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ def test_double(gloo):
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import sys
@@ -165,6 +166,8 @@ def _work(pipe: Connection, path: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # (as in conftest.py)
+    gc.set_threshold(10_000, 10, 20)
     pipe.send("ready")
     while True:
         try:

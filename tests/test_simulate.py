@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from meshpar._torch import LocalTensor
 from meshpar.errors import ConfigError
 from meshpar.simulate import axis_rank, is_simulated, local_tensors, per_rank, ranks, simulate
 from tests.pool import Pool
+
+TORCHS = vars(LocalTensor)["__torch_dispatch__"]
 
 
 def test_enters_and_leaves() -> None:
@@ -115,3 +118,22 @@ def test_the_hook_of_uncaught_errors_is_the_users_again() -> None:
         assert sys.excepthook is own, "one that was set inside stays"
     finally:
         sys.excepthook = before
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_views_lie_where_torch_says(uneven: bool) -> None:
+    """Where a view lies is told at once, not by torch's way; also where every rank's lies elsewhere."""
+
+    def layout(tensor: torch.Tensor) -> list[object]:
+        return [tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.untyped_storage()._cdata == whole.untyped_storage()._cdata]
+
+    found = []
+    for at_once in (True, False):
+        with simulate(2), pytest.MonkeyPatch.context() as patch:
+            if not at_once:
+                patch.setattr(LocalTensor, "__torch_dispatch__", TORCHS)
+            assert (vars(LocalTensor)["__torch_dispatch__"] is TORCHS) == (not at_once)
+            whole = per_rank(lambda rank: torch.arange(24.0).view(4, 6)[: 4 - rank * uneven, rank * uneven :])
+            views = [whole.t(), whole.t()[1:], *whole.split(2), whole[1], whole.unsqueeze(0).expand(3, -1, -1), whole.detach()]
+            found.append([str(layout(view)) for view in views])
+    assert found[0] == found[1] and vars(LocalTensor)["__torch_dispatch__"] is TORCHS

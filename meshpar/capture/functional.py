@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from meshpar._torch import FakeTensor, OpOverload, TorchDispatchMode, is_composite, is_written_out, pytree
+from meshpar._torch import FakeTensor, OpOverload, TorchDispatchMode, is_composite, is_written_out, only_composites, pytree
 from meshpar.capture.decompositions import WRITTEN_OUT
 from meshpar.graph.operators import draws
 
@@ -33,7 +33,7 @@ _SPECIAL, _DETACH = frozenset(WRITTEN_OUT), torch.ops.aten.detach_.default
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The program with nothing changed in place, and no composite operator that may be a view."""
     if any(_needs_a_trace(node) for node in program.graph.nodes):
-        return program.run_decompositions(dict(WRITTEN_OUT))
+        return _traced(program)
     recorded = _copy(program.graph)
     names = [(spec.arg, spec.arg.name) for spec in program.graph_signature.output_specs]
     if _Rewriting(program).done():
@@ -41,7 +41,15 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     program.graph_module.graph = recorded  # as it was: torch's trace names and places calls by it
     for argument, name in names:
         argument.name = name
-    return program.run_decompositions(dict(WRITTEN_OUT))
+    return _traced(program)
+
+
+def _traced(program: ExportedProgram) -> ExportedProgram:
+    """As torch makes it."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    called = {node.target for graph in graphs for node in graph.nodes if isinstance(node.target, OpOverload)}
+    with only_composites(called.union(WRITTEN_OUT)):
+        return program.run_decompositions(dict(WRITTEN_OUT))
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

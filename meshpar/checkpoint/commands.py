@@ -340,7 +340,8 @@ def _show_inspect(facts: dict[str, Any], console: Console) -> None:
 def _show_verify(facts: dict[str, Any], console: Console) -> None:
     for problem in (*facts["corrupt"], *facts["unexpected"], *facts["notes"]):
         console.print(problem, markup=False, soft_wrap=True)
-    state = "ok" if facts["ok"] else "CORRUPT" if facts["corrupt"] else "files that do not belong there"
+    fine = "ok" if facts["checked_bytes"] or not facts["nbytes"] else "the structure is right, values were not checked"
+    state = fine if facts["ok"] else "CORRUPT" if facts["corrupt"] else "files that do not belong there"
     console.print(
         f"{facts['path']}: {state}; {facts['tensors']} tensors, {_size(facts['checked_bytes'])} of {_size(facts['nbytes'])} checked"
     )

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from meshpar.errors import ConfigError, MeshparError, RankError, near
 
@@ -21,9 +21,6 @@ try:
     import typer
 except ImportError:  # the command line is an extra: say so instead of a traceback
     typer = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    from meshpar.config import ParallelConfig
 
 SLOTS = 40
 """So many slots of a schedule fit on a screen."""
@@ -73,8 +70,8 @@ if typer is not None:
     ]
     Microbatches = Annotated[int, typer.Option("--microbatches", min=1, help="Parts into which a rank cuts its batch.")]
     Schedule = Annotated[
-        str,
-        typer.Option("--schedule", help="Of a pipeline: gpipe, 1f1b, looped-bfs, interleaved-1f1b, zero-bubble, zbv or dualpipev."),
+        str | None,
+        typer.Option("--schedule", help="Of a pipeline: gpipe, 1f1b, looped-bfs, interleaved-1f1b, zero-bubble, zbv or dualpipev. [1f1b]"),
     ]
     VirtualStages = Annotated[
         int | None, typer.Option("--virtual-stages", min=1, help="Pipeline stages on a rank; by default the fewest the schedule allows.")
@@ -126,7 +123,7 @@ def demo(
     seed: Seed = 0,
     rule: Rules = None,
     microbatches: Microbatches = 1,
-    schedule: Schedule = "1f1b",
+    schedule: Schedule = None,
     virtual_stages: VirtualStages = None,
     recompute: Recompute = "none",
     data_parallel: DataParallel = "zero3",
@@ -141,6 +138,7 @@ def demo(
     from meshpar.cli import demo as demonstration
     from meshpar.cli.causal_lm import SmallSizes
 
+    asked = _asked(mesh, rule, microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel)
     found = demonstration.run(
         demonstration.Demo(
             model=model,
@@ -151,8 +149,7 @@ def demo(
             data=data,
             learning_rate=lr,
             seed=seed,
-            config=_config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel),
-            rules=_rules(rule),
+            **asked,
             show_plan=plan and not as_json,
             silent=as_json,
         )
@@ -174,7 +171,7 @@ def explain(
     kv_heads: KvHeads = 4,
     rule: Rules = None,
     microbatches: Microbatches = 1,
-    schedule: Schedule = "1f1b",
+    schedule: Schedule = None,
     virtual_stages: VirtualStages = None,
     recompute: Recompute = "none",
     data_parallel: DataParallel = "zero3",
@@ -186,7 +183,7 @@ def explain(
     """Say how a model would be laid out on a mesh, and why. Needs no ranks: this process stands for rank 0."""
     from meshpar.cli.look import explained
 
-    asked = _asked(mesh, _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel), rule)
+    asked = _asked(mesh, rule, microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel)
     made = _model_and_batch(model, batch, layers, hidden, heads, kv_heads, seq, seed=0)
     pm = explained(*made, mesh, **asked)
     if as_json:
@@ -215,7 +212,7 @@ def verify(
     seed: Seed = 0,
     rule: Rules = None,
     microbatches: Microbatches = 1,
-    schedule: Schedule = "1f1b",
+    schedule: Schedule = None,
     virtual_stages: VirtualStages = None,
     recompute: Recompute = "none",
     data_parallel: DataParallel = "zero3",
@@ -239,7 +236,7 @@ def verify(
 
     With --static nothing is run: the program is read back, and what cannot be proved of it is said (exit status 1 for a contradiction).
     """
-    asked = _asked(mesh, _config(microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel), rule)
+    asked = _asked(mesh, rule, microbatches, schedule, virtual_stages, recompute, data_parallel, sequence_parallel)
     if static:
         from meshpar.proof.alone import static_report
 
@@ -298,26 +295,32 @@ def _model_and_batch(
     return built, Corpus().batch(0, samples=samples, sequence=seq, seed=seed)
 
 
-def _config(
-    microbatches: int, schedule: str, virtual_stages: int | None, recompute: str, data_parallel: str, sequence_parallel: bool
-) -> ParallelConfig:
-    from meshpar.config import ParallelConfig
-
-    fields: dict[str, Any] = {
-        "schedule": schedule,
-        "virtual_stages": virtual_stages,
-        "recompute": recompute,
-        "data_parallel": data_parallel,
-    }
-    return ParallelConfig(microbatches=microbatches, sequence_parallel="auto" if sequence_parallel else False, **fields)
-
-
-def _asked(mesh: str, config: ParallelConfig, rules: list[str] | None) -> dict[str, Any]:
+def _asked(
+    mesh: str,
+    rules: list[str] | None,
+    microbatches: int,
+    schedule: str | None,
+    virtual_stages: int | None,
+    recompute: str,
+    data_parallel: str,
+    sequence_parallel: bool,
+) -> dict[str, Any]:
     """Configuration and rules, read together with the mesh before a model is built, which may take long."""
+    from meshpar.cli.idle import check_idle
+    from meshpar.config import ParallelConfig
     from meshpar.mesh import parse_mesh
     from meshpar.pipeline.order import check_schedule
 
-    check_schedule(parse_mesh(mesh), config)
+    fields: dict[str, Any] = {
+        "virtual_stages": virtual_stages,
+        "recompute": recompute,
+        "data_parallel": data_parallel,
+        **({} if schedule is None else {"schedule": schedule}),
+    }
+    config = ParallelConfig(microbatches=microbatches, sequence_parallel="auto" if sequence_parallel else False, **fields)
+    sizes = parse_mesh(mesh)
+    check_idle(sizes, schedule=schedule, virtual_stages=virtual_stages)
+    check_schedule(sizes, config)
     return {"config": config, "rules": _rules(rules)}
 
 

@@ -65,11 +65,14 @@ def dry_run(
         _check_alone({"MODEL": model, "--mesh": mesh, "--config": config, "--seq": seq}, asked)
         found, said = _of_megatron(megatron, gpu, gpus, stack)
     else:
+        from meshpar.cli.idle import check_idle
         from meshpar.cli.large import built, large_model
+        from meshpar.mesh import parse_mesh
 
         if not model or not (mesh or config):
             raise ConfigError("dry-run wants a model and --mesh (or --config FILE), or --megatron FILE. meshpar dry-run --help")
         settings = _settings(config, asked)
+        check_idle(parse_mesh(mesh or config or ""), schedule=schedule, virtual_stages=virtual_stages)
         made, batch = large_model(model, seq=seq, samples=microbatch * settings.microbatches)
         found = run(built(made), mesh or config or "", settings, hardware=gpu, example=batch, stack=stack)
     if plot is not None:

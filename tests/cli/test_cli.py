@@ -114,13 +114,21 @@ def test_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["explain", "verify"])
-@pytest.mark.parametrize("wrong", [("--mesh", "tp=2,xx=2"), ("--schedule", "1F1B"), ("--rule", "q_proj")])
+@pytest.mark.parametrize(
+    "wrong", [("--mesh", "tp=2,xx=2"), ("--schedule", "1F1B"), ("--schedule", "zbv"), ("--virtual-stages", "2"), ("--rule", "q_proj")]
+)
 def test_what_is_wrong_is_told_before_a_model_is_built(monkeypatch: pytest.MonkeyPatch, command: str, wrong: tuple[str, str]) -> None:
     def built(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was built")
 
     monkeypatch.setattr(cli, "_model_and_batch", built)
     assert typer_testing.CliRunner().invoke(cli.application(), [command, *wrong]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "explain", "verify"])
+def test_a_schedule_wants_stages(command: str) -> None:
+    status, text = call(command, "--mesh", "tp=2", "--schedule", "zbv", "--virtual-stages", "2")
+    assert status == 2 and "--schedule zbv, --virtual-stages 2: of a pipeline, and the mesh tp=2 has no axis pp" in text
 
 
 @pytest.mark.parametrize("command", ["demo", "explain", "verify", "dry-run", "plan", "calibrate"])

@@ -71,6 +71,10 @@ def test_a_plan_in_words() -> None:
         (("dry-run", SIZES, "--mesh", "tp=2", "--gpu", "h1000"), "no accelerator 'h1000'. Did you mean h100"),
         (("dry-run", SIZES, "--mesh", "tq=2"), "tq"),
         (("dry-run", SIZES, "--mesh", "tp=2", "--schedule", "1fb1"), "schedule='1fb1': one of"),
+        (
+            ("dry-run", SIZES, "--mesh", "dp=2,tp=2", "--schedule", "zbv"),
+            "the mesh dp=2,tp=2 has no axis pp. Add one (--mesh pp=2,dp=2,tp=2)",
+        ),
         (("dry-run", SIZES, "--megatron", "job.yaml", "--microbatches", "2"), "--megatron FILE says what MODEL, --microbatches would"),
         (("plan", SIZES, "--gpus", "12", "--global-batch", "64", "--seq", "512"), "gpus=12 is no whole number of servers"),
         (("plan", SIZES, "--gpus", "8", "--seq", "512"), "Missing option '--global-batch'"),

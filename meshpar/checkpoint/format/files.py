@@ -279,8 +279,13 @@ def read_header(disk: Disk, fd: int, where: str) -> Header:
         raise CorruptError(f"{where} has {size} bytes and no safetensors header.")
     disk.read(fd, [memoryview(first)], 0)
     (length,) = struct.unpack("<Q", first)
-    if length > MAX_HEADER or 8 + length > size:
-        raise CorruptError(f"{where} claims a header of {length} bytes; the file has {size}, and at most {MAX_HEADER} are accepted.")
+    if length > MAX_HEADER:
+        raise CorruptError(
+            f"{where} is no safetensors file: it would begin with a header of {length} bytes, and at most {MAX_HEADER} are accepted."
+            f"{_written_by(disk, fd)}"
+        )
+    if 8 + length > size:
+        raise CorruptError(f"{where} ends within its header, which is said to be {length} bytes long: the whole file has {size}.")
     text = bytearray(length)
     disk.read(fd, [memoryview(text)], 8)
     table = parse_json(bytes(text), f"the header of {where}")
@@ -290,6 +295,15 @@ def read_header(disk: Disk, fd: int, where: str) -> Header:
     entries = sorted((_entry(name, row, where, 8 + length) for name, row in table.items()), key=lambda e: (e.begin, e.nbytes))
     _check_packed(entries, 8 + length, size, where)
     return Header(tuple(entries), metadata, 8 + length, crc32(text, crc32(first)))
+
+
+def _written_by(disk: Disk, fd: int) -> str:
+    """What else a file is, by its first bytes."""
+    first = bytearray(4)
+    disk.read(fd, [memoryview(first)], 0)
+    if bytes(first) in (b"PK\3\4", b"\x80\2\x8a\n"):
+        return " torch.save wrote it: load it with torch.load, and write it with safetensors.torch.save_file."
+    return ""
 
 
 def _entry(name: str, row: Any, where: str, base: int) -> Entry:

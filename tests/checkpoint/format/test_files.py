@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,8 +50,8 @@ def test_the_library_reads_what_we_write_and_we_read_what_it_writes(tmp_path: Pa
 
 
 HOSTILE: dict[str, tuple[Any, bytes, int | None, str]] = {
-    "header length beyond the file": ({"w": row()}, b"", 1 << 62, "claims a header of"),
-    "header length of the whole address space": ({}, b"", (1 << 64) - 1, "claims a header of"),
+    "header length beyond the file": ({"w": row()}, b"", 1 << 62, "is no safetensors file: it would begin with a header of"),
+    "header length of the whole address space": ({}, b"", (1 << 64) - 1, "is no safetensors file"),
     "not json": (b"{" * 9, b"", None, "not valid JSON"),
     "deep json": (b'{"a":' * 50000, b"", None, "not valid JSON"),
     "a list": (b"[]      ", b"", None, "JSON object"),
@@ -90,6 +91,20 @@ def test_short_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "x").write_bytes(bytes(size))
         with pytest.raises(CorruptError, match="no safetensors header"):
             header_of(tmp_path / "x")
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_what_torch_wrote_is_told(tmp_path: Path, archive: bool) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "x", _use_new_zipfile_serialization=archive)
+    with pytest.raises(CorruptError, match=r"is no safetensors file.*torch.save wrote it: load it with torch.load"):
+        header_of(tmp_path / "x")
+
+
+def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
+    whole = craft(tmp_path / "x", {"w": row()}, bytes(8)).read_bytes()
+    (tmp_path / "x").write_bytes(whole[:20])
+    with pytest.raises(CorruptError, match="ends within its header, which is said to be .* the whole file has 20"):
+        header_of(tmp_path / "x")
 
 
 @given(st.binary(max_size=300))
