@@ -46,7 +46,7 @@ FOUR: list[Case] = [
 ]
 LANGUAGE: list[Case] = [
     ("llama", "pp=2,tp=2", {"microbatches": 4, "schedule": "zbv"}, {}),
-    ("t5", "pp=2,dp=2", {"microbatches": 4, "schedule": "zero-bubble", "data_parallel": "zero2"}, {}),
+    ("t5", "pp=2,dp=2", {"microbatches": 4, "schedule": "zero-bubble", "data_parallel": "zero2"}, {"num_hidden_layers": 2}),
 ]
 
 
