@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ class Written(nn.Module):
             causal = torch.ones(s, s, dtype=torch.bool) if padding is None else causal
         if self.kind in ("capped", "capped window"):
             scores = torch.tanh(scores / 2.0) * 2.0
-        if self.kind == "capped window":
+        if self.kind.endswith("window"):
             causal = causal & (at > at[:, None] - 3)
         if self.strength is not None:
             scores = scores * self.strength
@@ -66,6 +67,8 @@ class Written(nn.Module):
         causal = causal if padding is None else causal & padding[:, None, None, :].bool()
         if self.kind == "everything":
             return scores.softmax(-1)
+        if self.kind.startswith("filled"):
+            return scores.masked_fill(~causal, -math.inf).softmax(-1)
         scores = scores + torch.where(causal, 0.0, NEVER)
         if self.sinks is not None:
             joined = torch.cat([scores, self.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, s, -1)], -1)
@@ -99,6 +102,7 @@ def batch(*, padding: bool = False) -> dict[str, Tensor]:
 
 
 EVERY = ("plain", "capped", "capped window", "bias", "strength", "buffer", "alibi", "everything", "sink", "sink, less the largest")
+HIDDEN = ("filled", "filled window", "sink, window")
 
 
 def lines(model: nn.Module, mesh: str, context: Any, *, padding: bool = False) -> list[str]:
@@ -112,7 +116,7 @@ def lines(model: nn.Module, mesh: str, context: Any, *, padding: bool = False) -
 @pytest.mark.parametrize(
     ("context", "mesh", "kv", "kinds", "padding"),
     [
-        ("ring", "cp=4", 2, EVERY, False),
+        ("ring", "cp=4", 2, (*EVERY, *HIDDEN), False),
         ("heads", "cp=2,tp=2", 4, ("plain", "bias", "sink"), False),
         ("ring", "cp=2", 4, ("plain", "bias", "buffer", "two masks", "sink"), True),
         ("gather", "dp=2,cp=2", 1, ("plain", "capped", "strength", "two masks", "sink"), True),
@@ -127,9 +131,19 @@ def test_it_is_that_of_one_device(context: Any, mesh: str, kv: int, kinds: tuple
     assert forms == {context, "halo"} if context == "ring" and "capped window" in kinds else forms == {context}
 
 
+def test_windows_have_a_halo_however_they_are_hidden() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = lines(Decoder("filled", "filled window", "sink, window"), "cp=2", "ring")
+    assert [line.split()[1:3] for line in found] == [["x1", "ring"], ["x2", "halo"]], found
+
+
 def test_it_is_proved() -> None:
     report = static_report(
-        Decoder("plain", "capped window", "bias", "alibi", "sink"), "cp=2,tp=2", batch(), config=mp.ParallelConfig(context="ring")
+        Decoder("plain", "capped window", "bias", "alibi", "sink", "filled", "sink, window"),
+        "cp=2,tp=2",
+        batch(),
+        config=mp.ParallelConfig(context="ring"),
     )
     report.check()
     assert report.share == 1.0 and not report.unproved

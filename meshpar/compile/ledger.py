@@ -100,7 +100,7 @@ def _between_parts(node: fx.Node) -> Iterator[Comm]:
     if node.target is ring.ring_attention:
         forward, backward = sent * (size - 1), sent * (2 * size - 1)
     else:
-        pieces: Any = node.args[5]
+        pieces: Any = node.args[-1]
         forward = backward = sent * min(1.0, (where["window"] - 1) * len(pieces) / key.shape[2])
     name = "ring" if node.target is ring.ring_attention else "halo"
     for phase, count in (("forward", forward), ("backward", backward)):

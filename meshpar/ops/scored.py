@@ -100,6 +100,7 @@ def scored_halo_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    added: Sequence[Tensor],
     dim: int,
     repeat: int,
     segments: Segments,
@@ -112,7 +113,10 @@ def scored_halo_attention(
     size: int,
     rank: int,
 ) -> Tensor:
-    """The same in a sliding window, of queries, keys and values of which this rank holds the same positions: it fetches the few before."""
+    """The same in a sliding window, of queries, keys and values of which this rank holds the same positions: it fetches the few before.
+
+    `added`: of this rank's queries, one number for all keys.
+    """
     cut = Shard(dim, repeat, tuple(segments))
     rows = torch.cat([rearrange(x, "b k s e -> s (b k e)") for x in (key, value)], -1)
     near = fetched(rows, before_each(cut, window, size), (group, size, rank))
@@ -128,7 +132,7 @@ def scored_halo_attention(
         return found
 
     how = _Local(told(query, scale, steps, causal=True, window=window), rectangles, group, rank)
-    found: Tensor = _Scored.apply(query, keys, values, how)
+    found: Tensor = _Scored.apply(query, keys, values, how, *of_four_dims(added))
     return found
 
 

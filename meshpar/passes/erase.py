@@ -9,8 +9,10 @@ from meshpar.graph.op import operands
 
 def erase_unused(node: fx.Node) -> None:
     """Erase a call without users, and then those that only it used."""
-    if node.op == "call_function" and not node.users:
-        inputs = operands(node)
-        node.graph.erase_node(node)
-        for one in dict.fromkeys(inputs):
-            erase_unused(one)
+    waiting, gone = [node], set[fx.Node]()
+    while waiting:
+        one = waiting.pop()
+        if one.op == "call_function" and not one.users and one not in gone:
+            gone.add(one)
+            waiting += operands(one)
+            one.graph.erase_node(one)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -52,6 +52,15 @@ class Intervals:
     def __and__(self, other: Intervals) -> Intervals:
         return Intervals(torch.maximum(self.start, other.start), torch.minimum(self.stop, other.stop), self.keys)
 
+    def others(self) -> Intervals | None:
+        """Where each query sees just the other keys: of intervals that begin with the first key, or end with the last."""
+        first, last = torch.zeros_like(self.start), torch.full_like(self.stop, self.keys)
+        if bool((self.start <= 0).all()):
+            return Intervals(self.stop.clamp(min=0), last, self.keys)
+        if bool((self.stop >= self.keys).all()):
+            return Intervals(first, self.start, self.keys)
+        return None
+
 
 def intervals(mask: fx.Node) -> Intervals | None:
     """The intervals of a mask of booleans `[..., queries, keys]`, equal in all leading dims; None for what is not known to be such."""
@@ -71,13 +80,32 @@ def shown(mask: fx.Node, never: float) -> Intervals | None:
             break
         mask = before
     if info_of(mask).dtype == torch.bool:
-        return intervals(mask)
+        return intervals(mask) or _evaluated(mask, lambda table: table)
     if op_name(mask.target) == "where" and len(mask.args) == 3 and isinstance(mask.args[0], fx.Node):
         zero, other = (_number(a) for a in mask.args[1:])
         wide = info_of(mask.args[0]).shape[-2:] == info_of(mask).shape[-2:]
         if zero == 0 and other is not None and other <= never and wide and (found := intervals(mask.args[0])) is not None:
             return found
-    return _evaluated(mask, never)
+    return _evaluated(mask, lambda table: (table == 0) if bool(((table == 0) | (table <= never)).all()) else None)
+
+
+def unseen(mask: fx.Node) -> Intervals | None:
+    """The intervals, where a mask of booleans says what a query does not see: `~seen`, `keys > query`, `triu`, and an `or` of such."""
+    name, given = op_name(mask.target), [a for a in mask.args if isinstance(a, fx.Node)]
+    if name in _NOT:
+        return intervals(given[0])
+    if name in _OR and len(given) == 2:
+        one, other = map(unseen, given)
+        return one & other if one is not None and other is not None else None
+    if name in _ALIKE and info_of(given[0]).dtype == torch.bool and info_of(given[0]).shape[-2:] == info_of(mask).shape[-2:]:
+        return unseen(given[0])
+    found = intervals(mask)
+    return _evaluated(mask, torch.logical_not) if found is None else found.others()
+
+
+_NOT = ("bitwise_not", "logical_not")
+_OR = ("__or__", "bitwise_or", "logical_or")
+_ALIKE = ("expand", "clone", "alias", "detach", "unsqueeze")
 
 
 def _number(value: Any) -> float | None:
@@ -109,23 +137,30 @@ def least(node: fx.Node) -> float | None:
         return float(value.min()) if isinstance(value, torch.Tensor) and value.numel() else None
 
 
-def _evaluated(mask: fx.Node, never: float) -> Intervals | None:
-    """The intervals of a small mask of numbers, of which all are computed."""
+def _evaluated(mask: fx.Node, seen_in: Callable[[torch.Tensor], torch.Tensor | None]) -> Intervals | None:
+    """The intervals of a small mask, of which all numbers are computed. `seen_in`: where a table of them says that keys are seen."""
     shape = info_of(mask).shape
     if len(shape) < 2 or prod(shape) > SMALL:
         return None
     with without_modes(), torch.no_grad():
         value = _Reader(0, 0).read(mask)
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if not isinstance(value, torch.Tensor):
             return None
         table = value.reshape(-1, *shape[-2:])
-        seen = table[0] == 0
-        if not bool((table == table[:1]).all()) or not bool((table[0][~seen] <= never).all()):
+        seen = seen_in(table[0])
+        if seen is None or not bool((table == table[:1]).all()):
             return None
         counts, start = seen.sum(-1), seen.long().argmax(-1)
         stop, places = start + counts, torch.arange(shape[-1])
         right = bool((seen == ((places >= start[:, None]) & (places < stop[:, None]))).all())
     return Intervals(start, stop, shape[-1]) if right else None
+
+
+class _Apart(NamedTuple):
+    """A table of sums of whole numbers, one of each query and one of each key."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
 
 
 class _Reader:
@@ -134,7 +169,10 @@ class _Reader:
         self.known: dict[fx.Node, Any] = {}
 
     def read(self, last: fx.Node) -> Any:
-        """A tensor for a small value, Intervals for a large one, None for what is not known. (Without recursion: masks may be deep.)"""
+        """A tensor for a small value, Intervals for a large one, None for what is not known. (Without recursion: masks may be deep.)
+
+        What is large is true, or 1, in the intervals, and false, or 0, elsewhere.
+        """
         stack = [last]
         while stack:
             node = stack[-1]
@@ -168,7 +206,14 @@ class _Reader:
     def compared(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
         """A vector over queries against one over keys, in ascending order."""
         name = op_name(node.target)
-        if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+        if isinstance(inputs[0], Intervals):
+            return self.equal(name, node, inputs[0])
+        if isinstance(inputs[0], _Apart):
+            number = node.args[1]
+            if not isinstance(number, int) or name not in _SWAPPED:
+                return None
+            return self.against(_SWAPPED[name], number - inputs[0].queries, inputs[0].keys)
+        if name not in _SWAPPED or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
             return None
         left, right = (self.known[a] for a in node.args)  # type: ignore[index]
         over_queries, over_keys = _vector(left, -2, self.queries), _vector(right, -1, self.keys)
@@ -176,15 +221,47 @@ class _Reader:
             over_queries, over_keys, name = _vector(right, -2, self.queries), _vector(left, -1, self.keys), _SWAPPED[name]
         if over_queries is None or over_keys is None or over_queries.dtype != over_keys.dtype:
             return None
-        if not bool((over_keys[1:] >= over_keys[:-1]).all()):
-            return None
         if over_keys.dtype == torch.bool:
             over_queries, over_keys = over_queries.long(), over_keys.long()
+        return self.against(name, over_queries, over_keys)
+
+    def against(self, name: str, over_queries: torch.Tensor, over_keys: torch.Tensor) -> Intervals | None:
+        """One number of each query against those of the keys, which ascend or descend."""
+        if bool((over_keys[1:] <= over_keys[:-1]).all()):
+            over_queries, over_keys, name = -over_queries, -over_keys, _SWAPPED[name]
+        if not bool((over_keys[1:] >= over_keys[:-1]).all()):
+            return None
         below = torch.searchsorted(over_keys, over_queries)
         through = torch.searchsorted(over_keys, over_queries, right=True)
         none, every = torch.zeros_like(below), torch.full_like(below, self.keys)
         seen = {"ge": (none, through), "gt": (none, below), "le": (below, every), "lt": (through, every), "eq": (below, through)}
         return Intervals(*seen[name], self.keys)
+
+    def apart(self, node: fx.Node, inputs: list[Any]) -> _Apart | None:
+        """`queries - keys`, or `keys - queries`."""
+        if len(inputs) != 2 or len(node.args) != 2 or node.kwargs:
+            return None
+        left, right = (self.known[a] for a in node.args)  # type: ignore[index]
+        if not all(isinstance(x, torch.Tensor) and x.dtype == torch.int64 for x in (left, right)):
+            return None
+        for first, second, sign in ((left, right, 1), (right, left, -1)):
+            over_queries, over_keys = _vector(first, -2, self.queries), _vector(second, -1, self.keys)
+            if over_queries is not None and over_keys is not None:
+                return _Apart(sign * over_queries, -sign * over_keys)
+        return None
+
+    def equal(self, name: str, node: fx.Node, table: Intervals) -> Intervals | None:
+        """A table of zeros and ones against a number."""
+        number = node.args[1] if len(node.args) == 2 else None
+        if not isinstance(number, int | float):
+            return None
+        if (name, number) in (("eq", 0), ("lt", 1)):
+            return table.others()
+        return table if (name, number) in (("ne", 0), ("gt", 0), ("eq", 1), ("ge", 1)) else None
+
+    def opposite(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
+        """`not`."""
+        return inputs[0].others() if isinstance(inputs[0], Intervals) and info_of(node).dtype == torch.bool else None
 
     def both(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
         """What both see."""
@@ -199,13 +276,15 @@ class _Reader:
 
     def same(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
         """The same for more samples or heads."""
+        if isinstance(inputs[0], _Apart):
+            return None
         if isinstance(inputs[0], Intervals):
             return inputs[0]
         return self.all_keys() if inputs[0].dtype == torch.bool and bool(inputs[0].all()) else None
 
     def ones(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
         """Nothing is hidden."""
-        return self.all_keys() if info_of(node).dtype == torch.bool else None
+        return self.all_keys()
 
     def below_diagonal(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
         """`tril`."""
@@ -214,6 +293,14 @@ class _Reader:
             return None
         stop = (torch.arange(self.queries) + 1 + diagonal).clamp(0, self.keys)
         return inputs[0] & Intervals(torch.zeros_like(stop), stop, self.keys)
+
+    def above_diagonal(self, node: fx.Node, inputs: list[Any]) -> Intervals | None:
+        """`triu`."""
+        diagonal = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        if not isinstance(inputs[0], Intervals):
+            return None
+        start = (torch.arange(self.queries) + diagonal).clamp(0, self.keys)
+        return inputs[0] & Intervals(start, torch.full_like(start, self.keys), self.keys)
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -238,11 +325,15 @@ def _vector(value: Any, dim: int, size: int) -> torch.Tensor | None:
 
 
 _SWAPPED = {"ge": "le", "gt": "lt", "le": "ge", "lt": "gt", "eq": "eq"}
-_LARGE: Mapping[str, Callable[[_Reader, fx.Node, list[Any]], Intervals | None]] = {
-    **dict.fromkeys(_SWAPPED, _Reader.compared),
+"""Comparisons of which a row is an interval; the same from the other side."""
+_LARGE: Mapping[str, Callable[[_Reader, fx.Node, list[Any]], Intervals | _Apart | None]] = {
+    **dict.fromkeys((*_SWAPPED, "ne"), _Reader.compared),
     **dict.fromkeys(("__and__", "bitwise_and", "logical_and"), _Reader.both),
-    **dict.fromkeys(("expand", "clone", "alias", "detach"), _Reader.same),
+    **dict.fromkeys(("expand", "clone", "alias", "detach", "_to_copy"), _Reader.same),
+    **dict.fromkeys(_NOT, _Reader.opposite),
+    "sub": _Reader.apart,
     **dict.fromkeys(("ones", "new_ones", "ones_like"), _Reader.ones),
     "tril": _Reader.below_diagonal,
+    "triu": _Reader.above_diagonal,
 }
 """Operators that make a large mask, and what each query sees then."""

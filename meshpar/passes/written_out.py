@@ -34,7 +34,7 @@ from meshpar.ops.scored import scored_attention
 from meshpar.ops.tiles import ScoreStep
 from meshpar.passes.attention import ungrouped
 from meshpar.passes.erase import erase_unused
-from meshpar.passes.intervals import Intervals, least, shown
+from meshpar.passes.intervals import Intervals, least, shown, unseen
 
 aten = torch.ops.aten
 NEVER = -1e9
@@ -310,8 +310,9 @@ def _small(found: _Match) -> tuple[int, int, int, int]:
 
 
 def _drawn(found: _Match) -> dict[fx.Node, Tensor]:
-    """Factors and operands."""
+    """Factors and operands. Masks show more than they hide, and one key always: of a query that sees none the model gives no number."""
     generator, (b, _, s, t) = torch.Generator().manual_seed(0), _small(found)
+    filling = {operand for kind, operand, _ in found.steps if kind == "fill"}
     values: dict[fx.Node, Tensor] = {}
     for node in (*found.factors, *found.operands):
         info, shape = info_of(node), _four(found, node)
@@ -320,7 +321,9 @@ def _drawn(found: _Match) -> dict[fx.Node, Tensor]:
         rows, columns = ends or (min(shape[2], s), min(shape[3], t))
         small = (min(shape[0], b), shape[1], rows, columns)
         if info.dtype == torch.bool:
-            drawn = torch.rand(small, generator=generator) < 0.7
+            shows = torch.rand(small, generator=generator) < 0.7
+            shows[..., :1] |= columns > 1
+            drawn = ~shows if node in filling else shows
         else:
             drawn = torch.randn(small, dtype=torch.float64, generator=generator)
         joined = len(info.shape) == 3 and info.shape[0] == found.shape[0] * found.shape[1]
@@ -456,4 +459,6 @@ def _interval(step: _Written) -> Intervals | None:
             return shown(operand, NEVER)
         case ("keep", fx.Node() as operand, float(x)) if x <= NEVER:
             return shown(operand, NEVER)
+        case ("fill", fx.Node() as operand, float(x)) if x <= NEVER:
+            return unseen(operand)
     return None

@@ -84,7 +84,7 @@ def _of_keys(call: BoundOp, reading: Reading) -> Shard | None:
 def between_parts(call: BoundOp, reading: Reading, price: Price, work: float) -> list[Choice]:
     """The typings in which queries, keys and values stay cut along one sequence: as a ring, and in a window with a halo.
 
-    What is added to scores is cut along the queries.
+    What is added to scores is cut along the queries; beside a halo it may not depend on keys (sinks do not).
     """
     cut = _sequence(call, reading)
     arguments = call.op.arguments
@@ -94,7 +94,7 @@ def between_parts(call: BoundOp, reading: Reading, price: Price, work: float) ->
     size, sent = reading.size, float(sum(info.nbytes for info in call.op.infos[1:3]))
     steps = price.collective(0.0) * size + 1.5 * sent * (size - 1) / size / price.link
     found = [Choice((*(cut,) * 3, *added), (cut,), work / size + 2 * steps, "ring")]
-    if (window := arguments.get("window")) is not None and not added:
+    if (window := arguments.get("window")) is not None and all(n == 1 for info in call.op.infos[3:] for n in info.shape[-1:]):
         rows = (window - 1) * len(cut.segments) / cut.length
         found.append(replace(found[0], cost=work / size + 2 * price.collective(sent * min(1.0, rows)), why="halo"))
     return found

@@ -223,7 +223,7 @@ def attention(call: LocalCall) -> None:
 
 def _added(given: Any, form: str, own: bool) -> list[Any]:
     """What is added to scores, as a form takes it: a mask, operands, or nothing."""
-    if form == "halo" or (not own and form not in ("gather", "ring")):
+    if not own and form not in ("gather", "ring"):
         return []
     if own or form == "gather":
         return [given]

@@ -100,7 +100,9 @@ def on_its_axis(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> O
     for one in types[1:3]:
         if not isinstance(one, Shard) or one.dim != query.dim or layout_of(one, ranks) != layout_of(query, ranks):
             raise Contradiction(f"keys and values are {told(one)}, it takes the parts of the positions of the queries")
-    return Outcome((query,), (WHOLE, WHOLE, WHOLE))
+    if any(shape[-1:] not in ((), (1,)) for shape in op.shapes[3:]):
+        raise Contradiction("what is added to its scores depends on keys, of which it meets a few")
+    return Outcome((query,), (WHOLE, WHOLE, WHOLE, *_added(op, types, ranks)))
 
 
 def _of_all_keys(op: Op, call: PlainCall, types: Sequence[Type], ranks: int) -> Outcome:

@@ -114,7 +114,7 @@ def _scored(way: str) -> Callable[[Sequence[Any], dict[str, Any], Any], PlainCal
     """Attention of a part with steps of scores; in a ring torch's own too, whose mask is the only one."""
 
     def read(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
-        added, cut = ([], args[3:6]) if way == "halo" else (args[3], args[4:7])
+        added, cut = args[3], args[4:7]
         told = {"window": kwargs.get("window"), "causal": bool(kwargs.get("causal", way == "halo")), "keys": cut[2]}
         named = {"scale": kwargs.get("scale"), "enable_gqa": kwargs.get("enable_gqa", False)}
         if origin is scored_attention:
