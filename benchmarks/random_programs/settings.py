@@ -31,6 +31,11 @@ SMALL = {
     "stack": ("tp=2", "tp=2", "tp=2", "cp=2", "cp=2", "dp=2", "cp=2,tp=2", "dp=2,tp=2", "dp=2,cp=2", "tp=4", "cp=3"),
     "experts": ("ep=2", "ep=2", "tp=2", "cp=2", "ep=2,tp=2", "cp=2,ep=2", "dp=2,ep=2"),
 }
+SMALL_ON_PROCESSES = {
+    "lines": ("pp=2", "dp=2", "tp=2", "dp_shard=2"),
+    "stack": ("pp=2", "pp=2", "pp=2", "dp=2", "tp=2", "tp=2", "cp=2", "pp=2,dp=2", "pp=2,tp=2", "pp=2,cp=2", "dp=2,tp=2", "pp=3", "pp=4"),
+    "experts": ("ep=2", "ep=2", "pp=2", "pp=2,ep=2", "dp=2,ep=2", "ep=2,tp=2"),
+}
 MOST_OF_FEW = 5
 """Steps; runs of more are over many lengths."""
 SWITCHES = ("overlap_grad_reduce", "overlap_param_gather", "overlap_tensor_parallel", "overlap_p2p")
@@ -127,8 +132,7 @@ def several(seed: int, count: int, *, processes: bool = False) -> tuple[Setting,
 
 
 def _another(rng: random.Random, kind: str, processes: bool) -> tuple[str, dict[str, Any]]:
-    meshes = _meshes(kind, processes) if processes else SMALL[kind]
-    mesh = rng.choice(meshes)
+    mesh = rng.choice((SMALL_ON_PROCESSES if processes else SMALL)[kind])
     config = _config(rng, parse_mesh(mesh), kind, processes)
     if kind == "experts" and "pp" not in mesh and rng.random() < 0.8:
         config.pop("microbatches", None)  # (penalties of routers are averaged over them: not compared)

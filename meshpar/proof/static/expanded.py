@@ -124,7 +124,7 @@ def _at_once(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
 
 def _one_by_one(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
     steps: Any = node.args[0]
-    values = [made[operand] for operand in node.all_input_nodes]
+    values: list[fx.Node] = [made[operand] for operand in node.args[1:]]  # type: ignore[index]
     for step, about in zip(steps, (*facts(node).inside, facts(node)), strict=True):
         values.append(set_facts(_step(new, step, values), about))
     return values[-1]

@@ -84,6 +84,26 @@ def test_a_mask_is_of_the_keys_of_all_ranks(context: Context) -> None:
     assert program.proof.proved and not program.proof.faults and not program.proof.unproved
 
 
+class Weighted(torch.nn.Module):
+    """A loss over classes that are cut, each of another weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(12, 8), torch.nn.Linear(8, 12)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.embed(ids)).flatten(0, 1), ids.flatten(), weight=torch.linspace(0.5, 2, 12))
+
+
+def test_weights_of_classes_are_handed_whole() -> None:
+    with absent("tp=2") as there:
+        program = Programs(Weighted(), there, ParallelConfig(), rules={"head.weight": "tp:0"}).make(
+            (), {"ids": torch.arange(8).view(2, 4)}, training=True
+        )
+    assert any("vocab_parallel" in str(n.target.__module__) for n in program.graph.nodes if callable(n.target))
+    assert program.proof.proved and not program.proof.faults
+
+
 @lru_cache(maxsize=8)
 def model_of(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     return plain(name) if name in ("gpt_kv2", "gpt_dropout", "batch_norm") else (tiny(name), text(8, 16))
