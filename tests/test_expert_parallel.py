@@ -15,6 +15,7 @@ import meshpar as mp
 from meshpar._torch import FakeStore, local_of
 from meshpar.ops import experts
 from meshpar.sharding.types import Owned, Ragged, Shard
+from tests.capture.moe import MoE
 from tests.models import text, tiny
 from tests.moe_models import experts_in_a_list
 from tests.pool import Pool
@@ -75,6 +76,25 @@ def test_a_router_that_sends_everything_to_one_expert() -> None:
         if name.endswith("gate.weight"):
             nn.init.zeros_(parameter)  # equal scores: the first experts are chosen
     mp.verify(model, "ep=2", text(8), perturb=0.0).raise_if_failed()
+
+
+class Summary(nn.Module):
+    """A loss over the means of sequences, so that what has no positions could be cut along samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.experts = nn.Linear(8, 8), MoE("hits")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x)
+        mixed, _ = self.experts(nn.functional.rms_norm(h, h.shape[-1:]))
+        loss: torch.Tensor = (h + mixed).mean(1).pow(2).sum(-1).mean()
+        return loss
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+def test_samples_are_left_to_the_axis_of_experts(samples: int) -> None:
+    mp.verify(Summary(), "cp=2,ep=2", {"x": torch.randn(samples, 4, 8)}, steps=1).raise_if_failed()
 
 
 def test_rows_travel_and_parameters_stay() -> None:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import meshpar.ops.again as again
+import meshpar.ops.chunked_loss as chunked_loss
+import meshpar.ops.pieces as pieces
 import meshpar.ops.ring as ring
 import meshpar.pipeline.run as run
 import meshpar.pipeline.ties as ties
@@ -41,6 +44,8 @@ class BesideFault:
     model: str = "stack"
     shapes: int = 1
     """How many shapes the batches have."""
+    eager: bool = False
+    """Whether passes that are for megabytes take what is small."""
     equivalent: str = ""
     """Why the results are right with it, where they are."""
 
@@ -233,9 +238,75 @@ def _first_known(now: Any) -> Any:
     return lambda self, key: key[0]
 
 
+def _nothing(inner: Any) -> Any:
+    return lambda *_: None
+
+
+def _twice(inner: Any) -> Any:
+    def changed(*given: Any) -> None:
+        inner(*given)
+        inner(*given)
+
+    return changed
+
+
+def _of_the_step_before(run: Any) -> Any:
+    """What is computed again in backward reads what was there the time before."""
+    kept: dict[Any, tuple[Tensor, ...]] = {}
+
+    def changed(steps: Any, operands: Any) -> Any:
+        again = torch.is_grad_enabled()  # (in forward it is not, within a function of autograd)
+        key = steps, tuple(x.shape for x in operands)
+        if again and key in kept:
+            stale = kept[key]
+            kept[key] = tuple(x.detach() for x in operands)
+            return run(steps, [old + (x - x.detach()) if x.is_floating_point() else old for x, old in zip(operands, stale, strict=True)])
+        if again:
+            kept[key] = tuple(x.detach() for x in operands)
+        return run(steps, operands)
+
+    return changed
+
+
+def _all_but_the_last(of: Any) -> Any:
+    """In backward, where more is handed along than rows and labels, the last rows are left out."""
+
+    def changed(self: Any, *tensors: Tensor) -> Any:
+        found = list(of(self, *tensors))
+        return found[:-1] if len(tensors) > 2 else found
+
+    return changed
+
+
+def _padding_too(loss_of: Any) -> Any:
+    def changed(how: Any, at: Any, sums: Tensor, labels: Tensor, *classes: Tensor) -> Any:
+        losses, weight = loss_of(how, at, sums, labels, *classes)
+        return losses, torch.ones_like(weight)
+
+    return changed
+
+
+def _own_alone(start: Any) -> Any:
+    """The own part as often as there are ranks: what a group of others would bring."""
+
+    def changed(x: Tensor, layout: Any, axis: Any) -> Any:
+        return lambda: torch.cat([x] * axis[1], layout[0])
+
+    return changed
+
+
+class _Starts(dict[Any, Any]):
+    """Ways to start a collective, of which that of an all-gather is another one."""
+
+
+def _with_gather(starts: Any) -> Any:
+    return _Starts({**starts, pieces.all_gather: _own_alone(starts[pieces.all_gather])})
+
+
 TWO = {"microbatches": 2}
 PIPELINE = {"microbatches": 4, "schedule": "1f1b"}
 HALVES = {"microbatches": 4, "schedule": "zero-bubble"}
+CHUNKS = {"logits_bytes": 500}
 DATA = data_parallel.DataParallelism
 
 FAULTS: tuple[BesideFault, ...] = (
@@ -272,6 +343,13 @@ FAULTS: tuple[BesideFault, ...] = (
     BesideFault("every other update of a buffer is lost", blocks.ModuleCall, "_write_back", _every_other_time, "tp=2", model="buffer"),
     BesideFault("ring: gradients of keys and values exchanged", ring._RingAttention, "backward", _exchanged, "cp=2", {"context": "ring"}),
     BesideFault("ring: keys and values are not sent on", ring, "rotated", _stays, "cp=2", {"context": "ring"}),
+    BesideFault("ring: the gradient of sinks is left out", ring, "add_of_sink", _nothing, "cp=2", {"context": "ring"}, "kept less"),
+    BesideFault("ring: the gradient of sinks is added twice", ring, "add_of_sink", _twice, "cp=2", {"context": "ring"}, "kept less"),
+    BesideFault("what is computed again is of the step before", again, "_run", _of_the_step_before, "tp=2", model="kept less", eager=True),
+    BesideFault("gathered again from the wrong ranks", pieces, "STARTS", _with_gather, "tp=2", {"sequence_parallel": True}, "kept less",
+                eager=True),
+    BesideFault("a loss in chunks, less its last rows", chunked_loss._Parts, "of", _all_but_the_last, "tp=2", CHUNKS, "kept less"),
+    BesideFault("a loss in chunks that counts padding", chunked_loss.vocab_parallel, "loss_of", _padding_too, "tp=2", CHUNKS, "kept less"),
     BesideFault("numbers of the first shape stay", NewNumbers, "now", _first_known, "dp=2", shapes=4,
                 equivalent="the graph with these numbers does not take the new sizes, so it is captured"),
 )  # fmt: skip

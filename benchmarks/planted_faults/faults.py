@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from meshpar.graph.facts import Info, facts, set_facts
@@ -351,6 +352,125 @@ def transposed(at: int = 0) -> Fault:
         raise NoPlace("transpose")
 
     return Fault("transpose of other dims", change)
+
+
+def stale_step(at: int = 0) -> Fault:
+    """A step of what is computed again reads another value of the same shape, operand or result of an earlier step."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        for node in sites(graph, "computed")[at:]:
+            steps: Any = node.args[0]
+            known = [facts(n).info for n in node.args[1:]] + [f.info for f in facts(node).inside]  # type: ignore[arg-type]
+            given = len(node.args) - 1
+            for i, (name, args, kwargs) in enumerate(steps):
+                for place, arg in enumerate(args):
+                    read = int(arg[1:]) if isinstance(arg, str) and arg.startswith("%") else None
+                    others = [j for j in range(given + i) if read is not None and j != read and known[j] == known[read]]
+                    if others:
+                        step = name, (*args[:place], f"%{others[0]}", *args[place + 1 :]), kwargs
+                        node.args = ((*steps[:i], step, *steps[i + 1 :]), *node.args[1:])
+                        return [node]
+        raise NoPlace("another value of one shape")
+
+    return Fault("what is computed again reads a stale value", change)
+
+
+def lost_step(at: int = 0) -> Fault:
+    """What reads a step of what is computed again reads what went into that step."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        for node in sites(graph, "computed")[at:]:
+            steps: Any = node.args[0]
+            known = [facts(n).info for n in node.args[1:]] + [f.info for f in facts(node).inside]  # type: ignore[arg-type]
+            given = len(node.args) - 1
+            for i, (_, args, _) in enumerate(steps[:-1]):
+                before = int(args[0][1:]) if isinstance(args[0], str) and args[0].startswith("%") else None
+                if before is not None and known[before] == known[given + i]:
+                    rest = tuple((n, tuple(f"%{before}" if a == f"%{given + i}" else a for a in some), k) for n, some, k in steps[i + 1 :])
+                    node.args = ((*steps[: i + 1], *rest), *node.args[1:])
+                    return [node]
+        raise NoPlace("a step that leaves a shape alone")
+
+    return Fault("a step of what is computed again is left out", change)
+
+
+def other_weights(op: str, at: int = 0) -> Fault:
+    """Two matrices of one call in each other's place."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        for node in sites(graph, op)[at:]:
+            weights: Any = node.args[1]
+            for a in range(len(weights)):
+                for b in range(a + 1, len(weights)):
+                    if facts(weights[a]).info == facts(weights[b]).info and _placed(weights[a]) == _placed(weights[b]):
+                        turned = list(weights)
+                        turned[a], turned[b] = turned[b], turned[a]
+                        node.args = (node.args[0], tuple(turned), *node.args[2:])
+                        return [node]
+        raise NoPlace("matrices of one shape")
+
+    return Fault(f"matrices of {op} exchanged", change)
+
+
+def no_sinks(at: int = 0) -> Fault:
+    """Attention without the logits that belong to no key."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        for node in sites(graph, "ring_attention", "gathered_attention", "scored_attention_of_a_part", "scored_attention")[at:]:
+            steps: Any = node.kwargs.get("steps", ())
+            if steps and steps[-1][0] == "sink":
+                node.kwargs = {**node.kwargs, "steps": steps[:-1]}
+                node.args = (*node.args[:3], [], *node.args[4:])
+                return [node]
+        raise NoPlace("sinks")
+
+    return Fault("attention without its sinks", change)
+
+
+def other_sinks() -> Fault:
+    """The sinks of another layer."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        found = [n for n in sites(graph, "ring_attention", "scored_attention_of_a_part", "scored_attention") if n.args[3]]
+        if len(found) < 2:
+            raise NoPlace("two layers with sinks")
+        found[1].args = (*found[1].args[:3], found[0].args[3], *found[1].args[4:])
+        return [found[1]]
+
+    return Fault("the sinks of another layer", change)
+
+
+def of_sinks(fault: Callable[[fx.Graph, fx.Node, Groups], list[fx.Node]], name: str) -> Fault:
+    """A fault on the way from a sink to the attention that reads it."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        (node,) = [n for n in sites(graph, "ring_attention", "scored_attention_of_a_part") if n.args[3]][:1] or [None]
+        if node is None:
+            raise NoPlace("sinks")
+        return fault(graph, node.args[3][-1], groups)  # type: ignore[index]
+
+    return Fault(name, change)
+
+
+def summed_again(axis: int) -> Callable[[fx.Graph, fx.Node, Groups], list[fx.Node]]:
+    """Its gradient is summed over this axis of the mesh, too."""
+
+    def change(graph: fx.Graph, sink: fx.Node, groups: Groups) -> list[fx.Node]:
+        where = dict(zip(("group", "size", "rank"), groups[axis], strict=True))
+        with graph.inserting_after(sink):
+            more = set_facts(graph.call_function(collectives.i_to_r, (sink,), where), facts(sink))
+        sink.replace_all_uses_with(more, delete_user_cb=lambda one: one is not more)
+        return [sink, more]
+
+    return change
+
+
+def doubled(graph: fx.Graph, sink: fx.Node, groups: Groups) -> list[fx.Node]:
+    """Twice the value."""
+    with graph.inserting_after(sink):
+        more = set_facts(graph.call_function(torch.ops.aten.add.Tensor, (sink, sink)), facts(sink))
+    sink.replace_all_uses_with(more, delete_user_cb=lambda one: one is not more)
+    return [sink, more]
 
 
 def named(fault: Fault, name: str) -> Fault:

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh  # noqa: E402
 import meshpar.compile.programs as made  # noqa: E402
 from benchmarks.planted_faults.faults import Fault, NoPlace  # noqa: E402
 from benchmarks.planted_faults.table import CASES, Case  # noqa: E402
+from benchmarks.random_programs.compare import eager  # noqa: E402
 from meshpar.compile.program import Program  # noqa: E402
 from meshpar.compile.programs import Programs  # noqa: E402
 from meshpar.compile.proved import read_back  # noqa: E402
@@ -60,7 +61,7 @@ class Planted:
 def planted(case: Case, *, numbers: bool = False) -> Iterator[Planted]:
     """All faults of one model on one mesh."""
     model, batch = case.make()
-    with absent(case.mesh) as mesh:
+    with absent(case.mesh) as mesh, eager(case.eager):
         programs = Programs(model, mesh, case.config)
         program = programs.make((), _local(batch, case.mesh), training=True, microbatches=case.config.microbatches)
         rows = [row for fault in case.faults if (row := _static(case, programs, program, fault)) is not None]
@@ -114,7 +115,11 @@ def planting(fault: Fault) -> Iterator[None]:
 
 
 def _changed(program: Program, fault: Fault, groups: Sequence[tuple[str, int, int]]) -> tuple[Program, fx.Graph, list[fx.Node]]:
-    """The program with a fault: in its graph, or in the first stage that has a place for it."""
+    """The program with a fault: in its graph (that of a step, where that is another), or in the first stage that has a place for it."""
+    if program.step is not None:
+        graph = copied_graph(program.step.graph)
+        touched = fault.change(graph, groups)
+        return replace(program, step=replace(program.step, graph=graph)), graph, touched
     if not program.all_stages:
         graph = copied_graph(program.graph)
         touched = fault.change(graph, groups)
@@ -131,8 +136,8 @@ def _changed(program: Program, fault: Fault, groups: Sequence[tuple[str, int, in
     raise NoPlace("any stage")
 
 
-def _away(graph: fx.Graph, touched: Sequence[fx.Node], name: str) -> int:
-    """Edges between what was changed and where the fault was found."""
+def _away(graph: fx.Graph, touched: Sequence[fx.Node], name: str) -> int | None:
+    """Edges between what was changed and where the fault was found; None where that is inside of a call that a proof takes apart."""
     seen, waiting = {n.name: 0 for n in touched}, deque(touched)
     while waiting:
         node = waiting.popleft()
@@ -142,7 +147,7 @@ def _away(graph: fx.Graph, touched: Sequence[fx.Node], name: str) -> int:
             if near.name not in seen:
                 seen[near.name] = seen[node.name] + 1
                 waiting.append(near)
-    return 999
+    return None
 
 
 def _differs(case: Case, model: nn.Module, batch: Mapping[str, Tensor], fault: Fault) -> bool:
@@ -151,7 +156,7 @@ def _differs(case: Case, model: nn.Module, batch: Mapping[str, Tensor], fault: F
 
     numeric._where = lambda *_: ()  # where it is wrong is known
     try:
-        with planting(fault):
+        with planting(fault), eager(case.eager):
             return not numeric.verify(model, case.mesh, batch, config=case.config, steps=1).ok
     except (MeshparError, RuntimeError, TypeError, ValueError, IndexError, AssertionError):
         return True

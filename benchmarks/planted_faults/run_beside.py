@@ -39,6 +39,20 @@ _BLOCK = """class Block(nn.Module):
         h = h + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return h + self.down(torch.tanh(self.up(h)))
 """
+_SUNK = """class Sunk(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out, self.sinks = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Parameter(torch.randn(2))
+        self.then, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 32, bias=False), nn.Linear(16, 8, bias=False)
+
+    def forward(self, h):
+        q, k, v = [t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(self.norm(h)).chunk(3, -1)]
+        p = (q @ k.transpose(-1, -2) / 2).masked_fill(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1), float('-inf'))
+        p = torch.cat([p, self.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], -1).softmax(-1)[..., :-1]
+        h = h + self.out((p @ v).transpose(1, 2).flatten(2))
+        gate, up = self.up(self.then(h)).chunk(2, -1)
+        return h + self.down(F.silu(gate) * up)
+"""
 _MADE = (
     "self.embed = nn.Embedding(17, 8)",
     "self.a, self.b, self.c, self.d = Block(), Block(), Block(), Block()",
@@ -55,6 +69,11 @@ _LOSS = (
 )
 _INPUTS = (("ids", "torch.randint(0, 17, (b, n))"), ("labels", _LABELS), ("keep", KEEP))
 
+_LISTED = ("self.embed = nn.Embedding(17, 8)", "self.blocks = nn.ModuleList([Sunk(), Sunk()])", "self.last = nn.LayerNorm(8)",
+           "self.head = nn.Linear(8, 18)")  # fmt: skip
+_THROUGH = ("h = self.embed(ids)", "h = self.blocks[1](self.blocks[0](h))")
+_CHUNKED = ("z = self.head(self.last(h))", _LOSS[1])
+
 MODELS = {
     "stack": Program(0, _MADE, (*_LINES, *_LOSS), _INPUTS, (8, 8), _BLOCK),
     "buffer": Program(0, _MADE, (*_LINES, *_MEAN, *_LOSS), _INPUTS, (8, 8), _BLOCK),
@@ -62,8 +81,11 @@ MODELS = {
         0, (*_MADE, "self.moe = MoE('mixtral', width=8)"), (*_LINES, *_MIXTURE, *_LOSS[:1], _LOSS[1] + " + 0.01 * p"),
         _INPUTS, (8, 8), _BLOCK,
     ),
+    "kept less": Program(0, _LISTED, (*_THROUGH, *_CHUNKED), _INPUTS[:2], (8, 8), _SUNK),
 }  # fmt: skip
-"""A tied embedding, a skip over two blocks, labels and a mask of which some are padding; with a running mean, and with experts."""
+"""A tied embedding, a skip over two blocks, labels and a mask of which some are padding; with a running mean, and with experts.
+
+"kept less": blocks in a list, of attention with sinks and a gate."""
 SHAPES = ((8, 8), (8, 12), (16, 10), (8, 14))
 
 
@@ -92,7 +114,7 @@ def with_fault(number: int | None, program: Program, how: Setting, shapes: Shape
 def seen(number: int, pool: Any) -> Seen:
     """Train without a fault and with it."""
     fault = FAULTS[number]
-    how = Setting(fault.mesh, fault.config, processes=True)
+    how = Setting(fault.mesh, fault.config, processes=True, eager=fault.eager)
     shapes = SHAPES if fault.shapes > 1 else (SHAPES[0],) * 2
     found = [outcome(MODELS[fault.model], how, shapes, _Planting(pool, at)) for at in (None, number)]
     return Seen(fault, found[0].status, found[1].status, _first_words(found[1].text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from benchmarks.planted_faults.faults import (
     argument,
     bounds,
     double,
+    doubled,
     drop,
     exchanged,
     extra,
@@ -20,13 +22,20 @@ from benchmarks.planted_faults.faults import (
     group,
     keyword,
     late,
+    lost_step,
     named,
+    no_sinks,
+    of_sinks,
     operand,
     other_dim,
     other_keys,
+    other_sinks,
+    other_weights,
     parameter,
     same_draws,
     segments,
+    stale_step,
+    summed_again,
     swap,
     transposed,
 )
@@ -44,13 +53,15 @@ class Case:
     mesh: str
     faults: Sequence[Fault]
     config: ParallelConfig = field(default_factory=ParallelConfig)
+    eager: bool = False
+    """Whether passes that are for megabytes take what is small."""
 
 
-def _tiny(name: str, samples: int = 8, length: int = 16) -> Callable[[], Made]:
+def _tiny(name: str, samples: int = 8, length: int = 16, **changes: Any) -> Callable[[], Made]:
     def make() -> Made:
         from tests.models import text, tiny
 
-        return tiny(name), text(samples, length)
+        return tiny(name, **changes), text(samples, length)
 
     return make
 
@@ -100,11 +111,26 @@ _RING = [
     operand("ring_attention", 1, 1),
     keyword("ring_attention", "scale", 1.0), drop("p_to_i"),
 ]  # fmt: skip
+_SINKS = [
+    no_sinks(), other_sinks(), of_sinks(doubled, "sinks that are twice as large"),
+    of_sinks(summed_again(0), "the gradient of sinks summed over cp once too often"),
+    of_sinks(summed_again(1), "the gradient of sinks summed over tp, which cuts them"), drop("i_to_r_many"), parameter(0),
+]  # fmt: skip
+_KEPT_LESS = [
+    stale_step(), stale_step(2), lost_step(), operand("computed", 2, 1), operand("computed", 3, 2), group("gathered"), segments("gathered"),
+    operand("gathered", 1, 0), other_weights("gathered"), argument("gathered", 3, 0), group("scattered"), segments("scattered"),
+    operand("scattered", 1, 0), argument("scattered", 2, 0),
+    named(keyword("cross_entropy", "ignore_index", -1), "a loss in chunks that counts padding"),
+    keyword("cross_entropy", "label_smoothing", 0.1), argument("cross_entropy", 7, ((66, 1), (66, 1))), group("cross_entropy"),
+    operand("cross_entropy", 0, 1),
+]  # fmt: skip
 _STAGES = [
     named(operand("linear", 2), "a stage reads a stale value"), named(bounds(), "labels that are not shifted"), drop("p_to_i"),
     drop("i_to_r_many"), drop("s_to_r"), double("p_to_s"), parameter(1), group("p_to_s"), factor(0),
     named(argument("scaled_dot_product_attention", 5, False), "attention that is not causal"),
 ]  # fmt: skip
+
+_OSS = _tiny("gpt_oss", num_local_experts=4, head_dim=16, num_experts_per_tok=2)
 
 CASES: tuple[Case, ...] = (
     Case("llama", _tiny("llama"), "tp=2", _SEQUENCE),
@@ -119,5 +145,8 @@ CASES: tuple[Case, ...] = (
     Case("mixtral", _tiny("mixtral"), "ep=2,tp=2", _EXPERTS),
     Case("llama", _tiny("llama"), "cp=2,tp=2", _CONTEXT),
     Case("llama (ring)", _tiny("llama"), "cp=2,tp=2", _RING, ParallelConfig(context="ring")),
+    Case("gpt-oss (sinks)", _OSS, "cp=2,tp=2", _SINKS, ParallelConfig(context="ring")),
+    Case("gpt-oss (sinks, gathered)", _OSS, "cp=2,tp=2", _SINKS[:5], ParallelConfig(context="gather")),
+    Case("llama (kept less)", _tiny("llama", vocab_size=132), "dp=2,tp=2", _KEPT_LESS, ParallelConfig(logits_bytes=400), eager=True),
     Case("llama", _tiny("llama"), "pp=2,dp=2,tp=2", _STAGES, ParallelConfig(microbatches=2)),
 )  # fmt: skip

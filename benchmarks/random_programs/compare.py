@@ -12,10 +12,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 
 import meshpar.sharding.solve as solve
 from benchmarks.random_programs.programs import Program
@@ -23,9 +25,14 @@ from benchmarks.random_programs.settings import Setting, rules_for
 from meshpar._torch import without_modes
 from meshpar.capture.hooks.models import copied
 from meshpar.capture.structure import order_of
+from meshpar.compile import programs
 from meshpar.config import ParallelConfig, Precision
 from meshpar.errors import MeshparError, RankError
+from meshpar.graph.captured import Captured
+from meshpar.graph.op import op_name
 from meshpar.mesh import make_mesh
+from meshpar.ops import again, chunked_loss, pieces, products
+from meshpar.passes import order
 from meshpar.proof import verify as numeric
 from meshpar.proof.comparable import cast
 from meshpar.proof.differences import Differences, complete, merged
@@ -56,6 +63,10 @@ class Found:
     programs: int = 0
     made: int = 0
     """The graphs that were made without a capture."""
+    told: int = 0
+    """The programs that were told by the code of others."""
+    passes: tuple[str, ...] = ()
+    """What passes put in that keep less, or hide sums."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,7 @@ def trained(program: Program, how: Setting, shapes: Shapes, right: Reference) ->
         wide = tuple(cast(batch, torch.float32) for batch in task.batches)
         config = replace(task.config, precision=Precision(torch.float32, torch.bfloat16, torch.float32))
         task = replace(task, model=cast(copied(task.model), torch.float32), batches=wide, config=config)
-    with costs(program.seed if how.drawn else None), keeping() as models:
+    with costs(program.seed if how.drawn else None), sharing(program, how), eager(how.eager), keeping() as models:
         try:
             differences = numeric._compare(task, right, make_mesh(how.sizes, "cpu"))
             return _told(Found(differences), models)
@@ -164,7 +175,20 @@ def _told(found: Found, models: Sequence[ParallelModel]) -> Found:
         unproved=sum(len(proof.unproved) for proof in proofs),
         programs=len(proofs),
         made=sum(pm._makes.shapes.count.made for pm in models),
+        told=sum(pm._variants._resized.made for pm in models),
+        passes=tuple(sorted({name for pm in models for program, _, _ in pm._variants.programs() for name in _put_in(program)})),
     )
+
+
+def _put_in(program: Any) -> Iterator[str]:
+    """The operators of passes that keep less, or hide sums, in all graphs of a program."""
+    cuts = [*program.stages, *program.all_stages, *([program.step] if program.step is not None else [])]
+    for graph in (program.graph, *(cut.graph for cut in cuts)):
+        yield from (op_name(n.target).removeprefix("meshpar.ops.") for n in graph.nodes if n.op == "call_function" and _is_put_in(n.target))
+
+
+def _is_put_in(target: Any) -> bool:
+    return getattr(target, "__module__", "") in {one.__name__ for one in (again, chunked_loss, pieces, products)}
 
 
 @contextmanager
@@ -182,6 +206,52 @@ def keeping() -> Iterator[list[ParallelModel]]:
         yield kept
     finally:
         numeric.parallel = inner
+
+
+@contextmanager
+def eager(on: bool) -> Iterator[None]:
+    """Inside, passes that are for megabytes take what is small."""
+    names = ("ComputeAgain", "CutIntoPieces", "HideGradientSums")
+    real = {name: getattr(order, name) for name in names}
+    try:
+        for name in names if on else ():
+            setattr(order, name, partial(real[name], least_bytes=0))
+        yield
+    finally:
+        for name in names:
+            setattr(order, name, real[name])
+
+
+_CAPTURES: dict[Any, Captured] = {}
+"""Of the last program: what is captured is the same on all meshes."""
+
+
+@contextmanager
+def sharing(program: Program, how: Setting) -> Iterator[None]:
+    """Inside, what was captured of this program is not captured again. (Captures with a state of Python of their own are not kept.)"""
+    inner = programs.capture
+
+    def captured(model: nn.Module, args: Any, kwargs: Any, **about: Any) -> Captured:
+        each = about["divide"], about["scale"]
+        shapes = tuple((name, str(x.dtype), x.shape[0] // each[0] * each[1], *x.shape[1:]) for name, x in kwargs.items())
+        grad = about["ask"].gradients, tuple(p.requires_grad for p in model.parameters()), model.training
+        key = program.source, how.dtype, str(about["dtype"]), shapes, grad, each[0] == each[1] == 1
+        if key not in _CAPTURES:
+            found = inner(model, args, kwargs, **about)
+            state = found.state
+            if state.tensors or state.numbers or state.inputs or state.writes or state.lost:
+                return found
+            if _CAPTURES and next(iter(_CAPTURES))[0] != program.source:
+                _CAPTURES.clear()
+            _CAPTURES[key] = found
+        found = _CAPTURES[key]
+        return replace(found, graph=order._copied(found.graph), state=replace(found.state))
+
+    programs.capture = captured
+    try:
+        yield
+    finally:
+        programs.capture = inner
 
 
 @contextmanager

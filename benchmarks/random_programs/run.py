@@ -35,7 +35,7 @@ import torch  # noqa: E402
 
 from benchmarks.random_programs.compare import Outcome, outcome  # noqa: E402
 from benchmarks.random_programs.programs import Program, shortest  # noqa: E402
-from benchmarks.random_programs.settings import Setting, program_of, rules_for, setting, shapes_of  # noqa: E402
+from benchmarks.random_programs.settings import Setting, program_of, rules_for, setting, several, shapes_of  # noqa: E402
 from benchmarks.random_programs.tables import table  # noqa: E402
 from tests.pool import Pool  # noqa: E402
 
@@ -55,7 +55,8 @@ def main() -> int:
         for seed in range(first, last):
             if time.monotonic() - start > 60 * options.minutes:
                 break
-            count.update(_one(seed, options, pool))
+            for at, (program, how) in enumerate(_drawn(seed, options)):
+                count.update(_one(program, how, at, options, pool))
     finally:
         if pool is not None:
             pool.close()
@@ -68,6 +69,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0:200", help="first:last")
     parser.add_argument("--processes", action="store_true", help="on gloo processes, with pipelines and data parallelism")
     parser.add_argument("--mesh", help="this mesh instead of the one that goes with the seed")
+    parser.add_argument("--settings", type=int, default=0, help="small programs, each under so many meshes and configurations")
+    parser.add_argument("--only", type=int, help="of these, the one of this number")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--out", type=Path, help="append a JSON line for each program")
     parser.add_argument("--show", action="store_true", help="print every program")
@@ -76,18 +79,26 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _one(seed: int, options: argparse.Namespace, pool: Any) -> Sequence[str]:
-    """Run one seed, and say and write what became of it."""
+def _drawn(seed: int, options: argparse.Namespace) -> list[tuple[Program, Setting]]:
+    """The program of a seed and its setting, or one small program and several settings."""
+    if options.settings:
+        hows = several(seed, options.settings, processes=options.processes)
+        program = program_of(seed, *hows)
+        return [(program, how) for at, how in enumerate(hows) if options.only in (None, at)]
     how = setting(seed, processes=options.processes)
     how = replace(how, mesh=options.mesh, forced=how.forced and "tp" in options.mesh) if options.mesh else how
-    program = program_of(seed, how)
+    return [(program_of(seed, how), how)]
+
+
+def _one(program: Program, how: Setting, at: int, options: argparse.Namespace, pool: Any) -> Sequence[str]:
+    """Run a program under one of its settings, and say and write what became of it."""
     shapes, began = shapes_of(program, how), time.monotonic()
     found = outcome(program, how, shapes, pool)
     seconds = time.monotonic() - began
     if (found.status in ("wrong", "crash") or found.contradicts) and not options.keep:
         program = shortest(program, lambda p: outcome(p, how, shapes, pool).status == found.status)
         found = outcome(program, how, shapes, pool)
-    row = _row(seed, how, shapes, found, seconds)
+    row = _row(program.seed, how, shapes, found, seconds) | ({"at": at} if options.settings else {})
     if found.status != "ok" or found.contradicts or options.show:
         print(_said(program, how, shapes, found), flush=True)
         row |= {"source": program.source, "text": found.text}
@@ -99,10 +110,17 @@ def _one(seed: int, options: argparse.Namespace, pool: Any) -> Sequence[str]:
 
 def _row(seed: int, how: Setting, shapes: Sequence[tuple[int, int]], found: Outcome, seconds: float) -> dict[str, Any]:
     row: dict[str, Any] = {"seed": seed, "how": str(how), "kind": how.kind, "mesh": how.mesh, "config": dict(how.config)}
-    row |= {"processes": how.processes, "dtype": how.dtype, "steps": how.steps, "shapes": list(shapes), "seconds": round(seconds, 2)}
+    row |= {
+        "processes": how.processes,
+        "dtype": how.dtype,
+        "eager": how.eager,
+        "steps": how.steps,
+        "shapes": list(shapes),
+        "seconds": round(seconds, 2),
+    }
     row |= {"status": found.status, "static": found.static, "contradicts": found.contradicts}
     if found.found is not None:
-        row |= {name: getattr(found.found, name) for name in ("programs", "made", "proved", "unproved")}
+        row |= {name: getattr(found.found, name) for name in ("programs", "made", "told", "passes", "proved", "unproved")}
     return row
 
 

@@ -47,28 +47,44 @@ class _Draw:
         return self.rng.choice(options)
 
 
-def draw_stack(seed: int, *, data: int = 1, depth: int = 2, experts: bool = False, multiple: int = 1) -> Program:
-    """The stack of a seed, of at least `depth` blocks, for batches that divide by `data`, of lengths that mostly divide by `multiple`."""
+def draw_stack(
+    seed: int,
+    *,
+    data: int = 1,
+    depth: int = 2,
+    more: int = 3,
+    experts: bool = False,
+    multiple: int = 1,
+    listed: bool = False,
+    uneven: bool = True,
+) -> Program:
+    """The stack of a seed, of `depth` blocks and up to `more`, for batches that divide by `data`.
+
+    Lengths divide by `multiple`; of `uneven` ones some do not. `listed`: whether blocks are in a list, which makes them units of recompute,
+    of data parallelism, and of passes.
+    """
     for attempt in range(50):
-        program = _model(random.Random(f"stack {seed}.{attempt}"), seed, data, depth, experts, multiple)
+        program = _model(random.Random(f"stack {seed}.{attempt}"), seed, data, (depth, depth + more), experts, multiple, listed, uneven)
         if program.runs():
             return program
     raise RuntimeError(f"seed {seed}: no stack of 50 runs on one device")
 
 
-def sizes(rng: random.Random, data: int, multiple: int) -> tuple[int, int]:
+def sizes(rng: random.Random, data: int, multiple: int, *, uneven: bool = True) -> tuple[int, int]:
     """Samples and positions of a batch."""
-    length = multiple * rng.randint(1, max(1, 12 // multiple)) if rng.random() < 0.8 else rng.randint(2, 11)
+    length = multiple * rng.randint(1, max(1, 12 // multiple)) if rng.random() < 0.8 or not uneven else rng.randint(2, 11)
     return data * rng.choice([1, 1, 2, 3]), max(2, length)
 
 
-def _model(rng: random.Random, seed: int, data: int, depth: int, experts: bool, multiple: int) -> Program:
+def _model(
+    rng: random.Random, seed: int, data: int, depth: tuple[int, int], experts: bool, multiple: int, listed: bool, uneven: bool
+) -> Program:
     g = _Draw(rng, rng.choice([8, 8, 12, 16]), rng.choice([2, 4]), rng.choice(["causal", "causal", "window", "padded", "all"]))
     text, number = rng.random() < 0.75, rng.choice([11, 16, 17, 24])
-    shape = sizes(rng, data, multiple)
+    shape = sizes(rng, data, multiple, uneven=uneven)
     library = "".join(_block(g, f"Block{i}") for i in range(2))
     _enter(g, text, number)
-    terms = _body(g, depth, experts)
+    terms = _body(g, depth, experts, listed)
     terms.append(_leave(g, text, number))
     inputs = _inputs(g, " ".join([library, *g.lines, *terms]), "ids" if text else "x", number)
     return Program(seed, tuple(g.made), (*g.lines, f"loss = {' + '.join(reversed(terms))}"), inputs, shape, library)
@@ -256,21 +272,29 @@ _LAYERS: tuple[Layer, ...] = (
 # -- the row of blocks -------------------------------------------------------------------------------------------------------------------
 
 
-def _body(g: _Draw, depth: int, experts: bool) -> list[str]:
+def _body(g: _Draw, depth: tuple[int, int], experts: bool, listed: bool) -> list[str]:
     """Blocks with skips, shared blocks and experts; the terms of the loss that they leave behind."""
-    terms, kept, blocks = list[str](), list[str](), list[str]()
-    for i in range(g.rng.randint(depth, depth + 3)):
+    terms, kept, blocks, made = list[str](), list[str](), list[str](), {"layers": list[str](), "mixtures": list[str]()}
+
+    def module(name: str, owner: str, text: str) -> str:
+        """Where a new module is."""
+        if not listed:
+            g.made.append(f"self.{name} = {text}")
+            return name
+        made[owner].append(text)
+        return f"{owner}[{len(made[owner]) - 1}]"
+
+    for i in range(g.rng.randint(*depth)):
         if blocks and g.rng.random() < 0.12:
             name = g.rng.choice(blocks)
         else:
-            name = f"l{i}"
-            g.made.append(f"self.{name} = Block{g.rng.choice([0, 0, 1])}()")
+            name = module(f"l{i}", "layers", f"Block{g.rng.choice([0, 0, 1])}()")
             blocks.append(name)
         g.lines.append(f"h = self.{name}(h, mask, keep)")
         if experts and (i == 0 or g.rng.random() < 0.5):
             style = g.some("mixtral", "skipping", "hits", "masked", "flat")
-            g.made.append(f"self.e{i} = MoE('{style}', width={g.width})")
-            g.lines += [f"y{i}, p{i} = self.e{i}(F.rms_norm(h, h.shape[-1:]))", f"h = h + y{i}"]
+            mixture = module(f"e{i}", "mixtures", f"MoE('{style}', width={g.width})")
+            g.lines += [f"y{i}, p{i} = self.{mixture}(F.rms_norm(h, h.shape[-1:]))", f"h = h + y{i}"]
             terms += [f"0.01 * p{i}"] if g.rng.random() < 0.7 else []
         if kept and g.rng.random() < 0.4:
             g.lines.append(_joined(g, g.rng.choice(kept)))
@@ -289,6 +313,7 @@ def _body(g: _Draw, depth: int, experts: bool) -> list[str]:
             terms.append(f"t{i}")
     if g.rng.random() < 0.1:
         terms.append(f"0.01 * sum(p.pow(2).sum() for p in self.{g.rng.choice(blocks)}.parameters())")
+    g.made += [f"self.{owner} = nn.ModuleList([{', '.join(texts)}])" for owner, texts in made.items() if texts]
     return terms
 
 

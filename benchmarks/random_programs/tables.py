@@ -30,13 +30,19 @@ GROUPS: Mapping[str, Callable[[Row], bool]] = {
     "mixed precision": lambda row: row["dtype"] == "mixed",
     "several steps": lambda row: row["steps"] > 1,
     "batches of several shapes": lambda row: len({tuple(s) for s in row["shapes"]}) > 1,
+    "chunks of logits": lambda row: "logits_bytes" in row["config"],
+    "overlap switched off": lambda row: any(name.startswith("overlap") for name in row["config"]),
+    "passes that take what is small": lambda row: bool(row.get("eager")),
+    **{f"... {what}": lambda row, name=name: any(name in p for p in row.get("passes", ())) for name, what in (
+        ("again.", "computed again"), ("pieces.", "in pieces"), ("chunked_loss.", "loss in chunks"), ("products.", "sums hidden"))},
+    "programs told by the code of others": lambda row: row.get("told", 0) > 0,
     "graphs made without a capture": lambda row: row.get("made", 0) > 0,
 }  # fmt: skip
 
 
 def table(paths: Sequence[Path]) -> str:
-    """Programs x meshes x configurations by kind, and what became of them; a seed that was run twice counts as it was last."""
-    rows = {(row["seed"], row["processes"]): row for path in paths for row in map(json.loads, path.read_text().splitlines())}
+    """Programs x meshes x configurations by kind, and what became of them; what was run twice counts as it was last."""
+    rows = {(row["seed"], row["processes"], row.get("at")): row for path in paths for row in map(json.loads, path.read_text().splitlines())}
     lines = [f"| | programs | {' | '.join(STATUS)} | proved | proof and numbers disagree |", "|---" * (len(STATUS) + 4) + "|"]
     for name, belongs in GROUPS.items():
         found = [row for row in rows.values() if belongs(row)]

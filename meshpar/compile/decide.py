@@ -104,6 +104,8 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 ordered=request.ordered,
                 context=request.context,
                 inner=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].divides == "weights"),
+                samples=captured.batch_dims,
+                sharing=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].own_batches),
             ),
             whole if graph is captured.graph else None,
         )

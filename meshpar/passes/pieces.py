@@ -94,8 +94,17 @@ def _is_product(node: fx.Node, reader: fx.Node, fixed: frozenset[fx.Node]) -> bo
         and all(isinstance(p, fx.Node) and p in fixed and can_come(node, p) for p in (weight, bias) if p is not None)
         and len(info_of(weight).shape) == 2
         and (bias is None or len(info_of(bias).shape) == 1)
-        and (x is node or op_name(x.target) in _ROWS)
+        and _are_rows(x, node)
     )
+
+
+def _are_rows(x: fx.Node, node: fx.Node) -> bool:
+    """Whether `x` is the rows of `node` in their order: views in between may be of other dims, and turn, cut or repeat them."""
+    while x is not node:
+        if op_name(x.target) not in _ROWS or info_of(x).shape[-1] != info_of(node).shape[-1]:
+            return False
+        x = x.args[0]  # type: ignore[assignment]
+    return True
 
 
 _FACTORS: Mapping[str, tuple[int, int, int]] = {"linear": (0, 1, 2), "mm": (0, 1, 2), "addmm": (1, 2, 0)}
@@ -140,7 +149,8 @@ def _gather(graph: fx.Graph, node: fx.Node, users: Sequence[fx.Node], *, whole: 
         infos = [replace(info_of(user), shape=(*shape, info_of(user).shape[-1])) for user in users]
         args = (node.args[0], weights, tuple(bias for _, _, bias in factors), *node.args[1:])
         made = graph.call_function(pieces.gathered, args, {**node.kwargs, "whole": True} if whole else dict(node.kwargs))
-        set_facts(made, replace(known, info=(*infos, *([info_of(node)] if whole else []))))
+        read = tuple(facts(_factors(user)[0]) for user in users)
+        set_facts(made, replace(known, info=(*infos, *([info_of(node)] if whole else [])), inside=read))
         for index, (user, info) in enumerate(zip(users, infos, strict=True)):
             item = set_facts(graph.call_function(operator.getitem, (made, index)), replace(facts(user), info=info))
             if info != info_of(user):

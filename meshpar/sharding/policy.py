@@ -61,6 +61,10 @@ class Request:
     """How attention is to be computed where the sequence is cut."""
     inner: int = 1
     """Ranks of the axes that are typed after this one and cut the same heads and channels again: what is cut must divide by both."""
+    samples: Mapping[str, int] = field(default_factory=dict)
+    """Placeholders that hold samples -> along which dim."""
+    sharing: int = 1
+    """Ranks of the axes that are typed after this one and cut the samples."""
 
 
 class Policy(ABC):
@@ -298,6 +302,7 @@ class SequencePolicy(Policy):
     def __init__(self, request: Request, reading: Reading) -> None:
         self.request, self.reading = request, reading
         self.weights, self.price = WeightsPolicy(request, reading), request.price.at_scale(reading.largest)
+        reading.batch = self._needed()
         self._check_length()
         reading.balanced = self._growing()
 
@@ -337,6 +342,16 @@ class SequencePolicy(Policy):
         asked = self.request.context
         fitting = [one for one in found if attention.form(one) in (("ring", "halo") if asked == "ring" else (asked,))]
         return fitting or attention.instead(found, call, self.reading, asked)
+
+    def _needed(self) -> tuple[int, ...]:
+        """The samples, where they are too few to be cut here (of what has no positions) and on later axes too."""
+        extents, found = self.reading.inference.extents, dict[int, None]()
+        for node in self.reading.graph.nodes:
+            if node.op == "placeholder" and node.target in self.request.samples:
+                one = self.reading.inference.dims[node, 0][self.request.samples[str(node.target)]]
+                if one is not None and extents.size(one) % (self.request.size * self.request.sharing):
+                    found.update(dict.fromkeys((extents.find(one), *extents.leaves(one))))
+        return tuple(found) if self.request.sharing > 1 else ()
 
     def _growing(self) -> frozenset[int]:
         """The sequences along which causal attention grows, where they can be dealt out in twice as many pieces as there are ranks."""

@@ -52,6 +52,14 @@ def test_before_and_after() -> None:
     assert targets(expanded(graph)) == targets(gated())
 
 
+def test_one_value_in_two_places_is_taken_apart() -> None:
+    """A later pass may find that two operands are one."""
+    graph = ComputeAgain(least_bytes=64)(gated())
+    computed = next(n for n in graph.nodes if n.target is again.computed)
+    computed.args = (computed.args[0], *[computed.args[1]] * (len(computed.args) - 1))
+    assert targets(expanded(graph)) == targets(gated())
+
+
 @pytest.mark.parametrize("kind", [{"outside": True}, {"block": "other"}])
 def test_what_is_read_elsewhere_stays(kind: dict[str, Any]) -> None:
     assert targets(ComputeAgain(least_bytes=1)(gated(**kind))) == targets(gated())

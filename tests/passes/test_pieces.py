@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from torch import fx
 
 import meshpar as mp
+from meshpar.compile.programs import Programs
+from meshpar.dry_run.rehearsal import absent
 from meshpar.graph.facts import Change, Facts, Info, facts, set_facts
 from meshpar.ops import collectives, pieces
 from meshpar.passes import order
@@ -24,20 +28,27 @@ from tests.pool import Pool
 aten = torch.ops.aten
 
 
-def verified(name: str, mesh: str, **config: Any) -> tuple[float, list[str], list[tuple[str, str]]]:
-    """The largest difference from one device, the calls in pieces, and what is sent."""
-    warnings.filterwarnings("error", message="the static check")
+@contextmanager
+def small_pieces() -> Iterator[None]:
+    """Inside, what is small is cut into pieces too."""
     real = order.CutIntoPieces, order.HideGradientSums
     order.CutIntoPieces = partial(CutIntoPieces, least_bytes=0)  # type: ignore[misc, assignment]
     order.HideGradientSums = partial(HideGradientSums, least_bytes=0)  # type: ignore[misc, assignment]
     try:
+        yield
+    finally:
+        order.CutIntoPieces, order.HideGradientSums = real  # type: ignore[misc]
+
+
+def verified(name: str, mesh: str, **config: Any) -> tuple[float, list[str], list[tuple[str, str]]]:
+    """The largest difference from one device, the calls in pieces, and what is sent."""
+    warnings.filterwarnings("error", message="the static check")
+    with small_pieces():
         grid = mp.make_mesh(mesh)
         found = mp.verify(tiny(name), grid, text(), config=mp.ParallelConfig(**config))
         pm = mp.parallelize(tiny(name), grid, example=text(), config=mp.ParallelConfig(**config))
         called = [word for word in ("gathered", "scattered", "reduced") if f"pieces_{word}(" in pm.print_readable()]
         return max(d.largest for d in found.differences), called, [(c.kind, c.phase) for c in pm.comms() if c.region.endswith("layers.0")]
-    finally:
-        order.CutIntoPieces, order.HideGradientSums = real  # type: ignore[misc]
 
 
 def test_a_cut_sequence(gloo: Pool) -> None:
@@ -119,6 +130,52 @@ def test_products_of_rows() -> None:
     CutIntoPieces(least_bytes=0)(graph)
     graph.lint()
     assert targets(graph) == ["t.default", "gathered", "getitem", "reshape.default", "getitem", "view.default", "mul.Tensor", "scattered"]
+
+
+def test_rows_in_another_order_are_gathered_as_before() -> None:
+    """The rows of a turned value are those of it, but not where they were."""
+    graph, y, _ = graph_of()
+    first, info = next(iter(y.users)), Info((8, 4), torch.float32, True)
+    with graph.inserting_before(first):
+        turned = set_facts(graph.call_function(aten.transpose.int, (y, 0, 1)), Facts(Info((8, 1, 4), torch.float32, True), region="block"))
+        rows = set_facts(graph.call_function(aten.reshape.default, (turned, [-1, 4])), Facts(info, region="block"))
+        product = set_facts(graph.call_function(aten.linear.default, (rows, first.args[1])), Facts(info, region="block"))
+        again = set_facts(graph.call_function(aten.view.default, (product, [1, 8, 4])), facts(first))
+    first.replace_all_uses_with(again)
+    graph.erase_node(first)
+    CutIntoPieces(least_bytes=0)(graph)
+    assert targets(graph)[:4] == ["s_to_r", "transpose.int", "reshape.default", "linear.default"]
+
+
+def test_rows_are_proved_as_rows() -> None:
+    """A gate reads the rows of what the perceptron beside it reads."""
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.gate, self.up, self.down = (make(8, 8) for make in (lambda n, _: torch.nn.LayerNorm(n), *[torch.nn.Linear] * 3))
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            x = self.norm(h)
+            gate = self.gate(x.view(-1, 8)).tanh().sum(-1)
+            return h + self.down(self.up(x).relu()) * gate.view(*h.shape[:2], 1)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                h = block(h)
+            return h.pow(2).mean()
+
+    rules = {"*.gate.weight": "tp:0", "*.up.weight": "tp:0"}
+    with absent("tp=2") as there, small_pieces():
+        programs = Programs(Model(), there, mp.ParallelConfig(sequence_parallel=True), rules=rules)
+        program = programs.make((), {"h": torch.randn(2, 8, 8)}, training=True)
+    assert any(n.target is pieces.gathered and len(n.args[1]) == 2 for n in program.graph.nodes)
+    assert program.proof.proved and not program.proof.faults and not program.proof.unproved
 
 
 def test_a_reader_that_keeps_nothing() -> None:

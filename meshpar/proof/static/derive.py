@@ -238,9 +238,11 @@ class Derive:
         if found.call.transposed:
             shape = local[1]
             examples[call.nodes[1]] = ((shape[0], shape[1], shape[2]), op.infos[1].dtype)
-        if call.way == "gathered":  # keys and values are handed as parts, and attended to as a whole
+        if call.way in ("gathered", "ring"):  # keys and values are handed as parts, and attended to as a whole
             for node, shape, info in zip(call.nodes[1:3], local[1:3], op.infos[1:3], strict=True):
                 examples[node] = ((*shape[:-2], info.shape[-2], shape[-1]), info.dtype)
+        if call.way == "vocabulary" and len(call.nodes) > 2:  # the weights of classes are handed whole, and looked up by class
+            examples[call.nodes[2]] = ((local[0][call.cut[0]],), op.infos[2].dtype)
         held = [i for i, info in enumerate(op.outs) if info is not None and 0 not in info.shape]
         wanted = tuple(self.claims.shapes((op.node, i), outs[i])[-1] for i in held)
         gives = self.shapes(call.target, call.args, call.kwargs, examples)

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.facts import Change, Facts, facts, info_of, set_facts
+from meshpar.graph.facts import Change, Facts, Info, facts, info_of, set_facts
 from meshpar.graph.op import op_name
 from meshpar.ops import again, chunked_loss, collectives, expert_all_to_all, products, vocab_parallel
 from meshpar.sharding.types import Shard
 
 _PIECES = "meshpar.ops.pieces."
+_RESHAPE = "reshape"
 _CHUNKED, _AGAIN = op_name(chunked_loss.cross_entropy), op_name(again.computed)
 
 
@@ -36,11 +37,12 @@ def expanded(graph: fx.Graph) -> fx.Graph:
     """The graph, or one that does the same in more calls; what is known of a value stays with it."""
     if not any(op_name(node.target).startswith((_PIECES, _CHUNKED, _AGAIN)) for node in graph.nodes if node.op == "call_function"):
         return graph
-    new, made = fx.Graph(), dict[fx.Node, Any]()
+    new, made, rows = fx.Graph(), dict[fx.Node, Any](), set[fx.Node]()  # rows: products of rows, which calls in pieces give as they are not
     for node in graph.nodes:
         name = op_name(node.target) if node.op == "call_function" else ""
         if name == _PIECES + "gathered":
             made[node] = _gathered(new, node, made)
+            rows.update(item for item in made[node] if op_name(item.args[0].target) == _RESHAPE)
         elif name in (_PIECES + "scattered", _PIECES + "reduced"):
             made[node] = _summed(new, node, made, scattered=name.endswith("scattered"))
         elif name == _AGAIN:
@@ -51,6 +53,8 @@ def expanded(graph: fx.Graph) -> fx.Graph:
             item = made[node] = made[node.args[0]][node.args[1]]
             if facts(item).conversion is None:
                 set_facts(item, facts(node))
+        elif name == _RESHAPE and made[node.args[0]] in rows:
+            made[node] = set_facts(made[node.args[0]], facts(node))
         else:
             made[node] = new.node_copy(node, made.__getitem__)
     return new
@@ -68,7 +72,16 @@ def _gathered(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> list[fx
     else:
         whole = new.call_function(collectives.s_to_r, (x, dim, repeat, segments), where)
     set_facts(whole, replace(facts(node), info=replace(info, shape=shape)))
-    return [*(_linear(new, whole, w, b) for w, b in zip(weights, biases, strict=True)), whole]
+    read = [_viewed(new, whole, about) for about in facts(node).inside]
+    return [*(_linear(new, r, w, b) for r, w, b in zip(read, weights, biases, strict=True)), whole]
+
+
+def _viewed(new: fx.Graph, whole: fx.Node, about: Facts) -> fx.Node:
+    """What a product read of what was gathered: itself, or its rows."""
+    assert isinstance(about.info, Info)
+    if about.info.shape == info_of(whole).shape:
+        return whole
+    return set_facts(new.call_function(torch.ops.aten.reshape.default, (whole, list(about.info.shape))), about)
 
 
 def _linear(new: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
@@ -111,7 +124,7 @@ def _at_once(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
 
 def _one_by_one(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
     steps: Any = node.args[0]
-    values = [made[operand] for operand in node.all_input_nodes]
+    values: list[fx.Node] = [made[operand] for operand in node.args[1:]]  # type: ignore[index]
     for step, about in zip(steps, (*facts(node).inside, facts(node)), strict=True):
         values.append(set_facts(_step(new, step, values), about))
     return values[-1]

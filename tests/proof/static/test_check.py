@@ -31,7 +31,7 @@ from benchmarks.planted_faults.faults import (
 from benchmarks.planted_faults.run import _changed, _local, _read
 from meshpar.compile.program import Program
 from meshpar.compile.programs import Programs
-from meshpar.config import ParallelConfig
+from meshpar.config import Context, ParallelConfig
 from meshpar.dry_run.rehearsal import absent
 from meshpar.errors import ProgramFault
 from meshpar.mesh import typed_axes
@@ -61,6 +61,47 @@ def test_heads_that_are_repeated_in_one_call_are_those_of_the_model() -> None:
         program = Programs(Repeated(), there, ParallelConfig()).make((), {"h": torch.randn(2, 6, 16)}, training=True)
     assert any(n.kwargs.get("enable_gqa") for n in program.graph.nodes)
     assert program.proof.proved and not program.proof.faults and not program.proof.unproved
+
+
+class Masked(torch.nn.Module):
+    """Attention under a mask that is neither causal nor a window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(8, 24)
+
+    def forward(self, h: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(h).chunk(3, -1))
+        loss: torch.Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :]).pow(2).mean()
+        return loss
+
+
+@pytest.mark.parametrize("context", ["ring", "gather"])
+def test_a_mask_is_of_the_keys_of_all_ranks(context: Context) -> None:
+    batch = {"h": torch.randn(2, 8, 8), "keep": torch.ones(2, 8, dtype=torch.bool)}
+    with absent("cp=2") as there:
+        program = Programs(Masked(), there, ParallelConfig(context=context)).make((), batch, training=True)
+    assert program.proof.proved and not program.proof.faults and not program.proof.unproved
+
+
+class Weighted(torch.nn.Module):
+    """A loss over classes that are cut, each of another weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(12, 8), torch.nn.Linear(8, 12)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.embed(ids)).flatten(0, 1), ids.flatten(), weight=torch.linspace(0.5, 2, 12))
+
+
+def test_weights_of_classes_are_handed_whole() -> None:
+    with absent("tp=2") as there:
+        program = Programs(Weighted(), there, ParallelConfig(), rules={"head.weight": "tp:0"}).make(
+            (), {"ids": torch.arange(8).view(2, 4)}, training=True
+        )
+    assert any("vocab_parallel" in str(n.target.__module__) for n in program.graph.nodes if callable(n.target))
+    assert program.proof.proved and not program.proof.faults
 
 
 @lru_cache(maxsize=8)
