@@ -57,7 +57,8 @@ def _judged(right: Reference, reasons: tuple[str, ...], own: Mapping[str, Mappin
     if reasons:
         return Expected(right, reasons, (), own)
     sizes = {name: g.numel() for name, g in right.gradients.items() if g is not None and g.numel()}
-    silent = tuple(name for name in sizes if _would_pass_without(name, right, own.get("gradients", {}), tolerance))
+    floor, units = gradient_floor(right), own.get("gradients", {})
+    silent = tuple(name for name in sizes if _would_pass_without(right.gradients[name], floor, units.get(name, 1.0) * tolerance))
     if 4 * len(silent) > 3 * len(sizes):
         reasons = (
             f"most of the model is silent: the gradients of {few(silent)} ({len(silent)} of {len(sizes)} parameters) are zero on one "
@@ -66,12 +67,10 @@ def _judged(right: Reference, reasons: tuple[str, ...], own: Mapping[str, Mappin
     return Expected(right, reasons, silent, own)
 
 
-def _would_pass_without(name: str, right: Reference, own: Mapping[str, float], tolerance: float) -> bool:
+def _would_pass_without(wanted: torch.Tensor | None, floor: float, tolerance: float) -> bool:
     """Whether a program that gave zeros for a gradient would pass."""
-    wanted = right.gradients[name]
     assert wanted is not None
-    missing = distance(torch.zeros_like(wanted), wanted, wanted, gradient_floor(right))
-    return missing / own.get(name, 1.0) <= tolerance
+    return distance(torch.zeros_like(wanted), wanted, wanted, floor) <= tolerance
 
 
 def few(names: Sequence[str]) -> str:

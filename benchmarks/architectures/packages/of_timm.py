@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import nn
 
 from . import schemas
 from .case import Made
@@ -13,6 +19,8 @@ from .case import made as case
 schemas.define()
 
 import timm  # noqa: E402
+from timm.models import mvitv2  # noqa: E402
+from timm.models._efficientnet_builder import round_channels  # noqa: E402
 
 _TABLE: tuple[tuple[bool, int, dict[str, Any], str], ...] = (
     (
@@ -165,6 +173,92 @@ _TABLE: tuple[tuple[bool, int, dict[str, Any], str], ...] = (
 
 _CASES = {name: (settings | ({"img_size": size} if told else {}), size) for told, size, settings, names in _TABLE for name in names.split()}
 
+
+def _thin(stages: Any) -> Any:
+    """Of stages of blocks of a kind one block each, with a few channels."""
+    return tuple(_thin(s) if isinstance(s, (tuple, list)) else _block(s) for s in stages)
+
+
+def _block(block: Any) -> Any:
+    return replace(block, d=1, c=max(32, block.c // 64 * 8), gs=min(block.gs, 8) if isinstance(block.gs, int) else block.gs)
+
+
+def _byob(cfg: Any) -> Any:
+    return replace(cfg, blocks=_thin(cfg.blocks), num_features=min(cfg.num_features, 64))
+
+
+def _csp(cfg: Any) -> Any:
+    few = {"depth": (1,) * len(cfg.stages.depth), "out_chs": tuple(max(32, c // 8) for c in cfg.stages.out_chs)}
+    return replace(cfg, stages=replace(cfg.stages, groups=tuple(min(g, 4) for g in cfg.stages.groups), **few))
+
+
+def _once(stages: Any) -> Any:
+    """Of the blocks of each stage one of every kind."""
+    return [list({b["block_type"]: b for b in reversed(blocks)}.values())[::-1] for blocks in stages]
+
+
+def _eighth(value: Any) -> Any:
+    """Nested rows of numbers with an eighth of what counts channels; the rest are flags and small counts."""
+    if isinstance(value, dict):
+        return {name: _eighth(v) for name, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_eighth(v) for v in value)
+    return max(8, value // 8) if type(value) is int and value >= 32 else value
+
+
+def _strided(stages: Any) -> Any:
+    """The stages that halve the image, the first and the last."""
+    return [rows for i, rows in enumerate(stages) if rows[0][-1] == 2 or i in (0, len(stages) - 1)]
+
+
+def _hrnet(cfg: dict[str, Any]) -> dict[str, Any]:
+    return cfg | {n: s | {"num_blocks": (1,) * len(s["num_blocks"])} for n, s in cfg.items() if n.startswith("stage")} | {"stem_width": 16}
+
+
+_LATE: dict[str, dict[str, Any]] = {
+    "caformer_s18 convformer_s18 poolformer_s12 poolformerv2_s12": {"dims": (16, 32, 64, 96), "depths": (1, 1, 1, 1)},
+    "coat_tiny": {"embed_dims": (32, 32, 32, 32), "serial_depths": (1, 1, 1, 1), "parallel_depth": 2},
+    "convmixer_768_32": {"dim": 32, "depth": 2},
+    "lowformer_b0": {"width_list": (8, 16, 32, 64, 128), "depth_list": (0, 1, 1, 1, 1)},
+    "crossvit_tiny_240": {"embed_dim": (24, 48), "depth": ((1, 2, 0), (1, 2, 0))},
+    "csatv2": {"depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)},
+    "davit_tiny": {"embed_dims": (24, 48, 96, 192), "num_heads": (2, 4, 4, 4)},
+    "dla46x_c": {"levels": (1, 1, 1, 2, 1, 1)},
+    "dpn48b": {"k_sec": (1, 1, 1, 1)},
+    "mobilenetv5_base": {"round_chs_fn": lambda _: partial(round_channels, multiplier=0.25), "stem_size": 16},
+    "fbnetv3_b hardcorenas_b semnasnet_050 mnasnet_small mobilenetv2_035": {"block_args": _once},
+    "mobilenetv3_small_050 tf_mobilenetv3_small_075 tinynet_e": {"block_args": _once},
+    "focalnet_tiny_srf gcvit_xxtiny": {"embed_dim": 24, "depths": (1, 1, 1, 1)},
+    "ghostnet_050 ghostnetv3_050 repghostnet_050": {"cfgs": _strided},
+    "gmixer_12_224 gmlp_ti16_224 mixer_s16_224 resmlp_12_224": {"num_blocks": 2, "embed_dim": 48},
+    "hgnet_tiny hgnetv2_b0 selecsls42": {"model_cfg": _eighth},
+    "eca_vovnet39b vovnet39a ese_vovnet19b_slim_dw": {
+        "model_cfg": lambda cfg: _eighth(cfg) | {"layer_per_block": 2, "block_per_stage": [1] * 4}
+    },
+    "hrnet_w18_small": {"model_cfg": _hrnet},
+    "iformer_t": {"depths": (1, 1, 4, 3), "attn_groups": (0, 0, 1, 1)},
+    "mvitv2_tiny": {"model_cfg": mvitv2.MultiScaleVitCfg(depths=(1, 1, 1, 1), embed_dim=24)},
+    "nasnetalarge": {"num_features": 24 * 8, "stem_size": 16},
+    "nest_tiny": {"embed_dims": (24, 48, 96), "num_heads": (2, 4, 4), "depths": (1, 1, 1)},
+    "nextvit_small": {"depths": (1, 2, 5, 2), "stem_chs": (16, 8, 16)},
+    "volo_d1_224": {"layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (2, 4, 4, 4)},
+    "rdnet_tiny": {"num_init_features": 16, "growth_rates": (16,) * 7, "num_blocks_list": (1,) * 7},
+    "regnetv_040 regnetx_002 regnety_002 regnetz_005": {"depth": 8, "w0": 24, "wa": 36.0, "wm": 2.5, "group_size": 8, "num_features": 0},
+    "rexnet_100 rexnetr_100": {"depth_mult": 0.3},
+    "tresnet_m": {"width_factor": 0.25},
+    "xception41p": {"block_cfg": lambda rows: _eighth([*rows[:3], *rows[-3:]])},
+    "dm_nfnet_f0 eca_nfnet_l0 nfnet_l0": {"channels": (64, 128, 192, 256), "group_size": 16},
+    "cs3darknet_focus_s cspdarknet53 cspresnet50 cspresnext50 darknet17 darknetaa53 sedarknet21": {"model_cfg": _csp},
+    "botnet26t_256 eca_botnext26ts_256 eca_resnext26ts gernet_s haloregnetz_b": {"model_cfg": _byob},
+    "lambda_resnet26t lamhalobotnet50ts_256 regnetz_b16 repvgg_a0 resnext26ts sebotnet33ts_256": {"model_cfg": _byob},
+    "halonet_h1 sehalonet33ts seresnext26ts": {"model_cfg": _byob},
+    "coatnext_nano_rw_224": {"embed_dim": (32, 64, 96, 128), "stem_width": 32},
+}
+"""What is put in last, over what timm's function of that name says; a function is applied to that."""
+
+_REPEATED = {"inception_resnet_v2": ("repeat", "repeat_1", "repeat_2"), "inception_v4": ("features",)}
+"""Rows of blocks, all alike, of which one is left."""
+
 TASKS = ("image",)
 
 
@@ -176,5 +270,20 @@ def kinds(task: str) -> list[str]:
 def made(task: str, kind: str) -> Made:
     """A small model of a kind, ten classes."""
     settings, size = _CASES[kind]
+    late = next((values for names, values in _LATE.items() if kind in names.split()), {})
     torch.manual_seed(0)
-    return case(timm.create_model(kind, num_classes=10, **settings), torch.randn(4, 3, size, size))
+    home = sys.modules[timm.model_entrypoint(kind).__module__]
+    with mock.patch.object(home, "build_model_with_cfg", partial(_told, home.build_model_with_cfg, late)):
+        model = timm.create_model(kind, num_classes=10, **settings)
+    for name in _REPEATED.get(kind, ()):
+        setattr(model, name, _different(getattr(model, name)))
+    return case(model, torch.randn(4, 3, size, size))
+
+
+def _told(build: Callable[..., nn.Module], late: dict[str, Any], *args: Any, **said: Any) -> nn.Module:
+    return build(*args, **said | {name: value(said[name]) if callable(value) else value for name, value in late.items()})
+
+
+def _different(blocks: nn.Sequential) -> nn.Sequential:
+    """Without the blocks of the kind of the one before."""
+    return nn.Sequential(*[b for b, before in zip(blocks, [None, *blocks]) if type(b) is not type(before)])

@@ -60,6 +60,19 @@ def _resnet(block: Any, **settings: Any) -> nn.Module:
     return model
 
 
+class _NarrowVideo(video.VideoResNet):
+    """The same of a video ResNet, one block each."""
+
+    def _make_layer(self, block: Any, conv_builder: Any, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
+        return super()._make_layer(block, conv_builder, planes // 4, 1, stride)
+
+
+def _video(makers: list[Any], stem: Any = None) -> nn.Module:
+    model = _NarrowVideo(video.resnet.BasicBlock, makers, [1, 1, 1, 1], stem or video.resnet.BasicStem, num_classes=10)
+    model.fc = nn.Linear(128, 10)
+    return model
+
+
 def _bottleneck(**settings: Any) -> nn.Module:
     return _resnet(tv.resnet.Bottleneck, **settings)
 
@@ -203,9 +216,9 @@ _CASES: dict[str, dict[str, Callable[[], Made]]] = {
         "lraspp": lambda: _images(segmentation.lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=5), 64),
     },
     "video": {
-        "r3d": lambda: _clip(video.r3d_18(num_classes=10)),
-        "mc3": lambda: _clip(video.mc3_18(num_classes=10)),
-        "r2plus1d": lambda: _clip(video.r2plus1d_18(num_classes=10)),
+        "r3d": lambda: _clip(_video([video.resnet.Conv3DSimple] * 4)),
+        "mc3": lambda: _clip(_video([video.resnet.Conv3DSimple] + [video.resnet.Conv3DNoTemporal] * 3)),
+        "r2plus1d": lambda: _clip(_video([video.resnet.Conv2Plus1D] * 4, video.resnet.R2Plus1dStem)),
         "s3d": lambda: _clip(video.S3D(10, dropout=0.0), 16, 64),
         "mvit_v1": lambda: _clip(_mvit(False), 4),
         "mvit_v2": lambda: _clip(_mvit(True), 4),
