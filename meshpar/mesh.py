@@ -162,7 +162,12 @@ def local_batch(global_batch: Any, mesh: DeviceMesh) -> Any:
     leaves = pytree.tree_flatten_with_path(global_batch)[0]
     tensors = [(pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]
     wrong = [f"{path or 'the batch'} has {leaf.shape[0]} samples." for path, leaf in tensors if leaf.shape[0] % size]
-    raise_all(BatchError, f"dim 0 of every tensor of the global batch must be divisible by the {size} data ranks:", wrong)
+    raise_all(
+        BatchError,
+        f"dim 0 of every tensor of the global batch holds samples and must be divisible by the {size} data ranks (of a list with a tensor "
+        f"for each sample make one: torch.stack(images), and wrap the model in a module that calls it with list(images)):",
+        wrong,
+    )
 
     ranks = data_ranks(mesh)
 

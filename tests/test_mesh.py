@@ -149,7 +149,7 @@ def test_local_batch() -> None:
         batch = local_batch({"x": torch.arange(8).view(4, 2), "scale": torch.tensor(3.0), "name": "a", "more": [torch.arange(2)]}, mesh)
         assert batch["x"].tolist() == [[4, 5], [6, 7]]
         assert batch["scale"] == 3.0 and batch["name"] == "a" and batch["more"][0].tolist() == [1]
-        with pytest.raises(BatchError, match=r"divisible by the 2 data ranks: \['y'\] has 3 samples"):
+        with pytest.raises(BatchError, match=r"divisible by the 2 data ranks .*torch.stack.*: \['y'\] has 3 samples"):
             local_batch({"x": torch.ones(2), "y": torch.ones(3)}, mesh)
 
 

@@ -87,9 +87,25 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     value._apply(lambda t: t.to(dtype) if t.is_floating_point() else t.to(dtype.to_complex()) if t.is_complex() else t)
     for module in value.modules():
         for name, attribute in list(vars(module).items()):
-            if _is_floating(attribute):
-                setattr(module, name, attribute.to(dtype))
+            if name not in _OF_TORCH and (held := _cast_held(attribute, dtype)) is not attribute:
+                setattr(module, name, held)
     return value
+
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+"""The attributes in which a module keeps its parameters, buffers, children and hooks."""
+
+
+def _cast_held(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor, or a container with those in it cast: a list or dict is the same one, and others may hold it too."""
+    if type(value) in (list, dict):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            value[key] = _cast_held(item, dtype)
+        return value
+    if type(value) is tuple:
+        items = tuple(_cast_held(item, dtype) for item in value)
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    return value.to(dtype) if _is_floating(value) else value
 
 
 def _is_floating(value: Any) -> bool:

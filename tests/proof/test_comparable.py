@@ -51,6 +51,16 @@ def test_batches_are_cast() -> None:
     assert batch["x"].dtype == torch.float64 and batch["ids"].dtype == torch.long and batch["name"] == "a"
 
 
+def test_tensors_in_containers_are_cast() -> None:
+    net = Net()
+    net.steps = shared = [torch.ones(2), {"a": torch.ones(2), "n": 3}]
+    net.pair, net.names = (torch.ones(2), "b"), ("c",)
+    names = net.names
+    cast(net, torch.float64)
+    assert net.steps is shared and net.names is names and net.pair[1] == "b"
+    assert shared[0].dtype == shared[1]["a"].dtype == net.pair[0].dtype == torch.float64
+
+
 def test_requests_for_narrower_dtypes() -> None:
     x = torch.rand(3, dtype=torch.float64)
     with only(torch.float64):

@@ -381,7 +381,7 @@ def _hidream() -> Made:
         hidden_states=_noise(4, 8, 8),
         timesteps=_steps(),
         encoder_hidden_states_t5=_noise(6, 16),
-        encoder_hidden_states_llama3=torch.randn(2, SAMPLES, 6, 16),
+        encoder_hidden_states_llama3=[_noise(6, 8) for _ in range(2)],
         pooled_embeds=_noise(16),
     )
 

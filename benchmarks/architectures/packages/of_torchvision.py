@@ -33,10 +33,23 @@ def _clip(model: nn.Module, frames: int = 8, size: int = 32) -> Made:
     return case(model, torch.randn(SAMPLES, 3, frames, size, size))
 
 
+class _Stacked(nn.Module):
+    """A detector that is handed its samples in one tensor of each kind: samples are cut along dim 0."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, **targets: Tensor) -> Any:
+        rows = [dict(zip(targets, row, strict=True)) for row in zip(*targets.values(), strict=True)]
+        return self.model(list(images), rows)
+
+
 def _boxes(model: nn.Module, size: int = 64, more: Callable[[], dict[str, Tensor]] = dict) -> Made:
     box = torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 60.0, 50.0]])
-    targets = [{"boxes": box, "labels": torch.tensor([1, 2]), **more()} for _ in range(SAMPLES)]
-    return case(model, [torch.randn(3, size, size) for _ in range(SAMPLES)], targets)
+    targets = {"boxes": box, "labels": torch.tensor([1, 2]), **more()}
+    rows = {name: torch.stack([t] * SAMPLES) for name, t in targets.items()}
+    return case(_Stacked(model), images=torch.randn(SAMPLES, 3, size, size), **rows)
 
 
 def _masks() -> dict[str, Tensor]:
@@ -219,7 +232,7 @@ _CASES: dict[str, dict[str, Callable[[], Made]]] = {
         "r3d": lambda: _clip(_video([video.resnet.Conv3DSimple] * 4)),
         "mc3": lambda: _clip(_video([video.resnet.Conv3DSimple] + [video.resnet.Conv3DNoTemporal] * 3)),
         "r2plus1d": lambda: _clip(_video([video.resnet.Conv2Plus1D] * 4, video.resnet.R2Plus1dStem)),
-        "s3d": lambda: _clip(video.S3D(10, dropout=0.0), 16, 64),
+        "s3d": lambda: _clip(video.S3D(10, dropout=0.0), 16, 224),
         "mvit_v1": lambda: _clip(_mvit(False), 4),
         "mvit_v2": lambda: _clip(_mvit(True), 4),
         "swin3d": lambda: _clip(_swin3d(), 4),

@@ -225,6 +225,8 @@ def _writes(reads: Reads) -> tuple[dict[Place, Formula], dict[Place, str]]:
             place.put(reads.roots, ABSENT)
         elif isinstance(value, (*FUNCTIONS, nn.Module)):
             refused.append(f"{place}{where}: it is assigned a {type(value).__name__} in forward. Do so in __init__.")
+        elif place in reads.read and same(value, reads.read[place]):
+            continue  # (what was there: a tensor is its own .to(dtype))
         elif place in reads.read and not _is_remade(value):
             refused.append(
                 f"{place}{where}: forward reads it and puts {_kind(value)} there, for its next call. Register it with register_buffer if "

@@ -65,6 +65,8 @@ class _Lift:
         self.rows: dict[fx.Node, tuple[str, int]] = {}
         self.same: dict[str, str] = {}
         """Symbol -> an earlier one that counts an equal mask."""
+        self.numbers: dict[fx.Node, Any] = {}
+        """Numbers made of sizes -> what they are where all rows are there."""
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -80,18 +82,71 @@ class _Lift:
         return prod(_shape(self.masks[symbol]))
 
     def _number(self, node: fx.Node) -> bool:
-        """A size as a number: it becomes the number of all rows."""
+        """A size as a number: where it is the size of something it becomes the number of all rows, else a tensor that counts the chosen."""
         symbol = facts(node).symbol
         if symbol is None:
             return False
         value = self._size(symbol) if symbol in self.masks else None
-        if value is None and node.op == "call_function" and not node.all_input_nodes and not isinstance(node.target, OpOverload):
-            value = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
+        if value is None and node.op == "call_function" and not isinstance(node.target, OpOverload):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.numbers.get(n, n))
+            value = None if set(node.all_input_nodes) - set(self.numbers) else node.target(*args, **kwargs)  # type: ignore[operator]
         if value is not None:
+            self.numbers[node] = value
             for user in list(node.users):
-                user.args = map_arg(user.args, lambda n: value if n is node else n)
-                user.kwargs = map_arg(user.kwargs, lambda n: value if n is node else n)
+                self._told(user, node, value)
         return True
+
+    def _told(self, user: fx.Node, node: fx.Node, value: Any) -> None:
+        """Give a user of a number what it asks for: a size, or a count."""
+        if facts(user).symbol is not None:
+            return  # (made of numbers itself)
+        if not isinstance(user.target, OpOverload) or isinstance(value, bool):
+            user.args, user.kwargs = (map_arg(given, lambda n: value if n is node else n) for given in (user.args, user.kwargs))
+            return
+        schema = user.target._schema.arguments
+        given = dict(zip((a.name for a in schema), user.args, strict=False)) | user.kwargs
+        counted = [a for a in schema if given.get(a.name) is node and "int" not in str(a.type).lower()]
+        if counted and all(a.type.kind() != "TensorType" for a in counted):
+            user.target = self._of_tensors(user)
+        for argument in schema[: len(user.args)]:
+            one = self._counted(user, node) if argument in counted else map_arg(given[argument.name], lambda n: value if n is node else n)
+            user.args = tuple(one if a.name == argument.name else old for a, old in zip(schema, user.args, strict=False))
+        user.kwargs = map_arg(user.kwargs, lambda n: value if n is node else n)
+
+    def _of_tensors(self, user: fx.Node) -> OpOverload:
+        """The form of an operator that takes a tensor for a number."""
+        assert isinstance(user.target, OpOverload)
+        packet = user.target.overloadpacket
+        if user.target._overloadname != "Scalar" or "Tensor" not in packet.overloads():
+            self._uncounted(user)
+        return packet.Tensor  # type: ignore[no-any-return]
+
+    def _counted(self, user: fx.Node, number: fx.Node) -> fx.Node:
+        """The value of a number that counts chosen rows, as a tensor."""
+        symbol, info = facts(number).symbol, Info((), torch.int64, False)
+        if symbol in self.masks:
+            mask = self.masks[str(symbol)]
+            if _dtype(mask) != torch.bool:
+                mask = emit(user, aten.ne.Scalar, (mask, 0), Info(_shape(mask), torch.bool, False))
+            return emit(user, aten.sum.default, (mask,), info)
+        target = _ON_COUNTS.get(number.target)
+        if target is None or number.kwargs:
+            self._uncounted(user)
+        args = [self._counted(user, one) if isinstance(one, fx.Node) else one for one in number.args]
+        tensors = [one for one in args if isinstance(one, fx.Node)]
+        if target is aten.clamp.default or not isinstance(args[0], fx.Node):  # a bound is a number, and numbers come second
+            others = [one for one in args if one not in tensors]
+            if len(tensors) != 1 or number.target not in _EITHER_WAY:
+                self._uncounted(user)
+            args = [*tensors, *((None, *others) if number.target is torch.sym_min else others)]
+        return emit(user, target, tuple(args), info)
+
+    def _uncounted(self, user: fx.Node) -> None:
+        where = f"{facts(user).module or 'the model'} ({facts(user).source or 'source unknown'})"
+        raise CaptureError(
+            f"{user.target} in {where} computes with the number of rows that a mask chooses, which depends on data.\n"
+            "  Use the tensor mask.sum() for that number."
+        )
 
     def _choose(self, node: fx.Node) -> bool:
         """Where rows are chosen: positions of a mask, or a mask as an index."""
@@ -303,22 +358,28 @@ def _mean(lift: _Lift, node: fx.Node, symbol: str) -> bool:
 
 
 def _distance(lift: _Lift, node: fx.Node, symbol: str) -> bool:
-    """A mean or sum of distances: those of the rows, and their mean or sum."""
-    args, kwargs = node.args, dict(node.kwargs)
-    x, y = args[:2]
-    reduction = kwargs.pop("reduction", args[2] if len(args) > 2 else 1)
+    """A mean or sum of distances: of each row, with zeros for those that were not chosen (which may be no numbers); their mean or sum."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    x, y = node.args[:2]
     if (
         not isinstance(x, fx.Node)
         or not isinstance(y, fx.Node)
         or x not in lift.rows
         or lift.rows.get(y) != lift.rows[x]
         or _shape(x) != _shape(y)
+        or any(source in lift.rows for source in node.all_input_nodes if source not in (x, y))
     ):
         return False
-    each = emit(node, node.target, (x, y, 0, *args[3:]), Info(_shape(x), _info(node).dtype, False), kwargs)
+    mean = given.get("reduction", 1) == 1
+    given["reduction"] = 0
+    operands = (lift.masked(node, x, symbol), lift.masked(node, y, symbol))
+    options = [given.pop(a.name, a.default_value) for a in schema[2:] if not a.kwarg_only]
+    rest = {a.name: given[a.name] for a in schema if a.kwarg_only and a.name in given}
+    each = emit(node, node.target, (*operands, *options), Info(_shape(x), _info(node).dtype, False), rest)
     lift.rows[each] = lift.rows[x]
-    node.target, node.args, node.kwargs = (aten.mean.default if reduction == 1 else aten.sum.default), (each,), {}
-    return _mean(lift, node, symbol) if reduction == 1 else _sum(lift, node, symbol)
+    node.target, node.args, node.kwargs = (aten.mean.default if mean else aten.sum.default), (each,), {}
+    return _mean(lift, node, symbol) if mean else _sum(lift, node, symbol)
 
 
 def _label_loss(lift: _Lift, node: fx.Node, symbol: str) -> bool:
@@ -369,8 +430,21 @@ _SINKS: Mapping[str, Callable[[_Lift, fx.Node, str], bool]] = {
     **dict.fromkeys(("cross_entropy_loss", "nll_loss", "nll_loss_nd"), _label_loss),
     "meshpar.ctc_loss": _ctc_loss,
     **dict.fromkeys(("l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss"), _distance),
+    **dict.fromkeys(("binary_cross_entropy_with_logits", "binary_cross_entropy", "soft_margin_loss", "kl_div"), _distance),
 }
 """Operators that take chosen rows and give a tensor of fixed shape."""
+
+
+_ON_COUNTS: Mapping[Any, OpOverload] = {
+    operator.add: aten.add.Tensor,
+    operator.sub: aten.sub.Tensor,
+    operator.mul: aten.mul.Tensor,
+    torch.sym_max: aten.clamp.default,
+    torch.sym_min: aten.clamp.default,
+}
+"""Arithmetic with sizes -> the same with tensors."""
+_EITHER_WAY = (operator.add, operator.mul, torch.sym_max, torch.sym_min)
+"""Of these, what does not ask for an order."""
 
 
 def _info(node: Any) -> Any:

@@ -78,6 +78,24 @@ def test_putting_back_what_is_there_is_no_change() -> None:
     assert mp.verify(Changing(same), "tp=2", (torch.randn(2, 4),)).ok
 
 
+def test_a_tensor_put_back_in_the_dtype_that_it_has_is_no_change() -> None:
+    class Anchored(nn.Module):
+        """Keeps tensors in a list, which every forward makes anew."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.anchors = nn.Linear(4, 4), [torch.arange(4.0)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.anchors = [anchor.to(x.dtype) for anchor in self.anchors]
+            return (self.head(x) * self.anchors[0]).square().mean()
+
+    model = Anchored()
+    assert mp.verify(model, "tp=2", (torch.randn(2, 4),)).ok
+    with mp.simulate(2):
+        mp.parallelize(model, mp.make_mesh("tp=2"), example=(torch.randn(2, 4),))
+
+
 class Listening(nn.Module):
     """Puts a wrapper around the forward of a part for as long as it computes, as libraries do that record what parts return."""
 

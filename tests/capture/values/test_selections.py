@@ -97,6 +97,11 @@ CHOSEN: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda y, labels: (y[labels >= 0].cumsum(-1) * y[labels >= 0].flip(-1)).sum() + y[labels >= 0].std(-1).sum(),
     lambda y, labels: y[labels >= 0].topk(2).values.sum() + y[labels >= 0].sort(-1).values[:, 0].sum() + y[labels >= 0].norm(dim=-1).sum(),
     lambda y, labels: torch.bmm(y[labels >= 0].unsqueeze(1), y[labels >= 0].unsqueeze(2)).sum(),
+    lambda y, labels: y[labels >= 0].square().sum() / y[labels >= 0].shape[0] + y[labels >= 0].sum() * y[labels >= 0].numel(),
+    lambda y, labels: (y[labels >= 0] * y[labels >= 0].shape[0]).sum() / max(1, y[labels >= 0].shape[0]) + y[labels > 9].sum() / 1,
+    lambda y, labels: y[labels >= 0].sin().sum() / (1 + y[labels >= 0].shape[0]) + y[labels >= 0].reshape(-1, 1).square().sum(),
+    lambda y, labels: F.kl_div(y.log_softmax(-1)[labels >= 0], y.softmax(-1)[labels >= 0], reduction="batchmean"),
+    lambda y, labels: _masked_scores(y, labels),
     lambda y, labels: torch.cat([y[labels >= 0], y[labels >= 0].sin()], -1).square().sum() + y[labels >= 0][:, [0, 2]].sum(),
 ]
 
@@ -106,6 +111,14 @@ def _masked_distances(y: Tensor, labels: Tensor) -> Tensor:
     mask = (labels >= 0).unsqueeze(-1).expand_as(y)
     target = labels.unsqueeze(-1).expand_as(y).masked_select(mask).to(y.dtype)
     return F.l1_loss(y.masked_select(mask), target) + F.mse_loss(y.sin()[mask], target, reduction="sum") + F.smooth_l1_loss(y[mask], target)
+
+
+def _masked_scores(y: Tensor, labels: Tensor) -> Tensor:
+    """Targets of rows that are not chosen are no numbers."""
+    mask, target = labels >= 0, labels.to(y.dtype).div(4.0).sqrt().unsqueeze(-1).expand_as(y)
+    weight = torch.arange(1.0, 6.0, dtype=y.dtype)
+    total = F.binary_cross_entropy_with_logits(y[mask], target[mask], pos_weight=weight, reduction="sum")
+    return total + F.binary_cross_entropy(y[mask].sigmoid(), target[mask]) + F.mse_loss(y[mask], target[mask])
 
 
 class Scoring(nn.Module):
@@ -189,6 +202,7 @@ def test_lengths_of_other_targets_are_as_many_as_in_the_example() -> None:
         (lambda x: x[x[:, 0] > 0].std(), "aten.std.correction in the model .* mixes rows"),
         (lambda x: (x[x[:, 0] > 0].t() @ x[x[:, 0] > 0]).sum(), "mixes rows"),
         (lambda x: x[x[:, 0] > 0].softmax(0).sum(), "mixes rows"),
+        (lambda x: x.sum() ** x[x[:, 0] > 0].shape[0], r"aten.pow.* in the model .* the number of rows that a mask chooses.*\n.*mask.sum"),
         (lambda x: x[x[:, 0] > 0].norm(dim=0).sum(), "mixes rows"),
         (lambda x: x[x[:, 0] > 0].flip(0).square().sum(), "mixes rows"),
         (lambda x: x[x[:, 0] > 0].sort(0).values.sum(), "mixes rows"),
