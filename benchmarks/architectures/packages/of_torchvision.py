@@ -187,7 +187,7 @@ def _stock(name: str) -> Made:
 
 _STOCK = "resnet18 mobilenet_v2 mobilenet_v3_small efficientnet_b0 shufflenet_v2_x0_5 regnet_y_400mf densenet121 mnasnet0_5".split()
 _STOCK += ["swin_t", "vit_b_32"]
-_SIZES: dict[str, Any] = {"min_size": 64, "max_size": 64}
+_SIZES: dict[str, Any] = {"min_size": 64, "max_size": 64, "_skip_resize": True}
 
 _CASES: dict[str, dict[str, Callable[[], Made]]] = {
     "image": {

@@ -106,6 +106,8 @@ class _Lift:
         schema = user.target._schema.arguments
         given = dict(zip((a.name for a in schema), user.args, strict=False)) | user.kwargs
         counted = [a for a in schema if given.get(a.name) is node and "int" not in str(a.type).lower()]
+        if any(a.name in user.kwargs for a in counted):
+            self._uncounted(user)
         if counted and all(a.type.kind() != "TensorType" for a in counted):
             user.target = self._of_tensors(user)
         for argument in schema[: len(user.args)]:
@@ -235,6 +237,8 @@ class _Lift:
         outputs = [self._rows_of(info) for info in infos if isinstance(info, DataSized)]
         symbols = {self.rows[source][0] for source in inputs} | {rows[0] for rows in outputs if rows}
         if not outputs or None in outputs or len(outputs) != len(infos) or len(symbols) != 1 or not symbols <= set(self.masks):
+            self._refuse(node)
+        if not inputs and op_name(node.target) not in _ALIKE:  # (the first n rows of a table do not lie where the chosen ones do)
             self._refuse(node)
         size = self._size(symbols.pop())
         fixed = tuple(Info(tuple(size if isinstance(n, str) else n for n in info.shape), info.dtype, False) for info in infos)
@@ -434,6 +438,9 @@ _SINKS: Mapping[str, Callable[[_Lift, fx.Node, str], bool]] = {
 }
 """Operators that take chosen rows and give a tensor of fixed shape."""
 
+
+_ALIKE = ("expand", "full", "ones", "zeros", "new_full", "new_ones", "new_zeros")
+"""Operators that make as many rows as a number says, one like the other."""
 
 _ON_COUNTS: Mapping[Any, OpOverload] = {
     operator.add: aten.add.Tensor,

@@ -202,6 +202,7 @@ def test_lengths_of_other_targets_are_as_many_as_in_the_example() -> None:
         (lambda x: x[x[:, 0] > 0].std(), "aten.std.correction in the model .* mixes rows"),
         (lambda x: (x[x[:, 0] > 0].t() @ x[x[:, 0] > 0]).sum(), "mixes rows"),
         (lambda x: x[x[:, 0] > 0].softmax(0).sum(), "mixes rows"),
+        (lambda x: (x[x[:, 0] > 0] * x.detach()[: x[x[:, 0] > 0].shape[0]]).sum(), "aten.slice.Tensor in the model .* mixes rows"),
         (lambda x: x.sum() ** x[x[:, 0] > 0].shape[0], r"aten.pow.* in the model .* the number of rows that a mask chooses.*\n.*mask.sum"),
         (lambda x: x[x[:, 0] > 0].norm(dim=0).sum(), "mixes rows"),
         (lambda x: x[x[:, 0] > 0].flip(0).square().sum(), "mixes rows"),
