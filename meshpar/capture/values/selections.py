@@ -100,20 +100,21 @@ class _Lift:
         """Give a user of a number what it asks for: a size, or a count."""
         if facts(user).symbol is not None:
             return  # (made of numbers itself)
-        if not isinstance(user.target, OpOverload) or isinstance(value, bool):
-            user.args, user.kwargs = (map_arg(given, lambda n: value if n is node else n) for given in (user.args, user.kwargs))
-            return
-        schema = user.target._schema.arguments
+
+        def told(given: Any) -> Any:
+            return map_arg(given, lambda n: value if n is node else n)
+
+        schema = user.target._schema.arguments if isinstance(user.target, OpOverload) and not isinstance(value, bool) else ()
         given = dict(zip((a.name for a in schema), user.args, strict=False)) | user.kwargs
         counted = [a for a in schema if given.get(a.name) is node and "int" not in str(a.type).lower()]
         if any(a.name in user.kwargs for a in counted):
             self._uncounted(user)
         if counted and all(a.type.kind() != "TensorType" for a in counted):
             user.target = self._of_tensors(user)
-        for argument in schema[: len(user.args)]:
-            one = self._counted(user, node) if argument in counted else map_arg(given[argument.name], lambda n: value if n is node else n)
-            user.args = tuple(one if a.name == argument.name else old for a, old in zip(schema, user.args, strict=False))
-        user.kwargs = map_arg(user.kwargs, lambda n: value if n is node else n)
+        for place, argument in enumerate(user.args):
+            counts = any(place < len(schema) and schema[place].name == a.name for a in counted)
+            user.update_arg(place, self._counted(user, node) if counts else told(argument))
+        user.kwargs = told(user.kwargs)
 
     def _of_tensors(self, user: fx.Node) -> OpOverload:
         """The form of an operator that takes a tensor for a number."""
@@ -121,7 +122,7 @@ class _Lift:
         packet = user.target.overloadpacket
         if user.target._overloadname != "Scalar" or "Tensor" not in packet.overloads():
             self._uncounted(user)
-        return packet.Tensor  # type: ignore[no-any-return]
+        return packet.Tensor
 
     def _counted(self, user: fx.Node, number: fx.Node) -> fx.Node:
         """The value of a number that counts chosen rows, as a tensor."""
