@@ -246,7 +246,7 @@ _LATE: dict[str, dict[str, Any]] = {
     "regnetv_040 regnetx_002 regnety_002 regnetz_005": {"depth": 8, "w0": 24, "wa": 36.0, "wm": 2.5, "group_size": 8, "num_features": 0},
     "rexnet_100 rexnetr_100": {"depth_mult": 0.3},
     "tresnet_m": {"width_factor": 0.25},
-    "xception41p": {"block_cfg": lambda rows: _eighth([*rows[:3], *rows[-3:]])},
+    "xception41p": {"block_cfg": lambda rows: [*rows[:3], *rows[-3:]]},
     "dm_nfnet_f0 eca_nfnet_l0 nfnet_l0": {"channels": (64, 128, 192, 256), "group_size": 16},
     "cs3darknet_focus_s cspdarknet53 cspresnet50 cspresnext50 darknet17 darknetaa53 sedarknet21": {"model_cfg": _csp},
     "botnet26t_256 eca_botnext26ts_256 eca_resnext26ts gernet_s haloregnetz_b": {"model_cfg": _byob},
