@@ -225,8 +225,8 @@ def _writes(reads: Reads) -> tuple[dict[Place, Formula], dict[Place, str]]:
             place.put(reads.roots, ABSENT)
         elif isinstance(value, (*FUNCTIONS, nn.Module)):
             refused.append(f"{place}{where}: it is assigned a {type(value).__name__} in forward. Do so in __init__.")
-        elif place in reads.read and same(value, reads.read[place]):
-            continue  # (what was there: a tensor is its own .to(dtype))
+        elif place in reads.read and _is_put_back(value, reads.read[place]):
+            continue
         elif place in reads.read and not _is_remade(value):
             refused.append(
                 f"{place}{where}: forward reads it and puts {_kind(value)} there, for its next call. Register it with register_buffer if "
@@ -250,6 +250,17 @@ def _is_plain(value: Any) -> bool:
         items = vars(value).values() if isinstance(value, types.SimpleNamespace) else value
         return all(map(_is_plain, items)) and (not isinstance(value, dict) or all(map(_is_plain, value.values())))
     return not is_number(value) and isinstance(value, PLAIN)
+
+
+def _is_put_back(value: Any, before: Any) -> bool:
+    """Whether the tensors that were there are there again: a tensor of the dtype asked for is its own `.to(dtype)`."""
+    if isinstance(value, Tensor):
+        return value is before
+    if type(value) not in (list, tuple, dict) or type(value) is not type(before) or len(value) != len(before):
+        return _is_plain(value) and same(value, before)
+    if isinstance(value, dict):
+        return list(value) == list(before) and all(_is_put_back(value[key], before[key]) for key in value)
+    return all(map(_is_put_back, value, before))
 
 
 def _is_remade(value: Any) -> bool:

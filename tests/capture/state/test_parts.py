@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import meshpar as mp
 from meshpar.errors import CaptureError
+from meshpar.simulate import local_tensors
 
 
 class Changing(nn.Module):
@@ -94,6 +96,37 @@ def test_a_tensor_put_back_in_the_dtype_that_it_has_is_no_change() -> None:
     assert mp.verify(model, "tp=2", (torch.randn(2, 4),)).ok
     with mp.simulate(2):
         mp.parallelize(model, mp.make_mesh("tp=2"), example=(torch.randn(2, 4),))
+
+
+class Growing(nn.Module):
+    """Puts a number into a list that is the one that was there, and is another as soon as somebody makes it small."""
+
+    def __init__(self, second: float | Tensor) -> None:
+        super().__init__()
+        self.head, self.scales = nn.Linear(4, 4), [1.0, second]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x) * self.scales[0] * self.scales[1]
+        self.scales = [min(2 * self.scales[0], 1.0), self.scales[1]]
+        return y.square().mean()
+
+
+@pytest.mark.parametrize("second", [2.0, torch.ones(4)], ids=["numbers", "a tensor beside it"])
+def test_numbers_put_back_in_a_list_are_followed(second: float | Tensor) -> None:
+    """Or refused as soon as they are others than before."""
+    torch.manual_seed(0)
+    model, x = Growing(second), torch.randn(2, 4)
+    alone = copy.deepcopy(model)
+    with mp.simulate(2):
+        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=(x,))
+        for step in range(5):
+            if step == 2:
+                pm.scales[0] = alone.scales[0] = 0.25
+                if isinstance(second, Tensor):
+                    with pytest.raises(CaptureError, match="scales at .*a list with tensors"):
+                        pm.train_step(x)
+                    return
+            assert float(local_tensors(pm.train_step(x))[0]) == pytest.approx(float(alone(x)), rel=1e-5), step
 
 
 class Listening(nn.Module):
