@@ -46,6 +46,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
 )
+from torch.export import _trace as export_trace
 from torch.export import exported_program  # torch 2.13; wait for decompositions that touch only what a program calls
 from torch.fx import Node, _symbolic_trace
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # torch 2.13; see SizeSymbols
@@ -82,6 +83,13 @@ def only_composites(called: Collection[OpOverload]) -> Iterator[None]:
     """Inside, `run_decompositions` prepares only these composite operators to stay whole: to prepare all 500 of them, at six dispatch keys
     each, costs twice as much as the trace of a small model (torch 2.13)."""
     with patch.object(exported_program, "_collect_all_valid_cia_ops", lambda: {one for one in called if _is_preservable_cia_op(one)}):
+        yield
+
+
+@contextmanager
+def without_dumps() -> Iterator[None]:
+    """Inside, `torch.export` does not print the graph as far as it came when a forward asked what depends on data (torch 2.13)."""
+    with patch.object(export_trace, "print", lambda *_, **__: None, create=True):
         yield
 
 
@@ -891,6 +899,7 @@ __all__ = [
     "takes",
     "takes_a_list",
     "transforms",
+    "without_dumps",
     "without_modes",
     "written_arguments",
     "written_names",

@@ -41,6 +41,20 @@ def test_a_mask_that_is_looked_at() -> None:
     assert any(node.target is torch.ops.aten.linear.default for node in captured.graph.nodes)
 
 
+def test_nothing_is_printed_of_a_question_that_is_asked_in_another_way(capfd: pytest.CaptureFixture[str]) -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y.sum() * 0 if y[mask].shape[0] == 0 else y[mask].square().mean()
+
+    capture(Chosen(), (), {"x": torch.randn(6, 4), "mask": torch.tensor([True, False, True, True, False, False])})
+    assert capfd.readouterr() == ("", "")
+
+
 def test_torch_transformer_with_a_causal_mask() -> None:
     class Translator(nn.Module):
         def __init__(self) -> None:
