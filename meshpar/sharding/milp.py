@@ -24,8 +24,10 @@ from meshpar.sharding.typings import Choice
 
 _GATHERED = 1000.0
 """Gathering a parameter that was cut is for rules that ask for nothing else: data parallelism does that better."""
-_EXACT, _ANY = 1e-5, 1e9
+_EXACT, _NEAR, _ANY = 1e-5, 1e-2, 1e9
 """How far from the best a solution may be, relative to it, for the search to end."""
+_LARGE = 1000
+"""Of more variables the best is found in seconds, and proved to be the best in minutes, closer than any price is true: `_NEAR` will do."""
 _OUT_OF_TIME, _OPTIMAL = 1, 0
 """Status of SciPy's milp."""
 
@@ -82,6 +84,7 @@ class _Model:
         self.place = {group.members[-1]: at for at, group in enumerate(self.groups)}
         self._pick_one()
         self._uses()
+        self.gap = _NEAR if len(self.costs) > _LARGE else _EXACT
 
     def _alone(self) -> list[Group]:
         """Every step as a group of its own; of equally cheap typings the first is preferred."""
@@ -171,7 +174,7 @@ class _Model:
             )
         if found.x is None:
             raise PlanError(f"no consistent typing of {count} operators: {found.message}")
-        if found.status != _OPTIMAL or found.mip_gap > _EXACT:
+        if found.status != _OPTIMAL or found.mip_gap > self.gap:
             warnings.warn(
                 f"the search for the cheapest plan of {count} operators ended after {time_limit:.0f} s, at most "
                 f"{100 * min(found.mip_gap, 9.99):.1f} % from the best: what it computes is right, and another run may find another plan.",
@@ -181,7 +184,7 @@ class _Model:
     def solve(self, time_limit: float) -> Choices:
         rows, columns, values = zip(*self.entries, strict=True)
         matrix = coo_matrix((values, (rows, columns)), shape=(len(self.low), len(self.costs))).tocsr()
-        found = self._search(matrix, time_limit, gap=_EXACT)
+        found = self._search(matrix, time_limit, gap=self.gap)
         if found.x is None and found.status == _OUT_OF_TIME:
             found = self._search(matrix, 10 * time_limit, gap=_ANY)
         self._tell(found, time_limit)

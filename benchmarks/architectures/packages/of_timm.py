@@ -206,6 +206,12 @@ def _eighth(value: Any) -> Any:
     return max(8, value // 8) if type(value) is int and value >= 32 else value
 
 
+def _from_stem(cfg: dict[str, Any], channels: int) -> dict[str, Any]:
+    """The first block reads what the stem gives, which no setting changes."""
+    (_, *first), *rest = cfg["features"]
+    return cfg | {"features": [(channels, *first), *rest]}
+
+
 def _strided(stages: Any) -> Any:
     """The stages that halve the image, the first and the last."""
     return [rows for i, rows in enumerate(stages) if rows[0][-1] == 2 or i in (0, len(stages) - 1)]
@@ -231,7 +237,8 @@ _LATE: dict[str, dict[str, Any]] = {
     "focalnet_tiny_srf gcvit_xxtiny": {"embed_dim": 24, "depths": (1, 1, 1, 1)},
     "ghostnet_050 ghostnetv3_050 repghostnet_050": {"cfgs": _strided},
     "gmixer_12_224 gmlp_ti16_224 mixer_s16_224 resmlp_12_224": {"num_blocks": 2, "embed_dim": 48},
-    "hgnet_tiny hgnetv2_b0 selecsls42": {"model_cfg": _eighth},
+    "hgnet_tiny hgnetv2_b0": {"model_cfg": _eighth},
+    "selecsls42": {"model_cfg": lambda cfg: _from_stem(_eighth(cfg), 32)},
     "eca_vovnet39b vovnet39a ese_vovnet19b_slim_dw": {
         "model_cfg": lambda cfg: _eighth(cfg) | {"layer_per_block": 2, "block_per_stage": [1] * 4}
     },
@@ -285,5 +292,5 @@ def _told(build: Callable[..., nn.Module], late: dict[str, Any], *args: Any, **s
 
 
 def _different(blocks: nn.Sequential) -> nn.Sequential:
-    """Without the blocks of the kind of the one before."""
-    return nn.Sequential(*[b for b, before in zip(blocks, [None, *blocks]) if type(b) is not type(before)])
+    """Without the blocks of the kind of the one before, but for single convolutions."""
+    return nn.Sequential(*[b for b, before in zip(blocks, [None, *blocks]) if type(b) is not type(before) or hasattr(b, "conv")])
