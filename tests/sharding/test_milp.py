@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from random import Random
 from typing import Any
 
 import pytest
@@ -97,3 +99,34 @@ def test_a_search_that_finds_nothing_in_time_is_no_contradiction(monkeypatch: py
     problem = Problem((_step(((), I, 2e-4), ((), S, 1e-4)),), (), (), 2)
     with pytest.raises(PlanError, match=r"no plan for 1 operators was found in 220 s on this machine. Try again when it is less busy"):
         choose(problem, PRICE)
+
+
+def test_of_many_variables_nearly_the_best_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few are searched for the best; many until what is found is within a hundredth of it, without a warning."""
+    asked: list[float] = []
+    search = module._Model._search
+
+    def watched(self: module._Model, matrix: Any, time_limit: float, gap: float) -> OptimizeResult:
+        asked.append(gap)
+        return search(self, matrix, time_limit, gap)
+
+    monkeypatch.setattr(module._Model, "_search", watched)
+    kinds: tuple[Type, ...] = (R, S, I, P)
+    random = Random(0)
+
+    def problem(count: int) -> Problem:
+        steps = [_step(((S,), S, 0.0), operands=(0,))]
+        for at in range(count):
+            options = [((a, b), c, random.uniform(0, 3) * GATHER) for a in kinds[:2] for b in kinds[:2] for c in kinds]
+            steps.append(_step(*options, operands=((at, 0), (max(0, at - 2), 0))))
+        return Problem(tuple(steps), ((INFO, S),), (), 2)
+
+    few, many = problem(2), problem(40)
+    monkeypatch.setattr(module, "_LARGE", 200)
+    choose(few, PRICE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        near = choose(many, PRICE).seconds
+    monkeypatch.setattr(module, "_LARGE", 10**9)
+    best = choose(many, PRICE).seconds
+    assert asked == [1e-5, 1e-2, 1e-5] and best <= near * (1 + 1e-9) and near <= best * 1.0101
