@@ -78,6 +78,16 @@ def zeros_before(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
 
 
+def written_into_zeros(x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out[:, 1:] = x[:, :-1]
+    return out
+
+
+def drawn_forward(x: Tensor) -> Tensor:
+    return torch.cat([x[:, 2:], x.new_zeros(x.shape[0], 2, x.shape[2])], 1)
+
+
 class TimeMix(nn.Module):
     """Receptance, keys and values of a position and the one before it; sums that fade, kept small by a running maximum."""
 

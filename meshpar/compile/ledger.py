@@ -13,7 +13,7 @@ from meshpar.compile.exposure import exposed
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
-from meshpar.ops import convolution, gathered, halo, pieces, ring, scans, scored, vocab_parallel
+from meshpar.ops import convolution, gathered, halo, pieces, ring, scans, scored, shifts, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
@@ -73,6 +73,8 @@ def entries(node: fx.Node) -> Iterator[Comm]:
         yield from _between_parts(node)
     if node.target is convolution.halo_convolution:
         yield from _around(node)
+    if node.target is shifts.halo_shifted:
+        yield from _before(node)
     if node.target is scans.cumulated:
         yield from _totals(node)
     if node.target is gathered.gathered_attention:
@@ -116,6 +118,14 @@ def _around(node: fx.Node) -> Iterator[Comm]:
     nbytes = float(near.most_sent() * x.nbytes // x.shape[-1])
     for phase in ("forward", "backward") if x.requires_grad else ("forward",):
         yield _comm(node, "halo", facts(node).axis or "", phase, nbytes)
+
+
+def _before(node: fx.Node) -> Iterator[Comm]:
+    """Positions of other ranks that come to lie here; backward their gradients. Of the rank that sends most."""
+    x, cut = info_of(operands(node)[0]), Shard(*node.args[1:4])  # type: ignore[arg-type]
+    near = shifts.before(cut, node.kwargs["by"], node.kwargs["size"])  # type: ignore[arg-type]
+    for phase in ("forward", "backward") if x.requires_grad else ("forward",):
+        yield _comm(node, "halo", facts(node).axis or "", phase, float(near.most_sent() * x.nbytes // x.shape[cut.dim]))
 
 
 def _totals(node: fx.Node) -> Iterator[Comm]:

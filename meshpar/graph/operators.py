@@ -369,6 +369,8 @@ _MOVED: dict[str, OperatorRow] = {
     **_moves("concat concatenate", "join"),
     **_moves("cumsum", "scan", local=local.cumulated),
     **_rows("meshpar.ops.scans.cumulated", rules.cumulated, kind="scan"),
+    **_rows("meshpar.ops.shifts.shifted", fixed_dims(lambda op: [op.dim()]), kind="copy", saves="nothing", local=local.shifted),
+    **_rows("meshpar.ops.shifts.halo_shifted", fixed_dims(lambda op: [op.dim()]), kind="copy", saves="nothing"),
     **_rows("pad", layers.padding, kind="write"),
     **_rows("constant_pad_nd", layers.padding, kind="write", saves="nothing"),
 }

@@ -5,7 +5,7 @@
 before     Batch norm is written out first: its statistics then are sums like any other, and the types see them. Attention that is written
            out becomes attention, and masks are read, while they are whole: a part of a causal mask is not causal. Losses of all positions
            but some at the ends take all, while the slice can be seen. Convolutions with a padding before or a slice after them become ones
-           that give a result for each position.
+           that give a result for each position, and so do shifts that are left: a padding of a convolution is its own.
 lowered    `Lower`, outermost axis first, as they were typed: the types of the next one speak of the sizes that are left.
            `SimplifyAttention` again: a mask that is causal with the sizes of this rank need not be read.
            `ReduceGradients`: the sum of a gradient becomes a conversion of the parameter, so every use of it must be in the graph.
@@ -39,6 +39,7 @@ from meshpar.passes.randomness import SeedRandom
 from meshpar.passes.reduce import ReduceGradients
 from meshpar.passes.reuse import Reuse
 from meshpar.passes.shifted import IgnoreEnds
+from meshpar.passes.shifts import AlignShifts
 from meshpar.passes.tally import TallyExperts
 from meshpar.passes.weight_gradients import DeferWeightGradients
 from meshpar.passes.written_out import recognise_attention
@@ -56,6 +57,7 @@ def before(graph: fx.Graph, axes: Sequence[Axis]) -> None:
         SimplifyAttention(windows=True)(graph)
         IgnoreEnds()(graph)
         AlignConvolutions()(graph)
+        AlignShifts()(graph)
 
 
 def lowered(
