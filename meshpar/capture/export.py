@@ -230,7 +230,7 @@ def _export(
             grad.inline(program.graph_module)
             return functional.functional(program)
         except Exception as error:
-            raise blame.explain(error, recorder.model, found.advice()) from error
+            raise blame.explain(error, recorder.model, found.advice(blame.modules_of(error, recorder.model))) from error
 
 
 def _canonical(program: ExportedProgram, recorder: nn.Module, names: Mapping[int, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ that multiplies every token with every expert (einsum, bmm) is an ordinary graph
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,16 +60,21 @@ class Seam:
 
     @contextmanager
     def advising(self) -> Iterator[None]:
-        """Inside, a CaptureError ends with the advice."""
+        """Inside, a CaptureError of such a module ends with the advice."""
         try:
             yield
         except CaptureError as error:
-            advice = self.advice()
-            raise (CaptureError(f"{error}\n{advice}") if advice else error) from error
+            advice = self.advice(error.modules)
+            raise (CaptureError(f"{error}\n{advice}", modules=error.modules) if advice else error) from error
 
-    def advice(self) -> str:
-        """What to tell about the modules that were not recognised; an empty string without any."""
-        return advise(self.unrecognised)
+    def advice(self, modules: Sequence[str] | None = None) -> str:
+        """What to tell about the modules that were not recognised, if any of `modules` is one or inside of one; else an empty string."""
+        found = {
+            name: why
+            for name, why in self.unrecognised.items()
+            if modules is None or any(not name or f"{module}.".startswith(f"{name}.") for module in modules)
+        }
+        return advise(found)
 
 
 def advise(unrecognised: Mapping[str, str]) -> str:
