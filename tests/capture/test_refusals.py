@@ -169,6 +169,13 @@ class Chooses(nn.Module):
         return self.of(y, y.sum(-1) > 0)
 
 
+def ones_at_half(rows: Tensor) -> Tensor:
+    """Ones in the first half of rows, whose number is that of all."""
+    ones = torch.zeros_like(rows)
+    ones[torch.arange(rows.shape[0]), torch.arange(rows.shape[0]) % 2] = 1.0
+    return ones
+
+
 NUMBER = "makes a Python number .* of how many rows a mask chooses"
 
 
@@ -190,6 +197,7 @@ NUMBER = "makes a Python number .* of how many rows a mask chooses"
         (lambda y, mask: y[mask].softmax(0)[0], "softmax.* mixes rows", "with -inf in those that are not chosen"),
         (lambda y, mask: torch.cat([y[mask], y]).sum(), "cat.* mixes rows", "Put all rows together, and their masks"),
         (lambda y, mask: y[mask.nonzero()[:, 0]][mask.nonzero()[:, 0] % 2].sum(), "index.* mixes rows", "Look up for all rows"),
+        (lambda y, mask: (y[mask] * ones_at_half(y[mask])).sum(), "index_put.* mixes rows", r"Write for all rows, .*one_hot for ones"),
     ],
 )
 def test_sizes_that_depend_on_data(of: Callable[[Tensor, Tensor], Any], reason: str, way_out: str) -> None:

@@ -266,9 +266,9 @@ class _Lift:
 
     def _refuse(self, node: fx.Node) -> None:
         where = f"{facts(node).module or 'the model'} ({facts(node).source or 'source unknown'})"
+        kind = "write" if op_name(node.target) == "index_put" else operator_of(node.target).kind
         raise CaptureError(
-            f"{node.target} in {where} mixes rows chosen by a mask, whose number depends on data.\n"
-            f"  {_INSTEAD.get(operator_of(node.target).kind, _OTHERWISE)}.",
+            f"{node.target} in {where} mixes rows chosen by a mask, whose number depends on data.\n  {_INSTEAD.get(kind, _OTHERWISE)}.",
             modules=(facts(node).module or "",),
         )
 
