@@ -62,8 +62,8 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"Could not extract specialized" + _OF_ROWS,
-        "it makes a Python number (len(), int(), float(), range()) of how many rows a mask chooses, which depends on what the model computes",
-        "Take that number as a tensor, mask.sum(), or as a size, x[mask].shape[0], and write a loop over rows as one call on all of them, a "
+        "it makes a Python number (len(), int(), float()) of how many rows a mask chooses, which depends on what the model computes",
+        "Take that number as a tensor, mask.sum(), or as a size, x[mask].shape[0], and write a loop over rows as one call on all, a "
         "branch as torch.where(mask.sum() > 0, one, other)",
     ),
     (
