@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from meshpar.graph.facts import facts, info_of, set_facts
-from meshpar.graph.op import read
+from meshpar.graph.op import operands, read
 
 aten = torch.ops.aten
 
@@ -38,8 +38,13 @@ def with_device(node: fx.Node) -> dict[str, Any]:
 
 
 def forget(graph: fx.Graph) -> None:
-    """Rewrite every such call, in place. Not of rows sorted by expert, of which a rank has as many as come to it (see `graph.rows`)."""
+    """Rewrite every such call whose example has a gradient, in place: ones after labels may count them.
+
+    Not of rows sorted by expert, of which a rank has as many as come to it (see `graph.rows`).
+    """
     for node in [n for n in graph.nodes if n.op == "call_function" and n.target in _MADE and not info_of(n).rows]:
+        if not info_of(operands(node)[0]).requires_grad:
+            continue
         info, arguments = info_of(node), read(node).arguments
         value = (arguments["fill_value"],) if "fill_value" in arguments else ()
         with graph.inserting_before(node):
