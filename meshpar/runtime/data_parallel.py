@@ -170,7 +170,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     units = _units(tree, config)
     for unit in units:
         fully_shard([tree.get_submodule(path) for path in unit], **options)
-    fully_shard(tree, **options)
+    fully_shard(tree, **options | {"reshard_after_forward": False})  # its backward comes first: letting go would gather twice
     for name, parameter in tree.named_parameters(remove_duplicate=False):
         if (spec := specs[name]) is not None:
             mark(parameter, spec)
