@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.tensor_parallel import handwritten
 from meshpar._torch import resolve_process_group
-from meshpar.ops import expert_all_to_all, primitives
+from meshpar.ops import expert_all_to_all, expert_pieces, primitives
 
 SENT = {  # of the bytes of what is handed in, or comes out, the share that a device sends, with ring algorithms
     "all_reduce": lambda x, size: 2 * x.nbytes * (size - 1) / size,
@@ -137,15 +137,15 @@ def slow(link: Link) -> Iterator[None]:
     of_fsdp = {name: getattr(dist, name) for name in ("all_gather_single", "reduce_scatter_single")}
     for name, real in of_fsdp.items():
         setattr(dist, name, shared_out(name, real))
-    primitives.begin = expert_all_to_all.begin = begun  # type: ignore[attr-defined]
-    expert_all_to_all.start_messages = started  # type: ignore[attr-defined]
+    primitives.begin = expert_all_to_all.begin = expert_pieces.begin = begun  # type: ignore[attr-defined]
+    expert_all_to_all.start_messages = expert_pieces.start_messages = started  # type: ignore[attr-defined]
     handwritten.dist = _ByHand(link)  # type: ignore[attr-defined]
     dist.batch_isend_irecv = received
     try:
         yield
     finally:
-        primitives.begin = expert_all_to_all.begin = begin  # type: ignore[attr-defined]
-        expert_all_to_all.start_messages = start  # type: ignore[attr-defined]
+        primitives.begin = expert_all_to_all.begin = expert_pieces.begin = begin  # type: ignore[attr-defined]
+        expert_all_to_all.start_messages = expert_pieces.start_messages = start  # type: ignore[attr-defined]
         handwritten.dist = dist  # type: ignore[attr-defined]
         dist.batch_isend_irecv = batched
         for name, real in of_fsdp.items():

@@ -53,18 +53,18 @@ def through_experts(
     if not sends_by_itself(x, **where):
         rows, ends, *route = send_rows(x, offsets, **where)
         return return_rows(_run(steps, [rows, ends, *operands], experts.grouped_mm), *route, **where)
-    flight = _Flight(x, offsets, (group, size, rank))
-    sums = [_Sums() for name, *_ in steps if name == PRODUCT]
-    head, tail, *others = _Sent.apply(x, flight)
+    flight = _OnTheWay(x, offsets, (group, size, rank))
+    sums = [_MatrixGradient() for name, *_ in steps if name == PRODUCT]
+    head, tail, *others = _SetOut.apply(x, flight)
 
     def computed(rows: Tensor, ends: Tensor, *, last: bool = False) -> Tensor:
         left = iter(sums)
-        return _run(steps, [rows, ends, *operands], lambda *args: _Product.apply(*args, next(left), last))
+        return _run(steps, [rows, ends, *operands], lambda *args: _ProductOfAPiece.apply(*args, next(left), last))
 
     results = [computed(head, flight.own_ends[0], last=True)]  # in backward
-    left = [_Left.apply(computed(_Arrived.apply(rows, flight, g), flight.ends(g)), flight, g) for g, rows in enumerate(others)]
+    left = [_WentOut.apply(computed(_CameIn.apply(rows, flight, g), flight.ends(g)), flight, g) for g, rows in enumerate(others)]
     results.append(computed(tail, flight.own_ends[1]))
-    found: Tensor = _Landed.apply(flight, *results, *left)
+    found: Tensor = _CameHome.apply(flight, *results, *left)
     return found
 
 
@@ -84,11 +84,13 @@ def _run(steps: tuple[CheapStep, ...], known: list[Any], product: Callable[[Tens
     return found
 
 
-class _Flight:
+class _OnTheWay:
     """Where the rows of one exchange are, here and on the way."""
 
     def __init__(self, x: Tensor, offsets: Tensor, axis: tuple[str, int, int]) -> None:
         self.axis, self.n = axis, x.shape[0]
+        self.apart = x.device.type == "cpu"
+        """Whether messages between two ranks are sent by themselves; else those of all ranks together."""
         _, size, rank = axis
         if offsets.shape[0] % size:
             raise ConfigError(f"expert_all_to_all: {size} ranks do not divide the {offsets.shape[0]} experts.")
@@ -176,7 +178,7 @@ class _Flight:
 
     def _start(self, gone: list[Parcel], come: list[Parcel]) -> Wait:
         group = self.axis[0]
-        if self.own_ends[0].device.type == "cpu":
+        if self.apart:
             return start_messages(_full(gone), _full(come), group)
         gone, come = (sorted(parcels, key=lambda parcel: parcel[1:]) for parcels in (gone, come))
         of_rank = [[sum(x.shape[0] for x, peer, _ in parcels if peer == at) for at in range(self.axis[1])] for parcels in (gone, come)]
@@ -193,11 +195,11 @@ def _full(parcels: Sequence[Parcel]) -> list[Parcel]:
     return [parcel for parcel in parcels if parcel[0].shape[0]]
 
 
-class _Sent(torch.autograd.Function):
+class _SetOut(torch.autograd.Function):
     """Rows on their way: the two halves of a rank's own, and memory for those of each group that come."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: _Flight) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, flight: _OnTheWay) -> tuple[Tensor, ...]:
         ctx.flight = flight
         x = x.detach().contiguous()
         for g in range(len(flight.groups)):
@@ -217,11 +219,11 @@ class _Sent(torch.autograd.Function):
         return gradient, None
 
 
-class _Arrived(torch.autograd.Function):
+class _CameIn(torch.autograd.Function):
     """The rows of a group, when they are here; their gradients leave."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: _Flight, g: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, flight: _OnTheWay, g: int) -> Tensor:
         ctx.flight, ctx.g = flight, g
         return flight.arrived(g)
 
@@ -234,11 +236,11 @@ class _Arrived(torch.autograd.Function):
         return grad, None, None
 
 
-class _Left(torch.autograd.Function):
+class _WentOut(torch.autograd.Function):
     """The results of a group leave; their gradients, when they are here."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, flight: _Flight, g: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, flight: _OnTheWay, g: int) -> Tensor:
         ctx.flight, ctx.g = flight, g
         y = y.detach().contiguous()
         if flight.result is None:
@@ -251,11 +253,11 @@ class _Left(torch.autograd.Function):
         return ctx.flight.arrived(ctx.g), None, None
 
 
-class _Landed(torch.autograd.Function):
+class _CameHome(torch.autograd.Function):
     """All results, when they are here; the gradients of those of other ranks' experts leave."""
 
     @staticmethod
-    def forward(ctx: Any, flight: _Flight, first: Tensor, last: Tensor, *left: Tensor) -> Tensor:
+    def forward(ctx: Any, flight: _OnTheWay, first: Tensor, last: Tensor, *left: Tensor) -> Tensor:
         ctx.flight = flight
         result, flight.result = flight.result, None
         assert result is not None
@@ -272,7 +274,7 @@ class _Landed(torch.autograd.Function):
         return None, *(grad[own] for own in flight.own), *(grad.new_zeros(0) for _ in flight.groups)
 
 
-class _Sums:
+class _MatrixGradient:
     """The gradient of a matrix of every expert, as far as pieces have added to it."""
 
     def __init__(self) -> None:
@@ -296,11 +298,11 @@ class _Sums:
         return found
 
 
-class _Product(torch.autograd.Function):
+class _ProductOfAPiece(torch.autograd.Function):
     """`grouped_mm` of one piece. `last`: the last one in backward, which has the gradient of the matrices."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, sums: _Sums, last: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, sums: _MatrixGradient, last: bool) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
         ctx.sums, ctx.last = sums, last
         return experts.grouped_mm(x, weight, ends)

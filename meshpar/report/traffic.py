@@ -166,7 +166,7 @@ def _data_parallel(plan: Plan, order: Order | None) -> list[str]:
     return [f"  and per step over the data ranks ({mode}): {sent}"]
 
 
-class _Held(NamedTuple):
+class _RankBytes(NamedTuple):
     """Bytes of the parameters of a rank of the pipeline, without data parallelism."""
 
     whole: int
@@ -175,11 +175,11 @@ class _Held(NamedTuple):
     trained: int
 
 
-def _rank_bytes(plan: Plan, sizes: Mapping[str, int], rank: int) -> _Held:
+def _rank_bytes(plan: Plan, sizes: Mapping[str, int], rank: int) -> _RankBytes:
     own = {index for index, stage in enumerate(plan.stages) if stage.rank == rank} or {0}
     bytes_ = {name: _local_bytes(p, sizes) for name, p in plan.parameters.items() if own & set(p.stages)}
     whole, again = sum(bytes_.values()), sum(size for name, size in bytes_.items() if unit_of(name))
-    return _Held(whole, whole + again, sum(size for name, size in bytes_.items() if plan.parameters[name].trainable))
+    return _RankBytes(whole, whole + again, sum(size for name, size in bytes_.items() if plan.parameters[name].trainable))
 
 
 def _local_bytes(plan: ParameterPlan, sizes: Mapping[str, int]) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from meshpar._torch import DefaultAllGather, DefaultReduceScatter, at_end_of_backward, groups_of, in_backward
 
 
-class Sums:
+class SumInFlight:
     """The sum of gradients that is in flight, if there is one."""
 
     def __init__(self) -> None:
@@ -37,17 +37,17 @@ class Sums:
             work.wait()
 
 
-class Gather(DefaultAllGather):
+class AllGather(DefaultAllGather):
     """A gather that is awaited where its values are copied out."""
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
         return super().__call__(output_tensor, input_tensor, group, async_op=True)
 
 
-class Sum(DefaultReduceScatter):
+class ReduceScatter(DefaultReduceScatter):
     """The sums of one unit, awaited late where nothing reads them at once."""
 
-    def __init__(self, unit: nn.Module, sums: Sums) -> None:
+    def __init__(self, unit: nn.Module, sums: SumInFlight) -> None:
         self._groups, self._sums = groups_of(unit), sums
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -44,7 +44,7 @@ from meshpar._torch import (
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
-from meshpar.runtime.beside import Gather, Sum, Sums
+from meshpar.runtime.beside import AllGather, ReduceScatter, SumInFlight
 from meshpar.runtime.blocks import Tree, shared_blocks
 from meshpar.runtime.parameters.specs import mark, spec_of
 from meshpar.sharding.types import Owned
@@ -62,7 +62,7 @@ class DataParallelism:
     """Whether parameters stay gathered until the gradients of the step are summed."""
     beside: bool = True
     """Whether gradients are summed while backward still runs; else `done` sums them."""
-    sums: Sums = field(default_factory=Sums)
+    sums: SumInFlight = field(default_factory=SumInFlight)
     """The sum of gradients in flight, on CPUs."""
     stopped: list[str] = field(default_factory=list)
     """Why there can be no further step, if there is a reason."""
@@ -270,9 +270,9 @@ def _prefetch(tree: Tree, units: Sequence[Sequence[str]], config: ParallelConfig
         module.set_modules_to_forward_prefetch([following])
 
 
-def _beside(tree: Tree, mesh: DeviceMesh, config: ParallelConfig) -> Sums:
+def _beside(tree: Tree, mesh: DeviceMesh, config: ParallelConfig) -> SumInFlight:
     """On CPUs, gather and sum beside computation, as streams do elsewhere. (FSDP2 reads what is summed over `dp_replicate` too at once.)"""
-    sums = Sums()
+    sums = SumInFlight()
     if mesh.device_type != "cpu" or dist.get_backend() == "fake" or config.data_parallel == "replicate":
         return sums
     for module in _fsdp_modules(tree):
@@ -280,9 +280,9 @@ def _beside(tree: Tree, mesh: DeviceMesh, config: ParallelConfig) -> Sums:
         if len(groups_of(module)) != 1:  # experts are shared out over other axes: FSDP2 takes no collectives of one's own there
             continue
         if config.overlap_param_gather:
-            module.set_custom_all_gather(Gather())
+            module.set_custom_all_gather(AllGather())
         if config.overlap_grad_reduce and not roles.copying(mesh.mesh_dim_names or ()):
-            module.set_custom_reduce_scatter(Sum(module, sums))
+            module.set_custom_reduce_scatter(ReduceScatter(module, sums))
     return sums
 
 
