@@ -13,8 +13,9 @@ lowered    `Lower`, outermost axis first, as they were typed: the types of the n
            `SeedRandom` and `TallyExperts` ask for inputs of their own; they read the operators that are left, and nothing reads them.
 deferred   Only for schedules that put the gradients of weights off, and after lowering: the products that are split must be local ones.
 chunked    Where logits are to be few at a time, in graphs that return the loss alone: a reader of all logits must be gone.
-finished   `CutIntoPieces` and `HideGradientSums` join products and conversions of one block, so stages must be cut; they leave those alone
-           that were put off. The first takes what is next to each other, the other what is left, and what the first left to do.
+finished   `CutExpertsIntoPieces`, `CutIntoPieces` and `HideGradientSums` join products and what sends for them, of one block, so stages
+           must be cut; they leave those alone that were put off. The first two take what is next to each other, the last what is left, and
+           what they left to do.
            `ComputeAgain` joins what is cheap, when nobody looks for single operators any more.
            `Reuse` is the last: memory that nothing reads any more is known when no pass adds a reader, and when stages are cut.
 """
@@ -32,6 +33,7 @@ from meshpar.passes.batch_norm import expand_batch_norm
 from meshpar.passes.chunked_loss import ChunkLoss
 from meshpar.passes.coalesce import Coalesce
 from meshpar.passes.convolutions import AlignConvolutions
+from meshpar.passes.experts_in_pieces import CutExpertsIntoPieces
 from meshpar.passes.lower import Lower
 from meshpar.passes.pieces import CutIntoPieces
 from meshpar.passes.products import HideGradientSums
@@ -100,7 +102,7 @@ def finished(graph: fx.Graph, *, results: bool, overlap: bool, again: bool = Fal
     are not computed again as they are: products beside their own collectives in pieces, and what is cheap.
     """
     if overlap:
-        graph = HideGradientSums()(CutIntoPieces()(graph) if again else graph)
+        graph = HideGradientSums()(CutIntoPieces()(CutExpertsIntoPieces()(graph)) if again else graph)
     if again:
         graph = ComputeAgain()(graph)
     return Reuse(results=results)(graph)

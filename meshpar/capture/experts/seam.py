@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -126,10 +127,12 @@ def _replaced(model: nn.Module, found: Seam, registry: Any) -> Iterator[None]:
 
 
 def _asks(module: nn.Module, registry: Any) -> bool:
-    """Whether a module's forward asks transformers' registry."""
+    """Whether a module's forward asks transformers' registry, which it has in its closure, or, in older releases, as a global."""
     function = type(module).forward
-    closure = getattr(function, "__closure__", None) or ()
-    return registry is not None and any(cell.cell_contents is registry for cell in closure)
+    if registry is None or not isinstance(function, FunctionType):
+        return False
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return any(value is registry for value in (*(cell.cell_contents for cell in function.__closure__ or ()), *named))
 
 
 def _chosen(
