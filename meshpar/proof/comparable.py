@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from meshpar._torch import grouped_mm, pytree
+from meshpar._torch import OpOverload, grouped_mm, pytree
 from meshpar.capture.copies import Derived
 from meshpar.capture.hooks.models import copied
 from meshpar.errors import ConfigError
@@ -144,16 +144,21 @@ class _Widen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in BACKWARDS:
-            with self:
-                return BACKWARDS[func](*args, **kwargs)
-        if func in _CASTS:
-            return args[0].to(self._wide(_CASTS[func]), **kwargs)
-        if func in _BITS:
-            return func(*args, **kwargs)
-        if func is grouped_mm and args[0].dtype == torch.float64 and args[1].ndim == 3 and kwargs.get("bias") is None:
-            return torch.ops.meshpar.grouped_mm(*args[:2], kwargs["offs"])  # torch has none in float64
-        return func(*(self._wide(a) for a in args), **{k: self._wide(v) for k, v in kwargs.items()})
+        if type(func) is not OpOverload:  # (whose hash is a call)
+            if func in BACKWARDS:
+                with self:
+                    return BACKWARDS[func](*args, **kwargs)
+            if func in _CASTS:
+                return args[0].to(self._wide(_CASTS[func]), **kwargs)
+            if func in _BITS:
+                return func(*args, **kwargs)
+            if func is grouped_mm and args[0].dtype == torch.float64 and args[1].ndim == 3 and kwargs.get("bias") is None:
+                return torch.ops.meshpar.grouped_mm(*args[:2], kwargs["offs"])  # torch has none in float64
+        if torch.dtype in map(type, args):
+            args = tuple(self._wide(a) for a in args)
+        if torch.dtype in map(type, kwargs.values()):
+            kwargs = {k: self._wide(v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
 
     def _wide(self, value: Any) -> Any:
         narrower = isinstance(value, torch.dtype) and value.is_floating_point and 2 <= value.itemsize < self.dtype.itemsize
