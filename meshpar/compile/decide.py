@@ -54,6 +54,8 @@ class Decision:
     sequence: bool | Literal["auto"] = True
     context: str = "auto"
     """How attention is computed where an axis cuts the sequence."""
+    chunks: int | None = None
+    """How many pieces of it each rank gets; None leaves it to what attention computes."""
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
     pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
@@ -103,6 +105,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 outputs=outputs,
                 ordered=request.ordered,
                 context=request.context,
+                chunks=request.chunks,
                 inner=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].divides == "weights"),
                 samples=captured.batch_dims,
                 sharing=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].own_batches),

@@ -94,6 +94,7 @@ class Planner:
             tuple((a.name, a.size) for a in typed_axes(self.mesh)),
             sequence=self.config.sequence_parallel,
             context=self.config.context,
+            chunks=None if self.config.context_chunks == "auto" else self.config.context_chunks,
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
             buffers=self.buffers,
@@ -129,6 +130,7 @@ class Planner:
             "data_parallel": config.data_parallel,
             "sequence_parallel": config.sequence_parallel,
             "context": config.context,
+            "context_chunks": config.context_chunks,
             "outputs": config.outputs,
             "rules": self.rules,
         }

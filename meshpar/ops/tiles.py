@@ -3,6 +3,9 @@
                       keys 0 to 3    4 to 7    8 to 11
     queries 4 to 7    all            some      none          a tile of which nothing is seen is passed over, only "some" needs a mask
 
+Queries and keys may be of many short stretches of positions (`Meeting`). A tile has queries of one, and keys of as many as make it as large
+as any other, so that there are no more tiles for it; whether any are seen is asked of each pair of stretches.
+
 Of each query are kept what it got so far, the largest score and the sum of exp(score), from which backward makes the weights of a tile
 again. (The formulas are those of FlashAttention, arXiv 2205.14135.) Everything here is local to one rank.
 """
@@ -12,7 +15,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import cached_property, lru_cache
+from itertools import accumulate, product
 from typing import Any, NamedTuple
 
 import torch
@@ -51,14 +55,18 @@ class Scoring:
         late = (self.causal or self.window is not None) and first > at + rows - 1
         return late or (self.window is not None and first + columns - 1 <= at - self.window)
 
-    def hidden(self, at: int, rows: int, first: int, columns: int, device: torch.device) -> Tensor | None:
-        """`[rows, columns]`: True where the query does not see the key; None where all see all."""
-        past = first + columns - 1 <= at or not (self.causal or self.window is not None)
-        if past and (self.window is None or first > at + rows - 1 - self.window):
+    def hidden(self, rows: Stretch, columns: Sequence[Stretch], places: slice | Tensor, device: torch.device) -> Tensor | None:
+        """`[rows, columns]`: True where the query does not see the key; None where all see all. `places`: the keys' positions."""
+        if all(self._sees_all(rows, one) for one in columns):
             return None
-        behind = torch.arange(at, at + rows, device=device)[:, None] - torch.arange(first, first + columns, device=device)
+        keys = torch.arange(places.start, places.stop, device=device) if isinstance(places, slice) else places
+        behind = torch.arange(rows.at, rows.at + rows.size, device=device)[:, None] - keys
         hidden = behind < 0
         return hidden if self.window is None else hidden | (behind >= self.window)
+
+    def _sees_all(self, rows: Stretch, columns: Stretch) -> bool:
+        past = columns.at + columns.size - 1 <= rows.at or not (self.causal or self.window is not None)
+        return past and (self.window is None or columns.at > rows.at + rows.size - 1 - self.window)
 
     def sink_of(self, operands: Sequence[Tensor]) -> Tensor | None:
         """The score of each query whose weight is nobody's."""
@@ -76,24 +84,58 @@ class Scoring:
         return Scoring(causal, window, scale, tuple(tuple(step) for step in steps))
 
 
-class Rectangle(NamedTuple):
-    """Queries and keys that meet: a part of the table of all pairs, as stretches of what is held and of positions."""
+class Stretch(NamedTuple):
+    """Positions in a row, held in a row."""
 
-    query: int
-    """Where the first query is held."""
-    key: int
-    rows: int
-    """How many queries."""
-    columns: int
+    held: int
+    """Where the first is held."""
     at: int
-    """The position of the first query."""
-    first: int
-    """The position of the first key."""
+    """Its position."""
+    size: int
 
 
-def area(rectangles: Sequence[int], scoring: Scoring) -> int:
-    """Pairs of queries and keys in the tiles that are not passed over, of rectangles that are written one after the other."""
-    return sum(rows.size * columns.size for one in _rectangles(rectangles) for rows, columns in _pieces(one, scoring))
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Queries and keys that meet: a part of the table of all pairs. What is held in several stretches may be of any positions."""
+
+    queries: tuple[Stretch, ...]
+    keys: tuple[Stretch, ...]
+
+    @property
+    def numbers(self) -> list[int]:
+        """As the operators below take it, one meeting after the other."""
+        return [len(self.queries), len(self.keys), *(n for stretch in (*self.queries, *self.keys) for n in stretch)]
+
+    @staticmethod
+    def read(numbers: Sequence[int]) -> list[Meeting]:
+        """The other way."""
+        found, at = list[Meeting](), 0
+        while at < len(numbers):
+            queries, keys = numbers[at : at + 2]
+            flat = numbers[at + 2 : at + 2 + 3 * (queries + keys)]
+            stretches = [Stretch(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
+            found.append(Meeting(tuple(stretches[:queries]), tuple(stretches[queries:])))
+            at += 2 + len(flat)
+        return found
+
+
+def held(ranges: Sequence[tuple[int, int]]) -> tuple[Stretch, ...]:
+    """Ranges of positions that are held one after the other.
+
+    >>> held([(0, 2), (6, 8)])
+    (Stretch(held=0, at=0, size=2), Stretch(held=2, at=6, size=2))
+    """
+    found, start = list[Stretch](), 0
+    for low, high in ranges:
+        found.append(Stretch(start, low, high - low))
+        start += high - low
+    return tuple(found)
+
+
+def area(meetings: Sequence[int], scoring: Scoring) -> int:
+    """Pairs of queries and keys in the tiles that are not passed over, of meetings that are written one after the other."""
+    every = (_blocks(one, scoring.causal, scoring.window, SIDE) for one in Meeting.read(meetings))
+    return sum(row.size * one.columns[j].size for one in every for row, seen in zip(one.rows, one.seen, strict=True) for j in seen)
 
 
 def attend(
@@ -101,7 +143,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    rectangles: Sequence[Rectangle],
+    meetings: Sequence[Meeting],
     scoring: Scoring,
     out: Tensor,
     norm: Tensor,
@@ -112,7 +154,7 @@ def attend(
     `[b, h, s, f]`, zeros to begin with, and `norm`: `[b, h, s, 2]`, the largest score so far, and the logarithm of the sum of
     exp(score - largest): -inf to begin with. (Of scores near -1e38, as masks make them, the sum of the two would forget the second.)
     """
-    for tile in _tiles(query, key, operands, rectangles, scoring):
+    for tile in _tiles(query, key, operands, meetings, scoring):
         scores = _shown(tile, _stepped(tile, query, key, operands, scoring)[-1], scoring)
         own, most = norm[tile.queries], scores.amax(-1)
         weights = scores.sub_(_finite(most)[..., None]).exp_()
@@ -130,7 +172,7 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    rectangles: Sequence[Rectangle],
+    meetings: Sequence[Meeting],
     scoring: Scoring,
     grad: Tensor,
     norm: Tensor,
@@ -142,7 +184,7 @@ def attend_backward(
 ) -> None:
     """Add the gradients, in place. `norm`: of all keys; `delta` `[b, h, s]`: the sums of result times `grad`. `of_operands`: of one
     dim for an operand that needs none."""
-    for tile in _tiles(query, key, operands, rectangles, scoring):
+    for tile in _tiles(query, key, operands, meetings, scoring):
         values = _stepped(tile, query, key, operands, scoring)
         top, total = (_finite(x)[..., None] for x in norm[tile.queries].unbind(-1))
         last = values[-1].clone() if scoring.steps else values[-1]
@@ -198,20 +240,18 @@ def _finite(x: Tensor) -> Tensor:
     return x.masked_fill(x == -torch.inf, 0.0)
 
 
-class _Range(NamedTuple):
-    held: int
-    at: int
-    size: int
-
-
 @dataclass(frozen=True)
 class _Tile:
     samples: slice
     key_heads: slice
     group: int
     """Query heads of one head of keys and values."""
-    rows: _Range
-    columns: _Range
+    rows: Stretch
+    columns: tuple[Stretch, ...]
+    held: slice | Tensor
+    """Where the keys are."""
+    at: slice | Tensor
+    """At what positions."""
 
     @property
     def heads(self) -> slice:
@@ -223,9 +263,9 @@ class _Tile:
         return self.samples, self.heads, slice(self.rows.held, self.rows.held + self.rows.size)
 
     @property
-    def keys(self) -> tuple[slice, ...]:
+    def keys(self) -> tuple[slice | Tensor, ...]:
         """Where they are in `[b, k, t, ...]`."""
-        return self.samples, self.key_heads, slice(self.columns.held, self.columns.held + self.columns.size)
+        return self.samples, self.key_heads, self.held
 
     def by_key(self, x: Tensor) -> Tensor:
         """`[b, k g, s, ...]` as `[b, k, g s, ...]`."""
@@ -237,60 +277,131 @@ class _Tile:
 
     def of(self, operand: Tensor) -> Tensor:
         """Its part of `[b, h, s, all positions]`, any of which may be 1."""
-        columns = slice(self.columns.at, self.columns.at + self.columns.size)
-        return operand[tuple(slice(0, 1) if n == 1 else part for n, part in zip(operand.shape, (*self.queries, columns), strict=True))]
+        return operand[self._part(operand)]
 
     def add_to(self, of_operand: Tensor, operand: Tensor, grad: Tensor) -> None:
         """Add to the gradient of an operand, if that is wanted: summed where one element meets several scores."""
         if of_operand.shape == operand.shape:
-            place = self.of(of_operand)
-            place += grad.sum_to_size(place.shape)
+            part = self._part(of_operand)
+            of_operand[part] += grad.sum_to_size([min(sizes) for sizes in zip(of_operand.shape, grad.shape, strict=True)])
+
+    def _part(self, operand: Tensor) -> tuple[slice | Tensor, ...]:
+        return tuple(slice(0, 1) if n == 1 else part for n, part in zip(operand.shape, (*self.queries, self.at), strict=True))
 
 
-def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], rectangles: Sequence[Rectangle], scoring: Scoring) -> Iterator[_Tile]:
+def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], meetings: Sequence[Meeting], scoring: Scoring) -> Iterator[_Tile]:
     (b, h), k = query.shape[:2], key.shape[1]
-    for rectangle in rectangles:
-        seen = _seen(rectangle, operands, scoring)
-        for rows, columns in _pieces(rectangle, scoring):
-            if seen is not None and not seen[(rows.held - rectangle.query) // SIDE][(columns.held - rectangle.key) // SIDE]:
-                continue
-            one = rows.size * columns.size * (h // k)
-            heads = min(k, max(1, SCORES // one))
-            samples = min(b, max(1, SCORES // (one * heads)))
-            for low, first in product(range(0, b, samples), range(0, k, heads)):
-                yield _Tile(slice(low, min(low + samples, b)), slice(first, min(first + heads, k)), h // k, rows, columns)
+    for meeting in meetings:
+        blocks = _blocks(meeting, scoring.causal, scoring.window, SIDE)
+        places = _Places(blocks.columns, query.device)
+        for rows, seen in zip(blocks.rows, _seen(meeting, blocks, operands, scoring), strict=True):
+            for several in _together(rows, blocks.columns, seen):
+                columns = tuple(blocks.columns[j] for j in several)
+                one = rows.size * sum(part.size for part in columns) * (h // k)
+                heads = min(k, max(1, SCORES // one))
+                samples = min(b, max(1, SCORES // (one * heads)))
+                where = rows, columns, places.of(several, 0), places.of(several, 1)
+                for low, first in product(range(0, b, samples), range(0, k, heads)):
+                    yield _Tile(slice(low, min(low + samples, b)), slice(first, min(first + heads, k)), h // k, *where)
 
 
-def _seen(rectangle: Rectangle, operands: Sequence[Tensor], scoring: Scoring) -> list[list[bool]] | None:
-    """Of each tile, by its queries and its keys, whether a mask of booleans lets any be seen; None without such a mask.
+class _Blocks(NamedTuple):
+    """Stretches of at most SIDE queries and of at most SIDE keys, and which of those each of these sees, as far as positions tell."""
 
-    One look at all of it, so that an accelerator is waited for once. (A later step may not bring back what is hidden.)
+    rows: tuple[Stretch, ...]
+    columns: tuple[Stretch, ...]
+    seen: tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=512)
+def _blocks(meeting: Meeting, causal: bool, window: int | None, side: int) -> _Blocks:
+    rows, columns = _short(meeting.queries, side), _short(meeting.keys, side)
+    scoring = Scoring(causal, window)
+    seen = (tuple(j for j, c in enumerate(columns) if not scoring.sees_none(r.at, r.size, c.at, c.size)) for r in rows)
+    return _Blocks(rows, columns, tuple(seen))
+
+
+def _short(stretches: Sequence[Stretch], side: int) -> tuple[Stretch, ...]:
+    return tuple(Stretch(x + i, at + i, min(side, size - i)) for x, at, size in stretches for i in range(0, size, side))
+
+
+def _together(rows: Stretch, columns: Sequence[Stretch], seen: Sequence[int]) -> Iterator[list[int]]:
+    """Blocks of keys that are one tile with these queries: as many as make it as large as any."""
+    most, found, size = min(4 * SIDE, SIDE * SIDE // rows.size), list[int](), 0
+    for j in seen:
+        if found and size + columns[j].size > most:
+            yield found
+            found, size = [], 0
+        found.append(j)
+        size += columns[j].size
+    if found:
+        yield found
+
+
+@dataclass
+class _Places:
+    """Where blocks of keys are held, and their positions, as what picks them out."""
+
+    columns: Sequence[Stretch]
+    device: torch.device
+
+    def of(self, several: Sequence[int], field: int) -> slice | Tensor:
+        """Of some of the blocks: where they are held (0), or their positions (1)."""
+        starts, sizes = [self.columns[j][field] for j in several], [self.columns[j].size for j in several]
+        if all(start + size == after for start, size, after in zip(starts, sizes, starts[1:], strict=False)):
+            return slice(starts[0], starts[-1] + sizes[-1])
+        offsets, every = self._every
+        return torch.cat([every[field][offsets[j] : offsets[j] + size] for j, size in zip(several, sizes, strict=True)])
+
+    @cached_property
+    def _every(self) -> tuple[list[int], tuple[Tensor, ...]]:
+        """Where each block begins in two rows of numbers: where all keys of all blocks are held, and their positions."""
+        offsets = [0, *accumulate(one.size for one in self.columns)]
+        rows = (torch.cat([torch.arange(one[field], one[field] + one.size) for one in self.columns]) for field in (0, 1))
+        return offsets, tuple(row.to(self.device) for row in rows)
+
+
+def _seen(meeting: Meeting, blocks: _Blocks, operands: Sequence[Tensor], scoring: Scoring) -> Sequence[Sequence[int]]:
+    """Of each block of queries, those of keys of which any is seen: by positions, and by masks of booleans or with minus infinity.
+
+    One look at all of them, so that an accelerator is waited for once.
     """
-    kinds = [kind for kind, *_ in scoring.steps]
-    if "seen" not in kinds or {"keep", "fill"} & {*kinds[kinds.index("seen") :]}:
-        return None
-    mask = operands[scoring.steps[kinds.index("seen")][1]]
-    spans = (rectangle.query, rectangle.rows), (rectangle.first, rectangle.columns)
-    for dim, (start, length) in zip((2, 3), spans, strict=True):
-        mask = mask if mask.shape[dim] == 1 else mask.narrow(dim, start, length)
-    some = mask.flatten(0, 1).any(0).expand(rectangle.rows, rectangle.columns)
-    some = pad(some, (0, -rectangle.columns % SIDE, 0, -rectangle.rows % SIDE))
-    found: list[list[bool]] = some.unflatten(1, (-1, SIDE)).any(2).unflatten(0, (-1, SIDE)).any(1).tolist()
-    return found
+    found: Tensor | None = None
+    for mask, hides in _hiding(operands, scoring):
+        rows = [Stretch(0, 0, 1)] if mask.shape[2] == 1 else blocks.rows
+        if wide := mask.shape[3] != 1:
+            keys = [mask.narrow(3, at, size) for _, at, size in meeting.keys]
+            mask = keys[0] if len(keys) == 1 else torch.cat(keys, 3)
+        parts = (mask.narrow(2, row.held, row.size) for row in rows)
+        some = torch.stack([(x if hides is None else x != hides).flatten(0, 2).any(0) for x in parts])
+        if wide:
+            bounds = torch.tensor([0, *accumulate(one.size for one in blocks.columns)], device=mask.device)
+            some = pad(some.cumsum(1, dtype=torch.int32), (1, 0))[:, bounds].diff(dim=1) > 0
+        found = some if found is None else found & some
+    if found is None:
+        return blocks.seen
+    shown = found.expand(len(blocks.rows), len(blocks.columns)).tolist()
+    return [[j for j in seen if row[j]] for seen, row in zip(blocks.seen, shown, strict=True)]
 
 
-def _pieces(rectangle: Rectangle, scoring: Scoring) -> Iterator[tuple[_Range, _Range]]:
-    """Stretches of queries and of keys, but for those that do not see each other."""
-    for row, column in product(range(0, rectangle.rows, SIDE), range(0, rectangle.columns, SIDE)):
-        rows = _Range(rectangle.query + row, rectangle.at + row, min(SIDE, rectangle.rows - row))
-        columns = _Range(rectangle.key + column, rectangle.first + column, min(SIDE, rectangle.columns - column))
-        if not scoring.sees_none(rows.at, rows.size, columns.at, columns.size):
-            yield rows, columns
+def _hiding(operands: Sequence[Tensor], scoring: Scoring) -> Iterator[tuple[Tensor, float | None]]:
+    """Masks that hide for good, and by which number, if they are no booleans: no later step makes anything of minus infinity."""
+    for at, (kind, *of) in enumerate(scoring.steps):
+        if kind in ("seen", "plus") and all(_stays_hidden(step) for step in scoring.steps[at + 1 :]):
+            mask = operands[of[0]]
+            if kind == "seen":
+                yield mask, None
+            elif mask.is_floating_point() and mask.shape[2] != 1 and mask.shape[3] != 1:
+                yield mask, -torch.inf
+
+
+def _stays_hidden(step: ScoreStep) -> bool:
+    return step[0] in ("seen", "plus", "sink") or (step[0] == "times" and step[1] > 0)
 
 
 def _shown(tile: _Tile, scores: Tensor, scoring: Scoring) -> Tensor:
     """Scores, in place, without those of what is not seen."""
-    hidden = scoring.hidden(tile.rows.at, tile.rows.size, tile.columns.at, tile.columns.size, scores.device)
+    hidden = scoring.hidden(tile.rows, tile.columns, tile.at, scores.device)
     return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
@@ -358,13 +469,13 @@ def attend_(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    rectangles: Sequence[int],
+    meetings: Sequence[int],
     scoring: str,
     out: Tensor,
     norm: Tensor,
 ) -> None:
-    """`attend`, of rectangles that are written one after the other."""
-    attend(query, key, value, operands, _rectangles(rectangles), Scoring.read(scoring), out, norm)
+    """`attend`, of meetings that are written one after the other."""
+    attend(query, key, value, operands, Meeting.read(meetings), Scoring.read(scoring), out, norm)
 
 
 @torch.library.custom_op("meshpar::attend_backward_", mutates_args=("of_query", "of_key", "of_value", "of_operands"))
@@ -373,7 +484,7 @@ def attend_backward_(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    rectangles: Sequence[int],
+    meetings: Sequence[int],
     scoring: str,
     grad: Tensor,
     norm: Tensor,
@@ -385,15 +496,10 @@ def attend_backward_(
 ) -> None:
     """`attend_backward`, likewise."""
     gradients = of_query, of_key, of_value, of_operands
-    attend_backward(query, key, value, operands, _rectangles(rectangles), Scoring.read(scoring), grad, norm, delta, *gradients)
+    attend_backward(query, key, value, operands, Meeting.read(meetings), Scoring.read(scoring), grad, norm, delta, *gradients)
 
 
 @attend_.register_fake
 @attend_backward_.register_fake
 def _(*operands: object) -> None:
     return None
-
-
-def _rectangles(numbers: Sequence[int]) -> list[Rectangle]:
-    count = len(Rectangle._fields)
-    return [Rectangle(*numbers[i : i + count]) for i in range(0, len(numbers), count)]

@@ -227,7 +227,7 @@ class _Solver:
                 self._work(call),
                 experts=self.policy.experts,
                 even=self.policy.even,
-                balanced=self.reading.balanced,
+                chunks=self.reading.chunks,
             )
             self.made[key] = tuple(self.policy.revised(call, found, self._work(call), self.unit))
         return self.made[key]

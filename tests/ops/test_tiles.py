@@ -8,11 +8,16 @@ from torch import Tensor
 
 from meshpar.dry_run.tape import MachineTape, levels
 from meshpar.ops import tiles
-from meshpar.ops.tiles import Rectangle, ScoreStep, Scoring, attend, attend_backward, nothing_yet, sums_of
+from meshpar.ops.tiles import Meeting, ScoreStep, Scoring, Stretch, attend, attend_backward, nothing_yet, sums_of
 
 S = 16
-ALL = [Rectangle(0, 0, S, S, 0, 0)]
-IN_PARTS = [Rectangle(0, 4, 10, 12, 0, 4), Rectangle(10, 4, 6, 12, 10, 4), Rectangle(10, 0, 6, 4, 10, 0), Rectangle(0, 0, 10, 4, 0, 0)]
+ALL = [Meeting((Stretch(0, 0, S),), (Stretch(0, 0, S),))]
+FIRST, LAST = (Stretch(0, 0, 10),), (Stretch(10, 10, 6),)
+IN_PARTS = [
+    Meeting(FIRST + LAST, (Stretch(4, 4, 12),)),
+    Meeting(LAST + FIRST, (Stretch(0, 0, 1), Stretch(2, 2, 2))),
+    Meeting(FIRST + LAST, (Stretch(1, 1, 1),)),
+]
 """Some of the queries and some of the keys at a time, in any order."""
 
 
@@ -35,7 +40,8 @@ def whole(query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], sco
             z = z.masked_fill(~numbers[0], -torch.inf)
         else:
             z = torch.where(numbers[0] if kind == "keep" else ~numbers[0], z, numbers[1])
-    hidden = scoring.hidden(0, query.shape[2], 0, key.shape[2], query.device)
+    every = slice(0, key.shape[2])
+    hidden = scoring.hidden(Stretch(0, 0, query.shape[2]), [Stretch(0, 0, key.shape[2])], every, query.device)
     return (z if hidden is None else z.masked_fill(hidden, -torch.inf)).softmax(-1) @ value
 
 
@@ -102,13 +108,13 @@ def used(s: int, scoring: Scoring, *operands: Tensor) -> tuple[int, int]:
     """Of attention of `s` positions, forward and backward: the most bytes that are taken at a time, and how many products are made."""
     q, k, v = (x.detach() for x in given(1, 4, 2, s, torch.float32))
     (out, norm), sums, grad = nothing_yet(q, 3), [torch.zeros_like(x) for x in (q, k, v)], torch.ones(1, 4, s, 3)
-    delta, rectangles = torch.ones(1, 4, s), [Rectangle(0, 0, s, s, 0, 0)]
+    delta, meetings = torch.ones(1, 4, s), [Meeting((Stretch(0, 0, s),), (Stretch(0, 0, s),))]
     with MachineTape() as tape:
         for x in (q, k, v, out, norm, grad, delta, *sums):
             tape.number(x)
         before = sum(grown for _, grown in tape.storages.changes)
-        attend(q, k, v, operands, rectangles, scoring, out, norm)
-        attend_backward(q, k, v, operands, rectangles, scoring, grad, norm, delta, *sums, [torch.zeros(1)] * len(operands))
+        attend(q, k, v, operands, meetings, scoring, out, norm)
+        attend_backward(q, k, v, operands, meetings, scoring, grad, norm, delta, *sums, [torch.zeros(1)] * len(operands))
         most = max(levels(tape.storages.changes)) - before
         return most, sum(call.kernel.kind == "matrix" for call in tape.calls)
 
@@ -122,7 +128,7 @@ def test_nothing_is_as_large_as_the_pairs_of_positions(monkeypatch: pytest.Monke
     assert short == long < 6 * tile and every == 8 * 8 * products
     assert used(64, Scoring(causal=True))[1] == 8 * 9 // 2 * products
     assert used(64, Scoring(causal=True, window=9))[1] == (8 + 7) * products
-    assert tiles.area([0, 0, 64, 64, 0, 0], Scoring(causal=True)) == 36 * 64
+    assert tiles.area([1, 1, 0, 0, 64, 0, 0, 64], Scoring(causal=True)) == 36 * 64
 
 
 def test_tiles_between_documents_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
