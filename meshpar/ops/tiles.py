@@ -84,6 +84,16 @@ class Scoring:
         return Scoring(causal, window, scale, tuple(tuple(step) for step in steps))
 
 
+def hiding(steps: Sequence[ScoreStep]) -> Iterator[tuple[str, int]]:
+    """The steps that may hide for good, and their operands: "seen" what is false, "plus" what is minus infinity.
+
+    No later step may make anything else of minus infinity.
+    """
+    for at, (kind, *of) in enumerate(steps):
+        if kind in ("seen", "plus") and all(_stays_hidden(step) for step in steps[at + 1 :]):
+            yield kind, of[0]
+
+
 class Stretch(NamedTuple):
     """Positions in a row, held in a row."""
 
@@ -130,6 +140,16 @@ def held(ranges: Sequence[tuple[int, int]]) -> tuple[Stretch, ...]:
         found.append(Stretch(start, low, high - low))
         start += high - low
     return tuple(found)
+
+
+def short(stretches: Sequence[Stretch], side: int | None = None) -> tuple[Stretch, ...]:
+    """The same in stretches of at most `side`, that of a tile.
+
+    >>> short([Stretch(0, 8, 3)], 2)
+    (Stretch(held=0, at=8, size=2), Stretch(held=2, at=10, size=1))
+    """
+    side = SIDE if side is None else side
+    return tuple(Stretch(x + i, at + i, min(side, size - i)) for x, at, size in stretches for i in range(0, size, side))
 
 
 def area(meetings: Sequence[int], scoring: Scoring) -> int:
@@ -315,14 +335,10 @@ class _Blocks(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _blocks(meeting: Meeting, causal: bool, window: int | None, side: int) -> _Blocks:
-    rows, columns = _short(meeting.queries, side), _short(meeting.keys, side)
+    rows, columns = short(meeting.queries, side), short(meeting.keys, side)
     scoring = Scoring(causal, window)
     seen = (tuple(j for j, c in enumerate(columns) if not scoring.sees_none(r.at, r.size, c.at, c.size)) for r in rows)
     return _Blocks(rows, columns, tuple(seen))
-
-
-def _short(stretches: Sequence[Stretch], side: int) -> tuple[Stretch, ...]:
-    return tuple(Stretch(x + i, at + i, min(side, size - i)) for x, at, size in stretches for i in range(0, size, side))
 
 
 def _together(rows: Stretch, columns: Sequence[Stretch], seen: Sequence[int]) -> Iterator[list[int]]:
@@ -367,7 +383,10 @@ def _seen(meeting: Meeting, blocks: _Blocks, operands: Sequence[Tensor], scoring
     One look at all of them, so that an accelerator is waited for once.
     """
     found: Tensor | None = None
-    for mask, hides in _hiding(operands, scoring):
+    for kind, place in hiding(scoring.steps):
+        mask, hides = operands[place], None if kind == "seen" else -torch.inf
+        if hides is not None and not (mask.is_floating_point() and mask.shape[2] != 1 and mask.shape[3] != 1):
+            continue
         rows = [Stretch(0, 0, 1)] if mask.shape[2] == 1 else blocks.rows
         if wide := mask.shape[3] != 1:
             keys = [mask.narrow(3, at, size) for _, at, size in meeting.keys]
@@ -382,17 +401,6 @@ def _seen(meeting: Meeting, blocks: _Blocks, operands: Sequence[Tensor], scoring
         return blocks.seen
     shown = found.expand(len(blocks.rows), len(blocks.columns)).tolist()
     return [[j for j in seen if row[j]] for seen, row in zip(blocks.seen, shown, strict=True)]
-
-
-def _hiding(operands: Sequence[Tensor], scoring: Scoring) -> Iterator[tuple[Tensor, float | None]]:
-    """Masks that hide for good, and by which number, if they are no booleans: no later step makes anything of minus infinity."""
-    for at, (kind, *of) in enumerate(scoring.steps):
-        if kind in ("seen", "plus") and all(_stays_hidden(step) for step in scoring.steps[at + 1 :]):
-            mask = operands[of[0]]
-            if kind == "seen":
-                yield mask, None
-            elif mask.is_floating_point() and mask.shape[2] != 1 and mask.shape[3] != 1:
-                yield mask, -torch.inf
 
 
 def _stays_hidden(step: ScoreStep) -> bool:
