@@ -21,15 +21,14 @@ from torch import Tensor
 
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
+from meshpar.ops.meetings import Meeting, held
 from meshpar.ops.primitives import on_rank, rotated
 from meshpar.ops.tiles import (
-    Meeting,
     ScoreStep,
     Scoring,
     add_of_sink,
     attend_,
     attend_backward_,
-    held,
     nothing_yet,
     of_four_dims,
     sums_of,

@@ -19,16 +19,14 @@ from torch import Tensor
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.halo import before_each
 from meshpar.ops.layouts import Segments
+from meshpar.ops.meetings import Meeting, Stretch, held
 from meshpar.ops.near import fetched
 from meshpar.ops.tiles import (
-    Meeting,
     ScoreStep,
     Scoring,
-    Stretch,
     add_of_sink,
     attend_,
     attend_backward_,
-    held,
     nothing_yet,
     of_four_dims,
     sums_of,

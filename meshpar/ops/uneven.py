@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from meshpar.ops import tiles
-from meshpar.ops.tiles import Meeting, Scoring, Stretch, held
+from meshpar.ops.meetings import Meeting, Sight, Stretch, held, short
 from meshpar.sharding.types import Shard
 
 
@@ -39,13 +38,13 @@ def pairs(shown: Shown, cut: Shard, size: int, *, ring: bool = True) -> list[int
     >>> pairs(Shown(8, any_of=lambda low, high: mask[low:high].any(0)), Shard(0, 1, ((8, 1),)), 2)
     [16, 16]
     """
-    scoring = Scoring(shown.causal, shown.window)
+    sight = Sight(shown.causal, shown.window)
     own = [held(cut.ranges(size, rank)) for rank in range(size)]
     keys = own if ring else [(Stretch(0, 0, shown.keys),)]
     found = []
     for queries in own:
-        rows = None if shown.any_of is None else _before_each(shown.any_of, tiles.short(queries))
-        found.append(sum(_area(Meeting(queries, several), scoring, rows) for several in keys))
+        rows = None if shown.any_of is None else _before_each(shown.any_of, short(queries))
+        found.append(sum(_area(Meeting(queries, several), sight, rows) for several in keys))
     return found
 
 
@@ -55,15 +54,15 @@ def _before_each(any_of: Callable[[int, int], Tensor], rows: Sequence[Stretch]) 
     return pad(some.cumsum(1, dtype=torch.int32), (1, 0))
 
 
-def _area(meeting: Meeting, scoring: Scoring, seen: Tensor | None) -> int:
-    rows, columns = (torch.tensor(tiles.short(one)) for one in (meeting.queries, meeting.keys))
+def _area(meeting: Meeting, sight: Sight, seen: Tensor | None) -> int:
+    rows, columns = (torch.tensor(short(one)) for one in (meeting.queries, meeting.keys))
     first, last = (x[:, None] for x in (rows[:, 1], rows[:, 1] + rows[:, 2] - 1))
     low, high = columns[:, 1], columns[:, 1] + columns[:, 2]
     some = torch.ones(len(rows), len(columns), dtype=torch.bool)
-    if scoring.causal or scoring.window is not None:
+    if sight.causal or sight.window is not None:
         some &= low <= last
-    if scoring.window is not None:
-        some &= high - 1 > first - scoring.window
+    if sight.window is not None:
+        some &= high - 1 > first - sight.window
     if seen is not None:
         seen = seen.cpu()
         some &= seen[:, high] > seen[:, low]

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from meshpar.dry_run.tape import MachineTape, levels
-from meshpar.ops import tiles
-from meshpar.ops.tiles import Meeting, ScoreStep, Scoring, Stretch, attend, attend_backward, nothing_yet, sums_of
+from meshpar.ops import meetings, tiles
+from meshpar.ops.meetings import Meeting, Stretch
+from meshpar.ops.tile import _hidden
+from meshpar.ops.tiles import ScoreStep, Scoring, attend, attend_backward, nothing_yet, sums_of
 
 S = 16
 ALL = [Meeting((Stretch(0, 0, S),), (Stretch(0, 0, S),))]
-FIRST, LAST = (Stretch(0, 0, 10),), (Stretch(10, 10, 6),)
-IN_PARTS = [
-    Meeting(FIRST + LAST, (Stretch(4, 4, 12),)),
-    Meeting(LAST + FIRST, (Stretch(0, 0, 1), Stretch(2, 2, 2))),
-    Meeting(FIRST + LAST, (Stretch(1, 1, 1),)),
+ROWS = tuple(Stretch(at, at, 2) for at in (6, 0, 2, 8, 4)) + (Stretch(10, 10, 6),)
+IN_PARTS = [Meeting(ROWS, (Stretch(at, at, size),)) for at, size in ((4, 12), (1, 1))] + [
+    Meeting(ROWS, (Stretch(0, 0, 1), Stretch(2, 2, 2)))
 ]
-"""Some of the queries and some of the keys at a time, in any order."""
+"""Short stretches of queries, in any order, and some of the keys at a time."""
 
 
 def whole(query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], scoring: Scoring) -> Tensor:
@@ -40,8 +40,8 @@ def whole(query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], sco
             z = z.masked_fill(~numbers[0], -torch.inf)
         else:
             z = torch.where(numbers[0] if kind == "keep" else ~numbers[0], z, numbers[1])
-    every = slice(0, key.shape[2])
-    hidden = scoring.hidden(Stretch(0, 0, query.shape[2]), [Stretch(0, 0, key.shape[2])], every, query.device)
+    seen = scoring.causal or scoring.window is not None
+    hidden = _hidden(torch.arange(query.shape[2]), torch.arange(key.shape[2]), scoring.sight) if seen else None
     return (z if hidden is None else z.masked_fill(hidden, -torch.inf)).softmax(-1) @ value
 
 
@@ -69,7 +69,7 @@ SHOWN = {"all": (False, None), "causal": (True, None), "window": (True, 5)}
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("shown", SHOWN)
 def test_it_is_attention(shown: str, steps: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "SIDE", 5)
+    monkeypatch.setattr(meetings, "SIDE", 5)
     monkeypatch.setattr(tiles, "SCORES", 60)  # a head or two of a sample
     scoring = Scoring(*SHOWN[shown], 0.7, STEPS[steps])
     q, k, v = given(2, 6, 3)
@@ -108,20 +108,20 @@ def used(s: int, scoring: Scoring, *operands: Tensor) -> tuple[int, int]:
     """Of attention of `s` positions, forward and backward: the most bytes that are taken at a time, and how many products are made."""
     q, k, v = (x.detach() for x in given(1, 4, 2, s, torch.float32))
     (out, norm), sums, grad = nothing_yet(q, 3), [torch.zeros_like(x) for x in (q, k, v)], torch.ones(1, 4, s, 3)
-    delta, meetings = torch.ones(1, 4, s), [Meeting((Stretch(0, 0, s),), (Stretch(0, 0, s),))]
+    delta, several = torch.ones(1, 4, s), [Meeting((Stretch(0, 0, s),), (Stretch(0, 0, s),))]
     with MachineTape() as tape:
         for x in (q, k, v, out, norm, grad, delta, *sums):
             tape.number(x)
         before = sum(grown for _, grown in tape.storages.changes)
-        attend(q, k, v, operands, meetings, scoring, out, norm)
-        attend_backward(q, k, v, operands, meetings, scoring, grad, norm, delta, *sums, [torch.zeros(1)] * len(operands))
+        attend(q, k, v, operands, several, scoring, out, norm)
+        attend_backward(q, k, v, operands, several, scoring, grad, norm, delta, *sums, [torch.zeros(1)] * len(operands))
         most = max(levels(tape.storages.changes)) - before
         return most, sum(call.kernel.kind == "matrix" for call in tape.calls)
 
 
 def test_nothing_is_as_large_as_the_pairs_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the length: a few tiles. Those of which a causal query or a window sees nothing are not computed."""
-    monkeypatch.setattr(tiles, "SIDE", 8)
+    monkeypatch.setattr(meetings, "SIDE", 8)
     monkeypatch.setattr(tiles, "SCORES", 4 * 8 * 8)
     tile, products = 4 * 4 * 8 * 8, 7  # bytes of four heads; two products forward, five backward
     (short, every), (long, _) = used(64, Scoring()), used(128, Scoring())
@@ -133,7 +133,7 @@ def test_nothing_is_as_large_as_the_pairs_of_positions(monkeypatch: pytest.Monke
 
 def test_tiles_between_documents_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a mask of the batch says that nothing is seen."""
-    monkeypatch.setattr(tiles, "SIDE", 8)
+    monkeypatch.setattr(meetings, "SIDE", 8)
     document = torch.tensor([0] * 12 + [1] * 20 + [2] * 32)
     mask = (document == document[:, None])[None, None]
     within = 2 * 2 + 3 * 3 - 1 + 4 * 4  # tiles of each document; the first two meet in one
@@ -142,7 +142,7 @@ def test_tiles_between_documents_are_not_computed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_tile_that_one_sample_or_head_sees_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "SIDE", 5)
+    monkeypatch.setattr(meetings, "SIDE", 5)
     q, k, v = (x.detach() for x in given(2, 2, 2))
     mask = torch.zeros(2, 2, S, S, dtype=torch.bool)
     for sample in range(2):
