@@ -46,7 +46,7 @@ FORMS = ("gather", "heads", "ring")
 CONTENDERS = (*FORMS, "tp")
 ALONE = "one process"
 PARTS = ("time", "memory", "longest", "balance", "documents")
-CHUNKS = (1, 2, 4, 8, 16, 32, 64)
+CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)
 DOCUMENTS = ((400, 1.0), (1800, 1.2), (8100, 1.0))
 """The median of their lengths, which are log-normal, and sigma."""
 

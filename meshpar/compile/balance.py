@@ -23,7 +23,7 @@ from meshpar.graph.facts import Info, facts, info_of
 from meshpar.graph.op import Op, operands, read
 from meshpar.graph.operators import operator_of
 from meshpar.ops.scored import scored_attention
-from meshpar.ops.tiles import hiding
+from meshpar.ops.tiles import hiding, shown_by
 from meshpar.ops.uneven import Shown, pairs
 from meshpar.plan import AxisPlan
 from meshpar.sharding.attention import said_form
@@ -35,10 +35,12 @@ from meshpar.sharding.types import Shard, plain
 
 WITHIN = 1.05
 """The rank with most may compute so many times the mean."""
-LEAST = 64
+LEAST = 32
 """The fewest positions of a piece: tiles of fewer queries are mostly overhead."""
 MOST = 2**30
 """Masks of more elements are not looked at."""
+_TOUCHED = 120.0
+"""Bytes of memory that a score is read from and written to: in float32, about ten times forward and twenty backward."""
 _MATTERS = 0.01
 """The share of a step that more pieces must save."""
 
@@ -61,16 +63,16 @@ def in_pieces(graph: fx.Graph, request: Request, first: Solved, example: Example
     best = fewest({n: share.uneven for n, share in shares.items() if n >= before})
     saved = shares[before].most - shares[best].most
     if best == before:
-        return first if shares[before].uneven <= WITHIN else _told(first, shares, before, "more do no better")
+        return first if shares[before].uneven <= WITHIN else _told(first, shares, before, "others do no better")
     if saved < _MATTERS * first.seconds:
-        return _told(first, shares, before, f"{best} would save little of a step")
+        return _told(first, shares, before, f"in {pieces(best)} it would save little of a step")
     try:
         found = solved(graph, replace(request, chunks=best))
     except PlanError as error:
-        return _told(first, shares, before, f"{best} cannot be had: {error}")
+        return _told(first, shares, before, f"in {pieces(best)} they cannot be had: {error}")
     if found.seconds - first.seconds > saved:
-        return _told(first, shares, before, f"{best} would cost more than they save")
-    return _told(found, shares, best, f"with {before} it has {shares[before].uneven:.2f} times")
+        return _told(first, shares, before, f"in {pieces(best)} they would cost more than they save")
+    return _told(found, shares, best, f"in {pieces(before)} {shares[before].uneven:.2f} times")
 
 
 def fewest(uneven: Mapping[int, float]) -> int:
@@ -90,9 +92,19 @@ def as_before(graph: fx.Graph, request: Request, chunks: int) -> Request:
 
 
 def _told(found: Solved, shares: Mapping[int, _Share], chunks: int, why: str) -> Solved:
-    said = f"{chunks} {'piece' if chunks == 1 else 'pieces'} of the positions a rank: of the tiles of the example's masks"
-    text = f"{said} the rank with most computes {shares[chunks].uneven:.2f} times the mean; {why}"
-    return replace(found, plan=replace(found.plan, chunks=chunks, pieces=text))
+    said = f"Positions are dealt out in {pieces(chunks)} a rank: the one with most computes {shares[chunks].uneven:.2f} times the mean"
+    return replace(found, plan=replace(found.plan, chunks=chunks, pieces=f"{said} of the tiles that the example's masks leave; {why}"))
+
+
+def as_asked(found: AxisPlan, graph: fx.Graph, chunks: int) -> AxisPlan:
+    """The plan, with the reason why there are so many pieces, if there is attention at all."""
+    said = f"Positions that attention is uneven along are dealt out in {pieces(chunks)} a rank, as was asked for"
+    return replace(found, pieces=said) if any(map(_is_attention, graph.nodes)) else found
+
+
+def pieces(count: int) -> str:
+    """In words."""
+    return "one piece" if count == 1 else f"{count} pieces"
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,8 @@ def _in_tiles(graph: fx.Graph, request: Request, plan: AxisPlan, masks: _Masks) 
             continue
         if form == "ring" or (form is None and node.target is scored_attention):
             (*outer, length, width), keys = op.shapes[0], op.shapes[1][-2]
-            seconds = 7.0 * prod(outer) * (width + op.shapes[2][-1]) / request.price.flops  # two products, and five in backward
+            rows = prod(outer)  # of samples and heads; two products, and five in backward
+            seconds = request.price.compute(7.0 * rows * (width + op.shapes[2][-1]), _TOUCHED * rows)
             window = op.arguments.get("window")
             causal = bool(op.arguments.get("is_causal", window is not None))
             shown = Shown(keys, causal, window, masks.of(op, length))
@@ -134,7 +147,7 @@ def _in_tiles(graph: fx.Graph, request: Request, plan: AxisPlan, masks: _Masks) 
 def _counts(attentions: list[_Attention], size: int) -> list[int]:
     """The numbers of pieces that may be taken."""
     lengths = {one.length for one in attentions}
-    every = (1, 2, 4, 8, 16, 32, 64)
+    every = (1, 2, 4, 8, 16, 32, 64, 128)
     return [n for n in every if all(n in chunk_counts(length, size) and length >= n * size * LEAST for length in lengths)]
 
 
@@ -164,24 +177,23 @@ class _Masks:
 
     def __init__(self, graph: fx.Graph, example: Example) -> None:
         self.graph, self.example = graph, example
-        self.known: dict[tuple[fx.Node, ...], Callable[[int, int], Tensor] | None] = {}
+        self.known: dict[tuple[tuple[fx.Node, str], ...], Callable[[int, int], Tensor] | None] = {}
 
     def of(self, op: Op, queries: int) -> Callable[[int, int], Tensor] | None:
         """What any sample and head sees, of what the operands of an attention hide; None where that is not known."""
         steps = op.arguments["steps"] if op.node.target is scored_attention else steps_of(op)
-        hide = tuple(dict.fromkeys(op.operands[3:][place] for _, place in hiding(steps)))
+        hide = tuple(dict.fromkeys((op.operands[3:][place], by) for place, by in hiding(steps)))
         shape = queries, op.shapes[1][-2]
         if hide not in self.known:
-            seen = [one for node in hide if (one := self._seen(node, shape)) is not None]
+            seen = [one for node, by in hide if (one := self._seen(node, by, shape)) is not None]
             self.known[hide] = partial(_any_of, reduce(torch.logical_and, seen)) if seen else None
         return self.known[hide]
 
-    def _seen(self, mask: fx.Node, shape: tuple[int, int]) -> Tensor | None:
+    def _seen(self, mask: fx.Node, by: str, shape: tuple[int, int]) -> Tensor | None:
         needed = self._needed(mask)
         if needed is None or info_of(mask).shape[-2:] != shape:
             return None
-        value = self._computed(mask, needed)
-        seen = value if value.dtype == torch.bool else value != -torch.inf
+        seen = shown_by(self._computed(mask, needed), by)
         return seen.flatten(0, -3).any(0) if seen.dim() > 2 else seen
 
     def _needed(self, mask: fx.Node) -> list[fx.Node] | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-from meshpar.compile.balance import Example, as_before, in_pieces
+from meshpar.compile.balance import Example, as_asked, as_before, in_pieces
 from meshpar.compile.ground import Staging
 from meshpar.compile.place import place
 from meshpar.compile.samples import of_own_samples
@@ -138,11 +138,15 @@ def decide(captured: Captured, request: Decision) -> Plan:
 
 def _solved(graph: fx.Graph, request: Request, inference: Inference | None, asked: Decision) -> AxisPlan:
     """The types on one axis; where it cuts sequences, in as many pieces as were asked for, an earlier program has, or an example tells."""
-    if request.divides != "sequence" or request.chunks is not None:
+    if request.divides != "sequence":
         return solved(graph, request, inference).plan
+    if request.chunks is not None:
+        return as_asked(solved(graph, request, inference).plan, graph, request.chunks)
     if asked.before:
         found = solved(graph, as_before(graph, request, asked.before), inference).plan
-        return replace(found, chunks=asked.before, pieces="as many pieces of the positions as for the first batch, or as divide them")
+        return replace(
+            found, chunks=asked.before, pieces="Positions are dealt out as those of the first batch, or in as many pieces as divide them"
+        )
     first = solved(graph, request, inference)
     return (first if asked.example is None else in_pieces(graph, request, first, asked.example)).plan
 

@@ -70,14 +70,26 @@ class Scoring:
         return Scoring(causal, window, scale, tuple(tuple(step) for step in steps))
 
 
-def hiding(steps: Sequence[ScoreStep]) -> Iterator[tuple[str, int]]:
-    """The steps that may hide for good, and their operands: "seen" what is false, "plus" what is minus infinity.
+def hiding(steps: Sequence[ScoreStep]) -> Iterator[tuple[int, str]]:
+    """The operands of steps that hide for good, and by what they do: being "false", "true", or minus infinity ("-inf").
 
     No later step may make anything else of minus infinity.
     """
     for at, (kind, *of) in enumerate(steps):
-        if kind in ("seen", "plus") and all(_stays_hidden(step) for step in steps[at + 1 :]):
-            yield kind, of[0]
+        by = "false" if kind == "seen" else "-inf" if kind == "plus" else {"keep": "false", "fill": "true"}.get(kind, "")
+        if by and _stays_hidden(steps[at]) and all(_stays_hidden(step) for step in steps[at + 1 :]):
+            yield of[0], by
+
+
+def shown_by(mask: Tensor, by: str) -> Tensor:
+    """Where an operand that hides by being so does not."""
+    return mask if by == "false" else ~mask if by == "true" else mask != -torch.inf
+
+
+def _stays_hidden(step: ScoreStep) -> bool:
+    """Whether minus infinity stays what it is."""
+    kind, *of = step
+    return kind in ("seen", "plus", "sink") or (kind in ("keep", "fill") and of[1] == -torch.inf) or (kind == "times" and of[0] > 0)
 
 
 def area(meetings: Sequence[int], scoring: Scoring) -> int:
@@ -202,21 +214,21 @@ def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], meetings: Seq
 
 
 def _seen(meeting: Meeting, found: Blocks, operands: Sequence[Tensor], scoring: Scoring) -> Sequence[Sequence[int]]:
-    """Of each block of queries, those of keys of which any is seen: by positions, and by masks of booleans or with minus infinity.
+    """Of each block of queries, those of keys of which any is seen: by positions, and by masks, of booleans or with minus infinity.
 
     One look at all of them, so that an accelerator is waited for once.
     """
     every: Tensor | None = None
-    for kind, place in hiding(scoring.steps):
-        mask, hides = operands[place], None if kind == "seen" else -torch.inf
-        if hides is not None and not (mask.is_floating_point() and mask.shape[2] != 1 and mask.shape[3] != 1):
+    for place, by in hiding(scoring.steps):
+        mask = operands[place]
+        if by == "-inf" and not (mask.is_floating_point() and mask.shape[2] != 1 and mask.shape[3] != 1):
             continue
         rows = [Stretch(0, 0, 1)] if mask.shape[2] == 1 else found.rows
         if wide := mask.shape[3] != 1:
             keys = [mask.narrow(3, at, size) for _, at, size in meeting.keys]
             mask = keys[0] if len(keys) == 1 else torch.cat(keys, 3)
         parts = (mask.narrow(2, row.held, row.size) for row in rows)
-        some = torch.stack([(x if hides is None else x != hides).flatten(0, 2).any(0) for x in parts])
+        some = torch.stack([shown_by(x, by).flatten(0, 2).any(0) for x in parts])
         if wide:
             bounds = torch.tensor([0, *accumulate(one.size for one in found.columns)], device=mask.device)
             some = pad(some.cumsum(1, dtype=torch.int32), (1, 0))[:, bounds].diff(dim=1) > 0
@@ -225,10 +237,6 @@ def _seen(meeting: Meeting, found: Blocks, operands: Sequence[Tensor], scoring: 
         return found.seen
     shown = every.expand(len(found.rows), len(found.columns)).tolist()
     return [[j for j in seen if row[j]] for seen, row in zip(found.seen, shown, strict=True)]
-
-
-def _stays_hidden(step: ScoreStep) -> bool:
-    return step[0] in ("seen", "plus", "sink") or (step[0] == "times" and step[1] > 0)
 
 
 def _stepped(tile: Tile, query: Tensor, key: Tensor, operands: Sequence[Tensor], scoring: Scoring) -> list[Tensor]:

@@ -404,7 +404,7 @@ class SequencePolicy(Policy):
                     )
 
 
-def chunk_counts(length: int, size: int, most: int = 64) -> list[int]:
+def chunk_counts(length: int, size: int, most: int = 128) -> list[int]:
     """In how many pieces a rank a sequence of `length` can be dealt out to `size` ranks, back and forth: 1, and even numbers.
 
     >>> chunk_counts(48, 2)

@@ -11,6 +11,9 @@ from meshpar.ops import meetings, tiles
 from meshpar.ops.meetings import Meeting, Stretch
 from meshpar.ops.tile import _hidden
 from meshpar.ops.tiles import ScoreStep, Scoring, attend, attend_backward, nothing_yet, sums_of
+from meshpar.ops.uneven import Shown, pairs
+from meshpar.sharding.extents import dealt_out
+from meshpar.sharding.types import Shard
 
 S = 16
 ALL = [Meeting((Stretch(0, 0, S),), (Stretch(0, 0, S),))]
@@ -139,6 +142,29 @@ def test_tiles_between_documents_are_not_computed(monkeypatch: pytest.MonkeyPatc
     within = 2 * 2 + 3 * 3 - 1 + 4 * 4  # tiles of each document; the first two meet in one
     assert used(64, Scoring(steps=(("seen", 0),)), mask)[1] == 7 * within
     assert used(64, Scoring(steps=(("seen", 0), ("fill", 1, 0.0))), mask, mask)[1] == 7 * 8 * 8  # what is hidden comes back
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 8, 16])
+def test_short_pieces_cost_no_more_tiles(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of positions in any number of pieces as many products as of those in one, and no more pairs than half as many again."""
+    monkeypatch.setattr(meetings, "SIDE", 8)
+    size, s = 2, 64
+    document = torch.arange(2 * s) // 50
+    mask = (document == document[:, None]).tril()
+    cut = Shard(0, 1, dealt_out(2 * s, pieces))
+    tiles_of, pairs_of, useful = 0, 0, 0
+    for rank in range(size):
+        own = meetings.held(cut.ranges(size, rank))
+        rows = torch.cat([mask[at : at + n] for _, at, n in own])[None, None]
+        for other in range(size):
+            found = meetings.blocks(Meeting(own, meetings.held(cut.ranges(size, other))), meetings.Sight())
+            seen = tiles._seen(Meeting(own, meetings.held(cut.ranges(size, other))), found, [rows], Scoring(steps=(("seen", 0),)))
+            for parts in meetings.tiling(found, seen):
+                tiles_of += 1
+                pairs_of += len(parts) * parts[0][0].size * max(meetings.count(columns) for _, columns in parts)
+                useful += sum(row.size * meetings.count(columns) for row, columns in parts)
+    assert useful == sum(pairs(Shown(2 * s, any_of=lambda low, high: mask[low:high].any(0)), cut, size))
+    assert useful <= pairs_of <= 1.5 * useful and int(mask.sum()) <= useful and tiles_of <= 70, (tiles_of, pairs_of, useful)
 
 
 def test_a_tile_that_one_sample_or_head_sees_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
