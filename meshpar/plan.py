@@ -160,7 +160,7 @@ class Plan:
                     "nodes": {n: [_types(p.uses), _types(p.outs), p.why, _types(p.handed)] for n, p in a.nodes.items()},
                     "outputs": _types(a.outputs),
                     "samples": list(a.samples),
-                    "chunks": [a.chunks, a.pieces],
+                    **({"chunks": [a.chunks, a.pieces]} if a.pieces else {}),
                 }
                 for a in self.axes
             ],

@@ -37,7 +37,7 @@ import meshpar as mp  # noqa: E402
 from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
 from meshpar.compile.balance import fewest  # noqa: E402
 from meshpar.ops.context import attention_at  # noqa: E402
-from meshpar.ops.uneven import Shown, pairs  # noqa: E402
+from meshpar.ops.uneven import Visible, pairs  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 from meshpar.sharding.extents import dealt_out  # noqa: E402
 from meshpar.sharding.types import Shard, plain  # noqa: E402
@@ -152,7 +152,7 @@ def balance(length: int, size: int) -> list[str]:
     return cells
 
 
-def documents(length: int, median: float, sigma: float) -> Shown:
+def documents(length: int, median: float, sigma: float) -> Visible:
     """Drawn documents that fill a sequence: each query sees those of its own before it, and itself."""
     starts, end = torch.empty(length, dtype=torch.long), 0
     while end < length:
@@ -160,14 +160,14 @@ def documents(length: int, median: float, sigma: float) -> Shown:
         starts[end : end + size] = end
         end += size
     keys = torch.arange(length)
-    return Shown(length, any_of=lambda low, high: (keys >= starts[low]) & (keys < high))
+    return Visible(length, any_of=lambda low, high: (keys >= starts[low]) & (keys < high))
 
 
 def of_documents(size: int, length: int, median: float, sigma: float, draws: int) -> list[str]:
     """A row of the table: means over draws."""
     torch.manual_seed(0)
     uneven, computed, chosen = [list[float]() for _ in CHUNKS], list[float](), list[int]()
-    whole = sum(pairs(Shown(length, causal=True), plain(0, length), 1))
+    whole = sum(pairs(Visible(length, causal=True), plain(0, length), 1))
     for _ in range(draws):
         shown = documents(length, median, sigma)
         counts = [pairs(shown, plain(0, length) if n == 1 else Shard(0, 1, dealt_out(length, n)), size) for n in CHUNKS]

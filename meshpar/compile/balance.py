@@ -24,7 +24,7 @@ from meshpar.graph.op import Op, operands, read
 from meshpar.graph.operators import operator_of
 from meshpar.ops.scored import scored_attention
 from meshpar.ops.tiles import hiding, shown_by
-from meshpar.ops.uneven import Shown, pairs
+from meshpar.ops.uneven import Visible, pairs
 from meshpar.plan import AxisPlan
 from meshpar.sharding.attention import said_form
 from meshpar.sharding.extents import dealt_out
@@ -37,8 +37,8 @@ WITHIN = 1.05
 """The rank with most may compute so many times the mean."""
 LEAST = 32
 """The fewest positions of a piece: tiles of fewer queries are mostly overhead."""
-MOST = 2**30
-"""Masks of more elements are not looked at."""
+MOST = 2**31
+"""Masks that are made of values of more bytes are not looked at."""
 _TOUCHED = 120.0
 """Bytes of memory that a score is read from and written to: in float32, about ten times forward and twenty backward."""
 _MATTERS = 0.01
@@ -111,7 +111,7 @@ def pieces(count: int) -> str:
 class _Attention:
     """Attention that is computed in tiles."""
 
-    shown: Shown
+    shown: Visible
     length: int
     """How many queries there are."""
     ring: bool
@@ -139,7 +139,7 @@ def _in_tiles(graph: fx.Graph, request: Request, plan: AxisPlan, masks: _Masks) 
             seconds = request.price.compute(7.0 * rows * (width + op.shapes[2][-1]), _TOUCHED * rows)
             window = op.arguments.get("window")
             causal = bool(op.arguments.get("is_causal", window is not None))
-            shown = Shown(keys, causal, window, masks.of(op, length))
+            shown = Visible(keys, causal, window, masks.of(op, length))
             found.append(_Attention(shown, length, form == "ring", len(cut.segments), seconds))
     return found
 
@@ -240,4 +240,5 @@ def _is_plain(node: fx.Node) -> bool:
     """Whether an operator can be run here: one of torch's, on no more than can be looked at, that draws nothing."""
     info = facts(node).info
     plain_ = isinstance(node.target, OpOverload) and node.target.namespace == "aten" and facts(node).seed is None
-    return plain_ and isinstance(info, Info) and not info.requires_grad and prod(info.shape) <= MOST
+    small = node.target is torch.ops.aten.expand.default or (isinstance(info, Info) and info.nbytes <= MOST)
+    return plain_ and small and isinstance(info, Info) and not info.requires_grad

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
-from meshpar.ops.meetings import Meeting, held
+from meshpar.ops.pairings import Pairing, held
 from meshpar.ops.primitives import on_rank, rotated
 from meshpar.ops.tiles import (
     ScoreStep,
@@ -78,7 +78,7 @@ class _Ring:
     def told(self, rank: int, step: int) -> tuple[list[int], str]:
         """What meets in a step, and how it scores: for the operators of tiles."""
         queries, keys = (held(self.cut.ranges(self.axis[1], one % self.axis[1])) for one in (rank, rank - step))
-        return Meeting(queries, keys).numbers, self.scoring.written
+        return Pairing(queries, keys).numbers, self.scoring.written
 
 
 class _RingAttention(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from meshpar.ops.meetings import Part, Sight, Stretch, count
+from meshpar.ops.pairings import Part, Sight, Stretch, count
 
 
 @dataclass(frozen=True)

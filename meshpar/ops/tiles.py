@@ -3,7 +3,7 @@
                       keys 0 to 3    4 to 7    8 to 11
     queries 4 to 7    all            some      none          a tile of which nothing is seen is passed over, only "some" needs a mask
 
-Queries and keys may be of many short stretches of positions: what is one tile then, `ops/meetings.py` says.
+Queries and keys may be of many short stretches of positions: what is one tile then, `ops/pairings.py` says.
 
 Of each query are kept what it got so far, the largest score and the sum of exp(score), from which backward makes the weights of a tile
 again. (The formulas are those of FlashAttention, arXiv 2205.14135.) Everything here is local to one rank.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from meshpar.ops.meetings import Blocks, Meeting, Sight, Stretch, blocks, count, tiling
+from meshpar.ops.pairings import Blocks, Pairing, Sight, Stretch, blocks, count, tiling
 from meshpar.ops.tile import OnePart, SeveralParts, Tile
 
 SCORES = 2**20
@@ -92,9 +92,9 @@ def _stays_hidden(step: ScoreStep) -> bool:
     return kind in ("seen", "plus", "sink") or (kind in ("keep", "fill") and of[1] == -torch.inf) or (kind == "times" and of[0] > 0)
 
 
-def area(meetings: Sequence[int], scoring: Scoring) -> int:
-    """Pairs of queries and keys in the tiles that are not passed over, of meetings that are written one after the other."""
-    every = (blocks(one, scoring.sight) for one in Meeting.read(meetings))
+def area(pairings: Sequence[int], scoring: Scoring) -> int:
+    """Pairs of queries and keys in the tiles that are not passed over, of pairings that are written one after the other."""
+    every = (blocks(one, scoring.sight) for one in Pairing.read(pairings))
     return sum(row.size * one.columns[j].size for one in every for row, seen in zip(one.rows, one.seen, strict=True) for j in seen)
 
 
@@ -103,7 +103,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    meetings: Sequence[Meeting],
+    pairings: Sequence[Pairing],
     scoring: Scoring,
     out: Tensor,
     norm: Tensor,
@@ -114,7 +114,7 @@ def attend(
     `[b, h, s, f]`, zeros to begin with, and `norm`: `[b, h, s, 2]`, the largest score so far, and the logarithm of the sum of
     exp(score - largest): -inf to begin with. (Of scores near -1e38, as masks make them, the sum of the two would forget the second.)
     """
-    for tile in _tiles(query, key, operands, meetings, scoring):
+    for tile in _tiles(query, key, operands, pairings, scoring):
         scores = tile.show(_stepped(tile, query, key, operands, scoring)[-1], scoring.sight)
         own, most = tile.queries(norm), scores.amax(-1)
         weights = scores.sub_(_finite(most)[..., None]).exp_()
@@ -132,7 +132,7 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    meetings: Sequence[Meeting],
+    pairings: Sequence[Pairing],
     scoring: Scoring,
     grad: Tensor,
     norm: Tensor,
@@ -144,7 +144,7 @@ def attend_backward(
 ) -> None:
     """Add the gradients, in place. `norm`: of all keys; `delta` `[b, h, s]`: the sums of result times `grad`. `of_operands`: of one
     dim for an operand that needs none."""
-    for tile in _tiles(query, key, operands, meetings, scoring):
+    for tile in _tiles(query, key, operands, pairings, scoring):
         values = _stepped(tile, query, key, operands, scoring)
         top, total = (_finite(x)[..., None] for x in tile.queries(norm).unbind(-1))
         last = values[-1].clone() if scoring.steps else values[-1]
@@ -200,11 +200,11 @@ def _finite(x: Tensor) -> Tensor:
     return x.masked_fill(x == -torch.inf, 0.0)
 
 
-def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], meetings: Sequence[Meeting], scoring: Scoring) -> Iterator[Tile]:
+def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], pairings: Sequence[Pairing], scoring: Scoring) -> Iterator[Tile]:
     (b, h), k = query.shape[:2], key.shape[1]
-    for meeting in meetings:
-        found = blocks(meeting, scoring.sight)
-        for parts in tiling(found, _seen(meeting, found, operands, scoring)):
+    for pairing in pairings:
+        found = blocks(pairing, scoring.sight)
+        for parts in tiling(found, _seen(pairing, found, operands, scoring)):
             one = len(parts) * parts[0][0].size * max(count(columns) for _, columns in parts) * (h // k)
             heads = min(k, max(1, SCORES // one))
             samples = min(b, max(1, SCORES // (one * heads)))
@@ -213,7 +213,7 @@ def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], meetings: Seq
                 yield kind(slice(low, min(low + samples, b)), slice(first, min(first + heads, k)), h // k, parts, query.device)
 
 
-def _seen(meeting: Meeting, found: Blocks, operands: Sequence[Tensor], scoring: Scoring) -> Sequence[Sequence[int]]:
+def _seen(pairing: Pairing, found: Blocks, operands: Sequence[Tensor], scoring: Scoring) -> Sequence[Sequence[int]]:
     """Of each block of queries, those of keys of which any is seen: by positions, and by masks, of booleans or with minus infinity.
 
     One look at all of them, so that an accelerator is waited for once.
@@ -225,7 +225,7 @@ def _seen(meeting: Meeting, found: Blocks, operands: Sequence[Tensor], scoring: 
             continue
         rows = [Stretch(0, 0, 1)] if mask.shape[2] == 1 else found.rows
         if wide := mask.shape[3] != 1:
-            keys = [mask.narrow(3, at, size) for _, at, size in meeting.keys]
+            keys = [mask.narrow(3, at, size) for _, at, size in pairing.keys]
             mask = keys[0] if len(keys) == 1 else torch.cat(keys, 3)
         parts = (mask.narrow(2, row.held, row.size) for row in rows)
         some = torch.stack([shown_by(x, by).flatten(0, 2).any(0) for x in parts])
@@ -309,13 +309,13 @@ def attend_(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    meetings: Sequence[int],
+    pairings: Sequence[int],
     scoring: str,
     out: Tensor,
     norm: Tensor,
 ) -> None:
-    """`attend`, of meetings that are written one after the other."""
-    attend(query, key, value, operands, Meeting.read(meetings), Scoring.read(scoring), out, norm)
+    """`attend`, of pairings that are written one after the other."""
+    attend(query, key, value, operands, Pairing.read(pairings), Scoring.read(scoring), out, norm)
 
 
 @torch.library.custom_op("meshpar::attend_backward_", mutates_args=("of_query", "of_key", "of_value", "of_operands"))
@@ -324,7 +324,7 @@ def attend_backward_(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    meetings: Sequence[int],
+    pairings: Sequence[int],
     scoring: str,
     grad: Tensor,
     norm: Tensor,
@@ -336,7 +336,7 @@ def attend_backward_(
 ) -> None:
     """`attend_backward`, likewise."""
     gradients = of_query, of_key, of_value, of_operands
-    attend_backward(query, key, value, operands, Meeting.read(meetings), Scoring.read(scoring), grad, norm, delta, *gradients)
+    attend_backward(query, key, value, operands, Pairing.read(pairings), Scoring.read(scoring), grad, norm, delta, *gradients)
 
 
 @attend_.register_fake

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from meshpar.ops.meetings import Meeting, Sight, Stretch, held, short
+from meshpar.ops.pairings import Pairing, Sight, Stretch, held, short
 from meshpar.sharding.types import Shard
 
 
 @dataclass(frozen=True)
-class Shown:
+class Visible:
     """What the queries of a sequence see of keys."""
 
     keys: int
@@ -28,14 +28,14 @@ class Shown:
     """Beside that, a mask: of the queries from the first position to before the second, `[keys]`, whether any of them sees the key."""
 
 
-def pairs(shown: Shown, cut: Shard, size: int, *, ring: bool = True) -> list[int]:
+def pairs(shown: Visible, cut: Shard, size: int, *, ring: bool = True) -> list[int]:
     """By rank: pairs of queries and keys in the tiles that are not passed over.
 
     `cut`: which queries each of `size` ranks has, and which keys, which go round (`ring`) or meet it all at once.
 
     >>> document = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2])
     >>> mask = document == document[:, None]
-    >>> pairs(Shown(8, any_of=lambda low, high: mask[low:high].any(0)), Shard(0, 1, ((8, 1),)), 2)
+    >>> pairs(Visible(8, any_of=lambda low, high: mask[low:high].any(0)), Shard(0, 1, ((8, 1),)), 2)
     [16, 16]
     """
     sight = Sight(shown.causal, shown.window)
@@ -44,7 +44,7 @@ def pairs(shown: Shown, cut: Shard, size: int, *, ring: bool = True) -> list[int
     found = []
     for queries in own:
         rows = None if shown.any_of is None else _before_each(shown.any_of, short(queries))
-        found.append(sum(_area(Meeting(queries, several), sight, rows) for several in keys))
+        found.append(sum(_area(Pairing(queries, several), sight, rows) for several in keys))
     return found
 
 
@@ -54,8 +54,8 @@ def _before_each(any_of: Callable[[int, int], Tensor], rows: Sequence[Stretch]) 
     return pad(some.cumsum(1, dtype=torch.int32), (1, 0))
 
 
-def _area(meeting: Meeting, sight: Sight, seen: Tensor | None) -> int:
-    rows, columns = (torch.tensor(short(one)) for one in (meeting.queries, meeting.keys))
+def _area(pairing: Pairing, sight: Sight, seen: Tensor | None) -> int:
+    rows, columns = (torch.tensor(short(one)) for one in (pairing.queries, pairing.keys))
     first, last = (x[:, None] for x in (rows[:, 1], rows[:, 1] + rows[:, 2] - 1))
     low, high = columns[:, 1], columns[:, 1] + columns[:, 2]
     some = torch.ones(len(rows), len(columns), dtype=torch.bool)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import meshpar as mp
-from meshpar.ops import meetings
+from meshpar.ops import pairings
 from meshpar.ops.context import causal_attention
 from meshpar.ops.halo import halo_attention, windowed_attention
 from meshpar.ops.ring import ring_attention
@@ -81,7 +81,7 @@ class TestForms:
         window: int | None,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(meetings, "SIDE", 3)
+        monkeypatch.setattr(pairings, "SIDE", 3)
 
         def op(*args: object, **how: object) -> Tensor:
             return ring_attention(*args[:3], [], *args[3:], causal=causal, window=window, **how)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Pairing:
     """A part of the table of all pairs. What is held may be of any positions."""
 
     queries: tuple[Stretch, ...]
@@ -36,18 +36,18 @@ class Meeting:
 
     @property
     def numbers(self) -> list[int]:
-        """As operators take it, one meeting after the other."""
+        """As operators take it, one pairing after the other."""
         return [len(self.queries), len(self.keys), *(n for stretch in (*self.queries, *self.keys) for n in stretch)]
 
     @staticmethod
-    def read(numbers: Sequence[int]) -> list[Meeting]:
+    def read(numbers: Sequence[int]) -> list[Pairing]:
         """The other way."""
-        found, at = list[Meeting](), 0
+        found, at = list[Pairing](), 0
         while at < len(numbers):
             queries, keys = numbers[at : at + 2]
             flat = numbers[at + 2 : at + 2 + 3 * (queries + keys)]
             stretches = [Stretch(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
-            found.append(Meeting(tuple(stretches[:queries]), tuple(stretches[queries:])))
+            found.append(Pairing(tuple(stretches[:queries]), tuple(stretches[queries:])))
             at += 2 + len(flat)
         return found
 
@@ -103,14 +103,14 @@ class Blocks(NamedTuple):
     seen: tuple[tuple[int, ...], ...]
 
 
-def blocks(meeting: Meeting, sight: Sight) -> Blocks:
+def blocks(pairing: Pairing, sight: Sight) -> Blocks:
     """The short stretches of what meets."""
-    return _blocks(meeting, sight, SIDE)
+    return _blocks(pairing, sight, SIDE)
 
 
 @lru_cache(maxsize=512)
-def _blocks(meeting: Meeting, sight: Sight, side: int) -> Blocks:
-    rows, columns = short(meeting.queries, side), short(meeting.keys, side)
+def _blocks(pairing: Pairing, sight: Sight, side: int) -> Blocks:
+    rows, columns = short(pairing.queries, side), short(pairing.keys, side)
     return Blocks(rows, columns, tuple(tuple(j for j, c in enumerate(columns) if not sight.none(r, c)) for r in rows))
 
 
