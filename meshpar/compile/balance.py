@@ -46,14 +46,14 @@ _MATTERS = 0.01
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleBatch:
     """A batch to look at: of one microbatch, the tensors by the names of the graph's placeholders, and the graph's constants."""
 
     inputs: Mapping[str, Tensor]
     constants: Mapping[str, Tensor]
 
 
-def in_pieces(graph: fx.Graph, request: Request, first: Solved, example: Example) -> Solved:
+def in_pieces(graph: fx.Graph, request: Request, first: Solved, example: ExampleBatch) -> Solved:
     """The solution with as many pieces of sequences a rank as pay for the example, and why. `first`: that with as many as usual."""
     attentions = _in_tiles(graph, request, first.plan, _Masks(graph, example))
     if not any(one.shown.any_of is not None for one in attentions):
@@ -175,7 +175,7 @@ class _Share:
 class _Masks:
     """The masks of an example."""
 
-    def __init__(self, graph: fx.Graph, example: Example) -> None:
+    def __init__(self, graph: fx.Graph, example: ExampleBatch) -> None:
         self.graph, self.example = graph, example
         self.known: dict[tuple[tuple[fx.Node, str], ...], Callable[[int, int], Tensor] | None] = {}
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-from meshpar.compile.balance import Example, as_asked, as_before, in_pieces
+from meshpar.compile.balance import ExampleBatch, as_asked, as_before, in_pieces
 from meshpar.compile.ground import Staging
 from meshpar.compile.place import place
 from meshpar.compile.samples import of_own_samples
@@ -59,7 +59,7 @@ class Decision:
     """How many pieces of it each rank gets; None leaves it to what attention computes."""
     before: int = 0
     """How many an earlier program has, for which an example told; else 0."""
-    example: Example | None = None
+    example: ExampleBatch | None = None
     """A batch that tells what masks hide."""
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.capture.experts.seam import advise
 from meshpar.compile.agreement import agree_on_graph
-from meshpar.compile.balance import Example
+from meshpar.compile.balance import ExampleBatch
 from meshpar.compile.claimed import check_rules
 from meshpar.compile.decide import Decision, StageRequest, decide, place_as_before
 from meshpar.compile.given import ParameterFacts, check_given
@@ -54,7 +54,7 @@ class Planner:
         new.pinned, new.plans = dict(self.pinned), Plans()
         return new
 
-    def plan(self, captured: Captured, parameters: ParameterFacts, example: Example | None = None) -> Plan:
+    def plan(self, captured: Captured, parameters: ParameterFacts, example: ExampleBatch | None = None) -> Plan:
         """The plan of a step. Collective; raises PlanError where ranks differ or the plan that was given does not fit.
 
         `example`: a batch whose values may tell what is best.
@@ -93,7 +93,9 @@ class Planner:
             asked = f"{decided} {sorted(self.rules.items())} {self.given and self.given.hash}"
             agree(asked, self.mesh, "the configuration, the rules or the plan that was given")
 
-    def _planned(self, captured: Captured, parameters: ParameterFacts, stages: StageRequest | None, example: Example | None = None) -> Plan:
+    def _planned(
+        self, captured: Captured, parameters: ParameterFacts, stages: StageRequest | None, example: ExampleBatch | None = None
+    ) -> Plan:
         if self.given is not None and self.given.graph == fingerprint(captured):
             return self.given
         request = Decision(

@@ -24,7 +24,7 @@ from meshpar.capture.structure import order_of
 from meshpar.capture.symbolic import BatchSizes, Formulas, follow, sizes_of
 from meshpar.capture.witness import Witness, read_again, testify, without_memory
 from meshpar.collection import uncollected
-from meshpar.compile.balance import Example
+from meshpar.compile.balance import ExampleBatch
 from meshpar.compile.denominators import Split, split_denominators
 from meshpar.compile.given import ParameterFacts
 from meshpar.compile.hooks import check_microbatches
@@ -61,13 +61,13 @@ class Seen:
     microbatches: int = 1
 
     @property
-    def example(self) -> Example | None:
+    def example(self) -> ExampleBatch | None:
         """Its first microbatch, if it has values."""
         captured = self.parts.captured
         first = parts_of(captured, [local_tensors(x)[min(local_tensors(x))] for x in self.tensors], self.microbatches)[:1]
         values = dict(zip(captured.inputs, first[0], strict=False)) if first else {}
         real = values and all(type(x) is torch.Tensor and not x.is_meta for x in values.values())
-        return Example(values, captured.constants) if real else None
+        return ExampleBatch(values, captured.constants) if real else None
 
 
 class Programs:

@@ -95,7 +95,7 @@ class Sight:
         return past and (self.window is None or columns.at > rows.at + rows.size - 1 - self.window)
 
 
-class Blocks(NamedTuple):
+class ShortStretches(NamedTuple):
     """Stretches of at most SIDE queries and of at most SIDE keys, and which of those each of these sees by its position."""
 
     rows: tuple[Stretch, ...]
@@ -103,24 +103,24 @@ class Blocks(NamedTuple):
     seen: tuple[tuple[int, ...], ...]
 
 
-def blocks(pairing: Pairing, sight: Sight) -> Blocks:
+def blocks(pairing: Pairing, sight: Sight) -> ShortStretches:
     """The short stretches of what meets."""
     return _blocks(pairing, sight, SIDE)
 
 
 @lru_cache(maxsize=512)
-def _blocks(pairing: Pairing, sight: Sight, side: int) -> Blocks:
+def _blocks(pairing: Pairing, sight: Sight, side: int) -> ShortStretches:
     rows, columns = short(pairing.queries, side), short(pairing.keys, side)
-    return Blocks(rows, columns, tuple(tuple(j for j, c in enumerate(columns) if not sight.none(r, c)) for r in rows))
+    return ShortStretches(rows, columns, tuple(tuple(j for j, c in enumerate(columns) if not sight.none(r, c)) for r in rows))
 
 
-Part = tuple[Stretch, tuple[Stretch, ...]]
+TilePart = tuple[Stretch, tuple[Stretch, ...]]
 """Queries of one stretch, and the keys that they meet."""
 
 
-def tiling(found: Blocks, seen: Sequence[Sequence[int]]) -> Iterator[list[Part]]:
+def tiling(found: ShortStretches, seen: Sequence[Sequence[int]]) -> Iterator[list[TilePart]]:
     """The parts of each tile, of equally many queries, no query twice. `seen`: of each stretch of queries, those of keys."""
-    waiting: dict[tuple[int, int], list[Part]] = {}
+    waiting: dict[tuple[int, int], list[TilePart]] = {}
     for row, places in zip(found.rows, seen, strict=True):
         for turn, columns in enumerate(_enough(row, [found.columns[j] for j in places])):
             if row.size == SIDE:
@@ -128,7 +128,7 @@ def tiling(found: Blocks, seen: Sequence[Sequence[int]]) -> Iterator[list[Part]]
             else:
                 waiting.setdefault((row.size, turn), []).append((row, columns))
     for (size, _), parts in waiting.items():
-        tile, most = list[Part](), 0
+        tile, most = list[TilePart](), 0
         for part in sorted(parts, key=lambda part: count(part[1])):
             if tile and (len(tile) + 1) * size * max(most, count(part[1])) > SIDE * SIDE:
                 yield tile

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from meshpar.ops.pairings import Part, Sight, Stretch, count
+from meshpar.ops.pairings import Sight, Stretch, TilePart, count
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Tile(ABC):
     key_heads: slice
     group: int
     """Query heads of one head of keys and values."""
-    parts: Sequence[Part]
+    parts: Sequence[TilePart]
     device: torch.device
 
     @property

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from meshpar.ops.pairings import Blocks, Pairing, Sight, Stretch, blocks, count, tiling
+from meshpar.ops.pairings import Pairing, ShortStretches, Sight, Stretch, blocks, count, tiling
 from meshpar.ops.tile import OnePart, SeveralParts, Tile
 
 SCORES = 2**20
@@ -213,7 +213,7 @@ def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], pairings: Seq
                 yield kind(slice(low, min(low + samples, b)), slice(first, min(first + heads, k)), h // k, parts, query.device)
 
 
-def _seen(pairing: Pairing, found: Blocks, operands: Sequence[Tensor], scoring: Scoring) -> Sequence[Sequence[int]]:
+def _seen(pairing: Pairing, found: ShortStretches, operands: Sequence[Tensor], scoring: Scoring) -> Sequence[Sequence[int]]:
     """Of each block of queries, those of keys of which any is seen: by positions, and by masks, of booleans or with minus infinity.
 
     One look at all of them, so that an accelerator is waited for once.
