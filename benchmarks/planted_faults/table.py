@@ -113,7 +113,7 @@ _RING = [
     keyword("ring_attention", "scale", 1.0), drop("p_to_i"),
 ]  # fmt: skip
 _PIECES = [
-    turned("ring_attention"), turned("i_to_s"), segments("ring_attention"), segments("i_to_s"), turned("i_to_s_many"),
+    turned("ring_attention"), turned("i_to_s"), segments("ring_attention"), segments("i_to_s"),
 ]  # fmt: skip
 _SINKS = [
     no_sinks(), other_sinks(), of_sinks(doubled, "sinks that are twice as large"),
