@@ -88,7 +88,7 @@ def as_before(graph: fx.Graph, request: Request, chunks: int) -> Request:
     """The request with as many pieces as an earlier program has, or as many of those as divide the positions of this one."""
     lengths = {info_of(operands(node)[0]).shape[-2] for node in graph.nodes if _is_attention(node)}
     common = [n for n in range(1, chunks + 1) if all(n in chunk_counts(length, request.size) for length in lengths)]
-    return replace(request, chunks=common[-1]) if common else request
+    return replace(request, chunks=common[-1]) if common and common[-1] > 1 else request
 
 
 def _told(found: Solved, shares: Mapping[int, _Share], chunks: int, why: str) -> Solved:

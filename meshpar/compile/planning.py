@@ -45,7 +45,7 @@ class Planner:
         self.pinned: dict[str, ParameterPlan] = {}
         self.buffers: Mapping[str, tuple[int, ...]] = {}
         self.chunks = 0
-        """How many pieces of sequences each rank has, where an example told."""
+        """How many pieces of sequences each rank has, where an example told, and they are more than usual."""
         self.plans = Plans()
 
     def copy(self) -> Planner:
@@ -69,7 +69,7 @@ class Planner:
         plan = self._planned(captured, parameters, stages, example)
         if not self.pinned:
             self.pinned, self.buffers = dict(plan.parameters), plan.buffers
-            self.chunks = max((axis.chunks for axis in plan.axes), default=0)
+            self.chunks = max((axis.chunks for axis in plan.axes if axis.chunks > 2), default=0)
         return plan
 
     def plan_counts(self, captured: Captured, parameters: ParameterFacts) -> Plan:

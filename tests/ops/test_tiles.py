@@ -142,6 +142,11 @@ def test_tiles_between_documents_are_not_computed(monkeypatch: pytest.MonkeyPatc
     within = 2 * 2 + 3 * 3 - 1 + 4 * 4  # tiles of each document; the first two meet in one
     assert used(64, Scoring(steps=(("seen", 0),)), mask)[1] == 7 * within
     assert used(64, Scoring(steps=(("seen", 0), ("fill", 1, 0.0))), mask, mask)[1] == 7 * 8 * 8  # what is hidden comes back
+    added = torch.zeros(1, 1, 64, 64).masked_fill(~mask, -torch.inf)
+    for steps, operand in (((("fill", 0, -torch.inf),), ~mask), ((("keep", 0, -torch.inf), ("times", 2.0)), mask), ((("plus", 0),), added)):
+        assert used(64, Scoring(steps=steps), operand)[1] == 7 * within
+    for steps, operand in (((("plus", 0), ("tanh",)), added), ((("seen", 0), ("times", -1.0)), mask), ((("keep", 0, -1e38),), mask)):
+        assert used(64, Scoring(steps=steps), operand)[1] == 7 * 8 * 8, steps  # not hidden for good
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 8, 16])
