@@ -42,6 +42,10 @@ from torch.distributed._local_tensor import (  # torch 2.13; wait for a public s
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName, ProcessGroup, Store, _get_default_store, _resolve_process_group
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (  # torch 2.13; wait for public names of what `set_custom_...` take
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # torch 2.13; wait for a public placement of equal stretches
@@ -276,6 +280,23 @@ def accumulate_gradients(root: nn.Module) -> None:
             if hasattr(parameter, "_unsharded_param"):
                 parameter.accumulate_unsharded_grad_if_needed()
                 parameter.to_accumulated_grad_if_needed()
+
+
+def groups_of(unit: nn.Module) -> list[Any]:
+    """What FSDP2 gathers and sums together of a unit (torch 2.13; wait for a public call)."""
+    from torch.distributed.fsdp import fully_shard
+
+    return list(fully_shard.state(unit)._fsdp_param_groups)  # type: ignore[attr-defined]
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward (torch 2.13; wait for a public question)."""
+    return _C._current_graph_task_id() != -1
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Run `callback` before the backward that is running returns (torch 2.13; wait for a public way)."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def forget_step(root: Any) -> bool:
@@ -838,6 +859,8 @@ __all__ = [
     "is_compiled_around",
     "transform_level",
     "BatchNorm",
+    "DefaultAllGather",
+    "DefaultReduceScatter",
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",

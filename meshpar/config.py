@@ -154,14 +154,14 @@ class ParallelConfig(_Fields):
     precision: Precision = field(default_factory=Precision)
     """The dtypes; a string such as "bf16" is short for `Precision.named`."""
     overlap_grad_reduce: bool = True
-    """Whether `train_step` sums gradients over the data ranks while backward still runs (where devices can: on CPUs FSDP2 waits for each
-    sum); else after the backward of a microbatch ("zero2", "zero3") or of the last one. `loss.backward()` of one's own always does."""
+    """Whether `train_step` sums gradients over the data ranks while backward still runs; else after the backward of a microbatch ("zero2",
+    "zero3") or of the last one. `loss.backward()` of one's own always does."""
     overlap_param_gather: bool = True
-    """In forward, gather the next block's parameters while the current one computes. In backward FSDP2 always does, where devices can."""
+    """In forward, gather the next block's parameters while the current one computes. In backward FSDP2 always does."""
     overlap_tensor_parallel: bool = True
     """Whether collectives inside a graph (of `tp`, `ep`, `cp`) run beside computation: gradient sums beside the weight gradients of the
-    products of their block (`passes/products.py`: the same bits), products beside their own collectives in pieces (`passes/pieces.py`:
-    the same to rounding), where messages are not small."""
+    products of their block (`passes/products.py`: the same bits), products beside their own collectives in pieces (`passes/pieces.py`) and
+    experts beside the exchange of their rows (`passes/experts_in_pieces.py`; both the same to rounding), where messages are not small."""
     overlap_p2p: bool = True
     """Whether a stage of a pipeline computes while what it is sent arrives; else it waits for each message when it begins to receive it."""
     outputs: Literal["whole", "cut"] = "whole"

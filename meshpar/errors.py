@@ -16,7 +16,11 @@ class ConfigError(MeshparError, ValueError):
 
 
 class CaptureError(MeshparError):
-    """The model's forward could not be turned into a graph."""
+    """The model's forward could not be turned into a graph. `modules`: the paths of the modules at fault, None where that is not known."""
+
+    def __init__(self, *told: object, modules: Sequence[str] | None = None) -> None:
+        super().__init__(*told)
+        self.modules = modules
 
 
 class PlanError(MeshparError):

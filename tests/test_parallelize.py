@@ -369,3 +369,22 @@ def test_inputs_that_hold_no_samples_are_the_same_on_all_data_ranks(gloo: Pool) 
         assert difference < 1e-14 and not error
     for _, error in gloo.run(table_of_all_samples, True, world=2):
         assert "the same on every rank, but these differ" in error and "table: rank 1 from the rest" in error
+
+
+class ByNumber(nn.Module):
+    """Looks samples up by their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight).index_select(0, torch.tensor([0, 2, 0, 1])).square().mean()
+
+
+def test_samples_looked_up_by_their_number_in_a_microbatch() -> None:
+    x = torch.linspace(0, 1, 12).view(4, 3)
+    with mp.simulate(2):
+        pm = mp.parallelize(ByNumber(), mp.make_mesh("tp=2"), example=(x,), config=mp.ParallelConfig(microbatches=2))
+        with pytest.raises(mp.BatchError, match=r"(?s)Each of the 2 microbatches.*x\.shape\[0\]"):
+            pm.train_step(x)

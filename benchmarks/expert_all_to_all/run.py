@@ -9,14 +9,18 @@ rows there and back once, in turn, so that whatever else the machine does hits a
 rank counts. Beside it stands the processor time of a rank (all its threads, gloo's included), which waiting and other work on the machine
 do not enter. Balanced routing draws experts at random; in skewed routing three of four tokens choose the experts of the first rank.
 Before any timing meshpar and all-gather must give the result of one device, in float64.
+
+With `--networks` rows go over a network that is a clock beside the processor time of a rank (`benchmarks/overlap/link.py`): so many GiB/s
+of a device, 20 us a message, leaving the core free.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +30,13 @@ sys.path.insert(0, str(HERE.parents[1]))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.distributed import _functional_collectives as functional  # noqa: E402
+from torch.distributed import _functional_collectives as gathering  # noqa: E402
 
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
-from meshpar.ops import experts  # noqa: E402
+from benchmarks.overlap.link import Link, slow  # noqa: E402
+from meshpar._torch import functional  # noqa: E402
+from meshpar.ops import experts, primitives  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 
 MESHPAR, BARE, GATHER = CONTENDERS = ("meshpar", "bare", "all-gather")
@@ -82,11 +88,11 @@ def by_all_gather(hidden: Tensor, index: Tensor, weights: Tensor, local: int) ->
     """What one writes without an all-to-all."""
     group = dist.group.WORLD
     assert group is not None
-    whole, chosen, weight = (functional.all_gather_tensor(x, 0, group) for x in (hidden, index, weights))
+    whole, chosen, weight = (gathering.all_gather_tensor(x, 0, group) for x in (hidden, index, weights))
     first = dist.get_rank() * local
     token, slot = ((chosen >= first) & (chosen < first + local)).nonzero(as_tuple=True)
     rows = whole.index_select(0, token) * weight[token, slot].unsqueeze(1)
-    return functional.reduce_scatter_tensor(torch.zeros_like(whole).index_add_(0, token, rows), "sum", 0, group)
+    return gathering.reduce_scatter_tensor(torch.zeros_like(whole).index_add_(0, token, rows), "sum", 0, group)
 
 
 def contenders(hidden: Tensor, index: Tensor, weights: Tensor, local: int) -> dict[str, Callable[[], Tensor]]:
@@ -102,10 +108,10 @@ def contenders(hidden: Tensor, index: Tensor, weights: Tensor, local: int) -> di
         return operator.combine(rows, dispatched, weights)
 
     def bare() -> Tensor:
-        functional.wait_tensor(functional.all_to_all_single(there, received, sent, group))
-        return functional.wait_tensor(functional.all_to_all_single(sorted_, sent, received, group))
+        primitives.call(functional.all_to_all_single.default, there, received, sent, group.group_name)
+        return primitives.call(functional.all_to_all_single.default, sorted_, sent, received, group.group_name)
 
-    return {MESHPAR: ours, BARE: bare, GATHER: lambda: functional.wait_tensor(by_all_gather(hidden, index, weights, local))}
+    return {MESHPAR: ours, BARE: bare, GATHER: lambda: gathering.wait_tensor(by_all_gather(hidden, index, weights, local))}
 
 
 def check() -> dict[str, float]:
@@ -157,6 +163,37 @@ def worker(sizes: list[str], rounds: int | None, profiled: bool) -> dict[tuple[s
     return results
 
 
+def over(network: float, rounds: int) -> dict[str, dict[str, float]]:
+    """By routing and contender: the median seconds of large messages over a network of so many GiB/s; the slowest rank counts."""
+    torch.set_num_threads(1)
+    size, link, found = SIZES[2], Link(2e-5, network * 2**30), dict[str, dict[str, float]]()
+    for routing in ROUTINGS:
+        steps = contenders(*routed(size, routing, torch.float32), size.local)
+        taken = {name: list[float]() for name in (MESHPAR, BARE)}
+        with slow(link), torch.no_grad():
+            for turn in range(rounds + 2):
+                for name, times in taken.items():
+                    dist.barrier()
+                    link.clear()
+                    steps[name]()
+                    longest = torch.tensor(link.now)
+                    dist.all_reduce(longest, dist.ReduceOp.MAX)
+                    if turn > 1:
+                        times.append(longest.item())
+        found[routing] = {name: statistics.median(times) for name, times in taken.items()}
+    return found
+
+
+def networks(speeds: Sequence[float], rounds: int) -> list[str]:
+    """The table over networks that are clocks, two ranks."""
+    lines = []
+    for speed in speeds:
+        for routing, found in launch.run(over, speed, rounds, world=2)[0].items():
+            ms = [f"{found[name] * 1e3:.1f}" for name in (MESHPAR, BARE)]
+            lines.append(line([f"{speed:g}", routing, *ms, f"{found[BARE] / found[MESHPAR]:.2f}"]))
+    return table(("network, GiB/s", "routing", MESHPAR, BARE, "of bare"), lines)
+
+
 def row(world: int, size: Size, routing: str, times: Times) -> str:
     """One line of the table."""
     cells = [str(world), size.name, routing]
@@ -193,7 +230,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--profile", action="store_true", help="print where meshpar spends its time instead (rank 0, first size)")
     parser.add_argument("--write", action="store_true", help="write the table to README.md beside this file")
+    parser.add_argument("--networks", type=float, nargs="+", help="GiB/s of a device: print large messages over such networks instead")
     options = parser.parse_args()
+    if options.networks:
+        print("\n".join(networks(options.networks, options.rounds or 20)))
+        return
     rows = []
     for world in options.worlds:
         print(f"{world} ranks", flush=True)

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from benchmarks.tensor_parallel import handwritten
 from meshpar._torch import resolve_process_group
-from meshpar.ops import expert_all_to_all, primitives
+from meshpar.ops import expert_all_to_all, expert_pieces, primitives
 
 SENT = {  # of the bytes of what is handed in, or comes out, the share that a device sends, with ring algorithms
     "all_reduce": lambda x, size: 2 * x.nbytes * (size - 1) / size,
     "all_reduce_": lambda x, size: 2 * x.nbytes * (size - 1) / size,
     "all_gather_into_tensor": lambda x, size: x.nbytes * (size - 1),
     "reduce_scatter_tensor": lambda x, size: x.nbytes * (size - 1) / size,
+    "all_gather_single": lambda x, size: x.nbytes * (size - 1),
+    "reduce_scatter_single": lambda x, size: x.nbytes * (size - 1) / size,
 }
 
 
@@ -106,7 +108,7 @@ class Sleeping(Link):
 
 @contextmanager
 def slow(link: Link) -> Iterator[None]:
-    """Inside, the collectives of graphs, those of `handwritten`, and what stages of pipelines receive, go over `link`."""
+    """Inside, the collectives of graphs, those of `handwritten` and FSDP2, and what stages of pipelines receive, go over `link`."""
     begin, start, batched = primitives.begin, primitives.start_messages, dist.batch_isend_irecv
 
     def received(ops: list[dist.P2POp]) -> list[Any]:
@@ -124,17 +126,30 @@ def slow(link: Link) -> Iterator[None]:
     def started(gone: Any, come: Any, group: str) -> Callable[[], None]:
         return link.carry(sum(x.nbytes for x, _, _ in gone), start(gone, come, group))
 
-    primitives.begin = expert_all_to_all.begin = begun  # type: ignore[attr-defined]
-    expert_all_to_all.start_messages = started  # type: ignore[attr-defined]
+    def shared_out(name: str, real: Any) -> Any:
+        def run(output: Tensor, input: Tensor, group: Any, async_op: bool = False, **more: Any) -> Any:
+            work = real(output, input, group=group, async_op=True, **more)
+            arrive = link.carry(SENT[name](input, group.size()), work.wait)
+            return _Flying(arrive) if async_op else arrive() and None
+
+        return run
+
+    of_fsdp = {name: getattr(dist, name) for name in ("all_gather_single", "reduce_scatter_single")}
+    for name, real in of_fsdp.items():
+        setattr(dist, name, shared_out(name, real))
+    primitives.begin = expert_all_to_all.begin = expert_pieces.begin = begun  # type: ignore[attr-defined]
+    expert_all_to_all.start_messages = expert_pieces.start_messages = started  # type: ignore[attr-defined]
     handwritten.dist = _ByHand(link)  # type: ignore[attr-defined]
     dist.batch_isend_irecv = received
     try:
         yield
     finally:
-        primitives.begin = expert_all_to_all.begin = begin  # type: ignore[attr-defined]
-        expert_all_to_all.start_messages = start  # type: ignore[attr-defined]
+        primitives.begin = expert_all_to_all.begin = expert_pieces.begin = begin  # type: ignore[attr-defined]
+        expert_all_to_all.start_messages = expert_pieces.start_messages = start  # type: ignore[attr-defined]
         handwritten.dist = dist  # type: ignore[attr-defined]
         dist.batch_isend_irecv = batched
+        for name, real in of_fsdp.items():
+            setattr(dist, name, real)
 
 
 @dataclass
@@ -145,6 +160,18 @@ class _Arriving:
 
     def wait(self) -> Any:
         return self.arrive()
+
+
+class _Flying(dist.Work):
+    """A collective of FSDP2's that was asked to run beside."""
+
+    def __init__(self, arrive: Callable[[], Any]) -> None:
+        super().__init__()
+        self._arrive = arrive
+
+    def wait(self, timeout: Any = None) -> bool:
+        self._arrive()
+        return True
 
 
 @dataclass

@@ -10,8 +10,10 @@ node (half of 989 TFLOP/s, 250 GB/s in collectives); `--bandwidth` takes another
 (1F1B, 4 microbatches of 1 x 512 tokens) `overlap_p2p`; for the tensor-parallel Llama there is code by hand, too,
 `benchmarks/tensor_parallel/handwritten.py`, which waits for each collective where it is called (its model ends in a squared error: no
 embedding, no head), and for the pipeline torch's own runtime. A message to a stage takes its time from when the stage begins to receive
-it; how late the other stage sends it is not counted. Gradients are compared, on against off, before anything is timed. Not in the table:
-data parallelism, for which FSDP2 waits on CPUs whatever is asked.
+it; how late the other stage sends it is not counted. Over ep it is rows of experts alone that are counted; skewed, three of four go to the
+experts of the first rank. Over dp (32 layers, 2 x 512 tokens a rank, every parameter shared out) it is `overlap_grad_reduce` and
+`overlap_param_gather`; beside it FSDP2 as its documentation has it, which waits for each collective on CPUs. Gradients are compared, on
+against off, before anything is timed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import argparse
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import line, machine, readme, table, write  # noqa: E402
-from benchmarks.peers.others import pipeline  # noqa: E402
+from benchmarks.peers.others import fsdp, pipeline  # noqa: E402
 from benchmarks.tensor_parallel.handwritten import Handwritten, Model  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
 
@@ -55,6 +57,15 @@ class Case:
     def __str__(self) -> str:
         return f"{self.model}, {self.mesh}" + (", sequence parallel" if self.sequence else "")
 
+    @property
+    def axis(self) -> str:
+        return self.mesh.partition("=")[0]
+
+    @property
+    def alone(self) -> bool:
+        """Whether it has no switch."""
+        return self.model in OTHERS
+
 
 CASES = (
     Case("llama", "tp=2"),
@@ -64,22 +75,32 @@ CASES = (
     Case("mixtral", "tp=2"),
     Case("mixtral", "tp=2", True),
     Case("mixtral", "ep=2"),
+    Case("mixtral, skewed", "ep=2"),
+    Case("llama", "dp=2"),
+    Case("FSDP2 by hand", "dp=2"),
     Case("llama", "pp=2"),
     Case("torch.distributed.pipelining", "pp=2"),
 )
 MICROBATCHES = 4
-ALONE = ("by hand", "torch.distributed.pipelining")
-"""What has no switch."""
+SWITCHES: Mapping[str, tuple[str, ...]] = {
+    "tp": ("overlap_tensor_parallel",),
+    "ep": ("overlap_tensor_parallel",),
+    "dp": ("overlap_grad_reduce", "overlap_param_gather"),
+    "pp": ("overlap_p2p",),
+}
+OTHERS = ("by hand", "FSDP2 by hand", "torch.distributed.pipelining")
+DEEP = 32
 
 
-def transformer(name: str, samples: int) -> tuple[nn.Module, dict[str, Tensor]]:
+def transformer(name: str, samples: int, layers: int) -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
+    name, _, skewed = name.partition(", ")
     more = {"num_local_experts": 4, "num_experts_per_tok": 2} if name == "mixtral" else {}
     config = AutoConfig.for_model(
         name,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         hidden_size=HIDDEN,
         intermediate_size=3 * HIDDEN,
         num_attention_heads=HIDDEN // 64,
@@ -91,7 +112,23 @@ def transformer(name: str, samples: int) -> tuple[nn.Module, dict[str, Tensor]]:
     model: nn.Module = AutoModelForCausalLM.from_config(config).train()
     torch.manual_seed(1)
     ids = torch.randint(1024, (samples, LENGTH))
+    if skewed:
+        lean(model, ids)
     return model, {"input_ids": ids, "labels": ids}
+
+
+@torch.no_grad()
+def lean(model: Any, ids: Tensor) -> None:
+    """Have three of four rows go to the first half of the experts."""
+
+    def shift(gate: Any, args: Any) -> None:
+        mean = args[0].flatten(0, -2).mean(0)
+        gate.weight[: gate.weight.shape[0] // 2] += 0.3 * mean / mean.dot(mean)
+
+    hooks = [layer.mlp.gate.register_forward_pre_hook(shift) for layer in model.model.layers]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
 
 
 def step_of(case: Case, overlap: bool) -> tuple[nn.Module, Callable[[], Any]]:
@@ -101,16 +138,20 @@ def step_of(case: Case, overlap: bool) -> tuple[nn.Module, Callable[[], Any]]:
         hand = Handwritten(Model(LAYERS, HIDDEN, 64, 3 * HIDDEN), sequence=case.sequence)
         x, target = torch.randn(2, 2, LENGTH, HIDDEN)
         return hand, lambda: hand(x, target).backward()
-    staged = case.mesh.startswith("pp")
-    model, batch = transformer("llama" if case.model in ALONE else case.model, MICROBATCHES if staged else 2)
-    if case.model in ALONE:
+    samples = {"pp": MICROBATCHES, "dp": 4}.get(case.axis, 2)
+    model, batch = transformer("llama" if case.alone else case.model, samples, DEEP if case.axis == "dp" else LAYERS)
+    if case.model == "torch.distributed.pipelining":
         other = pipeline(model, batch, MICROBATCHES)
-        return other.module, other.step
+        return other.module or model, other.step
     mesh = mp.make_mesh(case.mesh)
-    if case.mesh.startswith("ep"):
+    if case.axis in ("dp", "ep"):
         batch = mp.local_batch(batch, mesh)
-    switches = {"overlap_p2p": overlap, "microbatches": MICROBATCHES} if staged else {"overlap_tensor_parallel": overlap}
-    config = mp.ParallelConfig(sequence_parallel=case.sequence, **switches)
+    if case.model == "FSDP2 by hand":
+        return model, fsdp(model, batch).step
+    microbatches = MICROBATCHES if case.axis == "pp" else 1
+    shared: Any = {"data_parallel": "zero3" if case.axis == "dp" else "replicate"}
+    switches = dict.fromkeys(SWITCHES[case.axis], overlap)
+    config = mp.ParallelConfig(sequence_parallel=case.sequence, microbatches=microbatches, **shared, **switches)
     pm = mp.parallelize(model, mesh, example=batch, config=config)
     return pm, lambda: pm.train_step(**batch)
 
@@ -122,7 +163,7 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 def measure(case: Case, rounds: int, sleep: bool, bandwidth: float) -> dict[str, tuple[float, float, float]]:
     """By contender: seconds of a step, of communication in it, and of waiting for that; medians over the rounds, means over the ranks."""
-    steps = {name: step_of(case, name == "on") for name in (("off",) if case.model in ALONE else ("off", "on"))}
+    steps = {name: step_of(case, name == "on") for name in (("off",) if case.alone else ("off", "on"))}
     link = (Sleeping if sleep else Link)(LATENCY, bandwidth)
     made = {name: list[tuple[float, float, float]]() for name in steps}
     seen = {}

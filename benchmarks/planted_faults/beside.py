@@ -17,6 +17,7 @@ from torch import Tensor
 
 import meshpar.ops.again as again
 import meshpar.ops.chunked_loss as chunked_loss
+import meshpar.ops.expert_pieces as expert_pieces
 import meshpar.ops.pieces as pieces
 import meshpar.ops.ring as ring
 import meshpar.pipeline.run as run
@@ -295,6 +296,26 @@ def _own_alone(start: Any) -> Any:
     return changed
 
 
+def _of_last(add: Any) -> Any:
+    """The gradient of matrices that pieces add to, as the last of them leaves it."""
+
+    def changed(self: Any, *rows: Any) -> None:
+        self.taken()
+        add(self, *rows)
+
+    return changed
+
+
+def _first_half_twice(forward: Any) -> Any:
+    """Half of a rank's own rows in the place of the other half, as far as they go."""
+
+    def changed(ctx: Any, *given: Any) -> Any:
+        first, last, *others = forward(ctx, *given)
+        return first, torch.cat([first, last])[: len(last)].clone(), *others
+
+    return staticmethod(changed)
+
+
 class _Starts(dict[Any, Any]):
     """Ways to start a collective, of which that of an all-gather is another one."""
 
@@ -348,6 +369,10 @@ FAULTS: tuple[BesideFault, ...] = (
     BesideFault("what is computed again is of the step before", again, "_run", _of_the_step_before, "tp=2", model="kept less", eager=True),
     BesideFault("gathered again from the wrong ranks", pieces, "STARTS", _with_gather, "tp=2", {"sequence_parallel": True}, "kept less",
                 eager=True),
+    BesideFault("experts in pieces: the gradient of the last piece alone", expert_pieces._MatrixGradient, "add", _of_last, "ep=2",
+                model="experts", eager=True),
+    BesideFault("experts in pieces: some own rows twice, others never", expert_pieces._SetOut, "forward", _first_half_twice, "ep=2",
+                model="experts", eager=True),
     BesideFault("a loss in chunks, less its last rows", chunked_loss._Parts, "of", _all_but_the_last, "tp=2", CHUNKS, "kept less"),
     BesideFault("a loss in chunks that counts padding", chunked_loss.vocab_parallel, "loss_of", _padding_too, "tp=2", CHUNKS, "kept less"),
     BesideFault("numbers of the first shape stay", NewNumbers, "now", _first_known, "dp=2", shapes=4,

@@ -369,17 +369,34 @@ def transposed(at: int = 0) -> Fault:
     return Fault("transpose of other dims", change)
 
 
-def stale_step(at: int = 0) -> Fault:
-    """A step of what is computed again reads another value of the same shape, operand or result of an earlier step."""
+def _stepped(node: fx.Node) -> tuple[Any, list[Any], int]:
+    """The steps of a call that is several, what is known of its operands and of the steps' results, and how many operands there are."""
+    steps, *given = node.args
+    inside = [f.info for f in facts(node).inside]
+    if op_name(node.target).endswith("computed"):
+        known, results = [facts(n).info for n in given], inside  # type: ignore[arg-type]
+    else:  # experts in pieces: rows and their ends arrive
+        known, results = [*inside[1:3], *(facts(n).info for n in given[2:])], inside[6:]  # type: ignore[arg-type]
+    return steps, [*known, *results], len(known)
+
+
+_SPOKEN = {"computed": "what is computed again", "through_experts": "what experts do in pieces"}
+
+
+def _slot(arg: Any) -> int | None:
+    """Of an operand or a result of a step, which one."""
+    return int(arg[1:]) if isinstance(arg, str) and arg.startswith("%") else None
+
+
+def stale_step(at: int = 0, op: str = "computed") -> Fault:
+    """A step of a call that is several reads another value of the same shape, operand or result of an earlier step."""
 
     def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
-        for node in sites(graph, "computed")[at:]:
-            steps: Any = node.args[0]
-            known = [facts(n).info for n in node.args[1:]] + [f.info for f in facts(node).inside]  # type: ignore[arg-type]
-            given = len(node.args) - 1
+        for node in sites(graph, op)[at:]:
+            steps, known, given = _stepped(node)
             for i, (name, args, kwargs) in enumerate(steps):
                 for place, arg in enumerate(args):
-                    read = int(arg[1:]) if isinstance(arg, str) and arg.startswith("%") else None
+                    read = _slot(arg)
                     others = [j for j in range(given + i) if read is not None and j != read and known[j] == known[read]]
                     if others:
                         step = name, (*args[:place], f"%{others[0]}", *args[place + 1 :]), kwargs
@@ -387,26 +404,24 @@ def stale_step(at: int = 0) -> Fault:
                         return [node]
         raise NoPlace("another value of one shape")
 
-    return Fault("what is computed again reads a stale value", change)
+    return Fault(f"{_SPOKEN[op]} reads a stale value", change)
 
 
-def lost_step(at: int = 0) -> Fault:
-    """What reads a step of what is computed again reads what went into that step."""
+def lost_step(op: str = "computed") -> Fault:
+    """What reads a step of a call that is several reads what went into that step."""
 
     def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
-        for node in sites(graph, "computed")[at:]:
-            steps: Any = node.args[0]
-            known = [facts(n).info for n in node.args[1:]] + [f.info for f in facts(node).inside]  # type: ignore[arg-type]
-            given = len(node.args) - 1
+        for node in sites(graph, op):
+            steps, known, given = _stepped(node)
             for i, (_, args, _) in enumerate(steps[:-1]):
-                before = int(args[0][1:]) if isinstance(args[0], str) and args[0].startswith("%") else None
+                before = _slot(args[0])
                 if before is not None and known[before] == known[given + i]:
                     rest = tuple((n, tuple(f"%{before}" if a == f"%{given + i}" else a for a in some), k) for n, some, k in steps[i + 1 :])
                     node.args = ((*steps[: i + 1], *rest), *node.args[1:])
                     return [node]
         raise NoPlace("a step that leaves a shape alone")
 
-    return Fault("a step of what is computed again is left out", change)
+    return Fault(f"a step of {_SPOKEN[op]} is left out", change)
 
 
 def other_weights(op: str, at: int = 0) -> Fault:

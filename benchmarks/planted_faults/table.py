@@ -128,6 +128,10 @@ _KEPT_LESS = [
     keyword("cross_entropy", "label_smoothing", 0.1), argument("cross_entropy", 7, ((66, 1), (66, 1))), group("cross_entropy"),
     operand("cross_entropy", 0, 1),
 ]  # fmt: skip
+_IN_PIECES = [
+    group("through_experts"), operand("through_experts", 1, 3), operand("through_experts", 1, 4), operand("through_experts", 1, 1),
+    stale_step(op="through_experts"), lost_step("through_experts"), operand("combine", 1, 1),
+]  # fmt: skip
 _STAGES = [
     named(operand("linear", 2), "a stage reads a stale value"), named(bounds(), "labels that are not shifted"), drop("p_to_i"),
     drop("i_to_r_many"), drop("s_to_r"), double("p_to_s"), parameter(1), group("p_to_s"), factor(0),
@@ -147,6 +151,7 @@ CASES: tuple[Case, ...] = (
     Case("contrastive", _plain("contrastive"), "dp=2", [drop("s_to_i"), drop("s_to_r"), swap("s_to_r", "s_to_i"), factor(0)]),
     Case("encoder and decoder", _plain("encoder_decoder"), "dp=2,tp=2", [*_SEQUENCE[:9], operand("linear", 6)]),
     Case("mixtral", _tiny("mixtral"), "ep=2,tp=2", _EXPERTS),
+    Case("mixtral (in pieces)", _tiny("mixtral"), "ep=2", _IN_PIECES, eager=True),
     Case("llama", _tiny("llama"), "cp=2,tp=2", _CONTEXT),
     Case("llama (ring)", _tiny("llama"), "cp=2,tp=2", _RING, ParallelConfig(context="ring")),
     Case("llama (four pieces a rank)", _tiny("llama"), "cp=2,tp=2", _PIECES, ParallelConfig(context="ring", context_chunks=4)),

@@ -31,7 +31,7 @@ from meshpar.errors import MeshparError, RankError
 from meshpar.graph.captured import Captured
 from meshpar.graph.op import op_name
 from meshpar.mesh import make_mesh
-from meshpar.ops import again, chunked_loss, pieces, products
+from meshpar.ops import again, chunked_loss, expert_pieces, pieces, products
 from meshpar.passes import order
 from meshpar.proof import verify as numeric
 from meshpar.proof.comparable import cast
@@ -188,7 +188,7 @@ def _put_in(program: Any) -> Iterator[str]:
 
 
 def _is_put_in(target: Any) -> bool:
-    return getattr(target, "__module__", "") in {one.__name__ for one in (again, chunked_loss, pieces, products)}
+    return getattr(target, "__module__", "") in {one.__name__ for one in (again, chunked_loss, expert_pieces, pieces, products)}
 
 
 @contextmanager
@@ -211,13 +211,15 @@ def keeping() -> Iterator[list[ParallelModel]]:
 @contextmanager
 def eager(on: bool) -> Iterator[None]:
     """Inside, passes that are for megabytes take what is small."""
-    names = ("ComputeAgain", "CutIntoPieces", "HideGradientSums")
-    real = {name: getattr(order, name) for name in names}
+    names = ("ComputeAgain", "CutExpertsIntoPieces", "CutIntoPieces", "HideGradientSums")
+    real, least = {name: getattr(order, name) for name in names}, pieces.LEAST
     try:
+        pieces.LEAST = 1 if on else least
         for name in names if on else ():
             setattr(order, name, partial(real[name], least_bytes=0))
         yield
     finally:
+        pieces.LEAST = least
         for name in names:
             setattr(order, name, real[name])
 

@@ -52,7 +52,30 @@ def is_own() -> bool:
     return bool(frames) and "site-packages" not in frames[-1]
 
 
+_OF_ROWS = r"(?s:.*)Size-like symbols: [a-z]+\d"
+"""What torch adds where a number is one of rows that a mask chooses."""
 _ADVICE: tuple[tuple[str, str, str], ...] = (
+    (
+        r"Could not guard on data-dependent" + _OF_ROWS,
+        "it goes one of two ways by how many rows a mask chooses, which depends on what the model computes",
+        "Leave the branch out (a sum over no rows is zero), or compute both ways and choose: torch.where(mask.sum() > n, one, other)",
+    ),
+    (
+        r"Could not extract specialized" + _OF_ROWS,
+        "it makes a Python number (len(), int(), float()) of how many rows a mask chooses, which depends on what the model computes",
+        "Take that number as a tensor, mask.sum(), or as a size, x[mask].shape[0], and write a loop over rows as one call on all, a "
+        "branch as torch.where(mask.sum() > 0, one, other)",
+    ),
+    (
+        r"Could not guard on data-dependent",
+        "it turns the values of a tensor into Python numbers, by which it goes one of two ways",
+        "Compute both ways and choose: torch.where(condition, one, other); or hand the decision in as a plain Python argument",
+    ),
+    (
+        r"Could not extract specialized|_local_scalar_dense",
+        "it turns the values of a tensor into Python numbers (.item(), int(), float()), other ones with every step",
+        "Leave it a tensor (x * scale rather than x * scale.item(); a mask rather than x[:n]), or hand it in as a plain Python argument",
+    ),
     (
         r"data-dependent|GuardOnDataDependent|unbacked|\bu\d+\b|_local_scalar_dense",
         "it turns the values of a tensor into Python numbers or shapes (.item(), nonzero(), a boolean mask as an index, or `if tensor:`)",
@@ -83,6 +106,13 @@ def explain(error: Exception, model: nn.Module, advice: str = "") -> CaptureErro
         return error
     told = _told(error, model)
     return CaptureError(f"{told}\n{advice}" if advice else str(told))
+
+
+def modules_of(error: Exception, model: nn.Module) -> tuple[str, ...]:
+    """The paths of the modules of `model` that were running."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = (names.get(id(frame.f_locals.get("self"))) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return tuple(dict.fromkeys(name for name in found if name is not None))
 
 
 def _told(error: Exception, model: nn.Module) -> CaptureError:

@@ -9,7 +9,7 @@ from torch import fx
 
 from meshpar._torch import OpOverload, pytree
 from meshpar.errors import CaptureError
-from meshpar.graph.facts import Info, facts, set_facts
+from meshpar.graph.facts import DataSized, Info, facts, set_facts
 from meshpar.graph.operators import draws
 
 aten = torch.ops.aten
@@ -24,7 +24,8 @@ def refuse(graph: fx.Graph) -> None:
         f"  {node.target} in {facts(node).module or 'the model'} ({facts(node).source or 'source unknown'}): {reason}."
         for node, reason in found
     ]
-    raise CaptureError("\n".join(["The forward cannot become a graph of fixed shapes:", *dict.fromkeys(lines)]))
+    modules = tuple(dict.fromkeys(facts(node).module or "" for node, _ in found))
+    raise CaptureError("\n".join(["The forward cannot become a graph of fixed shapes:", *dict.fromkeys(lines)]), modules=modules)
 
 
 def _objection(node: fx.Node) -> str | None:
@@ -39,6 +40,8 @@ def _objection(node: fx.Node) -> str | None:
         )
     info = facts(node).info
     if not (isinstance(info, Info) or (isinstance(info, tuple) and all(i is None or isinstance(i, Info) for i in info))):
+        if not isinstance(info, DataSized) and "item" in str(node.target):
+            return "it makes a Python number of a value that the model computes; leave it a tensor (x * scale, not x * scale.item())"
         return (
             "its result, or the size of it, depends on values; use torch.where, masked_fill or a fixed size, or pass numbers as arguments"
         )

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from meshpar._torch import FakeTensorMode, checkpoints_only_call, without_dumps
-from meshpar.capture import blame, check, decompositions, fake, functional, grad, simplify, structure
+from meshpar.capture import blame, check, decompositions, examples, fake, functional, grad, simplify, structure
 from meshpar.capture import exported as graph
 from meshpar.capture.attempts import Attempt, first_that_works
 from meshpar.capture.batch import ReadBatch, maybe_packed, read_batch
@@ -161,6 +161,7 @@ def _recorded(
         grad.propagate(built.graph, leaves)
     simplify.simplify(built.graph)
     rows.mark(built.graph)
+    examples.forget(built.graph)
     experts.mark_stacks(built.graph)
     check.number_seeds(built.graph)
     own_backwards.mark(built.graph, tuple(recorder.functions.in_cpp))
@@ -229,7 +230,7 @@ def _export(
             grad.inline(program.graph_module)
             return functional.functional(program)
         except Exception as error:
-            raise blame.explain(error, recorder.model, found.advice()) from error
+            raise blame.explain(error, recorder.model, found.advice(blame.modules_of(error, recorder.model))) from error
 
 
 def _canonical(program: ExportedProgram, recorder: nn.Module, names: Mapping[int, str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, OutputSpec
 from torch.fx.node import map_arg
 
+from meshpar.capture import examples
 from meshpar.capture.blame import source_of
 from meshpar.errors import CaptureError
 from meshpar.graph import canonical
@@ -121,7 +122,7 @@ def _leaves(
 
 def _call(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node], prefix: str) -> fx.Node:
     args = map_arg(node.args, copies.__getitem__)
-    kwargs = map_arg(node.kwargs, copies.__getitem__)
+    kwargs = map_arg(examples.with_device(node), copies.__getitem__)
     copy = graph.create_node("call_function", node.target, args, kwargs, name=canonical.name_of(node))
     stack = [_CALL_NUMBER.sub("", path).removeprefix(prefix) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     stack = ["" if path == prefix.rstrip(".") else path for path in stack]

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import fx
 
-from meshpar.compile.exposure import exposed
+from meshpar.compile.exposure import COUNTS, exposed
 from meshpar.compile.split import StageGraph
-from meshpar.graph.facts import Change, Exchange, facts, gives_several, info_of
+from meshpar.graph.facts import Change, Exchange, Info, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
-from meshpar.ops import convolution, gathered, halo, pieces, ring, scans, scored, vocab_parallel
+from meshpar.ops import convolution, expert_pieces, gathered, halo, pieces, ring, scans, scored, shifts, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
@@ -33,7 +33,7 @@ def ledger(graph: fx.Graph, price: Price | None = None) -> tuple[Comm, ...]:
 
 def _timed(node: fx.Node, entry: Comm, price: Price) -> Comm:
     seconds = price.collective(entry.nbytes)
-    return replace(entry, seconds=seconds, exposed=exposed(node, entry.phase, entry.kind, seconds, price))
+    return replace(entry, seconds=seconds, exposed=exposed(node, entry, seconds, price))
 
 
 def staged_ledger(stages: Sequence[StageGraph], ranks: Sequence[int], price: Price) -> tuple[Comm, ...]:
@@ -67,12 +67,19 @@ def entries(node: fx.Node) -> Iterator[Comm]:
         yield from _again(node, known.conversion)
     if known.joined:
         yield from _converted(node, known.joined)
+    if node.target is expert_pieces.through_experts:
+        there, ends = known.inside[0].exchange, known.inside[2].info
+        assert there is not None
+        assert isinstance(ends, Info)
+        yield from _exchanged(node, there, ends.shape[0])
     if known.exchange is not None:
-        yield from _exchanged(node, known.exchange)
+        yield from _exchanged(node, known.exchange, value_info((node, 1)).shape[0] if gives_several(node) else 0)
     if node.target in (ring.ring_attention, halo.halo_attention, scored.scored_halo_attention):
         yield from _between_parts(node)
     if node.target is convolution.halo_convolution:
         yield from _around(node)
+    if node.target is shifts.halo_shifted:
+        yield from _before(node)
     if node.target is scans.cumulated:
         yield from _totals(node)
     if node.target is gathered.gathered_attention:
@@ -118,6 +125,14 @@ def _around(node: fx.Node) -> Iterator[Comm]:
         yield _comm(node, "halo", facts(node).axis or "", phase, nbytes)
 
 
+def _before(node: fx.Node) -> Iterator[Comm]:
+    """Positions of other ranks that come to lie here; backward their gradients. Of the rank that sends most."""
+    x, cut = info_of(operands(node)[0]), Shard(*node.args[1:4])  # type: ignore[arg-type]
+    near = shifts.before(cut, node.kwargs["by"], node.kwargs["size"])  # type: ignore[arg-type]
+    for phase in ("forward", "backward") if x.requires_grad else ("forward",):
+        yield _comm(node, "halo", facts(node).axis or "", phase, float(near.most_sent() * x.nbytes // x.shape[cut.dim]))
+
+
 def _totals(node: fx.Node) -> Iterator[Comm]:
     """What each piece comes to, to all ranks; backward the sums of their gradients."""
     info, (dim, _, segments), size = info_of(node), node.args[3:6], node.kwargs["size"]
@@ -135,12 +150,12 @@ def _gathered(node: fx.Node) -> Iterator[Comm]:
         yield _comm(node, kind, facts(node).axis or "", phase, sent)
 
 
-def _exchanged(node: fx.Node, exchange: Exchange) -> Iterator[Comm]:
-    """Rows of experts, and before them their numbers (4 bytes for each expert): a share (size - 1) / size of them stays not here."""
+def _exchanged(node: fx.Node, exchange: Exchange, told: int) -> Iterator[Comm]:
+    """Rows of experts: a share (size - 1) / size of them stays not here. Before them their numbers, 4 bytes for each of `told` experts."""
     axis, size, rows = exchange.axis, exchange.size, exchange.rows
     share = (size - 1) / size
-    if gives_several(node):
-        yield _comm(node, ALL_TO_ALL, axis, "forward", 4.0 * size * value_info((node, 1)).shape[0] * share)
+    if told:
+        yield replace(_comm(node, ALL_TO_ALL, axis, "forward", 4.0 * size * told * share), node=COUNTS)
     for phase in ("forward", "backward") if rows.requires_grad else ("forward",):
         yield _comm(node, ALL_TO_ALL, axis, phase, rows.nbytes * share)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
+from meshpar.graph.facts import info_of
 from meshpar.graph.op import Op
 
 Flops = Callable[[Op], float]
@@ -25,6 +26,14 @@ def products(op: Op) -> float:
 def reduced_product(op: Op) -> float:
     """A product of which a rank gets its rows of the sum: it computes all of them."""
     return 2 * prod(op.shapes[0]) * op.shapes[1][0]
+
+
+def through_experts(op: Op) -> float:
+    """The products of every row with a matrix of its expert."""
+    given: Any = op.node.args[1:]
+    steps: Any = op.node.args[0]
+    matrices = [given[int(args[1][1:])] for name, args, _ in steps if name.startswith("meshpar.grouped_mm.")]
+    return 2 * op.shapes[0][0] * sum(prod(info_of(matrix).shape[1:]) for matrix in matrices)
 
 
 def einsum(op: Op) -> float:

@@ -266,6 +266,7 @@ _EXPERTS: dict[str, OperatorRow] = {
     **_rows("meshpar.combine", row("(t k) h, (t k), t [k] -> t h", linear=((0,), (2,))), kind="experts"),
     **_rows("meshpar.ops.expert_all_to_all.send_rows", row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)), kind="experts"),
     **_rows("meshpar.ops.products.send_rows", kind="experts"),
+    **_rows("meshpar.ops.expert_pieces.through_experts", kind="experts", flops=count.through_experts),
     **_rows("meshpar.ops.expert_all_to_all.return_rows", row("[n] h, [s] [r], [m], [m] -> [n] h", linear=((0,),)), kind="experts"),
 }
 
@@ -369,6 +370,8 @@ _MOVED: dict[str, OperatorRow] = {
     **_moves("concat concatenate", "join"),
     **_moves("cumsum", "scan", local=local.cumulated),
     **_rows("meshpar.ops.scans.cumulated", rules.cumulated, kind="scan"),
+    **_rows("meshpar.ops.shifts.shifted", fixed_dims(lambda op: [op.dim()]), kind="copy", saves="nothing", local=local.shifted),
+    **_rows("meshpar.ops.shifts.halo_shifted", fixed_dims(lambda op: [op.dim()]), kind="copy", saves="nothing"),
     **_rows("pad", layers.padding, kind="write"),
     **_rows("constant_pad_nd", layers.padding, kind="write", saves="nothing"),
 }

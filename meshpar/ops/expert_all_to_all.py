@@ -203,6 +203,11 @@ def start_return_rows(y: Tensor, splits: Tensor, order: Tensor, place: Tensor, *
     return _start_returned(y, _route_of(splits, order, place), dropping, axis)
 
 
+def sends_by_itself(x: Tensor, *, group: str, size: int, rank: int) -> bool:
+    """Whether messages of one's own can be sent: not where ranks are simulated or pretended, nor where a compiler orders what runs."""
+    return size > 1 and rank >= 0 and not torch.compiler.is_compiling() and not _is_fake(x) and not _pretends(group)
+
+
 def _route_of(splits: Tensor, order: Tensor, place: Tensor) -> Route:
     return Route(splits, None, None) if order.dtype == torch.int32 else Route(splits, order, place)
 

@@ -68,7 +68,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     if _fused(x, w):
         return torch.nn.functional.grouped_mm(x.contiguous(), w, offs=offsets)
     y = x.new_zeros((x.shape[0], w.shape[2]))
-    for expert, rows in _groups(offsets):
+    for expert, rows in groups(offsets):
         torch.mm(x[rows], w[expert], out=y[rows])
     return y
 
@@ -82,7 +82,7 @@ def _(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """The weight gradient of `grouped_mm`: `x` [n, i], `y` [n, o] -> [E, i, o]; an expert without rows gets zeros."""
     w = x.new_zeros((offsets.shape[0], x.shape[1], y.shape[1]))
-    for expert, rows in _groups(offsets):
+    for expert, rows in groups(offsets):
         torch.mm(x[rows].t(), y[rows], out=w[expert])
     return w
 
@@ -168,7 +168,7 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
-def _groups(offsets: Tensor) -> list[tuple[int, slice]]:
+def groups(offsets: Tensor) -> list[tuple[int, slice]]:
     """The rows of every expert that has some."""
     ends = offsets.tolist()
     return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if start < end]

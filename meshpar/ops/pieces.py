@@ -2,7 +2,7 @@
 
     y = linear(s_to_r(x, 1, ...), w)          y, = gathered(x, (w,), (None,), 1, ...)
 
-        network   x of rank - 1 ....  x of rank - 2 ....
+        network   x of rank - 1 ...   x of rank - 2 ...
         rank      own rows of y       those of rank - 1      those of rank - 2
 
     z = p_to_s(linear(a, v), 1, ...)          z = scattered(a, v, 1, ...)
@@ -15,7 +15,8 @@
         network                       sum of the first rows .   sum of the next ....
         rank      first rows of y     next rows                 ...
 
-As many bytes are sent as by the collectives, in size - 1 messages, each to one rank, or (sums) in `PIECES` parts. `gathered` keeps the
+As many bytes are sent as by the collectives, in size - 1 parts, each to one rank, or (sums) in `PIECES`; the part of a rank is one message,
+or, where it is large, up to `MESSAGES`, of which one is multiplied while the next travels. `gathered` keeps the
 part of x that the rank has, and gathers it again in backward while the gradients of x are computed: one all-gather more, and 1/size of the
 memory (as Megatron does). The gradient sum of `gathered` runs beside the weight gradients, its own and those that others leave (see
 `ops.products`); the gather in the backward of `scattered` is in pieces, too. Rows are multiplied in groups, and parts summed from the own
@@ -25,6 +26,7 @@ travel in pieces.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +41,8 @@ from meshpar.ops.products import Beside
 
 PIECES = 4
 """Of a sum: all but the last of them travel beside products."""
+MESSAGES, LEAST = 4, 2**18
+"""The most of what a rank sends to another, and the bytes that each has at least."""
 Matrices = tuple[Tensor, ...]
 Biases = tuple[Tensor | None, ...]
 
@@ -146,16 +150,28 @@ def _for_x(rows: list[Tensor | None], weights: list[Tensor], shape: tuple[int, .
 
 def _products(x: Tensor, weights: Matrices, biases: Biases, dim: int, axis: tuple[str, int, int]) -> list[Tensor]:
     """The products, the own rows first, then those of each rank whose part arrives."""
+    shape = [*x.shape[:dim], x.shape[dim] * axis[1], *x.shape[dim + 1 : -1]]
+    results = [x.new_empty([*shape, w.shape[0]]) for w in weights]
+    for part, start in _coming(x, dim, axis):
+        for y, w, b in zip(results, weights, biases, strict=True):
+            _multiply(part, w, b, y.narrow(dim, start, part.shape[dim]))
+    return results
+
+
+def messages(n: int, nbytes: int) -> int:
+    """How many messages `n` rows of that many bytes are: equal ones."""
+    return next((count for count in range(min(MESSAGES, nbytes // LEAST), 1, -1) if n % count == 0), 1)
+
+
+def _coming(x: Tensor, dim: int, axis: tuple[str, int, int]) -> Iterator[tuple[Tensor, int]]:
+    """What all ranks have, and where it begins in the whole: the own part at once, the others as they arrive."""
     _, size, rank = axis
     n = x.shape[dim]
-    shape = [*x.shape[:dim], n * size, *x.shape[dim + 1 : -1]]
-    results = [x.new_empty([*shape, w.shape[0]]) for w in weights]
-    arriving: list[Finish] = [start_shift(x, by, axis) for by in range(1, size)]
-    for by in range(size):
-        part = x if by == 0 else arriving[by - 1]()
-        for y, w, b in zip(results, weights, biases, strict=True):
-            _multiply(part, w, b, y.narrow(dim, (rank - by) % size * n, n))
-    return results
+    length = n // messages(n, x.nbytes)
+    arriving = [(by, at, start_shift(x.narrow(dim, at, length), by, axis)) for by in range(1, size) for at in range(0, n, length)]
+    yield x, rank * n
+    for by, at, arrive in arriving:
+        yield arrive(), (rank - by) % size * n + at
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -205,12 +221,14 @@ def scattered(
 def _scattered(a: Tensor, weight: Tensor, dim: int, axis: tuple[str, int, int]) -> Tensor:
     _, size, rank = axis
     n = a.shape[dim] // size
-    flying: list[Finish] = []
+    length = n // messages(n, a.nbytes // (size * a.shape[-1]) * weight.shape[0])
+    flying: list[tuple[int, Finish]] = []
     for by in range(1, size):
-        flying.append(start_shift(linear(a.narrow(dim, (rank + by) % size * n, n), weight), by, axis))
+        for at in range(0, n, length):
+            flying.append((at, start_shift(linear(a.narrow(dim, (rank + by) % size * n + at, length), weight), by, axis)))
     own = linear(a.narrow(dim, rank * n, n), weight)
-    for arrive in flying:
-        own.add_(arrive())
+    for at, arrive in flying:
+        own.narrow(dim, at, length).add_(arrive())
     return own
 
 
@@ -229,19 +247,15 @@ class _Scattered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         a, weight = ctx.saved_tensors
-        _, size, rank = ctx.axis
-        n = grad.shape[ctx.dim]
         grad = grad.contiguous()
-        arriving: list[Finish] = [start_shift(grad, by, ctx.axis) for by in range(1, size)]
         whole = grad.new_empty([*a.shape[:-1], weight.shape[0]])
         for_a = torch.empty_like(a, memory_format=torch.contiguous_format)
         for_others: list[Tensor | None] = []
-        for by in range(size):
-            if by == 1 and ctx.helped is not None:
+        for part, start in _coming(grad, ctx.dim, ctx.axis):
+            whole.narrow(ctx.dim, start, part.shape[ctx.dim]).copy_(part)
+            _multiply(part, weight.t(), None, for_a.narrow(ctx.dim, start, part.shape[ctx.dim]))
+            if part is grad and ctx.helped is not None:
                 for_others = ctx.helped.run(ctx.others)
-            part, start = grad if by == 0 else arriving[by - 1](), (rank - by) % size * n
-            whole.narrow(ctx.dim, start, n).copy_(part)
-            _multiply(part, weight.t(), None, for_a.narrow(ctx.dim, start, n))
         rows, columns = whole.view(-1, weight.shape[0]), a.reshape(-1, a.shape[-1])
         return for_a, _for_weight(ctx, rows, columns), None, None, None, None, None, *for_others
 

@@ -31,16 +31,26 @@ _KEPT_RESULTS = frozenset(("results", "operands and results"))
 
 @dataclass(frozen=True)
 class ComputeAgain:
-    """Join what is cheap within a block. Changes the graph in place. `least_bytes`: what must be gained; less is not worth the time."""
+    """Join what is cheap within a block. Changes the graph in place.
+
+    `least_bytes`: what must be gained; less is not worth the time. `within`: of these nodes alone.
+    """
 
     least_bytes: int = 2**22
+    within: frozenset[fx.Node] | None = None
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         joined: set[fx.Node] = set()
         for node in reversed(list(graph.nodes)):
-            if node in joined or not _is_cheap(node) or operator_of(node.target).view or not info_of(node).requires_grad:
+            if (
+                node in joined
+                or (self.within is not None and node not in self.within)
+                or not _is_cheap(node)
+                or operator_of(node.target).view
+                or not info_of(node).requires_grad
+            ):
                 continue
-            inside = _inside(node)
+            inside = _inside(node, self.within)
             if len(inside) > 1 and _gain(inside) >= self.least_bytes:
                 joined.update(inside)
                 _join(graph, inside)
@@ -61,11 +71,11 @@ def _is_cheap(node: fx.Node) -> bool:
     )
 
 
-def _inside(last: fx.Node) -> Sequence[fx.Node]:
+def _inside(last: fx.Node, within: frozenset[fx.Node] | None) -> Sequence[fx.Node]:
     """What ends in `last` alone, in the order of the graph."""
     found, new = {last}, [last]
     while new:
-        before = dict.fromkeys(n for node in found for n in operands(node) if n not in found)
+        before = dict.fromkeys(n for node in found for n in operands(node) if n not in found and (within is None or n in within))
         new = [n for n in before if _is_cheap(n) and facts(n).region == facts(last).region and found.issuperset(n.users)]
         found.update(new)
     return sorted(found)
@@ -131,18 +141,19 @@ def _is_constant(node: fx.Node) -> bool:
 def _join(graph: fx.Graph, inside: Sequence[fx.Node]) -> None:
     given, last = _given(inside), inside[-1]
     slots = {node: f"%{number}" for number, node in enumerate([*given, *inside])}
-    steps = tuple((str(node.target), _said(node.args, slots), tuple(_said(dict(node.kwargs), slots).items())) for node in inside)
+    steps = tuple((str(node.target), said(node.args, slots), tuple(said(dict(node.kwargs), slots).items())) for node in inside)
     last.target, last.args, last.kwargs = again.computed, (steps, *given), {}
     set_facts(last, replace(facts(last), inside=tuple(facts(node) for node in inside[:-1])))
     for node in reversed(inside[:-1]):
         graph.erase_node(node)
 
 
-def _said(value: Any, slots: Mapping[fx.Node, str]) -> Any:
+def said(value: Any, slots: Mapping[fx.Node, str]) -> Any:
+    """An argument of a step, with the names of values in their places."""
     if isinstance(value, fx.Node):
         return slots[value]
     if isinstance(value, (tuple, list)):
-        return tuple(_said(one, slots) for one in value)
+        return tuple(said(one, slots) for one in value)
     if isinstance(value, dict):
-        return {key: _said(one, slots) for key, one in value.items()}
+        return {key: said(one, slots) for key, one in value.items()}
     return value

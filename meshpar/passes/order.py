@@ -5,7 +5,7 @@
 before     Batch norm is written out first: its statistics then are sums like any other, and the types see them. Attention that is written
            out becomes attention, and masks are read, while they are whole: a part of a causal mask is not causal. Losses of all positions
            but some at the ends take all, while the slice can be seen. Convolutions with a padding before or a slice after them become ones
-           that give a result for each position.
+           that give a result for each position, and so do shifts that are left: a padding of a convolution is its own.
 lowered    `Lower`, outermost axis first, as they were typed: the types of the next one speak of the sizes that are left.
            `SimplifyAttention` again: a mask that is causal with the sizes of this rank need not be read.
            `ReduceGradients`: the sum of a gradient becomes a conversion of the parameter, so every use of it must be in the graph.
@@ -13,8 +13,9 @@ lowered    `Lower`, outermost axis first, as they were typed: the types of the n
            `SeedRandom` and `TallyExperts` ask for inputs of their own; they read the operators that are left, and nothing reads them.
 deferred   Only for schedules that put the gradients of weights off, and after lowering: the products that are split must be local ones.
 chunked    Where logits are to be few at a time, in graphs that return the loss alone: a reader of all logits must be gone.
-finished   `CutIntoPieces` and `HideGradientSums` join products and conversions of one block, so stages must be cut; they leave those alone
-           that were put off. The first takes what is next to each other, the other what is left, and what the first left to do.
+finished   `CutExpertsIntoPieces`, `CutIntoPieces` and `HideGradientSums` join products and what sends for them, of one block, so stages
+           must be cut; they leave those alone that were put off. The first two take what is next to each other, the last what is left, and
+           what they left to do.
            `ComputeAgain` joins what is cheap, when nobody looks for single operators any more.
            `Reuse` is the last: memory that nothing reads any more is known when no pass adds a reader, and when stages are cut.
 """
@@ -32,6 +33,7 @@ from meshpar.passes.batch_norm import expand_batch_norm
 from meshpar.passes.chunked_loss import ChunkLoss
 from meshpar.passes.coalesce import Coalesce
 from meshpar.passes.convolutions import AlignConvolutions
+from meshpar.passes.experts_in_pieces import CutExpertsIntoPieces
 from meshpar.passes.lower import Lower
 from meshpar.passes.pieces import CutIntoPieces
 from meshpar.passes.products import HideGradientSums
@@ -39,6 +41,7 @@ from meshpar.passes.randomness import SeedRandom
 from meshpar.passes.reduce import ReduceGradients
 from meshpar.passes.reuse import Reuse
 from meshpar.passes.shifted import IgnoreEnds
+from meshpar.passes.shifts import AlignShifts
 from meshpar.passes.tally import TallyExperts
 from meshpar.passes.weight_gradients import DeferWeightGradients
 from meshpar.passes.written_out import recognise_attention
@@ -56,6 +59,7 @@ def before(graph: fx.Graph, axes: Sequence[Axis]) -> None:
         SimplifyAttention(windows=True)(graph)
         IgnoreEnds()(graph)
         AlignConvolutions()(graph)
+        AlignShifts()(graph)
 
 
 def lowered(
@@ -98,7 +102,7 @@ def finished(graph: fx.Graph, *, results: bool, overlap: bool, again: bool = Fal
     are not computed again as they are: products beside their own collectives in pieces, and what is cheap.
     """
     if overlap:
-        graph = HideGradientSums()(CutIntoPieces()(graph) if again else graph)
+        graph = HideGradientSums()(CutIntoPieces()(CutExpertsIntoPieces()(graph)) if again else graph)
     if again:
         graph = ComputeAgain()(graph)
     return Reuse(results=results)(graph)

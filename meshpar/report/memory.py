@@ -15,6 +15,7 @@ from meshpar.graph.facts import Info, facts, info_of, infos_of
 from meshpar.graph.operators import ARITHMETIC, operator_of
 from meshpar.pipeline.schedule import Order
 from meshpar.plan import ParameterPlan, Plan
+from meshpar.report.parameters import unit_of
 from meshpar.report.text import Legible, count, table
 from meshpar.roles import ROLES, copying
 from meshpar.sharding.types import Shard, local_shape
@@ -144,16 +145,10 @@ def _largest_two_units(plan: Plan, held: Mapping[str, tuple[int, ...]]) -> int:
     """Under zero3 a unit (a block, or all that is outside of blocks) is whole while it runs, and the next one is being gathered."""
     units: dict[str, int] = {}
     for name, shape in held.items():
-        unit = _unit(name)
+        unit = unit_of(name)
         units[unit] = units.get(unit, 0) + _one(plan, name, shape, 1)
     outside = units.pop("", 0)
     return outside + sum(sorted(units.values())[-2:])
-
-
-def _unit(name: str) -> str:
-    parts = name.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return "" if index is None else ".".join(parts[: index + 1])
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,13 @@ class _Row:
     why: str
 
 
+def unit_of(name: str) -> str:
+    """The block of a list that the parameter of this name is in, by its path; empty outside of blocks."""
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if index is None else ".".join(parts[: index + 1])
+
+
 def parameters(plan: Plan, graph: fx.Graph) -> list[str]:
     """The table of parameters: pattern of names, shape, what a rank holds, and why."""
     axes = [a.axis for a in plan.axes if not ROLES[a.axis].sums]

@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -16,7 +17,7 @@ from meshpar.graph.facts import Info, facts
 from meshpar.graph.op import op_name
 from meshpar.pipeline.schedule import Order
 from meshpar.plan import AxisPlan, Comm, ParameterPlan, Plan
-from meshpar.report.parameters import bracketed, differentiable, enumerated, pattern_of
+from meshpar.report.parameters import bracketed, differentiable, enumerated, pattern_of, unit_of
 from meshpar.report.text import count, table
 from meshpar.roles import ROLES, copying
 from meshpar.sharding.types import Shard, local_shape
@@ -154,21 +155,31 @@ def _data_parallel(plan: Plan, order: Order | None) -> list[str]:
     if data == 1 or mode not in SHARED or in_graph:
         return []
     ranks = {stage.rank for stage in plan.stages} or {0}
-    whole, trained = max((_held_bytes(plan, sizes, rank, False), _held_bytes(plan, sizes, rank, True)) for rank in ranks)
+    held = max((_rank_bytes(plan, sizes, rank) for rank in ranks), key=lambda own: own.whole)
     copies = data if mode == "replicate" else prod(sizes[n] for n in copying(sizes))
     shares = data // copies
-    gathers = {"zero3": 1 if order is not None and order.defers() else 2 * microbatches, "replicate": 0}.get(mode, 1)
+    defers = order is not None and order.defers()
+    gathered = {"zero3": held.whole if defers else microbatches * held.twice, "replicate": 0}.get(mode, held.whole)
     sums = microbatches if mode in ("zero3", "zero2") and not plan.stages else 1
-    gathered = gathers * whole * (shares - 1) / shares
-    summed = sums * trained * (shares - 1) / shares + 2 * trained / shares * (copies - 1) / copies
-    sent = f"{count(gathered, 'B')} of parameters gathered, {count(summed, 'B')} of gradients summed"
+    summed = sums * held.trained * (shares - 1) / shares + 2 * held.trained / shares * (copies - 1) / copies
+    sent = f"{count(gathered * (shares - 1) / shares, 'B')} of parameters gathered, {count(summed, 'B')} of gradients summed"
     return [f"  and per step over the data ranks ({mode}): {sent}"]
 
 
-def _held_bytes(plan: Plan, sizes: Mapping[str, int], rank: int, trained: bool) -> int:
+class _RankBytes(NamedTuple):
     """Bytes of the parameters of a rank of the pipeline, without data parallelism."""
+
+    whole: int
+    twice: int
+    """Gathered for forward and again for backward, but for what is outside of blocks, which stays in between."""
+    trained: int
+
+
+def _rank_bytes(plan: Plan, sizes: Mapping[str, int], rank: int) -> _RankBytes:
     own = {index for index, stage in enumerate(plan.stages) if stage.rank == rank} or {0}
-    return sum(_local_bytes(p, sizes) for p in plan.parameters.values() if own & set(p.stages) and (p.trainable or not trained))
+    bytes_ = {name: _local_bytes(p, sizes) for name, p in plan.parameters.items() if own & set(p.stages)}
+    whole, again = sum(bytes_.values()), sum(size for name, size in bytes_.items() if unit_of(name))
+    return _RankBytes(whole, whole + again, sum(size for name, size in bytes_.items() if plan.parameters[name].trainable))
 
 
 def _local_bytes(plan: ParameterPlan, sizes: Mapping[str, int]) -> int:

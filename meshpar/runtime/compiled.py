@@ -18,6 +18,7 @@ from torch import fx
 from meshpar._torch import compile_errors
 from meshpar.errors import ConfigError
 from meshpar.ops.expert_all_to_all import return_rows, send_rows
+from meshpar.ops.expert_pieces import through_experts
 
 Code = Callable[..., Any]
 
@@ -47,7 +48,7 @@ def compiled(code: Code, options: Mapping[str, Any], name: str) -> Code:
 
 def as_it_is(graph: fx.Graph) -> bool:
     """Whether a block's code is left alone: sizes that only values tell (an exchange of tokens) break it into pieces."""
-    return any(node.target in (send_rows, return_rows) for node in graph.nodes)
+    return any(node.target in (send_rows, return_rows, through_experts) for node in graph.nodes)
 
 
 def _own(code: FunctionType) -> FunctionType:

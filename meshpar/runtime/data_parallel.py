@@ -9,8 +9,8 @@
 Gradients are summed, not averaged: the loss is already the mean over the global batch. With `dp_replicate` x `dp_shard` the sharing out
 is over `dp_shard`, and what is left is summed over `dp_replicate` after the last microbatch.
 
-On CPU (gloo) everything runs but nothing overlaps: FSDP2 waits for each collective there. Reductions are plain sums (`PREMUL_SUM`, FSDP2's
-own way to divide, does not exist on gloo).
+On CPU (gloo) FSDP2 waits for each collective where it is started: `beside.py` has it wait later. Reductions are plain sums (`PREMUL_SUM`,
+FSDP2's own way to divide, does not exist on gloo).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import DataParallelMeshDims, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -32,6 +33,7 @@ from meshpar._torch import (
     accumulate_gradients,
     as_parameter,
     forget_step,
+    groups_of,
     local_of,
     mesh_info,
     part_here,
@@ -42,6 +44,7 @@ from meshpar._torch import (
 from meshpar.config import DataParallel as Mode
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError
+from meshpar.runtime.beside import AllGather, ReduceScatter, SumInFlight
 from meshpar.runtime.blocks import Tree, shared_blocks
 from meshpar.runtime.parameters.specs import mark, spec_of
 from meshpar.sharding.types import Owned
@@ -59,6 +62,8 @@ class DataParallelism:
     """Whether parameters stay gathered until the gradients of the step are summed."""
     beside: bool = True
     """Whether gradients are summed while backward still runs; else `done` sums them."""
+    sums: SumInFlight = field(default_factory=SumInFlight)
+    """The sum of gradients in flight, on CPUs."""
     stopped: list[str] = field(default_factory=list)
     """Why there can be no further step, if there is a reason."""
 
@@ -117,6 +122,7 @@ class DataParallelism:
     def reset(self) -> None:
         """Recover after an exception in forward or backward: the step's gradients are dropped."""
         if isinstance(self.root, FSDPModule):
+            self.sums.land()
             if forget_step(self.root):
                 self.microbatch(0, 1)
             else:
@@ -170,7 +176,7 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
     units = _units(tree, config)
     for unit in units:
         fully_shard([tree.get_submodule(path) for path in unit], **options)
-    fully_shard(tree, **options)
+    fully_shard(tree, **options | {"reshard_after_forward": False})  # its backward comes first: letting go would gather twice
     for name, parameter in tree.named_parameters(remove_duplicate=False):
         if (spec := specs[name]) is not None:
             mark(parameter, spec)
@@ -178,8 +184,9 @@ def apply(tree: Tree, mesh: DeviceMesh, config: ParallelConfig, *, keeps: bool =
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(tree, units, config)
+    sums = _beside(tree, spmd, config)
     tree.register_forward_hook(_reshard_without_gradients)
-    return DataParallelism(tree, config.data_parallel, units, keeps, config.overlap_grad_reduce)
+    return DataParallelism(tree, config.data_parallel, units, keeps, config.overlap_grad_reduce, sums)
 
 
 def _dims(data: Sequence[str], mode: Mode) -> DataParallelMeshDims:
@@ -261,6 +268,22 @@ def _prefetch(tree: Tree, units: Sequence[Sequence[str]], config: ParallelConfig
     for module, following in pairwise(firsts):
         assert isinstance(module, FSDPModule) and isinstance(following, FSDPModule)
         module.set_modules_to_forward_prefetch([following])
+
+
+def _beside(tree: Tree, mesh: DeviceMesh, config: ParallelConfig) -> SumInFlight:
+    """On CPUs, gather and sum beside computation, as streams do elsewhere. (FSDP2 reads what is summed over `dp_replicate` too at once.)"""
+    sums = SumInFlight()
+    if mesh.device_type != "cpu" or dist.get_backend() == "fake" or config.data_parallel == "replicate":
+        return sums
+    for module in _fsdp_modules(tree):
+        assert isinstance(module, nn.Module)
+        if len(groups_of(module)) != 1:  # experts are shared out over other axes: FSDP2 takes no collectives of one's own there
+            continue
+        if config.overlap_param_gather:
+            module.set_custom_all_gather(AllGather())
+        if config.overlap_grad_reduce and not roles.copying(mesh.mesh_dim_names or ()):
+            module.set_custom_reduce_scatter(ReduceScatter(module, sums))
+    return sums
 
 
 def _fsdp_modules(tree: nn.Module) -> list[FSDPModule]:

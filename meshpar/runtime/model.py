@@ -314,7 +314,7 @@ class ParallelModel(Untaken, Likeness, Asked):
             return outside.loss_of(loss_fn, output, pieces[microbatch].target)
 
         weight = outside.weight(count, batch if target is None else target, len(pieces), data, first[0].device)
-        with without_autocast(), explaining(program.captured, first):
+        with without_autocast(), explaining(program.captured, first, len(pieces)):
             inputs = [self._inputs(program, tensors, i) for i, tensors in enumerate([first, *others])]
             total = self._engine.step(program, inputs, backward=True, scale=weight.own, outside=loss)
             total = outside.summed(total, data) * weight.share
@@ -386,7 +386,7 @@ class ParallelModel(Untaken, Likeness, Asked):
                 "scalar, or the only scalar of a tuple. Pass labels if the model computes its loss from them. Of several, or of anything "
                 "else, say which: parallelize(..., loss_fn=lambda output, batch: output[0]), or pm.forward_backward(batch, loss_fn)."
             )
-        with without_autocast(), explaining(program.captured, tensors):
+        with without_autocast(), explaining(program.captured, tensors, count):
             total = self._engine.step(program, self._parts(program, tensors, count), backward=backward, scale=scale)
         self.random.advance()
         self._variants.done(variant)

@@ -36,8 +36,11 @@ _LOOK_UPS: Mapping[str, _LookUp] = {
 
 
 @contextmanager
-def explaining(captured: Captured, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Raise BatchError that names input, number and table in the place of the error of a look-up inside."""
+def explaining(captured: Captured, tensors: Sequence[torch.Tensor], microbatches: int = 1) -> Iterator[None]:
+    """Raise BatchError that names input, number and table in the place of the error of a look-up inside.
+
+    Where no number of the batch is outside of a table, and it is cut into microbatches: what a look-up of samples finds in one of them.
+    """
     try:
         yield
     except (IndexError, RuntimeError) as error:
@@ -45,6 +48,11 @@ def explaining(captured: Captured, tensors: Sequence[torch.Tensor]) -> Iterator[
         if "out of range" not in said and "out of bounds" not in said:
             raise
         found = _outside(captured, dict(zip(captured.inputs, tensors, strict=False)))
+        if not found and microbatches > 1:
+            raise BatchError(
+                f"{said}\n  Each of the {microbatches} microbatches runs by itself, with its own samples: a forward that looks samples up "
+                "by their number (x[torch.arange(4)]) finds fewer there. Count what it is given (x.shape[0]), or use microbatches=1."
+            ) from error
         if not found:
             raise
         raise BatchError("\n  ".join(["the batch holds numbers that a table of the model does not have:", *found])) from error

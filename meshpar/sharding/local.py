@@ -16,7 +16,7 @@ import torch
 
 from meshpar.graph.op import Op
 from meshpar.mesh import Axis
-from meshpar.ops import context, gathered, halo, ring, scans, scored, vocab_parallel
+from meshpar.ops import context, gathered, halo, ring, scans, scored, shifts, vocab_parallel
 from meshpar.ops import convolution as convolution_ops
 from meshpar.plan import NodePlan
 from meshpar.sharding.types import Partial, Shard, local_shape
@@ -200,6 +200,14 @@ def cumulated(call: LocalCall) -> None:
         how, dtype = call.op.name, call.op.arguments.get("dtype")
         call.target, call.args = scans.cumulated, [call.args[0], how, dtype, cut.dim, cut.repeat, cut.segments]
         call.kwargs = call.where()
+
+
+def shifted(call: LocalCall) -> None:
+    """Of a part of the positions, with those before it."""
+    cut = call.in_shard()
+    if call.plan.why == "near" and cut is not None:
+        call.target, call.args = shifts.halo_shifted, [call.args[0], cut.dim, cut.repeat, cut.segments]
+        call.kwargs |= call.where()
 
 
 def attention(call: LocalCall) -> None:

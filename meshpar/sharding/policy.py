@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal
 
 from torch import fx
@@ -228,16 +229,26 @@ class WeightsPolicy(Policy):
         return self.reading.sequence(self.reading.inference.dims[value])
 
     def seeds(self, residual: Mapping[Value, Type]) -> Mapping[str | None, tuple[int, ...]]:
-        """The factors of a unit's matrices that are not the residual's, and the residual's sequence."""
+        """The factors of a unit's matrices that are not the residual's, and the residual's sequence.
+
+        Those of the residual too where most of a unit is matrices from the residual to itself with nothing else in between: an
+        elementwise recurrence of the stream's own channels, and what mixes them after it.
+        """
         carried, sequence = self._residual_factors(residual)
         found: dict[str | None, dict[int, None]] = {}
+        within: dict[str | None, dict[fx.Node, list[int]]] = {}
         for node in self.reading.graph.nodes:
             if node.op != "get_attr" or node.target not in self.reading.parameters or len(info_of(node).shape) < 2:
                 continue
-            for one in self.reading.inference.dims[node, 0]:
-                if one is not None:
-                    for unit in self.reading.units_using(node):
-                        found.setdefault(unit, {}).update(dict.fromkeys(self._outermost(one, carried)))
+            dims = [one for one in self.reading.inference.dims[node, 0] if one is not None]
+            factors = [factor for one in dims for factor in self._outermost(one, carried)]
+            for unit in self.reading.units_using(node):
+                found.setdefault(unit, {}).update(dict.fromkeys(factors))
+                if not factors and len(dims) > 1:
+                    within.setdefault(unit, {})[node] = dims
+        for unit, matrices in within.items():
+            if unit is not None and sum(prod(info_of(node).shape) for node in matrices) > self.reading.elements[unit] / 2:
+                found[unit].update(dict.fromkeys(f for dims in matrices.values() for one in dims for f in self._outermost(one, set())))
         return {u: tuple(dict.fromkeys([*found.get(u, {}), *sequence])) for u in set(self.reading.units.values())}
 
     def placements(self, node: fx.Node, whole: float, seeds: Iterable[int]) -> tuple[Choice, ...]:

@@ -6,6 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from math import prod
 
 from torch import fx
 
@@ -122,6 +123,15 @@ class Reading:
         """Bytes of the largest value that is made."""
         infos = (facts(n).info for n in self.graph.nodes if n.op == "call_function")
         return max((i.nbytes for i in infos if isinstance(i, Info)), default=0)
+
+    @cached_property
+    def elements(self) -> Mapping[str | None, int]:
+        """Elements of the parameters of every unit."""
+        found: Counter[str | None] = Counter()
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target in self.parameters:
+                found[self.units[node]] += prod(info_of(node).shape)
+        return found
 
     @cached_property
     def positions(self) -> frozenset[int]:

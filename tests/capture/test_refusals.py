@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import meshpar as mp
 from meshpar.capture import check
+from meshpar.capture.export import capture
 from meshpar.errors import CaptureError
 
 Make = Callable[[], nn.Module]
@@ -154,3 +155,92 @@ def test_torch_refuses_them_itself(packet: Any) -> None:
         mixed = [one.double() if i == n else one for n, one in enumerate(operands)]
         with pytest.raises((RuntimeError, ValueError)):
             packet(*mixed)
+
+
+class Chooses(nn.Module):
+    """Something is made of the rows that a mask chooses, which what was computed leads to."""
+
+    def __init__(self, of: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.up, self.of = nn.Linear(4, 4), of
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.up(x)
+        return self.of(y, y.sum(-1) > 0)
+
+
+def classes(y: Tensor, mask: Tensor) -> Tensor:
+    """Ones at the class of every row that is chosen."""
+    rows, ones = mask.nonzero()[:, 0], torch.zeros_like(y)
+    ones[rows, rows % 4] = 1.0
+    return (ones * y).sum()
+
+
+NUMBER = "makes a Python number .* of how many rows a mask chooses"
+
+
+@pytest.mark.parametrize(
+    ("of", "reason", "way_out"),
+    [
+        (lambda y, mask: y[mask].sum() / len(y[mask]), NUMBER, r"mask.sum\(\), or as a size, x\[mask\].shape\[0\]"),
+        (lambda y, mask: y[mask].sum() / float(y[mask].shape[0]), NUMBER, r"mask.sum\(\), or as a size"),
+        (lambda y, mask: sum(y[mask][i].sum() for i in range(len(y[mask]))), NUMBER, "a loop over rows as one call on all"),
+        (lambda y, mask: y.sum() / int(mask.nonzero().shape[0]), NUMBER, r"mask.sum\(\)"),
+        (
+            lambda y, mask: y[mask].mean() if y[mask].numel() > 3 else y.sum(),
+            "goes one of two ways by how many rows a mask chooses",
+            r"torch.where\(mask.sum\(\) > n, one, other\)",
+        ),
+        (lambda y, mask: y.sum() if y.max().item() > 3 else y.mean(), "into Python numbers, by which it goes", r"torch.where\(condition"),
+        (lambda y, mask: y.sum() * y.max().item(), "makes a Python number of a value that the model computes", "leave it a tensor"),
+        (lambda y, mask: y[mask].topk(1, 0).values.sum(), "topk.* mixes rows", r"torch.where\(mask, value, -torch.inf\)"),
+        (lambda y, mask: y[mask].softmax(0)[0], "softmax.* mixes rows", "with -inf in those that are not chosen"),
+        (lambda y, mask: torch.cat([y[mask], y]).sum(), "cat.* mixes rows", "Put all rows together, and their masks"),
+        (lambda y, mask: y[mask.nonzero()[:, 0]][mask.nonzero()[:, 0] % 2].sum(), "index.* mixes rows", "Look up for all rows"),
+        (classes, "index_put.* mixes rows", r"Write for all rows, .*one_hot for ones"),
+    ],
+)
+def test_sizes_that_depend_on_data(of: Callable[[Tensor, Tensor], Any], reason: str, way_out: str) -> None:
+    with pytest.raises(CaptureError, match=f"(?s){reason}.*{way_out}"):
+        capture(Chooses(of), (torch.randn(6, 4),))
+
+
+def test_what_the_way_out_says_is_captured() -> None:
+    for of in (
+        lambda y, mask: y[mask].sum() / y[mask].shape[0],
+        lambda y, mask: torch.where(mask[:, None], y, 0).sum() / mask.sum(),
+        lambda y, mask: torch.where(mask.sum() > 3, y.sum(), y.mean()),
+        lambda y, mask: torch.where(mask[:, None], y, -torch.inf).topk(1, 0).values.sum(),
+    ):
+        capture(Chooses(of), (torch.randn(6, 4),))
+
+
+class Pyramid(nn.Module):
+    """A loop over equal modules that are no experts: what they compute is mixed."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.parts, self.inside = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = x.softmax(-1)[:, :3].topk(2, -1)
+        y = sum((weights * (index == e)).sum(-1, keepdim=True) * part(x - x.mean(0)) for e, part in enumerate(self.parts))
+        return y[y.sum(-1) > 0].topk(1, 0).values if self.inside else y
+
+
+class Detects(nn.Module):
+    def __init__(self, inside: bool, number: bool) -> None:
+        super().__init__()
+        self.body, self.number = Pyramid(inside), number
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        chosen = y[y.sum(-1) > 0]
+        return chosen.sum() / (len(chosen) if self.number else 1) + chosen.topk(1, 0).values.sum()
+
+
+@pytest.mark.parametrize(("inside", "number"), [(False, False), (False, True), (True, False)])
+def test_experts_are_spoken_of_where_they_are_at_fault(inside: bool, number: bool) -> None:
+    with pytest.raises(CaptureError) as error:
+        capture(Detects(inside, number), (torch.randn(6, 4),))
+    assert ("Expert layers of a form that is not recognised" in str(error.value)) == inside

@@ -24,7 +24,8 @@ from tests.models import text, tiny
 
 
 def test_parts_that_arrive_or_leave() -> None:
-    assert _arriving(1.0, 0.0, 4) == 1.0 and _arriving(1.0, 1.0, 4) == pytest.approx(0.25) and _arriving(1.0, 2.0, 4) == 0.0
+    assert _arriving(1.0, 0.0, 4, 1) == 1.0 and _arriving(1.0, 1.0, 4, 1) == pytest.approx(0.25) and _arriving(1.0, 2.0, 4, 1) == 0.0
+    assert _arriving(1.0, 1.0, 2, 4) == pytest.approx(0.125), "of the last message alone nothing is multiplied beside it"
     assert _leaving(1.0, 0.0, 4, 4) == 1.0
     assert _leaving(1.0, 4.0, 4, 4) == pytest.approx(0.25), "the last of four parts is computed before it leaves"
     assert _leaving(1.0, 4.0, 3, 4) == 0.0, "the own part is computed after the last one left"

@@ -12,6 +12,7 @@ import meshpar as mp
 from meshpar.ops.convolution import around, convolved, halo_convolution
 from meshpar.ops.near import Near, _way
 from meshpar.ops.scans import cumulated
+from meshpar.ops.shifts import halo_shifted, shifted
 from meshpar.sharding.types import Shard, plain
 from meshpar.simulate import local_tensors, per_rank
 
@@ -65,6 +66,18 @@ def test_fewer_results_may_lie_otherwise(cut: Shard) -> None:
 
     inputs = [torch.randn(2, 3, S), torch.randn(5, 3, 4)]
     assert max(differences(op, lambda x, w: convolved(x, w, left=1, stride=2), inputs, cut, out)) < 1e-13
+
+
+@pytest.mark.parametrize("cut", LAYOUTS, ids=["contiguous", "head-tail"])
+@pytest.mark.parametrize("by", [1, 3, 6, -1, -5])
+def test_a_part_of_a_shift(by: int, cut: Shard) -> None:
+    """Later and earlier, by less and more than a part."""
+    torch.manual_seed(0)
+
+    def op(x: Tensor, where: dict[str, object]) -> Tensor:
+        return halo_shifted(x, 2, 1, cut.segments, dim=2, by=by, **where)  # type: ignore[arg-type]
+
+    assert max(differences(op, lambda x: shifted(x, dim=2, by=by), [torch.randn(2, 3, S)], cut, cut)) < 1e-13
 
 
 @pytest.mark.parametrize("cut", LAYOUTS, ids=["contiguous", "head-tail"])

@@ -22,9 +22,17 @@ def made(*shape: int, seed: int) -> Tensor:
 def compared(kind: str, batch: int) -> dict[str, float]:
     """The largest differences of values and gradients, in pieces and not."""
     where = {"group": dist.group.WORLD.group_name, "size": dist.get_world_size(), "rank": dist.get_rank()}  # type: ignore[union-attr]
-    size = dist.get_world_size()
+    size, real = dist.get_world_size(), pieces.LEAST
     layout, n = (1, 1, ((2 * size, 1),)), 2 * size
-    found = []
+    pieces.LEAST = 1  # two messages for what a rank sends another
+    try:
+        return _compared(kind, batch, where, layout, n)
+    finally:
+        pieces.LEAST = real
+
+
+def _compared(kind: str, batch: int, where: Any, layout: Any, n: int) -> dict[str, float]:
+    size, found = dist.get_world_size(), []
     for cut in (True, False):
         later = products.beside()
         x, u, v = made(batch, 2, 5, seed=1), made(7, 5, seed=2), made(3, 5, seed=3)
@@ -66,6 +74,12 @@ def compared(kind: str, batch: int) -> dict[str, float]:
 def test_values_and_gradients(gloo: Pool, kind: str, world: int, batch: int) -> None:
     for differences in gloo.run(compared, kind, batch, world=world):
         assert max(differences.values()) < 1e-12, differences
+
+
+def test_how_many_messages() -> None:
+    least = pieces.LEAST
+    assert [pieces.messages(12, least * k) for k in (0, 1, 2, 3, 4, 9)] == [1, 1, 2, 3, 4, 4]
+    assert pieces.messages(6, 4 * least) == 3 and pieces.messages(7, 4 * least) == 1, "equal ones"
 
 
 def without_gradients() -> bool:

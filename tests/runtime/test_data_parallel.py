@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import meshpar as mp
 from meshpar.config import ParallelConfig, Precision
 from meshpar.errors import ConfigError
 from meshpar.mesh import data_rank, local_batch
+from meshpar.report.text import count
 from meshpar.runtime import data_parallel
 from meshpar.runtime.parameters.gradients import clip_grad_norm_
 from meshpar.runtime.parameters.specs import full_grad, full_tensor
@@ -135,6 +137,54 @@ def test_small_blocks_share_a_bucket_where_nothing_is_gathered(gloo: Pool) -> No
     each = (("layers.0",), ("layers.1",), ("layers.2",))
     assert gloo.run(units, 1 << 20, world=1) == [((("layers.0", "layers.1", "layers.2"),), each)]
     assert gloo.run(units, 1, world=1) == [(each, each)]
+
+
+class Gathers(TorchDispatchMode):
+    """The bytes of parameters that arrive from other ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith("c10d::_allgather_base_"):
+            self.bytes += args[0].nbytes - args[1].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+class Even(nn.Module):
+    """Two blocks between two layers that are in none; every parameter divides over two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x).tanh()
+        return self.last(x).square().mean()
+
+
+def gathers(mode: str) -> tuple[str, int]:
+    """What `explain` says is gathered in a step, and how many bytes arrive in one that is not the first."""
+    config = ParallelConfig(data_parallel=mode, microbatches=MICROBATCHES)  # type: ignore[arg-type]
+    x = torch.ones(4, 4)
+    pm = mp.parallelize(Even(), mp.make_mesh("dp=2"), example=(x,), config=config)
+    pm.train_step(x)
+    with Gathers() as seen:
+        pm.train_step(x)
+    return next(line for line in str(pm.explain()).splitlines() if "per step over the data ranks" in line), seen.bytes
+
+
+@pytest.mark.parametrize("mode", ["zero3", "zero2", "replicate"])
+def test_parameters_outside_of_blocks_are_gathered_once_a_microbatch(gloo: Pool, mode: str) -> None:
+    blocks, outside = 2 * (36 + 6) * 4, (24 + 6 + 12 + 2) * 4
+    expected = {"zero3": MICROBATCHES * (2 * blocks + outside) // 2, "zero2": (blocks + outside) // 2, "replicate": 0}[mode]
+    for said, found in gloo.run(gathers, mode, world=2):
+        assert found == expected
+        assert f": {count(found, 'B')} of parameters gathered" in said
 
 
 def evaluate(mode: str) -> tuple[float, list[str], list[str]]:

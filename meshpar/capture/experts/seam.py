@@ -8,9 +8,10 @@ that multiplies every token with every expert (einsum, bmm) is an ordinary graph
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -60,16 +61,21 @@ class Seam:
 
     @contextmanager
     def advising(self) -> Iterator[None]:
-        """Inside, a CaptureError ends with the advice."""
+        """Inside, a CaptureError of such a module ends with the advice."""
         try:
             yield
         except CaptureError as error:
-            advice = self.advice()
-            raise (CaptureError(f"{error}\n{advice}") if advice else error) from error
+            advice = self.advice(error.modules)
+            raise (CaptureError(f"{error}\n{advice}", modules=error.modules) if advice else error) from error
 
-    def advice(self) -> str:
-        """What to tell about the modules that were not recognised; an empty string without any."""
-        return advise(self.unrecognised)
+    def advice(self, modules: Sequence[str] | None = None) -> str:
+        """What to tell about the modules that were not recognised, if any of `modules` is one or inside of one; else an empty string."""
+        found = {
+            name: why
+            for name, why in self.unrecognised.items()
+            if modules is None or any(not name or f"{module}.".startswith(f"{name}.") for module in modules)
+        }
+        return advise(found)
 
 
 def advise(unrecognised: Mapping[str, str]) -> str:
@@ -121,10 +127,12 @@ def _replaced(model: nn.Module, found: Seam, registry: Any) -> Iterator[None]:
 
 
 def _asks(module: nn.Module, registry: Any) -> bool:
-    """Whether a module's forward asks transformers' registry."""
+    """Whether a module's forward asks transformers' registry, which it has in its closure, or, in older releases, as a global."""
     function = type(module).forward
-    closure = getattr(function, "__closure__", None) or ()
-    return registry is not None and any(cell.cell_contents is registry for cell in closure)
+    if registry is None or not isinstance(function, FunctionType):
+        return False
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return any(value is registry for value in (*(cell.cell_contents for cell in function.__closure__ or ()), *named))
 
 
 def _chosen(

@@ -25,7 +25,7 @@ from meshpar.capture.simplify import emit
 from meshpar.errors import CaptureError
 from meshpar.graph.facts import DataSized, Info, facts, set_facts
 from meshpar.graph.op import op_name, read
-from meshpar.graph.operators import draws
+from meshpar.graph.operators import OperatorKind, draws, operator_of
 from meshpar.sharding.infer import signature_of
 
 aten = torch.ops.aten
@@ -73,7 +73,8 @@ class _Lift:
             if node.op == "output":
                 if any(source in self.rows for source in node.all_input_nodes):
                     raise CaptureError(
-                        "The forward returns rows chosen by a mask, whose number depends on data. Return all rows and the mask."
+                        "The forward returns rows chosen by a mask, whose number depends on data. Return all rows and the mask.",
+                        modules=("",),
                     )
             elif node.op == "call_function":
                 self._number(node) or self._choose(node) or self._put_back(node) or self._carry(node)
@@ -148,7 +149,8 @@ class _Lift:
         where = f"{facts(user).module or 'the model'} ({facts(user).source or 'source unknown'})"
         raise CaptureError(
             f"{user.target} in {where} computes with the number of rows that a mask chooses, which depends on data.\n"
-            "  Use the tensor mask.sum() for that number."
+            "  Use the tensor mask.sum() for that number.",
+            modules=(facts(user).module or "",),
         )
 
     def _choose(self, node: fx.Node) -> bool:
@@ -264,9 +266,10 @@ class _Lift:
 
     def _refuse(self, node: fx.Node) -> None:
         where = f"{facts(node).module or 'the model'} ({facts(node).source or 'source unknown'})"
+        kind = "write" if op_name(node.target) == "index_put" else operator_of(node.target).kind
         raise CaptureError(
-            f"{node.target} in {where} mixes rows chosen by a mask, whose number depends on data.\n"
-            "  Compute all rows and use torch.where(mask, value, 0) instead."
+            f"{node.target} in {where} mixes rows chosen by a mask, whose number depends on data.\n  {_INSTEAD.get(kind, _OTHERWISE)}.",
+            modules=(facts(node).module or "",),
         )
 
     def chosen(self, node: fx.Node, value: fx.Node, symbol: str) -> fx.Node:
@@ -280,6 +283,18 @@ class _Lift:
     def masked(self, node: fx.Node, value: fx.Node, symbol: str) -> fx.Node:
         """`value` with zeros in the rows that were not chosen."""
         return emit(node, aten.where.ScalarOther, (self.chosen(node, value, symbol), value, 0), _info(value))
+
+
+_OTHERWISE = "Compute all rows and use torch.where(mask, value, 0) instead"
+_INSTEAD: dict[OperatorKind, str] = {
+    "search": "Search all rows, with -inf in those that are not chosen: torch.where(mask, value, -torch.inf)",
+    "softmax": "Take it over all rows, with -inf in those that are not chosen: value.masked_fill(~mask, -torch.inf)",
+    "norm": "Compute all rows, and mean and variance from torch.where(mask, value, 0).sum() and mask.sum()",
+    "lookup": "Look up for all rows, torch.where(mask, index, 0) as the index, and leave the others out: torch.where(mask, found, 0)",
+    "write": "Write for all rows, torch.where(mask, value, old) as what is written (one_hot for ones at the index of a class)",
+    "join": "Put all rows together, and their masks in the same way",
+}
+"""What to write instead of operators of a kind that mixes chosen rows."""
 
 
 def _index_add(lift: _Lift, node: fx.Node, symbol: str) -> bool:

@@ -495,7 +495,7 @@ _ACTIONS: dict[str, Read] = {
     **_rows("group_norm", chosen(_of_groups)),
     **_rows("_weight_norm", _magnitude),
     **_rows("softmax _softmax _safe_softmax log_softmax _log_softmax cumprod logcumsumexp cummax cummin", along(_dim)),
-    **_rows("cumsum", along(_dim, linear=True)),
+    **_rows("cumsum meshpar.ops.shifts.shifted", along(_dim, linear=True)),
     **_rows("tril triu", along(_matrix, linear=True)),
     **_rows("flip roll", along(lambda op: op.dims("dims"), linear=True)),
     **_rows("fft_fftn", along(lambda op: op.dims(), linear=True)),

@@ -1,4 +1,4 @@
-"""Convolutions of a part of the positions, with what lies around it; cumulative operators, with what lies before it."""
+"""Convolutions of a part of the positions, with what lies around it; cumulative operators and shifts, with what lies before it."""
 
 from __future__ import annotations
 

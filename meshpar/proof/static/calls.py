@@ -16,6 +16,7 @@ from torch import fx
 from meshpar.graph.op import op_name
 from meshpar.ops.convolution import convolved
 from meshpar.ops.scored import scored_attention
+from meshpar.ops.shifts import shifted
 
 aten = torch.ops.aten
 
@@ -103,6 +104,11 @@ def _prefix(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCa
     return PlainCall(getattr(aten, how).default, (x, cut[0]), named, "prefix", kwargs["group"], tuple(cut))
 
 
+def _shifted(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
+    x, *cut = args
+    return PlainCall(shifted, (x,), {name: kwargs[name] for name in ("dim", "by")}, "prefix", kwargs["group"], tuple(cut))
+
+
 def _gathered(args: Sequence[Any], kwargs: dict[str, Any], origin: Any) -> PlainCall:
     told = {"window": kwargs.get("window"), "causal": bool(kwargs.get("causal", False)), "keys": kwargs["keys"]}
     named = {"scale": kwargs.get("scale"), "enable_gqa": kwargs.get("enable_gqa", False)}
@@ -181,6 +187,7 @@ _READ: Mapping[str, Callable[[Sequence[Any], dict[str, Any], Any], PlainCall]] =
     "meshpar.ops.halo.halo_attention": _attention("halo"),
     "meshpar.ops.convolution.halo_convolution": _near,
     "meshpar.ops.scans.cumulated": _prefix,
+    "meshpar.ops.shifts.halo_shifted": _shifted,
     "meshpar.ops.random.draw": _drawn(None),
     "meshpar.ops.random.dropout": _drawn(aten.dropout.default),
     "meshpar.ops.random.native_dropout": _drawn(aten.native_dropout.default),

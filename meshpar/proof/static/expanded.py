@@ -9,6 +9,9 @@ y  = scattered(a, w, 1, ..., later, 0)         ->      p   = products.linear(a, 
     z  = reduced(a, w, ...)                                p   = linear(a, w)
                                                            z   = p_to_i(p, ...)
 
+    y  = through_experts(steps, x, ends, w, ...)           r, e, *route = send_rows(x, ends, ...)
+                                                           y   = return_rows(grouped_mm(r, w, e), *route, ...)
+
     l  = chunked_loss.cross_entropy(x, w, None, t, ...)    y   = linear(x, w)
                                                            l   = cross_entropy(y, t, ...)
 """
@@ -25,17 +28,20 @@ from torch import fx
 
 from meshpar.graph.facts import Change, Facts, Info, facts, info_of, set_facts
 from meshpar.graph.op import op_name
-from meshpar.ops import again, chunked_loss, collectives, expert_all_to_all, products, vocab_parallel
+from meshpar.ops import again, chunked_loss, collectives, expert_all_to_all, expert_pieces, products, vocab_parallel
 from meshpar.sharding.types import Shard
 
 _PIECES = "meshpar.ops.pieces."
 _RESHAPE = "reshape"
 _CHUNKED, _AGAIN = op_name(chunked_loss.cross_entropy), op_name(again.computed)
+_EXPERTS = op_name(expert_pieces.through_experts)
 
 
 def expanded(graph: fx.Graph) -> fx.Graph:
     """The graph, or one that does the same in more calls; what is known of a value stays with it."""
-    if not any(op_name(node.target).startswith((_PIECES, _CHUNKED, _AGAIN)) for node in graph.nodes if node.op == "call_function"):
+    if not any(
+        op_name(node.target).startswith((_PIECES, _CHUNKED, _AGAIN, _EXPERTS)) for node in graph.nodes if node.op == "call_function"
+    ):
         return graph
     new, made, rows = fx.Graph(), dict[fx.Node, Any](), set[fx.Node]()  # rows: products of rows, which calls in pieces give as they are not
     for node in graph.nodes:
@@ -46,7 +52,10 @@ def expanded(graph: fx.Graph) -> fx.Graph:
         elif name in (_PIECES + "scattered", _PIECES + "reduced"):
             made[node] = _summed(new, node, made, scattered=name.endswith("scattered"))
         elif name == _AGAIN:
-            made[node] = _one_by_one(new, node, made)
+            steps, *given = fx.map_arg(node.args, made.__getitem__)
+            made[node] = _one_by_one(new, steps, given, (*facts(node).inside, facts(node)))
+        elif name == _EXPERTS:
+            made[node] = _there_and_back(new, node, made)
         elif name == _CHUNKED:
             made[node] = _at_once(new, node, made)
         elif node.target is operator.getitem and isinstance(made[node.args[0]], list):
@@ -122,16 +131,31 @@ def _at_once(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
     return set_facts(found, facts(node))
 
 
-def _one_by_one(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
-    steps: Any = node.args[0]
-    values: list[fx.Node] = [made[operand] for operand in node.args[1:]]  # type: ignore[index]
-    for step, about in zip(steps, (*facts(node).inside, facts(node)), strict=True):
-        values.append(set_facts(_step(new, step, values), about))
+def _one_by_one(new: fx.Graph, steps: Any, given: Sequence[fx.Node], known: Sequence[Facts]) -> fx.Node:
+    values = list(given)
+    for step, about in zip(steps, known, strict=True):
+        name, args, _ = step
+        if name == _AGAIN:
+            values.append(_one_by_one(new, args[0], again.values(args[1:], values), (*about.inside, about)))
+        else:
+            values.append(set_facts(_step(new, step, values), about))
     return values[-1]
+
+
+def _there_and_back(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
+    arguments: Any = fx.map_arg(node.args, made.__getitem__)
+    steps, x, ends, *given = arguments
+    there, *items = facts(node).inside[:6]
+    sent = set_facts(new.call_function(expert_all_to_all.send_rows, (x, ends), dict(node.kwargs)), there)
+    rows, here, *route = (set_facts(new.call_function(operator.getitem, (sent, k)), about) for k, about in enumerate(items))
+    result = _one_by_one(new, steps, [rows, here, *given], facts(node).inside[6:])
+    return set_facts(new.call_function(expert_all_to_all.return_rows, (result, *route), dict(node.kwargs)), facts(node))
 
 
 def _step(new: fx.Graph, step: again.CheapStep, values: Sequence[fx.Node]) -> fx.Node:
     name, args, kwargs = step
+    if name == expert_pieces.ITEM:
+        return new.call_function(operator.getitem, tuple(again.values(args, values)))
     return new.call_function(again.operator(name), tuple(again.values(args, values)), dict(again.values(kwargs, values)))
 
 

@@ -98,7 +98,7 @@ def grad_norm(
         return _power([local for local, _ in grads], norm_type, foreach).pow(_root(norm_type)).to(dtype)
     if local_tensor_mode() is not None:
         return _simulated(grads, norm_type, mesh, dtype)
-    counted = [local for local, layout in grads if _counts_here(layout, mesh, _place(mesh, dist.get_rank()))]
+    counted = _counted(grads, mesh, _place(mesh, dist.get_rank()))
     device = next((local.device for local, _ in grads), torch.device(mesh.device_type))
     power = _power(counted, norm_type, foreach)
     sent = torch.stack([power, power.new_tensor(dtype is torch.float64)]).to(device)  # a rank without gradients learns their dtype
@@ -181,6 +181,19 @@ def group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     return mesh.get_group() if mesh.ndim == 1 else flatten_mesh(mesh, "_".join(mesh.mesh_dim_names or ())).get_group()
 
 
+def _counted(grads: Sequence[tuple[torch.Tensor, Layout]], mesh: DeviceMesh, place: Sequence[int]) -> list[torch.Tensor]:
+    """The gradients that the rank at `place` of `mesh` counts. (Most have one of a few layouts.)"""
+    known: dict[object, bool] = {}
+    found = []
+    for local, layout in grads:
+        kind = None if layout is None else (id(layout[0]), tuple(layout[1]))
+        if kind not in known:
+            known[kind] = _counts_here(layout, mesh, place)
+        if known[kind]:
+            found.append(local)
+    return found
+
+
 def _counts_here(layout: Layout, mesh: DeviceMesh, place: Sequence[int]) -> bool:
     """Whether the rank at `place` of `mesh` is the one that counts a gradient: the first of those that hold the same part.
 
@@ -225,7 +238,7 @@ def _simulated(grads: Sequence[tuple[torch.Tensor, Layout]], norm_type: float, m
         powers = []
         for rank in mesh.mesh.flatten().tolist():
             place = _place(mesh, rank)
-            counted = [local for local, layout in grads if _counts_here(layout, mesh, place)]
+            counted = _counted(grads, mesh, place)
             parts = [local._local_tensors[rank] if isinstance(local, LocalTensor) else local for local in counted]
             powers.append(_power(parts, norm_type, None))
         total = torch.stack(powers)

@@ -310,7 +310,7 @@ def _places(mesh: DeviceMesh) -> list[tuple[tuple[int, ...], int]]:
     """Every place of the mesh and the rank that is there."""
     with maybe_disable_local_tensor_mode():
         grid = mesh.mesh
-        return [(tuple(place), int(grid[tuple(place)])) for place in torch.ones_like(grid).nonzero().tolist()]
+        return list(zip(map(tuple, torch.ones_like(grid).nonzero().tolist()), grid.flatten().tolist(), strict=True))
 
 
 def _assemble(parts: Mapping[int, torch.Tensor], spec: ParameterSpec, mesh: DeviceMesh) -> torch.Tensor:

@@ -88,7 +88,13 @@ def test_operators_are_what_torch_expects(operator: torch.library.CustomOpDef) -
     ],
 )
 def test_transformers(kind: str, layers: int, way: str | None) -> None:
+    import transformers
+
     model, batch = causal_lm(kind)
+    if kind == "granitemoe" and transformers.__version__.startswith("5.0."):  # that release asks an integer for its device
+        with pytest.raises(AttributeError, match="'int' object has no attribute 'to'"):
+            model(**batch)
+        return
     model = perturbed(model)
     captured = assert_same(model, (), batch, tolerance=1e-6 if kind in ("granitemoe", "jetmoe", "llama4_text") else 1e-10)
     names = [str(node.target) for node in captured.graph.nodes]

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from meshpar.errors import ConfigError
+from meshpar.runtime.parameters import gradients
 from meshpar.runtime.parameters.gradients import clip_grad_norm_, grad_norm
 from tests.pool import Pool
 from tests.runtime.models import make_net, make_tree, world_mesh
@@ -154,3 +155,26 @@ def test_simulated_ranks(simulated: Any) -> None:
         clipped = tree.get_parameter("layers.0.norm.weight").grad.to_local()  # type: ignore[union-attr, attr-defined]
         for part in local_tensors(clipped).values():
             torch.testing.assert_close(part, expected.layers[0].norm.weight.grad)
+
+
+def asked(count: int) -> int:
+    """How often it is worked out which rank counts a gradient, of so many of one layout."""
+    mesh, calls, real = world_mesh("dp=2"), [0], gradients._counts_here
+
+    def counting(*args: Any) -> bool:
+        calls[0] += 1
+        return real(*args)
+
+    parameters = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, (Shard(0),))) for _ in range(count)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    gradients._counts_here = counting
+    try:
+        assert grad_norm(parameters).item() == pytest.approx(math.sqrt(4 * count))
+    finally:
+        gradients._counts_here = real
+    return calls[0]
+
+
+def test_many_gradients_of_one_layout_cost_one_question(gloo: Pool) -> None:
+    assert gloo.run(asked, 9, world=2) == [1, 1]
