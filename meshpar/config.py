@@ -136,6 +136,9 @@ class ParallelConfig(_Fields):
     """Attention where `cp` cuts the sequence: "gather" keys and values, "heads" by an all-to-all, or a "ring" (in a sliding window only the
     few keys before a rank's own are fetched, its halo). "auto" decides for each layer by price. A layer that cannot have the form that is
     asked for takes another one: `explain()` says which each has."""
+    context_chunks: int | Literal["auto"] = "auto"
+    """How many pieces of a sequence each rank of `cp` has, dealt out back and forth: 1, or an even number. "auto": two where attention is
+    causal (head-tail), and as many as balance the documents of the example batch where tiles of a ring are passed over for a mask."""
     recompute: Recompute = "none"
     """What is computed again in backward, per block: nothing, all but matmul and attention outputs, or everything. "none" computes cheap
     operators again all the same, and gathers again, where backward then keeps some megabytes less (`passes/again.py`,
@@ -227,10 +230,14 @@ class ParallelConfig(_Fields):
                 ("virtual_stages", self.virtual_stages, 1),
                 ("bucket_bytes", self.bucket_bytes, 1),
                 ("logits_bytes", self.logits_bytes, 1),
+                ("context_chunks", None if self.context_chunks == "auto" else self.context_chunks, 1),
                 ("seed", self.seed, 0),
             )
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least)
         ]
+        if isinstance(self.context_chunks, int) and self.context_chunks > 1 and self.context_chunks % 2:
+            even = f"{self.context_chunks - 1} or {self.context_chunks + 1}"
+            complaints.append(f"context_chunks={self.context_chunks}: pieces are dealt out back and forth, an even number of them: {even}.")
         complaints += [
             f"{name}={value!r}: one of {', '.join(allowed)}.{near(str(value), allowed)}"
             for name, value, allowed in (

@@ -38,6 +38,10 @@ class AxisPlan:
     """The type of every value the graph returns."""
     samples: tuple[bool, ...] = ()
     """On an axis whose ranks have batches of their own: which of them are cut by samples, so that a rank holds those of its own."""
+    chunks: int = 0
+    """On an axis that cuts a sequence: how many pieces of it each rank has, where an example batch told; else 0."""
+    pieces: str = ""
+    """Why so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,7 @@ class Plan:
                     "nodes": {n: [_types(p.uses), _types(p.outs), p.why, _types(p.handed)] for n, p in a.nodes.items()},
                     "outputs": _types(a.outputs),
                     "samples": list(a.samples),
+                    **({"chunks": [a.chunks, a.pieces]} if a.pieces else {}),
                 }
                 for a in self.axes
             ],
@@ -189,6 +194,7 @@ class Plan:
                         {n: NodePlan(_untypes(u), _untypes(o), w, _handed(h)) for n, (u, o, w, h) in a["nodes"].items()},
                         _untypes(a["outputs"]),
                         tuple(a.get("samples", ())),
+                        *a.get("chunks", ()),
                     )
                     for a in body["axes"]
                 ),

@@ -134,6 +134,36 @@ def test_meshes(mesh: str, context: Any) -> None:
     mp.verify(Decoder("window", shift="logits"), mesh, batch(), config=mp.ParallelConfig(context=context)).raise_if_failed()
 
 
+@pytest.mark.parametrize(
+    ("kind", "mesh", "context", "chunks"),
+    [
+        ("documents", "cp=2", "ring", 4),
+        ("causal", "dp=2,cp=2", "ring", 8),
+        ("sink", "cp=2,tp=2", "gather", 4),
+        ("window", "cp=4", "ring", 4),
+    ],
+)
+def test_pieces(kind: str, mesh: str, context: Any, chunks: int) -> None:
+    torch.manual_seed(0)
+    config = mp.ParallelConfig(context=context, context_chunks=chunks)
+    result = mp.verify(Decoder(kind), mesh, batch(padding=kind == "causal"), config=config)
+    result.raise_if_failed()
+
+
+def test_pieces_that_do_not_divide_are_refused_or_padded() -> None:
+    torch.manual_seed(0)
+    with mp.simulate(2):
+        mesh = mp.make_mesh("cp=2")
+        with pytest.raises(PlanError, match=r'context_chunks=4: .* 12 positions .* Pad them to 16 .*"auto", or one of 1, 2, 6\.'):
+            mp.parallelize(Decoder(), mesh, example=batch(length=12), config=mp.ParallelConfig(context_chunks=4))
+        config = mp.ParallelConfig(context_chunks=4, pad_to=1)
+        pm = mp.parallelize(Decoder(), mesh, example=batch(length=12), config=config)
+        assert "dealt out in 4 pieces a rank, as was asked for" in pm.explain()
+        assert pm(**batch(length=12))["logits"].shape == (B, 12, V)
+    with pytest.raises(ConfigError, match="context_chunks=3: .* an even number of them: 2 or 4"):
+        mp.ParallelConfig(context_chunks=3)
+
+
 def test_heads_are_cut_again_by_an_inner_axis() -> None:
     """An all-to-all to heads leaves each rank some of them, of which `tp` takes its own: nothing is done twice."""
     torch.manual_seed(0)

@@ -5,6 +5,8 @@
     memory     the most bytes of tensors that a rank has during a step beside parameters, their gradients and the optimizer's: how they grow
     longest    the longest sequence that stays under a limit of such bytes, of two wider layers
     balance    processor time of the ranks in causal attention, the largest against the mean, in one piece and from both ends
+    documents  of documents packed into one sequence, causal in each: pairs of positions in the tiles that the rank with most computes in a
+               ring, against the mean, in so many pieces a rank, and in as many as are chosen; counted
 
 A step is forward and backward in float32, each rank one thread. Contenders take turns; a step is timed between barriers, and the slowest
 rank counts. Beside wall time stands the processor time of a rank, which waiting does not enter. Lengths are positions of one sample.
@@ -14,6 +16,7 @@ Memory is that of a dry run: the rank's program on tensors without memory, every
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 import warnings
@@ -32,14 +35,20 @@ from torch import Tensor, nn  # noqa: E402
 
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
+from meshpar.compile.balance import fewest  # noqa: E402
 from meshpar.ops.context import attention_at  # noqa: E402
+from meshpar.ops.uneven import Visible, pairs  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
-from meshpar.sharding.types import Shard  # noqa: E402
+from meshpar.sharding.extents import dealt_out  # noqa: E402
+from meshpar.sharding.types import Shard, plain  # noqa: E402
 
 FORMS = ("gather", "heads", "ring")
 CONTENDERS = (*FORMS, "tp")
 ALONE = "one process"
-PARTS = ("time", "memory", "longest", "balance")
+PARTS = ("time", "memory", "longest", "balance", "documents")
+CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)
+DOCUMENTS = ((400, 1.0), (1800, 1.2), (8100, 1.0))
+"""The median of their lengths, which are log-normal, and sigma."""
 
 
 def model(hidden: int = 256, heads: int = 8) -> nn.Module:
@@ -143,12 +152,42 @@ def balance(length: int, size: int) -> list[str]:
     return cells
 
 
+def documents(length: int, median: float, sigma: float) -> Visible:
+    """Drawn documents that fill a sequence: each query sees those of its own before it, and itself."""
+    starts, end = torch.empty(length, dtype=torch.long), 0
+    while end < length:
+        size = max(1, round(float(torch.empty(1).log_normal_(math.log(median), sigma))))
+        starts[end : end + size] = end
+        end += size
+    keys = torch.arange(length)
+    return Visible(length, any_of=lambda low, high: (keys >= starts[low]) & (keys < high))
+
+
+def of_documents(size: int, length: int, median: float, sigma: float, draws: int) -> list[str]:
+    """A row of the table: means over draws."""
+    torch.manual_seed(0)
+    uneven, computed, chosen = [list[float]() for _ in CHUNKS], list[float](), list[int]()
+    whole = sum(pairs(Visible(length, causal=True), plain(0, length), 1))
+    for _ in range(draws):
+        shown = documents(length, median, sigma)
+        counts = [pairs(shown, plain(0, length) if n == 1 else Shard(0, 1, dealt_out(length, n)), size) for n in CHUNKS]
+        found = {n: max(one) * size / sum(one) for n, one in zip(CHUNKS, counts, strict=True)}
+        for column, n in zip(uneven, CHUNKS, strict=True):
+            column.append(found[n])
+        chosen.append(fewest(found))
+        computed.append(sum(counts[CHUNKS.index(chosen[-1])]) / whole)
+    best = [uneven[CHUNKS.index(n)][at] for at, n in enumerate(chosen)]
+    cells = [f"{median:g} (sigma {sigma:g})", str(size), *(f"{sum(column) / draws:.2f}" for column in uneven)]
+    return [*cells, f"{sum(best) / draws:.3f}", f"{max(best):.2f}", f"{sum(chosen) / draws:.0f}", f"{sum(computed) / draws:.2f}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=50, help="of documents")
     parser.add_argument("--memory-lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--hidden", type=int, default=2048, help="the width of the layers of which the longest sequence is looked for")
     parser.add_argument("--limit", type=float, default=2.0, help="GiB of such tensors on a rank")
@@ -169,6 +208,15 @@ def main() -> None:
         rows = [line(balance(max(options.lengths), size)) for size in options.worlds]
         body += ["", "Processor time of the ranks in causal attention, max / mean.", ""]
         body += table(("ranks", "length", "in one piece", "from both ends"), rows)
+    if "documents" in options.parts:
+        rows = [line(of_documents(size, max(options.lengths), *kind, options.draws)) for kind in DOCUMENTS for size in options.worlds]
+        body += [
+            "",
+            f"Documents in {max(options.lengths)} positions: pairs in tiles, max / mean, by pieces a rank; {options.draws} draws.",
+            "",
+        ]
+        chosen = ("chosen", "the worst draw", "pieces", "pairs of one causal sequence's")
+        body += table(("median length", "ranks", *map(str, CHUNKS), *chosen), rows)
     where = machine(f"transformers {transformers.__version__}", "gloo", "all ranks share the cores")
     text = readme("Context parallelism", __doc__, *body, where=where, script="benchmarks/context/run.py")
     print(text)

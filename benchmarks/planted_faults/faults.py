@@ -112,6 +112,21 @@ def segments(op: str, at: int = 0) -> Fault:
     return Fault(f"{op} of other segments", change)
 
 
+def turned(op: str) -> Fault:
+    """The last pieces of a layout in many dealt out the other way round."""
+
+    def change(graph: fx.Graph, groups: Groups) -> list[fx.Node]:
+        for node in sites(graph, op):
+            for at, one in enumerate(node.args):
+                if isinstance(one, tuple) and len(one) > 2 and all(isinstance(row, tuple) and len(row) == 2 for row in one):
+                    last = tuple((-units, size) for units, size in one[-2:])  # type: ignore[misc, operator]
+                    node.args = (*node.args[:at], (*one[:-2], *last), *node.args[at + 1 :])
+                    return [node]
+        raise NoPlace(op)
+
+    return Fault(f"{op} of pieces in another order", change)
+
+
 def _cut_in_two(node: fx.Node) -> tuple[Any, ...] | None:
     found = list(node.args)
     for i in reversed(range(len(found))):

@@ -38,6 +38,7 @@ from benchmarks.planted_faults.faults import (
     summed_again,
     swap,
     transposed,
+    turned,
 )
 from meshpar.config import ParallelConfig
 
@@ -111,6 +112,9 @@ _RING = [
     operand("ring_attention", 1, 1),
     keyword("ring_attention", "scale", 1.0), drop("p_to_i"),
 ]  # fmt: skip
+_PIECES = [
+    turned("ring_attention"), turned("i_to_s"), segments("ring_attention"), segments("i_to_s"),
+]  # fmt: skip
 _SINKS = [
     no_sinks(), other_sinks(), of_sinks(doubled, "sinks that are twice as large"),
     of_sinks(summed_again(0), "the gradient of sinks summed over cp once too often"),
@@ -150,6 +154,7 @@ CASES: tuple[Case, ...] = (
     Case("mixtral (in pieces)", _tiny("mixtral"), "ep=2", _IN_PIECES, eager=True),
     Case("llama", _tiny("llama"), "cp=2,tp=2", _CONTEXT),
     Case("llama (ring)", _tiny("llama"), "cp=2,tp=2", _RING, ParallelConfig(context="ring")),
+    Case("llama (four pieces a rank)", _tiny("llama"), "cp=2,tp=2", _PIECES, ParallelConfig(context="ring", context_chunks=4)),
     Case("gpt-oss (sinks)", _OSS, "cp=2,tp=2", _SINKS, ParallelConfig(context="ring")),
     Case("gpt-oss (sinks, gathered)", _OSS, "cp=2,tp=2", _SINKS[:5], ParallelConfig(context="gather")),
     Case("llama (kept less)", _tiny("llama", vocab_size=132), "dp=2,tp=2", _KEPT_LESS, ParallelConfig(logits_bytes=400), eager=True),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import fx
 
+from meshpar.compile.balance import ExampleBatch, as_asked, as_before, in_pieces
 from meshpar.compile.ground import Staging
 from meshpar.compile.place import place
 from meshpar.compile.samples import of_own_samples
@@ -29,7 +30,7 @@ from meshpar.roles import ROLES, dividing
 from meshpar.sharding.infer import Inference, infer
 from meshpar.sharding.policy import Request, expert_stacks
 from meshpar.sharding.price import Price
-from meshpar.sharding.solve import solve
+from meshpar.sharding.solve import solved
 from meshpar.sharding.types import I, Owned, Shard, Type
 
 
@@ -54,6 +55,12 @@ class Decision:
     sequence: bool | Literal["auto"] = True
     context: str = "auto"
     """How attention is computed where an axis cuts the sequence."""
+    chunks: int | None = None
+    """How many pieces of it each rank gets; None leaves it to what attention computes."""
+    before: int = 0
+    """How many an earlier program has, for which an example told; else 0."""
+    example: ExampleBatch | None = None
+    """A batch that tells what masks hide."""
     rules: Mapping[str, str] = field(default_factory=dict)
     """The user's: pattern of parameter names -> "tp:DIM" or "replicate"."""
     pinned: Mapping[str, ParameterPlan] = field(default_factory=dict)
@@ -87,7 +94,7 @@ def decide(captured: Captured, request: Decision) -> Plan:
         if size == 1:
             continue
         role = ROLES[name]
-        plan = solve(
+        plan = _solved(
             graph,
             Request(
                 name,
@@ -103,11 +110,13 @@ def decide(captured: Captured, request: Decision) -> Plan:
                 outputs=outputs,
                 ordered=request.ordered,
                 context=request.context,
+                chunks=request.chunks,
                 inner=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].divides == "weights"),
                 samples=captured.batch_dims,
                 sharing=prod(n for other, n in request.axes[at + 1 :] if ROLES[other].own_batches),
             ),
             whole if graph is captured.graph else None,
+            request,
         )
         if role.own_batches:
             plan = replace(plan, samples=of_own_samples(graph, plan))
@@ -125,6 +134,21 @@ def decide(captured: Captured, request: Decision) -> Plan:
         inputs=inputs_of(captured),
         buffers=kept,
     )
+
+
+def _solved(graph: fx.Graph, request: Request, inference: Inference | None, asked: Decision) -> AxisPlan:
+    """The types on one axis; where it cuts sequences, in as many pieces as were asked for, an earlier program has, or an example tells."""
+    if request.divides != "sequence":
+        return solved(graph, request, inference).plan
+    if request.chunks is not None:
+        return as_asked(solved(graph, request, inference).plan, graph, request.chunks)
+    if asked.before:
+        found = solved(graph, as_before(graph, request, asked.before), inference).plan
+        return replace(
+            found, chunks=asked.before, pieces="Positions are dealt out as those of the first batch, or in as many pieces as divide them"
+        )
+    first = solved(graph, request, inference)
+    return (first if asked.example is None else in_pieces(graph, request, first, asked.example)).plan
 
 
 def place_as_before(captured: Captured, request: Decision) -> None:

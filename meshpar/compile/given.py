@@ -19,7 +19,7 @@ from meshpar.sharding.types import Owned
 
 _RUN = ("microbatches", "recompute", "data_parallel", "schedule", "virtual_stages", "outputs")
 """What the runtime does besides the graph: a plan holds for one value of each."""
-_ASKED = ("sequence_parallel", "context", "stages", "rules", "hardware")
+_ASKED = ("sequence_parallel", "context", "context_chunks", "stages", "rules", "hardware")
 """What was asked of the solver: a plan is the answer, so not to ask is no contradiction."""
 
 ParameterFacts = Mapping[str, tuple[tuple[int, ...], str, bool]]

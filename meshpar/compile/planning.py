@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar.capture.experts.seam import advise
 from meshpar.compile.agreement import agree_on_graph
+from meshpar.compile.balance import ExampleBatch
 from meshpar.compile.claimed import check_rules
 from meshpar.compile.decide import Decision, StageRequest, decide, place_as_before
 from meshpar.compile.given import ParameterFacts, check_given
@@ -43,6 +44,8 @@ class Planner:
         self.schedule = schedule_of(mesh, config)
         self.pinned: dict[str, ParameterPlan] = {}
         self.buffers: Mapping[str, tuple[int, ...]] = {}
+        self.chunks = 0
+        """How many pieces of sequences each rank has, where an example told, and they are more than usual."""
         self.plans = Plans()
 
     def copy(self) -> Planner:
@@ -51,8 +54,11 @@ class Planner:
         new.pinned, new.plans = dict(self.pinned), Plans()
         return new
 
-    def plan(self, captured: Captured, parameters: ParameterFacts) -> Plan:
-        """The plan of a step. Collective; raises PlanError where ranks differ or the plan that was given does not fit."""
+    def plan(self, captured: Captured, parameters: ParameterFacts, example: ExampleBatch | None = None) -> Plan:
+        """The plan of a step. Collective; raises PlanError where ranks differ or the plan that was given does not fit.
+
+        `example`: a batch whose values may tell what is best.
+        """
         self._check_experts(captured)
         self._agree(captured, parameters)
         check_rules(captured.graph)
@@ -60,9 +66,10 @@ class Planner:
         if self.given is not None and not self.pinned:
             ranks = () if stages is None else stages.ranks
             check_given(self.given, captured, parameters, mesh_sizes(self.mesh), self._options, ranks, simulated=is_simulated())
-        plan = self._planned(captured, parameters, stages)
+        plan = self._planned(captured, parameters, stages, example)
         if not self.pinned:
             self.pinned, self.buffers = dict(plan.parameters), plan.buffers
+            self.chunks = max((axis.chunks for axis in plan.axes if axis.chunks > 2), default=0)
         return plan
 
     def plan_counts(self, captured: Captured, parameters: ParameterFacts) -> Plan:
@@ -86,7 +93,9 @@ class Planner:
             asked = f"{decided} {sorted(self.rules.items())} {self.given and self.given.hash}"
             agree(asked, self.mesh, "the configuration, the rules or the plan that was given")
 
-    def _planned(self, captured: Captured, parameters: ParameterFacts, stages: StageRequest | None) -> Plan:
+    def _planned(
+        self, captured: Captured, parameters: ParameterFacts, stages: StageRequest | None, example: ExampleBatch | None = None
+    ) -> Plan:
         if self.given is not None and self.given.graph == fingerprint(captured):
             return self.given
         request = Decision(
@@ -94,6 +103,9 @@ class Planner:
             tuple((a.name, a.size) for a in typed_axes(self.mesh)),
             sequence=self.config.sequence_parallel,
             context=self.config.context,
+            chunks=None if self.config.context_chunks == "auto" else self.config.context_chunks,
+            before=self.chunks,
+            example=example,
             rules=self.rules if not self.pinned else {},
             pinned=self.pinned,
             buffers=self.buffers,
@@ -129,6 +141,7 @@ class Planner:
             "data_parallel": config.data_parallel,
             "sequence_parallel": config.sequence_parallel,
             "context": config.context,
+            "context_chunks": config.context_chunks,
             "outputs": config.outputs,
             "rules": self.rules,
         }

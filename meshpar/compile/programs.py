@@ -24,6 +24,7 @@ from meshpar.capture.structure import order_of
 from meshpar.capture.symbolic import BatchSizes, Formulas, follow, sizes_of
 from meshpar.capture.witness import Witness, read_again, testify, without_memory
 from meshpar.collection import uncollected
+from meshpar.compile.balance import ExampleBatch
 from meshpar.compile.denominators import Split, split_denominators
 from meshpar.compile.given import ParameterFacts
 from meshpar.compile.hooks import check_microbatches
@@ -31,7 +32,7 @@ from meshpar.compile.ledger import staged_ledger
 from meshpar.compile.lowering import Lowering
 from meshpar.compile.planning import Planner
 from meshpar.compile.priced import priced
-from meshpar.compile.program import Program
+from meshpar.compile.program import Program, parts_of
 from meshpar.compile.proved import proved, proved_loss
 from meshpar.compile.shapes.classes import KnownShapes, kind_of
 from meshpar.compile.signature import BatchSignature, flatten
@@ -44,6 +45,7 @@ from meshpar.passes import order
 from meshpar.pipeline.order import Schedule
 from meshpar.plan import Plan
 from meshpar.proof.static.report import StaticReport
+from meshpar.simulate import local_tensors
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ class Seen:
     parts: Split
     loss: StaticReport
     """What was proved of its loss."""
+    tensors: Sequence[torch.Tensor] = ()
+    """Those of the batch."""
+    microbatches: int = 1
+
+    @property
+    def example(self) -> ExampleBatch | None:
+        """Its first microbatch, if it has values."""
+        captured = self.parts.captured
+        first = parts_of(captured, [local_tensors(x)[min(local_tensors(x))] for x in self.tensors], self.microbatches)[:1]
+        values = dict(zip(captured.inputs, first[0], strict=False)) if first else {}
+        real = values and all(type(x) is torch.Tensor and not x.is_meta for x in values.values())
+        return ExampleBatch(values, captured.constants) if real else None
 
 
 class Programs:
@@ -133,7 +147,7 @@ class Programs:
         parameters require gradients.
         """
         check_call(self.skeleton, args, kwargs)
-        _, signature = flatten(args, self.ordered(kwargs), training)
+        tensors, signature = flatten(args, self.ordered(kwargs), training)
         ask = Ask(self.following.original, tuple(numbers), roots or {}, torch.is_grad_enabled())
         captured = self._captured(args, kwargs, microbatches, ask, kind_of(signature, microbatches, trainable, ask.gradients))
         refuse_originals(captured.constants, self.originals)
@@ -141,7 +155,7 @@ class Programs:
         say(captured.state.notes, self.skeleton)
         parts = _parted(captured, microbatches)
         loss = proved_loss(captured, parts, microbatches if captured.loss is not None else 1)
-        return Seen(replace(signature, state=f"{variant(captured.state)}{trainable} {microbatches}"), parts, loss)
+        return Seen(replace(signature, state=f"{variant(captured.state)}{trainable} {microbatches}"), parts, loss, tensors, microbatches)
 
     def sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Captured, microbatches: int) -> BatchSizes:
         """The shapes of a batch as `like`, a capture of another one, has them. Raises Unseen, BatchError."""
@@ -159,7 +173,7 @@ class Programs:
 
     def planned(self, seen: Seen) -> Plan:
         """Where values and parameters lie, and what moves: decided on the first rank of the mesh for all. Collective."""
-        return self.planner.plan(seen.parts.captured, self.parameters)
+        return self.planner.plan(seen.parts.captured, self.parameters, seen.example)
 
     def lowered(self, seen: Seen, plan: Plan) -> Program:
         """What this rank runs. Collective where a pipeline's ledger or a loss's denominators are to be agreed on."""

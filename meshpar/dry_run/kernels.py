@@ -96,8 +96,8 @@ def _attention(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> flo
 
 def _of_tiles(args: Sequence[Any]) -> float:
     """Attention in tiles: two products of the pairs of positions that are not passed over."""
-    query, _, value, _, rectangles, scoring = args[:6]
-    area = tiles.area(rectangles, tiles.Scoring.read(scoring))
+    query, _, value, _, pairings, scoring = args[:6]
+    area = tiles.area(pairings, tiles.Scoring.read(scoring))
     return 2.0 * prod(query.shape[:2]) * area * (query.shape[-1] + value.shape[-1])
 
 

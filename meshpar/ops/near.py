@@ -43,7 +43,7 @@ def fetched(rows: Tensor, near: Near, axis: tuple[str, int, int]) -> Tensor:
     return found
 
 
-Stretch = tuple[int, int]
+_Stretch = tuple[int, int]
 """Where it begins among the rows, and its length."""
 _OWN, _FETCHED, _ZEROS = range(3)
 
@@ -52,7 +52,7 @@ _OWN, _FETCHED, _ZEROS = range(3)
 class _Way:
     """What a rank sends, gets, and where that belongs."""
 
-    sent: tuple[tuple[Stretch, ...], ...]
+    sent: tuple[tuple[_Stretch, ...], ...]
     """By rank: what goes there of the rows held here."""
     received: tuple[int, ...]
     """By rank: how many rows come from there."""
@@ -161,5 +161,5 @@ class _Fetch(torch.autograd.Function):
         return on_rank(added, axis, own, back), None, None
 
 
-def _taken(x: Tensor, stretches: Sequence[Stretch]) -> Tensor:
+def _taken(x: Tensor, stretches: Sequence[_Stretch]) -> Tensor:
     return torch.cat([x[:0], *(x.narrow(0, place, length) for place, length in stretches)])

@@ -11,7 +11,7 @@ computed in tiles (`ops/tiles.py`), so that nothing is as large as the queries t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
+from meshpar.ops.pairings import Pairing, held
 from meshpar.ops.primitives import on_rank, rotated
 from meshpar.ops.tiles import (
-    Rectangle,
     ScoreStep,
     Scoring,
     add_of_sink,
@@ -36,8 +36,6 @@ from meshpar.ops.tiles import (
     wide,
 )
 from meshpar.sharding.types import Shard
-
-Span = tuple[int, int]
 
 
 def ring_attention(
@@ -78,21 +76,9 @@ class _Ring:
     axis: tuple[str, int, int]
 
     def told(self, rank: int, step: int) -> tuple[list[int], str]:
-        """What meets in a step, one `Rectangle` after the other, and how it scores: for the operators of tiles."""
-        size, found = self.axis[1], list[int]()
-        for query, (at, stop) in _held(self.cut.ranges(size, rank)):
-            for key, (first, last) in _held(self.cut.ranges(size, (rank - step) % size)):
-                if not self.scoring.sees_none(at, stop - at, first, last - first):
-                    found += Rectangle(query, key, stop - at, last - first, at, first)
-        return found, self.scoring.written
-
-
-def _held(ranges: tuple[Span, ...]) -> Iterator[tuple[int, Span]]:
-    """Where each range of positions is held, and the range."""
-    start = 0
-    for low, high in ranges:
-        yield start, (low, high)
-        start += high - low
+        """What meets in a step, and how it scores: for the operators of tiles."""
+        queries, keys = (held(self.cut.ranges(self.axis[1], one % self.axis[1])) for one in (rank, rank - step))
+        return Pairing(queries, keys).numbers, self.scoring.written
 
 
 class _RingAttention(torch.autograd.Function):

@@ -20,8 +20,8 @@ from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.halo import before_each
 from meshpar.ops.layouts import Segments
 from meshpar.ops.near import fetched
+from meshpar.ops.pairings import Pairing, Stretch, held
 from meshpar.ops.tiles import (
-    Rectangle,
     ScoreStep,
     Scoring,
     add_of_sink,
@@ -54,7 +54,7 @@ def scored_attention(
     `query`: `[b, h, s, e]`, `key`: `[b, k, t, e]`, `value`: `[b, k, t, f]`, h a multiple of k; `added`: the operands of the steps, each
     broadcast to `[b, h, s, t]`. `window`: of the keys before it, a query sees that many of the last. Returns `[b, h, s, f]`.
     """
-    whole = list(Rectangle(0, 0, query.shape[-2], key.shape[-2], 0, 0))
+    whole = Pairing(*((Stretch(0, 0, x.shape[-2]),) for x in (query, key))).numbers
     how = _Local(told(query, scale, steps, causal=is_causal, window=window), lambda rank: whole)
     found: Tensor = _Scored.apply(query, key, value, how, *of_four_dims(added))
     return found
@@ -84,14 +84,10 @@ def scored_attention_of_a_part(
     """
     cut, keys = Shard(dim, repeat, tuple(segments)), key.shape[-2]
 
-    def rectangles(rank: int) -> list[int]:
-        found, start = list[int](), 0
-        for low, high in cut.ranges(size, rank):
-            found += Rectangle(start, 0, high - low, keys, low, 0)
-            start += high - low
-        return found
+    def pairings(rank: int) -> list[int]:
+        return Pairing(held(cut.ranges(size, rank)), (Stretch(0, 0, keys),)).numbers
 
-    how = _Local(told(query, scale, steps, causal=causal, window=window), rectangles, group, rank)
+    how = _Local(told(query, scale, steps, causal=causal, window=window), pairings, group, rank)
     found: Tensor = _Scored.apply(query, key, value, how, *of_four_dims(added))
     return found
 
@@ -123,15 +119,16 @@ def scored_halo_attention(
     b, heads, count = key.shape[0], key.shape[1], key.shape[0] * key.shape[1] * key.shape[3]
     keys, values = (rearrange(x, "s (b k e) -> b k s e", b=b, k=heads) for x in (near[:, :count], near[:, count:]))
 
-    def rectangles(rank: int) -> list[int]:
-        found, start, before = list[int](), 0, 0
-        for low, high in cut.pieces(size, rank):
-            first = max(0, low - window + 1)
-            found += Rectangle(start, before + first - (low - window + 1), high - low, high - first, low, first)
-            start, before = start + high - low, before + high - low + window - 1
+    def pairings(rank: int) -> list[int]:
+        found, before = list[int](), 0
+        for own in held(cut.pieces(size, rank)):
+            first = max(0, own.at - window + 1)
+            near = Stretch(before + first - (own.at - window + 1), first, own.at + own.size - first)
+            found += Pairing((own,), (near,)).numbers
+            before += own.size + window - 1
         return found
 
-    how = _Local(told(query, scale, steps, causal=True, window=window), rectangles, group, rank)
+    how = _Local(told(query, scale, steps, causal=True, window=window), pairings, group, rank)
     found: Tensor = _Scored.apply(query, keys, values, how, *of_four_dims(added))
     return found
 
@@ -141,14 +138,14 @@ class _Local:
     """What meets on each rank of an axis, and how it scores."""
 
     scoring: Scoring
-    rectangles: Callable[[int], list[int]]
+    pairings: Callable[[int], list[int]]
     group: str = ""
     rank: int = 0
 
     def told(self, world_rank: int) -> tuple[list[int], str]:
         """The same for the operators of tiles, of one rank that this process runs."""
         rank = self.rank if self.rank >= 0 else axis_rank(self.group, world_rank)
-        return self.rectangles(rank), self.scoring.written
+        return self.pairings(rank), self.scoring.written
 
 
 class _Scored(torch.autograd.Function):

@@ -3,6 +3,8 @@
                       keys 0 to 3    4 to 7    8 to 11
     queries 4 to 7    all            some      none          a tile of which nothing is seen is passed over, only "some" needs a mask
 
+Queries and keys may be of many short stretches of positions: what is one tile then, `ops/pairings.py` says.
+
 Of each query are kept what it got so far, the largest score and the sum of exp(score), from which backward makes the weights of a tile
 again. (The formulas are those of FlashAttention, arXiv 2205.14135.) Everything here is local to one rank.
 """
@@ -12,15 +14,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, NamedTuple
+from itertools import accumulate, product
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-SIDE = 256
-"""The most queries and the most keys of a tile."""
+from meshpar.ops.pairings import Pairing, ShortStretches, Sight, Stretch, blocks, count, tiling
+from meshpar.ops.tile import OnePart, SeveralParts, Tile
+
 SCORES = 2**20
 """The most scores of a tile: so many heads and samples, but one at least."""
 
@@ -46,19 +49,10 @@ class Scoring:
     scale: float = 1.0
     steps: tuple[ScoreStep, ...] = ()
 
-    def sees_none(self, at: int, rows: int, first: int, columns: int) -> bool:
-        """Whether none of the queries from position `at` sees any of the keys from `first`."""
-        late = (self.causal or self.window is not None) and first > at + rows - 1
-        return late or (self.window is not None and first + columns - 1 <= at - self.window)
-
-    def hidden(self, at: int, rows: int, first: int, columns: int, device: torch.device) -> Tensor | None:
-        """`[rows, columns]`: True where the query does not see the key; None where all see all."""
-        past = first + columns - 1 <= at or not (self.causal or self.window is not None)
-        if past and (self.window is None or first > at + rows - 1 - self.window):
-            return None
-        behind = torch.arange(at, at + rows, device=device)[:, None] - torch.arange(first, first + columns, device=device)
-        hidden = behind < 0
-        return hidden if self.window is None else hidden | (behind >= self.window)
+    @property
+    def sight(self) -> Sight:
+        """What is seen by positions."""
+        return Sight(self.causal, self.window)
 
     def sink_of(self, operands: Sequence[Tensor]) -> Tensor | None:
         """The score of each query whose weight is nobody's."""
@@ -76,24 +70,32 @@ class Scoring:
         return Scoring(causal, window, scale, tuple(tuple(step) for step in steps))
 
 
-class Rectangle(NamedTuple):
-    """Queries and keys that meet: a part of the table of all pairs, as stretches of what is held and of positions."""
+def hiding(steps: Sequence[ScoreStep]) -> Iterator[tuple[int, str]]:
+    """The operands of steps that hide for good, and by what they do: being "false", "true", or minus infinity ("-inf").
 
-    query: int
-    """Where the first query is held."""
-    key: int
-    rows: int
-    """How many queries."""
-    columns: int
-    at: int
-    """The position of the first query."""
-    first: int
-    """The position of the first key."""
+    No later step may make anything else of minus infinity.
+    """
+    for at, (kind, *of) in enumerate(steps):
+        by = "false" if kind == "seen" else "-inf" if kind == "plus" else {"keep": "false", "fill": "true"}.get(kind, "")
+        if by and _stays_hidden(steps[at]) and all(_stays_hidden(step) for step in steps[at + 1 :]):
+            yield of[0], by
 
 
-def area(rectangles: Sequence[int], scoring: Scoring) -> int:
-    """Pairs of queries and keys in the tiles that are not passed over, of rectangles that are written one after the other."""
-    return sum(rows.size * columns.size for one in _rectangles(rectangles) for rows, columns in _pieces(one, scoring))
+def shown_by(mask: Tensor, by: str) -> Tensor:
+    """Where an operand that hides by being so does not."""
+    return mask if by == "false" else ~mask if by == "true" else mask != -torch.inf
+
+
+def _stays_hidden(step: ScoreStep) -> bool:
+    """Whether minus infinity stays what it is."""
+    kind, *of = step
+    return kind in ("seen", "plus", "sink") or (kind in ("keep", "fill") and of[1] == -torch.inf) or (kind == "times" and of[0] > 0)
+
+
+def area(pairings: Sequence[int], scoring: Scoring) -> int:
+    """Pairs of queries and keys in the tiles that are not passed over, of pairings that are written one after the other."""
+    every = (blocks(one, scoring.sight) for one in Pairing.read(pairings))
+    return sum(row.size * one.columns[j].size for one in every for row, seen in zip(one.rows, one.seen, strict=True) for j in seen)
 
 
 def attend(
@@ -101,7 +103,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    rectangles: Sequence[Rectangle],
+    pairings: Sequence[Pairing],
     scoring: Scoring,
     out: Tensor,
     norm: Tensor,
@@ -112,17 +114,17 @@ def attend(
     `[b, h, s, f]`, zeros to begin with, and `norm`: `[b, h, s, 2]`, the largest score so far, and the logarithm of the sum of
     exp(score - largest): -inf to begin with. (Of scores near -1e38, as masks make them, the sum of the two would forget the second.)
     """
-    for tile in _tiles(query, key, operands, rectangles, scoring):
-        scores = _shown(tile, _stepped(tile, query, key, operands, scoring)[-1], scoring)
-        own, most = norm[tile.queries], scores.amax(-1)
+    for tile in _tiles(query, key, operands, pairings, scoring):
+        scores = tile.show(_stepped(tile, query, key, operands, scoring)[-1], scoring.sight)
+        own, most = tile.queries(norm), scores.amax(-1)
         weights = scores.sub_(_finite(most)[..., None]).exp_()
         top = torch.maximum(own[..., 0], most)
         before, more = (x - _finite(top) for x in (own[..., 0], most))
         total = torch.logaddexp(before + own[..., 1], more + weights.sum(-1).log_())
-        found = tile.by_query(tile.by_key(weights) @ wide(value[tile.keys]))
+        found = tile.by_query(tile.by_key(weights) @ wide(tile.keys(value)))
         kept, new = (before + own[..., 1] - _finite(total)).exp_(), (more - _finite(total)).exp_()
-        out[tile.queries].mul_(kept[..., None]).addcmul_(found, new[..., None])
-        own.copy_(torch.stack([top, total], -1))
+        tile.put(out, torch.addcmul(tile.queries(out) * kept[..., None], found, new[..., None]))
+        tile.put(norm, torch.stack([top, total], -1))
 
 
 def attend_backward(
@@ -130,7 +132,7 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    rectangles: Sequence[Rectangle],
+    pairings: Sequence[Pairing],
     scoring: Scoring,
     grad: Tensor,
     norm: Tensor,
@@ -142,19 +144,19 @@ def attend_backward(
 ) -> None:
     """Add the gradients, in place. `norm`: of all keys; `delta` `[b, h, s]`: the sums of result times `grad`. `of_operands`: of one
     dim for an operand that needs none."""
-    for tile in _tiles(query, key, operands, rectangles, scoring):
+    for tile in _tiles(query, key, operands, pairings, scoring):
         values = _stepped(tile, query, key, operands, scoring)
-        top, total = (_finite(x)[..., None] for x in norm[tile.queries].unbind(-1))
+        top, total = (_finite(x)[..., None] for x in tile.queries(norm).unbind(-1))
         last = values[-1].clone() if scoring.steps else values[-1]
-        weights = _shown(tile, last, scoring).sub_(top).sub_(total).exp_()
-        g, k, v = tile.by_key(wide(grad[tile.queries])), wide(key[tile.keys]), wide(value[tile.keys])
-        of_value[tile.keys] += tile.by_key(weights).transpose(-1, -2) @ g
-        of_scores = tile.by_query(g @ v.transpose(-1, -2)).sub_(delta[tile.queries][..., None]).mul_(weights)
+        weights = tile.show(last, scoring.sight).sub_(top).sub_(total).exp_()
+        g, k, v = tile.by_key(wide(tile.queries(grad))), wide(tile.keys(key)), wide(tile.keys(value))
+        tile.add_to_keys(of_value, tile.by_key(weights).transpose(-1, -2) @ g)
+        of_scores = tile.by_query(g @ v.transpose(-1, -2)).sub_(tile.queries(delta)[..., None]).mul_(weights)
         for at in range(len(scoring.steps) - 1, -1, -1):
             of_scores = _back(tile, scoring.steps[at], of_scores, values[at : at + 2], operands, of_operands)
         of_products = tile.by_key(of_scores) * scoring.scale
-        of_query[tile.queries] += tile.by_query(of_products @ k)
-        of_key[tile.keys] += of_products.transpose(-1, -2) @ tile.by_key(wide(query[tile.queries]))
+        tile.add_to_queries(of_query, tile.by_query(of_products @ k))
+        tile.add_to_keys(of_key, of_products.transpose(-1, -2) @ tile.by_key(wide(tile.queries(query))))
 
 
 def nothing_yet(query: Tensor, width: int, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -198,112 +200,55 @@ def _finite(x: Tensor) -> Tensor:
     return x.masked_fill(x == -torch.inf, 0.0)
 
 
-class _Range(NamedTuple):
-    held: int
-    at: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _Tile:
-    samples: slice
-    key_heads: slice
-    group: int
-    """Query heads of one head of keys and values."""
-    rows: _Range
-    columns: _Range
-
-    @property
-    def heads(self) -> slice:
-        return slice(self.key_heads.start * self.group, self.key_heads.stop * self.group)
-
-    @property
-    def queries(self) -> tuple[slice, ...]:
-        """Where they are in `[b, h, s, ...]`."""
-        return self.samples, self.heads, slice(self.rows.held, self.rows.held + self.rows.size)
-
-    @property
-    def keys(self) -> tuple[slice, ...]:
-        """Where they are in `[b, k, t, ...]`."""
-        return self.samples, self.key_heads, slice(self.columns.held, self.columns.held + self.columns.size)
-
-    def by_key(self, x: Tensor) -> Tensor:
-        """`[b, k g, s, ...]` as `[b, k, g s, ...]`."""
-        return x.reshape(x.shape[0], -1, self.group * self.rows.size, x.shape[-1])
-
-    def by_query(self, x: Tensor) -> Tensor:
-        """And back."""
-        return x.view(x.shape[0], -1, self.rows.size, x.shape[-1])
-
-    def of(self, operand: Tensor) -> Tensor:
-        """Its part of `[b, h, s, all positions]`, any of which may be 1."""
-        columns = slice(self.columns.at, self.columns.at + self.columns.size)
-        return operand[tuple(slice(0, 1) if n == 1 else part for n, part in zip(operand.shape, (*self.queries, columns), strict=True))]
-
-    def add_to(self, of_operand: Tensor, operand: Tensor, grad: Tensor) -> None:
-        """Add to the gradient of an operand, if that is wanted: summed where one element meets several scores."""
-        if of_operand.shape == operand.shape:
-            place = self.of(of_operand)
-            place += grad.sum_to_size(place.shape)
-
-
-def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], rectangles: Sequence[Rectangle], scoring: Scoring) -> Iterator[_Tile]:
+def _tiles(query: Tensor, key: Tensor, operands: Sequence[Tensor], pairings: Sequence[Pairing], scoring: Scoring) -> Iterator[Tile]:
     (b, h), k = query.shape[:2], key.shape[1]
-    for rectangle in rectangles:
-        seen = _seen(rectangle, operands, scoring)
-        for rows, columns in _pieces(rectangle, scoring):
-            if seen is not None and not seen[(rows.held - rectangle.query) // SIDE][(columns.held - rectangle.key) // SIDE]:
-                continue
-            one = rows.size * columns.size * (h // k)
+    for pairing in pairings:
+        found = blocks(pairing, scoring.sight)
+        for parts in tiling(found, _seen(pairing, found, operands, scoring)):
+            one = len(parts) * parts[0][0].size * max(count(columns) for _, columns in parts) * (h // k)
             heads = min(k, max(1, SCORES // one))
             samples = min(b, max(1, SCORES // (one * heads)))
+            kind = OnePart if len(parts) == 1 else SeveralParts
             for low, first in product(range(0, b, samples), range(0, k, heads)):
-                yield _Tile(slice(low, min(low + samples, b)), slice(first, min(first + heads, k)), h // k, rows, columns)
+                yield kind(slice(low, min(low + samples, b)), slice(first, min(first + heads, k)), h // k, parts, query.device)
 
 
-def _seen(rectangle: Rectangle, operands: Sequence[Tensor], scoring: Scoring) -> list[list[bool]] | None:
-    """Of each tile, by its queries and its keys, whether a mask of booleans lets any be seen; None without such a mask.
+def _seen(pairing: Pairing, found: ShortStretches, operands: Sequence[Tensor], scoring: Scoring) -> Sequence[Sequence[int]]:
+    """Of each block of queries, those of keys of which any is seen: by positions, and by masks, of booleans or with minus infinity.
 
-    One look at all of it, so that an accelerator is waited for once. (A later step may not bring back what is hidden.)
+    One look at all of them, so that an accelerator is waited for once.
     """
-    kinds = [kind for kind, *_ in scoring.steps]
-    if "seen" not in kinds or {"keep", "fill"} & {*kinds[kinds.index("seen") :]}:
-        return None
-    mask = operands[scoring.steps[kinds.index("seen")][1]]
-    spans = (rectangle.query, rectangle.rows), (rectangle.first, rectangle.columns)
-    for dim, (start, length) in zip((2, 3), spans, strict=True):
-        mask = mask if mask.shape[dim] == 1 else mask.narrow(dim, start, length)
-    some = mask.flatten(0, 1).any(0).expand(rectangle.rows, rectangle.columns)
-    some = pad(some, (0, -rectangle.columns % SIDE, 0, -rectangle.rows % SIDE))
-    found: list[list[bool]] = some.unflatten(1, (-1, SIDE)).any(2).unflatten(0, (-1, SIDE)).any(1).tolist()
-    return found
+    every: Tensor | None = None
+    for place, by in hiding(scoring.steps):
+        mask = operands[place]
+        if by == "-inf" and not (mask.is_floating_point() and mask.shape[2] != 1 and mask.shape[3] != 1):
+            continue
+        rows = [Stretch(0, 0, 1)] if mask.shape[2] == 1 else found.rows
+        if wide := mask.shape[3] != 1:
+            keys = [mask.narrow(3, at, size) for _, at, size in pairing.keys]
+            mask = keys[0] if len(keys) == 1 else torch.cat(keys, 3)
+        parts = (mask.narrow(2, row.held, row.size) for row in rows)
+        some = torch.stack([shown_by(x, by).flatten(0, 2).any(0) for x in parts])
+        if wide:
+            bounds = torch.tensor([0, *accumulate(one.size for one in found.columns)], device=mask.device)
+            some = pad(some.cumsum(1, dtype=torch.int32), (1, 0))[:, bounds].diff(dim=1) > 0
+        every = some if every is None else every & some
+    if every is None:
+        return found.seen
+    shown = every.expand(len(found.rows), len(found.columns)).tolist()
+    return [[j for j in seen if row[j]] for seen, row in zip(found.seen, shown, strict=True)]
 
 
-def _pieces(rectangle: Rectangle, scoring: Scoring) -> Iterator[tuple[_Range, _Range]]:
-    """Stretches of queries and of keys, but for those that do not see each other."""
-    for row, column in product(range(0, rectangle.rows, SIDE), range(0, rectangle.columns, SIDE)):
-        rows = _Range(rectangle.query + row, rectangle.at + row, min(SIDE, rectangle.rows - row))
-        columns = _Range(rectangle.key + column, rectangle.first + column, min(SIDE, rectangle.columns - column))
-        if not scoring.sees_none(rows.at, rows.size, columns.at, columns.size):
-            yield rows, columns
-
-
-def _shown(tile: _Tile, scores: Tensor, scoring: Scoring) -> Tensor:
-    """Scores, in place, without those of what is not seen."""
-    hidden = scoring.hidden(tile.rows.at, tile.rows.size, tile.columns.at, tile.columns.size, scores.device)
-    return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
-
-
-def _stepped(tile: _Tile, query: Tensor, key: Tensor, operands: Sequence[Tensor], scoring: Scoring) -> list[Tensor]:
+def _stepped(tile: Tile, query: Tensor, key: Tensor, operands: Sequence[Tensor], scoring: Scoring) -> list[Tensor]:
     """Scaled products `[b, h, rows, columns]`, and what each step makes of them."""
-    scaled = tile.by_key(wide(query[tile.queries])) * scoring.scale
-    found = [tile.by_query(scaled @ wide(key[tile.keys]).transpose(-1, -2))]
+    scaled = tile.by_key(wide(tile.queries(query))) * scoring.scale
+    found = [tile.by_query(scaled @ wide(tile.keys(key)).transpose(-1, -2))]
     for step in scoring.steps:
         found.append(_stepping(tile, step, found[-1], operands))
     return found
 
 
-def _stepping(tile: _Tile, step: ScoreStep, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+def _stepping(tile: Tile, step: ScoreStep, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
     match step:
         case ("times", x):
             return z * x
@@ -325,7 +270,7 @@ def _stepping(tile: _Tile, step: ScoreStep, z: Tensor, operands: Sequence[Tensor
 
 
 def _back(
-    tile: _Tile, step: ScoreStep, grad: Tensor, values: Sequence[Tensor], operands: Sequence[Tensor], of_operands: Sequence[Tensor]
+    tile: Tile, step: ScoreStep, grad: Tensor, values: Sequence[Tensor], operands: Sequence[Tensor], of_operands: Sequence[Tensor]
 ) -> Tensor:
     """The gradient of what a step was given; adds that of its operand. `values`: what it was given, and what it gave."""
     before, after = values
@@ -337,16 +282,22 @@ def _back(
         case ("sink", _):
             return grad
         case ("plus", i):
-            tile.add_to(of_operands[i], operands[i], grad)
+            _add(tile, of_operands[i], operands[i], grad)
             return grad
         case ("by", i):
-            tile.add_to(of_operands[i], operands[i], grad * before)
+            _add(tile, of_operands[i], operands[i], grad * before)
             return grad * tile.of(operands[i]).to(grad.dtype)
         case ("seen" | "keep", i, *_):
             return grad.masked_fill(~tile.of(operands[i]), 0.0)
         case ("fill", i, _):
             return grad.masked_fill(tile.of(operands[i]), 0.0)
     raise ValueError(f"{step}: no step of scores")
+
+
+def _add(tile: Tile, of_operand: Tensor, operand: Tensor, grad: Tensor) -> None:
+    """Add to the gradient of an operand, if that is wanted."""
+    if of_operand.shape == operand.shape:
+        tile.add(of_operand, grad)
 
 
 # ---- the same as operators: one call each for whoever counts, or has no memory -----------------------------------------------------------
@@ -358,13 +309,13 @@ def attend_(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    rectangles: Sequence[int],
+    pairings: Sequence[int],
     scoring: str,
     out: Tensor,
     norm: Tensor,
 ) -> None:
-    """`attend`, of rectangles that are written one after the other."""
-    attend(query, key, value, operands, _rectangles(rectangles), Scoring.read(scoring), out, norm)
+    """`attend`, of pairings that are written one after the other."""
+    attend(query, key, value, operands, Pairing.read(pairings), Scoring.read(scoring), out, norm)
 
 
 @torch.library.custom_op("meshpar::attend_backward_", mutates_args=("of_query", "of_key", "of_value", "of_operands"))
@@ -373,7 +324,7 @@ def attend_backward_(
     key: Tensor,
     value: Tensor,
     operands: Sequence[Tensor],
-    rectangles: Sequence[int],
+    pairings: Sequence[int],
     scoring: str,
     grad: Tensor,
     norm: Tensor,
@@ -385,15 +336,10 @@ def attend_backward_(
 ) -> None:
     """`attend_backward`, likewise."""
     gradients = of_query, of_key, of_value, of_operands
-    attend_backward(query, key, value, operands, _rectangles(rectangles), Scoring.read(scoring), grad, norm, delta, *gradients)
+    attend_backward(query, key, value, operands, Pairing.read(pairings), Scoring.read(scoring), grad, norm, delta, *gradients)
 
 
 @attend_.register_fake
 @attend_backward_.register_fake
 def _(*operands: object) -> None:
     return None
-
-
-def _rectangles(numbers: Sequence[int]) -> list[Rectangle]:
-    count = len(Rectangle._fields)
-    return [Rectangle(*numbers[i : i + count]) for i in range(0, len(numbers), count)]

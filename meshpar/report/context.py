@@ -57,7 +57,8 @@ def _over(axis: AxisPlan, graph: fx.Graph) -> list[str]:
         for (module, form, why, sent), times in found.items()
     ]
     heading = f"Attention over {axis.axis}={axis.size}; the last column is sent by a rank in a forward"
-    return [heading, *table(rows, right=(4,)), *_uneven(axis, graph)] if rows else []
+    pieces = [f"  {axis.pieces}"] if axis.pieces else []
+    return [heading, *table(rows, right=(4,)), *pieces, *_uneven(axis, graph)] if rows else []
 
 
 def _uneven(axis: AxisPlan, graph: fx.Graph) -> list[str]:
@@ -66,11 +67,9 @@ def _uneven(axis: AxisPlan, graph: fx.Graph) -> list[str]:
         if _FORMS.get(node.target, "halo") != "halo" and node.kwargs.get("causal", True):
             segments: Any = node.args[5 if node.target is context.causal_attention else 6]
             if len(segments) == 1 and node.kwargs.get("window") is None:
-                most = (2 * axis.size - 1) / axis.size
-                return [
-                    f"  {2 * axis.size} does not divide the {segments[0][0]} positions: they are cut in one piece each, and the last rank "
-                    f"has {most:.3g} times the mean of the causal attention"
-                ]
+                most, length = (2 * axis.size - 1) / axis.size, segments[0][0]
+                why = f"{2 * axis.size} does not divide the {length} positions: they" if length % (2 * axis.size) else "Positions"
+                return [f"  {why} are cut in one piece each, and the last rank has {most:.3g} times the mean of the causal attention"]
     return []
 
 

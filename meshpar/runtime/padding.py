@@ -61,8 +61,9 @@ class RunSizes:
     def __init__(self, mesh: DeviceMesh, config: ParallelConfig) -> None:
         self._device, self._pad_to = mesh.device_type, config.pad_to
         sizes = mesh_sizes(mesh)
-        self._even = lcm(1, *(2 * sizes[name] for name in dividing("sequence", sizes) if sizes[name] > 1))
-        """What lengths are made divisible by: both halves of every rank's part of the sequence."""
+        pieces = 2 if config.context_chunks == "auto" else config.context_chunks
+        self._even = lcm(1, *(pieces * sizes[name] for name in dividing("sequence", sizes) if sizes[name] > 1))
+        """What lengths are made divisible by: the pieces of every rank's part of the sequence."""
         data = data_axis(mesh)
         self._group = data.group if config.pad_to is not None and data.size > 1 and is_real(mesh) else None
 

@@ -205,21 +205,30 @@ def join(patterns: Sequence[Pattern]) -> Pattern:
     return 1, tuple(segment for repeat, segments in patterns for _ in range(repeat) for segment in segments)
 
 
-def shard(dim: int, pattern: Pattern, size: int, *, even: bool = False, balanced: bool = False) -> Shard | None:
+def shard(dim: int, pattern: Pattern, size: int, *, even: bool = False, chunks: int = 1) -> Shard | None:
     """The shard of `dim` over `size` ranks with this pattern in its shortest form, or None when it cannot be cut so.
 
     Even segments are written with single elements as units, so that equal distributions are equal shards. Uneven ones are allowed where a
     contiguous dim is cut between single elements and nobody is left with nothing (a vocabulary of 131); not where all must be `even`.
 
-    `balanced`: each segment in two halves, the second dealt out from the last rank to the first: what grows along it is shared alike.
+    `chunks`: how many pieces of each segment a rank gets, dealt out from the first rank to the last and back again (see `dealt_out`).
     """
     repeat, segments = pattern
-    if balanced:
-        halves = tuple((sign * units * each // 2, 1) for units, each in segments for sign in (1, -1))
-        return Shard(dim, repeat, halves) if all(units % (2 * size) == 0 for units, _ in segments) else None
+    if chunks > 1:
+        dealt = tuple(row for units, each in segments for row in dealt_out(units * each, chunks))
+        return Shard(dim, repeat, dealt) if all(units % (chunks * size) == 0 for units, _ in segments) else None
     if all(units % size == 0 for units, _ in segments):
         return Shard(dim, repeat, tuple((units * each, 1) for units, each in segments)) if segments else None
     if not even and repeat == 1 and len(segments) == 1 and segments[0][1] == 1:
         units = segments[0][0]
         return Shard(dim, 1, segments) if (size - 1) * -(-units // size) < units else None
     return None
+
+
+def dealt_out(length: int, chunks: int) -> tuple[tuple[int, int], ...]:
+    """The segments of a dim of which each rank gets `chunks` pieces, dealt out back and forth: what grows along it is shared alike.
+
+    >>> [Shard(0, 1, dealt_out(16, 4)).pieces(2, rank) for rank in range(2)]
+    [((0, 2), (6, 8), (8, 10), (14, 16)), ((2, 4), (4, 6), (10, 12), (12, 14))]
+    """
+    return tuple((-(length // chunks) if turn % 2 else length // chunks, 1) for turn in range(chunks))

@@ -224,7 +224,7 @@ def attention(call: LocalCall) -> None:
     if form in ("gather", "ring") or (own and form != "halo"):
         call.kwargs["causal"] = causal
     if form == "ring" or own:
-        call.kwargs["steps"] = a["steps"] if own else _steps_of(call.op)
+        call.kwargs["steps"] = a["steps"] if own else steps_of(call.op)
     if form == "gather" and (keys := call.in_shard(1)) is not None:
         call.kwargs["keys"] = keys.segments
 
@@ -238,7 +238,7 @@ def _added(given: Any, form: str, own: bool) -> list[Any]:
     return [[] if given is None else [given]]
 
 
-def _steps_of(op: Op) -> tuple[tuple[str, int], ...]:
+def steps_of(op: Op) -> tuple[tuple[str, int], ...]:
     """A mask as a step of scores."""
     return () if len(op.infos) < 4 else (("seen" if op.infos[3].dtype == torch.bool else "plus", 0),)
 

@@ -60,6 +60,8 @@ class Request:
     price: Price = field(default_factory=Price)
     context: str = "auto"
     """How attention is to be computed where the sequence is cut."""
+    chunks: int | None = None
+    """How many pieces of a sequence along which attention's work is uneven each rank gets; None: two of causal ones, if those divide."""
     inner: int = 1
     """Ranks of the axes that are typed after this one and cut the same heads and channels again: what is cut must divide by both."""
     samples: Mapping[str, int] = field(default_factory=dict)
@@ -315,7 +317,7 @@ class SequencePolicy(Policy):
         self.weights, self.price = WeightsPolicy(request, reading), request.price.at_scale(reading.largest)
         reading.batch = self._needed()
         self._check_length()
-        reading.balanced = self._growing()
+        reading.chunks = self._chunks()
 
     def crosses(self, value: Value, users: int) -> Type:
         info = value_info(value)
@@ -364,16 +366,35 @@ class SequencePolicy(Policy):
                     found.update(dict.fromkeys((extents.find(one), *extents.leaves(one))))
         return tuple(found) if self.request.sharing > 1 else ()
 
-    def _growing(self) -> frozenset[int]:
-        """The sequences along which causal attention grows, where they can be dealt out in twice as many pieces as there are ranks."""
+    def _chunks(self) -> dict[int, int]:
+        """The sequences along which attention's work is uneven -> how many pieces of them each rank gets.
+
+        Raises PlanError where they cannot be dealt out in as many as are asked for.
+        """
+        asked = self.request.chunks
+        found = self._uneven(masked=asked is not None)
+        size, ranks = self.reading.inference.extents.size, self.request.size * (2 if asked is None else asked)
+        if any(size(one) % ranks for one in found):
+            if asked is None:
+                return {}
+            length = next(size(one) for one in found if size(one) % ranks)
+            raise PlanError(
+                f"context_chunks={asked}: {asked} x {self.request.axis}={self.request.size} pieces do not divide the {length} positions "
+                f"that are attended to. Pad them to {-(-length // ranks) * ranks} (ParallelConfig(pad_to=1) does where that counts "
+                f'nothing), or say "auto", or one of {", ".join(map(str, chunk_counts(length, self.request.size)))}.'
+            )
+        return dict.fromkeys(sorted(found), asked or 2)
+
+    def _uneven(self, *, masked: bool) -> set[int]:
+        """The sequences of causal attention, and (`masked`) those whose attention has a mask that is not known beforehand."""
         found: set[int] = set()
         for node, call in self.reading.inference.calls.items():
-            if operator_of(call.op.node.target).sequences and call.op.arguments.get("is_causal", True):
-                value = value_of(operands(node)[0])
-                one = self.reading.inference.dims[value][-2]
+            if not operator_of(call.op.node.target).sequences:
+                continue
+            if call.op.arguments.get("is_causal", True) or (masked and len(call.op.operands) > 3):
+                one = self.reading.inference.dims[value_of(operands(node)[0])][-2]
                 found.update(() if one is None else [self.reading.inference.extents.find(one)])
-        size = self.reading.inference.extents.size
-        return frozenset(found) if all(size(one) % (2 * self.request.size) == 0 for one in found) else frozenset()
+        return found
 
     def _check_length(self) -> None:
         """Raises PlanError where the positions of what the model is given cannot be dealt out evenly."""
@@ -392,6 +413,15 @@ class SequencePolicy(Policy):
                         f"Say ParallelConfig(pad_to=1), which pads batches where that counts nothing, or pad the batch to {enough} "
                         f"(labels with -100, and an attention mask{better}), or use another {self.request.axis}: {divisors}."
                     )
+
+
+def chunk_counts(length: int, size: int, most: int = 128) -> list[int]:
+    """In how many pieces a rank a sequence of `length` can be dealt out to `size` ranks, back and forth: 1, and even numbers.
+
+    >>> chunk_counts(48, 2)
+    [1, 2, 4, 6, 8, 12, 24]
+    """
+    return [one for one in (1, *range(2, most + 1, 2)) if length % (one * size) == 0]
 
 
 def _is_cut(choice: Choice) -> bool:

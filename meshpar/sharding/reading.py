@@ -32,8 +32,8 @@ class Reading:
         self.depends = self._depends_on_batch()
         self.hidden = self._contracted_with_parameters()
         self.taken = self._cut_already()
-        self.balanced: frozenset[int] = frozenset()
-        """Factors along which work grows: each rank gets a part of the beginning and one of the end."""
+        self.chunks: Mapping[int, int] = {}
+        """Factors along which work is uneven -> how many pieces each rank gets, dealt out back and forth."""
 
     def _crossing(self) -> dict[Value, set[str | None]]:
         """Values used in another unit than they are made in -> the units that use them."""
@@ -158,7 +158,7 @@ class Reading:
     def shard(self, dim: int, one: int | None, factor: int) -> Shard | None:
         """The cut of a dim along one of its factors, if it can be cut so."""
         pattern = None if one is None else self.inference.extents.pattern(one, factor)
-        return None if pattern is None else shard(dim, pattern, self.size, even=self.even, balanced=factor in self.balanced)
+        return None if pattern is None else shard(dim, pattern, self.size, even=self.even, chunks=self.chunks.get(factor, 1))
 
     def units_using(self, node: fx.Node) -> set[str | None]:
         """The units in which a node is used."""

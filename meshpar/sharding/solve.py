@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
 from torch import fx
@@ -35,7 +36,21 @@ _DEARER = 1e-4
 """The share of its cost by which a plan must be cheaper to be preferred: programs are not solved more closely."""
 
 
+@dataclass(frozen=True)
+class Solved:
+    """A typing of a graph on one axis."""
+
+    plan: AxisPlan
+    seconds: float
+    """What everything costs, as far as it was for the solver to choose."""
+
+
 def solve(graph: fx.Graph, request: Request, inference: Inference | None = None) -> AxisPlan:
+    """The plan of `solved`."""
+    return solved(graph, request, inference).plan
+
+
+def solved(graph: fx.Graph, request: Request, inference: Inference | None = None) -> Solved:
     """The cheapest consistent typing of `graph` on one axis under the house's policies. `inference`: what `infer` says, if it was asked.
 
     Streams that the policy would cut, and need not, are left whole one after the other where that is cheaper.
@@ -51,7 +66,7 @@ def solve(graph: fx.Graph, request: Request, inference: Inference | None = None)
         plan = other.run()
         if other.seconds < solver.seconds * (1.0 - _DEARER):
             solver, best = other, plan
-    return best
+    return Solved(best, solver.seconds)
 
 
 class _Solver:
@@ -227,7 +242,7 @@ class _Solver:
                 self._work(call),
                 experts=self.policy.experts,
                 even=self.policy.even,
-                balanced=self.reading.balanced,
+                chunks=self.reading.chunks,
             )
             self.made[key] = tuple(self.policy.revised(call, found, self._work(call), self.unit))
         return self.made[key]

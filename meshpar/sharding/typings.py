@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -48,16 +48,16 @@ def choices(
     *,
     experts: frozenset[int] = frozenset(),
     even: bool = False,
-    balanced: frozenset[int] = frozenset(),
+    chunks: Mapping[int, int] | None = None,
 ) -> tuple[Choice, ...]:
     """All typings of a call when any of `factors` may be cut over `size` ranks. `work`: seconds of the whole operator.
 
     `experts`: factors that are the experts of the model, where the axis splits those. `even`: whether all ranks must hold equal parts.
-    `balanced`: factors of which every rank gets a part of the beginning and one of the end.
+    `chunks`: factors of which every rank gets several pieces, and how many.
     """
 
     def cutting(dim: int, pattern: Pattern, factor: int) -> Shard | None:
-        return shard(dim, pattern, size, even=even, balanced=factor in balanced)
+        return shard(dim, pattern, size, even=even, chunks=(chunks or {}).get(factor, 1))
 
     every = _typings(call, inference, factors, size, cutting, price, work, experts)
     return tuple(one for choice in every if (one := _obeying(choice, call)) is not None)

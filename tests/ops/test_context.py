@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import meshpar as mp
-from meshpar.ops import tiles
+from meshpar.ops import pairings
 from meshpar.ops.context import causal_attention
 from meshpar.ops.halo import halo_attention, windowed_attention
 from meshpar.ops.ring import ring_attention
+from meshpar.sharding.extents import dealt_out
 from meshpar.sharding.types import Shard
 from meshpar.simulate import local_tensors, per_rank
 
 S = 16
-LAYOUTS = [((S, 1),), ((S // 2, 1), (-S // 2, 1))]
-"""In one piece, and a piece of the beginning with one of the end."""
+LAYOUTS = [((S, 1),), dealt_out(S, 2), dealt_out(S, 4)]
+"""In one piece, a piece of the beginning with one of the end, and four pieces: single positions on four ranks."""
 
 
 def whole(causal: bool, window: int | None) -> Tensor:
@@ -59,7 +60,7 @@ def agrees(
     return max(worst)
 
 
-@pytest.mark.parametrize("segments", LAYOUTS, ids=["contiguous", "head-tail"])
+@pytest.mark.parametrize("segments", LAYOUTS, ids=["contiguous", "head-tail", "four"])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=["grouped", "one"])
 @pytest.mark.parametrize("size", [2, 4])
 class TestForms:
@@ -80,7 +81,7 @@ class TestForms:
         window: int | None,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(tiles, "SIDE", 3)
+        monkeypatch.setattr(pairings, "SIDE", 3)
 
         def op(*args: object, **how: object) -> Tensor:
             return ring_attention(*args[:3], [], *args[3:], causal=causal, window=window, **how)  # type: ignore[arg-type]

@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 
 from meshpar.dry_run.tape import MachineTape, levels
-from meshpar.ops import tiles
-from meshpar.ops.tiles import Rectangle, ScoreStep, Scoring, attend, attend_backward, nothing_yet, sums_of
+from meshpar.ops import pairings, tiles
+from meshpar.ops.pairings import Pairing, Stretch
+from meshpar.ops.tile import _hidden
+from meshpar.ops.tiles import ScoreStep, Scoring, attend, attend_backward, nothing_yet, sums_of
+from meshpar.ops.uneven import Visible, pairs
+from meshpar.sharding.extents import dealt_out
+from meshpar.sharding.types import Shard
 
 S = 16
-ALL = [Rectangle(0, 0, S, S, 0, 0)]
-IN_PARTS = [Rectangle(0, 4, 10, 12, 0, 4), Rectangle(10, 4, 6, 12, 10, 4), Rectangle(10, 0, 6, 4, 10, 0), Rectangle(0, 0, 10, 4, 0, 0)]
-"""Some of the queries and some of the keys at a time, in any order."""
+ALL = [Pairing((Stretch(0, 0, S),), (Stretch(0, 0, S),))]
+ROWS = tuple(Stretch(at, at, 2) for at in (6, 0, 2, 8, 4)) + (Stretch(10, 10, 6),)
+IN_PARTS = [Pairing(ROWS, (Stretch(at, at, size),)) for at, size in ((4, 12), (1, 1))] + [
+    Pairing(ROWS, (Stretch(0, 0, 1), Stretch(2, 2, 2)))
+]
+"""Short stretches of queries, in any order, and some of the keys at a time."""
 
 
 def whole(query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], scoring: Scoring) -> Tensor:
@@ -35,7 +43,8 @@ def whole(query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], sco
             z = z.masked_fill(~numbers[0], -torch.inf)
         else:
             z = torch.where(numbers[0] if kind == "keep" else ~numbers[0], z, numbers[1])
-    hidden = scoring.hidden(0, query.shape[2], 0, key.shape[2], query.device)
+    seen = scoring.causal or scoring.window is not None
+    hidden = _hidden(torch.arange(query.shape[2]), torch.arange(key.shape[2]), scoring.sight) if seen else None
     return (z if hidden is None else z.masked_fill(hidden, -torch.inf)).softmax(-1) @ value
 
 
@@ -63,7 +72,7 @@ SHOWN = {"all": (False, None), "causal": (True, None), "window": (True, 5)}
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("shown", SHOWN)
 def test_it_is_attention(shown: str, steps: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "SIDE", 5)
+    monkeypatch.setattr(pairings, "SIDE", 5)
     monkeypatch.setattr(tiles, "SCORES", 60)  # a head or two of a sample
     scoring = Scoring(*SHOWN[shown], 0.7, STEPS[steps])
     q, k, v = given(2, 6, 3)
@@ -102,41 +111,69 @@ def used(s: int, scoring: Scoring, *operands: Tensor) -> tuple[int, int]:
     """Of attention of `s` positions, forward and backward: the most bytes that are taken at a time, and how many products are made."""
     q, k, v = (x.detach() for x in given(1, 4, 2, s, torch.float32))
     (out, norm), sums, grad = nothing_yet(q, 3), [torch.zeros_like(x) for x in (q, k, v)], torch.ones(1, 4, s, 3)
-    delta, rectangles = torch.ones(1, 4, s), [Rectangle(0, 0, s, s, 0, 0)]
+    delta, several = torch.ones(1, 4, s), [Pairing((Stretch(0, 0, s),), (Stretch(0, 0, s),))]
     with MachineTape() as tape:
         for x in (q, k, v, out, norm, grad, delta, *sums):
             tape.number(x)
         before = sum(grown for _, grown in tape.storages.changes)
-        attend(q, k, v, operands, rectangles, scoring, out, norm)
-        attend_backward(q, k, v, operands, rectangles, scoring, grad, norm, delta, *sums, [torch.zeros(1)] * len(operands))
+        attend(q, k, v, operands, several, scoring, out, norm)
+        attend_backward(q, k, v, operands, several, scoring, grad, norm, delta, *sums, [torch.zeros(1)] * len(operands))
         most = max(levels(tape.storages.changes)) - before
         return most, sum(call.kernel.kind == "matrix" for call in tape.calls)
 
 
 def test_nothing_is_as_large_as_the_pairs_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the length: a few tiles. Those of which a causal query or a window sees nothing are not computed."""
-    monkeypatch.setattr(tiles, "SIDE", 8)
+    monkeypatch.setattr(pairings, "SIDE", 8)
     monkeypatch.setattr(tiles, "SCORES", 4 * 8 * 8)
     tile, products = 4 * 4 * 8 * 8, 7  # bytes of four heads; two products forward, five backward
     (short, every), (long, _) = used(64, Scoring()), used(128, Scoring())
     assert short == long < 6 * tile and every == 8 * 8 * products
     assert used(64, Scoring(causal=True))[1] == 8 * 9 // 2 * products
     assert used(64, Scoring(causal=True, window=9))[1] == (8 + 7) * products
-    assert tiles.area([0, 0, 64, 64, 0, 0], Scoring(causal=True)) == 36 * 64
+    assert tiles.area([1, 1, 0, 0, 64, 0, 0, 64], Scoring(causal=True)) == 36 * 64
 
 
 def test_tiles_between_documents_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a mask of the batch says that nothing is seen."""
-    monkeypatch.setattr(tiles, "SIDE", 8)
+    monkeypatch.setattr(pairings, "SIDE", 8)
     document = torch.tensor([0] * 12 + [1] * 20 + [2] * 32)
     mask = (document == document[:, None])[None, None]
     within = 2 * 2 + 3 * 3 - 1 + 4 * 4  # tiles of each document; the first two meet in one
     assert used(64, Scoring(steps=(("seen", 0),)), mask)[1] == 7 * within
     assert used(64, Scoring(steps=(("seen", 0), ("fill", 1, 0.0))), mask, mask)[1] == 7 * 8 * 8  # what is hidden comes back
+    added = torch.zeros(1, 1, 64, 64).masked_fill(~mask, -torch.inf)
+    for steps, operand in (((("fill", 0, -torch.inf),), ~mask), ((("keep", 0, -torch.inf), ("times", 2.0)), mask), ((("plus", 0),), added)):
+        assert used(64, Scoring(steps=steps), operand)[1] == 7 * within
+    for steps, operand in (((("plus", 0), ("tanh",)), added), ((("seen", 0), ("times", -1.0)), mask), ((("keep", 0, -1e38),), mask)):
+        assert used(64, Scoring(steps=steps), operand)[1] == 7 * 8 * 8, steps  # not hidden for good
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 8, 16])
+def test_short_pieces_cost_no_more_tiles(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of positions in any number of pieces as many products as of those in one, and no more pairs than half as many again."""
+    monkeypatch.setattr(pairings, "SIDE", 8)
+    size, s = 2, 64
+    document = torch.arange(2 * s) // 50
+    mask = (document == document[:, None]).tril()
+    cut = Shard(0, 1, dealt_out(2 * s, pieces))
+    tiles_of, pairs_of, useful = 0, 0, 0
+    for rank in range(size):
+        own = pairings.held(cut.ranges(size, rank))
+        rows = torch.cat([mask[at : at + n] for _, at, n in own])[None, None]
+        for other in range(size):
+            found = pairings.blocks(Pairing(own, pairings.held(cut.ranges(size, other))), pairings.Sight())
+            seen = tiles._seen(Pairing(own, pairings.held(cut.ranges(size, other))), found, [rows], Scoring(steps=(("seen", 0),)))
+            for parts in pairings.tiling(found, seen):
+                tiles_of += 1
+                pairs_of += len(parts) * parts[0][0].size * max(pairings.count(columns) for _, columns in parts)
+                useful += sum(row.size * pairings.count(columns) for row, columns in parts)
+    assert useful == sum(pairs(Visible(2 * s, any_of=lambda low, high: mask[low:high].any(0)), cut, size))
+    assert useful <= pairs_of <= 1.5 * useful and int(mask.sum()) <= useful and tiles_of <= 70, (tiles_of, pairs_of, useful)
 
 
 def test_a_tile_that_one_sample_or_head_sees_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "SIDE", 5)
+    monkeypatch.setattr(pairings, "SIDE", 5)
     q, k, v = (x.detach() for x in given(2, 2, 2))
     mask = torch.zeros(2, 2, S, S, dtype=torch.bool)
     for sample in range(2):

@@ -20,11 +20,16 @@ from meshpar.proof.static.report import Contradiction
 from meshpar.sharding.types import Shard, Type
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
+_OWN = (
+    "meshpar.ops.context.grouped_attention",
+    "meshpar.ops.halo.windowed_attention",
+    "meshpar.ops.scored.scored_attention",
+)
 
 
 def is_attention(op: Op) -> bool:
     """Whether a call of the model's graph is attention as a whole."""
-    return op.node.target is SDPA or op.name in ("meshpar.ops.halo.windowed_attention", "meshpar.ops.scored.scored_attention")
+    return op.node.target is SDPA or op.name in _OWN
 
 
 def aligned(op: Op, call: PlainCall, values: Sequence[Value], masks: Masks) -> Op:

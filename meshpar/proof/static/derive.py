@@ -238,6 +238,8 @@ class Derive:
         if found.call.transposed:
             shape = local[1]
             examples[call.nodes[1]] = ((shape[0], shape[1], shape[2]), op.infos[1].dtype)
+        if call.way in ("gathered", "ring") and call.nodes[0] in call.nodes[1:3]:
+            raise Unproved("queries and keys are one value, of which it takes the part and the whole")
         if call.way in ("gathered", "ring"):  # keys and values are handed as parts, and attended to as a whole
             for node, shape, info in zip(call.nodes[1:3], local[1:3], op.infos[1:3], strict=True):
                 examples[node] = ((*shape[:-2], info.shape[-2], shape[-1]), info.dtype)

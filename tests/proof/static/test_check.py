@@ -27,6 +27,7 @@ from benchmarks.planted_faults.faults import (
     other_keys,
     segments,
     swap,
+    turned,
 )
 from benchmarks.planted_faults.run import _changed, _local, _read
 from meshpar.compile.program import Program
@@ -82,6 +83,19 @@ def test_a_mask_is_of_the_keys_of_all_ranks(context: Context) -> None:
     with absent("cp=2") as there:
         program = Programs(Masked(), there, ParallelConfig(context=context)).make((), batch, training=True)
     assert program.proof.proved and not program.proof.faults and not program.proof.unproved
+
+
+def test_pieces_in_another_order_are_told() -> None:
+    """Also where only a mask, or only positions, are taken so."""
+    model = tiny("llama")
+    batch = {**text(2, 16), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
+    with absent("cp=2") as there:
+        programs = Programs(model, there, ParallelConfig(context="ring", context_chunks=4))
+        program = programs.make((), batch, training=True)
+        assert program.proof.proved and not program.proof.faults and not program.proof.unproved
+        for fault in (turned("ring_attention"), turned("i_to_s"), segments("i_to_s")):
+            wrong, _, _ = _changed(program, fault, [(a.group, a.size, a.rank) for a in typed_axes(there)])
+            assert _read(programs, wrong).faults, fault.name
 
 
 class Weighted(torch.nn.Module):
