@@ -92,7 +92,7 @@ def _messages(change: Change) -> int:
     """The messages of what one rank sends to another, of a value that is cut between them."""
     cut = change.before if isinstance(change.before, Shard) else change.after
     assert isinstance(cut, Shard)
-    return pieces.messages(change.whole.shape[cut.dim] // change.size, change.whole.nbytes // change.size)
+    return pieces.messages(change.whole.shape[cut.dim] // change.size, change.whole.nbytes // change.size, change.size)
 
 
 def _arriving(seconds: float, compute: float, size: int, messages: int) -> float:

@@ -16,7 +16,7 @@
         rank      first rows of y     next rows                 ...
 
 As many bytes are sent as by the collectives, in size - 1 parts, each to one rank, or (sums) in `PIECES`; the part of a rank is one message,
-or, where it is large, up to `MESSAGES`, of which one is multiplied while the next travels. `gathered` keeps the
+or, where it is large and ranks are few, several, of which one is multiplied while the next travels. `gathered` keeps the
 part of x that the rank has, and gathers it again in backward while the gradients of x are computed: one all-gather more, and 1/size of the
 memory (as Megatron does). The gradient sum of `gathered` runs beside the weight gradients, its own and those that others leave (see
 `ops.products`); the gather in the backward of `scattered` is in pieces, too. Rows are multiplied in groups, and parts summed from the own
@@ -41,8 +41,8 @@ from meshpar.ops.products import Beside
 
 PIECES = 4
 """Of a sum: all but the last of them travel beside products."""
-MESSAGES, LEAST = 4, 2**18
-"""The most of what a rank sends to another, and the bytes that each has at least."""
+PARTS, LEAST = 8, 2**18
+"""In how many parts a product is computed at most, where ranks are fewer, and the bytes that a message then has at least."""
 Matrices = tuple[Tensor, ...]
 Biases = tuple[Tensor | None, ...]
 
@@ -158,16 +158,16 @@ def _products(x: Tensor, weights: Matrices, biases: Biases, dim: int, axis: tupl
     return results
 
 
-def messages(n: int, nbytes: int) -> int:
-    """How many messages `n` rows of that many bytes are: equal ones."""
-    return next((count for count in range(min(MESSAGES, nbytes // LEAST), 1, -1) if n % count == 0), 1)
+def messages(n: int, nbytes: int, size: int) -> int:
+    """How many messages `n` rows of that many bytes are, from one of `size` ranks to another: equal ones."""
+    return next((count for count in range(min(PARTS // size, nbytes // LEAST), 1, -1) if n % count == 0), 1)
 
 
 def _coming(x: Tensor, dim: int, axis: tuple[str, int, int]) -> Iterator[tuple[Tensor, int]]:
     """What all ranks have, and where it begins in the whole: the own part at once, the others as they arrive."""
     _, size, rank = axis
     n = x.shape[dim]
-    length = n // messages(n, x.nbytes)
+    length = n // messages(n, x.nbytes, size)
     arriving = [(by, at, start_shift(x.narrow(dim, at, length), by, axis)) for by in range(1, size) for at in range(0, n, length)]
     yield x, rank * n
     for by, at, arrive in arriving:
@@ -221,7 +221,7 @@ def scattered(
 def _scattered(a: Tensor, weight: Tensor, dim: int, axis: tuple[str, int, int]) -> Tensor:
     _, size, rank = axis
     n = a.shape[dim] // size
-    length = n // messages(n, a.nbytes // (size * a.shape[-1]) * weight.shape[0])
+    length = n // messages(n, a.nbytes // (size * a.shape[-1]) * weight.shape[0], size)
     flying: list[tuple[int, Finish]] = []
     for by in range(1, size):
         for at in range(0, n, length):

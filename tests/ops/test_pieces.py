@@ -78,8 +78,9 @@ def test_values_and_gradients(gloo: Pool, kind: str, world: int, batch: int) -> 
 
 def test_how_many_messages() -> None:
     least = pieces.LEAST
-    assert [pieces.messages(12, least * k) for k in (0, 1, 2, 3, 4, 9)] == [1, 1, 2, 3, 4, 4]
-    assert pieces.messages(6, 4 * least) == 3 and pieces.messages(7, 4 * least) == 1, "equal ones"
+    assert [pieces.messages(12, least * k, 2) for k in (0, 1, 2, 3, 4, 9)] == [1, 1, 2, 3, 4, 4]
+    assert [pieces.messages(12, least * 9, size) for size in (2, 3, 4, 5, 8, 16)] == [4, 2, 2, 1, 1, 1], "ranks are parts, too"
+    assert pieces.messages(6, 4 * least, 2) == 3 and pieces.messages(7, 4 * least, 2) == 1, "equal ones"
 
 
 def without_gradients() -> bool:
