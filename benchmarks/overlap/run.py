@@ -5,8 +5,9 @@ over a stated bandwidth, and leaves the core free. "Exposed" is the share of tha
 the step without it. The network is a clock beside the processor time of a rank, which other work on the machine hardly touches; with
 `--sleep` it is a thread that sleeps, and time is real (for an idle machine with a core for each rank, and one more).
 
-At this bandwidth a message takes about 1.7 times as long as the output projection beside it, as with hidden 8192 in bf16 on 8 H100 of one
-node (half of 989 TFLOP/s, 250 GB/s in collectives); `--bandwidth` takes another. `overlap_tensor_parallel` is on and off, in pipelines
+With hidden 8192 in bf16 on 8 H100 of one node (half of 989 TFLOP/s, 250 GB/s in collectives) a message takes about 1.7 times as long as
+the output projection beside it. So it does at 125 MB/s beside an AMD EPYC; beside the faster core of this table it takes 2.2 times as long
+there, and 1.7 times at 160 MB/s (`--bandwidth`). `overlap_tensor_parallel` is on and off, in pipelines
 (1F1B, 4 microbatches of 1 x 512 tokens) `overlap_p2p`; for the tensor-parallel Llama there is code by hand, too,
 `benchmarks/tensor_parallel/handwritten.py`, which waits for each collective where it is called (its model ends in a squared error: no
 embedding, no head), and for the pipeline torch's own runtime. A message to a stage takes its time from when the stage begins to receive
