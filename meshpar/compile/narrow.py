@@ -1,4 +1,4 @@
-"""Where a graph may be cut: between blocks, and at places where few bytes cross, never inside attention."""
+"""Where a graph may be cut: between blocks, and at places where few bytes cross, never inside attention or among rows of experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from meshpar.compile.ground import Ground
 from meshpar.graph.cost import flops
-from meshpar.graph.facts import facts
+from meshpar.graph.facts import facts, infos_of
 from meshpar.graph.operators import operator_of
 
 NARROW, WIDE = 1.25, 4.0
@@ -30,7 +30,7 @@ def places_by_kind(ground: Ground, stages: int) -> dict[str, list[int]]:
     inner = [p for p in range(1, ground.count) if min(ground.cost[p], ground.cost[-1] - ground.cost[p]) > 0.1 * mean]
     kinds: dict[str, list[int]] = {"between blocks": [], "at narrow places": [], "wherever it is not too wide": []}
     boundaries = [p for p in inner if ground.is_boundary(p)]
-    bytes_, values, forbidden = _Fewest(ground.crossing), _Fewest(ground.values), _attention(ground)
+    bytes_, values, forbidden = _Fewest(ground.crossing), _Fewest(ground.values), _attention(ground) | rows_cross(ground)
     lows = np.searchsorted(ground.cost, ground.cost - mean / 2).tolist()
     highs = np.searchsorted(ground.cost, ground.cost + mean / 2, side="right").tolist()
     for p in inner:
@@ -84,6 +84,17 @@ class _Fewest:
         level = (high - low + 1).bit_length() - 1
         table = self.tables[level]
         return int(min(table[low], table[high + 1 - 2**level]))
+
+
+def rows_cross(ground: Ground) -> set[int]:
+    """Places that rows of experts cross: how many there are is told by the routing of each batch, and a stage must know what it is sent."""
+    forbidden: set[int] = set()
+    for place, node in enumerate(ground.calls):
+        for value in [node, *(user for user in node.users if user.target is operator.getitem)]:
+            if any(info is not None and info.rows for info in infos_of(value)):
+                users = [ground.index[user] for user in value.users if user in ground.index]
+                forbidden.update(range(place + 1, max(users, default=place) + 1))
+    return forbidden
 
 
 def _attention(ground: Ground) -> set[int]:

@@ -13,7 +13,7 @@ from torch import fx
 
 from meshpar.compile.split import StageGraph, mark, updaters
 from meshpar.errors import PlanError, raise_all
-from meshpar.graph.facts import facts, set_facts
+from meshpar.graph.facts import facts, infos_of, set_facts
 from meshpar.plan import Plan, StagePlan
 
 
@@ -46,6 +46,18 @@ def check_buffers(stages: Sequence[StageGraph], plan: Plan) -> None:
 
 
 def _follow(graph: fx.Graph, held: Mapping[str, tuple[int, ...]]) -> None:
+    least = dict[fx.Node, int]()
+    while True:
+        complaints = _as_early_as_possible(graph, held, least)
+        late = {node: stage for group, stage in _of_rows(graph) for node in group if facts(node).stage != stage}
+        if complaints or not late:
+            break
+        least |= late
+    raise_all(PlanError, _OTHER, complaints)
+
+
+def _as_early_as_possible(graph: fx.Graph, held: Mapping[str, tuple[int, ...]], from_: Mapping[fx.Node, int]) -> list[str]:
+    """Set the stages of all calls, those of `from_` not before the stage there. What cannot be, in words."""
     complaints = []
     reads: dict[fx.Node, tuple[tuple[str, tuple[int, ...]], ...]] = {}
     for node in graph.nodes:
@@ -56,13 +68,32 @@ def _follow(graph: fx.Graph, held: Mapping[str, tuple[int, ...]]) -> None:
             stages = [s for source in node.all_input_nodes if (s := facts(source).stage) is not None and source not in reads]
             if parameters and not stages and all(source in reads for source in node.all_input_nodes):
                 reads[node] = parameters  # a parameter on its way to its use
-            least = max(stages, default=0)
+            least = max([*stages, from_.get(node, 0)])
             fits = [s for s in range(least, 1 + max((max(h) for _, h in parameters), default=least)) if all(s in h for _, h in parameters)]
             if parameters and not fits:
                 names = ", ".join(name for name, _ in parameters)
                 complaints.append(f"{names} ({facts(node).source or node.name}) cannot be used after what is computed on stage {least}.")
             set_facts(node, replace(facts(node), stage=fits[0] if fits else least))
-    raise_all(PlanError, _OTHER, complaints)
+    return complaints
+
+
+def _of_rows(graph: fx.Graph) -> list[tuple[set[fx.Node], int]]:
+    """The calls that make or read the same rows of experts, and the last stage that any of them is on: there all must be, for how many
+    rows there are is told by the routing of each batch, and a stage must know what it is sent."""
+    group_of = dict[fx.Node, set[fx.Node]]()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        before = [n for n in node.all_input_nodes if n.op == "call_function" and _is_rows(n)]
+        if before or _is_rows(node):
+            joined = {node}.union(*(group_of[n] for n in before))
+            group_of |= dict.fromkeys(joined, joined)
+    groups = {id(group): group for group in group_of.values()}
+    return [(group, max(facts(node).stage or 0 for node in group)) for group in groups.values()]
+
+
+def _is_rows(node: fx.Node) -> bool:
+    return any(info is not None and info.rows for info in infos_of(node))
 
 
 def _few(stages: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from torch import fx
 
 from meshpar.compile.ground import Budget, Ground, Seconds, Staging
-from meshpar.compile.narrow import places_by_kind
+from meshpar.compile.narrow import places_by_kind, rows_cross
 from meshpar.errors import PlanError, near, raise_all
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import facts
@@ -77,8 +77,8 @@ def _balanced(ground: Ground, stages: int) -> Staging:
     places = kinds["wherever it is not too wide"]
     if len(places) + 1 < stages:
         raise PlanError(
-            f"stages={stages}: this graph has {len(places)} places to cut (where not too much crosses, outside attention), "
-            f"so at most {len(places) + 1} stages are possible."
+            f"stages={stages}: this graph has {len(places)} places to cut (where not too much crosses, outside attention and "
+            f"layers of experts), so at most {len(places) + 1} stages are possible."
         )
     raise PlanError(_too_much_memory(ground, [0, *places, ground.count], stages))
 
@@ -182,6 +182,13 @@ def _checked(ground: Ground, places: list[int], labels: Sequence[str], heading: 
         f"the stage that begins {'at ' if label.startswith(chr(39)) else ''}{label} would begin no later than the one before it."
         for place, before, label in zip(places, [0, *places], labels)
         if place <= before
+    ]
+    among = rows_cross(ground)
+    complaints += [
+        f"rows of experts cross where {label} begins, as many as the routing of each batch says, which no stage knows beforehand: begin "
+        "before the layer of experts, or after it."
+        for place, label in zip(places, labels)
+        if place in among
     ]
     complaints += [f"nothing is computed from {label} on." for place, label in zip(places, labels) if place >= ground.count]
     raise_all(PlanError, heading, complaints)

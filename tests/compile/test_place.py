@@ -16,13 +16,14 @@ from meshpar.capture.export import capture
 from meshpar.compile.decide import Decision, StageRequest, decide
 from meshpar.compile.place import check_buffers, place
 from meshpar.compile.split import StageGraph, split, updaters
+from meshpar.compile.stages import choose
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import facts, gives_several, info_of
+from meshpar.graph.facts import facts, gives_several, info_of, infos_of
 from meshpar.mesh import mesh_sizes, typed_axes
 from meshpar.ops.load import Tally
 from meshpar.passes.order import lowered
-from meshpar.plan import Plan
+from meshpar.plan import Plan, StagePlan
 from meshpar.sharding.types import R, Shard, plain
 from meshpar.simulate import local_tensors, per_rank
 from tests.compile.staged import backward, run_stages
@@ -232,3 +233,43 @@ def test_where_experts_lie_is_kept_for_another_batch() -> None:
     assert decide(again, replace(asked, pinned=first)).parameters["one.up"].placements == {"ep": plain(0, 4)}
     other = replace(first["one.up"], placements={"ep": plain(1, 8)})
     assert decide(again, replace(asked, pinned={**first, "one.up": other})).parameters["one.up"].placements == other.placements
+
+
+class Gated(nn.Module):
+    """A gate, and experts that only their parameters keep from running where it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(8, 8), Experts(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.experts(self.first(x))).square().mean()
+
+
+def gated() -> Captured:
+    with without_modes():
+        return capture(Gated(), (torch.randn(2, 4, 8),), {})
+
+
+def among_rows(captured: Captured) -> list[Any]:
+    """The calls that make or read rows of experts."""
+    rows = {n for n in captured.graph.nodes if n.op == "call_function" and any(i is not None and i.rows for i in infos_of(n))}
+    return [n for n in captured.graph.nodes if n in rows or rows.intersection(n.all_input_nodes)]
+
+
+def test_rows_of_experts_stay_on_one_stage() -> None:
+    """The gate's parameters are on the first stage, those of the experts on the second: rows are made where they are used."""
+    captured = gated()
+    gates = {name for name in captured.parameters if name.startswith(("first", "experts.router"))}
+    held = {name: (0,) if name in gates else (1,) for name in captured.parameters}
+    place(captured.graph, (StagePlan("", 0, ""), StagePlan("", 1, "")), held)
+    found = among_rows(captured)
+    assert found and {facts(n).stage for n in found} == {1}
+    assert 0 in {facts(n).stage for n in captured.graph.nodes}
+
+
+def test_no_stage_begins_among_rows_of_experts() -> None:
+    captured = gated()
+    inside = {n.name for n in among_rows(captured)[1:]}
+    staging = choose(captured, 2, cost=lambda node: 1.0 if node.name in inside else 0.5)
+    assert staging.starts and not inside.intersection(staging.starts)
