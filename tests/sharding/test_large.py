@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from math import prod
 from typing import Any
@@ -34,6 +35,7 @@ def mesh() -> Iterator[DeviceMesh]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_at_most_one_percent_of_the_parameters_stays_whole(mesh: DeviceMesh, name: str) -> None:
+    warnings.filterwarnings("error", message="the static check")
     parameters = _plan(name, mesh).parameters
     sizes = {n: prod(p.shape) for n, p in parameters.items()}
     whole = [n for n, p in parameters.items() if not isinstance(p.placements["tp"], Shard)]

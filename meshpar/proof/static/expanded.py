@@ -19,7 +19,7 @@ y  = scattered(a, w, 1, ..., later, 0)         ->      p   = products.linear(a, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from meshpar.ops import again, chunked_loss, collectives, expert_all_to_all, exp
 from meshpar.sharding.types import Shard
 
 _PIECES = "meshpar.ops.pieces."
-_RESHAPE = "reshape"
+_RESHAPE, _RESHAPED = "reshape", "aten.reshape.default"
 _CHUNKED, _AGAIN = op_name(chunked_loss.cross_entropy), op_name(again.computed)
 _EXPERTS = op_name(expert_pieces.through_experts)
 
@@ -53,7 +53,7 @@ def expanded(graph: fx.Graph) -> fx.Graph:
             made[node] = _summed(new, node, made, scattered=name.endswith("scattered"))
         elif name == _AGAIN:
             steps, *given = fx.map_arg(node.args, made.__getitem__)
-            made[node] = _one_by_one(new, steps, given, (*facts(node).inside, facts(node)))
+            made[node] = _one_by_one(new, steps, given, (*facts(node).inside, facts(node)), rows)
         elif name == _EXPERTS:
             made[node] = _there_and_back(new, node, made)
         elif name == _CHUNKED:
@@ -131,10 +131,14 @@ def _at_once(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
     return set_facts(found, facts(node))
 
 
-def _one_by_one(new: fx.Graph, steps: Any, given: Sequence[fx.Node], known: Sequence[Facts]) -> fx.Node:
+def _one_by_one(new: fx.Graph, steps: Any, given: Sequence[fx.Node], known: Sequence[Facts], rows: Collection[fx.Node] = ()) -> fx.Node:
+    """The last of several calls. `rows`: products of rows, which are as a step makes them again."""
     values = list(given)
     for step, about in zip(steps, known, strict=True):
         name, args, _ = step
+        if name == _RESHAPED and (read := again.values(args[0], values)) in rows:
+            values.append(set_facts(read, about))
+            continue
         if name == _AGAIN:
             values.append(_one_by_one(new, args[0], again.values(args[1:], values), (*about.inside, about)))
         else:
