@@ -151,8 +151,7 @@ def exchange(x: Tensor, offsets: Tensor, *, dropping: bool = False, group: str, 
     axis = (group, size, rank)
     if size == 1 and not dropping:
         return x, offsets, Route(torch.empty(2, 0, dtype=torch.int64), None, None)  # nothing reads it
-    if offsets.shape[0] % size:
-        raise ConfigError(f"expert_all_to_all: {size} ranks do not divide the {offsets.shape[0]} experts.")
+    check_even(offsets.shape[0], size)
     if _is_fake(x):
         return _exchange_fake(x, offsets, axis)
     tells = rank >= 0 and offsets.shape[0] > size and x.device.type == "cpu" and not torch.compiler.is_compiling() and not _pretends(group)
@@ -203,6 +202,20 @@ def start_return_rows(y: Tensor, splits: Tensor, order: Tensor, place: Tensor, *
     return _start_returned(y, _route_of(splits, order, place), dropping, axis)
 
 
+def check_even(experts: int, size: int) -> None:
+    """Raise ConfigError where ranks cannot have as many experts each."""
+    if experts % size:
+        raise ConfigError(f"expert_all_to_all: {size} ranks do not divide the {experts} experts.")
+
+
+def without_expert(end: int, rows: int, experts: int) -> ConfigError:
+    """What is said of rows that no expert has."""
+    return ConfigError(
+        f"expert_all_to_all: the offsets end at {end}, x has {rows} rows: every row needs an expert from 0 to {experts - 1} (or "
+        "dropping=True, which leaves the rows after the last offset out)."
+    )
+
+
 def sends_by_itself(x: Tensor, *, group: str, size: int, rank: int) -> bool:
     """Whether messages of one's own can be sent: not where ranks are simulated or pretended, nor where a compiler orders what runs."""
     return size > 1 and rank >= 0 and not torch.compiler.is_compiling() and not _is_fake(x) and not _pretends(group)
@@ -227,10 +240,7 @@ def _route(
     left = x.shape[0] - sent.sum(0, keepdim=True)
     splits = torch.stack([torch.cat([sent, left]), torch.cat([came, torch.zeros_like(left)])]).cpu()
     if not dropping and not torch.compiler.is_compiling() and splits[0, -1]:
-        raise ConfigError(
-            f"expert_all_to_all: the offsets end at {x.shape[0] - int(splits[0, -1])}, x has {x.shape[0]} rows: every row needs an expert "
-            f"from 0 to {counts.shape[0] - 1} (or dropping=True, which leaves the rows after the last offset out)."
-        )
+        raise without_expert(x.shape[0] - int(splits[0, -1]), x.shape[0], counts.shape[0])
     ends = arrived.sum(0).cumsum(0).to(torch.int32)
     if alone or arrived.shape[1] == 1:
         return splits, None, None, ends

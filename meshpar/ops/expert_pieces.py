@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from meshpar._torch import functional
-from meshpar.errors import ConfigError
 from meshpar.ops import again, experts
 from meshpar.ops.again import CheapStep
 from meshpar.ops.collectives import refuse_second_derivative
-from meshpar.ops.expert_all_to_all import return_rows, send_rows, sends_by_itself
+from meshpar.ops.expert_all_to_all import check_even, return_rows, send_rows, sends_by_itself, without_expert
 from meshpar.ops.primitives import Parcel, begin, call, start_messages
 
 GROUPS = 2
@@ -92,17 +91,13 @@ class _OnTheWay:
         self.apart = x.device.type == "cpu"
         """Whether messages between two ranks are sent by themselves; else those of all ranks together."""
         _, size, rank = axis
-        if offsets.shape[0] % size:
-            raise ConfigError(f"expert_all_to_all: {size} ranks do not divide the {offsets.shape[0]} experts.")
+        check_even(offsets.shape[0], size)
         self.local = offsets.shape[0] // size
         counts = offsets.diff(prepend=offsets.new_zeros(1))
         received = call(functional.all_to_all_single.default, counts, [self.local] * size, [self.local] * size, axis[0])
         sent, came = torch.stack([counts, received]).tolist()
         if sum(sent) != self.n:
-            raise ConfigError(
-                f"expert_all_to_all: the offsets end at {sum(sent)}, x has {self.n} rows: every row needs an expert from 0 to "
-                f"{offsets.shape[0] - 1} (or dropping=True, which leaves the rows after the last offset out)."
-            )
+            raise without_expert(sum(sent), self.n, offsets.shape[0])
         self.came = came
         """Rows that come from each rank for each of this rank's experts."""
         starts = [0]

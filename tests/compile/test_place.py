@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,12 +16,14 @@ import meshpar as mp
 from meshpar._torch import without_modes
 from meshpar.capture.export import capture
 from meshpar.compile.decide import Decision, StageRequest, decide
+from meshpar.compile.ground import Budget, Ground
+from meshpar.compile.narrow import places_by_kind
 from meshpar.compile.place import check_buffers, place
 from meshpar.compile.split import StageGraph, split, updaters
 from meshpar.compile.stages import choose
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
-from meshpar.graph.facts import facts, gives_several, info_of, infos_of
+from meshpar.graph.facts import facts, gives_several, info_of, infos_of, set_facts
 from meshpar.mesh import mesh_sizes, typed_axes
 from meshpar.ops.load import Tally
 from meshpar.passes.order import lowered
@@ -65,14 +69,15 @@ class Routed(nn.Module):
 class Experts(nn.Module):
     """Four experts, of which every token takes one."""
 
-    def __init__(self) -> None:
+    def __init__(self, score: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
+        self.score = score or partial(torch.softmax, dim=-1)
         self.router = nn.Linear(8, 4)
         self.up, self.down = nn.Parameter(torch.randn(4, 8, 12) * 0.3), nn.Parameter(torch.randn(4, 12, 8) * 0.3)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)
-        weights, index = self.router(flat).softmax(-1).topk(1)
+        weights, index = self.score(self.router(flat)).topk(1)
         rows, ends, perm = torch.ops.meshpar.dispatch(flat, index, 4)
         rows = torch.ops.meshpar.grouped_mm(torch.tanh(torch.ops.meshpar.grouped_mm(rows, self.up, ends)), self.down, ends)
         return x + torch.ops.meshpar.combine(rows, perm, weights).view_as(x)
@@ -236,11 +241,11 @@ def test_where_experts_lie_is_kept_for_another_batch() -> None:
 
 
 class Gated(nn.Module):
-    """A gate, and experts that only their parameters keep from running where it does."""
+    """A gate, and experts that only their parameters keep from running where it does. (Around a softmax there are no cuts anyway.)"""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.experts, self.last = nn.Linear(8, 8), Experts(), nn.Linear(8, 8)
+        self.first, self.experts, self.last = nn.Linear(8, 8), Experts(torch.sigmoid), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.experts(self.first(x))).square().mean()
@@ -270,6 +275,17 @@ def test_rows_of_experts_stay_on_one_stage() -> None:
 
 def test_no_stage_begins_among_rows_of_experts() -> None:
     captured = gated()
-    inside = {n.name for n in among_rows(captured)[1:]}
-    staging = choose(captured, 2, cost=lambda node: 1.0 if node.name in inside else 0.5)
-    assert staging.starts and not inside.intersection(staging.starts)
+    ground = Ground(captured, None, lambda node: 1.0, Budget())
+    among = {ground.index[n] for n in among_rows(captured)[1:] if n in ground.index}
+    assert len(among) > 3
+    for kind, places in places_by_kind(ground, 2).items():
+        assert not among.intersection(places), kind
+
+
+def test_a_stage_that_is_told_to_begin_there_is_refused() -> None:
+    """At a module inside of the experts."""
+    captured = gated()
+    up = next(n for n in captured.graph.nodes if n.op == "call_function" and n.name.startswith("tanh"))
+    set_facts(up, replace(facts(up), module="experts.act"))
+    with pytest.raises(PlanError, match=r"rows of experts cross where 'experts\.act' begins.*before the layer of experts"):
+        choose(captured, 2, where=["experts.act"])
