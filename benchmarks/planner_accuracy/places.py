@@ -26,6 +26,15 @@ MODES = {
     "nanotron": ("replicate", "zero1"),
 }
 """Stack -> how its parameters could be shared out over data ranks."""
+RECOMPUTED = {
+    "megatron-2024": ("none", "selective", "full"),
+    "nemo-2024": ("none", "selective", "full"),
+    "nanotron": ("none",),
+}
+"""Stack -> what it could compute once more: norms and activation functions alone since Megatron Core of 2025 (--recompute-modules); the grid of
+the heatmap had no recompute (huggingface/nanotron, scripts/scaling_benchmarks.py)."""
+UNCUT = ("megatron-2020", "megatron-2021", "deepspeed-2021", "nanotron")
+"""Stacks without context parallelism. The one of 2020 has no pipelines (arXiv 1909.08053), nanotron runs 1F1B without virtual stages."""
 
 
 def text(runs: Sequence[Run], errors: np.ndarray, constants: Constants) -> str:
@@ -84,15 +93,20 @@ def space_of(run: Run) -> Space:
     ZeRO-3 of 2104.04473 is a baseline without tp and pp; experts of 2504.14960 are split like the rest of the model before it folds them.
     """
     name = run.job.software.name
-    modes = MODES.get(name, ("zero1", "zero3"))
-    recompute = (run.mapping.recompute,) if run.declared else RECOMPUTE
+    recompute = (run.mapping.recompute,) if run.declared else RECOMPUTED.get(name, RECOMPUTE)
     space = Space(
-        schedules=("1f1b", "interleaved-1f1b"),
-        data_parallel=modes,
+        schedules=("1f1b",) if name == "nanotron" else ("1f1b", "interleaved-1f1b"),
+        data_parallel=MODES.get(name, ("zero1", "zero3")),
         recompute=recompute,
         fold_experts=name != "megatron-2024" or run.mapping.expert_tp == 1,
     )
-    return replace(space, tp=(1,), pp=(1,)) if name == "deepspeed-2021" else space
+    if name in UNCUT:
+        space = replace(space, cp=(1,))
+    if name == "nanotron":
+        space = replace(space, virtual=(1,))
+    if name == "deepspeed-2021":
+        space = replace(space, tp=(1,))
+    return replace(space, pp=(1,)) if name in ("deepspeed-2021", "megatron-2020") else space
 
 
 def _placed(runs: Sequence[Run], constants: Constants) -> Iterator[tuple[Run, int, float, Candidate, np.ndarray]]:

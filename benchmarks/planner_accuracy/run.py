@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import numpy as np  # noqa: E402
 
 from benchmarks.planner_accuracy import places  # noqa: E402
-from benchmarks.planner_accuracy.runs import baselines, load  # noqa: E402
+from benchmarks.planner_accuracy.runs import Run, baselines, load, wider  # noqa: E402
 from benchmarks.planner_accuracy.scores import (  # noqa: E402
     WAYS,
     Scored,
@@ -55,7 +55,9 @@ def main() -> None:
         "constants": table(("constant", "meaning", "prior", "fitted", "source of the prior"), constants_table(result.whole)),
         "misses": misses(result),
         "left out": left_out(left),
-        "baselines": baseline_rows(result),
+        "baselines": unseen(result, [(str(run.row), strategy, run) for strategy, run in baselines()]),
+        "worth": worths(runs),
+        "wider": unseen(result, [("-", f"tp={run.mapping.tp}", run) for run in wider()]),
     }
     if options.search:
         sections["places"] = places.text(runs, result.errors["left out"], result.whole.constants)
@@ -68,6 +70,18 @@ def main() -> None:
     print("SPREAD memory", [round(float(np.quantile(ratios, q)), 2) for q in (0.1, 0.9)])
     if options.write:
         write(sections)
+
+
+def worths(runs: Sequence[Run]) -> str:
+    """Errors with sources left out, by how many observations a source is worth at most."""
+    rows = []
+    for worth in (float("inf"), 8, 4, 2, 1, 0.5):
+        result = scored(runs, worth)
+        cells = [quantiles(list(per_configuration(runs, result.errors["left out"], sparse).values())) for sparse in (False, True)]
+        off = [abs(run.estimate(result.whole.constants).seconds / run.seconds - 1) for _, run in baselines()]
+        name = {float("inf"): "as many as it has configurations", 1: "1 (taken)"}.get(worth, f"{worth:g}")
+        rows.append([name, *cells, quantiles(off)])
+    return table(("observations a source is worth", "dense", "experts", "baselines that no fit saw"), rows)
 
 
 def accuracy(result: Scored) -> str:
@@ -122,14 +136,13 @@ def misses(result: Scored) -> str:
     return table(("row", "source", "model", "cluster", "mapping", "left out %", "fit %"), rows)
 
 
-def baseline_rows(result: Scored) -> str:
+def unseen(result: Scored, runs: Sequence[tuple[str, str, Run]]) -> str:
+    """`runs`: name of the row, strategy, run."""
     rows, errors = [], []
-    for strategy, run in baselines():
+    for name, strategy, run in runs:
         error = run.estimate(result.whole.constants).seconds / run.seconds - 1
         errors.append(abs(error))
-        rows.append(
-            [str(run.row), run.name, strategy, str(run.job.cluster.gpus), str(run.job.batch), f"{run.seconds:.2f}", f"{100 * error:+.0f}"]
-        )
+        rows.append([name, run.name, strategy, str(run.job.cluster.gpus), str(run.job.batch), f"{run.seconds:.3g}", f"{100 * error:+.0f}"])
     heading = ("row", "model", "strategy", "GPUs", "batch", "published step s", "error %")
     return f"{len(rows)} rows, median / p90 error {quantiles(errors)} %:\n\n" + table(heading, rows)
 

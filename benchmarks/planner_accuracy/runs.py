@@ -203,6 +203,22 @@ def baselines() -> list[tuple[str, Run]]:
     return found
 
 
+WIDER = ((2, 3, 14167.25), (4, 9, 13460.16), (8, 18, 10888.53), (16, 40, 6159.30), (32, 90, 3609.73))
+"""tp, samples of a microbatch, tokens/s of a GPU: one step of one microbatch of a 3.57B on as many GPUs as tp has, which a comment of
+huggingface/nanotron's scripts/scaling_benchmarks.py states; with its FLOP/s, from which the sequence of 4096 follows."""
+
+
+def wider() -> list[Run]:
+    """Tensor parallelism alone on 2 to 32 GPUs, which no fit sees: `WIDER`."""
+    model = replace(_llama(28, 3072, 32, 32, 8192, 131072, tied=True), head_dim=96)
+    found = []
+    for tp, samples, rate in WIDER:
+        job = Job(model, Cluster("h100-efa", tp), 4096, samples, "bf16", "nanotron")
+        mapping = Mapping(tp, microbatch=samples, data_parallel="replicate")
+        found.append(Run(-1, "nanotron scaling_benchmarks.py", "Llama-like 3.57B", job, mapping, True, samples * 4096 / tp / rate))
+    return found
+
+
 class LeftOut(Exception):
     """A row that does not say enough."""
 

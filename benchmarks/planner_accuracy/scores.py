@@ -33,12 +33,12 @@ def source_of(run: Run) -> str:
     return run.source.split(" Table")[0]
 
 
-def scored(runs: Sequence[Run]) -> Scored:
-    """Fit, leave every source out, and compare. A source is one observation, however many rows it has: what one cluster and release
-    deviate by, all its rows deviate by."""
+def scored(runs: Sequence[Run], worth: float = 1.0) -> Scored:
+    """Fit, leave every source out, and compare. A source is worth at most so many observations: one, however many rows it has, since
+    what one cluster and release deviate by, all its rows deviate by."""
     often = Counter(run.key for run in runs)
     of_source = Counter(source for source, _ in {(source_of(run), run.key) for run in runs})
-    weights = [1 / often[run.key] / of_source[source_of(run)] for run in runs]
+    weights = [min(1.0, worth / of_source[source_of(run)]) / often[run.key] for run in runs]
     measurements = [
         Measurement(run.work(), run.job.cluster.hardware, run.job.software, run.seconds, weight, source_of(run))
         for run, weight in zip(runs, weights)

@@ -96,19 +96,19 @@ def _stage(layers: tuple[tuple[Layer, int], ...], data_parallel: str, stack: Sta
 
 @lru_cache(maxsize=20_000)
 def _cut(share: Portion, stages: int, copies: bool) -> tuple[tuple[tuple[Layer, int], ...], ...]:
-    """Layers in `stages` runs: evenly where they divide, else so that the longest run is shortest, embedding and head counted."""
+    """Layers in `stages` runs, as the stack cuts them; by cost where they do not divide."""
     model = share.model
     made = {kind: block(share, *kind) for kind in set(_kinds(model))}
     blocks = [made[kind] for kind in _kinds(model)]
     ends = (embedding(share), head(share, copies))
-    if model.layers % stages == 0 and not model.predicts:
+    if model.layers % stages == 0 and not model.predicts and share.stack.cuts == "evenly":
         size = model.layers // stages
         runs = [blocks[i : i + size] for i in range(0, model.layers, size)]
         runs[0] = [ends[0], *runs[0]]
         runs[-1] = [*runs[-1], ends[1]]
     else:
         predicting = [layer for _ in range(model.predicts) for layer in (block(share, bool(model.experts), False, True), ends[1])]
-        runs = _balanced([ends[0], *blocks, *predicting, ends[1]], stages)
+        runs = _balanced([ends[0], *blocks, *predicting, ends[1]], stages, share.stack.cuts == "past")
     return tuple(group(run) for run in runs)
 
 
@@ -118,8 +118,8 @@ def _kinds(model: Transformer) -> list[tuple[bool, bool]]:
     return [(bool(model.experts) and i >= model.dense_layers, model.window is not None and i % 2 == 1) for i in range(model.layers)]
 
 
-def _balanced(layers: list[Layer], stages: int) -> list[list[Layer]]:
-    """Runs cut where the cost so far is nearest to equal shares; every run gets a layer."""
+def _balanced(layers: list[Layer], stages: int, past: bool = False) -> list[list[Layer]]:
+    """Runs cut where the cost so far is nearest to equal shares, or just `past` them; every run gets a layer."""
     cost = {id(layer): sum(o.flops * SLOWNESS.get(o.dtype, 1) for o in layer.operators) for layer in set(layers)}
     costs = [cost[id(layer)] for layer in layers]
     sums = [0.0, *accumulate(costs)]
@@ -128,5 +128,6 @@ def _balanced(layers: list[Layer], stages: int) -> list[list[Layer]]:
         share = sums[-1] * stage / stages
         low, high = cuts[-1] + 1, len(layers) - (stages - stage)
         after = min(max(bisect(sums, share), low), high)
-        cuts.append(after - 1 if after > low and share - sums[after - 1] < sums[after] - share else after)
+        nearer = after > low and not past and share - sums[after - 1] < sums[after] - share
+        cuts.append(after - 1 if nearer else after)
     return [layers[a:b] for a, b in zip(cuts, [*cuts[1:], len(layers)])]

@@ -51,6 +51,9 @@ class Stack:
     """Reads and writes of the routed tokens beside the exchange, per pass; 2 where the dispatcher sends straight into expert order."""
     adapters: str = "all"
     """Rings over several servers use "all" adapters of the ranks they have in a server, or "one"."""
+    cuts: str = "evenly"
+    """Where stages end: "evenly" where layers divide; where the cost so far, embedding and head counted, is "nearest" to an equal share; or with
+    the layer that goes "past" it."""
 
     def counted(self) -> Stack:
         """The same for operators that were counted one by one: what eager kernels read and write more is in their bytes already.
@@ -109,10 +112,12 @@ STACKS: Mapping[str, Stack] = MappingProxyType(
             Stack(
                 *("meshpar", "flash2", False, False, False, True, True, "moe 2025", 4, 4, 4, 8, "products", 1.0),
                 "this package: the captured graph in eager mode, FSDP2, collectives of tp awaited at first use; fp32 parameters and states",
+                cuts="nearest",
             ),
             Stack(
-                *("nanotron", "flash2", False, False, False, False, False, "moe 2025", 4, 4, 2, 12, "attention", 1.7),
-                "huggingface/nanotron: fp32 accumulated gradients, eager blocks, flash attention 2",
+                *("nanotron", "flash2", False, False, False, False, False, "moe 2025", 4, 4, 2, 12, "attention", 1.4),
+                "huggingface/nanotron: fp32 accumulated gradients, eager blocks, flash attention 2, stages by get_block_compute_costs",
+                cuts="past",
             ),
         )
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshpar.errors import ConfigError
-from meshpar.planner import Mapping, Transformer, Workload, build, flops_per_token, mfu
+from meshpar.planner import Cluster, Job, Mapping, Transformer, Workload, build, flops_per_token, mfu
 from tests.planner.models import EXPERTS, GPT, LARGE, LATENT, SMALL, job
 
 
@@ -43,6 +43,22 @@ def test_parameter_counts_of_published_models() -> None:
     assert GPT.parameters / 1e9 == pytest.approx(174.6, abs=0.1)
     assert LARGE.parameters / 1e9 == pytest.approx(70.55, abs=0.05)
     assert LATENT.parameters / 1e9 == pytest.approx(671 + 11.5 + 0.9 + 0.1, rel=0.005)  # with the predicting block
+
+
+@pytest.mark.parametrize("stack, layers", [("megatron-2024", [8, 8]), ("meshpar", [10, 6]), ("nanotron", [10, 6])])
+def test_where_stages_end_is_the_stacks(stack: str, layers: list[int]) -> None:
+    """A head worth 3.6 layers: evenly, the last of two stages takes a fifth more than its share."""
+    model = Transformer(16, 2048, 16, 8192, 131072, tied=True)
+    work = build(Job(model, Cluster("h100", 8), seq=4096, batch=256, stack=stack), Mapping(pp=2))
+    assert [sum(n for layer, n in one.layers if layer.name == "block") for one in work.stages] == layers
+
+
+@pytest.mark.parametrize("stack, layers", [("meshpar", [2, 2]), ("nanotron", [3, 1])])
+def test_a_stage_ends_near_its_share_or_past_it(stack: str, layers: list[int]) -> None:
+    """Four layers and a head worth 0.8: a stage's share is 2.4 layers."""
+    model = Transformer(4, 2048, 16, 8192, 26000, tied=True)
+    work = build(Job(model, Cluster("h100", 8), seq=128, batch=256, stack=stack), Mapping(pp=2))
+    assert [sum(n for layer, n in one.layers if layer.name == "block") for one in work.stages] == layers
 
 
 def test_bytes_of_tensor_parallelism_are_eight_times_the_activations() -> None:

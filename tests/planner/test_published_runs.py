@@ -7,7 +7,7 @@ import csv
 import numpy as np
 import pytest
 
-from benchmarks.planner_accuracy.runs import CSV, SOURCES, Run, baselines, load
+from benchmarks.planner_accuracy.runs import CSV, SOURCES, Run, baselines, load, wider
 from benchmarks.planner_accuracy.scores import memory_errors, pairs, per_configuration
 from meshpar.planner import Constants, check, flops_per_token
 
@@ -49,7 +49,7 @@ def test_flops_per_token_are_those_of_the_published_rates(number: int, run: Run,
 def test_shipped_constants_are_as_near_as_the_readme_says() -> None:
     found = errors()
     dense, sparse = (list(per_configuration(RUNS, found, kind).values()) for kind in (False, True))
-    assert np.median(dense) < 0.06 and np.quantile(dense, 0.9) < 0.20
+    assert np.median(dense) < 0.055 and np.quantile(dense, 0.9) < 0.17
     assert np.median(sparse) < 0.10 and np.quantile(sparse, 0.9) < 0.30
     needs = [abs(e) for _, e in memory_errors(RUNS, Constants.default())]
     assert np.median(needs) < 0.08 and np.quantile(needs, 0.9) < 0.15
@@ -62,3 +62,10 @@ def test_baselines_that_no_fit_saw() -> None:
     off = [abs(run.estimate(Constants.default()).seconds / run.seconds - 1) for _, run in baselines()]
     assert len(off) == 22
     assert np.median(off) < 0.2 and max(off) < 0.45
+
+
+def test_tensor_parallelism_over_ever_more_ranks_that_no_fit_saw() -> None:
+    """From two ranks to four servers: 70 % of the last step is communication."""
+    off = [run.estimate(Constants.default()).seconds / run.seconds - 1 for run in wider()]
+    assert len(off) == 5
+    assert all(-0.12 < e < 0.05 for e in off), off
