@@ -52,8 +52,8 @@ class Stack:
     adapters: str = "all"
     """Rings over several servers use "all" adapters of the ranks they have in a server, or "one"."""
     cuts: str = "evenly"
-    """Where stages end: "evenly" where layers divide; where the cost so far, embedding and head counted, is "nearest" to an equal share; or with
-    the layer that goes "past" it."""
+    """Where stages end: "evenly" where layers divide; where the cost so far, embedding and head counted, is "nearest" to an equal share; or
+    with the layer that goes "past" it."""
 
     def counted(self) -> Stack:
         """The same for operators that were counted one by one: what eager kernels read and write more is in their bytes already.

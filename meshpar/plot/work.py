@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from meshpar.errors import ConfigError
 from meshpar.plot.canvas import IDLE, INK, axes_for, bare, colour
+from meshpar.sharding.extents import dealt_out
 from meshpar.sharding.types import Shard, plain
 
 if TYPE_CHECKING:
@@ -14,51 +16,72 @@ if TYPE_CHECKING:
 
 CELLS = 96
 """Rows of the square that are drawn at most."""
+NAMED = 32
+"""The most pieces that are named at the side."""
+HIDDEN = (0.965, 0.973, 0.98)
+"""The colour of keys that a query does not see."""
 
 
-def causal_work(length: int, ranks: int, *, balanced: bool = True, window: int | None = None, ax: Axes | None = None) -> Axes:
+def causal_work(
+    length: int,
+    ranks: int,
+    *,
+    balanced: bool = True,
+    chunks: int | None = None,
+    window: int | None = None,
+    documents: Sequence[int] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Who computes what of the scores of a causal sequence of `length` positions: rows are queries, columns are keys.
 
-    `balanced`: every rank has a part of the beginning and one of the end (head-tail), else one piece. `window`: a query sees so many keys.
-    The title says how much more than the mean the busiest rank has.
+    `balanced`: every rank has a part of the beginning and one of the end (head-tail), else one piece. `chunks`: so many pieces a rank
+    instead, dealt out back and forth, as `ParallelConfig(context_chunks=...)` does: 1, or an even number. `window`: a query sees so many
+    keys. `documents`: lengths of the documents that are packed into the sequence; a query sees its own. The title says how much more than
+    the mean the busiest rank has.
 
-    Raises ConfigError for a length that cannot be cut so.
+    Raises ConfigError for a length that cannot be cut so, and for documents of another length in all.
 
     >>> ax = causal_work(4096, 4)  # doctest: +SKIP
+    >>> ax = causal_work(4096, 4, chunks=16, documents=[1000, 3000, 96])  # doctest: +SKIP
     """
-    pieces = 2 * ranks if balanced else ranks
+    each = (2 if balanced else 1) if chunks is None else chunks
+    if each < 1 or (each > 1 and each % 2):
+        raise ConfigError(f"plot.causal_work: chunks={each}, but a rank has one piece, or an even number. Type chunks={max(2, each + 1)}.")
+    pieces = each * ranks
     if length < 1 or ranks < 1 or length % pieces:
         raise ConfigError(f"plot.causal_work: {length} positions cannot be cut into {pieces} equal pieces. Type a multiple of {pieces}.")
-    held = layout(length, ranks, balanced=balanced)
-    loads = [sum(min(q + 1, window or length) for low, high in held.ranges(ranks, rank) for q in range(low, high)) for rank in range(ranks)]
+    held = Shard(0, 1, dealt_out(length, each)) if each > 1 else plain(0, length)
+    first = _first_keys(length, window, documents)
     owner = {q: rank for rank in range(ranks) for low, high in held.ranges(ranks, rank) for q in range(low, high)}
+    loads = [0] * ranks
+    for query, rank in owner.items():
+        loads[rank] += query + 1 - first[query]
     ax = axes_for(ax, 4.6, 4.2)
-    cells = min(length, CELLS)
-    picture = [
-        [_shade(int(row * length / cells), int(column * length / cells), owner, window) for column in range(cells)] for row in range(cells)
-    ]
+    cells = [int(cell * length / min(length, CELLS)) for cell in range(min(length, CELLS))]
+    picture = [[colour(owner[query]) if first[query] <= key <= query else HIDDEN for key in cells] for query in cells]
     ax.imshow(picture, extent=(0, length, length, 0), interpolation="nearest")
-    for rank in range(ranks):
-        for low, high in held.ranges(ranks, rank):
-            ax.text(-0.02 * length, (low + high) / 2, f"rank {rank}", ha="right", va="center", fontsize=8, color=INK)
+    if pieces <= NAMED:
+        for rank in range(ranks):
+            for low, high in held.ranges(ranks, rank):
+                ax.text(-0.02 * length, (low + high) / 2, f"rank {rank}", ha="right", va="center", fontsize=8, color=INK)
     ax.set_xticks([0, length], ["0", f"key {length:,}"], fontsize=8)
     ax.set_yticks([])
     spread = max(loads) / (sum(loads) / ranks)
-    name = "head-tail" if balanced else "contiguous"
-    ax.set_title(f"{name}{f', window {window:,}' if window else ''}: busiest {spread:.2f} x the mean", loc="left", fontsize=10)
+    name = {1: "contiguous", 2: "head-tail"}.get(each, f"{each} pieces a rank")
+    packed = "" if documents is None else f", {len(documents)} documents"
+    narrow = f", window {window:,}" if window else ""
+    ax.set_title(f"{name}{packed}{narrow}: busiest {spread:.2f} x the mean", loc="left", fontsize=10)
     bare(ax)
     return ax
 
 
-def layout(length: int, ranks: int, *, balanced: bool) -> Shard:
-    """How a sequence is cut: in one piece a rank, or with a piece of each half, the second counted from the end."""
-    return Shard(0, 1, ((length // 2, 1), (-(length // 2), 1))) if balanced else plain(0, length)
-
-
-def _shade(query: int, key: int, owner: dict[int, int], window: int | None) -> tuple[float, float, float]:
-    if key > query or (window is not None and key <= query - window):
-        return (0.965, 0.973, 0.98)
-    return colour(owner[query])
+def _first_keys(length: int, window: int | None, documents: Sequence[int] | None) -> list[int]:
+    """For every query the first key it sees."""
+    lengths = [length] if documents is None else list(documents)
+    if sum(lengths) != length or min(lengths) < 1:
+        raise ConfigError(f"plot.causal_work: documents of {sum(lengths)} positions in all, but the sequence has {length}.")
+    begins = [begin for begin, held in zip(accumulate(lengths, initial=0), lengths) for _ in range(held)]
+    return [max(begin, query + 1 - (window or length)) for query, begin in enumerate(begins)]
 
 
 def expert_load(tokens: Sequence[float], *, ranks: int = 1, ax: Axes | None = None) -> Axes:

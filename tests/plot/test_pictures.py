@@ -15,6 +15,7 @@ from meshpar.errors import ConfigError
 from meshpar.plan import Plan
 from meshpar.plot import bytes_sent, canvas
 from meshpar.plot.moves import MOVES
+from meshpar.plot.work import HIDDEN
 from meshpar.sharding.types import Shard
 
 pytest.importorskip("matplotlib")
@@ -152,6 +153,19 @@ def test_causal_work_is_counted(balanced: bool, window: int | None) -> None:
     assert (spread == 1.0) == (balanced and window is None)
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 4, 8])
+def test_work_of_packed_documents_is_counted_by_pieces(chunks: int) -> None:
+    lengths, ranks = [5, 30, 17, 12], 2
+    ax = mp.plot.causal_work(64, ranks, chunks=chunks, documents=lengths)
+    visible = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril()
+    rows = torch.arange(64).view(chunks, ranks, -1)
+    rows[1::2] = rows[1::2].flip(1)
+    work = [float(visible[rows[:, rank].flatten()].sum()) for rank in range(ranks)]
+    assert f"4 documents: busiest {max(work) / (sum(work) / ranks):.2f} x the mean" in ax.get_title(loc="left")
+    picture = torch.tensor(ax.images[0].get_array())
+    assert int((picture != torch.tensor(HIDDEN, dtype=picture.dtype)).any(-1).sum()) == visible.sum()
+
+
 def test_expert_load() -> None:
     ax = mp.plot.expert_load([30, 12, 9, 13], ranks=2)
     assert [bar.get_height() for bar in ax.patches] == [30, 12, 9, 13]
@@ -161,6 +175,10 @@ def test_expert_load() -> None:
             mp.plot.expert_load(counts, ranks=ranks)
     with pytest.raises(ConfigError, match="10 positions cannot be cut into 8 equal pieces. Type a multiple of 8"):
         mp.plot.causal_work(10, 4)
+    with pytest.raises(ConfigError, match="one piece, or an even number. Type chunks=4"):
+        mp.plot.causal_work(24, 2, chunks=3)
+    with pytest.raises(ConfigError, match="documents of 20 positions in all, but the sequence has 24"):
+        mp.plot.causal_work(24, 2, documents=[12, 8])
 
 
 def test_drawn_into_axes_that_are_given(plan: Plan) -> None:
