@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from types import ClassMethodDescriptorType, SimpleNamespace
+from traceback import FrameSummary, StackSummary
+from types import ClassMethodDescriptorType, FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -53,6 +55,8 @@ from torch.distributed.tensor.placement_types import (
 from torch.export import _trace as export_trace
 from torch.export import exported_program  # torch 2.13; wait for decompositions that touch only what a program calls
 from torch.fx import Node, _symbolic_trace
+from torch.fx import proxy as fx_proxy
+from torch.fx._lazy_graph_module import _use_lazy_graph_module  # torch 2.13; wait for graphs that are compiled when they are called
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # torch 2.13; see SizeSymbols
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # torch 2.13; what update_bn looks for, wait for a public name
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch 2.13; the store of the "fake" backend, wait for a public one
@@ -94,6 +98,38 @@ def only_composites(called: Collection[OpOverload]) -> Iterator[None]:
 def without_dumps() -> Iterator[None]:
     """Inside, `torch.export` does not print the graph as far as it came when a forward asked what depends on data (torch 2.13)."""
     with patch.object(export_trace, "print", lambda *_, **__: None, create=True):
+        yield
+
+
+class _Forwards:
+    """In place of torch's record of a stack: the frames that a trace keeps of it, without reading their lines of source."""
+
+    def __init__(self, innermost: FrameType) -> None:
+        self._innermost = innermost
+
+    @classmethod
+    def extract(cls) -> _Forwards:
+        return cls(sys._getframe(1))
+
+    def summary(self) -> StackSummary:
+        """Those that are called forward, outermost first."""
+        found = []
+        frame: FrameType | None = self._innermost
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "forward":
+                found.append(FrameSummary(code.co_filename, frame.f_lineno, code.co_name, lookup_line=False, line=""))
+            frame = frame.f_back
+        return StackSummary.from_list(reversed(found))
+
+
+@contextmanager
+def quick_traces() -> Iterator[None]:
+    """Inside, traces read no source for the stacks that their nodes note, and graphs on the way are not compiled: a fifth of an export.
+
+    (torch 2.13 looks up and reads the line of every frame of the stack, for each node; wait for a way to ask for the frames alone.)
+    """
+    with patch.object(fx_proxy, "CapturedTraceback", _Forwards), _use_lazy_graph_module(True):
         yield
 
 
@@ -922,6 +958,7 @@ __all__ = [
     "takes",
     "takes_a_list",
     "transforms",
+    "quick_traces",
     "without_dumps",
     "without_modes",
     "written_arguments",

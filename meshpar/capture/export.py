@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from meshpar._torch import FakeTensorMode, checkpoints_only_call, without_dumps
+from meshpar._torch import FakeTensorMode, checkpoints_only_call, quick_traces, without_dumps
 from meshpar.capture import blame, check, decompositions, examples, fake, functional, grad, simplify, structure
 from meshpar.capture import exported as graph
 from meshpar.capture.attempts import Attempt, first_that_works
@@ -214,7 +214,7 @@ def _export(
     answers: branches.Branches,
     hooked: hooks.Found,
 ) -> ExportedProgram:
-    with warnings.catch_warnings(), uncollected(), without_dumps():
+    with warnings.catch_warnings(), uncollected(), without_dumps(), quick_traces():
         warnings.simplefilter("ignore")
         try:
             with (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import linecache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import graph_module as fx_graph_module
 
 from meshpar.capture.export import capture
 from meshpar.errors import BatchError, CaptureError, ConfigError
@@ -275,3 +278,23 @@ def test_hooks_that_a_forward_registers_are_not_there_twice() -> None:
     first, second = (capture(model, (torch.randn(3, 2),)) for _ in range(2))
     assert len(first.graph.nodes) == len(second.graph.nodes)
     assert not model.part._forward_hooks
+
+
+def test_neither_source_is_read_for_nodes_nor_graphs_compiled_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does it, the lines of all frames are looked up for every node: 11,500 here; each has its line anyway."""
+    counts = {"lines": 0, "graphs": 0}
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return real(*args, **kwargs)
+
+        return count
+
+    monkeypatch.setattr(linecache, "getline", counted("lines", linecache.getline))
+    monkeypatch.setattr(fx_graph_module, "_exec_with_source", counted("graphs", fx_graph_module._exec_with_source))
+    ids = torch.randint(0, 53, (2, 8))
+    found = capture(GPT(), (ids, ids))
+    assert counts["lines"] < 1000 and counts["graphs"] <= 3  # (some lines for records of torch.__trace)
+    calls = [node for node in found.graph.nodes if node.op == "call_function"]
+    assert calls and all(facts(node).source.startswith("models.py:") for node in calls)
