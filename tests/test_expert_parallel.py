@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch.distributed.tensor import DTensor
 
 import meshpar as mp
 from meshpar._torch import FakeStore, local_of
+from meshpar.graph.facts import facts
 from meshpar.ops import experts
-from meshpar.sharding.types import Owned, Ragged, Shard
+from meshpar.sharding import solve
+from meshpar.sharding.infer import BoundOp
+from meshpar.sharding.types import Owned, R, Ragged, Shard
 from tests.capture.moe import MoE
 from tests.models import text, tiny
 from tests.moe_models import experts_in_a_list
@@ -76,6 +80,22 @@ def test_a_router_that_sends_everything_to_one_expert() -> None:
         if name.endswith("gate.weight"):
             nn.init.zeros_(parameter)  # equal scores: the first experts are chosen
     mp.verify(model, "ep=2", text(8), perturb=0.0).raise_if_failed()
+
+
+def test_experts_in_a_list_lie_as_they_are_stacked_whatever_another_axis_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If dp could make their parameters pending sums first, ep would find no one to give them to."""
+    inner = solve.choices
+
+    def choices(call: BoundOp, *args: Any, **kwargs: Any) -> tuple[solve.Choice, ...]:
+        found = inner(call, *args, **kwargs)
+        return tuple(replace(one, cost=1e3 if R in one.uses else 0.0) for one in found) if facts(call.op.node).expert_stack else found
+
+    monkeypatch.setattr(solve, "choices", choices)
+    model, batch = experts_in_a_list()
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    plan = mp.parallelize(model, mp.make_mesh("dp=2,ep=2", "cpu"), example=batch).plan
+    placed = [one.placements["ep"] for name, one in plan.parameters.items() if ".experts." in name]
+    assert placed and all(isinstance(type_, Owned) for type_ in placed)
 
 
 class Summary(nn.Module):

@@ -231,7 +231,8 @@ class _Solver:
         # All that tells one call of a kind from another is how the factors lie in its names.
         patterns = tuple(tuple(self.inference.extents.pattern(one, factor) for one in call.names.values()) for factor in factors)
         held = tuple(operand.op == "get_attr" for operand in call.op.operands)
-        key = call.kind, tuple(p for p in patterns if any(p)), held
+        of_experts = facts(node).expert_stack
+        key = call.kind, tuple(p for p in patterns if any(p)), held, of_experts
         if key not in self.made:
             found = choices(
                 call,
@@ -244,8 +245,15 @@ class _Solver:
                 even=self.policy.even,
                 chunks=self.reading.chunks,
             )
+            if of_experts and self.request.divides != "weights":
+                found = tuple(one for one in found if self._rests(one, call))
             self.made[key] = tuple(self.policy.revised(call, found, self._work(call), self.unit))
         return self.made[key]
+
+    def _rests(self, option: Choice, call: BoundOp) -> bool:
+        """Whether it uses parameters as they lie: nothing stands between a list of experts and its stack, so that each may have an owner."""
+        parts = zip(option.uses, call.op.operands, strict=True)
+        return all(part.op != "get_attr" or use == self._placements(part, 0.0)[0].outs[0] for use, part in parts)
 
     def _work(self, call: BoundOp) -> float:
         infos = [i for i in (*call.op.infos, *call.op.outs) if i is not None]
