@@ -251,7 +251,7 @@ class _Solver:
         return self.made[key]
 
     def _rests(self, option: Choice, call: BoundOp) -> bool:
-        """Whether it uses parameters as they lie: nothing stands between a list of experts and its stack, so that each may have an owner."""
+        """Whether it uses parameters as they lie: nothing stands between a list of experts and its stack, so each may have an owner."""
         parts = zip(option.uses, call.op.operands, strict=True)
         return all(part.op != "get_attr" or use == self._placements(part, 0.0)[0].outs[0] for use, part in parts)
 
