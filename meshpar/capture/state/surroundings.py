@@ -1,10 +1,10 @@
-"""What functions read beside their arguments: numbers in module globals, in closures, and on classes.
+"""What functions read beside their arguments: what module globals, closures, classes and defaults of arguments hold, functions included.
 
 Found in their code, without running it: what a name leads to is read where a line of the function, or of a function that it calls by name,
 reads it. Code of torch, of Python itself and of this package is not looked into.
 
-    WEIGHT = 0.5
-    loss_fn = lambda output, batch: output.mean() * WEIGHT + w          ->    WEIGHT of train.py;  w of loss_fn
+    WEIGHT, ACT = 0.5, torch.tanh
+    loss_fn = lambda output, batch: ACT(output).mean() * WEIGHT + w     ->    ACT of train.py;  WEIGHT of train.py;  w of loss_fn
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Surroundings:
         if key in self._seen:
             return
         self._seen.add(key)
+        self._defaults(function)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
         for code in codes(function.__code__):
             self.unseen = self.unseen or not _UNSEEN.isdisjoint(code.co_names)
@@ -97,6 +98,23 @@ class Surroundings:
             self._roots[root] = table
         return root
 
+    def _defaults(self, function: types.FunctionType) -> None:
+        """Defaults of arguments that can change: a list, an array."""
+        found: list[tuple[tuple[str, Any], Any, Any]] = [
+            (("attr", "__defaults__"), i, v) for i, v in enumerate(function.__defaults__ or ())
+        ]
+        found += [(("attr", "__kwdefaults__"), name, value) for name, value in (function.__kwdefaults__ or {}).items()]
+        for step, key, value in found:
+            if isinstance(value, (*CONTAINERS, *PICTURED, Tensor)):
+                self._note(Place(self._named(f"defaults of {_written(function)}", function), (step, ("item", key))), value)
+
+    def _named(self, name: str, root: Any) -> str:
+        """The name under which something is a root: `name`, with a number where others have it."""
+        if self._roots.setdefault(name, root) is not root:
+            name = f"{name} {len(self._roots)}"
+            self._roots[name] = root
+        return name
+
     def _cell(self, function: types.FunctionType, name: str, cell: Any, attributes: list[str]) -> None:
         try:
             value = cell.cell_contents
@@ -104,16 +122,20 @@ class Surroundings:
             return
         if name == "__class__":
             return
-        root = f"{name} of {function.__qualname__} ({os.path.basename(function.__code__.co_filename)}:{function.__code__.co_firstlineno})"
-        if self._roots.setdefault(root, cell) is not cell:
-            root = f"{root} {len(self._roots)}"
-            self._roots[root] = cell
+        root = self._named(f"{name} of {_written(function)}", cell)
         self._follow(Place(root, (("cell", "cell_contents"),)), value, attributes)
 
     def _method(self, kind: type, name: str) -> None:
         static = inspect.getattr_static(kind, name, None)
         if isinstance(static, types.FunctionType | staticmethod | classmethod | property):
+            if name[:2] != "__" and not is_closed(kind.__module__):
+                place = Place(self._named(kind.__qualname__, kind), (("attr", name),))
+                self._hold(place.then("attr", "fget") if isinstance(static, property) else place)
             self.walk(static, kind=kind)
+
+    def _hold(self, place: Place) -> None:
+        """Note the function that is at a place, as it is read from there."""
+        self._note(place, place.value(self._roots))
 
     def _follow(self, place: Place, value: Any, attributes: list[str]) -> None:
         """Go along the attributes that a line names, as far as modules and classes lead."""
@@ -129,7 +151,8 @@ class Surroundings:
     def _found(self, place: Place, value: Any) -> None:
         if isinstance(value, types.BuiltinFunctionType) and getattr(value, "__module__", None) in _CLOCKS:
             self.clocks[f"{value.__module__}.{value.__name__}"] = None
-        elif isinstance(value, types.FunctionType | types.MethodType | staticmethod | classmethod | partial):
+        elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | staticmethod | classmethod | partial):
+            self._hold(place)
             self.walk(value, place)
         elif isinstance(value, (*PLAIN, *CONTAINERS, *PICTURED, Tensor, nn.Module)):
             self._note(place, value)
@@ -141,6 +164,11 @@ class Surroundings:
 def is_closed(module: str) -> bool:
     """Whether the code of a module is not looked into."""
     return module.partition(".")[0] in _CLOSED
+
+
+def _written(function: types.FunctionType) -> str:
+    """A function's name and where it is written."""
+    return f"{function.__qualname__} ({os.path.basename(function.__code__.co_filename)}:{function.__code__.co_firstlineno})"
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:

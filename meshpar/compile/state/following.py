@@ -5,7 +5,7 @@
     pm.original_module.beta               that copy itself
     model.beta                            the model given to parallelize, while somebody has it: looked at before every step
 
-What forward writes itself belongs to the parallel model from parallelize on, and so do `training` and parameters.
+What forward writes itself belongs to the parallel model from parallelize on, and so do `training`, parameters and buffers (`apart`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from meshpar.capture.hooks.models import forward_hooks, hand_on_library_hooks
 from meshpar.capture.state.places import ABSENT, Place, copied, same
 from meshpar.capture.state.reads import attributes
 from meshpar.capture.state.taken import State, version_of
+from meshpar.compile.state.apart import Apart
 from meshpar.compile.state.bound import Bound
 from meshpar.errors import ConfigError
 
@@ -39,7 +40,13 @@ class Following:
         self._hooks = {path: keys for path, keys in forward_hooks(original).items() if path in shared}
         children = [(path, module._modules, dict(module._modules)) for path, module in original.named_modules()]
         self._children = children
-        self._original = weakref.ref(original, lambda _: children.clear())  # nor are its parts kept alive
+        self._apart = apart = Apart(original)
+
+        def forget(_: object) -> None:  # nor are its parts kept alive
+            children.clear()
+            apart.forget()
+
+        self._original = weakref.ref(original, forget)
 
     @property
     def original(self) -> weakref.ref[nn.Module]:
@@ -69,6 +76,7 @@ class Following:
         if original is None:
             return
         self._check_children()
+        self._apart.look()
         if not self._watched:
             return
         roots = {"": original}

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import random
+import re
 import threading
 import types
 import warnings
@@ -120,6 +121,33 @@ def opaque(net: Net, h: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(h, y) * (float(net.array[0]) + LEVEL.get() + 10 * LOCAL.level + 100 * net.bytes_[0])
 
 
+ACT = torch.tanh
+
+
+class Scaler:
+    @staticmethod
+    def scale() -> float:
+        return 1.0
+
+
+def called(net: Net, h: Tensor, y: Tensor, weights: list[float] = [1.0]) -> Tensor:  # noqa: B006
+    """A function that a name of the file is for, a method of a class, a default that is a list."""
+    return F.mse_loss(ACT(h), y) * weights[0] * Scaler.scale() * net.rate()
+
+
+class Rated(Net):
+    def rate(self) -> float:
+        return 1.0
+
+
+def swapped(net: Any, i: int) -> None:
+    globals()["ACT"] = [torch.tanh, torch.relu, F.gelu, lambda h: h][i % 4]
+    assert called.__defaults__ is not None
+    called.__defaults__[0][0] = 1.0 + i // 2
+    Scaler.scale = staticmethod(lambda: 1.0 + i // 3)  # type: ignore[method-assign]
+    Rated.rate = lambda _: 1.0 + i  # type: ignore[assignment,method-assign]
+
+
 def closed() -> Net:
     net = Net(opaque, array=np.array([1.0]), bytes_=bytearray(b"\1"))
     opened(net, 0)
@@ -195,6 +223,7 @@ MEMBERS: dict[str, tuple[Callable[[], Net], Callable[[Any, int], None] | None, i
         3,
     ),
     "arrays and variables of a context": (closed, opened, 3),
+    "functions": (lambda: Rated(called), swapped, 5),
     "modes of parts": (lambda: Net(annealed, beta=0.0), parts, 4),
 }
 
@@ -229,7 +258,7 @@ PLACES = (
 @pytest.mark.parametrize(("name", "where"), PLACES)
 def test_what_changes_between_steps_acts(name: str, where: str) -> None:
     build, change, captures = MEMBERS[name]
-    if (where != "the model" and (change is None or change is surrounded)) or (where == "the model" and change is parts):
+    if (where != "the model" and (change is None or change in (surrounded, swapped))) or (where == "the model" and change is parts):
         pytest.skip("nobody sets it there")
     model, one = build().double(), build().double()
     moment = itertools.count()
@@ -434,6 +463,39 @@ def test_modules_of_the_model_given_stay_too(change: Callable[[Any], Any], name:
         for one in (pm, copy.deepcopy(pm)):
             with pytest.raises(mp.ConfigError, match=rf"^{name} of the model given to parallelize: replaced, added or removed since"):
                 one.train_step(**BATCH)
+
+
+def trained(net: Any) -> None:
+    net(X, Y).backward()
+    torch.optim.SGD(net.parameters(), 0.1).step()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda net: net.norm.eval(), r"changed \(norm.eval\(\)\), the parallel model was not"),
+        (lambda net: net.eval(), r"the model.eval\(\), a.eval\(\), norm.eval\(\), and 2 more"),
+        (lambda net: net.load_state_dict(net.state_dict()), "a.weight overwritten, a.bias overwritten"),
+        (lambda net: net.norm.running_mean.zero_(), "norm.running_mean overwritten"),
+        (lambda net: setattr(net.a, "bias", nn.Parameter(net.a.bias * 2)), "a.bias replaced"),
+        (lambda net: net.b.requires_grad_(False), "b.weight requires_grad=False"),
+        (lambda net: None, ""),
+        (trained, ""),  # beside the parallel one
+        (lambda net: net.to("meta"), ""),  # to make room
+    ],
+)
+def test_what_is_the_parallel_models_own_is_not_changed_elsewhere_in_silence(change: Callable[[Any], Any], said: str) -> None:
+    model = Net(annealed, beta=0.0).double()
+    with mp.simulate(2), warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        pm = mp.parallelize(model, mp.make_mesh("tp=2"), example=BATCH)
+        pm.train_step(**BATCH)
+        found.clear()
+        change(model)
+        for _ in range(3):  # (said once)
+            pm.train_step(**BATCH)
+    told = [str(one.message) for one in found if "given to parallelize" in str(one.message)]
+    assert len(told) == bool(said) and all(re.search(said, one) for one in told)
 
 
 def test_following_keeps_nothing_alive() -> None:
