@@ -135,7 +135,20 @@ class Written(nn.Module):
         return self.down(y)
 
 
+class Borrowed(nn.Module):
+    """A weight that another module has, held past registration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        object.__setattr__(self, "borrowed", self.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x))) + torch.tanh(x @ self.borrowed) @ self.up.weight
+
+
 MODELS = {
+    "borrowed": lambda: Body(Borrowed(), Borrowed()),
     "selected": lambda: Body(Selected(), Selected()),
     "written": lambda: Body(Written(), Written()),
     "spectral norm": lambda: Body(Spectral()),
@@ -178,6 +191,24 @@ def test_against_the_model(name: str, spec: str) -> None:
         for buffer, wanted in zip(parallel.buffers(), original.buffers(), strict=True):
             for value in local_tensors(buffer).values():
                 torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+
+
+class Listed(Borrowed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = {"weights": [self.down.weight]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x))) + torch.tanh(x @ self.held["weights"][0]) @ self.up.weight
+
+
+def test_parameters_out_of_containers_are_refused() -> None:
+    x = torch.randint(0, 20, (4, 6))
+    with (
+        mp.simulate(2),
+        pytest.raises(mp.CaptureError, match=r"test_hunted.py:.*out of a list, a dict or another object.*\n.*ParameterList"),
+    ):
+        mp.parallelize(Body(Listed()), mp.make_mesh("tp=2"), example={"x": x, "y": x})
 
 
 class Paired(nn.Module):

@@ -56,6 +56,16 @@ _OF_ROWS = r"(?s:.*)Size-like symbols: [a-z]+\d"
 """What torch adds where a number is one of rows that a mask chooses."""
 _ADVICE: tuple[tuple[str, str, str], ...] = (
     (
+        r"FakeTensorDeviceMismatchError.*\bmeta\b",
+        "it reads a parameter or a buffer out of a list, a dict or another object, where it is not registered",
+        "Read it from the module that has it (self.proj.weight), or keep it in nn.ParameterList, nn.ParameterDict or a buffer",
+    ),
+    (
+        r"Unable to cast NotImplemented to Tensor",
+        "it reads a tensor that was made inside of mp.simulate, where every simulated rank has its own",
+        "Make it before `with mp.simulate(...)`, or register it as a buffer before parallelize",
+    ),
+    (
         r"Could not guard on data-dependent" + _OF_ROWS,
         "it goes one of two ways by how many rows a mask chooses, which depends on what the model computes",
         "Leave the branch out (a sum over no rows is zero), or compute both ways and choose: torch.where(mask.sum() > n, one, other)",

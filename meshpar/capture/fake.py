@@ -26,13 +26,17 @@ def faked(model: nn.Module, device: torch.device, mode: FakeTensorMode, dtype: t
     def stand_in(tensor: torch.Tensor) -> torch.Tensor:
         return fake_of(tensor, device, mode, dtype=dtype if isinstance(tensor, nn.Parameter) else None)
 
-    with replaced(model, stand_in):
-        yield _names(model)
+    with replaced(model, stand_in) as names:
+        yield names
 
 
 @contextmanager
-def replaced(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside, `model` holds what `stand_in` gives for each of its tensors, the same for ties; afterwards it is what it was."""
+def replaced(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Mapping[int, str]]:
+    """Inside, `model` holds what `stand_in` gives for each of its tensors, the same for ties; afterwards it is what it was.
+
+    A parameter that a module holds as a plain attribute too is registered there for that time: else it would be taken for a constant.
+    Yields the first name of every parameter and buffer by the `id` of what stands for it.
+    """
     saved = [(module, _copy_of(module)) for module in model.modules()]
     made: dict[int, torch.Tensor] = {}
     try:
@@ -42,10 +46,15 @@ def replaced(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor])
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = made[id(tensor)] if id(tensor) in made else made.setdefault(id(tensor), stand_in(tensor))
-            for name, value in module.__dict__.items():
-                if isinstance(value, torch.Tensor) and value.is_meta:  # not a buffer, but on a device the others left
+        names = _names(model)
+        for module, _ in saved:
+            for name, value in list(module.__dict__.items()):
+                if isinstance(value, nn.Parameter) and id(value) in made and name not in module._parameters:
+                    module._parameters[name] = made[id(value)]  # type: ignore[assignment]
+                    del module.__dict__[name]
+                elif isinstance(value, torch.Tensor) and value.is_meta:  # not a buffer, but on a device the others left
                     module.__dict__[name] = made.setdefault(id(value), stand_in(value))
-        yield
+        yield names
     finally:
         for module, before in saved:
             _restore(module, before)

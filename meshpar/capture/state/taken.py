@@ -227,7 +227,7 @@ def _writes(reads: Reads) -> tuple[dict[Place, Formula], dict[Place, str]]:
             refused.append(f"{place}{where}: it is assigned a {type(value).__name__} in forward. Do so in __init__.")
         elif place in reads.read and _is_put_back(value, reads.read[place]):
             continue
-        elif place in reads.read and not _is_remade(value):
+        elif place in reads.read and (not _is_remade(value) or _goes_on(value, reads.read[place])):
             refused.append(
                 f"{place}{where}: forward reads it and puts {_kind(value)} there, for its next call. Register it with register_buffer if "
                 f"its shape stays; else return it, and pass it in the batch."
@@ -270,6 +270,20 @@ def _is_remade(value: Any) -> bool:
     if type(value) in CONTAINERS and not isinstance(value, types.SimpleNamespace):
         return all(_is_remade(item) for item in (value.values() if isinstance(value, dict) else value))
     return _is_plain(value)
+
+
+def _goes_on(value: Any, before: Any) -> bool:
+    """Whether something of it is computed from what was there: a count, another with every forward."""
+    here, there = _tensors(value), _tensors(before)
+    return any(branches.made_of(new, old) for new in here for old in there)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) not in CONTAINERS or isinstance(value, types.SimpleNamespace):
+        return []
+    return [tensor for item in (value.values() if isinstance(value, dict) else value) for tensor in _tensors(item)]
 
 
 def _kind(value: Any) -> str:

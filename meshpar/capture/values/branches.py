@@ -229,6 +229,16 @@ def settled(tensor: Tensor) -> bool:
     return recorded is not None and not any(one.op == "placeholder" or _draws(one) for one in _tape(recorded[0]))
 
 
+def made_of(tensor: Tensor, original: Tensor) -> bool:
+    """Whether `tensor` is computed from `original`, a constant of the graph."""
+    recorded = recorded_as(tensor)
+    if recorded is None:
+        return False
+    memory = original.untyped_storage()._cdata
+    constants = (_attribute(recorded[1], str(one.target)) for one in _tape(recorded[0]) if one.op == "get_attr")
+    return any(one is not None and one.untyped_storage()._cdata == memory for one in constants)
+
+
 def cast_of(tensor: Tensor, original: Tensor) -> bool:
     """Whether `tensor` is `original` in another type."""
     recorded, source = recorded_as(tensor), recorded_as(original)

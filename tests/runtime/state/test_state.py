@@ -298,6 +298,16 @@ def remembering_quietly(net: Net, h: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(h, y)
 
 
+def counting_in_a_tensor(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    net.count = net.count + 1
+    return F.mse_loss(h, y) * net.count
+
+
+def counting_in_a_tuple(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    net.counts = (net.counts[0], net.counts[1] * 2)
+    return F.mse_loss(h, y) * net.counts[1]
+
+
 def collecting(net: Net, h: Tensor, y: Tensor) -> Tensor:
     net.losses.append(F.mse_loss(h, y))
     return net.losses[-1]
@@ -326,6 +336,8 @@ def iterating(net: Net, h: Tensor, y: Tensor) -> Tensor:
     [
         (remembering, {"mean": 1.0}, r"mean at test_state.py.*register_buffer"),
         (remembering_quietly, {}, r"mean past __setattr__: forward reads it and puts a tensor there.*register_buffer"),
+        (counting_in_a_tensor, {"count": torch.tensor(0)}, r"count at test_state.py.*forward reads it and puts a tensor there"),
+        (counting_in_a_tuple, {"counts": (1, torch.tensor(1))}, r"counts at test_state.py.*puts a tuple with tensors or objects there"),
         (collecting, {"losses": []}, "losses, a list: forward changes what is in it"),
         (drawing, {}, "draws from random"),
         (filling, {"array": np.array([1.0])}, "array: it changes while forward runs"),
