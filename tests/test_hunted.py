@@ -141,6 +141,7 @@ class Borrowed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.borrowed: Tensor
         object.__setattr__(self, "borrowed", self.down.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,12 +204,12 @@ class Listed(Borrowed):
 
 
 def test_parameters_out_of_containers_are_refused() -> None:
-    x = torch.randint(0, 20, (4, 6))
+    x, model = torch.randint(0, 20, (4, 6)), Body(Listed())
     with (
         mp.simulate(2),
         pytest.raises(mp.CaptureError, match=r"test_hunted.py:.*out of a list, a dict or another object.*\n.*ParameterList"),
     ):
-        mp.parallelize(Body(Listed()), mp.make_mesh("tp=2"), example={"x": x, "y": x})
+        mp.parallelize(model, mp.make_mesh("tp=2"), example={"x": x, "y": x})
 
 
 class Paired(nn.Module):
