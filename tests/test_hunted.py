@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import meshpar as mp
 from meshpar.simulate import local_tensors
+from tests.capture.moe import MoE
 
 
 class Body(nn.Module):
@@ -192,6 +193,28 @@ def test_against_the_model(name: str, spec: str) -> None:
         for buffer, wanted in zip(parallel.buffers(), original.buffers(), strict=True):
             for value in local_tensors(buffer).values():
                 torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+
+
+class Alternating(nn.Module):
+    """Every second step runs over parameters that the first did not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)) for _ in range(2))
+        self.mixtures = nn.ModuleList(MoE("mixtral", width=16, experts=4) for _ in range(2))
+        self.turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn += 1
+        x = self.blocks[self.turn % 2](x)
+        return x + self.mixtures[self.turn % 2](F.rms_norm(x, x.shape[-1:]))[0]
+
+
+@pytest.mark.parametrize("spec", ["tp=2", "ep=2", "ep=2,tp=2"])
+def test_parameters_that_a_later_program_uses_first(spec: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(0, 20, (8, 6))
+    mp.verify(Body(Alternating()), spec, {"x": x, "y": x}, steps=3).raise_if_failed()
 
 
 class Listed(Borrowed):

@@ -17,11 +17,13 @@ from meshpar.errors import CaptureError
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_PYTHON = os.path.dirname(os.__file__) + os.sep
+_PACKAGES = ("site-packages", "dist-packages")
 
 
 @lru_cache(maxsize=4096)
 def source_of(stack_trace: str | None) -> str:
-    """ "file.py:line" of the innermost frame that is neither torch's nor ours, or an empty string."""
+    """ "file.py:line" of the innermost frame that is neither torch's, nor Python's, nor ours, or an empty string."""
     for path, line in reversed(_FRAME.findall(stack_trace or "")):
         if is_users(path):
             return f"{os.path.basename(path)}:{line}"
@@ -29,7 +31,9 @@ def source_of(stack_trace: str | None) -> str:
 
 
 def is_users(path: str) -> bool:
-    """Whether a source file is neither torch's nor ours."""
+    """Whether a source file is neither torch's, nor Python's, nor ours."""
+    if path.startswith(_PYTHON):
+        return any(name in path for name in _PACKAGES) and not path.startswith((_TORCH, _OURS))
     return not path.startswith((_TORCH, _OURS, "<"))
 
 
@@ -49,7 +53,7 @@ def asked_by_user(depth: int = 2) -> bool:
 def is_own() -> bool:
     """Whether the user's innermost line that is running is in a file of his own, rather than of an installed package."""
     frames = [frame.filename for frame in traceback.extract_stack() if is_users(frame.filename)]
-    return bool(frames) and "site-packages" not in frames[-1]
+    return bool(frames) and not any(name in frames[-1] for name in _PACKAGES)
 
 
 _OF_ROWS = r"(?s:.*)Size-like symbols: [a-z]+\d"

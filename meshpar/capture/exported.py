@@ -92,8 +92,22 @@ def _constants(program: ExportedProgram, leaves: Mapping[str, None], renamed: Ma
     found: dict[str, tuple[str, torch.Tensor]] = {}
     for spec in (specs[name] for name in leaves):
         if spec.kind != InputKind.USER_INPUT and spec.target is not None and spec.target not in renamed:
-            found.setdefault(spec.target, (f"_constant_{len(found)}", program.constants[spec.target]))
+            value = program.constants[spec.target]
+            if not isinstance(value, torch.Tensor):
+                raise CaptureError(_opaque(value, next(node for node in program.graph.nodes if node.name == spec.arg.name)))
+            found.setdefault(spec.target, (f"_constant_{len(found)}", value))
     return found
+
+
+def _opaque(value: object, node: fx.Node) -> str:
+    where = next((f" at {line}" for user in node.users if (line := source_of(user.meta.get("stack_trace")))), "")
+    if isinstance(value, torch.Generator):
+        return (
+            f"The forward draws with a torch.Generator{where}: a graph would have the state that it had at capture for ever.\n"
+            "  Draw without one (torch.rand(...), which is seeded by ParallelConfig.seed and the step), or outside of forward: in "
+            "__init__, into a buffer, or in the training loop, and pass what was drawn in the batch."
+        )
+    return f"The forward uses a {type(value).__name__}{where}, which a graph cannot hold.\n  Compute with tensors, numbers and functions."
 
 
 def _leaves(

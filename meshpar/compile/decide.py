@@ -31,7 +31,7 @@ from meshpar.sharding.infer import Inference, infer
 from meshpar.sharding.policy import Request, expert_stacks
 from meshpar.sharding.price import Price
 from meshpar.sharding.solve import solved
-from meshpar.sharding.types import I, Owned, Shard, Type
+from meshpar.sharding.types import I, Owned, R, Shard, Type
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,18 @@ def _alike(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _pinned(request: Decision, name: str) -> dict[str, Type]:
-    """Where parameters lie on an axis. Where it feeds batches of their own to its ranks, what is whole may be so in either way."""
-    found = {n: p.placements[name] for n, p in request.pinned.items() if name in p.placements}
-    return {n: t for n, t in found.items() if isinstance(t, (Owned, Shard))} if ROLES[name].own_batches else found
+    """Where parameters lie on an axis. Where it feeds batches of their own to its ranks, what is whole may be so in either way.
+
+    What no program has used so far is held whole, and stays so.
+    """
+    role, found = ROLES[name], dict[str, Type]()
+    for parameter, plan in request.pinned.items():
+        placed = plan.placements.get(name)
+        if placed is None and role.cuts_parameters:
+            found[parameter] = R if role.own_batches and plan.trainable else I
+        elif placed is not None and (not role.own_batches or isinstance(placed, (Owned, Shard))):
+            found[parameter] = placed
+    return found
 
 
 def _pinned_outputs(captured: Captured) -> list[Type | None]:

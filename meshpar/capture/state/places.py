@@ -98,10 +98,13 @@ class Place:
             owner.cell_contents = value
         elif isinstance(getattr(owner, "__dict__", None), dict):
             owner.__dict__.pop(key, None) if value is ABSENT else owner.__dict__.__setitem__(key, value)
+        elif isinstance(owner, type):
+            holder = next((base for base in (*owner.__mro__, *type(owner).__mro__) if key in vars(base)), owner)
+            delattr(holder, key) if value is ABSENT else setattr(holder, key, value)
         elif value is ABSENT:
-            delattr(owner, key)
+            object.__delattr__(owner, key)
         else:
-            setattr(owner, key, value)
+            object.__setattr__(owner, key, value)  # (frozen or not)
 
 
 def _take(owner: Any, step: PlaceStep) -> Any:
@@ -163,20 +166,30 @@ def _elements(value: Any) -> Any:
     return value.shape, str(value.dtype), repr(value.tolist()) if value.dtype.hasobject else value.tobytes()
 
 
+def _content(base: type, value: Any) -> Any:
+    """What one of a class that is made from a container holds, past what that class does when it is asked: items, and attributes."""
+    return copied(base(base.items(value) if base is dict else base.__iter__(value))), copied(dict(getattr(value, "__dict__", {})))
+
+
 PICTURED: dict[type, Callable[[Any], Any]] = {
     numpy.ndarray: _elements,
     array.array: lambda value: (value.typecode, value.tobytes()),
     bytearray: bytes,
     contextvars.ContextVar: lambda value: copied(value.get(ABSENT)),
     threading.local: lambda value: copied(vars(value)),
+    torch.optim.Optimizer: lambda value: [{k: copied(x) for k, x in group.items() if k != "params"} for group in value.param_groups],
+    torch.optim.lr_scheduler.LRScheduler: lambda value: {k: copied(x) for k, x in vars(value).items() if isinstance(x, (*PLAIN, list))},
+    **{base: partial(_content, base) for base in (dict, list, tuple, set, frozenset, deque)},
 }
-"""Objects that hold values where no attribute shows them -> how to read these."""
+"""Objects that hold values where no attribute shows them -> how to read these. The last are for classes made from containers."""
 
 
 def picture(value: Any) -> Picture | None:
     """What a value holds now, if it is such an object."""
     if isinstance(value, Picture):
         return value
+    if type(value) in CONTAINERS or isinstance(value, PLAIN):
+        return None
     kind = next((kind for kind in PICTURED if isinstance(value, kind)), None)
     return None if kind is None else Picture(type(value), PICTURED[kind](value))
 

@@ -87,7 +87,7 @@ class Surroundings:
                     self._note(Place(self._root(function), (("item", name),)), function.__globals__.get(name, ABSENT))
                 elif where == "local" and kind is not None:
                     for attribute in attributes[:1]:
-                        self._method(kind, attribute)
+                        self._member(kind, attribute)
 
     def _root(self, function: types.FunctionType) -> str:
         """The name under which the globals of a function are a root: that of its file, or of its module where two files have one name."""
@@ -125,6 +125,14 @@ class Surroundings:
         root = self._named(f"{name} of {_written(function)}", cell)
         self._follow(Place(root, (("cell", "cell_contents"),)), value, attributes)
 
+    def _member(self, kind: type, name: str) -> None:
+        """What code of a class reads of it: a method, or a value that the class holds (those of modules are watched while they run)."""
+        self._method(kind, name)
+        if name[:2] != "__" and not issubclass(kind, nn.Module) and not is_closed(kind.__module__):
+            static = inspect.getattr_static(kind, name, None)
+            if not isinstance(static, types.FunctionType | staticmethod | classmethod | property | types.MemberDescriptorType | None):
+                self._found(Place(self._named(kind.__qualname__, kind), (("attr", name),)), static)
+
     def _method(self, kind: type, name: str) -> None:
         static = inspect.getattr_static(kind, name, None)
         if isinstance(static, types.FunctionType | staticmethod | classmethod | property):
@@ -153,7 +161,11 @@ class Surroundings:
             self.clocks[f"{value.__module__}.{value.__name__}"] = None
         elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | staticmethod | classmethod | partial):
             self._hold(place)
-            self.walk(value, place)
+            self.walk(place.value(self._roots) if isinstance(value, classmethod) else value, place)
+        elif isinstance(value, type) and not is_closed(value.__module__):  # what making one of it reads
+            for name in ("__new__", "__init__"):
+                if any(name in vars(base) for base in value.__mro__ if not is_closed(base.__module__)):
+                    self._method(value, name)
         elif isinstance(value, (*PLAIN, *CONTAINERS, *PICTURED, Tensor, nn.Module)):
             self._note(place, value)
         elif not isinstance(value, type | types.ModuleType) and not is_closed(type(value).__module__):

@@ -7,6 +7,7 @@ its batch, its tensors and what it read, the program is right wherever that is t
 from __future__ import annotations
 
 import builtins
+import io
 import logging
 import math
 import random
@@ -386,11 +387,13 @@ def _saying(said: dict[str, None]) -> Iterator[None]:
 
     kept = builtins.print, builtins.open, logging.Logger.handle
     builtins.print, builtins.open = noting(kept[0], "prints"), noting(kept[1], "opens a file")
+    io.open = builtins.open  # (which pathlib calls)
     logging.Logger.handle = noting(kept[2], "logs")  # type: ignore[method-assign]
     try:
         yield
     finally:
         builtins.print, builtins.open, logging.Logger.handle = kept  # type: ignore[method-assign]
+        io.open = kept[1]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import copy
 import gc
@@ -16,7 +17,9 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -148,6 +151,68 @@ def swapped(net: Any, i: int) -> None:
     Rated.rate = lambda _: 1.0 + i  # type: ignore[assignment,method-assign]
 
 
+class Table(dict[str, float]):
+    """A dict of the user's own."""
+
+
+class Pair(NamedTuple):
+    a: float
+    b: list[float]
+
+
+def collected(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    """Classes that are made from containers."""
+    return F.mse_loss(h, y) * net.counter["n"] * net.pair.a * net.pair.b[0] * net.settings["w"]
+
+
+def recounted(net: Any, i: int) -> None:
+    net.counter.update(n=1), net.pair.b.__setitem__(0, 1.0 + i // 2), net.settings.__setitem__("w", 1.0 + i // 3)
+    net.pair = net.pair._replace(a=1.0 + i)
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    rate: float = 1.0
+
+
+class Common:
+    scale = 1.0
+    only: Any = None
+
+    @classmethod
+    def get(cls) -> Any:
+        if cls.only is None:
+            cls.only = cls()
+            cls.only.v = 1.0
+        return cls.only
+
+
+class Special(Common):
+    made: Any = None
+
+    def __new__(cls) -> Any:
+        if cls.made is None:
+            cls.made = super().__new__(cls)
+            cls.made.w = 1.0
+        return cls.made
+
+
+def single(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    """An object that a class keeps, one that a class always makes, a value of a base class, a frozen object, an optimizer's rate."""
+    return F.mse_loss(h, y) * Common.get().v * Special().w * Special.scale * net.fixed.rate * net.optimizer.param_groups[0]["lr"]
+
+
+def singled() -> Net:
+    net = Net(single, fixed=Fixed(), optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    specified(net, 0)
+    return net
+
+
+def specified(net: Any, i: int) -> None:
+    Common.get().v, Special().w, Common.scale = 1.0 + i, 1.0 + i // 2, 1.0 + i // 3
+    net.fixed, net.optimizer.param_groups[0]["lr"] = Fixed(1.0 + 0.5 * i), 1.0 + 2 * i
+
+
 def closed() -> Net:
     net = Net(opaque, array=np.array([1.0]), bytes_=bytearray(b"\1"))
     opened(net, 0)
@@ -224,6 +289,12 @@ MEMBERS: dict[str, tuple[Callable[[], Net], Callable[[Any, int], None] | None, i
     ),
     "arrays and variables of a context": (closed, opened, 3),
     "functions": (lambda: Rated(called), swapped, 5),
+    "classes made from containers": (
+        lambda: Net(collected, counter=collections.Counter(n=1), pair=Pair(1.0, [1.0]), settings=Table(w=1.0)),
+        recounted,
+        5,
+    ),
+    "what classes keep": (singled, specified, 4),
     "modes of parts": (lambda: Net(annealed, beta=0.0), parts, 4),
 }
 
@@ -317,6 +388,10 @@ def drawing(net: Net, h: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(h, y) * random.random()
 
 
+def drawing_from(net: Net, h: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(h, y) * torch.rand((), generator=net.generator)
+
+
 def filling(net: Net, h: Tensor, y: Tensor) -> Tensor:
     net.array[0] += 1
     return F.mse_loss(h, y) * float(net.array[0])
@@ -340,6 +415,7 @@ def iterating(net: Net, h: Tensor, y: Tensor) -> Tensor:
         (counting_in_a_tuple, {"counts": (1, torch.tensor(1))}, r"counts at test_state.py.*puts a tuple with tensors or objects there"),
         (collecting, {"losses": []}, "losses, a list: forward changes what is in it"),
         (drawing, {}, "draws from random"),
+        (drawing_from, {"generator": torch.Generator()}, "draws with a torch.Generator at test_state.py"),
         (filling, {"array": np.array([1.0])}, "array: it changes while forward runs"),
         (setting, {}, "LOCAL of test_state.py: it changes while forward runs"),
         (iterating, {"numbers": itertools.count()}, "numbers, an iterator"),
@@ -354,13 +430,16 @@ def test_what_a_graph_does_not_carry_over_is_refused(rule: Any, attributes: dict
 
 def keeping(net: Net, h: Tensor, y: Tensor) -> Tensor:
     print("seen")
+    assert Path(__file__).read_text()
     net.hidden = h
     return F.mse_loss(net.hidden, y)
 
 
 def test_what_only_happens_at_capture_is_said(capsys: Any) -> None:
     with mp.simulate(2):
-        with pytest.warns(UserWarning, match=r"(?s)prints at test_state.py.*puts a tensor into hidden at test_state.py"):
+        with pytest.warns(
+            UserWarning, match=r"(?s)prints at test_state.py.*opens a file at test_state.py.*puts a tensor into hidden at test_state.py"
+        ):
             pm = mp.parallelize(Net(keeping).double(), mp.make_mesh("tp=2"), example=BATCH)
         pm.train_step(**BATCH)
         with pytest.raises(AttributeError, match="return it from forward"):
@@ -551,11 +630,18 @@ def _deterministic() -> Any:
     return torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False)
 
 
+def _precision() -> Any:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    return None, lambda: torch.set_float32_matmul_precision(before)
+
+
 CHANGES: dict[str, Callable[[], Any]] = {
     "default dtype": _default_dtype,
     "default device": lambda: _entered(torch.device("meta")),
     "autocast": lambda: _entered(torch.autocast("cpu", torch.bfloat16)),
     "deterministic algorithms": _deterministic,
+    "float32 matmul precision": _precision,
     "grad mode": lambda: _entered(torch.no_grad()),
     "transforms of torch.func": lambda: None,
     "TorchFunctionMode, TorchDispatchMode": lambda: None,
