@@ -99,7 +99,8 @@ class Place:
         elif isinstance(getattr(owner, "__dict__", None), dict):
             owner.__dict__.pop(key, None) if value is ABSENT else owner.__dict__.__setitem__(key, value)
         elif isinstance(owner, type):
-            holder = next((base for base in (*owner.__mro__, *type(owner).__mro__) if key in vars(base)), owner)
+            kinds: tuple[type, ...] = (*owner.__mro__, *type.mro(type(owner)))
+            holder = next((base for base in kinds if key in vars(base)), owner)
             delattr(holder, key) if value is ABSENT else setattr(holder, key, value)
         elif value is ABSENT:
             object.__delattr__(owner, key)
@@ -166,7 +167,7 @@ def _elements(value: Any) -> Any:
     return value.shape, str(value.dtype), repr(value.tolist()) if value.dtype.hasobject else value.tobytes()
 
 
-def _content(base: type, value: Any) -> Any:
+def _content(base: Any, value: Any) -> Any:
     """What one of a class that is made from a container holds, past what that class does when it is asked: items, and attributes."""
     return copied(base(base.items(value) if base is dict else base.__iter__(value))), copied(dict(getattr(value, "__dict__", {})))
 
