@@ -174,9 +174,12 @@ def version_of(tensor: Tensor) -> int:
 
 
 def _walk(surroundings: Surroundings, reads: Reads, model: nn.Module, loss_fn: Any) -> None:
-    for module in model.modules():
+    for path, module in model.named_modules():
         surroundings.walk_object(module)
         surroundings.walk(getattr(module.__dict__.get("forward"), "__wrapped__", None))
+        for table in ("_forward_pre_hooks", "_forward_hooks"):
+            for key, hook in getattr(module, table).items():
+                _walk_hook(surroundings, reads, Place("", (("sub", path), ("attr", table), ("item", key))), hook)
     if loss_fn is None:
         return
     reads.roots["loss_fn"] = types.SimpleNamespace(loss_fn=loss_fn)
@@ -189,6 +192,18 @@ def _walk(surroundings: Surroundings, reads: Reads, model: nn.Module, loss_fn: A
     else:
         surroundings.walk_object(loss_fn)
         reads.note(place, loss_fn)
+
+
+def _walk_hook(surroundings: Surroundings, reads: Reads, place: Place, hook: Any) -> None:
+    """A forward hook: what its code reads, and what it is called on."""
+    if isinstance(hook, types.MethodType):
+        surroundings.walk(hook)
+        hook, place = hook.__self__, place.then("attr", "__self__")
+    if isinstance(hook, types.FunctionType):
+        surroundings.walk(hook)
+    elif not isinstance(hook, nn.Module):
+        surroundings.walk_object(hook)
+        reads.note(place, hook)
 
 
 @contextmanager

@@ -213,6 +213,34 @@ def specified(net: Any, i: int) -> None:
     net.fixed, net.optimizer.param_groups[0]["lr"] = Fixed(1.0 + 0.5 * i), 1.0 + 2 * i
 
 
+RATE = [1.0]
+
+
+class Factor:
+    def __init__(self) -> None:
+        self.k = 1.0
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * self.k
+
+    def again(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + self.k
+
+
+def hooked() -> Net:
+    """Forward hooks that are functions, objects and methods of objects."""
+    net = Net(annealed, beta=0.0, hook=Factor(), other=Factor())
+    net.b.register_forward_hook(net.hook)
+    net.b.register_forward_hook(net.other.again)
+    net.b.register_forward_hook(lambda module, args, output: output * RATE[0])
+    rehooked(net, 0)
+    return net
+
+
+def rehooked(net: Any, i: int) -> None:
+    net.hook.k, net.other.k, RATE[0] = 1.0 + i, 1.0 + i // 2, 1.0 + i // 3
+
+
 def closed() -> Net:
     net = Net(opaque, array=np.array([1.0]), bytes_=bytearray(b"\1"))
     opened(net, 0)
@@ -295,6 +323,7 @@ MEMBERS: dict[str, tuple[Callable[[], Net], Callable[[Any, int], None] | None, i
         5,
     ),
     "what classes keep": (singled, specified, 4),
+    "forward hooks": (hooked, rehooked, 4),
     "modes of parts": (lambda: Net(annealed, beta=0.0), parts, 4),
 }
 
