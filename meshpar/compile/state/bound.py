@@ -85,6 +85,18 @@ class Bound:
                 contents.append(owner.cell_contents)
                 self._bind_items(contents[-1], owners, keys, lists, others, place)
                 continue
+            if isinstance(owner, type) and kind == "attr":
+                bases = [vars(base) for base in (*owner.__mro__, *type.mro(type(owner)))]
+                at = next((i for i, held in enumerate(bases) if key in held), None)
+                if at is None:
+                    others.append((place, self.roots, value))
+                    continue
+                empty += bases[:at]
+                names += [key] * at
+                owners.append(bases[at])
+                keys.append(key)
+                self._bind_items(bases[at][key], owners, keys, lists, others, place)
+                continue
             if owner is os.environ or not isinstance(table, (dict, list, tuple)):
                 others.append((place, self.roots, value))
                 continue
