@@ -31,8 +31,8 @@ RECOMPUTED = {
     "nemo-2024": ("none", "selective", "full"),
     "nanotron": ("none",),
 }
-"""Stack -> what it could compute once more: norms and activation functions alone since Megatron Core of 2025 (--recompute-modules); the grid
-of the heatmap had no recompute (huggingface/nanotron, scripts/scaling_benchmarks.py)."""
+"""Stack -> what it could compute once more: norms and activation functions alone since Megatron Core of 2025 (--recompute-modules); the
+grid of the heatmap had no recompute (huggingface/nanotron, scripts/scaling_benchmarks.py)."""
 UNCUT = ("megatron-2020", "megatron-2021", "deepspeed-2021", "nanotron")
 """Stacks without context parallelism. The one of 2020 has no pipelines (arXiv 1909.08053), nanotron runs 1F1B without virtual stages."""
 
