@@ -94,7 +94,7 @@ def timed(lengths: Sequence[int], rounds: int) -> list[Times]:
             mesh = mp.make_mesh(mesh_of(name, dist.get_world_size()))
             pm = mp.parallelize(model(), mesh, example=data, config=wanted(name))
             steps[name] = partial(pm.train_step, **data)
-        found.append(in_turn(steps, _rounds(length, rounds)))
+        found.append(in_turn(steps, **_rounds(length, rounds)))
     return found
 
 
@@ -107,12 +107,12 @@ def alone(lengths: Sequence[int], rounds: int) -> list[Times]:
     def step(data: dict[str, Tensor]) -> None:
         whole(**data).loss.backward()
 
-    return [in_turn({ALONE: partial(step, batch(length))}, _rounds(length, rounds)) for length in lengths]
+    return [in_turn({ALONE: partial(step, batch(length))}, **_rounds(length, rounds)) for length in lengths]
 
 
-def _rounds(length: int, rounds: int) -> int:
-    """Long steps are taken fewer times."""
-    return max(2, min(rounds, rounds * 8192 // length))
+def _rounds(length: int, rounds: int) -> dict[str, int]:
+    """Long steps, which start no slower than they go on, are taken fewer times."""
+    return {"rounds": max(1, min(rounds, rounds * 8192 // length)), "unmeasured": 3 if length <= 8192 else 1}
 
 
 def most_bytes(name: str, world: int, length: int, hidden: int = 256) -> int:
