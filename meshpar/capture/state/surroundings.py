@@ -28,6 +28,7 @@ Note = Callable[[Place, Any], None]
 _CLOSED = frozenset({"torch", "meshpar", "numpy", "einops"}) | sys.stdlib_module_names
 _UNSEEN = frozenset({"__getattribute__", "getattr_static"})
 """Ways to read an attribute past the class of an object."""
+_CACHED = type(lru_cache(lambda: None))
 _CLOCKS = frozenset({"time", "datetime", "uuid", "secrets"})
 """Modules whose functions give another value at every call."""
 
@@ -130,11 +131,13 @@ class Surroundings:
         self._method(kind, name)
         if name[:2] != "__" and not issubclass(kind, nn.Module) and not is_closed(kind.__module__):
             static = inspect.getattr_static(kind, name, None)
-            if not isinstance(static, types.FunctionType | staticmethod | classmethod | property | types.MemberDescriptorType | None):
+            if static is not None and not hasattr(type(static), "__get__"):
                 self._found(Place(self._named(kind.__qualname__, kind), (("attr", name),)), static)
 
     def _method(self, kind: type, name: str) -> None:
         static = inspect.getattr_static(kind, name, None)
+        if _is_cached(static):
+            self.walk(static.__wrapped__, kind=kind)
         if isinstance(static, types.FunctionType | staticmethod | classmethod | property):
             if name[:2] != "__" and not is_closed(kind.__module__):
                 place = Place(self._named(kind.__qualname__, kind), (("attr", name),))
@@ -162,6 +165,8 @@ class Surroundings:
         elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | staticmethod | classmethod | partial):
             self._hold(place)
             self.walk(place.value(self._roots) if isinstance(value, classmethod) else value, place)
+        elif _is_cached(value):
+            self.walk(value.__wrapped__)
         elif isinstance(value, type) and not is_closed(value.__module__):  # what making one of it reads
             for name in ("__new__", "__init__"):
                 if any(name in vars(base) for base in value.__mro__ if not is_closed(base.__module__)):
@@ -176,6 +181,11 @@ class Surroundings:
 def is_closed(module: str) -> bool:
     """Whether the code of a module is not looked into."""
     return module.partition(".")[0] in _CLOSED
+
+
+def _is_cached(value: Any) -> bool:
+    """Whether it is a function that remembers its results (functools.cache)."""
+    return isinstance(value, _CACHED) and isinstance(value.__wrapped__, types.FunctionType)
 
 
 def _written(function: types.FunctionType) -> str:
