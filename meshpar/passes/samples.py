@@ -4,6 +4,8 @@ h [b, d]   mean(0) -> m [d]      samples are gone: what follows is a statistic o
 h - m                            mixes: every sample is given something of the others
 h @ h.T    -> [b, b]             mixes: two dims of samples
 softmax(h, 0), h.roll(1, 0)      mix: the dim of samples is read as a whole
+h[-1] = 1                        mixes: it is the last sample of those that are seen
+w [n] + h [1] -> [n]             mixes: one sample alone is taken for something of another dim
 loss(h)    -> [], added up       does not: nothing of a sample meets it any more
 """
 
@@ -102,11 +104,11 @@ def mixing(samples: Samples, graph: fx.Graph, towards: Collection[fx.Node]) -> t
 
 def _mixes(call: BoundOp, samples: Samples, gone: Mapping[fx.Node, frozenset[int]]) -> bool:
     given, results = samples.of(map(value_of, call.op.operands)), samples.of(_results(call))
-    if not any(results):
-        return False
     kind = operator_of(call.op.node.target).kind
+    if not any(results):
+        return kind == "elementwise" and any(given)
     if kind in _ROWS:
-        return any(_is_moved(index) for index in _indices(call, samples))
+        return _writes_some(call, samples) or any(_is_moved(index) for index in _indices(call, samples))
     seen = samples.leaves([*given, *results])
     if any(gone[node] & seen for node in call.op.operands) or _reads_across(call, samples):
         return True
@@ -137,10 +139,28 @@ def _indices(call: BoundOp, samples: Samples) -> Iterator[fx.Node]:
     if name == "index":
         by_dim: Iterable[tuple[int, Any]] = enumerate(given["indices"])
     else:
-        by_dim = [(given["dim"], given["index"])] if name == "index_select" else []
+        by_dim = [(given["dim"], given["index"])] if name in _BY_NUMBER else []
     for dim, index in by_dim:
-        if isinstance(index, fx.Node) and index not in samples.reached and dim in samples.dims(call.op.operands[0]):
+        if isinstance(index, fx.Node) and index not in samples.reached and _along(dim, call) in samples.dims(call.op.operands[0]):
             yield index
+
+
+_BY_NUMBER = frozenset({"index_select", "index_add", "gather", "scatter", "scatter_add", "scatter_reduce"})
+"""Operators with an index into one dim."""
+
+
+def _along(dim: int, call: BoundOp) -> int:
+    """A dim of the first operand, counted from the first."""
+    return dim % max(1, len(call.op.infos[0].shape))
+
+
+def _writes_some(call: BoundOp, samples: Samples) -> bool:
+    """Whether samples are written to by their numbers."""
+    name, given = op_name(call.op.node.target), call.op.arguments
+    if name not in ("select_scatter", "slice_scatter") or _along(given["dim"], call) not in samples.dims(call.op.operands[0]):
+        return False
+    size = call.op.infos[0].shape[_along(given["dim"], call)]
+    return name == "select_scatter" or (given["start"] or 0, given["step"]) != (0, 1) or (given["end"] is not None and given["end"] < size)
 
 
 def _is_moved(index: fx.Node) -> bool:

@@ -16,7 +16,18 @@ from tests.sharding.models import captured_of
 
 Call = Callable[[Tensor], Tensor]
 
+
+def written(h: Tensor, *at: int | slice) -> Tensor:
+    h = h.clone()
+    h[at] = 1.0
+    return h
+
+
+NUMBERED = ("the last one is written", "some are written")
+"""A sample is treated by its number, which is another one in a microbatch."""
 MIXING: dict[str, Call] = {
+    NUMBERED[0]: lambda h: written(h, -1),
+    NUMBERED[1]: lambda h: written(h, slice(1, 3)),
     "statistics": lambda h: (h - h.mean(0)) * (h.var(0) + 1e-5).rsqrt(),
     "pairs": lambda h: (h @ h.t()).softmax(-1) @ h,
     "covariance": lambda h: h @ (h.t() @ h),
@@ -46,6 +57,7 @@ ALONE: dict[str, Call] = {
     "positions of a sample": lambda h: h.roll(1, 1).cumsum(1).softmax(1).flip(1),
     "outer product": lambda h: (h.unsqueeze(2) * h.unsqueeze(1)).softmax(-1).sum(-1),
     "grouped heads": lambda h: h.view(4, 2, 4).transpose(0, 1).reshape(8, 4).relu().view(2, 4, 4).transpose(0, 1).reshape(4, 8),
+    "a column is written": lambda h: written(h, slice(None), 2),
     "its own row": lambda h: h[torch.arange(4)] + h[torch.arange(4), h.argmax(1)].unsqueeze(1),
     "twice": lambda h: sum(torch.cat([h, h * 2]).chunk(2)),  # type: ignore[arg-type, return-value]
     "like it": lambda h: h + torch.zeros_like(h) + torch.ones(8).type_as(h),
@@ -82,7 +94,7 @@ def really(call: Call) -> bool:
 
 @pytest.mark.parametrize("name", MIXING)
 def test_what_mixes_samples_is_found_at_its_line(name: str) -> None:
-    assert really(MIXING[name]) or name in ("the best", "in its order")  # (a choice has no gradient)
+    assert really(MIXING[name]) or name in ("the best", "in its order", *NUMBERED)  # (a choice has no gradient)
     lines = found(Net(MIXING[name]).double())
     assert lines and all("test_samples.py" in line for line in lines)
 
