@@ -5,7 +5,6 @@ h - m                            mixes: every sample is given something of the o
 h @ h.T    -> [b, b]             mixes: two dims of samples
 softmax(h, 0), h.roll(1, 0)      mix: the dim of samples is read as a whole
 h[-1] = 1                        mixes: it is the last sample of those that are seen
-w [n] + h [1] -> [n]             mixes: one sample alone is taken for something of another dim
 loss(h)    -> [], added up       does not: nothing of a sample meets it any more
 """
 
@@ -104,9 +103,9 @@ def mixing(samples: Samples, graph: fx.Graph, towards: Collection[fx.Node]) -> t
 
 def _mixes(call: BoundOp, samples: Samples, gone: Mapping[fx.Node, frozenset[int]]) -> bool:
     given, results = samples.of(map(value_of, call.op.operands)), samples.of(_results(call))
-    kind = operator_of(call.op.node.target).kind
     if not any(results):
-        return kind == "elementwise" and any(given)
+        return False
+    kind = operator_of(call.op.node.target).kind
     if kind in _ROWS:
         return _writes_some(call, samples) or any(_is_moved(index) for index in _indices(call, samples))
     seen = samples.leaves([*given, *results])

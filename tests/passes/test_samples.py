@@ -23,11 +23,13 @@ def written(h: Tensor, *at: int | slice) -> Tensor:
     return h
 
 
-NUMBERED = ("the last one is written", "some are written")
+NUMBERED = ("the last one is written", "some are written", "one is added to", "one is scattered to")
 """A sample is treated by its number, which is another one in a microbatch."""
 MIXING: dict[str, Call] = {
     NUMBERED[0]: lambda h: written(h, -1),
     NUMBERED[1]: lambda h: written(h, slice(1, 3)),
+    NUMBERED[2]: lambda h: h.index_add(0, torch.tensor([3]), torch.ones(1, 8, dtype=h.dtype)),
+    NUMBERED[3]: lambda h: h.scatter(0, torch.full((1, 8), 2), 1.0),
     "statistics": lambda h: (h - h.mean(0)) * (h.var(0) + 1e-5).rsqrt(),
     "pairs": lambda h: (h @ h.t()).softmax(-1) @ h,
     "covariance": lambda h: h @ (h.t() @ h),
@@ -43,6 +45,7 @@ MIXING: dict[str, Call] = {
     "halves": lambda h: torch.cat([h[:2] + h[2:], h[2:] - h[:2]]),
     "permuted": lambda h: h + h[torch.tensor([1, 2, 3, 0])],
     "counted permutation": lambda h: h + h[(torch.arange(4) + 1) % 4],
+    "gathered": lambda h: h + h.gather(0, torch.full((4, 8), 1)),
     "selected": lambda h: h + h.index_select(0, torch.tensor([3, 2, 1, 0])),
     "in its order": lambda h: h + h[h[:, 0].argsort()],
     "the best": lambda h: h * (h[:, 0] >= h[:, 0].topk(2).values[-1]).unsqueeze(1),

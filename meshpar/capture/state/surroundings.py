@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import itertools
 import os
 import sys
 import types
@@ -110,11 +111,9 @@ class Surroundings:
                 self._note(Place(self._named(f"defaults of {_written(function)}", function), (step, ("item", key))), value)
 
     def _named(self, name: str, root: Any) -> str:
-        """The name under which something is a root: `name`, with a number where others have it."""
-        if self._roots.setdefault(name, root) is not root:
-            name = f"{name} {len(self._roots)}"
-            self._roots[name] = root
-        return name
+        """The name under which something is a root, the same whenever it is met: `name`, with a number where others have it."""
+        names = itertools.chain([name], (f"{name} {number}" for number in itertools.count(2)))
+        return next(one for one in names if self._roots.setdefault(one, root) is root)
 
     def _cell(self, function: types.FunctionType, name: str, cell: Any, attributes: list[str]) -> None:
         try:

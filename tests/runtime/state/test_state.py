@@ -29,7 +29,8 @@ from torch.nn import functional as F
 
 import meshpar as mp
 from meshpar.capture.state.ambient import TABLE, keyed, place_of
-from meshpar.capture.state.places import described
+from meshpar.capture.state.places import Place, described
+from meshpar.capture.state.surroundings import Surroundings
 from meshpar.compile.state.following import Following
 from meshpar.compile.state.leaves import describe
 from meshpar.simulate import local_tensors
@@ -583,6 +584,30 @@ def test_modules_of_the_model_given_stay_too(change: Callable[[Any], Any], name:
         for one in (pm, copy.deepcopy(pm)):
             with pytest.raises(mp.ConfigError, match=rf"^{name} of the model given to parallelize: replaced, added or removed since"):
                 one.train_step(**BATCH)
+
+
+def test_classes_of_one_name_are_two_roots_however_often_they_are_met() -> None:
+    def made() -> Any:
+        class Settings:
+            rate = 1.0
+
+            @classmethod
+            def get(cls) -> float:
+                return cls.rate
+
+            @classmethod
+            def twice(cls) -> float:
+                return cls.get() + cls.get() + cls.rate
+
+        return Settings
+
+    first, second, roots, read = made(), made(), dict[str, Any](), dict[Place, Any]()
+    surroundings = Surroundings(read.__setitem__, roots)
+    for _ in range(3):
+        surroundings.walk(lambda: (first.twice(), second.twice(), first.rate))
+    classes = [root for root in roots.values() if isinstance(root, type)]
+    assert classes.count(first) == classes.count(second) == 1
+    assert {place.owner(roots) for place in read if place.steps[-1][1] == "rate"} == {first, second}
 
 
 def trained(net: Any) -> None:
