@@ -31,6 +31,7 @@ import meshpar as mp
 from meshpar.capture.state.ambient import TABLE, keyed, place_of
 from meshpar.capture.state.places import Place, described
 from meshpar.capture.state.surroundings import Surroundings
+from meshpar.compile.state.bound import Bound
 from meshpar.compile.state.following import Following
 from meshpar.compile.state.leaves import describe
 from meshpar.simulate import local_tensors
@@ -584,6 +585,23 @@ def test_modules_of_the_model_given_stay_too(change: Callable[[Any], Any], name:
         for one in (pm, copy.deepcopy(pm)):
             with pytest.raises(mp.ConfigError, match=rf"^{name} of the model given to parallelize: replaced, added or removed since"):
                 one.train_step(**BATCH)
+
+
+def test_values_of_a_class_are_those_of_the_base_that_has_them_until_a_nearer_one_does() -> None:
+    class Base:
+        rate = 1.0
+
+    class Derived(Base):
+        pass
+
+    bound = Bound({Place("Derived", (("attr", "rate"),)): 1.0}, {}, {"Derived": Derived})
+    assert bound.holds() and bound.holds()  # the second time by identity
+    Derived.rate = 2.0
+    assert not bound.holds()
+    del Derived.rate
+    assert bound.holds() and bound.holds()
+    Base.rate = 3.0
+    assert not bound.holds()
 
 
 def test_classes_of_one_name_are_two_roots_however_often_they_are_met() -> None:
