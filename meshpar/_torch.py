@@ -16,6 +16,7 @@ import sympy  # which torch's expressions are made of
 import torch
 import torch.distributed._functional_collectives  # torch 2.13; registers the functional collectives' shapes for fake and meta tensors
 from torch import _C, nn
+from torch import _fused_sdp_choice as chosen_attention  # torch 2.13; which kernel attention takes, wait for a public name
 from torch._C import _set_grad_enabled as set_grad_enabled  # torch 2.13; what export sees of torch.no_grad
 from torch._dispatch.python import enable_python_dispatcher  # torch 2.13; without it, operators in C++ ask for numbers
 from torch._dynamo.source import ConstantSource
@@ -914,6 +915,7 @@ __all__ = [
     "as_parameter",
     "below_autograd",
     "checkpoints_only_call",
+    "chosen_attention",
     "clone_store",
     "default_store",
     "dcp_storage_info",

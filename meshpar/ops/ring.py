@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshpar.ops.blockwise import attend_, attend_backward_
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
 from meshpar.ops.pairings import Pairing, held
@@ -27,8 +28,6 @@ from meshpar.ops.tiles import (
     ScoreStep,
     Scoring,
     add_of_sink,
-    attend_,
-    attend_backward_,
     nothing_yet,
     of_four_dims,
     sums_of,
@@ -105,7 +104,7 @@ class _RingAttention(torch.autograd.Function):
         sums = on_rank(lambda _, *x: tuple(sums_of(x, needed)), how.axis, *added) if added else ()
         for step in range(how.axis[1]):
             work = partial(_return, how, step, key.shape, value.shape)
-            on_rank(work, how.axis, query, held, grad, norm, delta, of_query, back, *added, *sums)
+            on_rank(work, how.axis, query, held, grad, found, norm, delta, of_query, back, *added, *sums)
             if step < how.axis[1] - 1:
                 held = rotated(held, how.axis)
             back = rotated(back, how.axis)
@@ -146,7 +145,7 @@ def _meet(how: _Ring, step: int, key: torch.Size, value: torch.Size, rank: int, 
 
 def _return(how: _Ring, step: int, key: torch.Size, value: torch.Size, rank: int, *tensors: Tensor) -> None:
     """Add the gradients with what arrived in this step."""
-    query, held, grad, norm, delta, of_query, back, *rest = tensors
+    query, held, grad, found, norm, delta, of_query, back, *rest = tensors
     added, sums = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     gradients = of_query, *_unpacked(key, value, back), sums
-    attend_backward_(query, *_unpacked(key, value, held), added, *how.told(rank, step), grad, norm, delta, *gradients)
+    attend_backward_(query, *_unpacked(key, value, held), added, *how.told(rank, step), grad, found, norm, delta, *gradients)

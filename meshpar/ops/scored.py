@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from meshpar.ops.blockwise import attend_, attend_backward_
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.halo import before_each
 from meshpar.ops.layouts import Segments
@@ -25,8 +26,6 @@ from meshpar.ops.tiles import (
     ScoreStep,
     Scoring,
     add_of_sink,
-    attend_,
-    attend_backward_,
     nothing_yet,
     of_four_dims,
     sums_of,
@@ -171,7 +170,7 @@ class _Scored(torch.autograd.Function):
         ) -> tuple[Tensor, ...]:
             gradients, sums = [wide(x.new_zeros(x.shape)) for x in (q, k, v)], sums_of(added, needed)
             delta = (wide(found) * wide(grad)).sum(-1)
-            attend_backward_(q, k, v, added, *how.told(rank), grad, norm, delta, *gradients, sums)
+            attend_backward_(q, k, v, added, *how.told(rank), grad, found, norm, delta, *gradients, sums)
             if (sink := how.scoring.sink_of(added)) is not None:
                 add_of_sink(sink, how.scoring.sink_of(sums), norm, delta)
             return tuple(x.to(like.dtype) for x, like in zip((*gradients, *sums), (q, k, v, *added), strict=True))

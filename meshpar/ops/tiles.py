@@ -6,7 +6,8 @@
 Queries and keys may be of many short stretches of positions: what is one tile then, `ops/pairings.py` says.
 
 Of each query are kept what it got so far, the largest score and the sum of exp(score), from which backward makes the weights of a tile
-again. (The formulas are those of FlashAttention, arXiv 2205.14135.) Everything here is local to one rank.
+again. (The formulas are those of FlashAttention, arXiv 2205.14135.) Everything here is local to one rank. What is plain attention is left
+to a kernel of torch's own: `ops/blockwise.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
+from math import prod
 from typing import Any
 
 import torch
@@ -59,8 +61,14 @@ class Scoring:
         return operands[self.steps[-1][1]] if self.steps and self.steps[-1][0] == "sink" else None
 
     @property
+    def factor(self) -> float | None:
+        """What products are multiplied by, if nothing else is done to them; a sink may follow."""
+        rest = self.steps[:-1] if self.steps and self.steps[-1][0] == "sink" else self.steps
+        return prod((self.scale, *(step[1] for step in rest))) if all(kind == "times" for kind, *_ in rest) else None
+
+    @property
     def written(self) -> str:
-        """As the operators below take it."""
+        """As the operators of `ops/blockwise.py` take it."""
         return json.dumps([self.causal, self.window, self.scale, self.steps])
 
     @staticmethod
@@ -116,15 +124,23 @@ def attend(
     """
     for tile in _tiles(query, key, operands, pairings, scoring):
         scores = tile.show(_stepped(tile, query, key, operands, scoring)[-1], scoring.sight)
-        own, most = tile.queries(norm), scores.amax(-1)
+        most = scores.amax(-1)
         weights = scores.sub_(_finite(most)[..., None]).exp_()
-        top = torch.maximum(own[..., 0], most)
-        before, more = (x - _finite(top) for x in (own[..., 0], most))
-        total = torch.logaddexp(before + own[..., 1], more + weights.sum(-1).log_())
+        total = weights.sum(-1).log_()
         found = tile.by_query(tile.by_key(weights) @ wide(tile.keys(value)))
-        kept, new = (before + own[..., 1] - _finite(total)).exp_(), (more - _finite(total)).exp_()
-        tile.put(out, torch.addcmul(tile.queries(out) * kept[..., None], found, new[..., None]))
-        tile.put(norm, torch.stack([top, total], -1))
+        joined = join(tile.queries(out), tile.queries(norm), found, most, total)
+        tile.put(out, joined[0])
+        tile.put(norm, joined[1])
+
+
+def join(out: Tensor, norm: Tensor, found: Tensor, most: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """`out` and `norm` of queries that have met more keys. `found` `[b, h, s, f]`: sums of values times exp(score - `most`) there, `total`
+    `[b, h, s]`: the logarithm of the sum of these weights."""
+    top = torch.maximum(norm[..., 0], most)
+    before, more = norm[..., 0] - _finite(top), most - _finite(top)
+    every = torch.logaddexp(before + norm[..., 1], more + total)
+    kept, new = (before + norm[..., 1] - _finite(every)).exp_(), (more - _finite(every)).exp_()
+    return torch.addcmul(out * kept[..., None], found, new[..., None]), torch.stack([top, every], -1)
 
 
 def attend_backward(
@@ -298,48 +314,3 @@ def _add(tile: Tile, of_operand: Tensor, operand: Tensor, grad: Tensor) -> None:
     """Add to the gradient of an operand, if that is wanted."""
     if of_operand.shape == operand.shape:
         tile.add(of_operand, grad)
-
-
-# ---- the same as operators: one call each for whoever counts, or has no memory -----------------------------------------------------------
-
-
-@torch.library.custom_op("meshpar::attend_", mutates_args=("out", "norm"))
-def attend_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    operands: Sequence[Tensor],
-    pairings: Sequence[int],
-    scoring: str,
-    out: Tensor,
-    norm: Tensor,
-) -> None:
-    """`attend`, of pairings that are written one after the other."""
-    attend(query, key, value, operands, Pairing.read(pairings), Scoring.read(scoring), out, norm)
-
-
-@torch.library.custom_op("meshpar::attend_backward_", mutates_args=("of_query", "of_key", "of_value", "of_operands"))
-def attend_backward_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    operands: Sequence[Tensor],
-    pairings: Sequence[int],
-    scoring: str,
-    grad: Tensor,
-    norm: Tensor,
-    delta: Tensor,
-    of_query: Tensor,
-    of_key: Tensor,
-    of_value: Tensor,
-    of_operands: Sequence[Tensor],
-) -> None:
-    """`attend_backward`, likewise."""
-    gradients = of_query, of_key, of_value, of_operands
-    attend_backward(query, key, value, operands, Pairing.read(pairings), Scoring.read(scoring), grad, norm, delta, *gradients)
-
-
-@attend_.register_fake
-@attend_backward_.register_fake
-def _(*operands: object) -> None:
-    return None
