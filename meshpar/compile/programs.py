@@ -39,7 +39,9 @@ from meshpar.compile.signature import BatchSignature, flatten
 from meshpar.compile.state.following import Following
 from meshpar.compile.state.held import variant
 from meshpar.config import ParallelConfig
+from meshpar.errors import CaptureError
 from meshpar.graph.captured import Captured
+from meshpar.graph.facts import info_of
 from meshpar.mesh import data_axis, typed_axes
 from meshpar.passes import order
 from meshpar.pipeline.order import Schedule
@@ -70,6 +72,14 @@ class Seen:
         return ExampleBatch(values, captured.constants) if real else None
 
 
+@dataclass(frozen=True)
+class _Together:
+    """Where the samples of a microbatch are taken together: `averaged` and `within` of `Split`."""
+
+    averaged: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
+
+
 class Programs:
     """Makes programs for one model on one mesh: `make` is `lowered(planned(seen(batch)))`."""
 
@@ -97,6 +107,8 @@ class Programs:
         self.seconds = 0.0
         """How long the first program took to make."""
         self.shapes = KnownShapes()
+        self.together: dict[Hashable, _Together] = {}
+        """Of kinds of batches of which a microbatch has one sample."""
         self.finish: Callable[[Program, Mapping[str, Any]], Program] = lambda program, kwargs: program
         """What is done to a program, made for these keyword arguments, before it runs."""
 
@@ -110,7 +122,7 @@ class Programs:
         new = copy.copy(self)
         new.skeleton = _skeleton(self.skeleton)
         new.following = self.following.copy(new.skeleton)
-        new.parameters, new.planner, new.shapes = dict(self.parameters), self.planner.copy(), KnownShapes()
+        new.parameters, new.planner, new.shapes, new.together = dict(self.parameters), self.planner.copy(), KnownShapes(), {}
         return new
 
     def set_trainable(self, flags: Mapping[str, bool]) -> None:
@@ -149,11 +161,12 @@ class Programs:
         check_call(self.skeleton, args, kwargs)
         tensors, signature = flatten(args, self.ordered(kwargs), training)
         ask = Ask(self.following.original, tuple(numbers), roots or {}, torch.is_grad_enabled())
-        captured = self._captured(args, kwargs, microbatches, ask, kind_of(signature, microbatches, trainable, ask.gradients))
+        kind = kind_of(signature, microbatches, trainable, ask.gradients)
+        captured = self._captured(args, kwargs, microbatches, ask, kind)
         refuse_originals(captured.constants, self.originals)
         self.originals = {}  # (the model may be gone when the next program is made, and its memory somebody else's)
         say(captured.state.notes, self.skeleton)
-        parts = _parted(captured, microbatches)
+        parts = _parted(captured, microbatches, lambda: self._of_several(args, kwargs, microbatches, ask, (kind, variant(captured.state))))
         loss = proved_loss(captured, parts, microbatches if captured.loss is not None else 1)
         return Seen(replace(signature, state=f"{variant(captured.state)}{trainable} {microbatches}"), parts, loss, tensors, microbatches)
 
@@ -209,6 +222,21 @@ class Programs:
         order.before(found.graph, typed_axes(self.mesh))
         return found
 
+    def _of_several(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int, ask: Ask, kind: Hashable) -> _Together:
+        """What the model does with samples together: of a microbatch of one nothing shows that, so several of them are looked at."""
+        if kind not in self.together:
+            several = next(n for n in range(2, microbatches + 1) if microbatches % n == 0)
+            about = {**self._about(microbatches // several), "ask": ask}
+            try:
+                with without_modes():
+                    captured = capture(self.skeleton, args, kwargs, given=self.hooks.given, **about)
+            except CaptureError:  # (a forward of one sample alone: nothing of it would be other without microbatches)
+                self.together[kind] = _Together()
+            else:
+                parts = split_denominators(captured, microbatches)
+                self.together[kind] = _Together(parts.averaged, parts.within)
+        return self.together[kind]
+
     def _about(self, microbatches: int) -> dict[str, Any]:
         """How a batch is read and the forward is run."""
         return {
@@ -233,17 +261,28 @@ def parameter_facts(model: nn.Module) -> ParameterFacts:
     return {n: (tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad) for n, p in model.named_parameters()}
 
 
-def _parted(captured: Captured, microbatches: int) -> Split:
+def _parted(captured: Captured, microbatches: int, of_several: Callable[[], _Together]) -> Split:
+    """`of_several`: what a graph of several samples tells, where one of a single sample does not."""
     if microbatches == 1 or captured.loss is None:  # (a step says so, unless its loss is computed outside)
         return Split(captured, None, ())
     check_microbatches(captured)
     parts = split_denominators(captured, microbatches)
+    if _is_of_one_sample(captured):
+        more = of_several()
+        averaged, within = dict.fromkeys([*parts.averaged, *more.averaged]), dict.fromkeys([*parts.within, *more.within])
+        parts = replace(parts, averaged=(*averaged,), within=(*within,))
     told = [f"these terms of the loss are the mean of those of the microbatches: {', '.join(parts.averaged)}."] if parts.averaged else []
     told += [f"these see the samples of a microbatch, not of the whole batch: {', '.join(parts.within)}."] if parts.within else []
     if told:
         heading = f"microbatches={microbatches} computes, as any gradient accumulation, not quite what microbatches=1 does:"
         warnings.warn("\n  ".join([heading, *told]), stacklevel=2)
     return parts
+
+
+def _is_of_one_sample(captured: Captured) -> bool:
+    dims = captured.batch_dims
+    inputs = [n for n in captured.graph.nodes if n.op == "placeholder" and str(n.target) in dims]
+    return {info_of(node).shape[dims[str(node.target)]] for node in inputs} == {1}
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
