@@ -10,11 +10,11 @@ the output projection beside it. So it does at 125 MB/s beside an AMD EPYC; besi
 there, and 1.7 times at 160 MB/s (`--bandwidth`). `overlap_tensor_parallel` is on and off, in pipelines
 (1F1B, 4 microbatches of 1 x 512 tokens) `overlap_p2p`; for the tensor-parallel Llama there is code by hand, too,
 `benchmarks/tensor_parallel/handwritten.py`, which waits for each collective where it is called (its model ends in a squared error: no
-embedding, no head), and for the pipeline torch's own runtime. A message to a stage takes its time from when the stage begins to receive
-it; how late the other stage sends it is not counted. Over ep it is rows of experts alone that are counted; skewed, three of four go to the
-experts of the first rank. Over dp (32 layers, 2 x 512 tokens a rank, every parameter shared out) it is `overlap_grad_reduce` and
-`overlap_param_gather`; beside it FSDP2 as its documentation has it, which waits for each collective on CPUs. Gradients are compared, on
-against off, before anything is timed.
+embedding, no head), and for the pipeline torch's own runtime. A message to a stage takes its time from when the stage begins to receive it;
+how late the other stage sends it is not counted. Over ep it is rows of experts alone that are counted; skewed, three of four go to the
+experts of the first rank. Over cp a ring has no switch, gathers and all-to-alls wait. Over dp (32 layers, 2 x 512 tokens a rank, every
+parameter shared out) it is `overlap_grad_reduce` and `overlap_param_gather`; beside it FSDP2 as its documentation has it, which waits for
+each collective on CPUs. Gradients are compared, on against off, before anything is timed.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ HIDDEN, LENGTH, LAYERS = 512, 512, 4
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a model, a mesh, and whether the sequence is cut."""
+    """One row of the table: a model, a mesh, whether the sequence is cut, and what moves where `cp` cuts it."""
 
     model: str
     mesh: str
     sequence: bool = False
+    context: str = "auto"
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.mesh}" + (", sequence parallel" if self.sequence else "")
+        form = "" if self.context == "auto" else f", {self.context}"
+        return f"{self.model}, {self.mesh}" + (", sequence parallel" if self.sequence else form)
 
     @property
     def axis(self) -> str:
@@ -64,8 +66,15 @@ class Case:
 
     @property
     def alone(self) -> bool:
-        """Whether it has no switch."""
+        """Whether it is somebody else's."""
         return self.model in OTHERS
+
+    @property
+    def overlaps(self) -> tuple[str, ...]:
+        """Both, if there is a switch, else what it does."""
+        if self.axis == "cp":
+            return ("on",) if self.context == "ring" else ("off",)
+        return ("off",) if self.alone else ("off", "on")
 
 
 CASES = (
@@ -77,6 +86,9 @@ CASES = (
     Case("mixtral", "tp=2", True),
     Case("mixtral", "ep=2"),
     Case("mixtral, skewed", "ep=2"),
+    Case("llama", "cp=2", context="ring"),
+    Case("llama", "cp=2", context="gather"),
+    Case("llama", "cp=2", context="heads"),
     Case("llama", "dp=2"),
     Case("FSDP2 by hand", "dp=2"),
     Case("llama", "pp=2"),
@@ -88,6 +100,7 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "ep": ("overlap_tensor_parallel",),
     "dp": ("overlap_grad_reduce", "overlap_param_gather"),
     "pp": ("overlap_p2p",),
+    "cp": (),
 }
 OTHERS = ("by hand", "FSDP2 by hand", "torch.distributed.pipelining")
 DEEP = 32
@@ -152,7 +165,8 @@ def step_of(case: Case, overlap: bool) -> tuple[nn.Module, Callable[[], Any]]:
     microbatches = MICROBATCHES if case.axis == "pp" else 1
     shared: Any = {"data_parallel": "zero3" if case.axis == "dp" else "replicate"}
     switches = dict.fromkeys(SWITCHES[case.axis], overlap)
-    config = mp.ParallelConfig(sequence_parallel=case.sequence, microbatches=microbatches, **shared, **switches)
+    shared |= {"sequence_parallel": case.sequence, "context": case.context}
+    config = mp.ParallelConfig(microbatches=microbatches, **shared, **switches)
     pm = mp.parallelize(model, mesh, example=batch, config=config)
     return pm, lambda: pm.train_step(**batch)
 
@@ -164,7 +178,7 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 def measure(case: Case, rounds: int, sleep: bool, bandwidth: float) -> dict[str, tuple[float, float, float]]:
     """By contender: seconds of a step, of communication in it, and of waiting for that; medians over the rounds, means over the ranks."""
-    steps = {name: step_of(case, name == "on") for name in (("off",) if case.alone else ("off", "on"))}
+    steps = {name: step_of(case, name == "on") for name in case.overlaps}
     link = (Sleeping if sleep else Link)(LATENCY, bandwidth)
     made = {name: list[tuple[float, float, float]]() for name in steps}
     seen = {}

@@ -6,6 +6,8 @@
     scattered, reduced             a message leaves when its rows are computed: the last ones run late
     through_experts                rows of others run beside the first half of own ones and each other, results beside each other and the
                                    other half; their numbers are waited for
+    ring_attention, p ranks        forward: p - 1 messages of keys and values, each beside a step of p
+                                   backward: as many beside as many steps, and after each of p the sums so far, the last beside nothing
     any other                      is waited for where it is called
 
 Overlap over the borders of calls (of data parallelism, of pipelines) is none of a graph's.
@@ -20,7 +22,7 @@ from torch import fx
 
 from meshpar.graph.cost import flops
 from meshpar.graph.facts import Change, Info, facts
-from meshpar.ops import expert_pieces, pieces, products
+from meshpar.ops import expert_pieces, pieces, products, ring
 from meshpar.plan import Comm
 from meshpar.sharding.conversions import ALL_GATHER
 from meshpar.sharding.price import Price
@@ -61,9 +63,22 @@ def exposed(node: fx.Node, sent: Comm, seconds: float, price: Price) -> float:
         return max(0.0, _arriving(seconds, own, change.size, _messages(change)) - _left_to(node, price))
     if node.target is pieces.reduced and phase == "forward":
         return _leaving(seconds, price.compute(flops(node), 0.0), pieces.PIECES, pieces.PIECES)
+    if node.target is ring.ring_attention:
+        return _going_round(node, seconds, phase, price)
     if node.target is expert_pieces.through_experts and sent.node != COUNTS:
         return max(0.0, seconds - _beside_rows(node, price) * (2 if phase == "backward" else 1))
     return seconds
+
+
+def _going_round(node: fx.Node, seconds: float, phase: str, price: Price) -> float:
+    """What of keys, values and the sums of their gradients takes longer than what is computed beside them."""
+    size: Any = node.kwargs["size"]
+    pairs = 0.5 if node.kwargs.get("causal") else 1.0
+    beside = price.compute(flops(node) * pairs, 0.0) * (size - 1) / size
+    if phase == "forward":
+        return max(0.0, seconds - beside)
+    home = seconds / (2 * size - 1)
+    return home + max(0.0, seconds - home - 2.5 * beside)  # five products for two
 
 
 def _beside_rows(node: fx.Node, price: Price) -> float:

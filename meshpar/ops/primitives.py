@@ -193,16 +193,16 @@ def _exchange(parts: Tensor, size: int, group: str) -> Finish:
     return begin(functional.all_to_all_single.default, parts, split, split, group)
 
 
-def rotated(x: Tensor, axis: Any) -> Tensor:
+def start_rotated(x: Tensor, axis: Any) -> Finish:
     """What the neighbour before had: every rank sends its `x` (one dim) to the next one, the last to the first."""
     group, size, rank = axis
     if size == 1:
-        return x
+        return lambda: x
     if rank < 0:
         parts = on_rank(lambda r, x: torch.cat([x if q == (r + 1) % size else torch.zeros_like(x) for q in range(size)]), axis, x)
-        found: Tensor = on_rank(lambda r, y: y.unflatten(0, (size, -1))[(r - 1) % size].clone(), axis, _exchange(parts, size, group)())
-        return found
-    return start_shift(x, 1, axis)()
+        moved = _exchange(parts, size, group)
+        return lambda: on_rank(lambda r, y: y.unflatten(0, (size, -1))[(r - 1) % size].clone(), axis, moved())
+    return start_shift(x, 1, axis)
 
 
 def start_shift(x: Tensor, by: int, axis: Any) -> Finish:

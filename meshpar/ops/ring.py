@@ -4,9 +4,13 @@
     step i     q_r meets k_(r-i), v_(r-i)                      from the neighbour, which passes on what it had
     result     sum of the parts' results, each weighted by exp(its log-sum-exp - that of all)
 
-Backward sends keys and values round once more, with the sums of their gradients, which arrive at home after the last step. What meets is
-computed in tiles (`ops/tiles.py`), so that nothing is as large as the queries times the keys of a part. Source: Liu et al., Ring Attention
-(arXiv 2310.01889).
+Backward sends keys and values round once more, and after them the sums of their gradients, which arrive at home after the last step:
+
+    step i     gradients of k_(r-i), v_(r-i) from q_r      beside: k, v of the next step come, sums so far of k_(r-i), v_(r-i) come
+               added to what came, passed on               the last time for nothing but to come home
+
+What meets is computed by kernels or in tiles (`ops/blockwise.py`), so that nothing is as large as the queries times the keys of a part.
+Source: Liu et al., Ring Attention (arXiv 2310.01889).
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from meshpar.ops.blockwise import attend_, attend_backward_
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.layouts import Segments
 from meshpar.ops.pairings import Pairing, held
-from meshpar.ops.primitives import on_rank, rotated
+from meshpar.ops.primitives import Finish, on_rank, start_rotated
 from meshpar.ops.tiles import (
     ScoreStep,
     Scoring,
@@ -86,9 +90,10 @@ class _RingAttention(torch.autograd.Function):
         size, held = how.axis[1], _packed(key, value, how)
         out, norm = on_rank(lambda _, x, *added: nothing_yet(x, value.shape[-1], how.scoring.sink_of(added)), how.axis, query, *added)
         for step in range(size):
+            coming = start_rotated(held, how.axis) if step < size - 1 else None
             on_rank(partial(_meet, how, step, key.shape, value.shape), how.axis, query, held, out, norm, *added)
-            if step < size - 1:
-                held = rotated(held, how.axis)
+            if coming is not None:
+                held = coming()
         found: Tensor = on_rank(_cast, how.axis, out, query)
         ctx.save_for_backward(query, key, value, found, norm, *added)
         ctx.how = how
@@ -100,18 +105,24 @@ class _RingAttention(torch.autograd.Function):
         query, key, value, found, norm, *added = ctx.saved_tensors
         how, held, needed = ctx.how, _packed(key, value, ctx.how), ctx.needs_input_grad[4:]
         delta = on_rank(lambda _, x, g: (wide(x) * wide(g)).sum(-1), how.axis, found, grad)
-        of_query, back = on_rank(lambda _, q, h: (wide(q.new_zeros(q.shape)), wide(h.new_zeros(h.shape))), how.axis, query, held)
+        of_query = on_rank(_zeros, how.axis, query)
         sums = on_rank(lambda _, *x: tuple(sums_of(x, needed)), how.axis, *added) if added else ()
+        back: Finish | None = None
         for step in range(how.axis[1]):
+            coming = start_rotated(held, how.axis) if step < how.axis[1] - 1 else None
+            own = on_rank(_zeros, how.axis, held)
             work = partial(_return, how, step, key.shape, value.shape)
-            on_rank(work, how.axis, query, held, grad, found, norm, delta, of_query, back, *added, *sums)
-            if step < how.axis[1] - 1:
-                held = rotated(held, how.axis)
-            back = rotated(back, how.axis)
+            on_rank(work, how.axis, query, held, grad, found, norm, delta, of_query, own, *added, *sums)
+            if back is not None:
+                on_rank(_add, how.axis, own, back())
+            back = start_rotated(own, how.axis)
+            if coming is not None:
+                held = coming()
         if how.scoring.sink_of(added) is not None:
             on_rank(partial(_of_sink, how), how.axis, norm, delta, *added, *sums)
         unpack = partial(_unpacked, key.shape, value.shape)
-        of_key, of_value = on_rank(lambda _, x, like: tuple(part.to(like.dtype) for part in unpack(x)), how.axis, back, key)
+        assert back is not None
+        of_key, of_value = on_rank(lambda _, x, like: tuple(part.to(like.dtype) for part in unpack(x)), how.axis, back(), key)
         of_added = [on_rank(_cast, how.axis, x, like) if need else None for x, like, need in zip(sums, added, needed, strict=True)]
         return on_rank(_cast, how.axis, of_query, query), of_key, of_value, None, *of_added
 
@@ -131,6 +142,14 @@ def _packed(key: Tensor, value: Tensor, how: _Ring) -> Tensor:
 def _unpacked(key: torch.Size, value: torch.Size, held: Tensor) -> tuple[Tensor, Tensor]:
     count = key.numel()
     return held[:count].view(key), held[count:].view(value)
+
+
+def _zeros(rank: int, like: Tensor) -> Tensor:
+    return wide(like.new_zeros(like.shape))
+
+
+def _add(rank: int, x: Tensor, more: Tensor) -> None:
+    x += more
 
 
 def _cast(rank: int, x: Tensor, like: Tensor) -> Tensor:

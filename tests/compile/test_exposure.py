@@ -56,6 +56,24 @@ def test_the_slower_a_rank_computes_the_less_it_waits(pm: mp.ParallelModel) -> N
     assert slow == pytest.approx({key: late.get(key, 0.0) for key in slow}, abs=1e-6)
 
 
+def test_rings_send_beside_attention() -> None:
+    """All but what comes home after the last step of backward: 1 of 5 messages on 3 ranks."""
+    with mp.simulate(3):
+        config = mp.ParallelConfig(context="ring")
+        pm = mp.parallelize(tiny("llama"), mp.make_mesh("cp=3"), example=text(length=18), config=config)
+
+    def shares(flops: float) -> dict[str, float]:
+        sent = [c for c in ledger(pm._first.graph, replace(Price(), flops=flops, latency=0.0)) if c.kind == "ring"]
+        assert {c.phase for c in sent} == {"forward", "backward"}
+        return {
+            phase: sum(c.exposed for c in sent if c.phase == phase) / sum(c.seconds for c in sent if c.phase == phase)
+            for phase in ("forward", "backward")
+        }
+
+    assert shares(1e30) == pytest.approx({"forward": 1.0, "backward": 1.0})
+    assert shares(1e3) == pytest.approx({"forward": 0.0, "backward": 0.2})
+
+
 def test_what_is_said() -> None:
     one = Comm("all_reduce", "tp", "forward", 1000.0, 2, "p_to_i", "", "", 0, 0.002, 0.0005)
     assert one.exposed_bytes == 250.0 and Comm("send", "pp", "forward", 10.0, 1, "x", "", "").exposed_bytes == 10.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import meshpar as mp
-from meshpar.ops import pairings
+from meshpar.ops import pairings, ring
 from meshpar.ops.context import causal_attention
 from meshpar.ops.halo import halo_attention, windowed_attention
 from meshpar.ops.ring import ring_attention
@@ -119,3 +120,37 @@ def test_causal_work_is_shared_alike() -> None:
     n = 4096
     assert [round(share(((n, 1),), size), 2) for size in (2, 4, 8)] == [1.5, 1.75, 1.87]
     assert all(share(((n // 2, 1), (-n // 2, 1)), size) < 1.001 for size in (2, 4, 8))
+
+
+def test_a_ring_sends_beside_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values before they are met here; sums of gradients beside the next step, but for the last."""
+    said = list[str]()
+    start, meet, turn = ring.start_rotated, ring._meet, ring._return
+
+    def starting(x: Tensor, axis: tuple[str, int, int]) -> Callable[[], Tensor]:
+        number = sum(word.startswith("send") for word in said)
+        said.append(f"send {number}")
+        finish = start(x, axis)
+        return lambda: (said.append(f"came {number}"), finish())[1]
+
+    def told(name: str, fn: Callable[..., None]) -> Callable[..., None]:
+        def run(how: Any, step: int, key: Any, value: Any, rank: int, *tensors: Tensor) -> None:
+            if rank == 0:
+                said.append(f"{name} {step}")
+            fn(how, step, key, value, rank, *tensors)
+
+        return run
+
+    monkeypatch.setattr(ring, "start_rotated", starting)
+    monkeypatch.setattr(ring, "_meet", told("meet", meet))
+    monkeypatch.setattr(ring, "_return", told("return", turn))
+    with mp.simulate(3):
+        group = mp.make_mesh("cp=3").get_group("cp").group_name
+        q, k, v = (per_rank(lambda rank: torch.randn(1, 2, 4, 8)).requires_grad_() for _ in range(3))
+        out = ring.ring_attention(q, k, v, [], 2, 1, ((12, 1),), group=group, size=3, rank=-1)
+        assert said == ["send 0", "meet 0", "came 0", "send 1", "meet 1", "came 1", "meet 2"]
+        said.clear()
+        out.sum().backward()
+    first = ["send 0", "return 0", "send 1", "came 0"]
+    second = ["send 2", "return 1", "came 1", "send 3", "came 2"]
+    assert said == [*first, *second, "return 2", "came 3", "send 4", "came 4"]
