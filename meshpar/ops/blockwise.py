@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meshpar.ops.fused_attention import FusedAttention, fused_attention_for
+from meshpar.ops.fused_attention import FusedAttention, fused_attention_for, in_rows
 from meshpar.ops.pairings import Pairing, Sight, Stretch
 from meshpar.ops.tiles import Scoring, attend, attend_backward, join
 
@@ -138,8 +138,8 @@ def attend_backward_(
     how = Scoring.read(scoring)
     blocks, rest = _work(query, key, value, pairings, how)
     for kernel, scale, block in blocks:
-        own = block.queries(query), block.keys(key), block.keys(value), block.queries(found), block.queries(norm).sum(-1)
-        more = kernel.backward(block.queries(grad).to(query.dtype), *own, block.causal, scale)
+        own = block.queries(query), block.keys(key), block.keys(value), in_rows(block.queries(found)), block.queries(norm).sum(-1)
+        more = kernel.backward(in_rows(block.queries(grad).to(query.dtype)), *own, block.causal, scale)
         for whole, part in zip((block.queries(of_query), block.keys(of_key), block.keys(of_value)), more, strict=True):
             whole += part
     gradients = of_query, of_key, of_value, of_operands

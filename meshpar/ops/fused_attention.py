@@ -42,6 +42,11 @@ def fused_attention_for(query: Tensor, key: Tensor, value: Tensor) -> FusedAtten
     return _KERNELS[name] if name is not None and _proved(name, *kind, rounding) else None
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """With the last dim in one stretch: kernels read results and gradients in rows, of any other strides, too, and say nothing."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _chosen(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     grouped = query.shape[1] != key.shape[1]
     if query.device.type == "cpu":

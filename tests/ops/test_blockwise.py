@@ -156,6 +156,18 @@ def test_a_kernel_that_does_not_compute_this_is_not_used(wrong: str, monkeypatch
     assert all(torch.equal(x, y) for x, y in zip(found, in_tiles, strict=True))
 
 
+def test_gradients_and_results_of_any_strides() -> None:
+    q, k, v = (torch.randn(1, 2, 128, 8, dtype=torch.float64) for _ in range(3))
+    whole, how = Pairing((Stretch(0, 0, 128),), (Stretch(0, 0, 128),)).numbers, Scoring(True).written
+    out, norm = nothing_yet(q, 8)
+    attend_(q, k, v, [], whole, how, out, norm)
+    found = list[list[Tensor]]()
+    for grad, result in ((torch.ones_like(out), out), (torch.ones((), dtype=out.dtype).expand_as(out), out.mT.contiguous().mT)):
+        found.append([torch.zeros_like(x) for x in (q, k, v)])
+        attend_backward_(q, k, v, [], whole, how, grad, result, norm, (out * grad).sum(-1), *found[-1], [])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_asking_draws_no_number() -> None:
     before = torch.get_rng_state()
     fused_attention._proved.cache_clear()
