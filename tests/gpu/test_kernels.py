@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import meshpar as mp
 from meshpar.ops import experts
+from meshpar.ops.blockwise import attend_, attend_backward_
+from meshpar.ops.fused_attention import fused_attention_for
+from meshpar.ops.pairings import Pairing, Stretch
+from meshpar.ops.tiles import Scoring, nothing_yet, wide
 from tests.gpu.small import batch_of, each_rank, expected, farthest, model_of
 
 pytestmark = pytest.mark.gpu
@@ -94,3 +101,25 @@ def test_cross_entropy_over_a_cut_vocabulary(device: torch.device) -> None:
         pm = mp.parallelize(Classifies(device), mp.make_mesh("tp=2", device.type), example=batch, rules={"head.weight": "tp:0"})
         assert max(abs(float(one) - float(loss)) for one in each_rank(pm.train_step(**batch))) < 1e-10
         assert farthest(pm, {"head.weight": model.head.weight.grad.cpu()}) < 1e-10  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kv", [4, 2])
+def test_rings_take_a_fused_kernel(dtype: torch.dtype, kv: int, device: torch.device) -> None:
+    """Where torch has one for such tensors it has shown that it computes what is asked of it, and is the one that runs."""
+    q, k, v = (torch.randn(2, n, 192, 64, device=device, dtype=dtype) for n in (4, kv, kv))
+    whole = Pairing((Stretch(0, 0, 96), Stretch(96, 288, 96)), (Stretch(0, 0, 96), Stretch(96, 288, 96)))
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a kernel that is not exact
+        for backends in (list(SDPBackend.__members__.values()), [SDPBackend.MATH]):
+            with sdpa_kernel([one for one in backends if one != SDPBackend.ERROR]):
+                out, norm = nothing_yet(q, 64)
+                attend_(q, k, v, [], whole.numbers, Scoring(True, None, 0.125).written, out, norm)
+                sums = [wide(torch.zeros_like(x)) for x in (q, k, v)]
+                rest = torch.ones_like(q), out.to(dtype), norm, out.sum(-1), *sums
+                attend_backward_(q, k, v, [], whole.numbers, Scoring(True, None, 0.125).written, *rest, [])
+                found.append([out, norm.sum(-1), *sums])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 2e-4)
+    assert fused_attention_for(q, k, v) is not None or (dtype == torch.float32 and kv != 4 and device.type == "cuda")
