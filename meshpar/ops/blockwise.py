@@ -1,7 +1,8 @@
 """Attention of queries with some of the keys, on one rank: by a kernel of torch's where it is plain, in tiles where it is not.
 
-                      keys 0 to 3    4 to 7    8 to 11
-    queries 4 to 7    all            causal    none          two calls of a kernel, if nothing is added to scores
+    queries that see all of some keys, or those up to their own position      a call of a kernel, of samples that see alike
+    a block that a mask hides in part, biases, caps, few queries              tiles
+    a block of which nothing is seen                                          nothing
 
 As operators: one call each for whoever counts, or has no memory.
 """
@@ -9,89 +10,55 @@ As operators: one call each for whoever counts, or has no memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from meshpar.ops.fused_attention import FusedAttention, fused_attention_for, in_rows
-from meshpar.ops.pairings import Pairing, Sight, Stretch
-from meshpar.ops.tiles import Scoring, attend, attend_backward, join
-
-LEAST = 64
-"""The fewest queries, and the fewest keys, for which a kernel is called."""
+from meshpar.ops.pairings import Pairing
+from meshpar.ops.seen import Mask, SeenBlock, apart, by_masks, by_position, in_blocks, is_worth
+from meshpar.ops.tiles import Scoring, attend, attend_backward, join, shown_by
 
 
-class SeenBlock(NamedTuple):
-    """Queries held in a row that see every one of some keys held in a row, or those up to their own position."""
+class _Work(NamedTuple):
+    """What a kernel computes of some samples, and what is left for tiles."""
 
-    rows: tuple[int, int]
-    """Where the first is held, and how many there are."""
-    columns: tuple[int, int]
-    causal: bool
+    samples: slice
+    blocks: Sequence[tuple[FusedAttention, float, SeenBlock]]
+    """With the kernel, and the scale of products."""
+    rest: Sequence[Pairing]
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Those of `[b, h, s, ...]`."""
-        return x.narrow(2, *self.rows)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Those of `[b, k, t, ...]`."""
-        return x.narrow(2, *self.columns)
-
-
-@lru_cache(maxsize=512)
-def apart(pairing: Pairing, sight: Sight) -> tuple[list[SeenBlock], Pairing | None]:
-    """What a kernel computes in whole calls, and the rest.
-
-    >>> keys = Stretch(0, 0, 64), Stretch(64, 256, 64), Stretch(128, 512, 64), Stretch(192, 1024, 64)
-    >>> whole, rest = apart(Pairing((Stretch(0, 512, 64), Stretch(64, 544, 16)), keys), Sight(causal=True))
-    >>> whole
-    [SeenBlock(rows=(0, 64), columns=(0, 128), causal=False), SeenBlock(rows=(0, 64), columns=(128, 64), causal=True)]
-    >>> rest.queries
-    (Stretch(held=64, at=544, size=16),)
-    """
-    whole, others = list[SeenBlock](), list[Stretch]()
-    for rows in pairing.queries:
-        blocks = _blocks(rows, pairing.keys, sight)
-        if blocks is None:
-            others.append(rows)
-        else:
-            whole += blocks
-    return whole, Pairing(tuple(others), pairing.keys) if others else None
-
-
-def _blocks(rows: Stretch, keys: Sequence[Stretch], sight: Sight) -> list[SeenBlock] | None:
-    """What these queries see, if it is of whole blocks that are worth a call."""
-    every, own = list[tuple[int, int]](), list[tuple[int, int]]()
-    for held, at, size in keys:
-        columns = Stretch(held, at, size)
-        if sight.none(rows, columns):
-            continue
-        if sight.all(rows, columns):
-            joins = bool(every) and sum(every[-1]) == held
-            every[-1:] = [(every[-1][0], every[-1][1] + size)] if joins else [*every[-1:], (held, size)]
-        elif (rows.at, rows.size) == (at, size) and (sight.window is None or sight.window >= size):
-            own.append((held, size))
-        else:
-            return None
-    found = [SeenBlock((rows.held, rows.size), columns, columns in own) for columns in (*every, *own)]
-    return found if all(min(rows.size, one.columns[1]) >= LEAST for one in found) else None
+    def of(self, x: Tensor) -> Tensor:
+        """The part of a tensor, or of an operand that may be the same for all samples."""
+        return x[self.samples] if x.shape[0] > 1 else x
 
 
 def _work(
-    query: Tensor, key: Tensor, value: Tensor, pairings: Sequence[int], scoring: Scoring
-) -> tuple[list[tuple[FusedAttention, float, SeenBlock]], list[Pairing]]:
-    """What a kernel computes, at which scale, and what is left for tiles."""
-    every, scale = Pairing.read(pairings), scoring.factor
-    if scale is None:
-        return [], every
-    parts = [apart(one, scoring.sight) for one in every]
-    whole = [block for blocks, _ in parts for block in blocks]
-    kernel = fused_attention_for(query, key, value) if whole else None
-    if kernel is None:
-        return [], every
-    return [(kernel, scale, block) for block in whole], [rest for _, rest in parts if rest is not None]
+    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], pairings: Sequence[int], scoring: Scoring, wanted: Sequence[bool]
+) -> list[_Work]:
+    """`wanted`: the operands of which gradients are."""
+    every, masked = Pairing.read(pairings), scoring.masked
+    plain = masked is not None and not any(wanted[place] for place, _ in masked.operands)
+    kernel = fused_attention_for(query, key, value) if plain else None
+    if masked is None or kernel is None:
+        return [_Work(slice(None), (), every)]
+    found = list[_Work]()
+    for pairing in every:
+        if not is_worth(pairing):
+            found.append(_Work(slice(None), (), [pairing]))
+            continue
+        looked_at = in_blocks(pairing) if masked.operands else pairing
+        table, masks = by_position(looked_at, scoring.sight), [_mask(operands[place], by) for place, by in masked.operands]
+        for samples, seen in by_masks(looked_at, table, masks) if masks else [(slice(None), table)]:
+            whole, rest = apart(looked_at, seen)
+            found.append(_Work(samples, [(kernel, masked.scale, block) for block in whole], rest))
+    return found
+
+
+def _mask(operand: Tensor, by: str) -> Mask:
+    shown = shown_by(operand, by)
+    return Mask(shown, operand == 0 if by == "-inf" else shown)
 
 
 @torch.library.custom_op("meshpar::attend_", mutates_args=("out", "norm"))
@@ -107,14 +74,15 @@ def attend_(
 ) -> None:
     """`attend` of `ops/tiles.py`, of pairings that are written one after the other."""
     how = Scoring.read(scoring)
-    blocks, rest = _work(query, key, value, pairings, how)
-    for kernel, scale, block in blocks:
-        found, total = kernel.forward(block.queries(query), block.keys(key), block.keys(value), block.causal, scale)
-        own, sums = block.queries(out), block.queries(norm)
-        joined = join(own, sums, found.to(out.dtype), total.to(norm.dtype), norm.new_zeros(()))
-        own.copy_(joined[0])
-        sums.copy_(joined[1])
-    attend(query, key, value, operands, rest, how, out, norm)
+    for work in _work(query, key, value, operands, pairings, how, [False] * len(operands)):
+        q, k, v, of_out, of_norm = (work.of(x) for x in (query, key, value, out, norm))
+        for kernel, scale, block in work.blocks:
+            found, total = kernel.forward(block.queries(q), block.keys(k), block.keys(v), block.causal, scale)
+            own, sums = block.queries(of_out), block.queries(of_norm)
+            joined = join(own, sums, found.to(out.dtype), total.to(norm.dtype), norm.new_zeros(()))
+            own.copy_(joined[0])
+            sums.copy_(joined[1])
+        attend(q, k, v, [work.of(x) for x in operands], work.rest, how, of_out, of_norm)
 
 
 @torch.library.custom_op("meshpar::attend_backward_", mutates_args=("of_query", "of_key", "of_value", "of_operands"))
@@ -135,15 +103,17 @@ def attend_backward_(
     of_operands: Sequence[Tensor],
 ) -> None:
     """`attend_backward`, likewise. `found` `[b, h, s, f]`: the results, of all keys."""
-    how = Scoring.read(scoring)
-    blocks, rest = _work(query, key, value, pairings, how)
-    for kernel, scale, block in blocks:
-        own = block.queries(query), block.keys(key), block.keys(value), in_rows(block.queries(found)), block.queries(norm).sum(-1)
-        more = kernel.backward(in_rows(block.queries(grad).to(query.dtype)), *own, block.causal, scale)
-        for whole, part in zip((block.queries(of_query), block.keys(of_key), block.keys(of_value)), more, strict=True):
-            whole += part
-    gradients = of_query, of_key, of_value, of_operands
-    attend_backward(query, key, value, operands, rest, how, grad, norm, delta, *gradients)
+    how, wanted = Scoring.read(scoring), [x.shape == of.shape for x, of in zip(operands, of_operands, strict=True)]
+    for work in _work(query, key, value, operands, pairings, how, wanted):
+        q, k, v, asked, out, sums, products = (work.of(x) for x in (query, key, value, grad, found, norm, delta))
+        gradients = work.of(of_query), work.of(of_key), work.of(of_value)
+        for kernel, scale, block in work.blocks:
+            own = block.queries(q), block.keys(k), block.keys(v), in_rows(block.queries(out)), block.queries(sums).sum(-1)
+            more = kernel.backward(in_rows(block.queries(asked).to(query.dtype)), *own, block.causal, scale)
+            for whole, part in zip((block.queries(gradients[0]), *map(block.keys, gradients[1:])), more, strict=True):
+                whole += part
+        of_masks = [work.of(x) for x in of_operands]
+        attend_backward(q, k, v, [work.of(x) for x in operands], work.rest, how, asked, sums, products, *gradients, of_masks)
 
 
 @attend_.register_fake

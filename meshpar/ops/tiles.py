@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ ScoreStep = tuple[Any, ...]
     ("by", i)         z operand i                               x: a number, or the place of an operand of one element
     ("sink", i)       one score more, operand i `[b, h, s, 1]`, whose weight is nobody's: the last step, if there is one
 """
+
+
+class Masked(NamedTuple):
+    """Products that are scaled, and of which some are hidden."""
+
+    scale: float
+    operands: tuple[tuple[int, str], ...]
+    """Those that hide, and by being what: see `hiding`."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,13 @@ class Scoring:
         return operands[self.steps[-1][1]] if self.steps and self.steps[-1][0] == "sink" else None
 
     @property
-    def factor(self) -> float | None:
-        """What products are multiplied by, if nothing else is done to them; a sink may follow."""
+    def masked(self) -> Masked | None:
+        """How it scores, if products are only scaled and hidden; a sink may follow."""
         rest = self.steps[:-1] if self.steps and self.steps[-1][0] == "sink" else self.steps
-        return prod((self.scale, *(step[1] for step in rest))) if all(kind == "times" for kind, *_ in rest) else None
+        factors, operands = [step[1] for step in rest if step[0] == "times"], tuple(hiding(rest))
+        if len(factors) + len(operands) < len(rest):
+            return None
+        return Masked(prod((self.scale, *factors)), operands)
 
     @property
     def written(self) -> str:
