@@ -44,7 +44,7 @@ from torch.distributed._local_tensor import (  # torch 2.13; wait for a public s
     maybe_disable_local_tensor_mode,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import GroupName, ProcessGroup, Store, _get_default_store, _resolve_process_group
+from torch.distributed.distributed_c10d import GroupMember, GroupName, ProcessGroup, Store, _get_default_store, _resolve_process_group
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import (  # torch 2.13; wait for public names of what `set_custom_...` take
     DefaultAllGather,
     DefaultReduceScatter,
@@ -202,6 +202,17 @@ def layouts_at_once() -> Iterator[None]:
 def generator_key(generator: torch.Generator) -> int:
     """What tells generators apart: operators are handed other Python objects for one and the same (torch 2.13; wait for `==`)."""
     return generator._cdata  # type: ignore[attr-defined]
+
+
+@contextmanager
+def as_one_process() -> Iterator[None]:
+    """Inside, torch.distributed looks as it does in a program of one process: not initialized, however its functions were imported."""
+    world: Any = GroupMember
+    before, world.WORLD = world.WORLD, None
+    try:
+        yield
+    finally:
+        world.WORLD = before
 
 
 def default_store() -> Store:
@@ -912,6 +923,7 @@ __all__ = [
     "at_hints",
     "at_sizes",
     "alone",
+    "as_one_process",
     "as_parameter",
     "below_autograd",
     "checkpoints_only_call",

@@ -151,6 +151,7 @@ class Borrowed(nn.Module):
 
 MODELS = {
     "borrowed": lambda: Body(Borrowed(), Borrowed()),
+    "compiled by torch": lambda: Body(torch.compile(nn.Linear(16, 16))),  # type: ignore[arg-type]
     "selected": lambda: Body(Selected(), Selected()),
     "written": lambda: Body(Written(), Written()),
     "spectral norm": lambda: Body(Spectral()),

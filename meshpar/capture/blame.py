@@ -60,6 +60,12 @@ _OF_ROWS = r"(?s:.*)Size-like symbols: [a-z]+\d"
 """What torch adds where a number is one of rows that a mask chooses."""
 _ADVICE: tuple[tuple[str, str, str], ...] = (
     (
+        r"Default process group has not been initialized|AssertionError: group cannot be None",
+        "it calls a collective of torch.distributed",
+        "A graph is of the whole batch, as one process computes it: leave the call out where torch.distributed.is_initialized() says no, "
+        "as it does while a forward is captured",
+    ),
+    (
         r"FakeTensorDeviceMismatchError.*\bmeta\b",
         "it reads a parameter or a buffer out of a list, a dict or another object, where it is not registered",
         "Read it from the module that has it (self.proj.weight), or keep it in nn.ParameterList, nn.ParameterDict or a buffer",

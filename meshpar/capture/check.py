@@ -29,6 +29,11 @@ def refuse(graph: fx.Graph) -> None:
 
 
 def _objection(node: fx.Node) -> str | None:
+    if isinstance(node.target, OpOverload) and node.target.namespace in _SENDING and "wait" not in str(node.target):
+        return (
+            "it sends to other processes, but a graph is of the whole batch, as one process computes it. Leave it out where "
+            "torch.distributed.is_initialized() says no, as it does while a forward is captured"
+        )
     if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
         return "it overwrites a tensor; write y = x.op() instead of x.op_()"
     if node.target is aten.as_strided_scatter.default:
@@ -46,6 +51,10 @@ def _objection(node: fx.Node) -> str | None:
             "its result, or the size of it, depends on values; use torch.where, masked_fill or a fixed size, or pass numbers as arguments"
         )
     return None
+
+
+_SENDING = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+"""Namespaces of torch's collectives."""
 
 
 def _multiplied(node: fx.Node) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshpar._torch import pytree
+from meshpar._torch import as_one_process, pytree
 from meshpar.capture import structure
 from meshpar.capture.batch import ReadBatch
 from meshpar.capture.functions import calls as functions
@@ -30,7 +30,10 @@ class Returned:
 
 
 class ForwardRecorder(nn.Module):
-    """Calls the model on the tensors of the batch and returns the tensors of its output, the loss last when it is computed outside."""
+    """Calls the model on the tensors of the batch and returns the tensors of its output, the loss last when it is computed outside.
+
+    It is what one process computes from the whole batch: a forward that asks torch.distributed finds it not initialized.
+    """
 
     def __init__(
         self, model: nn.Module, batch: ReadBatch, loss_fn: Callable[[Any, Any], torch.Tensor] | None, recording: state.Recording
@@ -49,7 +52,7 @@ class ForwardRecorder(nn.Module):
         leaves = [by_name[leaf.key] if isinstance(leaf, Slot) else leaf for leaf in self._batch.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._batch.spec)
         buffers = [(module, name, value) for module in self.model.modules() for name, value in module._buffers.items()]
-        with recording.around(self.model, self._loss_fn, slots), state.autocast(recording.ask):
+        with recording.around(self.model, self._loss_fn, slots), state.autocast(recording.ask), as_one_process():
             output = self.model(*args, **kwargs)
             _write_back(buffers)
             loss = structure.find_loss(output) if self._loss_fn is None else structure.call_loss(self._loss_fn, output, kwargs or args)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshpar._torch import pytree
+from meshpar._torch import as_one_process, pytree
 from meshpar.capture.hooks.models import ParameterHooks, copied
 from meshpar.capture.structure import call_loss, find_loss
 from meshpar.config import ParallelConfig
@@ -114,8 +114,9 @@ def wide(task: Task) -> Task:
 
 
 def _backward(model: nn.Module, batch: Batch, loss_fn: Callable[[Any, Any], torch.Tensor] | None) -> float:
-    output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
-    loss = find_loss(output) if loss_fn is None else call_loss(loss_fn, output, batch)
+    with as_one_process():
+        output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+        loss = find_loss(output) if loss_fn is None else call_loss(loss_fn, output, batch)
     if loss is None:
         raise BatchError(
             "there is no loss to compare: the model returns none for this batch. Pass labels if the model computes its loss from them, or "

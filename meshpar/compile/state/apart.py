@@ -66,8 +66,9 @@ class Apart:
     def _tensors(self) -> list[Tensor]:
         return [tensor for table in self._tables for tensor in table.values() if isinstance(tensor, Tensor)]
 
-    def _training(self) -> list[bool]:
-        return [module["training"] for module in self._modules]
+    def _training(self) -> list[bool | None]:
+        """Of each module, or None of one that has no mode of its own (what torch.compile returns asks the module inside)."""
+        return [module.get("training") for module in self._modules]
 
     def _moved(self) -> Iterator[str]:
         """What changed. Nothing is told of a tensor that is gone, new, on another device or in another dtype."""
