@@ -208,6 +208,11 @@ def unproved(task: Task, found: Reference, device: torch.device) -> tuple[str, .
             return (f"the {what} of the model on one device is {value} in step {step}: there is nothing to compare with.",)
     if not any(g is not None and bool(g.any()) for g in found.gradients.values()):
         return ("every gradient of the model on one device is zero: any program with the same loss would pass.",)
+    if _is_rounding(task, found):
+        return (
+            "every gradient of the model on one device is zero but for rounding: no parameter, changed by as much as the largest is, moves "
+            "the loss by a unit of its last place.",
+        )
     reasons = []
     if _shares_are_alike(task):
         reasons.append(
@@ -219,6 +224,14 @@ def unproved(task: Task, found: Reference, device: torch.device) -> tuple[str, .
             "program that reads other data, or none, would pass."
         )
     return tuple(reasons)
+
+
+def _is_rounding(task: Task, found: Reference) -> bool:
+    """Whether nothing that is trained moves the loss by more than the loss is known."""
+    trained = {name: grad for name, grad in found.gradients.items() if grad is not None and grad.numel()}
+    largest = max(grad.abs().max().item() for grad in trained.values())
+    reach = max(found.parameters[name].abs().max().item() for name in trained)
+    return largest * max(1.0, reach) < torch.finfo(task.dtype).eps * abs(found.losses[0])
 
 
 def _shares_are_alike(task: Task) -> bool:

@@ -328,11 +328,16 @@ class Dead(nn.Module):
             "relu": lambda: (self.down(nn.functional.relu(self.up(x) - 1e3)) * 0 + y * 0).square().sum(),
             "penalty": lambda: sum(p.square().sum() for p in self.parameters()),
             "detached input": lambda: y.detach().square().mean() + self.up.weight.sum() + self.down.weight.square().sum(),
+            "alike": lambda: self.alike(nn.functional.normalize(self.down(self.up(x * 0)), dim=1)),
             "nan": lambda: (y.sum() - y.sum()) / 0,
             "inf": lambda: y.square().mean() / 0,
             "ignored": lambda: nn.functional.cross_entropy(y, torch.full((len(x),), -100)),
         }
         return losses[self.how]()  # type: ignore[no-any-return]
+
+    def alike(self, rows: Tensor) -> Tensor:
+        """A contrastive loss of samples that are all the same: what they gain by each other cancels, up to rounding."""
+        return nn.functional.cross_entropy(rows @ rows.t(), torch.arange(len(rows)))
 
 
 @pytest.mark.parametrize(
@@ -340,6 +345,7 @@ class Dead(nn.Module):
     [
         ("zero", "every gradient of the model on one device is zero"),
         ("relu", "every gradient of the model on one device is zero"),
+        ("alike", "every gradient of the model on one device is zero but for rounding"),
         ("penalty", "do not depend on the batch"),
         ("detached input", "do not depend on the batch"),
         ("nan", "is nan in step 1"),
