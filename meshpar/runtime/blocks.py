@@ -56,6 +56,14 @@ def build(
     return tree
 
 
+_CLASS: Any = object.__dict__["__class__"]
+
+
+def _made(kind: type[nn.Module]) -> nn.Module:
+    """An instance, still empty."""
+    return kind.__new__(kind)
+
+
 @refusing(
     "register_forward_hook",
     "register_forward_pre_hook",
@@ -71,6 +79,20 @@ class Block(Likeness):
         self._programs: dict[str, ModuleCall] = {}
         self.__dict__["_original"] = None
 
+    @property
+    def __class__(self) -> type:
+        """That of the module of the model: loops over modules ask `isinstance(module, nn.LayerNorm)`. `type(...)` tells what it is."""
+        original = self.__dict__.get("_original")
+        return type(self) if original is None else type(original)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        _CLASS.__set__(self, kind)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        found: Any = super().__reduce_ex__(protocol)
+        return (_made, *found[1:])  # (pickle makes instances of `__class__` alone)
+
     def forward(self, key: str, *args: Any) -> Any:
         """Run this block's share of program `key`. Raises ConfigError when a user calls it with values."""
         if not isinstance(key, str):
@@ -85,6 +107,8 @@ class Block(Likeness):
 
 class Tree(Block):
     """The root: all tensors under their original names, and the programs that run over them."""
+
+    __class__ = property(lambda self: type(self), lambda self, kind: _CLASS.__set__(self, kind))
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ pm.embed(x), pm.generate(...)                   what computes is told what a par
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -59,6 +59,30 @@ class Likeness(nn.Module):
     def __bool__(self) -> bool:
         return True  # (a module without children is no less of a module)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and self.__dict__.get("_original") is not None:
+            refuse_module(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._modules and self.__dict__.get("_original") is not None:
+            refuse_module(name)
+        super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Raise ConfigError once programs run over this module."""
+        if self.__dict__.get("_original") is not None:
+            refuse_module(name)
+        super().add_module(name, module)
+
+    register_module = add_module
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        refuse_module(key)
+
+    def __delitem__(self, key: Any) -> None:
+        refuse_module(key)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Raise ConfigError once programs run over this module."""
         if self.__dict__.get("_original") is not None:
@@ -67,6 +91,14 @@ class Likeness(nn.Module):
                 f"p.mul_(...), or pm.load_state_dict. Else change the model, and parallelize it again."
             )
         super().register_parameter(name, param)
+
+
+def refuse_module(name: object) -> NoReturn:
+    """Raise ConfigError for a module in the place of one that programs run over."""
+    raise ConfigError(
+        f"{name} of a parallel model cannot be replaced: its programs run over the modules and parameters of parallelize. Change the "
+        f"model, and parallelize it again."
+    )
 
 
 def refuse_method(original: nn.Module, name: str) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from meshpar._torch import dtensor_like, local_of
+from meshpar.runtime.parameters.tensors import local_with_gradient
 
 Store = dict[str, torch.Tensor | None]
 """A module's own table of parameters or buffers: read at every call, because FSDP2 swaps parameters between calls."""
@@ -47,7 +48,7 @@ class LocalParameters:
             elif not enabled or not parameter.requires_grad:
                 local.append(local_of(parameter))
             elif parameter._backward_hooks or not parameter.is_leaf:
-                local.append(parameter.to_local())
+                local.append(local_with_gradient(parameter))
             else:
                 leaf = self._leaves[i]
                 if leaf is None or leaf.parameter is not parameter or leaf.base is not local_of(parameter):

@@ -26,6 +26,7 @@ from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
 from meshpar.runtime import outside, steps
 from meshpar.runtime.asked import Asked
+from meshpar.runtime.blocks import Block
 from meshpar.runtime.build import build, copy_values
 from meshpar.runtime.caching.forward import CachedForward, settling
 from meshpar.runtime.engine import Engine
@@ -33,7 +34,7 @@ from meshpar.runtime.evaluation import evaluate
 from meshpar.runtime.failures import Together
 from meshpar.runtime.generation import Generation
 from meshpar.runtime.hooks import StepHooks, refusing
-from meshpar.runtime.likeness import Likeness, refuse_method
+from meshpar.runtime.likeness import Likeness, refuse_method, refuse_module
 from meshpar.runtime.names import together as one_module
 from meshpar.runtime.outputs import Leave, leaving, returned
 from meshpar.runtime.outside import LossFunction
@@ -111,10 +112,23 @@ class ParallelModel(Untaken, Likeness, Asked):
             self._variants.rebind()
 
     def _show_originals(self) -> None:
-        """Every module of this one knows the one that it stands for."""
+        """Every module of this one knows the one that it stands for; loops over modules find those without tensors, too."""
         self.__dict__["_original"] = self._makes.skeleton
-        for path, module in self._makes.skeleton.named_modules():
-            self._at(path).__dict__.update({"_original": module, COMPOSED: Composed()})
+        originals = list(self._makes.skeleton.named_modules(remove_duplicate=False))
+        bare = [(path, m) for path, m in originals if path and not any(True for _ in (*m.parameters(), *m.buffers()))]
+        running = {path: held for path, _ in bare if isinstance(held := self._at(path), Block) and held._programs}
+        blocks = {id(module): running[path] for path, module in bare if path in running}
+        for path, module in bare:
+            where, _, name = path.rpartition(".")
+            if path not in running:
+                block = self._at(where)._modules[name] = blocks.setdefault(id(module), Block())
+                block.training = module.training
+        for path, module in originals:
+            found = self._at(path)
+            found.__dict__.update({"_original": module, COMPOSED: Composed()})
+            children = {name: found._modules[name] for name in (*module._modules, *found._modules) if name in found._modules}
+            found._modules.clear()
+            found._modules.update(children)
 
     def _at(self, path: str) -> nn.Module:
         """The module at a path, or one that nobody sees where this rank has none."""
@@ -124,8 +138,8 @@ class ParallelModel(Untaken, Likeness, Asked):
         return found
 
     def train(self, mode: bool = True) -> ParallelModel:
-        """Set the mode of all modules, as ever. That of a part is set on `pm.get_submodule(path)`, or, where a module has no parameters and
-        for modules of other ranks' stages, on `pm.original_module.get_submodule(path)`."""
+        """Set the mode of all modules, as ever. That of a part is set on `pm.get_submodule(path)`; for modules of other ranks' stages, on
+        `pm.original_module.get_submodule(path)`."""
         super().train(mode)
         if "_variants" in self.__dict__:
             self._makes.skeleton.train(mode)
@@ -137,10 +151,7 @@ class ParallelModel(Untaken, Likeness, Asked):
         if name.startswith("_") or name in _OWN or hasattr(type(self), name) or "_variants" not in self.__dict__:
             super().__setattr__(name, value)
         elif isinstance(value, (nn.Module, nn.Parameter)) or name in self._modules or name in self._parameters:
-            raise ConfigError(
-                f"{name} of a parallel model cannot be replaced: its programs run over the modules and parameters of parallelize. Change "
-                f"the model, and parallelize it again."
-            )
+            refuse_module(name)
         elif name in self._buffers:
             self._set_buffer(name, value)
         else:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from meshpar._torch import LocalTensor, OpOverload, draws, dtensor_like, is_view_operator, local_of, pytree, written_names
 from meshpar.errors import ConfigError
@@ -60,14 +60,11 @@ class ModelTensor(DTensor):
     @property
     def grad(self) -> torch.Tensor | None:
         """The gradient; whoever put it there (FSDP2, autograd, the user), it knows where it comes from."""
-        grad: torch.Tensor | None = _GRAD.__get__(self)
-        if type(grad) is DTensor and (alike := _laid_like(grad, self)) is not None:
-            become(grad, self._origin, whole=not alike)
-        return grad
+        return _known(_GRAD.__get__(self), self)
 
     @grad.setter
     def grad(self, value: torch.Tensor | None) -> None:
-        _GRAD.__set__(self, value)
+        _GRAD.__set__(self, _known(value, self))  # (before autograd adds to it, which does not ask here)
 
     @grad.deleter
     def grad(self) -> None:
@@ -124,6 +121,38 @@ def adopt(module: nn.Module, specs: Mapping[str, ParameterSpec], *, apart: bool)
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor) and name in specs:
             become(parameter, Origin(frozenset((name,)), specs[name], apart))
+
+
+def _known(grad: torch.Tensor | None, parameter: ModelTensor) -> torch.Tensor | None:
+    """The gradient of a parameter, itself, which knows its layout from now on, and is laid out as the parameter is.
+
+    What a loop computed from the whole of a parameter has a gradient that is whole; whatever adds to it next (FSDP2, a step) adds parts.
+    """
+    if type(grad) is DTensor and (alike := _laid_like(grad, parameter)) is not None:
+        become(grad, parameter._origin, whole=not alike)
+    if type(grad) is ModelTensor and grad._whole and grad.shape == parameter.shape and not _is_replicated(parameter):
+        part = _wrapped_part(_cut(local_of(grad), parameter), parameter, parameter._origin)
+        grad._local_tensor, grad._spec = part._local_tensor, part._spec
+        grad._origin, grad._whole, grad._source = parameter._origin, False, None
+    return grad
+
+
+class _ToLocal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> torch.Tensor:
+        ctx.parameter = parameter
+        return local_of(parameter).view_as(local_of(parameter))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        made = dtensor_like(grad, ctx.parameter)
+        return _known(made, ctx.parameter) if isinstance(ctx.parameter, ModelTensor) else made  # type: ignore[return-value]
+
+
+def local_with_gradient(parameter: DTensor) -> torch.Tensor:
+    """As `to_local`, with a gradient that knows its layout, before autograd adds to it what was computed from the whole."""
+    found: torch.Tensor = _ToLocal.apply(parameter)
+    return found
 
 
 def of_parameter(tensor: DTensor, parameter: torch.Tensor) -> DTensor:
@@ -349,6 +378,8 @@ def _write_back(tensor: DTensor, value: torch.Tensor) -> None:
     elif isinstance(tensor, ModelTensor) and tensor._source is not None:
         part, copy, _ = tensor._source
         local_of(part).copy_(_cut(copy, part))
+    elif not _is_replicated(tensor):  # (one of the user's own, laid out as its placements say)
+        local_of(tensor).copy_(local_of(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)))
 
 
 def _remember(made: Any, source: ModelTensor, value: torch.Tensor) -> None:
