@@ -28,6 +28,8 @@ FLOOR = 1e-3
 LEARNING_RATE = 1e-2
 """Large, so that a step not taken shows against parameters of size one."""
 MAX_NORM = 1.0
+NOISE = 1e-2
+"""How much of the largest gradient moves with the last places of what it is computed from, where it is nothing else."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 6.0}
 """float64: a million times the rounding of one operation, far below any mistake. float32: a hundred times, for sums over a hidden dim.
 bfloat16: in multiples of what that dtype does to the model on one device (see `verify`)."""
@@ -208,10 +210,10 @@ def unproved(task: Task, found: Reference, device: torch.device) -> tuple[str, .
             return (f"the {what} of the model on one device is {value} in step {step}: there is nothing to compare with.",)
     if not any(g is not None and bool(g.any()) for g in found.gradients.values()):
         return ("every gradient of the model on one device is zero: any program with the same loss would pass.",)
-    if _is_rounding(task, found):
+    if _is_rounding(task, found, device):
         return (
-            "every gradient of the model on one device is zero but for rounding: no parameter, changed by as much as the largest is, moves "
-            "the loss by a unit of its last place.",
+            "every gradient of the model on one device is zero but for rounding: they are others when batch and parameters are changed by "
+            "a few units of their last place.",
         )
     reasons = []
     if _shares_are_alike(task):
@@ -226,12 +228,27 @@ def unproved(task: Task, found: Reference, device: torch.device) -> tuple[str, .
     return tuple(reasons)
 
 
-def _is_rounding(task: Task, found: Reference) -> bool:
-    """Whether nothing that is trained moves the loss by more than the loss is known."""
-    trained = {name: grad for name, grad in found.gradients.items() if grad is not None and grad.numel()}
+def _is_rounding(task: Task, found: Reference, device: torch.device) -> bool:
+    """Whether nothing of the gradients is left but rounding. (Small ones alone may be as exact as any.)"""
+    eps, trained = torch.finfo(task.dtype).eps, {name: g for name, g in found.gradients.items() if g is not None and g.numel()}
     largest = max(grad.abs().max().item() for grad in trained.values())
     reach = max(found.parameters[name].abs().max().item() for name in trained)
-    return largest * max(1.0, reach) < torch.finfo(task.dtype).eps * abs(found.losses[0])
+    if largest * max(1.0, reach) >= eps * abs(found.losses[0]):  # moves the loss by more than the loss is known
+        return False
+    draw, model = torch.Generator().manual_seed(0), copied(task.model).to(device)
+
+    def nudged(x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 4 * eps * torch.randint(-1, 2, x.shape, generator=draw).to(x)) if x.is_floating_point() else x
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(nudged(parameter))
+    batch: Batch = pytree.tree_map(lambda leaf: nudged(leaf) if isinstance(leaf, torch.Tensor) else leaf, task.batches[0])
+    with task.conditions():
+        _backward(model, _on(batch, device), task.loss_fn)
+    others = gradients_of(model)
+    moved = (0.0 if (other := others[name]) is None else (other - grad).abs().max().item() for name, grad in trained.items())
+    return max(moved) > NOISE * largest
 
 
 def _shares_are_alike(task: Task) -> bool:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import linecache
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
@@ -82,12 +83,29 @@ class Block(Likeness):
     @property
     def __class__(self) -> type:
         """That of the module of the model: loops over modules ask `isinstance(module, nn.LayerNorm)`. `type(...)` tells what it is."""
-        original = self.__dict__.get("_original")
+        original = None if self.__dict__.get("_as_itself") else self.__dict__.get("_original")
         return type(self) if original is None else type(original)
 
     @__class__.setter
     def __class__(self, kind: type) -> None:
         _CLASS.__set__(self, kind)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        with self._as_it_is():
+            super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with self._as_it_is():
+            super()._load_from_state_dict(*args)
+
+    @contextmanager
+    def _as_it_is(self) -> Iterator[None]:
+        """Inside, `__class__` is its own: torch asks that whether a module has extra state, which this one has not."""
+        self.__dict__["_as_itself"] = True
+        try:
+            yield
+        finally:
+            del self.__dict__["_as_itself"]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         found: Any = super().__reduce_ex__(protocol)
@@ -351,7 +369,7 @@ def _module_at(root: nn.Module, path: str) -> Block:
     module = root
     for name in path.split(".") if path else ():
         if name not in module._modules:
-            module.add_module(name, Block())
+            dict.__setitem__(module._modules, name, Block())  # (of a later program, too: see `Children`)
         module = module._modules[name]  # type: ignore[assignment]
     assert isinstance(module, Block)
     return module

@@ -59,24 +59,6 @@ class Likeness(nn.Module):
     def __bool__(self) -> bool:
         return True  # (a module without children is no less of a module)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) and self.__dict__.get("_original") is not None:
-            refuse_module(name)
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name in self._modules and self.__dict__.get("_original") is not None:
-            refuse_module(name)
-        super().__delattr__(name)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Raise ConfigError once programs run over this module."""
-        if self.__dict__.get("_original") is not None:
-            refuse_module(name)
-        super().add_module(name, module)
-
-    register_module = add_module
-
     def __setitem__(self, key: Any, value: Any) -> None:
         refuse_module(key)
 
@@ -91,6 +73,19 @@ class Likeness(nn.Module):
                 f"p.mul_(...), or pm.load_state_dict. Else change the model, and parallelize it again."
             )
         super().register_parameter(name, param)
+
+
+class Children(dict[str, Any]):
+    """The children of a module that programs run over: nobody replaces one. (FSDP2 wants modules to have torch's own `__setattr__`.)"""
+
+    def __setitem__(self, name: str, module: Any) -> None:
+        refuse_module(name)
+
+    def __delitem__(self, name: str) -> None:
+        refuse_module(name)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
 
 
 def refuse_module(name: object) -> NoReturn:

@@ -34,7 +34,7 @@ from meshpar.runtime.evaluation import evaluate
 from meshpar.runtime.failures import Together
 from meshpar.runtime.generation import Generation
 from meshpar.runtime.hooks import StepHooks, refusing
-from meshpar.runtime.likeness import Likeness, refuse_method, refuse_module
+from meshpar.runtime.likeness import Children, Likeness, refuse_method, refuse_module
 from meshpar.runtime.names import together as one_module
 from meshpar.runtime.outputs import Leave, leaving, returned
 from meshpar.runtime.outside import LossFunction
@@ -121,14 +121,18 @@ class ParallelModel(Untaken, Likeness, Asked):
         for path, module in bare:
             where, _, name = path.rpartition(".")
             if path not in running:
-                block = self._at(where)._modules[name] = blocks.setdefault(id(module), Block())
+                block = blocks.setdefault(id(module), Block())
                 block.training = module.training
+                dict.__setitem__(self._at(where)._modules, name, block)
         for path, module in originals:
             found = self._at(path)
             found.__dict__.update({"_original": module, COMPOSED: Composed()})
             children = {name: found._modules[name] for name in (*module._modules, *found._modules) if name in found._modules}
-            found._modules.clear()
-            found._modules.update(children)
+            if isinstance(found, Block):
+                found.__dict__["_modules"] = Children(children)
+            else:  # the root's, which is its tree's
+                found._modules.clear()
+                found._modules.update(children)
 
     def _at(self, path: str) -> nn.Module:
         """The module at a path, or one that nobody sees where this rank has none."""
@@ -156,6 +160,11 @@ class ParallelModel(Untaken, Likeness, Asked):
             self._set_buffer(name, value)
         else:
             self._makes.skeleton.__dict__[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._modules or name in self._parameters:
+            refuse_module(name)
+        super().__delattr__(name)
 
     def _set_buffer(self, name: str, value: Any) -> None:
         buffer = self._buffers[name]

@@ -257,5 +257,5 @@ def test_statistics_are_not_made_anew_in_silence() -> None:
         for one in (pm, AveragedModel(pm)):
             with pytest.raises(mp.ConfigError, match=r"Average the statistics with the weights, AveragedModel\(pm, use_buffers=True\)"):
                 update_bn([], one)
-        assert "BatchNormBlock" in repr(pm)
+        assert "BatchNorm2d" in repr(pm)
         pm.load_state_dict(model.state_dict())

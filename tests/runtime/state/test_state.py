@@ -551,7 +551,9 @@ def test_parameters_and_modules_stay() -> None:
         with pytest.raises(mp.ConfigError, match=r"a\.weight: parameters of a parallel model cannot be replaced"):
             pm.train_step(**BATCH)
         pm = mp.parallelize(Net(annealed, beta=0.5).double(), mp.make_mesh("tp=2"), example=BATCH)
-        pm.get_submodule("a").extra = nn.Linear(2, 2)
+        with pytest.raises(mp.ConfigError, match="extra of a parallel model cannot be replaced"):
+            pm.get_submodule("a").extra = nn.Linear(2, 2)
+        dict.__setitem__(pm.get_submodule("a")._modules, "extra", nn.Linear(2, 2))
         with pytest.raises(mp.ConfigError, match="replaced, added or removed"):
             pm.train_step(**BATCH)
         model = Net(annealed, beta=0.5).double()
