@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,7 @@ class ParallelModel(Untaken, Likeness, Asked):
         self.__dict__["_original"] = self._makes.skeleton
         originals = list(self._makes.skeleton.named_modules(remove_duplicate=False))
         bare = [(path, m) for path, m in originals if path and not any(True for _ in (*m.parameters(), *m.buffers()))]
+        ids = {id(module) for _, module in bare}
         running = {path: held for path, _ in bare if isinstance(held := self._at(path), Block) and held._programs}
         blocks = {id(module): running[path] for path, module in bare if path in running}
         for path, module in bare:
@@ -127,7 +128,8 @@ class ParallelModel(Untaken, Likeness, Asked):
         for path, module in originals:
             found = self._at(path)
             found.__dict__.update({"_original": module, COMPOSED: Composed()})
-            children = {name: found._modules[name] for name in (*module._modules, *found._modules) if name in found._modules}
+            alone = {name for name, child in module._modules.items() if id(child) in ids}
+            children = {name: found._modules[name] for name in _in_order(list(found._modules), list(module._modules), alone)}
             if isinstance(found, Block):
                 found.__dict__["_modules"] = Children(children)
             else:  # the root's, which is its tree's
@@ -482,3 +484,13 @@ class ParallelModel(Untaken, Likeness, Asked):
                     f"a parallel model stays on the devices of its mesh ({self.mesh.device_type}): to have it on {made.device.type}, save "
                     f"a checkpoint and load it into a model parallelized on a mesh of that type."
                 )
+
+
+def _in_order(held: Sequence[str], model: Sequence[str], alone: Collection[str]) -> list[str]:
+    """Modules with tensors as they are held, in the order of the first rank, and those without behind what is before them in the model."""
+    found = [name for name in held if name not in alone]
+    for place, name in enumerate(model):
+        if name in alone and name in held:
+            before = next((other for other in reversed(model[:place]) if other in found), None)
+            found.insert(0 if before is None else found.index(before) + 1, name)
+    return found
