@@ -43,13 +43,13 @@ def _work(
     kernel = fused_attention_for(query, key, value) if plain else None
     if masked is None or kernel is None:
         return [_Work(slice(None), (), every)]
-    found = list[_Work]()
+    found, masks = list[_Work](), [_mask(operands[place], by) for place, by in masked.operands]
     for pairing in every:
         if not is_worth(pairing):
             found.append(_Work(slice(None), (), [pairing]))
             continue
-        looked_at = in_blocks(pairing) if masked.operands else pairing
-        table, masks = by_position(looked_at, scoring.sight), [_mask(operands[place], by) for place, by in masked.operands]
+        looked_at = in_blocks(pairing) if masks else pairing
+        table = by_position(looked_at, scoring.sight)
         for samples, seen in by_masks(looked_at, table, masks) if masks else [(slice(None), table)]:
             whole, rest = apart(looked_at, seen)
             found.append(_Work(samples, [(kernel, masked.scale, block) for block in whole], rest))

@@ -108,7 +108,7 @@ class Block(Likeness):
             del self.__dict__["_as_itself"]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        found: Any = super().__reduce_ex__(protocol)
+        found: Any = super().__reduce_ex__(max(2, protocol))
         return (_made, *found[1:])  # (pickle makes instances of `__class__` alone)
 
     def forward(self, key: str, *args: Any) -> Any:

@@ -117,14 +117,16 @@ class ParallelModel(Untaken, Likeness, Asked):
         originals = list(self._makes.skeleton.named_modules(remove_duplicate=False))
         bare = [(path, m) for path, m in originals if path and not any(True for _ in (*m.parameters(), *m.buffers()))]
         ids = {id(module) for _, module in bare}
-        running = {path: held for path, _ in bare if isinstance(held := self._at(path), Block) and held._programs}
-        blocks = {id(module): running[path] for path, module in bare if path in running}
+        held = {path: block for path, _ in bare if isinstance(block := self._at(path), Block)}
+        blocks = {id(module): held[path] for path, module in bare if path in held}  # (whoever has one from before keeps it)
+        blocks |= {id(module): held[path] for path, module in bare if path in held and held[path]._programs}
         for path, module in bare:
             where, _, name = path.rpartition(".")
-            if path not in running:
-                block = blocks.setdefault(id(module), Block())
-                block.training = module.training
-                dict.__setitem__(self._at(where)._modules, name, block)
+            if id(module) not in blocks:
+                blocks[id(module)] = Block()
+                blocks[id(module)].training = module.training
+            if path not in held or not held[path]._programs:
+                dict.__setitem__(self._at(where)._modules, name, blocks[id(module)])
         for path, module in originals:
             found = self._at(path)
             found.__dict__.update({"_original": module, COMPOSED: Composed()})

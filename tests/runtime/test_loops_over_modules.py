@@ -104,6 +104,17 @@ def test_its_modules_are_those_of_the_model() -> None:
         assert "LeakyReLU" in repr(pm)
 
 
+def test_a_module_that_somebody_holds_stays() -> None:
+    """Names are taken anew when data parallelism is built again; what a loop has set, and holds, acts all the same."""
+    with mp.simulate(2):
+        pm = mp.parallelize(Net(), mp.make_mesh("tp=2"), example={"x": torch.randn(8, 8), "y": torch.randn(8, 8)})
+        held = {path: module for path, module in pm.named_modules() if path}
+        held["drop"].p = 0.25  # type: ignore[assignment]
+        pm._take_names()
+        assert {path: module for path, module in pm.named_modules() if path} == held
+        assert pm.get_submodule("drop").p == 0.25
+
+
 def test_modules_cannot_be_replaced() -> None:
     with mp.simulate(2):
         pm = mp.parallelize(Net(), mp.make_mesh("tp=2"), example={"x": torch.randn(8, 8), "y": torch.randn(8, 8)})
