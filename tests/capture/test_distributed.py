@@ -14,6 +14,7 @@ from torch.distributed import is_initialized
 
 import meshpar as mp
 from meshpar.simulate import local_tensors
+from tests.pool import Pool
 
 GROUP: list[dist.ProcessGroup] = []
 
@@ -42,7 +43,7 @@ def all_samples(h: Tensor) -> Tensor:
         parts = [torch.zeros_like(h) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, h)
         every = torch.cat(parts)
-    return h + torch.logsumexp(h @ every.t(), -1, keepdim=True)
+    return h + (h @ every.t()).square().sum(-1, keepdim=True)
 
 
 def unguarded(h: Tensor) -> Tensor:
@@ -88,10 +89,15 @@ def test_a_forward_that_asks_is_that_of_one_process(call: Callable[[Tensor], Ten
             torch.testing.assert_close(mp.full_grad(parameter), model.get_parameter(name).grad)
 
 
-def test_on_processes() -> None:
-    """Of which each would find itself initialized, the reference's too."""
-    torch.manual_seed(0)
-    mp.verify(Net(all_samples), "dp=2", batch(), processes=True).raise_if_failed()
+def verified() -> None:
+    for call in ASKING:
+        torch.manual_seed(0)
+        mp.verify(Net(call), mp.make_mesh("dp=2"), batch()).raise_if_failed()
+
+
+def test_on_processes(gloo: Pool) -> None:
+    """Of which each would find itself initialized, and so would the reference."""
+    gloo.run(verified, world=2)
 
 
 @pytest.mark.parametrize("call", [unguarded, in_a_group, in_a_graph], ids=lambda call: call.__name__)
