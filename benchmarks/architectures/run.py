@@ -37,6 +37,7 @@ import torch  # noqa: E402
 
 from benchmarks.architectures import packages  # noqa: E402
 from meshpar.compile import planning, programs  # noqa: E402
+from meshpar.config import ParallelConfig  # noqa: E402
 from meshpar.errors import MeshparError  # noqa: E402
 from meshpar.graph.cost import flops  # noqa: E402
 from meshpar.graph.facts import facts, infos_of  # noqa: E402
@@ -47,7 +48,7 @@ from meshpar.proof.verify import verify  # noqa: E402
 from meshpar.roles import ROLES  # noqa: E402
 
 
-def case(package: packages.Package, task: str, kind: str, mesh: str | None, steps: int) -> dict[str, Any]:
+def case(package: packages.Package, task: str, kind: str, mesh: str | None, steps: int, config: ParallelConfig) -> dict[str, Any]:
     """Run one architecture in this process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -74,7 +75,7 @@ def case(package: packages.Package, task: str, kind: str, mesh: str | None, step
     if mesh is None:
         return found | {"status": "ok"}
     try:
-        report = verify(model, mesh, batch, loss_fn=made.loss_fn, steps=steps)
+        report = verify(model, mesh, batch, config=config, loss_fn=made.loss_fn, steps=steps)
         found |= {"status": "ok" if report.ok else "wrong", "worst": {d.quantity: [d.largest, *d.worst[:2]] for d in report.differences}}
         found["notes"] = list(report.notes)
         if not report.ok and any("draws random numbers" in note for note in report.notes):
@@ -156,7 +157,9 @@ def _kept(module: Any, name: str, kept: list[Any]) -> None:
     setattr(module, name, keeping)
 
 
-def forked(package: packages.Package, task: str, kind: str, mesh: str | None, limit: float, steps: int = 2) -> dict[str, Any]:
+def forked(
+    package: packages.Package, task: str, kind: str, mesh: str | None, limit: float, steps: int, config: ParallelConfig
+) -> dict[str, Any]:
     """`case` in a child process, which has `limit` seconds of CPU time, and ten times as long by the clock."""
     read, write = os.pipe()
     child = os.fork()
@@ -165,7 +168,7 @@ def forked(package: packages.Package, task: str, kind: str, mesh: str | None, li
         spent = int(time.process_time())
         resource.setrlimit(resource.RLIMIT_CPU, (spent + int(limit), spent + int(limit)))
         try:
-            result = case(package, task, kind, mesh, steps)
+            result = case(package, task, kind, mesh, steps, config)
         except BaseException as error:
             result = {"status": "crash", "why": repr(error)[:1000], "trace": traceback.format_exc()[-3000:]}
         with os.fdopen(write, "w") as out:
@@ -202,6 +205,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="only these; all, unless given")
     parser.add_argument("--kinds", nargs="+", help="only these")
     parser.add_argument("--mesh", default="dp=2,tp=2")
+    parser.add_argument("--context", default="auto", choices=("auto", "gather", "heads", "ring"), help="attention over cp")
     parser.add_argument("--eager", action="store_true", help="only build the models, and run them on one device")
     parser.add_argument("--every", default="1/0", help="n/k: of the kinds of each task every n-th, from the k-th on")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of CPU time for one")
@@ -220,7 +224,8 @@ def main() -> None:
                 if (options.kinds and kind not in options.kinds) or (task, kind) in skip:
                     continue
                 mesh = None if options.eager else options.mesh
-                result = {"task": task, "kind": kind, "mesh": mesh, **forked(package, task, kind, mesh, options.limit, options.steps)}
+                found = forked(package, task, kind, mesh, options.limit, options.steps, ParallelConfig(context=options.context))
+                result = {"task": task, "kind": kind, "mesh": mesh, **found}
                 with options.out.open("a") as out:
                     out.write(json.dumps(result) + "\n")
                 print(f"{task} {kind}: {result['status']} {result.get('cpu_s', 0):.1f} s {result.get('why', '')[:150]}", flush=True)
