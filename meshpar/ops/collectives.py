@@ -224,4 +224,7 @@ def _separate(rank: int, flat: Tensor, *like: Tensor) -> tuple[Tensor, ...]:
 
 def refuse_second_derivative() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise NotImplementedError("meshpar: conversions between shardings have no second derivative (backward ran with create_graph=True).")
+        raise NotImplementedError(
+            "meshpar: a parallel model has no second derivative (backward ran with create_graph=True). A model whose loss needs one, as a "
+            "penalty on the gradient of its input, is to be trained in torch's DistributedDataParallel."
+        )

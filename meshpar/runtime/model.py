@@ -27,6 +27,7 @@ from meshpar.ops.random import RandomState
 from meshpar.runtime import outside, steps
 from meshpar.runtime.asked import Asked
 from meshpar.runtime.blocks import Block
+from meshpar.runtime.borders import Passage
 from meshpar.runtime.build import build, copy_values
 from meshpar.runtime.caching.forward import CachedForward, settling
 from meshpar.runtime.engine import Engine
@@ -74,6 +75,8 @@ class ParallelModel(Untaken, Likeness, Asked):
     _hooks: StepHooks
     _simulated: bool
     _leave: Leave
+    _share: float
+    """What a loss of one data rank counts for."""
     _padding: Padding
     scaled_by: object | None
     """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
@@ -87,7 +90,7 @@ class ParallelModel(Untaken, Likeness, Asked):
         self.__dict__.update(_engine=engine, _checked=set(), _together=together, _tallies=[], _makes=programs)
         self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None, _simulated=is_simulated())
         self.__dict__.update(_padding=Padding(programs, mesh, config, first.captured))
-        self.__dict__.update(_leave=leaving(mesh, config.outputs))
+        self.__dict__.update(_leave=leaving(mesh, config.outputs), _share=1.0 if config.outputs == "cut" else 1.0 / data_rank(mesh)[1])
         settling(programs, mesh)
         self._take_names()
         self.mesh, self.parallel_config = mesh, config
@@ -276,11 +279,12 @@ class ParallelModel(Untaken, Likeness, Asked):
         batch = self._fit(args, kwargs, 1, outputs=True)
         tensors, variant = self._program(batch.args, batch.kwargs, 1)
         program = variant.program
+        passage = Passage(self._share)
         with without_autocast(), explaining(program.captured, tensors):
-            outputs = self._engine.run(program, self._inputs(program, tensors, 0))
+            outputs = self._engine.run(program, self._inputs(program, passage.enter(tensors), 0))
         self.random.advance()
         self._variants.done(variant)
-        return restore(program, lambda i: batch.own(i, self._leave(program, outputs[i], i)))
+        return restore(program, lambda i: batch.own(i, self._leave(program, outputs[i], i, passage)))
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one step over all microbatches. Returns the loss of the global batch, the same on every rank.
@@ -332,14 +336,17 @@ class ParallelModel(Untaken, Likeness, Asked):
         others = [self._values(flatten(one.args, dict(one.kwargs), self.training)[0], variant) for one in filled[1:]]
         program, data = variant.program, data_axis(self.mesh)
 
+        passages = [Passage(self._share, mean=True) for _ in pieces]
+
         def loss(microbatch: int, outputs: Mapping[int, torch.Tensor]) -> torch.Tensor:
-            own = filled[microbatch].own
-            output = restore(program, lambda i: own(i, self._leave(program, outputs[i], i)))
+            own, passage = filled[microbatch].own, passages[microbatch]
+            output = restore(program, lambda i: own(i, self._leave(program, outputs[i], i, passage)))
             return outside.loss_of(loss_fn, output, pieces[microbatch].target)
 
         weight = outside.weight(count, batch if target is None else target, len(pieces), data, first[0].device)
         with without_autocast(), explaining(program.captured, first, len(pieces)):
-            inputs = [self._inputs(program, tensors, i) for i, tensors in enumerate([first, *others])]
+            entered = [passage.enter(tensors) for passage, tensors in zip(passages, [first, *others], strict=True)]
+            inputs = [self._inputs(program, tensors, i) for i, tensors in enumerate(entered)]
             total = self._engine.step(program, inputs, backward=True, scale=weight.own, outside=loss)
             total = outside.summed(total, data) * weight.share
         self.random.advance()
@@ -411,7 +418,8 @@ class ParallelModel(Untaken, Likeness, Asked):
                 "else, say which: parallelize(..., loss_fn=lambda output, batch: output[0]), or pm.forward_backward(batch, loss_fn)."
             )
         with without_autocast(), explaining(program.captured, tensors, count):
-            total = self._engine.step(program, self._parts(program, tensors, count), backward=backward, scale=scale)
+            parts = self._parts(program, Passage(self._share, mean=True).enter(tensors), count)
+            total = self._engine.step(program, parts, backward=backward, scale=scale)
         self.random.advance()
         self._variants.done(variant)
         return steps.done(total)

@@ -8,14 +8,14 @@
 
 Backward from a loss computed outside: ranks with batches of their own may each have a loss of their own, and gradients are those of the
 mean of these losses over the data ranks, as in any data parallelism. (So `out.loss`, which is the global batch's on every rank, gives the
-gradients of the global loss.) Ranks that share a batch compute the same loss. With `ParallelConfig(outputs="cut")` nothing is gathered:
-what is cut is a DTensor over the mesh, of the global batch's shape.
+gradients of the global loss.) What becomes of gradients at the outputs, and at the inputs: `borders.py`. Ranks that share a batch compute
+the same loss. With `ParallelConfig(outputs="cut")` nothing is gathered: what is cut is a DTensor over the mesh, of the shape of the global
+batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,24 +29,26 @@ from meshpar.graph.facts import Info, info_of
 from meshpar.mesh import Axis, typed_axes
 from meshpar.ops.collectives import i_to_r, p_to_i, r_to_i, s_to_i
 from meshpar.roles import ROLES
+from meshpar.runtime.borders import Passage
 from meshpar.sharding.types import I, P, R, Shard, Type
 
-Leave = Callable[[Program, torch.Tensor, int], torch.Tensor]
+Leave = Callable[[Program, torch.Tensor, int, Passage], torch.Tensor]
+"""The i-th output of a program, called by a graph of the user's, on its way there."""
 
 
 def leaving(mesh: DeviceMesh, outputs: str) -> Leave:
     """How the i-th output of a program leaves it, when "whole" or "cut" is asked for."""
     if outputs == "cut":
-        return lambda program, value, index: _cut(program, value, index, mesh)
+        return lambda program, value, index, passage: _cut(program, value, index, mesh)
     axes = tuple(one for one in typed_axes(mesh) if one.size > 1)
     known: dict[str, list[tuple[Axis, OutputTypes, tuple[bool, ...]]]] = {}
 
-    def leave(program: Program, value: torch.Tensor, index: int) -> torch.Tensor:
+    def leave(program: Program, value: torch.Tensor, index: int, passage: Passage) -> torch.Tensor:
         if program.key not in known:
             known[program.key] = _read(program, axes)
-        return _whole(program, value, index, known[program.key])
+        return _whole(program, value, index, known[program.key], passage)
 
-    return leave if axes else lambda program, value, index: value
+    return leave if axes else lambda program, value, index, passage: value
 
 
 OutputTypes = tuple[Type, ...]
@@ -63,17 +65,19 @@ def _read(program: Program, axes: tuple[Axis, ...]) -> list[tuple[Axis, OutputTy
     return found
 
 
-def _whole(program: Program, value: torch.Tensor, index: int, known: list[tuple[Axis, OutputTypes, tuple[bool, ...]]]) -> torch.Tensor:
+def _whole(
+    program: Program, value: torch.Tensor, index: int, known: list[tuple[Axis, OutputTypes, tuple[bool, ...]]], passage: Passage
+) -> torch.Tensor:
     _refuse_mixed([(one, types[index]) for one, types, mine in known if mine[index] or not ROLES[one.name].own_batches], program, index)
-    share = 1.0
+    own = False
     for one, types, mine in known:
         if not ROLES[one.name].own_batches:
             value = gathered(value, types[index], one)
-            continue
-        share /= one.size
-        if not mine[index]:  # the same on all ranks: gradients of all of them are added up
+        elif mine[index]:
+            own = True
+        else:  # the same on all ranks: gradients of all of them are added up
             value = i_to_r(gathered(value, types[index], one), group=one.group, size=one.size, rank=one.rank)
-    return _Scaled.apply(value, share) if share != 1.0 and value.requires_grad and torch.is_grad_enabled() else value
+    return passage.leave(value, own=own)
 
 
 def gathered(value: torch.Tensor, type_: Type, one: Axis) -> torch.Tensor:
@@ -100,19 +104,6 @@ def _refuse_mixed(known: list[tuple[Axis, Type]], program: Program, index: int) 
                     f"output {index} of the model ({_shown(program.captured, index)}) has samples and positions in one dim, which "
                     f'{outer.name} and {inner.name} cut both: return them in two dims, or ask for ParallelConfig(outputs="cut").'
                 )
-
-
-class _Scaled(torch.autograd.Function):
-    """The value itself; its gradient times a number."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.factor = factor
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad * ctx.factor, None
 
 
 def _cut(program: Program, value: torch.Tensor, index: int, mesh: DeviceMesh) -> torch.Tensor:

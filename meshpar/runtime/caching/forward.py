@@ -32,6 +32,7 @@ from meshpar.graph.facts import Info, info_of
 from meshpar.mesh import typed_axes
 from meshpar.ops.collectives import i_to_s
 from meshpar.roles import ROLES
+from meshpar.runtime.borders import Passage
 from meshpar.runtime.caching.keys import cache_name, handle, is_cache, keys_and_values
 from meshpar.runtime.caching.shards import APART, AxisTypes, Settled, settled
 from meshpar.runtime.engine import Engine
@@ -235,7 +236,7 @@ class CachedForward:
     def _said(self, program: Program, outputs: tuple[Tensor | None, ...], cache: KeptCache) -> Any:
         """What the model returns, with something that stands for the cache in its place."""
         stay = self._settled[program.key].stay
-        out = restore(program, lambda i: _HERE if i in stay else self._leave(program, cast(Tensor, outputs[i]), i))
+        out = restore(program, lambda i: _HERE if i in stay else self._leave(program, cast(Tensor, outputs[i]), i, Passage(1.0)))
         out[self._name] = cache.handle()
         return out
 
