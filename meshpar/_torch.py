@@ -765,6 +765,11 @@ def transforms() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a wrapper that torch.func made: it lies nowhere in memory (torch 2.13; wait for a public way to ask)."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[no-any-return, unused-ignore]
+
+
 def dcp_storage_info(file: str, offset: int, length: int) -> Any:
     """Where an item of a torch.distributed.checkpoint directory lies (torch 2.13; wait for a public record)."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -950,6 +955,7 @@ __all__ = [
     "generator_key",
     "global_hooks",
     "grouped_mm",
+    "is_transformed",
     "is_view",
     "is_view_operator",
     "lists_of_numbers",

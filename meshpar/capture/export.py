@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from meshpar._torch import FakeTensorMode, checkpoints_only_call, quick_traces, without_dumps
-from meshpar.capture import blame, check, decompositions, examples, fake, functional, grad, simplify, structure
+from meshpar.capture import blame, check, decompositions, examples, fake, foreign, functional, grad, simplify, structure
 from meshpar.capture import exported as graph
 from meshpar.capture.attempts import Attempt, first_that_works
 from meshpar.capture.batch import ReadBatch, maybe_packed, read_batch
@@ -145,7 +145,7 @@ def _recorded(
     ):
         recorder = ForwardRecorder(model, batch, loss_fn, recording)
         with hooks.kept(model, given) as hooked:
-            program = _export(recorder, inputs, device, found, answers, hooked)
+            program, others = _export(recorder, inputs, device, found, answers, hooked)
         renamed = _canonical(program, recorder, names)
     built = graph.build(program, renamed, (*batch.names, *recording.slot_names()), prefix=_PREFIX)
     _keep_used(built.graph, recording)
@@ -155,6 +155,7 @@ def _recorded(
         simplify.prune(built.graph)
         check.refuse(built.graph)
     regions.assign(built.graph)
+    others.refuse(built.graph, built.constants)
     leaves = batch.requires_grad | dict.fromkeys(recording.names, False) | _trainable(model)
     grad.propagate(built.graph, leaves)
     if cuts.cut(built.graph):
@@ -213,7 +214,7 @@ def _export(
     found: experts.Seam,
     answers: branches.Branches,
     hooked: hooks.Found,
-) -> ExportedProgram:
+) -> tuple[ExportedProgram, foreign.Foreign]:
     with warnings.catch_warnings(), uncollected(), without_dumps(), quick_traces():
         warnings.simplefilter("ignore")
         try:
@@ -224,11 +225,12 @@ def _export(
                 functions.casting_nothing(),
                 checkpoints_only_call(),
                 functions.kept(recorder.functions),
+                foreign.Foreign() as others,
             ):
                 program = torch.export.export(recorder, tuple(inputs), strict=False)
             hooked.check_unwritten()
             grad.inline(program.graph_module)
-            return functional.functional(program)
+            return functional.functional(program), others
         except Exception as error:
             raise blame.explain(error, recorder.model, found.advice(blame.modules_of(error, recorder.model))) from error
 

@@ -35,6 +35,8 @@ class ForwardRecorder(nn.Module):
     It is what one process computes from the whole batch: a forward that asks torch.distributed finds it not initialized.
     """
 
+    _loss_fn: Callable[[Any, Any], torch.Tensor] | None
+
     def __init__(
         self, model: nn.Module, batch: ReadBatch, loss_fn: Callable[[Any, Any], torch.Tensor] | None, recording: state.Recording
     ) -> None:
@@ -43,7 +45,7 @@ class ForwardRecorder(nn.Module):
         self.outcome = Returned()
         self.functions = functions.Calls(model)
         self._batch = batch
-        self._loss_fn = loss_fn
+        self.__dict__["_loss_fn"] = loss_fn  # (a module is none of this one: what it holds is no part of the model)
         self._recording = recording
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

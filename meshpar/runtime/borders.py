@@ -12,13 +12,15 @@ gradient is that of the number which was returned: of one device, as its part of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from meshpar.ops.collectives import refuse_second_derivative
+from meshpar.mesh import Axis
+from meshpar.ops.collectives import p_to_i, refuse_second_derivative
 
 
 class Passage:
@@ -45,6 +47,21 @@ class Passage:
         if self.share == 1.0 or not value.requires_grad or not torch.is_grad_enabled():
             return value
         return _Leaving.apply(self, own and not self._mean, value)
+
+
+@contextmanager
+def over_stages(inputs: Sequence[Sequence[torch.Tensor]], stages: Axis | None) -> Iterator[Sequence[Sequence[torch.Tensor]]]:
+    """For a step of a pipeline: leaves in the place of inputs that want a gradient. Every stage has that of what it uses; afterwards the
+    inputs get the sum, on all ranks. Collective over the stages if one of them wants a gradient."""
+    wanted = [x for tensors in inputs for x in tensors if x.requires_grad]
+    if stages is None or not wanted:
+        yield inputs
+        return
+    leaves = [x.detach().requires_grad_() for x in wanted]
+    given = iter(leaves)
+    yield [[next(given) if x.requires_grad else x for x in tensors] for tensors in inputs]
+    found = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+    torch.autograd.backward(wanted, [p_to_i(grad, group=stages.group, size=stages.size, rank=stages.rank) for grad in found])
 
 
 class _Entering(torch.autograd.Function):

@@ -21,13 +21,13 @@ from meshpar.config import ParallelConfig
 from meshpar.consensus import check_batch, check_whole
 from meshpar.errors import BatchError, ConfigError
 from meshpar.init.weights import tensor_groups
-from meshpar.mesh import data_axis, data_rank
+from meshpar.mesh import Axis, data_axis, data_rank, stage_axis
 from meshpar.ops.load import Tally
 from meshpar.ops.random import RandomState
 from meshpar.runtime import outside, steps
 from meshpar.runtime.asked import Asked
 from meshpar.runtime.blocks import Block
-from meshpar.runtime.borders import Passage
+from meshpar.runtime.borders import Passage, over_stages
 from meshpar.runtime.build import build, copy_values
 from meshpar.runtime.caching.forward import CachedForward, settling
 from meshpar.runtime.engine import Engine
@@ -77,6 +77,8 @@ class ParallelModel(Untaken, Likeness, Asked):
     _leave: Leave
     _share: float
     """What a loss of one data rank counts for."""
+    _stages: Axis | None
+    """The axis of a pipeline."""
     _padding: Padding
     scaled_by: object | None
     """The `GradScaler` whose scale the gradients of the last step were multiplied by."""
@@ -91,6 +93,7 @@ class ParallelModel(Untaken, Likeness, Asked):
         self.__dict__.update(_hooks=StepHooks(programs.hooks), scaled_by=None, _simulated=is_simulated())
         self.__dict__.update(_padding=Padding(programs, mesh, config, first.captured))
         self.__dict__.update(_leave=leaving(mesh, config.outputs), _share=1.0 if config.outputs == "cut" else 1.0 / data_rank(mesh)[1])
+        self.__dict__["_stages"] = None if programs.schedule is None else stage_axis(mesh)
         settling(programs, mesh)
         self._take_names()
         self.mesh, self.parallel_config = mesh, config
@@ -346,8 +349,9 @@ class ParallelModel(Untaken, Likeness, Asked):
         weight = outside.weight(count, batch if target is None else target, len(pieces), data, first[0].device)
         with without_autocast(), explaining(program.captured, first, len(pieces)):
             entered = [passage.enter(tensors) for passage, tensors in zip(passages, [first, *others], strict=True)]
-            inputs = [self._inputs(program, tensors, i) for i, tensors in enumerate(entered)]
-            total = self._engine.step(program, inputs, backward=True, scale=weight.own, outside=loss)
+            with over_stages(entered, self._stages) as given:
+                inputs = [self._inputs(program, tensors, i) for i, tensors in enumerate(given)]
+                total = self._engine.step(program, inputs, backward=True, scale=weight.own, outside=loss)
             total = outside.summed(total, data) * weight.share
         self.random.advance()
         self._variants.done(variant)
@@ -418,8 +422,9 @@ class ParallelModel(Untaken, Likeness, Asked):
                 "else, say which: parallelize(..., loss_fn=lambda output, batch: output[0]), or pm.forward_backward(batch, loss_fn)."
             )
         with without_autocast(), explaining(program.captured, tensors, count):
-            parts = self._parts(program, Passage(self._share, mean=True).enter(tensors), count)
-            total = self._engine.step(program, parts, backward=backward, scale=scale)
+            entered = Passage(self._share, mean=True).enter(tensors)
+            with over_stages([entered], self._stages if backward else None) as (given,):
+                total = self._engine.step(program, self._parts(program, given, count), backward=backward, scale=scale)
         self.random.advance()
         self._variants.done(variant)
         return steps.done(total)

@@ -38,6 +38,18 @@ class WithLoss(nn.Module):
         return F.mse_loss(self.body(x), y)
 
 
+class Staged(nn.Module):
+    """Whose first and last stage both use the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)))
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        h = self.layers(x) + x
+        return {"h": h, "loss": F.mse_loss(h, y)}
+
+
 def numbers(seed: int) -> Tensor:
     return torch.randn(4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -65,7 +77,7 @@ class Ranks(World):
         self.ranks = float(mp.data_rank(self.mesh)[1])
 
     def model(self, model: nn.Module) -> nn.Module:
-        example = (self.take(numbers(0)), self.take(numbers(1)))[: 2 if isinstance(model, WithLoss) else 1]
+        example = (self.take(numbers(0)), self.take(numbers(1)))[: 2 if isinstance(model, (WithLoss, Staged)) else 1]
         return mp.parallelize(model, self.mesh, example=example, config=self.config)
 
     def take(self, whole: Tensor) -> Tensor:
@@ -154,6 +166,27 @@ def of_the_input_of_a_step(world: World) -> Grads:
     else:
         model(x).square().mean().backward()
     return {"samples x": x.grad} | grads(model)
+
+
+def behind_a_module(world: World) -> Grads:
+    """A step, and one with a loss of one's own, of what a module outside gives: it has the gradient on all ranks."""
+    first, model, x = made(Net, 2), world.model(made(Staged)), world.take(numbers(3)).requires_grad_()
+    for own in (False, True):
+        hidden, y = first(x), world.take(numbers(4))
+        if not isinstance(model, mp.ParallelModel):
+            out = model(hidden, y)
+            (out["h"].square().mean() if own else out["loss"]).backward()
+        elif own:
+            model.forward_backward((hidden, y), lambda out, _: out["h"].square().mean())
+        else:
+            model.train_step(hidden, y)
+    for parameter in first.parameters():
+        assert parameter.grad is not None
+        if isinstance(model, mp.ParallelModel) and world.ranks > 1:
+            torch.distributed.all_reduce(parameter.grad, group=model.mesh.get_group("dp"))
+            parameter.grad /= world.ranks
+    assert x.grad is not None
+    return grads(first, "first ") | {"samples x": x.grad / world.ranks}
 
 
 def derivatives(world: World) -> Grads:
@@ -258,3 +291,20 @@ def on_ranks(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["replicate", "zero1", "zero3"])
 def test_on_processes(gloo: Pool, mode: str) -> None:
     gloo.run(on_ranks, mode, world=2, timeout=240)
+
+
+def over_stages() -> None:
+    compare(behind_a_module, Ranks("pp=2"))
+    compare(behind_a_module, Ranks("pp=2", microbatches=2, schedule="1f1b"))
+
+
+def over_stages_and_ranks() -> None:
+    compare(behind_a_module, Ranks("pp=2,dp=2", microbatches=2, schedule="zbv"))
+
+
+def test_stages_share_the_gradient_of_an_input(gloo: Pool) -> None:
+    gloo.run(over_stages, world=2, timeout=240)
+
+
+def test_stages_of_data_ranks(gloo: Pool) -> None:
+    gloo.run(over_stages_and_ranks, world=4, timeout=240)

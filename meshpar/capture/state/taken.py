@@ -169,8 +169,8 @@ def _with_all_of(found: State, model: nn.Module, experts: Iterable[str]) -> Stat
 
 
 def version_of(tensor: Tensor) -> int:
-    """A number that changes when a tensor is overwritten."""
-    return 0 if tensor.is_inference() else tensor._version
+    """A number that changes when a tensor is overwritten, or begins to want a gradient."""
+    return 2 * (0 if tensor.is_inference() else tensor._version) + tensor.requires_grad
 
 
 def _walk(surroundings: Surroundings, reads: Reads, model: nn.Module, loss_fn: Any) -> None:
