@@ -7,6 +7,7 @@ process group. Every case runs in a process of its own: import, build, then the 
     solve      graph -> Plan                          (compile.decide.decide)
     lower      Plan -> local graph of this rank       (passes.order.lowered)
     ledger     the collectives of the lowered graph   (compile.ledger.ledger)
+    proof      what the static check reads back       (compile.proved)
     blocks     the modules that run the graph         (runtime.blocks.build, parameters on meta)
 
 Times are processor seconds of the one thread that does it all, which other work on the machine does not enter; the last is wall time.
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from meshpar.compile.program import Program  # noqa: E402
 from meshpar.passes import order  # noqa: E402
 from meshpar.runtime import blocks  # noqa: E402
 
-STAGES = ("build", "capture", "solve", "lower", "ledger", "blocks")
+STAGES = ("build", "capture", "solve", "lower", "ledger", "proof", "blocks")
 
 
 class Layer(nn.Module):
@@ -88,6 +90,8 @@ def build(kind: str, layers: int) -> nn.Module:
             return GPT(layers, 12288, 96, 51200, 2048)
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        if kind in ("llama", "mixtral"):  # of the sizes that their configurations have by default: 7B, 8x7B
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, num_hidden_layers=layers))
         config = AutoConfig.for_model(
             "gpt2",
             n_layer=layers,
@@ -124,19 +128,21 @@ class Clock:
         setattr(module, function, timed)
 
 
-def case(kind: str, layers: int, dp: int, tp: int, profile: str | None) -> dict[str, Any]:
+def case(kind: str, layers: int, spec: str, profile: str | None) -> dict[str, Any]:
     """Run one case in this process."""
     torch.set_num_threads(1)
     before = _peak()
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=dp * tp)
-    mesh = mp.make_mesh(f"dp={dp},tp={tp}")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=_ranks(spec))
+    mesh = mp.make_mesh(spec)
     clock = Clock()
     clock.wrap(programs, "capture", "capture")
     clock.wrap(planning, "decide", "solve")
     clock.wrap(order, "lowered", "lower")
     clock.wrap(lowering, "ledger", "ledger")
+    clock.wrap(programs, "proved", "proof")
+    clock.wrap(programs, "proved_loss", "proof")
     with clock.stage("build"):
         model = build(kind, layers)
     batch = {name: torch.zeros(1, 2048, dtype=torch.long) for name in ("input_ids", "labels")}
@@ -146,7 +152,7 @@ def case(kind: str, layers: int, dp: int, tp: int, profile: str | None) -> dict[
     return {
         "kind": kind,
         "layers": layers,
-        "ranks": dp * tp,
+        "ranks": _ranks(spec),
         "parameters": sum(p.numel() for p in model.parameters()),
         "nodes": len(made.graph.nodes),
         "collectives": sum(c.count for c in made.plan.ledger),
@@ -178,6 +184,10 @@ def _profiled(path: str | None, run: Callable[[], Program]) -> Program:
     return result
 
 
+def _ranks(spec: str) -> int:
+    return prod(int(part.split("=")[1]) for part in spec.split(","))
+
+
 def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -197,22 +207,21 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48, 96])
-    parser.add_argument("--kinds", nargs="+", default=["gpt", "gpt2"], help="gpt: plain torch; gpt2: transformers")
+    parser.add_argument("--kinds", nargs="+", default=["gpt", "gpt2"], help="gpt: plain torch; gpt2, llama, mixtral: transformers")
     parser.add_argument("--meshes", nargs="+", default=["dp=64,tp=8"], help='a smaller one shows that ranks cost nothing: "dp=2,tp=2"')
     parser.add_argument("--profile", help="write cProfile's statistics here")
-    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        kind, layers, dp, tp = options.case
-        print("RESULT " + json.dumps(case(kind, int(layers), int(dp), int(tp), options.profile)))
+        kind, layers, spec = options.case
+        print("RESULT " + json.dumps(case(kind, int(layers), spec, options.profile)))
         return
     rows = []
     for kind in options.kinds:
         for mesh in options.meshes:
-            sizes = dict(part.split("=") for part in mesh.split(","))
             for layers in options.layers:
                 extra = ["--profile", options.profile] if options.profile else []
-                command = [sys.executable, __file__, *extra, "--case", kind, str(layers), sizes.get("dp", "1"), sizes.get("tp", "1")]
+                command = [sys.executable, __file__, *extra, "--case", kind, str(layers), mesh]
                 done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
                 found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
                 if not found:

@@ -34,9 +34,17 @@ class Fault:
     change: Callable[[fx.Graph, Groups], list[fx.Node]]
 
 
+FROM_THE_END = False
+"""Whether the first place of a fault is the last one in the graph: layers repeat, and the check remembers what it derived of the first."""
+
+
 def sites(graph: fx.Graph, *names: str) -> list[fx.Node]:
     """The calls of these operators, in order."""
-    return [n for n in graph.nodes if n.op == "call_function" and op_name(n.target).rpartition(".")[2] in names]
+    return [
+        n
+        for n in (reversed(graph.nodes) if FROM_THE_END else graph.nodes)
+        if n.op == "call_function" and op_name(n.target).rpartition(".")[2] in names
+    ]
 
 
 def _site(graph: fx.Graph, at: int, *names: str) -> fx.Node:

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn  # noqa: E402
 from torch.distributed.device_mesh import DeviceMesh  # noqa: E402
 
 import meshpar.compile.programs as made  # noqa: E402
+from benchmarks.planted_faults import faults  # noqa: E402
 from benchmarks.planted_faults.faults import Fault, NoPlace  # noqa: E402
 from benchmarks.planted_faults.table import CASES, Case  # noqa: E402
 from benchmarks.random_programs.compare import eager  # noqa: E402
@@ -179,7 +180,9 @@ def main() -> None:
     parser.add_argument("--numbers", action="store_true", help="run every program too")
     parser.add_argument("--only", help="models whose name begins so")
     parser.add_argument("--out", type=Path, help="JSON lines of the results")
+    parser.add_argument("--last", action="store_true", help="each fault at the last place in the program that it has, not at the first")
     options = parser.parse_args()
+    faults.FROM_THE_END = options.last
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rows: list[Planted] = []

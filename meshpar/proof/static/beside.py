@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from meshpar.graph.facts import infos_of
-from meshpar.graph.op import op_name, operands
+from meshpar.graph.op import op_name
 from meshpar.proof.static.report import Contradiction
 
 _HERE = "meshpar.ops.products."
@@ -59,8 +59,8 @@ def _passes(node: fx.Node, start: fx.Node) -> bool:
         at = waiting.pop()
         if at is start:
             return True
-        if any(info is not None and info.requires_grad for info in infos_of(at)):
-            new = [n for n in operands(at) if n not in seen]
+        if start < at and any(info is not None and info.requires_grad for info in infos_of(at)):  # (what comes before it cannot lead there)
+            new = [n for n in at.all_input_nodes if n not in seen]
             seen.update(new)
             waiting += new
     return False

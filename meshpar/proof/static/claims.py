@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from meshpar.graph.facts import PartOf, facts, info_of
-from meshpar.graph.op import Value, kind_of, operands, value_of
+from meshpar.graph.op import Value, operands, value_of
 from meshpar.mesh import Axis
 from meshpar.plan import Plan
 from meshpar.roles import ROLES
@@ -75,7 +75,7 @@ class Claims:
     def kinds(self) -> Mapping[fx.Node, Any]:
         """What calls have in common that obey the same rule in the same way."""
         numbers: dict[Any, int] = {}
-        return {n: numbers.setdefault(_hashable(kind_of(n)), len(numbers)) for n in self.graph.nodes if n.op == "call_function"}
+        return {n: numbers.setdefault(_kind(n), len(numbers)) for n in self.graph.nodes if n.op == "call_function"}
 
     @cached_property
     def dispatches(self) -> Mapping[Value, fx.Node]:
@@ -92,17 +92,35 @@ class Claims:
     def shapes(self, value: Value, types: Types) -> list[tuple[int, ...]]:
         """The shape of a value as it is whole on each axis and cut on those before; last, that of what a rank holds."""
         info = facts(value[0]).info
-        shape = (info[value[1]] if isinstance(info, tuple) else info).shape  # type: ignore[union-attr]
-        found = [tuple(shape)]
-        for axis, type_ in zip(self.axes, types, strict=True):
-            found.append(local_shape(found[-1], type_, axis.size, max(axis.rank, 0)))
+        shape = tuple((info[value[1]] if isinstance(info, tuple) else info).shape)  # type: ignore[union-attr]
+        found = self._shapes.get((shape, types))
+        if found is None:
+            found = self._shapes[shape, types] = [shape]
+            for axis, type_ in zip(self.axes, types, strict=True):
+                found.append(local_shape(found[-1], type_, axis.size, max(axis.rank, 0)))
         return found
 
+    @cached_property
+    def _shapes(self) -> dict[tuple[tuple[int, ...], Types], list[tuple[int, ...]]]:
+        return {}
 
-def _hashable(value: Any) -> Any:
+
+def _kind(node: fx.Node) -> tuple[Any, ...]:
+    """What a call is, whatever the values it is given."""
+    places: dict[fx.Node, int] = {}
+    text = written((node.args, node.kwargs), places)
+    return node.target, text, tuple([facts(n).info for n in places]), facts(node).info
+
+
+def written(value: Any, places: dict[fx.Node, int]) -> Any:
+    """An argument with the number of a node in its place; numbers with their types (1 is neither 1.0 nor True)."""
+    if isinstance(value, fx.Node):
+        return fx.Node, places.setdefault(value, len(places))
     if isinstance(value, (list, tuple)):
-        return tuple(_hashable(v) for v in value)
-    return (type(value), value) if isinstance(value, (int, float, bool)) else value
+        return tuple([written(v, places) for v in value])
+    if isinstance(value, dict):
+        return tuple([(k, written(v, places)) for k, v in value.items()])
+    return type(value), value
 
 
 def claims_of(graph: fx.Graph, plan: Plan, axes: Iterable[Axis], *, batch_dims: Mapping[str, int], loss: int | None, mutations: int,

@@ -23,6 +23,7 @@ from meshpar.proof.static.layout import layout_of
 from meshpar.proof.static.masks import Masks
 from meshpar.proof.static.moves import Level, bounds, is_move, moved
 from meshpar.proof.static.reader import GradientEdge, GradientStep, LocalKey, Made, ProgramReading, key_of
+from meshpar.proof.static.repeated import Repeated
 from meshpar.proof.static.report import Contradiction, Unproved
 from meshpar.proof.static.shapes import LocalShapes
 from meshpar.proof.static.spoken import check_arguments, is_same_operator
@@ -50,6 +51,7 @@ class Derive:
         self.claims = claims
         self.shapes, self.masks = LocalShapes(), Masks()
         self.level = {a.group: k for k, a in enumerate(claims.axes)}
+        self._repeated = Repeated(claims)
         self._ops: dict[fx.Node, Op] = {}
         self._actions: dict[Any, OperatorAction | None] = {}
         self._routes: dict[fx.Node, experts.RowsRoute] = {}
@@ -63,12 +65,18 @@ class Derive:
             return exchange(self.claims, self.level, reading, node)
         if name in experts.MOVEMENTS:
             return experts.MOVEMENTS[name](self.claims, self.level, self._routes, reading, node)
+        saying = self._repeated.saying(reading, node)
+        if saying is not None and (made := self._repeated.made(saying)) is not None:
+            return made
         if (made := self._scaled(reading, node)) is not None:
             return made
         if (origin := self._mean(reading, node)) is not None:
             return self._unscaled_sum(reading, node, origin)
         found = self._match(reading, node)
-        return self._derived(found)
+        made = self._derived(found)
+        if saying is not None:
+            self._repeated.learn(saying, made)
+        return made
 
     # -- which call of the model it is ---------------------------------------------------------------------------------------------------
 
@@ -222,8 +230,8 @@ class Derive:
 
     def _created(self, found: MatchedCall, outs: tuple[tuple[Type, ...], ...]) -> tuple[tuple[Type, ...], ...]:
         """Tensors of one value: any part of one is such a tensor, so which part it is said to be is what it is."""
-        sized = {"size"} & set(found.call.arguments)
-        if not sized or found.op.name not in _FILLED or list(found.call.arguments["size"]) == list(found.op.arguments["size"]):
+        sized = found.op.name in _FILLED and "size" in found.call.arguments
+        if not sized or list(found.call.arguments["size"]) == list(found.op.arguments["size"]):
             return outs
         said = declared(found.node, self.claims)
         if said is None or any(isinstance(t, (Partial, Ragged)) for t in said.types):

@@ -42,8 +42,16 @@ def _is_causal(mask: fx.Node, queries: int, keys: int) -> bool | None:
         for node in needed:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
             values[node] = node.target(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))  # type: ignore[operator]
-        found = values[mask]
-        return found.dtype == torch.bool and bool((found == torch.ones(queries, keys, dtype=torch.bool).tril()).all())
+        found = _once(values[mask])
+        return found.dtype == torch.bool and torch.equal(found, (torch.arange(keys) <= torch.arange(queries)[:, None]).expand_as(found))
+
+
+def _once(mask: torch.Tensor) -> torch.Tensor:
+    """Without what `expand` repeats: samples and heads of a large batch are no memory, and one of them is looked at."""
+    for dim in range(mask.dim() - 2):
+        if mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
 
 
 def _needed(mask: fx.Node) -> list[fx.Node] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def _run(
         shape, dtype = operands[node]
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    with without_modes(), torch.no_grad(), torch.device("meta"):
+    with without_modes(), torch.no_grad(), nullcontext() if operands else torch.device("meta"):
         given, named = fx.map_arg((tuple(args), dict(kwargs)), example)
         if "device" in named:
             named = {**named, "device": "meta"}
