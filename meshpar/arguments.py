@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshpar.capture.aliases import shared_memory
 from meshpar.config import ParallelConfig
 from meshpar.errors import ConfigError, raise_all
 from meshpar.init.fit import Weights, shortened
@@ -77,7 +78,18 @@ def _model(model: object, mesh: object) -> list[str]:
             f"the model is wrapped by {type(model).__name__}, which runs it in its own way. Give the model itself: "
             f"parallelize(model.{_WRAPPERS[kind]}, mesh); data parallelism is an axis of the mesh."
         ]
-    return _quantised(model)
+    return [*_quantised(model), *_shared(model)]
+
+
+def _shared(model: nn.Module) -> list[str]:
+    """Two tensors in one memory."""
+    found = [f"{a} and {b}" for a, b in shared_memory(model)]
+    if not found:
+        return []
+    return [
+        f"{shortened(found, most=3)} lie in the same memory, so that what changes one changes the other; a parallel model holds them "
+        "apart. To tie two parameters make them one: decoder.weight = encoder.weight. Else clone() where the second is made."
+    ]
 
 
 def _quantised(model: nn.Module) -> list[str]:

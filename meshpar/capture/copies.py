@@ -41,7 +41,7 @@ def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module
     """
     refuse_unreadable(model)
     made = dict(memo or {})
-    found = list(_held(model))
+    found = list(held(model))
     inside = {id(value) for _, value in found if isinstance(value, nn.Module)} | {
         id(t) for t in (*model.parameters(), *model.buffers()) if t is not None
     }
@@ -103,7 +103,7 @@ def refuse_originals(constants: Mapping[str, torch.Tensor], originals: Mapping[i
 # ---- what a model holds ----------------------------------------------------------------------------------------------------------------
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def held(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every object that can be reached from a model's attributes, once, with the path to it; holders before what they hold."""
     seen: set[int] = set()
     todo: deque[tuple[str, Any]] = deque([("", model)])

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar._torch import without_modes
+from meshpar.capture.aliases import buffers_in_shared_memory, refuse_written
 from meshpar.capture.calls import check_call
 from meshpar.capture.copies import copied, memories, refuse_originals, refuse_unreadable
 from meshpar.capture.export import capture
@@ -97,6 +98,7 @@ class Programs:
         self.skeleton = _skeleton(model)
         self.following = Following(model, self.skeleton)
         self.originals = memories(model)
+        self._in_one_memory = buffers_in_shared_memory(model)
         self.ordered = order_of(model)
         self.mesh, self.config, self.loss_fn = mesh, config, loss_fn
         self.parameters = dict(parameter_facts(model))
@@ -164,6 +166,7 @@ class Programs:
         kind = kind_of(signature, microbatches, trainable, ask.gradients)
         captured = self._captured(args, kwargs, microbatches, ask, kind)
         refuse_originals(captured.constants, self.originals)
+        refuse_written(self._in_one_memory, captured.mutations)
         self.originals = {}  # (the model may be gone when the next program is made, and its memory somebody else's)
         say(captured.state.notes, self.skeleton)
         parts = _parted(captured, microbatches, lambda: self._of_several(args, kwargs, microbatches, ask, (kind, variant(captured.state))))

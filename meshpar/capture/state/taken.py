@@ -136,7 +136,7 @@ class Recording:
         read = {p: v for p, v in reads.read.items() if p not in numbers.values and not isinstance(v, FakeTensor)}
         self.found = State(
             read=read,
-            tensors={place: (tensor, version_of(tensor)) for place, tensor in reads.tensors.items() if not isinstance(tensor, FakeTensor)},
+            tensors={place: (tensor, token_of(tensor)) for place, tensor in reads.tensors.items() if not isinstance(tensor, FakeTensor)},
             roots={name: root for name, root in reads.roots.items() if name and any(place.root == name for place in reads.read)},
             numbers={place: type(value) for place, value in numbers.values.items()},
             inputs=dict(zip(self.names, numbers.inputs, strict=True)),
@@ -164,13 +164,18 @@ def settled(found: State, model: nn.Module, experts: Iterable[str] = ()) -> Stat
 def _with_all_of(found: State, model: nn.Module, experts: Iterable[str]) -> State:
     every = {**of_classes(model, experts), **attributes(model, experts)}
     held = {p: copied(value) for p, value in every.items() if p not in found.numbers and p not in found.writes}
-    tensors = {place: (value, version_of(value)) for place, value in held.items() if isinstance(value, Tensor)}
+    tensors = {place: (value, token_of(value)) for place, value in held.items() if isinstance(value, Tensor)}
     return replace(found, read={**held, **found.read}, tensors={**tensors, **found.tensors})
 
 
 def version_of(tensor: Tensor) -> int:
+    """A number that changes when a tensor is overwritten."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def token_of(tensor: Tensor) -> int:
     """A number that changes when a tensor is overwritten, or begins to want a gradient."""
-    return 2 * (0 if tensor.is_inference() else tensor._version) + tensor.requires_grad
+    return 2 * version_of(tensor) + tensor.requires_grad
 
 
 def _walk(surroundings: Surroundings, reads: Reads, model: nn.Module, loss_fn: Any) -> None:

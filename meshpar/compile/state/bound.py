@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from meshpar.capture.state.places import ABSENT, ANY, CONTAINERS, Picture, Place, same
-from meshpar.capture.state.taken import version_of
+from meshpar.capture.state.taken import token_of
 
 _CONTENTS = attrgetter("cell_contents")
 
@@ -50,7 +50,7 @@ class Bound:
         if place not in self.tensors:
             return same(now, before)
         tensor, version = self.tensors[place]
-        if version_of(tensor) != version:
+        if token_of(tensor) != version:
             return False
         return now is tensor or _equal(now, tensor)
 
@@ -66,7 +66,7 @@ class Bound:
             return False
         if any(map(contains, empty, names)) or list(map(len, lists)) != lengths:
             return False
-        return all(same(place.value(roots), value) for place, roots, value in others) and all(version_of(t) == v for t, v in versions)
+        return all(same(place.value(roots), value) for place, roots, value in others) and all(token_of(t) == v for t, v in versions)
 
     def _bind(self) -> tuple[list[Any], ...]:
         owners, keys, empty, names, lists, others, cells, contents = (list[Any]() for _ in range(8))

@@ -20,7 +20,7 @@ from torch import nn
 from meshpar.capture.hooks.models import forward_hooks, hand_on_library_hooks
 from meshpar.capture.state.places import ABSENT, Place, copied, same
 from meshpar.capture.state.reads import attributes
-from meshpar.capture.state.taken import State, version_of
+from meshpar.capture.state.taken import State, token_of
 from meshpar.compile.state.apart import Apart
 from meshpar.compile.state.bound import Bound
 from meshpar.errors import ConfigError
@@ -82,7 +82,7 @@ class Following:
         roots = {"": original}
         if self._bound is None:
             tensors = {
-                place: (tensor, self._versions.get(place, version_of(tensor)))
+                place: (tensor, self._versions.get(place, token_of(tensor)))
                 for place in self._watched
                 if isinstance(tensor := self._seen[place], torch.Tensor)
             }
@@ -127,7 +127,7 @@ class Following:
             new, mine, before = place.value(there), place.value(here), self._seen.get(place, ABSENT)
             self._seen[place] = copied(new)
             if isinstance(new, torch.Tensor):
-                self._versions[place] = version_of(new)
+                self._versions[place] = token_of(new)
             if not (isinstance(new, torch.Tensor) or same(mine, before) or same(mine, new)):
                 both.append(f"{place} is {new!r} there and {mine!r} here.")
             place.put(here, copy.deepcopy(new, memo))
@@ -145,7 +145,7 @@ def _shared(original: nn.Module, skeleton: nn.Module) -> list[tuple[str, nn.Modu
 
 
 def _versions(model: nn.Module) -> dict[Place, int]:
-    return {place: version_of(value) for place, value in attributes(model).items() if isinstance(value, torch.Tensor)}
+    return {place: token_of(value) for place, value in attributes(model).items() if isinstance(value, torch.Tensor)}
 
 
 class Shown:
