@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from meshpar._torch import local_of
 from meshpar.mesh import Axis
 from meshpar.ops.collectives import p_to_i, refuse_second_derivative
 
@@ -44,9 +46,18 @@ class Passage:
 
     def leave(self, value: torch.Tensor, *, own: bool) -> torch.Tensor:
         """An output, whose gradient enters multiplied by the share; `own`: it is of this rank's samples."""
-        if self.share == 1.0 or not value.requires_grad or not torch.is_grad_enabled():
+        if not value.requires_grad or not torch.is_grad_enabled():
+            return value
+        if value.grad_fn is not None:
+            value.register_hook(_plain)
+        if self.share == 1.0:
             return value
         return _Leaving.apply(self, own and not self._mean, value)
+
+
+def _plain(grad: torch.Tensor) -> torch.Tensor | None:
+    """A gradient as inside of the model: that of a loss to which a term of parameters was added is a DTensor, whole on every rank."""
+    return local_of(grad) if isinstance(grad, DTensor) else None
 
 
 @contextmanager

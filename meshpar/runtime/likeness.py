@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from meshpar.errors import ConfigError
+from meshpar.runtime.parameters.tensors import ModelTensor
 
 _INSTEAD: Mapping[str, str] = {
     "gradient_checkpointing_enable": 'parallelize(..., config=mp.ParallelConfig(recompute="full")) computes again in backward.',
@@ -31,7 +32,7 @@ class Likeness(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)
+            return shown(self, name, super().__getattr__(name))
         except AttributeError:
             original = self.__dict__.get("_original")
             if original is None or name.startswith("_"):
@@ -43,6 +44,10 @@ class Likeness(nn.Module):
                 return lambda: [_here(self, value) for value in getattr(original, name)()]
             refuse_method(original, name)
             raise
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parts: between forward and backward too, while FSDP2 has gathered ones in their place."""
+        yield from self._named_members(_parameters, prefix=prefix, recurse=recurse, remove_duplicate=remove_duplicate)
 
     def __getitem__(self, key: Any) -> Any:
         return _here(self, _of(self)[key])
@@ -73,6 +78,18 @@ class Likeness(nn.Module):
                 f"p.mul_(...), or pm.load_state_dict. Else change the model, and parallelize it again."
             )
         super().register_parameter(name, param)
+
+
+def shown(module: nn.Module, name: str, value: Any) -> Any:
+    """What `module` shows of `value`, its parameter of that name: the one an optimizer has, which gets what is computed from it."""
+    if isinstance(value, nn.Parameter) and not isinstance(value, ModelTensor):
+        own = module.__dict__.get("_own", {}).get(name)
+        return value if own is None else own
+    return value
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, shown(module, name, value)) for name, value in module._parameters.items())
 
 
 class Children(dict[str, Any]):

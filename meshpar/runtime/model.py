@@ -35,7 +35,7 @@ from meshpar.runtime.evaluation import evaluate
 from meshpar.runtime.failures import Together
 from meshpar.runtime.generation import Generation
 from meshpar.runtime.hooks import StepHooks, refusing
-from meshpar.runtime.likeness import Children, Likeness, refuse_method, refuse_module
+from meshpar.runtime.likeness import Children, Likeness, refuse_method, refuse_module, shown
 from meshpar.runtime.names import together as one_module
 from meshpar.runtime.outputs import Leave, leaving, returned
 from meshpar.runtime.outside import LossFunction
@@ -113,6 +113,7 @@ class ParallelModel(Untaken, Likeness, Asked):
         names = one_module(list(self._engine.trees.values()))
         self.__dict__.update(_modules=names._modules, _parameters=names._parameters, _buffers=names._buffers)
         self.__dict__["_non_persistent_buffers_set"] = names._non_persistent_buffers_set
+        self.__dict__["_own"] = names.__dict__.get("_own", {})
         if "_variants" in self.__dict__:
             self._show_originals()
             self._variants.rebind()
@@ -189,7 +190,7 @@ class ParallelModel(Untaken, Likeness, Asked):
     def __getattr__(self, name: str) -> Any:
         """An attribute of the model, as programs see it."""
         try:
-            return nn.Module.__getattr__(self, name)
+            return shown(self, name, nn.Module.__getattr__(self, name))
         except AttributeError:
             if "_variants" not in self.__dict__ or name.startswith("_"):
                 raise

@@ -39,7 +39,7 @@ Leave = Callable[[Program, torch.Tensor, int, Passage], torch.Tensor]
 def leaving(mesh: DeviceMesh, outputs: str) -> Leave:
     """How the i-th output of a program leaves it, when "whole" or "cut" is asked for."""
     if outputs == "cut":
-        return lambda program, value, index, passage: _cut(program, value, index, mesh)
+        return lambda program, value, index, passage: _cut(program, passage.leave(value, own=False), index, mesh)
     axes = tuple(one for one in typed_axes(mesh) if one.size > 1)
     known: dict[str, list[tuple[Axis, OutputTypes, tuple[bool, ...]]]] = {}
 
@@ -48,7 +48,7 @@ def leaving(mesh: DeviceMesh, outputs: str) -> Leave:
             known[program.key] = _read(program, axes)
         return _whole(program, value, index, known[program.key], passage)
 
-    return leave if axes else lambda program, value, index, passage: value
+    return leave if axes else lambda program, value, index, passage: passage.leave(value, own=False)
 
 
 OutputTypes = tuple[Type, ...]

@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from meshpar._torch import LocalTensor, OpOverload, draws, dtensor_like, is_view_operator, local_of, pytree, written_names
 from meshpar.errors import ConfigError
+from meshpar.ops.collectives import p_to_i
+from meshpar.runtime.parameters.alike import check_alike, data_axes
 from meshpar.runtime.parameters.apart import NumberApart, Origin, inside_step, joined, refuse_number, refuse_scaler
 from meshpar.runtime.parameters.specs import ParameterSpec, from_true, gathered, spec_of, tells_order
 from meshpar.sharding.types import Owned
@@ -92,7 +94,15 @@ class ModelTensor(DTensor):
         return NumberApart(value, self._origin) if self._origin.apart and isinstance(value, float) and inside_step() else value
 
     def full_tensor(self, *, grad_placements: Any = None) -> torch.Tensor:
-        """The whole in the original order, on every rank; outside of autograd. Collective over the ranks that hold it."""
+        """The whole in the original order, on every rank. Collective over the ranks that hold it.
+
+        Its gradient goes to the parameter, averaged over the data ranks (what all of them compute alike counts once).
+        """
+        if grad_placements is not None and not all(p.is_replicate() for p in grad_placements):
+            raise ConfigError(f"full_tensor(grad_placements={grad_placements}): the gradient of {self._origin} as a whole is Replicate().")
+        if torch.is_grad_enabled() and self.requires_grad:
+            found: torch.Tensor = _Full.apply(self)
+            return found
         return _whole_of(self).detach().clone()
 
     def redistribute(self, *args: Any, **kwargs: Any) -> DTensor:
@@ -117,10 +127,15 @@ def become(tensor: DTensor, origin: Origin, *, whole: bool = False) -> ModelTens
 
 
 def adopt(module: nn.Module, specs: Mapping[str, ParameterSpec], *, apart: bool) -> None:
-    """Make the parameters of `module` ModelTensors. `apart`: other ranks hold parameters that this one has not."""
+    """Make the parameters of `module` ModelTensors. `apart`: other ranks hold parameters that this one has not.
+
+    Its modules remember them as their `_own`: FSDP2 puts gathered ones in their place from forward to backward.
+    """
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor) and name in specs:
             become(parameter, Origin(frozenset((name,)), specs[name], apart))
+    for part in module.modules():
+        part.__dict__["_own"] = dict(part._parameters)
 
 
 def _known(grad: torch.Tensor | None, parameter: ModelTensor) -> torch.Tensor | None:
@@ -149,6 +164,22 @@ class _ToLocal(torch.autograd.Function):
         return _known(made, ctx.parameter) if isinstance(ctx.parameter, ModelTensor) else made  # type: ignore[return-value]
 
 
+class _Full(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: ModelTensor) -> torch.Tensor:
+        ctx.tensor = tensor
+        return _whole_of(tensor).detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        tensor: ModelTensor = ctx.tensor
+        for one in data_axes(tensor.device_mesh):
+            grad = p_to_i(grad, group=one.group, size=one.size, rank=one.rank) / one.size
+        if tensor._whole:
+            return _wrapped_whole(grad, tensor, tensor._origin)
+        return _wrapped_part(_cut(grad, tensor), tensor, tensor._origin)
+
+
 def local_with_gradient(parameter: DTensor) -> torch.Tensor:
     """As `to_local`, with a gradient that knows its layout, before autograd adds to it what was computed from the whole."""
     found: torch.Tensor = _ToLocal.apply(parameter)
@@ -171,6 +202,8 @@ def is_whole(tensor: torch.Tensor) -> bool:
 
 
 def _run(func: OpOverload, args: Any, kwargs: Any) -> Any:
+    if torch.is_grad_enabled():
+        check_alike(func, args, kwargs)
     name, kind = _kind(func)
     if kind == "lists":
         return _lists(func, name, args, kwargs)
