@@ -3,7 +3,8 @@
     loss = pm(**batch).loss + 0.1 * (pm.head.weight @ prototypes).square().mean()      the same term on every rank: it counts once
     loss = pm(**batch).loss + 0.1 * (pm.head.weight @ own_samples).square().mean()     refused: every rank would train its own copy
 
-The gradient of such a term goes to a parameter as it is. A number that is only added says nothing of it.
+The gradient of such a term goes to a parameter as it is. A number that is only added says nothing of it. Ranks ask each other, so all of
+them compute such a term, as they do where a parameter has to be gathered; what one rank computes alone is computed without gradients.
 """
 
 from __future__ import annotations
