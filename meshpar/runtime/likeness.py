@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from meshpar.errors import ConfigError
 from meshpar.runtime.parameters.tensors import ModelTensor
@@ -45,10 +46,6 @@ class Likeness(nn.Module):
             refuse_method(original, name)
             raise
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parts: between forward and backward too, while FSDP2 has gathered ones in their place."""
-        yield from self._named_members(_parameters, prefix=prefix, recurse=recurse, remove_duplicate=remove_duplicate)
-
     def __getitem__(self, key: Any) -> Any:
         return _here(self, _of(self)[key])
 
@@ -82,14 +79,10 @@ class Likeness(nn.Module):
 
 def shown(module: nn.Module, name: str, value: Any) -> Any:
     """What `module` shows of `value`, its parameter of that name: the one an optimizer has, which gets what is computed from it."""
-    if isinstance(value, nn.Parameter) and not isinstance(value, ModelTensor):
+    if isinstance(value, nn.Parameter) and isinstance(value, DTensor) and not isinstance(value, ModelTensor):
         own = module.__dict__.get("_own", {}).get(name)
         return value if own is None else own
     return value
-
-
-def _parameters(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, shown(module, name, value)) for name, value in module._parameters.items())
 
 
 class Children(dict[str, Any]):
