@@ -9,7 +9,7 @@ A parallel model has its own memory for every parameter, and copies do not keep 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from itertools import combinations
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -60,15 +60,18 @@ def _pairs(model: nn.Module) -> Iterator[tuple[Named, Named]]:
             where = found.setdefault(value.untyped_storage()._cdata, {})
             where.setdefault(id(value), (registered.get(id(value), path), value))
     for tensors in found.values():
-        ordered = sorted(tensors.values(), key=lambda one: places.get(id(one[1]), len(places)))
-        yield from (pair for pair in combinations(ordered, 2) if _overlap(pair[0][1], pair[1][1]))
+        by_start = sorted(tensors.values(), key=lambda one: _extent(one[1]))
+        for at, one in enumerate(by_start):
+            end = _extent(one[1])[1]
+            for other in takewhile(lambda other: _extent(other[1])[0] < end, by_start[at + 1 :]):  # noqa: B023  (used at once)
+                if _overlap(one[1], other[1]):
+                    first, second = sorted((one, other), key=lambda named: places.get(id(named[1]), len(places)))
+                    yield first, second
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether an element of one is one of the other; both are of one storage."""
+    """Whether an element of one is one of the other; both are of one storage, and b begins inside of the stretch that a spans."""
     (first, last), (start, stop) = _extent(a), _extent(b)
-    if last <= start or stop <= first:
-        return False
     if all(stop - start == t.numel() * t.element_size() for t, start, stop in ((a, first, last), (b, start, stop))):
         return True
     low, high = min(first, start), max(last, stop)

@@ -58,7 +58,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    return type(tensor) in _PLAIN and not tensor.is_meta and not is_transformed(tensor) and tensor.numel() > 0
+    plain = type(tensor) in _PLAIN and tensor.layout == torch.strided
+    return plain and not tensor.is_meta and not is_transformed(tensor) and tensor.numel() > 0
 
 
 def _flows(graph: fx.Graph, name: str) -> bool:
