@@ -348,11 +348,23 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 
 
 def forget_step(root: Any) -> bool:
-    """Let FSDP2 forget a step that raised; False where it cannot (before torch 2.13)."""
+    """Let FSDP2 forget a step that raised, and gradients that it had not summed yet; False where it cannot (before torch 2.13)."""
     if not hasattr(root, "reset_iter_state"):
         return False
     root.reset_iter_state()
+    for parameter in (p for group in _unit_groups(root) for p in group.fsdp_params):
+        parameter.unsharded_accumulated_grad = None
+        if (gathered := getattr(parameter, "_unsharded_param", None)) is not None:
+            gathered.grad = None
     return True
+
+
+def is_unfinished(root: Any) -> bool:
+    """Whether a forward or a backward of FSDP2 began and did not end: one that raised, where none is under way (torch 2.13)."""
+    from torch.distributed.fsdp import fully_shard
+
+    context = fully_shard.state(root)._state_ctx  # type: ignore[attr-defined]
+    return context.iter_forward_root is not None or bool(context.post_backward_final_callback_queued)
 
 
 def shares_out_over_several() -> bool:
@@ -956,6 +968,7 @@ __all__ = [
     "global_hooks",
     "grouped_mm",
     "is_transformed",
+    "is_unfinished",
     "is_view",
     "is_view_operator",
     "lists_of_numbers",

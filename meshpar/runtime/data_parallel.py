@@ -34,6 +34,7 @@ from meshpar._torch import (
     as_parameter,
     forget_step,
     groups_of,
+    is_unfinished,
     local_of,
     mesh_info,
     part_here,
@@ -68,9 +69,14 @@ class DataParallelism:
     """Why there can be no further step, if there is a reason."""
 
     def microbatch(self, index: int, count: int) -> None:
-        """Say which microbatch of the step comes next: gradients are summed, and parameters let go, when the mode says so."""
+        """Say which microbatch of the step comes next: gradients are summed, and parameters let go, when the mode says so.
+
+        A forward or backward before it that raised, in a loop of the user's for instance, is forgotten.
+        """
         if not isinstance(self.root, FSDPModule):
             return
+        if index == 0 and is_unfinished(self.root):
+            self.reset()
         self._check()
         last = index == count - 1
         self.root.set_is_last_backward(last)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +186,8 @@ class Whole(Engine):
     def run(self, program: Program, inputs: Inputs, stay: Collection[int] = ()) -> tuple[Any, ...]:
         """All outputs of a program for one batch."""
         self._data.microbatch(0, 1)
-        return self._tree.run(program.key, *arguments(program, inputs))
+        with self._forgetting():
+            return self._tree.run(program.key, *arguments(program, inputs))
 
     def step(
         self,
@@ -197,19 +199,41 @@ class Whole(Engine):
         outside: OutsideLoss | None = None,
     ) -> torch.Tensor:
         """The sum of the losses of all microbatches."""
-        total: torch.Tensor | None = None
-        for index, part in enumerate(parts):
-            self._data.microbatch(index, len(parts))
-            loss = self._loss(program, part, index, outside)
-            if backward:
-                check_trained(loss)
-                self._data.alone()
-                loss.backward(times(scale, loss))
-                self._data.done(index, len(parts))
-            found = loss.detach() if outside is None else loss.detach().double()
-            total = found if total is None else total + found
-        assert total is not None
+        with self._forgetting():
+            found = [self._part(program, part, i, len(parts), backward, scale, outside) for i, part in enumerate(parts)]
+        total = found[0]
+        for loss in found[1:]:
+            total = total + loss
         return total
+
+    def _part(
+        self,
+        program: Program,
+        part: Inputs,
+        index: int,
+        count: int,
+        backward: bool,
+        scale: torch.Tensor | None,
+        outside: OutsideLoss | None,
+    ) -> torch.Tensor:
+        """The loss of one microbatch, and its backward."""
+        self._data.microbatch(index, count)
+        loss = self._loss(program, part, index, outside)
+        if backward:
+            check_trained(loss)
+            self._data.alone()
+            loss.backward(times(scale, loss))
+            self._data.done(index, count)
+        return loss.detach() if outside is None else loss.detach().double()
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """What raises inside leaves no step half done behind: parameters are those of an optimizer again, and the next step trains them."""
+        try:
+            yield
+        except BaseException:
+            self._data.reset()
+            raise
 
     def _loss(self, program: Program, part: Inputs, index: int, outside: OutsideLoss | None) -> torch.Tensor:
         if program.step is not None and outside is None:
