@@ -131,7 +131,7 @@ class Pipelined(Engine):
         run = _Run(self, cuts, key, parts, actions.place, backward, defers, scale, keeps, outside)
         try:
             run.perform(actions.actions[self.axis.rank])
-        except Exception:
+        except BaseException:
             for data in self.data.values():
                 data.reset()
             raise

@@ -46,6 +46,10 @@ class Likeness(nn.Module):
             refuse_method(original, name)
             raise
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those that an optimizer has: between forward and backward too, while FSDP2 has gathered ones in their place."""
+        yield from self._named_members(_parameters, prefix=prefix, recurse=recurse, remove_duplicate=remove_duplicate)
+
     def __getitem__(self, key: Any) -> Any:
         return _here(self, _of(self)[key])
 
@@ -83,6 +87,10 @@ def shown(module: nn.Module, name: str, value: Any) -> Any:
         own = module.__dict__.get("_own", {}).get(name)
         return value if own is None else own
     return value
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, shown(module, name, value)) for name, value in module._parameters.items())
 
 
 class Children(dict[str, Any]):

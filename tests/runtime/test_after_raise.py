@@ -73,6 +73,8 @@ def trained(mesh: str, way: Callable[[mp.ParallelModel, dict[str, Tensor]], None
                     way(pm, mp.local_batch(batch(seed), made))
             finally:
                 FAILS[why].release()
+            if way is not loop:  # (a step cleans up at once: what is saved now is what an optimizer has)
+                assert pm.get_submodule("blocks.0")._parameters["weight"] is ours.param_groups[0]["params"][0]
             ours.zero_grad()
             continue
         way(pm, mp.local_batch(batch(seed), made))

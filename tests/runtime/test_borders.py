@@ -260,6 +260,55 @@ def test_gradients_across_borders(graph: Callable[[World], Grads], mesh: str) ->
         compare(graph, Ranks(mesh))
 
 
+class Experts(nn.Module):
+    """Of which each token goes to two of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 4, bias=False), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = h.reshape(-1, 8)
+        weights, chosen = self.router(x).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == number)
+            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y.view_as(h)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mixture, self.down = nn.Linear(8, 8), Experts(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.up(x))
+        return self.down(h + self.mixture(h))
+
+
+def mixtures(world: World) -> Grads:
+    first, second = world.model(made(Mixture)), world.model(made(Mixture, 1))
+    for _ in range(2):  # (gradients add up)
+        second(torch.tanh(first(world.take(numbers(3))))).square().mean().backward()
+    return grads(first, "first ") | grads(second, "second ")
+
+
+@pytest.mark.parametrize("mesh", ["ep=2", "ep=2,tp=2"])
+def test_experts_after_experts(mesh: str) -> None:
+    with mp.simulate(4 if "," in mesh else 2):
+        compare(mixtures, Ranks(mesh))
+
+
+def test_parameters_are_no_inputs_of_a_graph() -> None:
+    """`torch.autograd.grad` says so, as docs/outputs.md does."""
+    with mp.simulate(2):
+        world = Ranks("tp=2")
+        model = world.model(made(WithLoss))
+        with pytest.raises(RuntimeError, match="not have been used in the graph"):
+            torch.autograd.grad(model(world.take(numbers(3)), world.take(numbers(4))), list(model.parameters()))
+
+
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2"])
 def test_second_derivatives_are_refused(mesh: str) -> None:
     """FSDP2 gives parameters back after a backward, so that real ranks could not go on."""

@@ -115,7 +115,9 @@ def between(mode: str) -> None:
     pm = mp.parallelize(Net().double(), mesh, example=(own,), config=mp.ParallelConfig(data_parallel=mode))
     before = dict(pm.named_parameters())
     loss = pm(own).square().mean()
-    assert pm.up.weight is pm.get_parameter("up.weight") is before["up.weight"]
+    assert {name: id(p) for name, p in pm.named_parameters()} == {name: id(p) for name, p in before.items()}
+    assert [id(p) for p in pm.parameters()] == [id(p) for p in before.values()]
+    assert pm.up.weight is pm.get_parameter("up.weight") is before["up.weight"] is next(pm.up.parameters())
     loss.backward()
     assert pm.up.weight is before["up.weight"]
 
