@@ -244,7 +244,7 @@ def test_the_report_names_forms_bytes_and_what_is_repeated() -> None:
         assert "blocks.*.a  x2  halo" in text and "Repeated on all 4 cp ranks: 0%" in text
         sent = [c for c in pm.comms() if c.kind == "halo"]
         assert {(c.axis, c.phase) for c in sent} == {("cp", "forward"), ("cp", "backward")} and len(sent) == 4
-        assert all(c.nbytes == 2 * key for c in sent)  # a window of 5 before each of two pieces of 2: more than what a rank has
+        assert all(c.nbytes == 3 * key for c in sent)  # rank 1 sends positions 2 and 3 to ranks 2 and 3, and 12 and 13 to rank 0
         pm = mp.parallelize(Decoder("causal", kv=4), mp.make_mesh("cp=4"), config=mp.ParallelConfig(context="ring"), example=batch())
         sent = [c for c in pm.comms() if c.kind == "ring"]
         assert [c.nbytes for c in sent if c.phase == "forward"] == [3 * 2 * key] * 2

@@ -100,16 +100,16 @@ def _again(node: fx.Node, change: Change) -> Iterator[Comm]:
 
 
 def _between_parts(node: fx.Node) -> Iterator[Comm]:
-    """Keys and values that go round, or those before a rank's own positions; backward also their gradients."""
+    """Keys and values that go round, or those before a rank's own positions (of the rank that sends most); backward also their gradients."""
     key, value = (info_of(n) for n in operands(node)[1:3])
     where: dict[str, Any] = node.kwargs
     sent, size = float(key.nbytes + value.nbytes), where["size"]
     if node.target is ring.ring_attention:
-        forward, backward = sent * (size - 1), sent * (2 * size - 1)
+        name, forward, backward = "ring", sent * (size - 1), sent * (2 * size - 1)
     else:
-        pieces: Any = node.args[-1]
-        forward = backward = sent * min(1.0, (where["window"] - 1) * len(pieces) / key.shape[2])
-    name = "ring" if node.target is ring.ring_attention else "halo"
+        near = halo.before_each(Shard(*node.args[-3:]), where["window"], size)  # type: ignore[arg-type]
+        name, forward = "halo", sent * near.most_sent() / key.shape[2]
+        backward = forward
     for phase, count in (("forward", forward), ("backward", backward)):
         yield _comm(node, name, facts(node).axis or "", phase, count)
 

@@ -4,7 +4,8 @@
     gather    all of them meet the rank's own queries                      p - 1 forward, 2 (p - 1) backward
     heads     an all-to-all: each rank has some heads of all positions     (with queries and results) about 1/p of the whole, twice
     ring      they go round; a rank holds two parts at a time              p - 1 forward, 2 p - 1 backward
-    halo      in a sliding window: the few before the rank's own           window / part for each of its pieces, forward and backward
+    halo      in a sliding window: the few before the rank's own           (window - 1) / part for each of its pieces that another
+                                                                           rank's come after, forward and backward
 
 Heads are conversions around an attention of the usual rules. The others are operators that take the parts as they are, and keep no more.
 (With dropout, and where heads of keys and values are repeated before they meet the queries, a gather is conversions, too.)
@@ -19,6 +20,7 @@ from typing import Literal
 
 from meshpar.graph.facts import Info
 from meshpar.graph.op import value_of
+from meshpar.ops.halo import before_each
 from meshpar.sharding.infer import BoundOp
 from meshpar.sharding.price import Price
 from meshpar.sharding.reading import Reading
@@ -95,8 +97,8 @@ def between_parts(call: BoundOp, reading: Reading, price: Price, work: float) ->
     steps = price.collective(0.0) * size + 1.5 * sent * (size - 1) / size / price.link
     found = [Choice((*(cut,) * 3, *added), (cut,), work / size + 2 * steps, "ring")]
     if (window := arguments.get("window")) is not None and all(n == 1 for info in call.op.infos[3:] for n in info.shape[-1:]):
-        rows = (window - 1) * len(cut.segments) / cut.length
-        found.append(replace(found[0], cost=work / size + 2 * price.collective(sent * min(1.0, rows)), why="halo"))
+        rows = before_each(cut, window, size).most_sent() / cut.length
+        found.append(replace(found[0], cost=work / size + 2 * price.collective(sent * rows), why="halo"))
     return found
 
 
