@@ -7,6 +7,8 @@
     balance    processor time of the ranks in causal attention, the largest against the mean, in one piece and from both ends
     documents  of documents packed into one sequence, causal in each: pairs of positions in the tiles that the rank with most computes in a
                ring, against the mean, in so many pieces a rank, and in as many as are chosen; counted
+    planned    131,072 positions of a model of 70B (80 blocks of 8192, 64 heads) over cp=8 and tp=8, bf16, recompute="selective", on ranks
+               that are not here: what is chosen, what a rank sends for a block, its memory, and how long the plan takes
 
 A step is forward and backward in float32, each rank one thread. Contenders take turns; a step is timed between barriers, and the slowest
 rank counts. Beside wall time stands the processor time of a rank, which waiting does not enter. Lengths are positions of one sample.
@@ -36,6 +38,7 @@ from torch import Tensor, nn  # noqa: E402
 import meshpar as mp  # noqa: E402
 from benchmarks.measuring import Times, in_turn, least_and_middle, line, machine, readme, table, write  # noqa: E402
 from meshpar.compile.balance import fewest  # noqa: E402
+from meshpar.dry_run.rehearsal import absent  # noqa: E402
 from meshpar.ops.context import attention_at  # noqa: E402
 from meshpar.ops.uneven import Visible, pairs  # noqa: E402
 from meshpar.proof import launch  # noqa: E402
@@ -45,7 +48,7 @@ from meshpar.sharding.types import Shard, plain  # noqa: E402
 FORMS = ("gather", "heads", "ring")
 CONTENDERS = (*FORMS, "tp")
 ALONE = "one process"
-PARTS = ("time", "memory", "longest", "balance", "documents")
+PARTS = ("time", "memory", "longest", "balance", "documents", "planned")
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)
 DOCUMENTS = ((400, 1.0), (1800, 1.2), (8100, 1.0))
 """The median of their lengths, which are log-normal, and sigma."""
@@ -181,6 +184,34 @@ def of_documents(size: int, length: int, median: float, sigma: float, draws: int
     return [*cells, f"{sum(best) / draws:.3f}", f"{max(best):.2f}", f"{sum(chosen) / draws:.0f}", f"{sum(computed) / draws:.2f}"]
 
 
+def planned(layers: int, kv: int, window: int | None, context: str, mesh: str = "cp=8,tp=8", length: int = 131072) -> list[str]:
+    """A row of the table: a plan, made on `meta` and ranks that are not here."""
+    config = transformers.MistralConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=layers,
+        num_attention_heads=64,
+        num_key_value_heads=kv,
+        vocab_size=128256,
+        max_position_embeddings=length,
+        sliding_window=window,
+    )
+    with torch.device("meta"):
+        large = transformers.MistralForCausalLM(config).bfloat16()
+    ids = torch.empty(1, length, dtype=torch.long, device="meta")
+    began = time.perf_counter()
+    with absent(mesh) as there:
+        wanted = mp.ParallelConfig(context=context, recompute="selective")  # type: ignore[arg-type]
+        pm = mp.parallelize(large, there, config=wanted, example={"input_ids": ids, "labels": ids})
+        took = time.perf_counter() - began
+        form = next(row.split()[2] for row in str(pm.explain()).splitlines() if "layers.*.self_attn  x" in row)
+        sent = [c for c in pm.comms() if c.module.startswith("model.layers.1.")]
+        memory = pm.memory()
+    over = [sum(c.nbytes for c in sent if c.axis == "cp" and c.phase == phase) / 2**20 for phase in ("forward", "backward")]
+    cells = [str(kv), str(window or "-"), f'"{context}"', form, *(f"{n:.0f}" for n in over)]
+    return [*cells, f"{memory.activations / 2**30:.1f}", f"{memory.total / 2**30:.1f}", f"{took:.0f}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
@@ -190,6 +221,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=50, help="of documents")
     parser.add_argument("--memory-lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--hidden", type=int, default=2048, help="the width of the layers of which the longest sequence is looked for")
+    parser.add_argument("--blocks", type=int, default=80, help="of the model that is planned")
     parser.add_argument("--limit", type=float, default=2.0, help="GiB of such tensors on a rank")
     parser.add_argument("--write", action="store_true", help="write the tables to README.md beside this file")
     options = parser.parse_args()
@@ -217,6 +249,12 @@ def main() -> None:
         ]
         chosen = ("chosen", "the worst draw", "pieces", "pairs of one causal sequence's")
         body += table(("median length", "ranks", *map(str, CHUNKS), *chosen), rows)
+    if "planned" in options.parts:
+        kinds = [(8, None, "auto"), (8, None, "ring"), (64, None, "auto"), (8, 4096, "auto")]
+        rows = [line(planned(options.blocks, *kind)) for kind in kinds]
+        body += ["", "131,072 positions over cp=8 and tp=8; MiB sent by a rank for a block over cp, GiB of a rank, seconds.", ""]
+        heads = ("heads of keys", "window", "asked for", "chosen", "sent forward", "backward", "activations", "memory", "plan")
+        body += table(heads, rows)
     where = machine(f"transformers {transformers.__version__}", "gloo", "all ranks share the cores")
     text = readme("Context parallelism", __doc__, *body, where=where, script="benchmarks/context/run.py")
     print(text)
