@@ -24,6 +24,8 @@ AXES: Mapping[str, str] = {
 }
 """Name -> the mesh axis whose size it is."""
 
+BLOCKS = "num_layers_per_virtual_pipeline_stage"
+_LAYERS, _STAGES = "num_layers", "pipeline_model_parallel_size"
 _SHARDING = {"no_shard": "replicate", "optim": "zero1", "optim_grads": "zero2", "optim_grads_params": "zero3"}
 _PRECISION = "precision"
 _BYTES_PER_GRADIENT = 4  # Megatron counts bucket_size in parameters; gradients are summed in fp32
@@ -46,6 +48,8 @@ _CONTEXT = {"p2p": "ring", "all_gather": "gather", "a2a": "heads"}
 FIELDS: Mapping[str, Callable[[Any], tuple[str, Any]]] = {
     "sequence_parallel": lambda value: ("sequence_parallel", bool(value)),
     "virtual_pipeline_model_parallel_size": _virtual,
+    "num_virtual_stages_per_pipeline_rank": _virtual,
+    "recompute_activations": lambda value: ("recompute", "selective" if value else None),
     "recompute_granularity": _recompute,
     "use_distributed_optimizer": lambda value: ("data_parallel", "zero1" if value else "replicate"),
     "use_megatron_fsdp": lambda value: ("data_parallel", "zero3" if value else None),
@@ -78,7 +82,7 @@ _MOE = "the model's own router and experts are captured, so the model itself dec
 _FP8 = "8-bit formats are not offered"
 
 NOTHING: Mapping[str, str] = {
-    "num_layers_per_virtual_pipeline_stage": "give virtual_pipeline_model_parallel_size, the number of stages per rank",
+    BLOCKS: "beside num_layers it says how many stages a rank has, if more than one",
     "micro_batch_size": "the local batch is cut into `microbatches` parts: give num_microbatches",
     "global_batch_size": "every data rank passes its own local batch (mp.local_batch cuts a global one)",
     "params_dtype": "parameters keep the model's dtype unless bf16 or fp16 is set",
@@ -181,16 +185,27 @@ MODEL = frozenset(
     clone_scatter_output_in_embedding
     vocab_size max_position_embeddings seq_length position_embedding_type rotary_base rotary_percent untie_embeddings_and_output_weights
     make_vocab_size_divisible_by heterogeneous_block_specs hetereogenous_dist_checkpoint quant_recipe inference_sampling_seed
-    fallback_to_eager_attn experimental_attention_variant use_kitchen disable_parameter_transpose_cache""".split()
+    fallback_to_eager_attn experimental_attention_variant use_kitchen disable_parameter_transpose_cache
+    num_experts swiglu squared_relu group_query_attention disable_bias_linear use_rotary_position_embeddings use_flash_attn
+    padded_vocab_size no_position_embedding norm_epsilon use_mcore_models spec""".split()
 )
 """Names that describe the model."""
+LOOP = frozenset(
+    """lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters lr_warmup_samples lr_warmup_fraction weight_decay
+    start_weight_decay end_weight_decay weight_decay_incr_style clip_grad optimizer adam_beta1 adam_beta2 adam_eps sgd_momentum train_iters
+    train_samples rampup_batch_size eval_iters eval_interval log_interval log_throughput tensorboard_dir wandb_project save load
+    save_interval ckpt_format no_load_optim no_load_rng data_path split num_workers tokenizer_type tokenizer_model vocab_file merge_file
+    reset_position_ids reset_attention_mask eod_mask_loss mock_data exit_duration_in_mins exit_interval distributed_backend
+    distributed_timeout_minutes loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis""".split()
+)
+"""Names of a training loop: its optimizer, data and files."""
 
 
 def translate(config: object, ddp_config: object = None) -> tuple[dict[str, Any], tuple[Translation, ...]]:
     """Fields for `ParallelConfig`, and what every given name became. Raises `ConfigError` for unknown names and contradictions."""
     given = {**_values(config), **_values(ddp_config)}
     unknown = [name for name in given if not _known(name)]
-    names = [*AXES, *FIELDS, *NOTHING, *MODEL, "bf16", "fp16", "grad_reduce_in_fp32"]
+    names = [*AXES, *FIELDS, *NOTHING, *MODEL, *LOOP, "bf16", "fp16", "grad_reduce_in_fp32"]
     complaints = [f"{name} is not a name of Megatron's configuration known here.{near(name, names)}" for name in unknown]
     complaints += _contradictions(given)
     raise_all(ConfigError, "from_megatron:", complaints)
@@ -201,6 +216,8 @@ def translate(config: object, ddp_config: object = None) -> tuple[dict[str, Any]
             field, value = convert(given[name])
             if value is not None:
                 fields[field] = value
+    if (stages := _stages_of_blocks(given)) is not None and stages > 1:
+        fields.setdefault("virtual_stages", stages)
     if fields.get("virtual_stages"):
         fields["schedule"] = "interleaved-1f1b"
     precision = _precision(given)
@@ -240,7 +257,7 @@ def _values(config: object) -> dict[str, Any]:
 def _known(name: str) -> bool:
     if name.startswith(("moe_", "fp8", "fp4", "first_last_layers_bf16", "num_layers_at_")):
         return True
-    return name in AXES or name in FIELDS or name in NOTHING or name in MODEL or name in ("bf16", "fp16", "grad_reduce_in_fp32")
+    return any(name in names for names in (AXES, FIELDS, NOTHING, MODEL, LOOP, ("bf16", "fp16", "grad_reduce_in_fp32")))
 
 
 def _contradictions(given: Mapping[str, Any]) -> list[str]:
@@ -252,10 +269,22 @@ def _contradictions(given: Mapping[str, Any]) -> list[str]:
         )
     if given.get("bf16") and given.get("fp16"):
         complaints.append("bf16 and fp16 are both set; choose one.")
+    stages, ranks = _stages_of_blocks(given), given.get(_STAGES) or 1
+    if stages is not None and given[_LAYERS] % (ranks * given[BLOCKS]):
+        complaints.append(f"{_LAYERS}={given[_LAYERS]} is no multiple of {_STAGES} x {BLOCKS} = {ranks} x {given[BLOCKS]}.")
+    for name, convert in FIELDS.items():
+        if stages is not None and convert is _virtual and given.get(name) not in (None, stages):
+            complaints.append(f"{name}={given[name]}, but {BLOCKS}={given[BLOCKS]} gives a rank {stages} stages.")
     strategy = given.get("data_parallel_sharding_strategy")
     if strategy is not None and strategy not in _SHARDING:
         complaints.append(f"data_parallel_sharding_strategy={strategy!r}: one of {', '.join(_SHARDING)}.{near(str(strategy), _SHARDING)}")
     return complaints
+
+
+def _stages_of_blocks(given: Mapping[str, Any]) -> int | None:
+    """How many stages a rank has, from the blocks of one; None where it is not said."""
+    each, layers = given.get(BLOCKS), given.get(_LAYERS)
+    return None if not each or not layers else layers // ((given.get(_STAGES) or 1) * each)
 
 
 def _precision(given: Mapping[str, Any]) -> Precision | None:
@@ -276,8 +305,12 @@ def _explain(name: str, value: Any, fields: Mapping[str, Any]) -> Translation:
         return Translation(name, value, f"precision.{what}={str(getattr(used, what)).removeprefix('torch.')}", "")
     if name in FIELDS:
         return _explain_field(name, value, fields)
+    if name == BLOCKS and value and "virtual_stages" in fields:
+        return Translation(name, value, f"virtual_stages={fields['virtual_stages']}", 'with schedule="interleaved-1f1b"')
     if name in NOTHING:
         return Translation(name, value, "", NOTHING[name])
+    if name in LOOP:
+        return Translation(name, value, "", "the training loop decides, which stays one's own")
     return Translation(name, value, "", _MOE if name.startswith("moe_") else _FP8 if name.startswith(("fp8", "fp4")) else _CAPTURE)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from meshpar.config import SCHEDULES, ParallelConfig, Precision
 from meshpar.errors import ConfigError
-from meshpar.megatron import AXES, FIELDS, MODEL, NOTHING, megatron_mesh
+from meshpar.megatron import AXES, FIELDS, LOOP, MODEL, NOTHING, megatron_mesh
 
 
 def test_defaults_are_valid_and_frozen() -> None:
@@ -112,13 +112,13 @@ def test_from_megatron_refuses_unknown_names_and_contradictions() -> None:
 
 
 def test_megatron_tables_do_not_overlap() -> None:
-    names = [*AXES, *FIELDS, *NOTHING, *MODEL]
+    names = [*AXES, *FIELDS, *NOTHING, *MODEL, *LOOP]
     assert len(names) == len(set(names))
 
 
 def test_every_known_name_is_explained() -> None:
     values = {"recompute_granularity": None, "data_parallel_sharding_strategy": "optim", "bucket_size": 8, "num_microbatches": 1, "seed": 0}
-    given = {name: values.get(name) for name in (*AXES, *FIELDS, *NOTHING, *MODEL)}
+    given = {name: values.get(name) for name in (*AXES, *FIELDS, *NOTHING, *MODEL, *LOOP)}
     given |= dict.fromkeys(("sequence_parallel", "overlap_grad_reduce", "overlap_p2p_comm"), True)
     for line in ParallelConfig.from_megatron(given).translation:
         assert line.becomes or line.why, line.name

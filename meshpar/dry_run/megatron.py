@@ -12,12 +12,41 @@ from typing import Any
 from meshpar import roles
 from meshpar.config import ParallelConfig, Translation
 from meshpar.errors import ConfigError, raise_all
-from meshpar.megatron import megatron_mesh
+from meshpar.megatron import MODEL, megatron_mesh
 from meshpar.mesh import parse_mesh
 from meshpar.planner import Transformer
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "seq_length", "micro_batch_size", "global_batch_size")
+
+_BATCHES = ("micro_batch_size", "global_batch_size")
+_MODEL: Mapping[str, str] = {
+    "num_layers": "layers",
+    "hidden_size": "hidden",
+    "num_attention_heads": "heads",
+    "num_query_groups": "kv_heads",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "ffn",
+    "vocab_size": "vocab",
+    "make_vocab_size_divisible_by": "vocab",
+    "gated_linear_unit": "gated",
+    "swiglu": "gated",
+    "untie_embeddings_and_output_weights": "tied",
+    "padded_vocab_size": "vocab",
+    "position_embedding_type": "positions",
+    "use_rotary_position_embeddings": "positions",
+    "no_position_embedding": "positions",
+    "max_position_embeddings": "positions",
+    "num_moe_experts": "experts",
+    "num_experts": "experts",
+    "group_query_attention": "kv_heads",
+    "moe_router_topk": "top_k",
+    "moe_ffn_hidden_size": "expert_ffn",
+    "moe_shared_expert_intermediate_size": "shared_ffn",
+    "hidden_dropout": "dropout",
+    "seq_length": "seq",
+}
+"""Name -> what of the model it is, in our words."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +65,21 @@ class MegatronJob:
 
     @property
     def translation(self) -> tuple[Translation, ...]:
-        """What each entry became."""
-        return self.config.translation
+        """What each entry became: of the configuration, or of the model and its batches, which are made of the file, too."""
+        return tuple(self._told(one) for one in self.config.translation)
+
+    def _told(self, one: Translation) -> Translation:
+        if one.becomes:
+            return one
+        if one.name in _BATCHES:
+            return replace(one, becomes=f"microbatches={self.config.microbatches}, {self.local_batch} samples of a data rank", why="")
+        if one.name in _MODEL:
+            field = _MODEL[one.name]
+            made = self.dropout if field == "dropout" else self.seq if field == "seq" else getattr(self.sizes, field)
+            return replace(one, becomes=f"{field}={made!r} of the model", why="")
+        if one.name in MODEL or one.name.startswith("moe_"):
+            return replace(one, why="the model that is dry run is made of sizes, and has no such part")
+        return one
 
 
 def read_megatron(source: str | Path | Mapping[str, Any], *, gpus: int | None = None) -> MegatronJob:
@@ -139,8 +181,9 @@ def _data(mesh: str) -> int:
 def _sizes(given: Mapping[str, Any]) -> Transformer:
     hidden, tp = given["hidden_size"], given.get("tensor_model_parallel_size") or 1
     unit = given.get("make_vocab_size_divisible_by", 128) * tp
-    learned = given.get("position_embedding_type", "learned_absolute") == "learned_absolute"
-    experts = given.get("num_moe_experts") or 0
+    kind = "rope" if given.get("use_rotary_position_embeddings") or given.get("no_position_embedding") else "learned_absolute"
+    learned = given.get("position_embedding_type", kind) == "learned_absolute"
+    experts = given.get("num_moe_experts") or given.get("num_experts") or 0
     ffn = given.get("ffn_hidden_size") or 4 * hidden
     return Transformer(
         layers=given["num_layers"],
@@ -149,7 +192,7 @@ def _sizes(given: Mapping[str, Any]) -> Transformer:
         kv_heads=given.get("num_query_groups") or None,
         head_dim=given.get("kv_channels") or None,
         ffn=ffn,
-        vocab=-(-given["vocab_size"] // unit) * unit,
+        vocab=given.get("padded_vocab_size") or -(-given["vocab_size"] // unit) * unit,
         gated=bool(given.get("gated_linear_unit", given.get("swiglu", False))),
         tied=not given.get("untie_embeddings_and_output_weights", False),
         positions=(given.get("max_position_embeddings") or given["seq_length"]) if learned else 0,

@@ -46,6 +46,40 @@ def test_one_connection_is_wrong_beside_fully_sharded_parameters() -> None:
     assert not any("is wrong" in r for r in read_megatron({**JOB, **other}).remarks)
 
 
+def test_what_the_file_says_of_the_model_becomes_the_model() -> None:
+    named = {"swiglu": True, "num_query_groups": 2, "use_rotary_position_embeddings": True, "rotary_base": 500000, "num_experts": 4}
+    job = read_megatron({**JOB, **named, "moe_ffn_hidden_size": 96, "lr": 1e-4})
+    said = {one.name: str(one) for one in job.translation}
+    assert (job.sizes.gated, job.sizes.kv_heads, job.sizes.positions, job.sizes.experts) == (True, 2, 0, 4)
+    assert said["num_layers"] == "num_layers=8 -> layers=8 of the model"
+    assert said["vocab_size"] == "vocab_size=1000 -> vocab=1024 of the model"
+    assert said["swiglu"] == "swiglu=True -> gated=True of the model" and said["seq_length"] == "seq_length=32 -> seq=32 of the model"
+    assert said["micro_batch_size"] == "micro_batch_size=2 -> microbatches=16, 32 samples of a data rank"
+    assert said["rotary_base"] == "rotary_base=500000 -> nothing: the model that is dry run is made of sizes, and has no such part"
+    assert said["lr"].startswith("lr=0.0001 -> nothing: the training loop decides")
+
+
+def test_stages_of_blocks() -> None:
+    """The name that is given most: how many blocks a stage has, of which a rank then has several."""
+    job = dict(JOB)
+    del job["virtual_pipeline_model_parallel_size"]
+    found = read_megatron({**job, "num_layers": 24, "num_layers_per_virtual_pipeline_stage": 2})
+    assert (found.config.virtual_stages, found.config.schedule) == (3, "interleaved-1f1b")
+    said = [*map(str, found.translation), *found.remarks]
+    assert 'num_layers_per_virtual_pipeline_stage=2 -> virtual_stages=3: with schedule="interleaved-1f1b"' in said
+    assert any("(4 - 1) / (3 x 16)" in line for line in said)
+    assert read_megatron({**job, "num_layers_per_virtual_pipeline_stage": 2}).config.schedule == "1f1b"  # one stage a rank
+    for change, message in (
+        ({"num_layers_per_virtual_pipeline_stage": 3}, "num_layers=8 is no multiple of .* = 4 x 3"),
+        (
+            {"num_layers_per_virtual_pipeline_stage": 1, "virtual_pipeline_model_parallel_size": 4},
+            "virtual_pipeline_model_parallel_size=4, but num_layers_per_virtual_pipeline_stage=1 gives a rank 2 stages",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_megatron({**job, **change})
+
+
 def test_experts() -> None:
     job = read_megatron({**JOB, "num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 96, "expert_model_parallel_size": 2})
     assert job.mesh == "pp=4,dp=2,ep=2,tp=4"
