@@ -100,7 +100,7 @@ def _again(node: fx.Node, change: Change) -> Iterator[Comm]:
 
 
 def _between_parts(node: fx.Node) -> Iterator[Comm]:
-    """Keys and values that go round, or those before a rank's own positions (of the rank that sends most); backward also their gradients."""
+    """Keys and values that go round, or those before a rank's own positions, of the rank that sends most; backward their gradients too."""
     key, value = (info_of(n) for n in operands(node)[1:3])
     where: dict[str, Any] = node.kwargs
     sent, size = float(key.nbytes + value.nbytes), where["size"]
