@@ -100,6 +100,8 @@ def outcome(program: Program, how: Setting, shapes: Shapes, pool: Any = None) ->
         expected = expectation(task, torch.device("cpu"))
         if expected.unproved:
             return Outcome("nothing", "; ".join(expected.unproved))
+        if how.dtype == "mixed":
+            _run_mixed(task)
     except Exception as error:
         return Outcome("nothing", f"on one device: {type(error).__name__}: {error}")
     world = prod(how.sizes.values())
@@ -125,6 +127,14 @@ def outcome(program: Program, how: Setting, shapes: Shapes, pool: Any = None) ->
         return Outcome("ok" if report.ok else "wrong", str(report), first)
     exact = outcome(program, replace(how, dtype="fp64"), shapes, pool).status == "ok"
     return Outcome("rounding" if exact else "wrong", str(report), first)
+
+
+def _run_mixed(task: Task) -> None:
+    """A step on one device as mixed precision has it: parameters and batch in bf16, buffers in fp32. Raises what torch raises."""
+    model = cast(copied(task.model), torch.float32)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    model(**cast(task.batches[0], torch.bfloat16)).backward()
 
 
 def _first(found: Sequence[Found]) -> Found:

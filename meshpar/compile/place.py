@@ -7,11 +7,11 @@ its parameters: a call runs where what it reads is, as early as possible.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import fx
 
-from meshpar.compile.split import StageGraph, mark, updaters
+from meshpar.compile.split import StageGraph, mark, remade, updaters
 from meshpar.errors import PlanError, raise_all
 from meshpar.graph.facts import facts, infos_of, set_facts
 from meshpar.plan import Plan, StagePlan
@@ -57,24 +57,58 @@ def _follow(graph: fx.Graph, held: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _as_early_as_possible(graph: fx.Graph, held: Mapping[str, tuple[int, ...]], from_: Mapping[fx.Node, int]) -> list[str]:
-    """Set the stages of all calls, those of `from_` not before the stage there. What cannot be, in words."""
+    """Set the stages of all calls, those of `from_` not before the stage there. What cannot be, in words.
+
+    What is made of parameters alone (a weight as its product reads it, a penalty) is made on the stage of its one use, where that holds them
+    all; else on the first that does, and handed on from there.
+    """
     complaints = []
-    reads: dict[fx.Node, tuple[tuple[str, tuple[int, ...]], ...]] = {}
+    everywhere = remade(graph, frozenset(held))  # (on each stage that needs it)
+    ways: dict[fx.Node, _Way] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in held:
-            reads[node] = ((str(node.target), held[str(node.target)]),)
+            ways[node] = _Way(((str(node.target), held[str(node.target)]),))
         elif node.op == "call_function":
-            parameters = tuple(dict.fromkeys(r for source in node.all_input_nodes for r in reads.get(source, ())))
-            stages = [s for source in node.all_input_nodes if (s := facts(source).stage) is not None and source not in reads]
-            if parameters and not stages and all(source in reads for source in node.all_input_nodes):
-                reads[node] = parameters  # a parameter on its way to its use
+            made = {source: ways[source] for source in node.all_input_nodes if source in ways}
+            parameters = tuple(dict.fromkeys(p for way in made.values() for p in way.parameters))
+            stages = [s for source in node.all_input_nodes if (s := facts(source).stage) is not None and source not in ways]
             least = max([*stages, from_.get(node, 0)])
-            fits = [s for s in range(least, 1 + max((max(h) for _, h in parameters), default=least)) if all(s in h for _, h in parameters)]
+            fits = _fitting(parameters, least)
+            calls = frozenset(call for way in made.values() for call in way.calls)
+            if parameters and len(made) == len(node.all_input_nodes) and fits:
+                ways[node] = _Way(parameters, calls | {node})
+            elif parameters and not fits:  # calls that were made before are handed on
+                handed = [source for source in made if source not in everywhere]
+                least = max([least, *(facts(source).stage or 0 for source in handed)])
+                parameters = tuple(p for source, way in made.items() if source not in handed for p in way.parameters)
+                fits = _fitting(parameters, least)
+            elif all(call.users.keys() <= calls | {node} for call in calls):
+                for call in calls:
+                    _run_on(call, fits[0])
             if parameters and not fits:
                 names = ", ".join(name for name, _ in parameters)
                 complaints.append(f"{names} ({facts(node).source or node.name}) cannot be used after what is computed on stage {least}.")
-            set_facts(node, replace(facts(node), stage=fits[0] if fits else least))
+            _run_on(node, fits[0] if fits else least)
     return complaints
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A parameter on its way to its use, or what is made of several."""
+
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    """With the stages that hold them."""
+    calls: frozenset[fx.Node] = frozenset()
+    """What makes it."""
+
+
+def _fitting(parameters: Sequence[tuple[str, tuple[int, ...]]], least: int) -> list[int]:
+    """The stages from `least` on that hold all of these: of none, that one."""
+    return [s for s in range(least, 1 + max((max(h) for _, h in parameters), default=least)) if all(s in h for _, h in parameters)]
+
+
+def _run_on(node: fx.Node, stage: int) -> None:
+    set_facts(node, replace(facts(node), stage=stage))
 
 
 def _of_rows(graph: fx.Graph) -> list[tuple[set[fx.Node], int]]:

@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 
-from meshpar.errors import ConfigError
+from meshpar.errors import ConfigError, PlanError
 from meshpar.runtime.compiled import Code, as_it_is, compiled
 from meshpar.runtime.cut import Cut, Piece, cut
 from meshpar.runtime.hooks import refusing
@@ -162,13 +162,14 @@ class Tree(Block):
     ) -> None:
         """Add a graph over the same tensors, to be run as `run(key, *inputs)`; inputs come in the order of its placeholders.
 
-        Raises ValueError when a tensor of the graph is unknown, or when data parallelism shards by other blocks than the graph has.
+        Raises ValueError when a tensor of the graph is unknown, PlanError when data parallelism shards by other blocks than the graph has.
         """
         made = cut(graph, *self._names, aliases=self._aliases, mutated=mutations, key=key)
         sharded = [path for path in made.inlined if _is_wrapped(_module_at(self, path))]
         if sharded:
-            raise ValueError(
-                f"program {key!r} cannot run {sharded[0]} as a block ({made.inlined[sharded[0]]}), but it was sharded as one before."
+            raise PlanError(
+                f"this batch cannot run {sharded[0]} as a block ({made.inlined[sharded[0]]}), but its parameters were shared out as those of "
+                "one, for the batches before. Call parallelize with such a batch as its example."
             )
         for path, piece in made.blocks.items():
             _module_at(self, path)._programs[key] = self._call(path, piece, constants or {})

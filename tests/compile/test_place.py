@@ -240,6 +240,61 @@ def test_where_experts_lie_is_kept_for_another_batch() -> None:
     assert decide(again, replace(asked, pinned={**first, "one.up": other})).parameters["one.up"].placements == other.placements
 
 
+PENALTIES: dict[str, Callable[[nn.Module], Tensor]] = {
+    "of one stage": lambda model: sum((p.pow(2).sum() for p in model.a.parameters()), torch.zeros(())),
+    "of all stages": lambda model: sum((p.pow(2).sum() for p in model.parameters()), torch.zeros(())),
+    "far from orthogonal": lambda model: (model.a[0].weight @ model.a[0].weight.t() - torch.eye(8)).pow(2).sum(),
+    "of neighbours": lambda model: (model.a[0].weight - model.b[0].weight).pow(2).sum(),
+    "of both ends": lambda model: (model.a[0].weight - model.c[0].weight).pow(2).sum(),
+    "of all norms": lambda model: torch.stack([p.norm() for p in model.parameters()]).sum(),
+    "of two stages": lambda model: (model.a[0].weight.exp().sum() * model.scale).sum(),
+    "used twice": lambda model: model.a[0].weight.sum() * model.a[0].weight.square().sum(),
+}
+
+
+class Penalised(Running):
+    """With a term of parameters alone, which no stage's samples lead to."""
+
+    def __init__(self, penalty: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.penalty, self.scale = penalty, nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.01 * self.penalty(self) * self.scale.mean()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+def test_a_penalty_is_computed_where_its_parameters_are_for_another_batch_too(penalty: Callable[[nn.Module], Tensor], alone: bool) -> None:
+    """It is read on the last stage. Where that does not hold them (`alone`), what was made of them is handed on."""
+    torch.manual_seed(0)
+    model = Penalised(penalty)
+    others = {n: (tuple(p.shape), "float32", True) for n, p in model.named_parameters()}
+    asked = Decision((("pp", 2),), (), stages=StageRequest((0, 1), ["norm"]), others=others)
+    first = decide(capture(model, (), {"x": torch.randn(2, 4, 8)}), asked)
+    held = {n: replace(p, stages=((0 if n[0] in "ab" else 1),)) if alone else p for n, p in first.parameters.items()}
+    x = torch.randn(3, 5, 8)
+    again = capture(model, (), {"x": x})
+    if alone and penalty is PENALTIES["of both ends"]:  # no stage holds both, and no plan has it so
+        with pytest.raises(PlanError, match=r"a.0.weight, c.0.weight \(.*\) cannot be used after what is computed on stage"):
+            decide(again, replace(asked, pinned=held, buffers=first.buffers))
+        return
+    plan = decide(again, replace(asked, pinned=held, buffers=first.buffers))
+    stages = stages_of(again, plan)
+    for stage in stages:
+        read = {str(node.target) for node in stage.graph.nodes if node.op == "get_attr"} & set(held)
+        assert all(stage.index in held[name].stages for name in read)
+    state = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    outputs, _, crossings = run_stages(stages, state | buffers | dict(again.constants), {"x": x})
+    loss = model(x)
+    loss.backward()
+    backward(outputs[again.loss or 0], stages, crossings)
+    torch.testing.assert_close(outputs[again.loss or 0], loss)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(state[name].grad, p.grad, msg=name)
+
+
 class Gated(nn.Module):
     """A gate, and experts that only their parameters keep from running where it does. (Around a softmax there are no cuts anyway.)"""
 
