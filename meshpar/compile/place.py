@@ -59,8 +59,8 @@ def _follow(graph: fx.Graph, held: Mapping[str, tuple[int, ...]]) -> None:
 def _as_early_as_possible(graph: fx.Graph, held: Mapping[str, tuple[int, ...]], from_: Mapping[fx.Node, int]) -> list[str]:
     """Set the stages of all calls, those of `from_` not before the stage there. What cannot be, in words.
 
-    What is made of parameters alone (a weight as its product reads it, a penalty) is made on the stage of its one use, where that holds them
-    all; else on the first that does, and handed on from there.
+    What is made of parameters alone (a weight as its product reads it, a penalty) is made on the stage of its one use, where that holds
+    them all; else on the first that does, and handed on from there.
     """
     complaints = []
     everywhere = remade(graph, frozenset(held))  # (on each stage that needs it)

@@ -168,8 +168,8 @@ class Tree(Block):
         sharded = [path for path in made.inlined if _is_wrapped(_module_at(self, path))]
         if sharded:
             raise PlanError(
-                f"this batch cannot run {sharded[0]} as a block ({made.inlined[sharded[0]]}), but its parameters were shared out as those of "
-                "one, for the batches before. Call parallelize with such a batch as its example."
+                f"this batch cannot run {sharded[0]} as a block ({made.inlined[sharded[0]]}), but its parameters were shared out as those "
+                "of one, for the batches before. Call parallelize with such a batch as its example."
             )
         for path, piece in made.blocks.items():
             _module_at(self, path)._programs[key] = self._call(path, piece, constants or {})
