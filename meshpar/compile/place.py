@@ -6,8 +6,8 @@ its parameters: a call runs where what it reads is, as early as possible.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -17,17 +17,66 @@ from meshpar.graph.facts import facts, infos_of, set_facts
 from meshpar.plan import Plan, StagePlan
 
 
-def place(graph: fx.Graph, stages: Sequence[StagePlan], held: Mapping[str, tuple[int, ...]]) -> None:
-    """Set the `stage` of every call of a captured graph. `held`: parameter -> the stages that hold it.
+def place(
+    graph: fx.Graph, stages: Sequence[StagePlan], held: Mapping[str, tuple[int, ...]], buffers: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
+    """Set the `stage` of every call of a captured graph.
+
+    `held`: parameter -> the stages that hold it; `buffers`: the same of those that keep to some.
 
     To be done before any axis is typed: which conversions there are depends on it, and a plan names the calls of what earlier axes became.
     Raises PlanError where a parameter is used on a stage that does not hold it.
     """
     starts = [stage.start for stage in stages[1:]]
     if all(starts):
-        mark(graph, starts)
+        mark_stages(graph, starts, frozenset(held))
     else:
-        _follow(graph, held)
+        _follow(graph, {**held, **(buffers or {})})
+
+
+def mark_stages(graph: fx.Graph, starts: Sequence[str], parameters: Collection[str]) -> None:
+    """Set the stage of every call by the calls at which stages begin, as `mark` does; what is made of `parameters` alone follows these.
+
+    A penalty of weights is made on the stage that multiplies with them, and handed on: else the stage of the loss would hold them, too.
+    """
+    mark(graph, starts)
+    everywhere, last = remade(graph, parameters), len(starts)
+    names: dict[fx.Node, frozenset[str]] = {}
+    alone: dict[fx.Node, int] = {}  # calls on parameters alone -> the last stage that they may be on
+    of_batch = set[fx.Node]()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "placeholder" or not of_batch.isdisjoint(sources):
+            of_batch.add(node)
+        elif node.op == "get_attr" and str(node.target) in parameters:
+            names[node] = frozenset([str(node.target)])
+        elif node in everywhere and any(source in names for source in sources):
+            names[node] = frozenset().union(*(names[source] for source in sources))
+        elif node.op == "call_function" and any(source in names or source in alone for source in sources):
+            alone[node] = last
+    used: dict[str, set[int]] = {}
+    for source, found in names.items():
+        for name in found:
+            stages = {_stage(user) for user in source.users if user.op == "call_function" and user not in everywhere and user not in alone}
+            used.setdefault(name, set()).update(stages)
+    for node in reversed(alone):
+        alone[node] = min((alone.get(user, _stage(user)) for user in node.users if user.op == "call_function"), default=last)
+    for node, latest in alone.items():
+        sources = node.all_input_nodes
+        least = max((_stage(source) for source in sources if source in alone), default=0)
+        read = frozenset[str]().union(*(names[source] for source in sources if source in names))
+        homes = [used[name] for name in read if used[name]]
+        fits = [s for s in range(least, latest + 1) if all(s in home for home in homes)]
+        if not read:
+            _run_on(node, least)
+        elif homes:
+            _run_on(node, fits[0] if fits else max(least, _stage(node)))
+        else:  # nobody else reads them
+            _run_on(node, latest)
+
+
+def _stage(node: fx.Node) -> int:
+    return facts(node).stage or 0
 
 
 def check_buffers(stages: Sequence[StageGraph], plan: Plan) -> None:
@@ -59,47 +108,31 @@ def _follow(graph: fx.Graph, held: Mapping[str, tuple[int, ...]]) -> None:
 def _as_early_as_possible(graph: fx.Graph, held: Mapping[str, tuple[int, ...]], from_: Mapping[fx.Node, int]) -> list[str]:
     """Set the stages of all calls, those of `from_` not before the stage there. What cannot be, in words.
 
-    What is made of parameters alone (a weight as its product reads it, a penalty) is made on the stage of its one use, where that holds
-    them all; else on the first that does, and handed on from there.
+    What is made of parameters alone (a penalty) is made on the first stage that holds them all, and handed on.
     """
     complaints = []
     everywhere = remade(graph, frozenset(held))  # (on each stage that needs it)
-    ways: dict[fx.Node, _Way] = {}
+    reads: dict[fx.Node, tuple[tuple[str, tuple[int, ...]], ...]] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in held:
-            ways[node] = _Way(((str(node.target), held[str(node.target)]),))
+            reads[node] = ((str(node.target), held[str(node.target)]),)
         elif node.op == "call_function":
-            made = {source: ways[source] for source in node.all_input_nodes if source in ways}
-            parameters = tuple(dict.fromkeys(p for way in made.values() for p in way.parameters))
-            stages = [s for source in node.all_input_nodes if (s := facts(source).stage) is not None and source not in ways]
+            made = [source for source in node.all_input_nodes if source in reads]
+            parameters = tuple(dict.fromkeys(r for source in made for r in reads[source]))
+            stages = [s for source in node.all_input_nodes if (s := facts(source).stage) is not None and source not in reads]
             least = max([*stages, from_.get(node, 0)])
             fits = _fitting(parameters, least)
-            calls = frozenset(call for way in made.values() for call in way.calls)
-            if parameters and len(made) == len(node.all_input_nodes) and fits:
-                ways[node] = _Way(parameters, calls | {node})
-            elif parameters and not fits:  # calls that were made before are handed on
-                handed = [source for source in made if source not in everywhere]
-                least = max([least, *(facts(source).stage or 0 for source in handed)])
-                parameters = tuple(p for source, way in made.items() if source not in handed for p in way.parameters)
+            if made and len(made) == len(node.all_input_nodes) and fits:
+                reads[node] = parameters
+            elif made and not fits:  # on a stage that does not hold all: calls that were made before are handed to it
+                least = max([least, *(facts(source).stage or 0 for source in made if source not in everywhere)])
+                parameters = tuple(r for source in made if source in everywhere for r in reads[source])
                 fits = _fitting(parameters, least)
-            elif all(call.users.keys() <= calls | {node} for call in calls):
-                for call in calls:
-                    _run_on(call, fits[0])
-            if parameters and not fits:
+            if not fits:
                 names = ", ".join(name for name, _ in parameters)
                 complaints.append(f"{names} ({facts(node).source or node.name}) cannot be used after what is computed on stage {least}.")
             _run_on(node, fits[0] if fits else least)
     return complaints
-
-
-@dataclass(frozen=True)
-class _Way:
-    """A parameter on its way to its use, or what is made of several."""
-
-    parameters: tuple[tuple[str, tuple[int, ...]], ...]
-    """With the stages that hold them."""
-    calls: frozenset[fx.Node] = frozenset()
-    """What makes it."""
 
 
 def _fitting(parameters: Sequence[tuple[str, tuple[int, ...]]], least: int) -> list[int]:

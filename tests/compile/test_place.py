@@ -200,7 +200,7 @@ def request(buffers: Any, pinned: Any) -> Decision:
 
 
 def stages_of(captured: Captured, plan: Plan) -> tuple[StageGraph, ...]:
-    place(captured.graph, plan.stages, {n: p.stages for n, p in plan.parameters.items()} | dict(plan.buffers))
+    place(captured.graph, plan.stages, {n: p.stages for n, p in plan.parameters.items()}, plan.buffers)
     return split(captured.graph, 2, parameters=captured.parameters, mutations=captured.mutations)
 
 
@@ -272,6 +272,8 @@ def test_a_penalty_is_computed_where_its_parameters_are_for_another_batch_too(pe
     others = {n: (tuple(p.shape), "float32", True) for n, p in model.named_parameters()}
     asked = Decision((("pp", 2),), (), stages=StageRequest((0, 1), ["norm"]), others=others)
     first = decide(capture(model, (), {"x": torch.randn(2, 4, 8)}), asked)
+    both = (0, 1) if penalty is PENALTIES["of both ends"] else (0,)  # (a difference of weights of two stages: one holds both)
+    assert first.parameters["a.0.weight"].stages == both and first.parameters["b.0.weight"].stages == (0,)
     held = {n: replace(p, stages=((0 if n[0] in "ab" else 1),)) if alone else p for n, p in first.parameters.items()}
     x = torch.randn(3, 5, 8)
     again = capture(model, (), {"x": x})
