@@ -13,9 +13,9 @@ from torch import fx
 
 from meshpar.compile.balance import ExampleBatch, as_asked, as_before, in_pieces
 from meshpar.compile.ground import Staging
-from meshpar.compile.place import mark_stages, place
+from meshpar.compile.place import place
 from meshpar.compile.samples import of_own_samples
-from meshpar.compile.split import split, updaters
+from meshpar.compile.split import mark, split, updaters
 from meshpar.compile.stages import choose
 from meshpar.errors import PlanError, near_pattern, raise_all
 from meshpar.graph.captured import Captured
@@ -180,7 +180,7 @@ def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...
         before = tuple(StagePlan("", rank, "as before") for rank in ranks)
         return before, {n: p.stages for n, p in request.pinned.items()}, request.buffers
     chosen = request.stages.chosen or choose(captured, len(ranks), where=request.stages.cuts)
-    mark_stages(captured.graph, chosen.starts, frozenset(request.others))
+    mark(captured.graph, chosen.starts, frozenset(captured.parameters))
     held: dict[str, tuple[int, ...]] = {}
     cut = split(captured.graph, len(ranks), parameters=captured.parameters, mutations=captured.mutations)
     for stage in cut:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from meshpar.compile.split import needed, remade
+from meshpar.compile.split import calls_in_order, needed, remade
 from meshpar.graph.captured import Captured
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.facts import Info, facts, gives_several, info_of, infos_of
@@ -100,8 +100,8 @@ class Ground:
         spent: list[int] = []
         kept: list[int] = []
         waiting = 0  # what is copied is paid for where it is first needed
-        for node in graph.nodes:
-            if node.op != "call_function" or node not in alive:
+        for node in calls_in_order(graph, frozenset(captured.parameters)):
+            if node not in alive:
                 continue
             seconds = round(cost(node) * 1e15)
             if node in self.copied or (node.target is operator.getitem and self.calls):

@@ -6,7 +6,7 @@ its parameters: a call runs where what it reads is, as early as possible.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -29,54 +29,9 @@ def place(
     """
     starts = [stage.start for stage in stages[1:]]
     if all(starts):
-        mark_stages(graph, starts, frozenset(held))
+        mark(graph, starts, frozenset(held))
     else:
         _follow(graph, {**held, **(buffers or {})})
-
-
-def mark_stages(graph: fx.Graph, starts: Sequence[str], parameters: Collection[str]) -> None:
-    """Set the stage of every call by the calls at which stages begin, as `mark` does; what is made of `parameters` alone follows these.
-
-    A penalty of weights is made on the stage that multiplies with them, and handed on: else the stage of the loss would hold them, too.
-    """
-    mark(graph, starts)
-    everywhere, last = remade(graph, parameters), len(starts)
-    names: dict[fx.Node, frozenset[str]] = {}
-    alone: dict[fx.Node, int] = {}  # calls on parameters alone -> the last stage that they may be on
-    of_batch = set[fx.Node]()
-    for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "placeholder" or not of_batch.isdisjoint(sources):
-            of_batch.add(node)
-        elif node.op == "get_attr" and str(node.target) in parameters:
-            names[node] = frozenset([str(node.target)])
-        elif node in everywhere and any(source in names for source in sources):
-            names[node] = frozenset().union(*(names[source] for source in sources))
-        elif node.op == "call_function" and any(source in names or source in alone for source in sources):
-            alone[node] = last
-    used: dict[str, set[int]] = {}
-    for source, found in names.items():
-        for name in found:
-            stages = {_stage(user) for user in source.users if user.op == "call_function" and user not in everywhere and user not in alone}
-            used.setdefault(name, set()).update(stages)
-    for node in reversed(alone):
-        alone[node] = min((alone.get(user, _stage(user)) for user in node.users if user.op == "call_function"), default=last)
-    for node, latest in alone.items():
-        sources = node.all_input_nodes
-        least = max((_stage(source) for source in sources if source in alone), default=0)
-        read = frozenset[str]().union(*(names[source] for source in sources if source in names))
-        homes = [used[name] for name in read if used[name]]
-        fits = [s for s in range(least, latest + 1) if all(s in home for home in homes)]
-        if not read:
-            _run_on(node, least)
-        elif homes:
-            _run_on(node, fits[0] if fits else max(least, _stage(node)))
-        else:  # nobody else reads them
-            _run_on(node, latest)
-
-
-def _stage(node: fx.Node) -> int:
-    return facts(node).stage or 0
 
 
 def check_buffers(stages: Sequence[StageGraph], plan: Plan) -> None:

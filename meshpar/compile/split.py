@@ -84,14 +84,73 @@ class StageGraph:
         return values
 
 
-def mark(graph: fx.Graph, starts: Sequence[str]) -> None:
-    """Set the `stage` of every call to the number of `starts` (names of calls) at or before it.
+def calls_in_order(graph: fx.Graph, parameters: Collection[str]) -> list[fx.Node]:
+    """The calls. Terms of `parameters` alone, outside of blocks, come behind the block that reads these, and their sums behind the last.
+
+    A penalty of weights, computed where the loss is, would have the stage of the loss hold them, too.
+    """
+    everywhere, calls = remade(graph, parameters), [node for node in graph.nodes if node.op == "call_function"]
+    terms, names = _terms(graph, parameters, everywhere)
+    others = [node for node in calls if node not in terms]
+    at = {node: place for place, node in enumerate(others)}
+    used: dict[str, int] = {}
+    for source, found in names.items():
+        for place in (at[user] for user in source.users if user in at and user not in everywhere):
+            used |= {name: min(place, used.get(name, place)) for name in found}
+    before: dict[fx.Node, int] = {}  # the first call that reads what comes of it
+    for node in reversed(calls):
+        if node in terms:
+            before[node] = min((before.get(user, at.get(user, len(others))) for user in node.users), default=len(others))
+    behind: dict[fx.Node, int] = {}
+    here = -1
+    for node in calls:
+        if node in at:
+            here = at[node]
+            continue
+        read = frozenset[str]().union(*(names[source] for source in node.all_input_nodes if source in names))
+        made = max((behind[source] for source in node.all_input_nodes if source in terms), default=-1)
+        homes = [_last_of_block(others, used[name]) for name in read if name in used]
+        place = max([made, *homes]) if len(homes) == len(read) else here
+        behind[node] = max(made, place if place < before[node] else here)
+    places = {node: number for number, node in enumerate(calls)}
+    return sorted(calls, key=lambda node: (at[node], False, 0) if node in at else (behind[node], True, places[node]))
+
+
+def _terms(
+    graph: fx.Graph, parameters: Collection[str], everywhere: Collection[fx.Node]
+) -> tuple[set[fx.Node], dict[fx.Node, frozenset[str]]]:
+    """The calls on parameters alone that are outside of blocks; and parameters on their way to a use, with their names."""
+    names: dict[fx.Node, frozenset[str]] = {}
+    terms, varies = set[fx.Node](), set[fx.Node]()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" and str(node.target) in parameters:
+            names[node] = frozenset([str(node.target)])
+        elif node in everywhere and any(source in names for source in sources):
+            names[node] = frozenset().union(*(names[source] for source in sources))
+        elif node.op == "placeholder" or not varies.isdisjoint(sources):
+            varies.add(node)
+        elif node.op == "call_function" and any(source in names or source in terms for source in sources):
+            (varies if facts(node).region else terms).add(node)
+    return terms, names
+
+
+def _last_of_block(calls: Sequence[fx.Node], place: int) -> int:
+    """The place of the last call, from `place` on, that lies together with that one in its block."""
+    region = facts(calls[place]).region
+    while region is not None and place + 1 < len(calls) and facts(calls[place + 1]).region == region:
+        place += 1
+    return place
+
+
+def mark(graph: fx.Graph, starts: Sequence[str], parameters: Collection[str]) -> None:
+    """Set the `stage` of every call to the number of `starts` (names of calls) at or before it, in the order of `calls_in_order`.
 
     Raises PlanError for names that are no call of the graph, or that are given twice.
 
-    >>> mark(captured.graph, ["layer_norm_4", "layer_norm_8"])              # doctest: +SKIP
+    >>> mark(captured.graph, ["layer_norm_4", "layer_norm_8"], captured.parameters)      # doctest: +SKIP
     """
-    calls = [node for node in graph.nodes if node.op == "call_function"]
+    calls = calls_in_order(graph, frozenset(parameters))
     names = [node.name for node in calls]
     known, seen, complaints = set(names), set[str](), list[str]()
     for start in starts:

@@ -196,7 +196,7 @@ def compare(
 ) -> tuple[StageGraph, ...]:
     """Split, run and compare with the whole graph."""
     loss_at = captured.loss or 0
-    mark(captured.graph, starts or starts_of(captured.graph, count))
+    mark(captured.graph, starts or starts_of(captured.graph, count), captured.parameters)
     stages = split(captured.graph, count, parameters=captured.parameters, mutations=captured.mutations)
     check(stages, captured.inputs)
     whole, parts = state_of(model, captured), state_of(model, captured)

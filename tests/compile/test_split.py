@@ -51,7 +51,7 @@ def example() -> fx.Graph:
 def test_before_and_after() -> None:
     graph = example()
     before = str(graph)
-    mark(graph, ["relu"])
+    mark(graph, ["relu"], ())
     first, second = split(graph, 2, parameters={"w", "v"})
     assert str(graph) == before, "the given graph is left alone"
     assert [n.name for n in first.graph.nodes] == ["ids", "w", "triu", "linear", "output"]
@@ -65,7 +65,7 @@ def test_before_and_after() -> None:
 
 def test_marks_are_raised_to_what_is_read() -> None:
     graph = example()
-    mark(graph, ["linear"])
+    mark(graph, ["linear"], ())
     for node in graph.nodes:
         if node.name == "relu":
             set_facts(node, replace(facts(node), stage=0))
@@ -92,12 +92,12 @@ def test_values_without_a_mark_go_where_less_is_sent() -> None:
 
 def test_unknown_starts() -> None:
     with pytest.raises(PlanError, match=r"stages:\n  'relo' is no call of the graph. Did you mean relu\?\n  'relu' begins two stages."):
-        mark(example(), ["relo", "relu", "relu"])
+        mark(example(), ["relo", "relu", "relu"], ())
 
 
 def test_marks_outside() -> None:
     graph = example()
-    mark(graph, ["relu"])
+    mark(graph, ["relu"], ())
     with pytest.raises(PlanError, match="relu is marked for stage 1 of 1"):
         split(graph, 1, parameters={"w", "v"})
 
@@ -143,7 +143,7 @@ def test_a_buffer_read_before_the_stage_that_updates_it() -> None:
             return self.norm(self.two(self.norm(self.one(x)))).pow(3).sum()
 
     captured = captured_of(Twice().double(), {"x": torch.randn(3, 4, dtype=torch.float64)})
-    mark(captured.graph, [_second_linear(captured)])
+    mark(captured.graph, [_second_linear(captured)], captured.parameters)
     with pytest.raises(PlanError, match="buffer norm.running_(mean|var) is read on stage 0 and gets its new value on stage 1"):
         split(captured.graph, 2, parameters=captured.parameters, mutations=captured.mutations)
 
@@ -162,7 +162,7 @@ def test_constants_of_the_batch_are_made_again_and_tied_weights_are_read_twice()
 
 def test_unwanted_outputs_are_dropped_with_what_only_they_need() -> None:
     model, batch, captured = captured_model("uneven")
-    mark(captured.graph, starts_of(captured.graph, 3))
+    mark(captured.graph, starts_of(captured.graph, 3), captured.parameters)
     stages = split(captured.graph, 3, parameters=captured.parameters, wanted=[1])
     check(stages, ("ids", "labels"))
     assert [s.outputs for s in stages] == [(), (), (1,)]
@@ -175,7 +175,7 @@ def test_unwanted_outputs_are_dropped_with_what_only_they_need() -> None:
 
 def test_denominators_reach_the_stage_that_divides() -> None:
     _, _, captured = captured_model("llama")
-    mark(captured.graph, starts_of(captured.graph, 2))
+    mark(captured.graph, starts_of(captured.graph, 2), captured.parameters)
     one = split_denominators(captured, 2).captured
     stages = split(one.graph, 2, parameters=one.parameters, wanted=[one.loss or 0])
     check(stages, one.inputs)
@@ -242,7 +242,7 @@ def _marked(stage: int | None) -> dict[str, int]:
 def test_lowered_graphs(name: str, count: int) -> None:
     """tp=2, all ranks in this process: joined conversions, seeded dropout, collectives."""
     model, batch, captured = captured_model(name)
-    mark(captured.graph, starts_of(captured.graph, count))
+    mark(captured.graph, starts_of(captured.graph, count), captured.parameters)
     plan = decided(captured)
     with simulate(2):
         axis = Axis("tp", 2, -1, torch.distributed.group.WORLD.group_name)  # type: ignore[union-attr]
@@ -321,7 +321,7 @@ def test_linear_time() -> None:
         skips.append(x)
     x = put(graph, "call_function", aten.stack.default, (skips,), info(96, 4))
     graph.output((x,))
-    mark(graph, starts_of(graph, 16))
+    mark(graph, starts_of(graph, 16), ())
     start = time.process_time()
     stages = split(graph, 16, parameters={f"w{i}" for i in range(96)})
     assert time.process_time() - start < 2

@@ -94,7 +94,7 @@ def test_a_heavy_head_gets_fewer_layers() -> None:
 def test_no_cut_inside_attention(name: str, stages: int) -> None:
     _, _, graph = captured_model(name)
     found = choose(graph, stages, wanted=[graph.loss or 0])
-    mark(graph.graph, found.starts)
+    mark(graph.graph, found.starts, graph.parameters)
     for part in split(graph.graph, stages, parameters=graph.parameters, wanted=[graph.loss or 0]):
         names = {n.name: n for n in graph.graph.nodes}
         for sent in part.sends:
@@ -107,8 +107,8 @@ def test_models_without_a_list_of_equal_blocks(name: str, stages: int) -> None:
     _, _, graph = captured_model(name)
     found = choose(graph, stages)
     assert len(found.starts) == stages - 1 and min(found.seconds) > 0
-    assert found.imbalance < 1.5
-    mark(graph.graph, found.starts)
+    assert found.imbalance < (1.5 if stages < 6 else 1.65)  # (penalties of weights stay with these)
+    mark(graph.graph, found.starts, graph.parameters)
     parts = split(graph.graph, stages, parameters=graph.parameters, mutations=graph.mutations)
     sizes = {n.name: info_of(n).nbytes for n in graph.graph.nodes if n.op == "call_function" and not gives_several(n)}
     assert tuple(sum(sizes[name] for name in part.sends) for part in parts[:-1]) == found.crossing
@@ -146,7 +146,7 @@ def test_memory_counts_state_and_microbatches_in_flight() -> None:
 def test_shared_parameters_are_counted_once_per_stage() -> None:
     _, _, graph = captured_model("albert")
     found = choose(graph, 3, memory=Budget(state=1.0, microbatches=1))
-    mark(graph.graph, found.starts)
+    mark(graph.graph, found.starts, graph.parameters)
     parts = split(graph.graph, 3, parameters=graph.parameters)
     assert len(shared_parameters(parts, graph.parameters)) >= 16
     no_state = choose(graph, 3, memory=Budget(state=0.0, microbatches=1))

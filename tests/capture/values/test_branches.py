@@ -251,7 +251,7 @@ def test_a_stage_keeps_its_checks() -> None:
     captured = capture(Guarded(), (), {"ids": torch.randint(12, (4, 6)), "labels": torch.randint(12, (4, 6))})
     checks = [node.name for node in captured.graph.nodes if node.target is EXPECT]
     second = next(n.name for n in captured.graph.nodes if n.op == "call_function" and facts(n).module == "blocks.1.0")
-    mark(captured.graph, [second])
+    mark(captured.graph, [second], captured.parameters)
     stages = split(captured.graph, 2, parameters=captured.parameters)
     found = [[node.name for node in stage.graph.nodes if node.target is EXPECT] for stage in stages]
     assert found == [checks[:2], checks[2:]]
