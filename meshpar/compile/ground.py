@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from meshpar.compile.split import calls_in_order, needed, remade
+from meshpar.compile.split import calls_in_order, needed, remade, terms_of
 from meshpar.graph.captured import Captured
 from meshpar.graph.cost import flops, nbytes
 from meshpar.graph.facts import Info, facts, gives_several, info_of, infos_of
@@ -99,6 +99,9 @@ class Ground:
         self.calls: list[fx.Node] = []
         spent: list[int] = []
         kept: list[int] = []
+        self.index: dict[fx.Node, int] = {}
+        """Which call; of a term of parameters alone, the one that it comes behind: no stage begins between the two."""
+        terms, _ = terms_of(graph, captured.parameters)
         waiting = 0  # what is copied is paid for where it is first needed
         for node in calls_in_order(graph, frozenset(captured.parameters)):
             if node not in alive:
@@ -107,11 +110,16 @@ class Ground:
             if node in self.copied or (node.target is operator.getitem and self.calls):
                 waiting += seconds
                 continue
+            if node in terms and self.calls:
+                self.index[node] = len(self.calls) - 1
+                spent[-1] += seconds
+                kept[-1] += _kept(node)
+                continue
+            self.index[node] = len(self.calls)
             self.calls.append(node)
             spent.append(seconds + waiting)
             kept.append(_kept(node))
             waiting = 0
-        self.index = {node: i for i, node in enumerate(self.calls)}
         self.memory, self.count = memory, len(self.calls)
         self.cost = np.concatenate([[0], np.cumsum(spent)]).astype(np.int64)
         self.kept = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
@@ -128,7 +136,7 @@ class Ground:
         """Bytes, and number of values, that cross at every place."""
         change = np.zeros((2, self.count + 2), dtype=np.int64)
         ends = {node: self.count for node in returned}
-        for node in self.calls:
+        for node in self.index:
             items = [u for u in node.users if u.target is operator.getitem] if gives_several(node) else [node]
             for value in items:
                 users = [self.place(user) for user in value.users if user in self.index]

@@ -85,12 +85,12 @@ class StageGraph:
 
 
 def calls_in_order(graph: fx.Graph, parameters: Collection[str]) -> list[fx.Node]:
-    """The calls. Terms of `parameters` alone, outside of blocks, come behind the block that reads these, and their sums behind the last.
+    """The calls. Terms of `parameters` alone, outside of blocks, come behind the first call that reads these, their sums behind the last.
 
     A penalty of weights, computed where the loss is, would have the stage of the loss hold them, too.
     """
     everywhere, calls = remade(graph, parameters), [node for node in graph.nodes if node.op == "call_function"]
-    terms, names = _terms(graph, parameters, everywhere)
+    terms, names = terms_of(graph, parameters)
     others = [node for node in calls if node not in terms]
     at = {node: place for place, node in enumerate(others)}
     used: dict[str, int] = {}
@@ -109,17 +109,16 @@ def calls_in_order(graph: fx.Graph, parameters: Collection[str]) -> list[fx.Node
             continue
         read = frozenset[str]().union(*(names[source] for source in node.all_input_nodes if source in names))
         made = max((behind[source] for source in node.all_input_nodes if source in terms), default=-1)
-        homes = [_last_of_block(others, used[name]) for name in read if name in used]
+        homes = [used[name] for name in read if name in used]
         place = max([made, *homes]) if len(homes) == len(read) else here
         behind[node] = max(made, place if place < before[node] else here)
     places = {node: number for number, node in enumerate(calls)}
     return sorted(calls, key=lambda node: (at[node], False, 0) if node in at else (behind[node], True, places[node]))
 
 
-def _terms(
-    graph: fx.Graph, parameters: Collection[str], everywhere: Collection[fx.Node]
-) -> tuple[set[fx.Node], dict[fx.Node, frozenset[str]]]:
+def terms_of(graph: fx.Graph, parameters: Collection[str]) -> tuple[set[fx.Node], dict[fx.Node, frozenset[str]]]:
     """The calls on parameters alone that are outside of blocks; and parameters on their way to a use, with their names."""
+    everywhere = remade(graph, parameters)
     names: dict[fx.Node, frozenset[str]] = {}
     terms, varies = set[fx.Node](), set[fx.Node]()
     for node in graph.nodes:
@@ -133,14 +132,6 @@ def _terms(
         elif node.op == "call_function" and any(source in names or source in terms for source in sources):
             (varies if facts(node).region else terms).add(node)
     return terms, names
-
-
-def _last_of_block(calls: Sequence[fx.Node], place: int) -> int:
-    """The place of the last call, from `place` on, that lies together with that one in its block."""
-    region = facts(calls[place]).region
-    while region is not None and place + 1 < len(calls) and facts(calls[place + 1]).region == region:
-        place += 1
-    return place
 
 
 def mark(graph: fx.Graph, starts: Sequence[str], parameters: Collection[str]) -> None:
