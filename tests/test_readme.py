@@ -129,6 +129,13 @@ def test_the_example_runs(gloo: Pool) -> None:
     assert found[0] == found[1] and found[0][0] == 9 and found[0][1] < 5.6
 
 
+def test_jobs_before_they_start_are_those_of_a_page_that_runs() -> None:
+    """`tests/test_pages.py` runs them there, and `tests/dry_run` knows what comes out."""
+    jobs = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "mp.dry_run(" in block]
+    page = (ROOT / "docs" / "large.md").read_text()
+    assert len(jobs) == 2 and all(f"```python\n{job}```" in page for job in jobs)
+
+
 def test_the_second_command_is_what_continuous_integration_runs() -> None:
     commands = re.findall(r"^    (pip install .*)$", README, re.MULTILINE)
     assert commands[:2] == [

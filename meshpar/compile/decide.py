@@ -68,6 +68,8 @@ class Decision:
     buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """What an earlier plan said of buffers: the stages that keep them."""
     stages: StageRequest | None = None
+    earlier: tuple[StagePlan, ...] = ()
+    """The stages of an earlier plan, if its graph had the same calls."""
     owned: bool = False
     """Whether parameters may lie on one rank of `ep` alone: not where ranks are simulated, which all run one program."""
     ordered: bool = True
@@ -177,7 +179,7 @@ def _stages(captured: Captured, request: Decision) -> tuple[tuple[StagePlan, ...
         return (), {}, {}
     ranks = request.stages.ranks
     if request.pinned:
-        before = tuple(StagePlan("", rank, "as before") for rank in ranks)
+        before = request.earlier or tuple(StagePlan("", rank, "as before") for rank in ranks)
         return before, {n: p.stages for n, p in request.pinned.items()}, request.buffers
     chosen = request.stages.chosen or choose(captured, len(ranks), where=request.stages.cuts)
     mark(captured.graph, chosen.starts, frozenset(captured.parameters))

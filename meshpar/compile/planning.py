@@ -26,10 +26,10 @@ from meshpar.config import ParallelConfig
 from meshpar.consensus import agree
 from meshpar.errors import ConfigError, PlanError
 from meshpar.graph.captured import Captured
-from meshpar.graph.text import fingerprint
+from meshpar.graph.text import calls_of, fingerprint
 from meshpar.mesh import mesh_sizes, typed_axes
 from meshpar.pipeline.order import schedule_of
-from meshpar.plan import ParameterPlan, Plan
+from meshpar.plan import ParameterPlan, Plan, StagePlan
 from meshpar.roles import dividing
 from meshpar.simulate import is_simulated
 
@@ -44,6 +44,8 @@ class Planner:
         self.schedule = schedule_of(mesh, config)
         self.pinned: dict[str, ParameterPlan] = {}
         self.buffers: Mapping[str, tuple[int, ...]] = {}
+        self.first: tuple[str, tuple[StagePlan, ...]] = "", ()
+        """The calls of the first graph, and its stages: where others have the same, they are on the same stages."""
         self.chunks = 0
         """How many pieces of sequences each rank has, where an example told, and they are more than usual."""
         self.plans = Plans()
@@ -69,6 +71,7 @@ class Planner:
         plan = self._planned(captured, parameters, stages, example)
         if not self.pinned:
             self.pinned, self.buffers = dict(plan.parameters), plan.buffers
+            self.first = calls_of(captured), plan.stages
             self.chunks = max((axis.chunks for axis in plan.axes if axis.chunks > 2), default=0)
         return plan
 
@@ -110,6 +113,7 @@ class Planner:
             pinned=self.pinned,
             buffers=self.buffers,
             stages=stages,
+            earlier=self.first[1] if self.pinned and stages is not None and self.first[0] == calls_of(captured) else (),
             owned=not is_simulated(),
             ordered=self.config.outputs == "cut",
             options=self._options,

@@ -47,6 +47,12 @@ def fingerprint(captured: Captured) -> str:
     return hashlib.sha256("\n".join(lines(captured)).encode()).hexdigest()[:16]
 
 
+def calls_of(captured: Captured) -> str:
+    """A hash of which calls a graph has, in which modules and in which order: the same for batches of other sizes, if all else is."""
+    calls = [f"{n.name} {op_name(n.target)} {facts(n).module}" for n in captured.graph.nodes if n.op == "call_function"]
+    return hashlib.sha256("\n".join(calls).encode()).hexdigest()[:16]
+
+
 def inputs_of(captured: Captured) -> dict[str, str]:
     """The dtype and the shape of every input of a graph.
 

@@ -24,6 +24,7 @@ from meshpar.compile.stages import choose
 from meshpar.errors import PlanError
 from meshpar.graph.captured import Captured
 from meshpar.graph.facts import facts, gives_several, info_of, infos_of, set_facts
+from meshpar.graph.text import calls_of, fingerprint
 from meshpar.mesh import mesh_sizes, typed_axes
 from meshpar.ops.load import Tally
 from meshpar.passes.order import lowered
@@ -295,6 +296,33 @@ def test_a_penalty_is_computed_where_its_parameters_are_for_another_batch_too(pe
     torch.testing.assert_close(outputs[again.loss or 0], loss)
     for name, p in model.named_parameters():
         torch.testing.assert_close(state[name].grad, p.grad, msg=name)
+
+
+class Twice(nn.Module):
+    """Layers there and back: what their parameters hold says not which of the two a call is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, *reversed(self.layers)):
+            x = x + torch.tanh(layer(x))
+        return x.pow(2).mean()
+
+
+def test_calls_stay_on_their_stages_where_another_batch_makes_the_same() -> None:
+    model = Twice()
+    others = {n: (tuple(p.shape), "float32", True) for n, p in model.named_parameters()}
+    asked = Decision((("pp", 2),), (), stages=StageRequest((0, 1)), others=others)
+    graphs = [capture(model, (), {"x": torch.randn(2, n, 8)}) for n in (4, 7, 7)]
+    first = decide(graphs[0], asked)
+    assert calls_of(graphs[0]) == calls_of(graphs[1]) and fingerprint(graphs[0]) != fingerprint(graphs[1])
+    later = replace(asked, pinned=first.parameters, buffers=first.buffers)
+    for graph, request in ((graphs[1], replace(later, earlier=first.stages)), (graphs[2], later)):
+        decide(graph, request)
+    found = [{n.name: facts(n).stage for n in graph.graph.nodes if n.op == "call_function"} for graph in graphs]
+    assert found[0] == found[1] != found[2], "by parameters alone the way back would begin on the first stage that holds them"
 
 
 class Gated(nn.Module):
