@@ -20,6 +20,7 @@ from meshpar.compile.balance import ExampleBatch
 from meshpar.compile.claimed import check_rules
 from meshpar.compile.decide import Decision, StageRequest, decide, place_as_before
 from meshpar.compile.given import ParameterFacts, check_given
+from meshpar.compile.place import place
 from meshpar.compile.priced import priced
 from meshpar.compile.shapes.plans import Plans
 from meshpar.config import ParallelConfig
@@ -68,10 +69,11 @@ class Planner:
         if self.given is not None and not self.pinned:
             ranks = () if stages is None else stages.ranks
             check_given(self.given, captured, parameters, mesh_sizes(self.mesh), self._options, ranks, simulated=is_simulated())
+        calls = calls_of(captured)  # (a solver leaves its marks in a graph)
         plan = self._planned(captured, parameters, stages, example)
         if not self.pinned:
             self.pinned, self.buffers = dict(plan.parameters), plan.buffers
-            self.first = calls_of(captured), plan.stages
+            self.first = calls, plan.stages
             self.chunks = max((axis.chunks for axis in plan.axes if axis.chunks > 2), default=0)
         return plan
 
@@ -127,6 +129,8 @@ class Planner:
             if (found := self.plans.at(captured, like)) is not None:
                 return found
         plan = self._decided(captured, request)
+        if plan.stages:  # where it was not decided, too: what is learned of a graph is the same on all ranks
+            place(captured.graph, plan.stages, {name: p.stages for name, p in plan.parameters.items()}, plan.buffers)
         self.plans.learn(captured, like, plan)
         return plan
 

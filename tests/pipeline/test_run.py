@@ -98,6 +98,44 @@ def test_evaluation_outputs_and_other_shapes(gloo: Pool) -> None:
     gloo.run(evaluating, "zbv", timeout=120)
 
 
+class ThereAndBack(nn.Module):
+    """Layers that are passed twice, and penalties of some of their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(24, 16), nn.Linear(16, 24)
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, penalty = self.embed(ids), torch.zeros(())
+        for layer in (*self.layers, *reversed(self.layers)):
+            x = x + layer(x)
+            penalty = penalty + layer[1].weight.abs().mean()
+        penalty = penalty + sum(p.square().sum() for p in self.layers[0].parameters()) + self.embed.weight.norm()
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), ids.flatten()) + 0.01 * penalty
+
+
+def over_shapes() -> float:
+    """The largest difference of a loss or a gradient, over batches of several shapes."""
+    torch.manual_seed(0)
+    model, mesh, worst = ThereAndBack().double(), mp.make_mesh("pp=2,cp=2"), 0.0
+    pm = mp.parallelize(model, mesh, example={"ids": torch.randint(24, (4, 8))}, config=mp.ParallelConfig(schedule="zbv"))
+    for shape in ((4, 8), (4, 12), (6, 8), (4, 8), (6, 12)):
+        batch = {"ids": torch.randint(24, shape)}
+        model.zero_grad()
+        loss = model(**batch)
+        loss.backward()
+        worst = max(worst, abs(pm.train_step(**batch).item() - loss.item()))
+        for name, p in pm.named_parameters():
+            worst = max(worst, (mp.full_grad(p) - model.get_parameter(name).grad).abs().max().item())
+        pm.zero_grad()
+    return worst
+
+
+def test_terms_of_parameters_for_batches_of_many_shapes(gloo: Pool) -> None:
+    assert max(gloo.run(over_shapes, world=4, timeout=180)) < 1e-11
+
+
 # ---- noise, buffers, accumulation ------------------------------------------------------------------------------------------------------
 
 
