@@ -5,6 +5,10 @@ mesh = "pp=2,dp=16,tp=2"
 [config]
 microbatches = 8
 schedule = "interleaved-1f1b"
+
+[batch]
+microbatch = 2
+seq = 4096
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from meshpar.errors import ConfigError, near, raise_all
+
+_PARTS = ("mesh", "config", "batch")
 
 
 def is_file(spec: object) -> bool:
@@ -33,11 +39,30 @@ def read_mesh(path: str | Path) -> str:
 def read_fields(path: str | Path, known: Iterable[str]) -> Mapping[str, Any]:
     """The `[config]` table of a file. Raises ConfigError for names that are not `known`."""
     body, names = _read(path), sorted(known)
-    complaints = [f"{name!r} is not mesh or config.{near(name, ('mesh', 'config'))}" for name in body if name not in ("mesh", "config")]
+    complaints = [f"{name!r} is not mesh, config or batch.{near(name, _PARTS)}" for name in body if name not in _PARTS]
     fields = body.get("config", {})
     complaints += [f"[config] {name}: there is no such field.{near(name, names)}" for name in fields if name not in names]
-    raise_all(ConfigError, f"{path}:", complaints)
+    raise_all(ConfigError, f"{path}:", [*complaints, *_of_batch(body)])
     return dict(fields)
+
+
+def read_batch(path: str | Path) -> tuple[int | None, int | None]:
+    """The samples of a microbatch on a data rank and the tokens of one, that the plan in a file is for, if it says so."""
+    body = _read(path)
+    raise_all(ConfigError, f"{path}:", _of_batch(body))
+    batch = body.get("batch", {})
+    return batch.get("microbatch"), batch.get("seq")
+
+
+def _of_batch(body: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the `[batch]` table."""
+    batch = body.get("batch", {})
+    if not isinstance(batch, Mapping):
+        return [f"batch = {batch!r}: a table is wanted, [batch]."]
+    wrong = [f"[batch] {name}: microbatch and seq are known." for name in batch if name not in ("microbatch", "seq")]
+    return wrong + [
+        f"[batch] {name} = {n!r}: a whole number of at least 1." for name, n in batch.items() if not isinstance(n, int) or n < 1
+    ]
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def dry_run(
     gpu: Gpu = "h100",
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="With --megatron: how many; else the mesh says so.")] = None,
     seq: Annotated[int | None, typer.Option("--seq", min=2, help="Tokens of a sample.")] = None,
-    microbatch: Annotated[int, typer.Option("--microbatch", min=1, help="Samples of a microbatch on a data rank.")] = 1,
+    microbatch: Annotated[int | None, typer.Option("--microbatch", min=1, help="Samples of a microbatch on a data rank. [1]")] = None,
     microbatches: Annotated[int | None, typer.Option("--microbatches", min=1, help="Microbatches of a step. [1]")] = None,
     schedule: Annotated[str | None, typer.Option("--schedule", help="Of a pipeline. [1f1b]")] = None,
     virtual_stages: Annotated[int | None, typer.Option("--virtual-stages", min=1, help="Stages of a rank.")] = None,
@@ -66,14 +66,14 @@ def dry_run(
         found, said = _of_megatron(megatron, gpu, gpus, stack)
     else:
         from meshpar.cli.idle import check_idle
-        from meshpar.cli.large import built, large_model
+        from meshpar.cli.large import built
         from meshpar.mesh import parse_mesh
 
         if not model or not (mesh or config):
             raise ConfigError("dry-run wants a model and --mesh (or --config FILE), or --megatron FILE. meshpar dry-run --help")
         settings = _settings(config, asked)
         check_idle(parse_mesh(mesh or config or ""), schedule=schedule, virtual_stages=virtual_stages)
-        made, batch = large_model(model, seq=seq, samples=microbatch * settings.microbatches)
+        made, batch = _of_batch(model, config, seq, microbatch, settings)
         found = run(built(made), mesh or config or "", settings, hardware=gpu, example=batch, stack=stack)
     if plot is not None:
         found.plot(plot)
@@ -96,6 +96,15 @@ def _settings(path: Path | None, asked: dict[str, Any]) -> ParallelConfig:
     if path is None:
         return ParallelConfig(**{"precision": "bf16", **asked})
     return replace(ParallelConfig.from_toml(path), **asked)
+
+
+def _of_batch(model: str, path: Path | None, seq: int | None, microbatch: int | None, settings: ParallelConfig) -> tuple[Any, Any]:
+    """A model, and the batch of one data rank: as asked for, else as a file of meshpar plan has it."""
+    from meshpar.cli.large import large_model
+    from meshpar.settings import read_batch
+
+    samples, tokens = (None, None) if path is None else read_batch(path)
+    return large_model(model, seq=seq or tokens, samples=(microbatch or samples or 1) * settings.microbatches)
 
 
 def _check_alone(others: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -193,7 +202,7 @@ def calibrate(
     config: Annotated[Path | None, typer.Option("--config", help="With --step: a file that meshpar plan wrote.")] = None,
     gpu: Annotated[str, typer.Option("--gpu", "--hardware", help="With --step: what it ran on, a name or a file. [FILE]")] = "",
     seq: Annotated[int | None, typer.Option("--seq", min=2, help="With --step: tokens of a sample.")] = None,
-    microbatch: Annotated[int, typer.Option("--microbatch", min=1, help="With --step: samples of a microbatch.")] = 1,
+    microbatch: Annotated[int | None, typer.Option("--microbatch", min=1, help="With --step: samples of a microbatch. [1]")] = None,
     microbatches: Annotated[int | None, typer.Option("--microbatches", min=1, help="With --step: of a step.")] = None,
     stack: StackName = "meshpar",
     as_json: AsJson = False,
@@ -212,14 +221,14 @@ def calibrate(
             return
         print(f"{file}: {found.source}, 1 to {found.measured.ranks} ranks. Its own programs took {low:.2f} to {high:.2f} of the estimate.")
         return
-    from meshpar.cli.large import built, large_model
+    from meshpar.cli.large import built
     from meshpar.dry_run import dry_run as run_dry
 
     check_path(file)
     if not model or not (mesh or config):
         raise ConfigError("calibrate --step wants --model and --mesh (or --config FILE) of the program that was measured.")
     settings = _settings(config, {} if microbatches is None else {"microbatches": microbatches})
-    made, batch = large_model(model, seq=seq, samples=microbatch * settings.microbatches)
+    made, batch = _of_batch(model, config, seq, microbatch, settings)
     dry = run_dry(built(made), mesh or config or "", settings, hardware=gpu or file, example=batch, stack=stack)
     part = dry.scaled(step)
     write(part, file)

@@ -43,7 +43,7 @@ class Mappings:
         return self.found.best
 
     def toml(self, index: int = 0) -> str:
-        """A configuration file for `make_mesh` and `parallelize` (see `read_toml`)."""
+        """A file for `make_mesh`, `ParallelConfig.from_toml` and the command line; it says which batch it is for, too."""
         return toml(self.found.job, self.ranked[index].mapping)
 
     def launch(self, script: str = "train.py", *, slurm: bool = False) -> str:

@@ -180,7 +180,7 @@ def _verdict(job: Job, best: Candidate, mapping: Mapping, constants: Constants) 
 
 
 def toml(job: Job, mapping: Mapping) -> str:
-    """The mapping as a configuration file: the mesh, and what `ParallelConfig` takes.
+    """The mapping as a configuration file: the mesh, what `ParallelConfig` takes, and the batch that it is for.
 
     >>> from meshpar.planner import Cluster, Transformer
     >>> model = Transformer(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=128256)
@@ -194,6 +194,11 @@ def toml(job: Job, mapping: Mapping) -> str:
     data_parallel = "zero1"
     recompute = "none"
     sequence_parallel = true
+    precision = "bf16"
+    <BLANKLINE>
+    [batch]
+    microbatch = 1
+    seq = 8192
     """
     gpus = job.cluster.gpus
     data = mapping.data(gpus)
@@ -208,7 +213,9 @@ def toml(job: Job, mapping: Mapping) -> str:
     lines += [f"virtual_stages = {mapping.virtual}"] if mapping.virtual > 1 else []
     recompute = {"activations": "selective"}.get(mapping.recompute, mapping.recompute)
     lines += [f'data_parallel = "{mapping.data_parallel}"', f'recompute = "{recompute}"']
-    return "\n".join([*lines, f"sequence_parallel = {str(mapping.sequence_parallel and mapping.tp > 1).lower()}"])
+    lines += [f"sequence_parallel = {str(mapping.sequence_parallel and mapping.tp > 1).lower()}"]
+    lines += [f'precision = "{job.precision}"'] if job.precision in ("bf16", "fp16", "fp32") else []
+    return "\n".join([*lines, "", "[batch]", f"microbatch = {mapping.microbatch}", f"seq = {job.seq}"])
 
 
 def launch(job: Job, script: str = "train.py", *, slurm: bool = False) -> str:

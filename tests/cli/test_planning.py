@@ -52,8 +52,12 @@ def test_the_best_mapping_is_written_and_read_again(tmp_path: Path) -> None:
     config = ParallelConfig.from_toml(path)
     sizes = parse_mesh(path)
     assert sizes.get("tp", 1) == best["tp"] and sizes.get("pp", 1) == best["pp"]
+    status, text = call("dry-run", SIZES, "--json", "--config", str(path))
+    assert status == 0, text
+    same = json.loads(text[text.index("{") :])  # the batch is the plan's, too
+    assert (same["tokens"], same["precision"], same["bubble"] >= 0) == (64 * 512, "bf16", True)
     found = dry("--config", str(path))
-    assert found["gpus"] == 16
+    assert found["gpus"] == 16 and found["tokens"] == 64 * 256
     other = dry("--config", str(path), "--data-parallel", "replicate", "--microbatches", str(2 * config.microbatches))
     assert other["seconds"]["step"] > found["seconds"]["step"]  # type: ignore[index]
 

@@ -78,7 +78,8 @@ def test_parallelize_takes_the_file(tmp_path: Path) -> None:
     "body, message",
     [
         ('mesh = "dp=2"\n[config]\nmicrobatch = 2', "[config] microbatch: there is no such field. Did you mean microbatches"),
-        ("meshes = 3", "'meshes' is not mesh or config. Did you mean mesh"),
+        ("[batch]\nmicrobatches = 4", "[batch] microbatches: microbatch and seq are known"),
+        ("meshes = 3", "'meshes' is not mesh, config or batch. Did you mean mesh"),
         ("mesh = ", "is no TOML"),
     ],
 )
