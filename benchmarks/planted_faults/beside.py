@@ -18,6 +18,7 @@ from torch import Tensor
 import meshpar.ops.again as again
 import meshpar.ops.chunked_loss as chunked_loss
 import meshpar.ops.expert_pieces as expert_pieces
+import meshpar.ops.expert_steps as expert_steps
 import meshpar.ops.pieces as pieces
 import meshpar.ops.ring as ring
 import meshpar.pipeline.run as run
@@ -300,7 +301,7 @@ def _of_last(add: Any) -> Any:
     """The gradient of matrices that pieces add to, as the last of them leaves it."""
 
     def changed(self: Any, *rows: Any) -> None:
-        self.taken()
+        self._pieces.clear()
         add(self, *rows)
 
     return changed
@@ -369,7 +370,7 @@ FAULTS: tuple[BesideFault, ...] = (
     BesideFault("what is computed again is of the step before", again, "_run", _of_the_step_before, "tp=2", model="kept less", eager=True),
     BesideFault("gathered again from the wrong ranks", pieces, "STARTS", _with_gather, "tp=2", {"sequence_parallel": True}, "kept less",
                 eager=True),
-    BesideFault("experts in pieces: the gradient of the last piece alone", expert_pieces._MatrixGradient, "add", _of_last, "ep=2",
+    BesideFault("experts in pieces: the gradient of the last piece alone", expert_steps._MatrixGradient, "add", _of_last, "ep=2",
                 model="experts", eager=True),
     BesideFault("experts in pieces: some own rows twice, others never", expert_pieces._SetOut, "forward", _first_half_twice, "ep=2",
                 model="experts", eager=True),

@@ -31,7 +31,7 @@ from meshpar.errors import MeshparError, RankError
 from meshpar.graph.captured import Captured
 from meshpar.graph.op import op_name
 from meshpar.mesh import make_mesh
-from meshpar.ops import again, chunked_loss, expert_pieces, pieces, products
+from meshpar.ops import again, chunked_loss, expert_pieces, pieces, products, token_pieces
 from meshpar.passes import order
 from meshpar.proof import verify as numeric
 from meshpar.proof.comparable import cast
@@ -198,7 +198,10 @@ def _put_in(program: Any) -> Iterator[str]:
 
 
 def _is_put_in(target: Any) -> bool:
-    return getattr(target, "__module__", "") in {one.__name__ for one in (again, chunked_loss, expert_pieces, pieces, products)}
+    return getattr(target, "__module__", "") in _PUT_IN
+
+
+_PUT_IN = frozenset(one.__name__ for one in (again, chunked_loss, expert_pieces, pieces, products, token_pieces))
 
 
 @contextmanager

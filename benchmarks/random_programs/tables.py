@@ -35,7 +35,8 @@ GROUPS: Mapping[str, Callable[[Row], bool]] = {
     "passes that take what is small": lambda row: bool(row.get("eager")),
     **{f"... {what}": lambda row, name=name: any(name in p for p in row.get("passes", ())) for name, what in (
         ("again.", "computed again"), ("pieces.", "in pieces"),
-        ("expert_pieces.", "experts in pieces"), ("chunked_loss.", "loss in chunks"), ("products.", "sums hidden"))},
+        ("expert_pieces.", "experts in pieces"),
+        ("token_pieces.", "tokens in pieces"), ("chunked_loss.", "loss in chunks"), ("products.", "sums hidden"))},
     "programs told by the code of others": lambda row: row.get("told", 0) > 0,
     "graphs made without a capture": lambda row: row.get("made", 0) > 0,
 }  # fmt: skip

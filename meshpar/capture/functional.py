@@ -9,7 +9,7 @@ changed in place that another value can see, all that comes of it is this: compo
 written out, and what changes a value gives a new one. The former are run here, each on its own, and what they call takes their place.
 
 Left to torch: changes of inputs, of parts of a value, and of what other values lie in too; sections with a graph of their own; sizes that
-depend on data; operators that draw or keep statistics behind their schema.
+depend on data; operators that draw in place, or keep statistics behind their schema.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _needs_a_trace(node: fx.Node) -> bool:
         return True
     if not isinstance(node.target, OpOverload):
         return node.target is not operator.getitem
-    rewritten = node.target._schema.is_mutable or is_written_out(node.target)
-    return node.target in _SPECIAL or (rewritten and (draws(node) or "norm" in str(node.target)))
+    changes, rewritten = node.target._schema.is_mutable, is_written_out(node.target)
+    return node.target in _SPECIAL or (changes and draws(node)) or ((changes or rewritten) and "norm" in str(node.target))
 
 
 def _is_symbolic(value: Any) -> bool:

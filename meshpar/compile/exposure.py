@@ -6,6 +6,8 @@
     scattered, reduced             a message leaves when its rows are computed: the last ones run late
     through_experts                rows of others run beside the first half of own ones and each other, results beside each other and the
                                    other half; their numbers are waited for
+    on_gathered_tokens, t ranks    tokens of others come beside the first half of own ones and each other, results leave beside each other
+                                   and the other half; so do gradients
     ring_attention, p ranks        forward: p - 1 messages of keys and values, each beside a step of p
                                    backward: as many beside as many steps, and after each of p the sums so far, the last beside nothing
     any other                      is waited for where it is called
@@ -22,7 +24,7 @@ from torch import fx
 
 from meshpar.graph.cost import flops
 from meshpar.graph.facts import Change, Info, facts
-from meshpar.ops import expert_pieces, pieces, products, ring
+from meshpar.ops import expert_pieces, pieces, products, ring, token_pieces
 from meshpar.plan import Comm
 from meshpar.sharding.conversions import ALL_GATHER
 from meshpar.sharding.price import Price
@@ -67,7 +69,16 @@ def exposed(node: fx.Node, sent: Comm, seconds: float, price: Price) -> float:
         return _going_round(node, seconds, phase, price)
     if node.target is expert_pieces.through_experts and sent.node != COUNTS:
         return max(0.0, seconds - _beside_rows(node, price) * (2 if phase == "backward" else 1))
+    if node.target is token_pieces.on_gathered_tokens:
+        return max(0.0, seconds - _beside_tokens(node, price) * (2 if phase == "backward" else 1))
     return seconds
+
+
+def _beside_tokens(node: fx.Node, price: Price) -> float:
+    """Seconds of what is computed, forward, while tokens come or results leave: half of a rank's own, those of others but for one rank."""
+    change = facts(node).inside[0].conversion
+    assert change is not None
+    return price.compute(flops(node), 0.0) * (change.size - 1.5) / change.size
 
 
 def _going_round(node: fx.Node, seconds: float, phase: str, price: Price) -> float:

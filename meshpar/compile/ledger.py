@@ -13,7 +13,7 @@ from meshpar.compile.exposure import COUNTS, exposed
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Change, Exchange, Info, facts, gives_several, info_of
 from meshpar.graph.op import op_name, operands, value_info
-from meshpar.ops import convolution, expert_pieces, gathered, halo, pieces, ring, scans, scored, shifts, vocab_parallel
+from meshpar.ops import convolution, expert_pieces, gathered, halo, pieces, ring, scans, scored, shifts, token_pieces, vocab_parallel
 from meshpar.plan import Comm
 from meshpar.roles import stage_axis
 from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, conversion, wire_bytes
@@ -72,6 +72,10 @@ def entries(node: fx.Node) -> Iterator[Comm]:
         assert there is not None
         assert isinstance(ends, Info)
         yield from _exchanged(node, there, ends.shape[0])
+    if node.target is token_pieces.on_gathered_tokens:
+        for change in (known.inside[0].conversion, known.inside[-1].conversion):
+            assert change is not None
+            yield from _converted(node, [change])
     if known.exchange is not None:
         yield from _exchanged(node, known.exchange, value_info((node, 1)).shape[0] if gives_several(node) else 0)
     if node.target in (ring.ring_attention, halo.halo_attention, scored.scored_halo_attention):

@@ -46,8 +46,8 @@ class Lowering:
         if self.config.logits_bytes is not None:
             for stage in program.stages:
                 order.chunked(stage.graph, self.config.logits_bytes)
-        for stage in (*program.all_stages, *program.stages):
-            self._finished(stage.graph)
+        for graph in dict.fromkeys(stage.graph for stage in (*program.all_stages, *program.stages)):
+            self._finished(graph)
         return program
 
     def whole(self, signature: BatchSignature, captured: Captured, plan: Plan) -> Program:
@@ -79,8 +79,17 @@ class Lowering:
 
 
 def in_stages(program: Program) -> Program:
-    """The program with its graph cut into the stages of its plan, as every call is marked."""
+    """The program with its graph cut into the stages of its plan, as every call is marked.
+
+    A stage that computes the same for the loss alone as for every output (all but the last, as a rule) is one graph.
+    """
     captured, count = program.captured, len(program.plan.stages)
     cut = partial(split, program.graph, count, parameters=frozenset(captured.parameters), mutations=captured.mutations)
     every = cut()
-    return replace(program, all_stages=every, stages=every if captured.loss is None else cut(wanted=(captured.loss,)))
+    alone = every if captured.loss is None else cut(wanted=(captured.loss,))
+    return replace(program, all_stages=every, stages=tuple(a if _is_same(a, b) else b for a, b in zip(every, alone, strict=True)))
+
+
+def _is_same(one: StageGraph, other: StageGraph) -> bool:
+    """Whether two cuts of one graph are the same stage: names are those of the whole graph."""
+    return replace(one, graph=other.graph) == other and [n.name for n in one.graph.nodes] == [n.name for n in other.graph.nodes]

@@ -30,10 +30,20 @@ def reduced_product(op: Op) -> float:
 
 def through_experts(op: Op) -> float:
     """The products of every row with a matrix of its expert."""
-    given: Any = op.node.args[1:]
+    return _of_rows(op, op.shapes[0][0], op.node.args[1:])
+
+
+def on_gathered_tokens(op: Op) -> float:
+    """The same of the rows of every token of all ranks, one for each of its choices."""
+    index: Any = op.node.args[2]
+    return _of_rows(op, prod(info_of(index).shape), (None, None, *op.node.args[5:]))
+
+
+def _of_rows(op: Op, rows: int, known: Sequence[Any]) -> float:
+    """`known`: what steps read, by number."""
     steps: Any = op.node.args[0]
-    matrices = [given[int(args[1][1:])] for name, args, _ in steps if name.startswith("meshpar.grouped_mm.")]
-    return 2 * op.shapes[0][0] * sum(prod(info_of(matrix).shape[1:]) for matrix in matrices)
+    matrices = [known[int(args[1][1:])] for name, args, _ in steps if name.startswith("meshpar.grouped_mm.")]
+    return 2 * rows * sum(prod(info_of(matrix).shape[1:]) for matrix in matrices)
 
 
 def einsum(op: Op) -> float:

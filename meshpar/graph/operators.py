@@ -267,6 +267,7 @@ _EXPERTS: dict[str, OperatorRow] = {
     **_rows("meshpar.ops.expert_all_to_all.send_rows", row("[n] h, [x] -> [n] h, [y], [s] [r], [m], [m]", linear=((0,),)), kind="experts"),
     **_rows("meshpar.ops.products.send_rows", kind="experts"),
     **_rows("meshpar.ops.expert_pieces.through_experts", kind="experts", flops=count.through_experts),
+    **_rows("meshpar.ops.token_pieces.on_gathered_tokens", kind="experts", flops=count.on_gathered_tokens),
     **_rows("meshpar.ops.expert_all_to_all.return_rows", row("[n] h, [s] [r], [m], [m] -> [n] h", linear=((0,),)), kind="experts"),
 }
 

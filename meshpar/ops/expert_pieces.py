@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from meshpar._torch import functional
-from meshpar.ops import again, experts
+from meshpar.ops import expert_steps
 from meshpar.ops.again import CheapStep
 from meshpar.ops.collectives import refuse_second_derivative
 from meshpar.ops.expert_all_to_all import check_even, return_rows, send_rows, sends_by_itself, without_expert
@@ -34,8 +34,6 @@ from meshpar.ops.primitives import Parcel, begin, call, start_messages
 
 GROUPS = 2
 """Of a rank's experts, whose rows of other ranks come together."""
-PRODUCT, ITEM, JOINED = "meshpar.grouped_mm.default", "_operator.getitem", "meshpar.ops.again.computed"
-"""Names of steps: a product, one of several results, and cheap operators joined by `again.computed`, whose steps are its first argument."""
 Wait = Callable[[], None]
 
 
@@ -44,42 +42,23 @@ def through_experts(
 ) -> Tensor:
     """What experts make of rows, on the ranks that hold them, and back: `x` [n, h] sorted by expert, `offsets` [E] -> [n, o].
 
-    A step is the name of an operator, its arguments and keyword arguments, as of `again.computed`: "%0" are the rows and "%1" their ends,
-    by expert, then come the `operands` and the results of steps. Every step treats rows one by one, by their expert alone. Arguments and
-    errors are those of `send_rows`.
+    `steps`: as of `expert_steps.run`, of the rows, their ends and the `operands`. Arguments and errors are those of `send_rows`.
     """
     where: Any = {"group": group, "size": size, "rank": rank}
     if not sends_by_itself(x, **where):
         rows, ends, *route = send_rows(x, offsets, **where)
-        return return_rows(_run(steps, [rows, ends, *operands], experts.grouped_mm), *route, **where)
+        return return_rows(expert_steps.run(steps, [rows, ends, *operands]), *route, **where)
     flight = _OnTheWay(x, offsets, (group, size, rank))
-    sums = [_MatrixGradient() for name, *_ in steps if name == PRODUCT]
+    pieces = expert_steps.Pieces(steps)
     head, tail, *others = _SetOut.apply(x, flight)
 
     def computed(rows: Tensor, ends: Tensor, *, last: bool = False) -> Tensor:
-        left = iter(sums)
-        return _run(steps, [rows, ends, *operands], lambda *args: _ProductOfAPiece.apply(*args, next(left), last))
+        return pieces.run([rows, ends, *operands], last=last)
 
     results = [computed(head, flight.own_ends[0], last=True)]  # in backward
     left = [_WentOut.apply(computed(_CameIn.apply(rows, flight, g), flight.ends(g)), flight, g) for g, rows in enumerate(others)]
     results.append(computed(tail, flight.own_ends[1]))
     found: Tensor = _CameHome.apply(flight, *results, *left)
-    return found
-
-
-def _run(steps: tuple[CheapStep, ...], known: list[Any], product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    for name, args, kwargs in steps:
-        if name == JOINED:
-            known.append(again.computed(args[0], *again.values(args[1:], known)))
-            continue
-        given = again.values(args, known)
-        if name == ITEM:
-            known.append(given[0][given[1]])
-        elif name == PRODUCT:
-            known.append(product(*given))
-        else:
-            known.append(again.operator(name)(*given, **{key: again.values(arg, known) for key, arg in kwargs}))
-    found: Tensor = known[-1]
     return found
 
 
@@ -267,49 +246,3 @@ class _CameHome(torch.autograd.Function):
         for g in reversed(range(len(flight.groups))):
             flight.to_experts(grad, g, 2)
         return None, *(grad[own] for own in flight.own), *(grad.new_zeros(0) for _ in flight.groups)
-
-
-class _MatrixGradient:
-    """The gradient of a matrix of every expert, as far as pieces have added to it."""
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._begun: set[int] = set()
-
-    def add(self, x: Tensor, grad: Tensor, ends: Tensor) -> None:
-        """Add what these rows give: `x` [n, i], `grad` [n, o]."""
-        if self._sum is None:
-            self._sum = x.new_zeros(ends.shape[0], x.shape[1], grad.shape[1])
-        for expert, rows in experts.groups(ends):
-            if expert in self._begun:
-                self._sum[expert].addmm_(x[rows].t(), grad[rows])
-            else:
-                torch.mm(x[rows].t(), grad[rows], out=self._sum[expert])
-        self._begun.update(expert for expert, _ in experts.groups(ends))
-
-    def taken(self) -> Tensor | None:
-        """The sum, which begins anew."""
-        found, self._sum, self._begun = self._sum, None, set()
-        return found
-
-
-class _ProductOfAPiece(torch.autograd.Function):
-    """`grouped_mm` of one piece. `last`: the last one in backward, which has the gradient of the matrices."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, sums: _MatrixGradient, last: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
-        ctx.sums, ctx.last = sums, last
-        return experts.grouped_mm(x, weight, ends)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        x, weight, ends = ctx.saved_tensors
-        grad = grad.contiguous()
-        for_x = experts.grouped_mm(grad, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
-        for_weight = None
-        if ctx.needs_input_grad[1]:
-            ctx.sums.add(x, grad, ends)
-            for_weight = ctx.sums.taken() if ctx.last else None
-        return for_x, for_weight, None, None, None

@@ -39,8 +39,13 @@ def slot(tally: Tally, name: str, axes: tuple[str, ...]) -> TallySlot:
 def dispatch(h: Tensor, index: Tensor, num_experts: int, at: TallySlot, dropping: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """`meshpar.ops.experts.dispatch`, noting the load of every expert."""
     x, ends, perm = experts.dispatch(h, index, num_experts, dropping)
-    at.tally.ends[at.name], at.tally.axes[at.name] = ends, at.axes
+    note(at, ends)
     return x, ends, perm
+
+
+def note(at: TallySlot, ends: Tensor) -> None:
+    """Keep where each expert's rows end, [E]."""
+    at.tally.ends[at.name], at.tally.axes[at.name] = ends, at.axes
 
 
 def rows(ends: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _forward(x: Tensor, weights: Matrices, biases: Biases, layout: Any, axis: An
 
 def is_one_stretch(repeat: int, segments: Segments, size: int) -> bool:
     """Whether ranks have equal parts of one stretch each, which can travel by themselves."""
-    return repeat == 1 and len(segments) == 1 and segments[0][0] % size == 0
+    return repeat == 1 and len(segments) == 1 and segments[0][0] > 0 and segments[0][0] % size == 0
 
 
 class _Gathered(torch.autograd.Function):

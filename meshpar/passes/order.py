@@ -13,9 +13,9 @@ lowered    `Lower`, outermost axis first, as they were typed: the types of the n
            `SeedRandom` and `TallyExperts` ask for inputs of their own; they read the operators that are left, and nothing reads them.
 deferred   Only for schedules that put the gradients of weights off, and after lowering: the products that are split must be local ones.
 chunked    Where logits are to be few at a time, in graphs that return the loss alone: a reader of all logits must be gone.
-finished   `CutExpertsIntoPieces`, `CutIntoPieces` and `HideGradientSums` join products and what sends for them, of one block, so stages
-           must be cut; they leave those alone that were put off. The first two take what is next to each other, the last what is left, and
-           what they left to do.
+finished   `CutExpertsIntoPieces`, `CutTokensIntoPieces`, `CutIntoPieces` and `HideGradientSums` join products and what sends for them, of
+           one block, so stages must be cut; they leave those alone that were put off. All but the last take what is next to each other,
+           that one what is left, and what they left to do. (`CutIntoPieces` would take what experts are chosen by.)
            `ComputeAgain` joins what is cheap, when nobody looks for single operators any more.
            `Reuse` is the last: memory that nothing reads any more is known when no pass adds a reader, and when stages are cut.
 """
@@ -43,6 +43,7 @@ from meshpar.passes.reuse import Reuse
 from meshpar.passes.shifted import IgnoreEnds
 from meshpar.passes.shifts import AlignShifts
 from meshpar.passes.tally import TallyExperts
+from meshpar.passes.tokens_in_pieces import CutTokensIntoPieces
 from meshpar.passes.weight_gradients import DeferWeightGradients
 from meshpar.passes.written_out import recognise_attention
 from meshpar.plan import AxisPlan
@@ -102,10 +103,16 @@ def finished(graph: fx.Graph, *, results: bool, overlap: bool, again: bool = Fal
     are not computed again as they are: products beside their own collectives in pieces, and what is cheap.
     """
     if overlap:
-        graph = HideGradientSums()(CutIntoPieces()(CutExpertsIntoPieces()(graph)) if again else graph)
+        graph = HideGradientSums()(_in_pieces(graph) if again else graph)
     if again:
         graph = ComputeAgain()(graph)
     return Reuse(results=results)(graph)
+
+
+def _in_pieces(graph: fx.Graph) -> fx.Graph:
+    for cut in (CutExpertsIntoPieces(), CutTokensIntoPieces(), CutIntoPieces()):
+        graph = cut(graph)
+    return graph
 
 
 def chunked(graph: fx.Graph, nbytes: int) -> fx.Graph:

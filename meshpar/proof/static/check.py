@@ -32,20 +32,30 @@ class ProgramPart:
 
 def check(claims: Claims, ways: Sequence[Sequence[ProgramPart]]) -> StaticReport:
     """What can be proved of a program, and what contradicts. Runs nothing. `ways`: its graph as one part, or in stages, one way or two."""
-    derive, found = Derive(claims), StaticReport(0)
-    for parts in ways:
-        if claims.axes or len(parts) > 1:
-            found += _one_way(claims, derive, parts)
-    return found
+    read = _ReadOnce(claims)
+    return sum((read(parts) for parts in ways if claims.axes or len(parts) > 1), StaticReport(0))
 
 
-def _one_way(claims: Claims, derive: Derive, parts: Sequence[ProgramPart]) -> StaticReport:
-    reading = ProgramReading(claims, derive)
-    sent: list[LocalKey | None] = []
-    for stage, part in enumerate(parts):
-        reading.stage = stage
-        received = {name: key for name, key in zip(part.receives, sent) if key is not None}
-        found = reading.read(expanded(part.graph), received, [*(None for _ in part.sends), *part.returns])
-        sent = found[: len(part.sends)]
-    Backward(reading).run()
-    return StaticReport(reading.proved, tuple(reading.unproved), tuple(reading.faults))
+class _ReadOnce:
+    """Reads a program in each of its ways. Stages that two of them begin with are read once."""
+
+    def __init__(self, claims: Claims) -> None:
+        self._claims, self._derive = claims, Derive(claims)
+        self._known: dict[tuple[ProgramPart, ...], tuple[ProgramReading, list[LocalKey | None]]] = {}
+        """Stages from the first one on -> what was read of them, and what the last of them sends."""
+
+    def __call__(self, parts: Sequence[ProgramPart]) -> StaticReport:
+        reading, sent = ProgramReading(self._claims, self._derive), list[LocalKey | None]()
+        for stage, part in enumerate(parts):
+            until = tuple(parts[: stage + 1])
+            if until in self._known:
+                reading, sent = self._known[until]
+                continue
+            reading = reading.copy()
+            reading.stage = stage
+            received = {name: key for name, key in zip(part.receives, sent) if key is not None}
+            sent = reading.read(expanded(part.graph), received, [*(None for _ in part.sends), *part.returns])[: len(part.sends)]
+            self._known[until] = reading, sent
+        reading = reading.copy()
+        Backward(reading).run()
+        return StaticReport(reading.proved, tuple(reading.unproved), tuple(reading.faults))

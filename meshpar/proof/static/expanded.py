@@ -12,6 +12,9 @@ y  = scattered(a, w, 1, ..., later, 0)         ->      p   = products.linear(a, 
     y  = through_experts(steps, x, ends, w, ...)           r, e, *route = send_rows(x, ends, ...)
                                                            y   = return_rows(grouped_mm(r, w, e), *route, ...)
 
+    z  = on_gathered_tokens(steps, x, index, w, ...)       r, e, p = dispatch(s_to_r(x, 0, ...), index, ...)
+                                                           z   = p_to_s(combine(grouped_mm(r, u, e), p, w), 0, ...)
+
     l  = chunked_loss.cross_entropy(x, w, None, t, ...)    y   = linear(x, w)
                                                            l   = cross_entropy(y, t, ...)
 """
@@ -28,19 +31,32 @@ from torch import fx
 
 from meshpar.graph.facts import Change, Facts, Info, facts, info_of, set_facts
 from meshpar.graph.op import op_name
-from meshpar.ops import again, chunked_loss, collectives, expert_all_to_all, expert_pieces, products, vocab_parallel
+from meshpar.ops import (
+    again,
+    chunked_loss,
+    collectives,
+    expert_all_to_all,
+    expert_pieces,
+    expert_steps,
+    load,
+    products,
+    token_pieces,
+    vocab_parallel,
+)
 from meshpar.sharding.types import Shard
 
 _PIECES = "meshpar.ops.pieces."
 _RESHAPE, _RESHAPED = "reshape", "aten.reshape.default"
 _CHUNKED, _AGAIN = op_name(chunked_loss.cross_entropy), op_name(again.computed)
-_EXPERTS = op_name(expert_pieces.through_experts)
+_EXPERTS, _TOKENS = op_name(expert_pieces.through_experts), op_name(token_pieces.on_gathered_tokens)
 
 
 def expanded(graph: fx.Graph) -> fx.Graph:
     """The graph, or one that does the same in more calls; what is known of a value stays with it."""
     if not any(
-        op_name(node.target).startswith((_PIECES, _CHUNKED, _AGAIN, _EXPERTS)) for node in graph.nodes if node.op == "call_function"
+        op_name(node.target).startswith((_PIECES, _CHUNKED, _AGAIN, _EXPERTS, _TOKENS))
+        for node in graph.nodes
+        if node.op == "call_function"
     ):
         return graph
     new, made, rows = fx.Graph(), dict[fx.Node, Any](), set[fx.Node]()  # rows: products of rows, which calls in pieces give as they are not
@@ -56,6 +72,9 @@ def expanded(graph: fx.Graph) -> fx.Graph:
             made[node] = _one_by_one(new, steps, given, (*facts(node).inside, facts(node)), rows)
         elif name == _EXPERTS:
             made[node] = _there_and_back(new, node, made)
+        elif name == _TOKENS:
+            made[node] = _gathered_and_summed(new, node, made)
+            rows.add(made[node])
         elif name == _CHUNKED:
             made[node] = _at_once(new, node, made)
         elif node.target is operator.getitem and isinstance(made[node.args[0]], list):
@@ -63,7 +82,8 @@ def expanded(graph: fx.Graph) -> fx.Graph:
             if facts(item).conversion is None:
                 set_facts(item, facts(node))
         elif name == _RESHAPE and made[node.args[0]] in rows:
-            made[node] = set_facts(made[node.args[0]], facts(node))
+            read = made[node.args[0]]
+            made[node] = set_facts(read, replace(facts(node), conversion=facts(read).conversion))
         else:
             made[node] = new.node_copy(node, made.__getitem__)
     return new
@@ -156,9 +176,30 @@ def _there_and_back(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> f
     return set_facts(new.call_function(expert_all_to_all.return_rows, (result, *route), dict(node.kwargs)), facts(node))
 
 
+def _gathered_and_summed(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> fx.Node:
+    given: Any = fx.map_arg((node.args, dict(node.kwargs)), made.__getitem__)
+    (steps, x, index, weights, at, *operands), named = given
+    known, count = facts(node).inside, len(steps)
+    where, layout = {name: named[name] for name in ("group", "size", "rank")}, (0, named["repeat"], named["segments"])
+    whole = set_facts(new.call_function(collectives.s_to_r, (x, *layout), where), known[0])
+    target: Any = torch.ops.meshpar.dispatch.default if at is None else load.dispatch
+    more = () if at is None else (at,)
+    sorted_ = set_facts(new.call_function(target, (whole, index, named["num_experts"], *more, named["dropping"])), known[1])
+    rows, ends, perm = (set_facts(new.call_function(operator.getitem, (sorted_, k)), known[2 + k]) for k in range(3))
+    made_of = _one_by_one(new, steps, [rows, ends, *operands], known[5 : 5 + count])
+    combine, *shaped, summed = known[5 + count :]
+    found = set_facts(new.call_function(torch.ops.meshpar.combine.default, (made_of, perm, weights)), combine)
+    for about in shaped:
+        found = set_facts(new.call_function(torch.ops.aten.reshape.default, (found, list(about.info.shape))), about)  # type: ignore[union-attr]
+    change = summed.conversion
+    assert change is not None and isinstance(change.after, Shard)
+    after = change.after
+    return set_facts(new.call_function(collectives.p_to_s, (found, after.dim, after.repeat, after.segments), where), summed)
+
+
 def _step(new: fx.Graph, step: again.CheapStep, values: Sequence[fx.Node]) -> fx.Node:
     name, args, kwargs = step
-    if name == expert_pieces.ITEM:
+    if name == expert_steps.ITEM:
         return new.call_function(operator.getitem, tuple(again.values(args, values)))
     return new.call_function(again.operator(name), tuple(again.values(args, values)), dict(again.values(kwargs, values)))
 

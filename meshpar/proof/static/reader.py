@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from torch import fx
@@ -78,6 +79,13 @@ class ProgramReading:
         self.unproved: list[Finding] = []
         self.faults: list[Finding] = []
         self.stage = 0
+
+    def copy(self) -> ProgramReading:
+        """The same, to be read on from here."""
+        found = copy(self)
+        found.held, found.edges = dict(self.held), dict(self.edges)
+        found.order, found.outputs, found.unproved, found.faults = (list(x) for x in (self.order, self.outputs, self.unproved, self.faults))  # type: ignore[assignment]
+        return found
 
     def read(self, graph: fx.Graph, received: Mapping[str, LocalKey], returned: Sequence[int | None]) -> list[LocalKey | None]:
         """Read one graph. `received`: placeholders that hold values of an earlier stage; `returned`: for everything it returns, which value
