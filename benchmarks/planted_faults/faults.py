@@ -383,12 +383,18 @@ def _stepped(node: fx.Node) -> tuple[Any, list[Any], int]:
     inside = [f.info for f in facts(node).inside]
     if op_name(node.target).endswith("computed"):
         known, results = [facts(n).info for n in given], inside  # type: ignore[arg-type]
+    elif op_name(node.target).endswith("on_gathered_tokens"):  # rows and their ends are dispatched
+        known, results = [*inside[2:4], *(facts(n).info for n in given[4:])], inside[5:]  # type: ignore[arg-type]
     else:  # experts in pieces: rows and their ends arrive
         known, results = [*inside[1:3], *(facts(n).info for n in given[2:])], inside[6:]  # type: ignore[arg-type]
     return steps, [*known, *results], len(known)
 
 
-_SPOKEN = {"computed": "what is computed again", "through_experts": "what experts do in pieces"}
+_SPOKEN = {
+    "computed": "what is computed again",
+    "through_experts": "what experts do in pieces",
+    "on_gathered_tokens": "what they do beside tokens",
+}
 
 
 def _slot(arg: Any) -> int | None:

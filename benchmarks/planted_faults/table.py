@@ -132,6 +132,13 @@ _IN_PIECES = [
     group("through_experts"), operand("through_experts", 1, 3), operand("through_experts", 1, 4), operand("through_experts", 1, 1),
     stale_step(op="through_experts"), lost_step("through_experts"), operand("combine", 1, 1),
 ]  # fmt: skip
+_BESIDE_TOKENS = [
+    group("on_gathered_tokens"), operand("on_gathered_tokens", 1, 1), operand("on_gathered_tokens", 1, 2),
+    operand("on_gathered_tokens", 1, 3), operand("on_gathered_tokens", 1, 5), operand("on_gathered_tokens", 1, 6),
+    keyword("on_gathered_tokens", "repeat", 1), keyword("on_gathered_tokens", "num_experts", 3),
+    keyword("on_gathered_tokens", "segments", ((6, 2),)), stale_step(op="on_gathered_tokens"), lost_step("on_gathered_tokens"),
+    named(drop("s_to_r", 1), "experts are chosen for a rank's own tokens"), named(segments("s_to_r", 1), "choices of other tokens"),
+]  # fmt: skip
 _STAGES = [
     named(operand("linear", 2), "a stage reads a stale value"), named(bounds(), "labels that are not shifted"), drop("p_to_i"),
     drop("i_to_r_many"), drop("s_to_r"), double("p_to_s"), parameter(1), group("p_to_s"), factor(0),
@@ -152,6 +159,7 @@ CASES: tuple[Case, ...] = (
     Case("encoder and decoder", _plain("encoder_decoder"), "dp=2,tp=2", [*_SEQUENCE[:9], operand("linear", 6)]),
     Case("mixtral", _tiny("mixtral"), "ep=2,tp=2", _EXPERTS),
     Case("mixtral (in pieces)", _tiny("mixtral"), "ep=2", _IN_PIECES, eager=True),
+    Case("mixtral (beside tokens)", _tiny("mixtral"), "tp=2", _BESIDE_TOKENS, ParallelConfig(sequence_parallel=True), eager=True),
     Case("llama", _tiny("llama"), "cp=2,tp=2", _CONTEXT),
     Case("llama (ring)", _tiny("llama"), "cp=2,tp=2", _RING, ParallelConfig(context="ring")),
     Case("llama (four pieces a rank)", _tiny("llama"), "cp=2,tp=2", _PIECES, ParallelConfig(context="ring", context_chunks=4)),

@@ -224,7 +224,7 @@ def keeping() -> Iterator[list[ParallelModel]]:
 @contextmanager
 def eager(on: bool) -> Iterator[None]:
     """Inside, passes that are for megabytes take what is small."""
-    names = ("ComputeAgain", "CutExpertsIntoPieces", "CutIntoPieces", "HideGradientSums")
+    names = ("ComputeAgain", "CutExpertsIntoPieces", "CutTokensIntoPieces", "CutIntoPieces", "HideGradientSums")
     real, least = {name: getattr(order, name) for name in names}, pieces.LEAST
     try:
         pieces.LEAST = 1 if on else least

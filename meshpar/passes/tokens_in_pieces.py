@@ -94,7 +94,7 @@ def _layer_of(gather: fx.Node, change: Change, fixed: frozenset[fx.Node]) -> _La
         return None
     layer = _Layer(gather, choosing, dispatch, combine, shaped, user)
     own = (gather, *choosing, dispatch, combine, *shaped, user)
-    return layer if len({facts(node).region for node in own}) == 1 and facts(gather).region is not None else None
+    return layer if len({facts(node).region for node in own}) == 1 else None
 
 
 _DISPATCHES = (torch.ops.meshpar.dispatch.default, load.dispatch)
