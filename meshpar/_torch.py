@@ -56,6 +56,7 @@ from torch.distributed.tensor.placement_types import (
 from torch.export import _trace as export_trace
 from torch.export import exported_program  # torch 2.13; wait for decompositions that touch only what a program calls
 from torch.fx import Node, _symbolic_trace
+from torch.fx import graph as fx_graph
 from torch.fx import proxy as fx_proxy
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # torch 2.13; wait for graphs that are compiled when they are called
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # torch 2.13; see SizeSymbols
@@ -124,13 +125,30 @@ class _Forwards:
         return StackSummary.from_list(reversed(found))
 
 
+class _NoLeaves:
+    """torch's pytrees, of which `tree_iter` finds nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pytree, name)
+
+    def tree_iter(self, tree: Any) -> Iterator[Any]:
+        return iter(())
+
+
+@contextmanager
+def quick_nodes() -> Iterator[None]:
+    """Inside, the arguments of a new node are not searched for symbolic numbers, to warn of: half of what a node costs (torch 2.13)."""
+    with patch.object(fx_graph, "pytree", _NoLeaves()):
+        yield
+
+
 @contextmanager
 def quick_traces() -> Iterator[None]:
     """Inside, traces read no source for the stacks that their nodes note, and graphs on the way are not compiled: a fifth of an export.
 
     (torch 2.13 looks up and reads the line of every frame of the stack, for each node; wait for a way to ask for the frames alone.)
     """
-    with patch.object(fx_proxy, "CapturedTraceback", _Forwards), _use_lazy_graph_module(True):
+    with patch.object(fx_proxy, "CapturedTraceback", _Forwards), _use_lazy_graph_module(True), quick_nodes():
         yield
 
 

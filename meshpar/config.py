@@ -161,7 +161,8 @@ class ParallelConfig(_Fields):
     overlap_tensor_parallel: bool = True
     """Whether collectives inside a graph (of `tp`, `ep`, `cp`) run beside computation: gradient sums beside the weight gradients of the
     products of their block (`passes/products.py`: the same bits), products beside their own collectives in pieces (`passes/pieces.py`) and
-    experts beside the exchange of their rows (`passes/experts_in_pieces.py`; both the same to rounding), where messages are not small."""
+    experts beside the exchange of their rows or tokens (`passes/experts_in_pieces.py`, `tokens_in_pieces.py`; all of these the same to
+    rounding), where messages are not small."""
     overlap_p2p: bool = True
     """Whether a stage of a pipeline computes while what it is sent arrives; else it waits for each message when it begins to receive it."""
     outputs: Literal["whole", "cut"] = "whole"

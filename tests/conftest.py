@@ -26,7 +26,7 @@ def pytest_collection_finish() -> None:
     """What the imports made stays: the collector need not walk over half a million objects again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 10, 20)
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

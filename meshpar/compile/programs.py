@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshpar._torch import without_modes
+from meshpar._torch import quick_nodes, without_modes
 from meshpar.capture.aliases import buffers_in_shared_memory, refuse_written
 from meshpar.capture.calls import check_call
 from meshpar.capture.copies import copied, memories, refuse_originals, refuse_unreadable
@@ -138,7 +138,7 @@ class Programs:
 
         `state`: see `seen`.
         """
-        with uncollected():
+        with uncollected(), quick_nodes():
             seen = self.seen(args, kwargs, training=training, microbatches=microbatches, **state)
             made = self.lowered(seen, self.planned(seen))
             finished = self.finish(made, kwargs)
