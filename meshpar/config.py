@@ -140,9 +140,9 @@ class ParallelConfig(_Fields):
     """How many pieces of a sequence each rank of `cp` has, dealt out back and forth: 1, or an even number. "auto": two where attention is
     causal (head-tail), and as many as balance the documents of the example batch where tiles of a ring are passed over for a mask."""
     recompute: Recompute = "none"
-    """What is computed again in backward, per block: nothing, all but matmul and attention outputs, or everything. "none" computes cheap
-    operators again all the same, and gathers again, where backward then keeps some megabytes less (`passes/again.py`,
-    `passes/pieces.py`)."""
+    """What is computed again in backward, per block: nothing, all but the results of products, attention and collectives, or everything.
+    "none" computes cheap operators again all the same, and gathers again, where backward then keeps some megabytes less
+    (`passes/again.py`, `passes/pieces.py`): with `tp` and a cut sequence less than "selective" keeps."""
     compile: bool | Mapping[str, Any] = False
     """Whether the code of blocks is compiled by torch.compile, once for all blocks of one structure, and again for every other shape of
     batch; a dict holds its arguments, as in {"mode": "max-autotune-no-cudagraphs"}. What is not in a block runs as it is; so do blocks that

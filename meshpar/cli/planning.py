@@ -167,6 +167,9 @@ def plan(
     toml: Annotated[
         Path | None, typer.Option("--toml", help="Write the best mapping here, for --config, make_mesh and parallelize.")
     ] = None,
+    check: Annotated[
+        int, typer.Option("--check", min=0, help="Read the programs of the first so many by dry runs; the best is one that fits by that.")
+    ] = 0,
     script: Annotated[str, typer.Option("--script", help="What the launch lines start.")] = "train.py",
     as_json: AsJson = False,
 ) -> None:
@@ -177,7 +180,8 @@ def plan(
     _check_place("--toml", toml)
     made, batch = large_model(model, seq=seq, samples=1)
     length = seq or int(batch["input_ids"].shape[1]) if isinstance(batch, dict) and "input_ids" in batch else seq
-    found = search(made, (gpu, gpus), global_batch=global_batch, seq=length, precision=precision, stack=stack, example=batch, top=top)
+    about: dict[str, Any] = {"global_batch": global_batch, "seq": length, "precision": precision, "stack": stack, "example": batch}
+    found = search(made, (gpu, gpus), **about, top=top, check=check)
     if toml is not None:
         toml.write_text(found.toml() + "\n")
     if as_json:
@@ -252,8 +256,18 @@ def _as_dict(found: Any) -> dict[str, Any]:
         for one in found.ranked
     ]
     lost = [{"family": x.family, "mapping": asdict(x.best.mapping), "fits": x.fits, "why": x.why} for x in found.found.lost]
+    checked = [
+        {
+            **asdict(one.estimate.mapping),
+            "fits": one.fits,
+            "why": one.why,
+            **({} if one.program is None else {"seconds": one.program.time.seconds, "memory": one.memory / 2**30}),
+        }
+        for one in found.checked
+    ]
     return {
         "ranked": ranked,
+        **({"checked": checked} if checked else {}),
         "lost": lost,
         "tried": found.found.tried,
         "fit": found.found.fit,

@@ -115,7 +115,7 @@ class MachineTape(TorchDispatchMode):
         given = [self.number(t) for t in _tensors((args, kwargs))]
         result = func(*args, **kwargs)
         made = [self.number(t) for t in _tensors(result)]
-        kernel = kernel_of(func, args, kwargs, result)
+        kernel = kernel_of(func, *_local((args, kwargs, result)))
         if kernel is not None:
             phase = "recompute" if self.phase == "backward" and saving_is_watched() else self.phase
             self.calls.append(Sounding(kernel, phase, tuple(given), tuple(made)))
@@ -133,6 +133,11 @@ def alive(changes: Sequence[tuple[int, int]]) -> dict[int, int]:
     for number, grown in changes:
         found[number] = found.get(number, 0) + grown
     return {number: size for number, size in found.items() if size}
+
+
+def _local(tree: Any) -> Any:
+    """With what a rank has of every DTensor in its place: that is what it computes with."""
+    return pytree.tree_map_only(DTensor, local_of, tree)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

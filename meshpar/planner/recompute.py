@@ -19,6 +19,8 @@ def again(share: Portion, operators: list[Operator]) -> list[Operator]:
     if share.recompute == "selective" and share.stack.selective == "products":
         products = [_replay(o, 0.5) for o in forward if o.kind in ("matrix", "grouped")]
         return products + [_replay(o) for o in forward if o.kind == "elementwise"]
+    if share.recompute == "selective" and share.stack.selective == "cheap":
+        return [_replay(o) for o in forward if o.kind == "elementwise"]
     if share.recompute == "selective" and share.stack.attention != "unfused":
         return [_replay(o) for o in forward if o.name in (*_CHEAP, "attention")]
     wanted = {"activations": _CHEAP, "selective": _CORE, "full": tuple(o.name for o in forward)}[share.recompute]
@@ -64,10 +66,22 @@ def kept(share: Portion, experts: bool) -> tuple[float, float]:
     selective = first + cheap + rest
     if share.stack.selective == "products":
         selective = SELECTIVE * everything
+    elif share.stack.selective == "cheap":
+        selective = first + core + _results(share, values, gates * width, experts)
     elif share.stack.attention != "unfused":
         selective = first + rest
     found = {"none": everything, "activations": first + rest + core, "selective": selective, "full": first}[share.recompute]
     return tokens * found * share.stack.activations, tokens * everything * share.stack.activations
+
+
+def _results(share: Portion, values: float, wide: float, experts: bool) -> float:
+    """Bytes of the results of a block's products, attention and collectives: sums over tp, and what was gathered, are whole."""
+    model, n, t = share.model, share.narrow, share.tp
+    queries = (model.heads + 2 * max(model.keys, t)) * model.head if model.latent is None else _wide(model.latent, model.heads) / 2
+    rows = (1 + model.top_k / n) if experts else 2
+    sums = rows * model.hidden
+    sent = 0.0 if t == 1 else 2 * model.hidden * (1 + 1 / n if n > 1 else 1)
+    return 2 * (queries / t + values / t + wide + sums + sent)
 
 
 def _wide(r: Latent, heads: int) -> int:

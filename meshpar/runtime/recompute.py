@@ -1,7 +1,7 @@
 """Recompute: what a block saves for backward and what it computes again, as a wrapper around its code.
 
 none        save everything autograd asks for
-selective   save the results of matrix products, attention and collectives; compute the cheap rest again
+selective   save the results of matrix products, attention and collectives (gathered values too); compute the cheap rest again
 full        save the inputs of the block only
 """
 

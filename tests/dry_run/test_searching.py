@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import meshpar as mp
 from meshpar.dry_run.decoder import Decoder
+from meshpar.dry_run.result import DryRun
 from meshpar.dry_run.searching import Mappings
 from meshpar.dry_run.sizes import sizes_of
 from meshpar.mesh import parse_mesh
-from meshpar.planner import Cluster, Transformer
+from meshpar.planner import Cluster, Job, Mapping, Transformer
+from meshpar.planner.search import Candidate, estimate
 from tests.dry_run.measured import DENSE, EXPERTS, batch
 from tests.models import text, tiny
 
@@ -102,3 +105,76 @@ def test_bad_input_is_one_error_with_the_values_that_would_do() -> None:
         mp.search(EXPERTS, Cluster("h100", 8), global_batch=8)
     with pytest.raises(mp.ConfigError, match="batch is missing"):
         mp.search(EXPERTS, Cluster("h100", 8), global_batch=0, seq=64)
+
+
+SMALL = Transformer(layers=4, hidden=256, heads=4, kv_heads=2, ffn=512, vocab=1000)
+
+
+def test_the_first_are_checked_by_their_programs() -> None:
+    found = mp.search(SMALL, ("h100", 8), global_batch=16, seq=256, top=5, check=2)
+    assert len(found.checked) == 2 and all(one.fits for one in found.checked)
+    assert sorted(found.ranked.index(one.estimate) for one in found.checked) == [0, 1]
+    seconds = [one.program.time.seconds for one in found.checked if one.program is not None]
+    assert seconds == sorted(seconds) and found.best is found.checked[0].estimate
+    assert found.toml() == found.toml(found.ranked.index(found.best))
+    assert "As their programs are" in str(found) and str(found).count("  fits  ") == 2
+
+
+def test_what_does_not_fit_by_its_program_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = mp.search(SMALL, ("h100", 8), global_batch=16, seq=256, top=4).ranked
+    monkeypatch.setattr(DryRun, "fits", property(lambda self: self.config.recompute == "full" or self.mesh != _mesh(first[0])))
+    found = mp.search(SMALL, ("h100", 8), global_batch=16, seq=256, top=4, check=1)
+    fits = [one.fits for one in found.checked]
+    assert fits[0] and not any(fits[1:]) and len(fits) > 1
+    assert found.best is not first[0] and "DOES NOT FIT" in str(found)
+    monkeypatch.setattr(DryRun, "fits", property(lambda self: False))
+    with pytest.raises(mp.MeshparError, match="by their programs none of the first 4 mappings fits; least is lacking to"):
+        mp.search(SMALL, ("h100", 8), global_batch=16, seq=256, top=4, check=1)
+
+
+def _mesh(candidate: Candidate) -> str:
+    """As a dry run calls it."""
+    mapping = candidate.mapping
+    sizes = {"pp": mapping.pp, "dp": mapping.data(8), "tp": mapping.tp}
+    return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+
+
+def test_a_model_of_ones_own_is_checked_with_its_example() -> None:
+    with torch.device("meta"):
+        model = Decoder(SMALL)
+    ids = torch.zeros(2, 128, dtype=torch.long)
+    found = mp.search(model, ("h100", 8), global_batch=16, example={"input_ids": ids, "labels": ids}, top=3, check=1)
+    (one,) = found.checked
+    assert one.program is not None and one.program.tokens == 16 * 128
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [({"stack": "megatron-2024"}, "reads programs of this package"), ({"seq": 64}, "the example's 128 tokens, and seq=64")],
+)
+def test_what_cannot_be_checked(more: dict[str, Any], said: str) -> None:
+    with torch.device("meta"):
+        model = Decoder(SMALL)
+    ids = torch.zeros(2, 128, dtype=torch.long)
+    with pytest.raises(mp.MeshparError) as caught:
+        mp.search(model, ("h100", 8), global_batch=16, example={"input_ids": ids, "labels": ids}, check=1, **more)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_the_closed_form_of_selective_recompute_is_that_of_this_runtime(tp: int) -> None:
+    """The products' results, attention's, and those of collectives: by the program as much, and over tp more than without recompute."""
+    sizes = Transformer(layers=4, hidden=1024, heads=16, kv_heads=4, ffn=4096, vocab=1000)
+    with torch.device("meta"):
+        model = Decoder(sizes)
+    ids = torch.zeros(4, 4096, dtype=torch.long)
+    found = {}
+    for recompute in ("none", "selective"):
+        config = mp.ParallelConfig(recompute=recompute, data_parallel="zero3", sequence_parallel=tp > 1, precision="bf16")
+        read = mp.dry_run(model, f"dp=8,tp={tp}" if tp > 1 else "dp=8", config, example={"input_ids": ids, "labels": ids})
+        job = Job(sizes, Cluster("h100", 8 * tp), seq=4096, batch=32, stack="meshpar")
+        guessed = estimate(job, Mapping(tp=tp, data_parallel="zero3", microbatch=4, recompute=recompute))
+        found[recompute] = guessed.memory.activations, read.ranks[0].activations + read.ranks[0].buffers
+    by_form, by_program = (found["selective"][k] - found["none"][k] for k in range(2))
+    assert by_form == pytest.approx(by_program, rel=0.35)
+    assert by_program > 0 if tp > 1 else by_program < 0

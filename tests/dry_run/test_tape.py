@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from meshpar._torch import FakeTensorMode
+from meshpar._torch import FakeStore, FakeTensorMode
 from meshpar.dry_run.tape import MachineTape, alive, levels
 
 
@@ -53,3 +56,13 @@ def test_a_peak_is_that_of_real_memory_whatever_is_fake() -> None:
     with FakeTensorMode():
         fake = step("cpu")
     assert fake == step("cpu") and max(fake) > 8 * 32 * 4
+
+
+def test_a_rank_computes_with_its_part_of_a_dtensor() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    whole = DTensor.from_local(torch.zeros(2, 16), mesh, [Shard(0)])
+    with MachineTape() as tape:
+        assert whole.to(torch.float64).shape == (8, 16)
+    ((kernel,),) = [[call.kernel for call in tape.calls]]
+    assert (kernel.read, kernel.written) == (2 * 16 * 4, 2 * 16 * 8)
