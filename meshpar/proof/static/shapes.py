@@ -1,4 +1,7 @@
-"""The shapes that a call really gives: it is run on tensors without memory, once for each kind of call."""
+"""The shapes that a call really gives: it is run on tensors without memory, once for each kind of call.
+
+(What treats equal shapes element by element gives that shape, and is not run.)
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import fx
 
 from meshpar._torch import without_modes
+from meshpar.graph.operators import operator_of
 from meshpar.proof.static.actions import literal
 from meshpar.proof.static.moves import Shape
 
@@ -28,7 +32,9 @@ class LocalShapes:
         """The shapes of the results for operands that look like this; where it does not run, why."""
         key = (target, _keyed(args, operands), _keyed(tuple(sorted(kwargs.items())), operands))
         if key not in self._known:
-            self._known[key] = _run(target, args, kwargs, operands)
+            like = {shape for shape, _ in operands.values()}
+            by_element = len(like) == 1 and operator_of(target).kind == "elementwise"
+            self._known[key] = (like.pop(),) if by_element else _run(target, args, kwargs, operands)
         return self._known[key]
 
 
