@@ -27,6 +27,7 @@ from torch import Tensor
 from meshpar.ops import collectives, expert_steps, experts, load
 from meshpar.ops.again import CheapStep
 from meshpar.ops.collectives import refuse_second_derivative
+from meshpar.ops.expert_all_to_all import sends_by_itself
 from meshpar.ops.layouts import Segments
 from meshpar.ops.primitives import Finish, start_shift
 
@@ -53,14 +54,14 @@ def on_gathered_tokens(
     them, their ends and the `operands`. `at`: where the numbers of rows are noted.
     """
     axis: Any = (group, size, rank)
-    route = (num_experts, dropping)
-    if size == 1 or rank < 0 or torch.compiler.is_compiling():
-        layout, where = (0, repeat, segments), {"group": group, "size": size, "rank": rank}
-        whole = collectives.s_to_r(x, *layout, **where)  # type: ignore[arg-type]
+    route, where = (num_experts, dropping), dict[str, Any](zip(("group", "size", "rank"), axis, strict=True))
+    if not sends_by_itself(x, **where):
+        layout = 0, repeat, segments
+        whole = collectives.s_to_r(x, *layout, **where)
         found = load.dispatch(whole, index, num_experts, at, dropping) if at is not None else experts.dispatch(whole, index, *route)
         rows, ends, perm = found
         z = experts.combine(expert_steps.run(steps, [rows, ends, *operands]), perm, weights)
-        return collectives.p_to_s(z, *layout, **where)  # type: ignore[arg-type]
+        return collectives.p_to_s(z, *layout, **where)
     flight, pieces, seen = _TokensOnTheWay(axis), expert_steps.Pieces(steps), list[Tensor]()
 
     def computed(tokens: Tensor, index: Tensor, weights: Tensor, *, last: bool = False) -> Tensor:

@@ -12,7 +12,9 @@ from torch import fx
 
 from meshpar.compile.split import StageGraph
 from meshpar.graph.facts import Info, facts, info_of, infos_of
+from meshpar.graph.op import op_name
 from meshpar.graph.operators import ARITHMETIC, operator_of
+from meshpar.ops import again, expert_pieces, expert_steps, token_pieces
 from meshpar.pipeline.schedule import Order
 from meshpar.plan import ParameterPlan, Plan
 from meshpar.report.parameters import unit_of
@@ -187,7 +189,56 @@ def _saved(nodes: Any) -> dict[tuple[fx.Node, int], int]:
         if node.op == "call_function" and not operator_of(node.target).view and _is_trained(node):
             for kept in _reads(node):
                 _add(saved, kept)
+            if op_name(node.target) in _IN_PIECES:
+                saved.update({(node, 1 + slot): nbytes for slot, nbytes in _kept_inside(node).items()})
     return saved
+
+
+@dataclass(frozen=True)
+class _InPieces:
+    """Where a call of experts in pieces has what: matrices, from which argument on; of the facts inside, rows, and results of steps."""
+
+    matrices: int
+    rows: int
+    results: int
+    weighed: bool
+    """Whether it weighs the last result, and keeps it for that."""
+
+
+_IN_PIECES: Mapping[str, _InPieces] = {
+    op_name(expert_pieces.through_experts): _InPieces(3, 1, 6, weighed=False),
+    op_name(token_pieces.on_gathered_tokens): _InPieces(5, 2, 5, weighed=True),
+}
+
+
+def _kept_inside(node: fx.Node) -> dict[int, int]:
+    """What backward reads of the rows of experts and of what steps make of them: number of the value -> bytes."""
+    place, about = _IN_PIECES[op_name(node.target)], facts(node).inside
+    steps: Any = node.args[0]
+    infos: list[Any] = [about[place.rows].info, about[place.rows + 1].info, *(None for _ in node.args[place.matrices :])]
+    owner, kept = list(range(len(infos))), set[int]()  # owner: of each value, the one in whose memory it lies
+    for (name, args, _), made in zip(steps, about[place.results :], strict=False):
+        read = [owner[slot] for slot in _slots(args[1:] if name == expert_steps.JOINED else args)]
+        row = None if name in (expert_steps.ITEM, expert_steps.JOINED) else operator_of(again.operator(name))
+        view = name == expert_steps.ITEM or (row is not None and row.view)
+        saves = "operands" if row is None else row.saves
+        infos.append(made.info)
+        owner.append(read[0] if view else len(owner))
+        if not view and (saves in ("operands", "operands and results") or (saves == "others" and len(read) > 1)):
+            kept.update(read)
+        if not view and saves in ("results", "operands and results"):
+            kept.add(owner[-1])
+    if place.weighed:
+        kept.add(owner[-1])
+    return {slot: infos[slot].nbytes for slot in kept if isinstance(infos[slot], Info)}
+
+
+def _slots(args: Any) -> Iterator[int]:
+    if isinstance(args, (list, tuple)):
+        for one in args:
+            yield from _slots(one)
+    elif isinstance(args, str) and args.startswith("%"):
+        yield int(args[1:])
 
 
 def _reads(node: fx.Node) -> Iterator[fx.Node]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from meshpar.passes.tokens_in_pieces import CutTokensIntoPieces
 from meshpar.proof.alone import static_report
 from meshpar.proof.static.expanded import expanded
 from meshpar.sharding.price import Price
-from meshpar.sharding.types import P, R, Shard
+from meshpar.sharding.types import I, P, R, Shard
 from tests.models import text, tiny
 from tests.pool import Pool
 
@@ -64,6 +65,30 @@ def test_it_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "CutTokensIntoPieces", partial(CutTokensIntoPieces, least_bytes=0))
     report = static_report(tiny("mixtral"), "dp=2,tp=2", text(), config=mp.ParallelConfig(sequence_parallel=True))
     assert not report.unproved and not report.faults and report.proved > 100
+
+
+def of_other_forms() -> list[tuple[float, int]]:
+    """A router that is cut, whose numbers are gathered; and one sample, whose tokens are one stretch."""
+    warnings.filterwarnings("error", message="the static check")
+    real, grid, found = order.CutTokensIntoPieces, mp.make_mesh("tp=2"), []
+    config = mp.ParallelConfig(sequence_parallel=True)
+    order.CutTokensIntoPieces = partial(CutTokensIntoPieces, least_bytes=0)  # type: ignore[misc, assignment]
+    try:
+        for samples, length, rules in ((4, 12, {"*.gate.weight": "tp:0"}), (1, 64, {})):
+            batch = {name: x[-samples:] for name, x in text(4, length).items()}
+            pm = mp.parallelize(tiny("mixtral"), grid, example=batch, config=config, rules=rules)
+            calls = pm.print_readable().count("on_gathered_tokens(")
+            report = mp.verify(tiny("mixtral"), grid, batch, config=config, rules=rules)
+            found.append((max(d.largest for d in report.differences), calls))
+    finally:
+        order.CutTokensIntoPieces = real  # type: ignore[misc]
+    return found
+
+
+def test_other_forms(gloo: Pool) -> None:
+    for found in gloo.run(of_other_forms, world=2, timeout=240.0):
+        assert [calls for _, calls in found] == [2, 2]
+        assert max(worst for worst, _ in found) < 1e-9
 
 
 def info(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Info:
@@ -137,6 +162,59 @@ def test_before_and_after(tallied: bool) -> None:
     (gathered,) = (node for node in graph.nodes if node.target is collectives.s_to_r)
     assert info_of(gathered).shape == (TOKENS, EXPERTS) and info_of(gathered.args[0]).shape == (TOKENS // SIZE, EXPERTS)
     assert facts(gathered.args[0]).part_of.typed == (("tp", SIZE, (Shard(*LAYOUT),)),)
+
+
+def _with_columns(gathers: Any) -> Callable[[fx.Graph, dict[str, fx.Node]], None]:
+    """The router is cut, and its numbers are gathered."""
+
+    def change(graph: fx.Graph, named: dict[str, fx.Node]) -> None:
+        logits, columns, after = named["logits"], Shard(1, 1, ((EXPERTS, 1),)), R if gathers is collectives.s_to_r else I
+        part = PartOf("logits", (("tp", SIZE, (columns,)),))
+        set_facts(named["router"], Facts(info(EXPERTS // SIZE, WIDTH), region="block"))
+        set_facts(logits, Facts(info(TOKENS, EXPERTS // SIZE), region="block", part_of=part))
+        whole = info(TOKENS, EXPERTS)
+        with graph.inserting_after(logits):
+            new = graph.call_function(gathers, (logits, 1, 1, ((EXPERTS, 1),)), named["tokens"].kwargs)
+        known = Facts(whole, region="block", part_of=PartOf("logits", (("tp", SIZE, (after,)),)))
+        set_facts(new, replace(known, conversion=Change("tp", SIZE, columns, after, whole)))
+        logits.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    return change
+
+
+@pytest.mark.parametrize("gathers", [collectives.s_to_r, collectives.s_to_i])
+def test_a_router_that_is_cut_is_gathered(gathers: Any) -> None:
+    graph = cut(graph_of(_with_columns(gathers)))
+    calls = targets(graph)
+    assert calls[:3] == [collectives.s_to_r, aten.linear.default, gathers] and on_gathered_tokens in calls
+    weight, product, whole = (node for node in graph.nodes if node.op == "call_function" and node.target in calls[:3])
+    assert weight.args[:2] == (product.args[1].args[0], 0) and info_of(weight).shape == (EXPERTS, WIDTH)
+    assert whole.args[1:] == LAYOUT and info_of(whole).shape == (TOKENS, EXPERTS)
+    assert facts(whole).conversion.before == Shard(*LAYOUT) and facts(product).part_of.typed == (("tp", SIZE, (Shard(*LAYOUT),)),)
+
+
+def _viewed(graph: fx.Graph, named: dict[str, fx.Node]) -> None:
+    """Tokens are gathered with a dim for samples, and viewed as rows."""
+    tokens, x = named["tokens"], named["x"]
+    set_facts(x, Facts(info(SAMPLES, LENGTH // SIZE, WIDTH), region="block"))
+    whole, by_sample = info(SAMPLES, LENGTH, WIDTH), Shard(1, 1, ((LENGTH, 1),))
+    part = PartOf("x", (("tp", SIZE, (R,)),))
+    set_facts(tokens, Facts(whole, region="block", part_of=part, conversion=Change("tp", SIZE, by_sample, R, whole)))
+    tokens.args = (x, 1, 1, ((LENGTH, 1),))
+    with graph.inserting_after(tokens):
+        rows = graph.call_function(aten.reshape.default, (tokens, [-1, WIDTH]))
+    set_facts(rows, Facts(info(TOKENS, WIDTH), region="block", part_of=PartOf("tokens", (("tp", SIZE, (R,)),))))
+    tokens.replace_all_uses_with(rows, delete_user_cb=lambda user: user is not rows)
+
+
+def test_tokens_that_are_viewed_as_rows() -> None:
+    graph = cut(graph_of(_viewed))
+    (call,) = (node for node in graph.nodes if node.target is on_gathered_tokens)
+    own: Any = call.args[1]
+    assert own.target is aten.reshape.default and own.args == (own.args[0], [TOKENS // SIZE, WIDTH]) and own.args[0].name == "x"
+    assert call.kwargs["repeat"] == SAMPLES and facts(own).part_of.typed == (("tp", SIZE, (Shard(*LAYOUT),)),)
+    again_ = [node for node in expanded(graph).nodes if node.target is collectives.s_to_r]
+    assert [info_of(node).shape for node in again_] == [(TOKENS, EXPERTS), (TOKENS, WIDTH)]
 
 
 @pytest.mark.parametrize("tallied", [False, True])

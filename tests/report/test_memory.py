@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,10 +11,13 @@ from meshpar.api import parallelize
 from meshpar.cli.look import explained
 from meshpar.config import ParallelConfig
 from meshpar.mesh import make_mesh
+from meshpar.passes import order
+from meshpar.passes.tokens_in_pieces import CutTokensIntoPieces
 from meshpar.report.memory import MemoryReport
 from meshpar.runtime.model import ParallelModel
 from meshpar.simulate import local_tensors, simulate
 from tests.capture.models import GPT
+from tests.models import text, tiny
 
 
 def model() -> GPT:
@@ -77,3 +82,15 @@ def test_recompute_keeps_less() -> None:
 def test_the_table() -> None:
     text = str(MemoryReport(1024, 0, 1024, 2048, 4096))
     assert text.splitlines()[0] == "Memory of a rank while it trains" and "8 KiB" in text.splitlines()[-1]
+
+
+def test_experts_in_pieces_keep_what_they_keep_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the gathered tokens, of which a rank's own are left, and in what order they were dispatched."""
+    found = {}
+    for least in (0, 2**60):
+        monkeypatch.setattr(order, "CutTokensIntoPieces", partial(CutTokensIntoPieces, least_bytes=least))
+        pm = explained(tiny("mixtral"), text(), "tp=2", config=ParallelConfig(sequence_parallel=True))
+        found[least] = pm.memory().activations
+    tokens, width, choices, layers = 48, 64, 2, 2
+    gathered, dispatched = tokens * width * 4 // 2, tokens * choices * 8
+    assert found[2**60] - found[0] == layers * (gathered + dispatched)
