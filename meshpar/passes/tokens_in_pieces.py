@@ -9,8 +9,9 @@ before                                                     after
   z_s = p_to_s(combine(y, p, w), 0, ...)                     z_s = on_gathered_tokens(steps, x_s, index, w, ..., u, v)
 
 What experts are chosen by is computed where a token is, and gathered: a few numbers for each, the same on all ranks to the last bit. (A
-router whose matrix is cut over the axis, and whose numbers were gathered already, is gathered itself.) Only where nothing else reads the tokens, all that is made of them treats rows one by one, and all ranks have equally many. (Blocks that are
-computed again in backward are left alone.)
+router whose matrix is cut over the axis, and whose numbers were gathered already, is gathered itself.) Only where nothing else reads the
+tokens, all that is made of them treats rows one by one, and all ranks have equally many. (Blocks that are computed again in backward are
+left alone.)
 """
 
 from __future__ import annotations
