@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +28,19 @@ def watch_originals(model: nn.Module, parallel: nn.Module) -> None:
                 stacklevel=4,
             )
     _LIVING[parallel] = originals
-    weakref.finalize(parallel, register_optimizer_step_pre_hook(originals.look).remove)
+    _look_before_steps()
+
+
+@cache
+def _look_before_steps() -> None:
+    """Once in a process, for good: what is registered and removed while an optimizer walks through its hooks (models die when the garbage
+    collector likes) would end its step."""
+
+    def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for originals in list(_LIVING.values()):
+            originals.look(optimizer)
+
+    register_optimizer_step_pre_hook(look)
 
 
 class _Originals:
@@ -47,7 +60,7 @@ class _Originals:
         found = self._known.get(id(parameter))
         return found[0] if found is not None and found[1]() is parameter else None
 
-    def look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def look(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step of any optimizer."""
         first = next(_parameters(optimizer), None)
         if first is not None and self.name(first) is not None and all(p.grad is None for p in _parameters(optimizer)):

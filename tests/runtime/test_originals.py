@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import meshpar as mp
 
@@ -67,3 +69,23 @@ def test_an_optimizer_of_both() -> None:
         one.add_param_group({"params": [model.head.weight]})
         with pytest.raises(mp.ConfigError, match=r"head\.weight"):
             one.step()
+
+
+def test_a_parallel_model_may_die_while_an_optimizer_walks_through_its_hooks() -> None:
+    x, held = torch.ones(2, 4), list[nn.Module]()
+    other = nn.Linear(4, 4)
+    other(x).sum().backward()
+
+    def last_breath(*_: object) -> None:
+        held.clear()
+        gc.collect()
+
+    handle = register_optimizer_step_pre_hook(last_breath)  # (before, so that hooks are left to walk through)
+    try:
+        with mp.simulate(2):
+            held.append(mp.parallelize(Net(nn.Linear(4, 4)), mp.make_mesh("tp=2"), example=(x,)))
+        seen = weakref.ref(held[0])
+        torch.optim.SGD(other.parameters(), lr=0.1).step()
+    finally:
+        handle.remove()
+    assert seen() is None
