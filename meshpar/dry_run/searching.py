@@ -32,6 +32,8 @@ RUNS = Space(
     recompute=("none", "selective", "full"),
 )
 """What this runtime can do: experts that are split over tp like everything else."""
+PROGRAMS = ("bf16", "fp16", "fp32")
+"""Precisions of its programs."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ def search(
         raise ConfigError(
             f"search: check={check} reads programs of this package, and stack={job.software.name!r} runs others: leave one out."
         )
+    if check and precision not in PROGRAMS:
+        raise ConfigError(f"search: check={check} reads programs in {', '.join(PROGRAMS)}, and precision={precision!r} is none of them.")
+    if check < 0:
+        raise ConfigError(f"search: check={check} is not a number of mappings.")
     if check and own is not None and length != own:
         raise ConfigError(
             f"search: check={check} reads programs for the example's {own} tokens, and seq={length}: give an example of that."

@@ -11,8 +11,9 @@ products. Backward goes the same way in the other direction, for autograd runs w
     network                             gradients of results ..   gradients of rows ..
     rank      other half of own rows         rows of others            first half of own rows
 
-As many bytes are sent, by messages between two ranks. Products have fewer rows at a time, and the gradient of a matrix is a sum over
-pieces: rounding differs from that of all rows at once. (Pieces that hide an exchange: Hwang et al., Tutel, arXiv 2206.03382.)
+As many bytes are sent, by messages between two ranks. Products have fewer rows at a time, and the gradient of a matrix is a product of
+rows in the order of pieces: rounding differs from that of all rows at once. (Pieces that hide an exchange: Hwang et al., Tutel, arXiv
+2206.03382.)
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     (("meshpar.grouped_mm.default", ("%0", "%2", "%1"), ()), ("aten.silu.default", ("%3",), ()))        silu(grouped_mm(rows, w, ends))
 
-Every step treats rows one by one, by their expert alone, so pieces give what all rows give. The gradient of a matrix is summed in place
-while pieces add to it, and handed on by the last one in backward.
+Every step treats rows one by one, by their expert alone, so pieces give what all rows give. The gradient of a matrix is one product of the
+rows of all pieces, which the last one in backward hands on.
 """
 
 from __future__ import annotations

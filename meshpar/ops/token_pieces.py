@@ -14,7 +14,7 @@ that each makes of products of other shapes might differ in the last bit). Backw
 runs what was called last first: gradients of results come, those of tokens leave.
 
 As many bytes are sent as by the collectives, each part to one rank. Products have fewer rows at a time, a result is a sum over ranks from
-the own one on, and the gradient of a matrix a sum over pieces: rounding differs from that of all tokens at once.
+the own one on, and the gradient of a matrix a product of rows in the order of pieces: rounding differs from that of all tokens at once.
 """
 
 from __future__ import annotations

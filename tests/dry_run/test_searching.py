@@ -150,14 +150,19 @@ def test_a_model_of_ones_own_is_checked_with_its_example() -> None:
 
 @pytest.mark.parametrize(
     "more, said",
-    [({"stack": "megatron-2024"}, "reads programs of this package"), ({"seq": 64}, "the example's 128 tokens, and seq=64")],
+    [
+        ({"stack": "megatron-2024"}, "reads programs of this package"),
+        ({"seq": 64}, "the example's 128 tokens, and seq=64"),
+        ({"precision": "fp8"}, "in bf16, fp16, fp32, and precision='fp8'"),
+        ({"check": -1}, "check=-1 is not a number"),
+    ],
 )
 def test_what_cannot_be_checked(more: dict[str, Any], said: str) -> None:
     with torch.device("meta"):
         model = Decoder(SMALL)
     ids = torch.zeros(2, 128, dtype=torch.long)
     with pytest.raises(mp.MeshparError) as caught:
-        mp.search(model, ("h100", 8), global_batch=16, example={"input_ids": ids, "labels": ids}, check=1, **more)
+        mp.search(model, ("h100", 8), global_batch=16, example={"input_ids": ids, "labels": ids}, **{"check": 1, **more})
     assert said in str(caught.value)
 
 
