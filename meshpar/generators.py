@@ -25,6 +25,7 @@ from meshpar._torch import (
     default_states,
     enabled_local_tensor_mode,
     generator_key,
+    on_simulated_ranks,
     put_default_states,
     pytree,
     simulated_generators,
@@ -44,6 +45,9 @@ class Ranks(LocalTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        found = on_simulated_ranks(self, func, types, args, kwargs)
+        if found is not NotImplemented:
+            return found
         generator = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Generator)), None)
         if generator is None or self._disable:
             return super().__torch_dispatch__(func, types, args, kwargs)
