@@ -250,7 +250,7 @@ def on_simulated_ranks(mode: LocalTensorMode, func: OpOverload, types: Sequence[
         return NotImplemented
     if len(args) == 1 and (found := _layout(func, args[0])) is not NotImplemented:
         return found
-    if mode._disable or not (_is_alike(func) or _is_in_place(func) and type(args[0]) is LocalTensor):
+    if mode._disable or not (_is_alike(func) or (_is_in_place(func) and type(args[0]) is LocalTensor)):
         return NotImplemented
     results = {}
     for rank in sorted(mode.ranks):

@@ -1,4 +1,7 @@
-"""Fixtures every test may use: `gloo`, a pool of real ranks, and `simulated`, all ranks in this process."""
+"""Fixtures every test may use: `gloo`, a pool of real ranks, and `simulated`, all ranks in this process; and what a run leaves out.
+
+A sweep, which is a test of many cases that take long together, runs a sample of them; with `--every-case`, or named by its id, all.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.pool import Pool
+from tests.sampling import left_out
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share few cores
 
@@ -19,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 def pytest_addoption(parser: pytest.Parser) -> None:
     with suppress(ValueError):  # pytest-timeout's, when it is installed
         parser.addini("timeout", "seconds per test (needs pytest-timeout; the pool of ranks has its own limit)")
+    parser.addoption("--every-case", action="store_true", help="every case of every sweep, and the tests marked slow")
     parser.addoption("--gpu-on", default="cuda", help="where tests marked gpu run: `cpu` tries the tests themselves, without a GPU")
 
 
@@ -30,6 +35,12 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--every-case"):
+        named = [argument.split("::", 1)[1] for argument in config.args if "::" in argument]
+        left = left_out([item for item in items if not any(item.nodeid.split("::", 1)[1].startswith(name) for name in named)])
+        if left:
+            config.hook.pytest_deselected(items=[item for item in items if item in left])
+            items[:] = [item for item in items if item not in left]
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu or config.getoption("--gpu-on") != "cuda":
         return

@@ -147,6 +147,7 @@ def trains(kind: str, spec: str, kv: int = 8, **config: Any) -> None:
         assert len(own) == NAMES[kind]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("kind", "spec"), [(kind, "tp=2") for kind in KINDS] + [("dora", "dp=2,tp=2")])
 def test_adapters_on_simulated_ranks(kind: str, spec: str) -> None:
     with mp.simulate(2 * spec.count("=")):
@@ -163,6 +164,7 @@ def test_fewer_keys_in_a_fused_layer() -> None:
         trains("lora", "tp=2", kv=2)
 
 
+@pytest.mark.slow
 def test_adapters_over_stages_and_shared_out(gloo: Pool) -> None:
     gloo.run(trains, "lora", "pp=2", world=2, microbatches=2, timeout=120)
     gloo.run(trains, "dora", "dp=2,tp=2", world=4, timeout=120)

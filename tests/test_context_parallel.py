@@ -107,12 +107,14 @@ def batch(samples: int = B, length: int = S, *, padding: bool = False) -> dict[s
 KINDS = ["causal", "is_causal", "all", "window", "documents", "prefix", "bias", "sink", "softcap"]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_query_sees(kind: str) -> None:
     torch.manual_seed(0)
     mp.verify(Decoder(kind), "cp=2", batch(padding=kind in ("causal", "softcap"))).raise_if_failed()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "kind, kv, context",
     [
@@ -128,12 +130,14 @@ def test_forms(kind: str, kv: int, context: Any) -> None:
     mp.verify(Decoder(kind, kv=kv), "cp=4", batch(), config=mp.ParallelConfig(context=context)).raise_if_failed()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("mesh", "context"), [("cp=2,tp=2", "auto"), ("dp=2,cp=2", "ring"), ("dp=2,cp=2,tp=2", "ring")])
 def test_meshes(mesh: str, context: Any) -> None:
     torch.manual_seed(0)
     mp.verify(Decoder("window", shift="logits"), mesh, batch(), config=mp.ParallelConfig(context=context)).raise_if_failed()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("kind", "mesh", "context", "chunks"),
     [
@@ -179,6 +183,7 @@ def test_heads_are_cut_again_by_an_inner_axis() -> None:
         assert sent == 2 * 4 * (B * S * H * 4 // 2) // 4  # 2 blocks of q, k, v and the result: half of half of what this tp rank has
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("length, layout", [(12, "head-tail"), (14, "contiguous")])
 def test_lengths_that_divide(length: int, layout: str) -> None:
     """14 positions divide by 2 ranks, not by twice as many pieces."""
@@ -340,6 +345,7 @@ class Packed(Decoder):
         return 4 * (share * mean).sum()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mesh, context", [("cp=2", "gather"), ("cp=4", "auto"), ("cp=2", "heads")])
 def test_packed_documents_of_odd_lengths_with_padding_and_a_router(mesh: str, context: Any) -> None:
     """Documents begin on one rank and end on another; the last positions are padding, which no loss may count; the loss is not times cp."""
@@ -369,6 +375,7 @@ def test_logits_that_are_cut_off_by_one_are_not_gathered() -> None:
         assert not [c for c in pm.comms() if c.kind == "all_gather" and not c.region]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("length, mesh", [(16, "cp=2"), (16, "cp=4"), (14, "cp=2")], ids=["head-tail", "four", "contiguous"])
 def test_dropout_draws_the_numbers_of_one_device(length: int, mesh: str) -> None:
     """They belong to positions, however many ranks have them."""
@@ -424,6 +431,7 @@ def test_what_is_asked_for_is_checked() -> None:
     assert mp.ParallelConfig.from_megatron({"cp_comm_type": "p2p"}).context == "ring"
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "mesh, config",
     [

@@ -108,6 +108,7 @@ def convolutions() -> Stack:
     return Stack(*(Convolution(kind) for kind in _CONVOLUTIONS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["cp=4"])
 def test_convolutions_over_a_boundary(mesh: str) -> None:
     mp.verify(convolutions(), mesh, batch()).raise_if_failed()

@@ -90,6 +90,7 @@ def halo(c: int, t: int, kv: int, window: int) -> Iterator[tuple[str, str, float
         yield "halo", phase, rows * 2 * (kv * D // t) * E
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "mesh, kv, window, context, form",
     [
@@ -118,6 +119,7 @@ def test_fewer_heads_than_ranks_are_not_dealt_out() -> None:
     assert chosen == "gather" and sent == planned("cp=8,tp=8", 8, None, "auto")[1]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("c", [2, 4])
 @pytest.mark.parametrize("window", [2, 9])
 def test_halo_counts_what_other_ranks_read(c: int, window: int) -> None:

@@ -38,6 +38,7 @@ class Nearly(Attention):
         }[self.kind]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kinds", [("one hidden", "one ahead"), ("the next too", "itself not"), ("with gaps", "a long window")])
 def test_any_mask_taken_for_causal(kinds: tuple[str, str]) -> None:
     torch.manual_seed(0)
@@ -99,6 +100,7 @@ def test_odd_packed_lengths() -> None:
     assert ok(Packed(), "cp=4", documents([7, 5, 1], [1, 1, 1, 9], [3, 13]))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("lengths", [[15, 1], [1, 15], [6, 4, 6]])
 def test_a_document_that_begins_in_one_rank_and_ends_in_another(lengths: list[int]) -> None:
     torch.manual_seed(0)
@@ -140,6 +142,7 @@ def test_outputs_in_head_tail_order(mesh: str) -> None:
             torch.testing.assert_close(logits, right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("context", ["ring", "gather"])
 def test_windows_across_a_boundary(context: Any) -> None:
     """Windows of 5 positions, pieces of 2: every query sees keys of at least two other pieces."""

@@ -8,6 +8,8 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.integrations.training import launched
 from tests.pool import Pool
 
@@ -28,6 +30,7 @@ def run(folder: str) -> list[str]:
     return list(names)
 
 
+@pytest.mark.slow
 def test_the_page_runs(gloo: Pool, tmp_path: Path) -> None:
     assert len(blocks()) == 7
     for names in gloo.run(run, str(tmp_path), world=2, timeout=240):

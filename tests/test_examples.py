@@ -28,6 +28,7 @@ def operators_as_before() -> Iterator[None]:
     OPERATORS.update(before)
 
 
+@pytest.mark.sweep(18)
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples(name: str) -> None:
     import_module(name)

@@ -63,11 +63,13 @@ def test_two_ranks(gloo: Pool) -> None:
     assert gloo.run(reports, TWO, world=2, timeout=240) == [[], []]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("cases", [FOUR[:1], FOUR[2:]], ids=["1", "2"])
 def test_four_ranks(gloo: Pool, cases: list[Case]) -> None:
     assert gloo.run(reports, cases, world=4, timeout=400) == [[]] * 4
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("case", SIMULATED, ids=lambda case: f"{case[0]} {case[1]}")
 def test_simulated_ranks(case: Case) -> None:
     assert reports([case]) == []
@@ -112,6 +114,7 @@ class Summary(nn.Module):
         return loss
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("samples", [2, 4])
 def test_samples_are_left_to_the_axis_of_experts(samples: int) -> None:
     mp.verify(Summary(), "cp=2,ep=2", {"x": torch.randn(samples, 4, 8)}, steps=1).raise_if_failed()
@@ -132,6 +135,7 @@ def test_rows_travel_and_parameters_stay() -> None:
         assert [c.nbytes for c in layer] == [4 * 4 / 2, rows, rows, rows, rows]  # counts; there and back, forward and backward
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mesh_text, recompute", [("ep=2,tp=2", "full"), ("cp=2,ep=2", "none"), ("dp=2,cp=2", "full")])
 def test_the_load_of_every_expert(mesh_text: str, recompute: str) -> None:
     """Rows of samples, and of positions, are counted once each, whichever axis cuts them."""
@@ -162,6 +166,7 @@ def outputs(mesh: str) -> float:
     return float((logits - wanted).abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["pp=2,ep=2"])
 def test_outputs_are_the_models_own(gloo: Pool, mesh: str) -> None:
     assert max(gloo.run(outputs, mesh, world=4, timeout=120)) < 1e-6  # its norms compute in float32
@@ -260,6 +265,7 @@ def reference_model() -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, **heads))  # type: ignore[no-any-return]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("rank", [0, 1023])
 def test_the_reference_configuration_without_memory(rank: int) -> None:
     """tp 4 x pp 4 x ep 8 x dp 8 = 1024 ranks, 64 experts, 8 for each rank: what a rank holds and sends follows the closed forms."""

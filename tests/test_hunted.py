@@ -166,6 +166,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("spec", ["tp=2", "dp=2,tp=2"])
 @pytest.mark.parametrize("name", MODELS)
 def test_against_the_model(name: str, spec: str) -> None:
@@ -211,6 +212,7 @@ class Alternating(nn.Module):
         return x + self.mixtures[self.turn % 2](F.rms_norm(x, x.shape[-1:]))[0]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("spec", ["tp=2", "ep=2", "ep=2,tp=2"])
 def test_parameters_that_a_later_program_uses_first(spec: str) -> None:
     torch.manual_seed(0)

@@ -96,11 +96,13 @@ def private(path: Path, source: str) -> list[str]:
     return found
 
 
+@pytest.mark.sweep(83)
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_run_downward(path: Path) -> None:
     assert not upward(path, path.read_text())
 
 
+@pytest.mark.sweep(362)
 @pytest.mark.parametrize("path", [p for p in FILES if p.name != "_torch.py"], ids=name_of)
 def test_private_torch_names_enter_through_one_file(path: Path) -> None:
     assert not private(path, path.read_text())

@@ -282,6 +282,7 @@ MISTAKES = [(f"{group}: {name}", words, act) for group, rows in (
 ) for name, words, act in rows]  # fmt: skip
 
 
+@pytest.mark.sweep(11)
 @pytest.mark.parametrize(("words", "act"), [pytest.param(words, act, id=name) for name, words, act in MISTAKES])
 def test_mistake_is_told(here: Here, words: str, act: Callable[[Here], Any]) -> None:
     with pytest.raises((mp.MeshparError, AttributeError), match=f"(?s){words}") as told:

@@ -31,7 +31,7 @@ IN_A_KERNEL = "08_real_ranks"
 """Its ranks are copies of a kernel, which it interrupts; the others are run by IPython without one, in less time."""
 
 
-@pytest.mark.slow
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != IN_A_KERNEL], ids=lambda p: p.stem)
 def test_notebook_runs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
@@ -81,6 +81,7 @@ DEFAULT = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40))
 """matplotlib's own blue, orange, green and red, two of which many people cannot tell apart: pictures are drawn in `mp.plot.COLOURS`."""
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_pictures_have_the_colours_of_the_package_on_white(path: Path) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -118,6 +119,7 @@ CELLS = (
 """A model of the notebook's own, which cannot be pickled, and ranks that are processes."""
 
 
+@pytest.mark.slow
 def test_verify_in_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

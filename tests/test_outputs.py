@@ -125,6 +125,7 @@ def _squares(outputs: Outputs) -> Any:
     return sum((value.square() * weight).sum() for value, weight in zip(outputs.values(), weights, strict=True))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("spec", ["tp=2", "tp=3", "dp=2,tp=2"])
 def test_outputs_that_are_cut_are_in_order(name: str, spec: str) -> None:
@@ -190,6 +191,7 @@ def of_squares(outputs: Outputs, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("spec", ["tp=2", "tp=3", "dp=2,tp=2", "cp=2", "dp=2,cp=2"])
 def test_losses_of_data_ranks_outside(name: str, spec: str) -> None:
@@ -229,6 +231,7 @@ def causal_outside(spec: str, **config: Any) -> None:
     losses_of_their_own(model, (ids, ids.clone()), spec, per_token, **config)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("sequence", [True, False])
 @pytest.mark.parametrize("spec", ["tp=2", "dp=2,tp=2", "cp=2,tp=2", "dp=2,cp=2"])
 def test_a_loss_per_token(spec: str, sequence: bool) -> None:
@@ -236,6 +239,7 @@ def test_a_loss_per_token(spec: str, sequence: bool) -> None:
         causal_outside(spec, sequence_parallel=sequence)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", ["zero3", "replicate"])
 def test_losses_of_real_data_ranks(gloo: Pool, mode: str) -> None:
     gloo.run(causal_outside, "dp=2,tp=2", world=4, data_parallel=mode)
@@ -258,6 +262,7 @@ class Routed(nn.Module):
         return {"out": out.view(x.shape), "weights": weights}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("spec", ["ep=2", "dp=2,ep=2", "ep=2,tp=2"])
 def test_outputs_of_experts(spec: str) -> None:
     torch.manual_seed(3)

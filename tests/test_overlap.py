@@ -35,6 +35,7 @@ def verified(mesh: str, **config: Any) -> tuple[float, list[bool], list[int]]:
     return max(d.largest for d in found.differences), inside, waiting
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mode", ["zero1", "zero3"])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_gradients_are_summed_beside_backward_or_after_it(gloo: Pool, mode: str, overlap: bool) -> None:
@@ -45,6 +46,7 @@ def test_gradients_are_summed_beside_backward_or_after_it(gloo: Pool, mode: str,
         assert inside and set(inside) == {overlap}
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("overlap", [True, False])
 def test_messages_arrive_beside_computation_or_before_it(gloo: Pool, overlap: bool) -> None:
     for worst, _, waiting in gloo.run(verified, "pp=2", world=2, timeout=180.0, microbatches=4, overlap_p2p=overlap):

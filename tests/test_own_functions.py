@@ -43,10 +43,12 @@ def test_a_routers_loss_on_two_ranks(gloo: Pool) -> None:
     assert gloo.run(reports, TWO, world=2, timeout=240) == [[]] * 2
 
 
+@pytest.mark.slow
 def test_a_routers_loss_on_four_ranks(gloo: Pool) -> None:
     assert gloo.run(reports, FOUR, world=4, timeout=300) == [[]] * 4
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2", "ep=2,tp=2"])
 def test_a_balancing_loss_is_counted_once(mesh: str) -> None:
     mp.verify(Routed(balance=True), mesh, X).raise_if_failed()
@@ -62,6 +64,7 @@ BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", BETWEEN)
 def test_every_nature_over_a_mesh(kind: str) -> None:
     mp.verify(Calls(BETWEEN[kind]), "dp=2,tp=2", X).raise_if_failed()
@@ -82,6 +85,7 @@ CHEAP: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", CHEAP)
 def test_what_treats_elements_by_themselves_costs_what_a_relu_does(kind: str) -> None:
     assert comms(CHEAP[kind], "dp=2,tp=2") == comms(torch.relu, "dp=2,tp=2")

@@ -105,6 +105,7 @@ def test_what_would_be_found_is() -> None:
     assert is_code("pm = mp.parallelize(model, mesh)   # so\n") and is_code(">>> 1\n") and not is_code("S -> R  all-gather\n")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", RUN)
 def test_a_page_runs(name: str, tmp_path: Path) -> None:
     names: dict[str, Any] = {"__name__": "page"}
@@ -201,6 +202,7 @@ def test_all_scripts_are_known() -> None:
     assert {name for name in PAGES if blocks(name, "python", titled=True)} == set(SCRIPTS)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_of_a_page_run_on_ranks(name: str, gloo: Pool, tmp_path: Path) -> None:
     one, other = gloo.run(scripts, name, str(tmp_path), world=2, timeout=240)

@@ -20,28 +20,33 @@ CAUSAL = "llama gemma2 bloom deepseek_v3".split()
 PLAIN = "gpt gpt_kv2 encoder_decoder vit mixer".split()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_language_models_over_data_and_tensor_axes(name: str) -> None:
     mp.verify(tiny(name), "dp=2,tp=2", text()).raise_if_failed()
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", "gpt2 mixtral".split())
 def test_language_models_without_sequence_parallelism(name: str) -> None:
     mp.verify(tiny(name), "tp=2", text(), config=mp.ParallelConfig(sequence_parallel=False)).raise_if_failed()
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["qwen3", "falcon"])
 def test_fewer_key_value_heads_than_ranks(name: str) -> None:
     changes = {"num_kv_heads": 2, "new_decoder_architecture": True} if name == "falcon" else {"num_key_value_heads": 2}
     mp.verify(tiny(name, **changes), "tp=4", text()).raise_if_failed()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_models(name: str) -> None:
     model, batch = plain(name)
     mp.verify(model, "dp=2,tp=2", batch).raise_if_failed()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["batch_norm", "contrastive"])
 @pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
 def test_what_mixes_samples_sees_the_global_batch(name: str, mesh: str) -> None:
@@ -53,6 +58,7 @@ def test_float32_is_exact_to_its_rounding() -> None:
     mp.verify(tiny("mixtral"), "dp=2,tp=2", text(), dtype=torch.float32).raise_if_failed()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("heads", "kv", "mesh"), [(6, 6, "tp=4"), (4, 1, "tp=4"), (5, 5, "tp=2")])
 def test_heads_that_do_not_divide_are_cut_inside_or_left_whole(heads: int, kv: int, mesh: str) -> None:
     model = tiny("llama", hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=30)
@@ -84,6 +90,7 @@ def test_microbatches_of_uneven_label_counts() -> None:
     mp.verify(model, "tp=2", batch, config=mp.ParallelConfig(microbatches=4)).raise_if_failed()
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mixer", [partial(text_models.Mamba2Block, groups=1), text_models.XAttention], ids=["state space", "one key head"])
 def test_what_all_heads_share_is_cut_beside_them_in_one_projection(mixer: Callable[[], nn.Module]) -> None:
     """B and C of one group, beside z, x and dt by heads; the keys and values of one head: computed in parts, and gathered."""

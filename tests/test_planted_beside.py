@@ -11,6 +11,7 @@ from tests.pool import Pool
 NAMES = [fault.name for fault in FAULTS]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("name", "told"),
     [

@@ -47,6 +47,7 @@ def test_what_other_names_become_is_said() -> None:
     assert "stages=[8, 8, 8, 6]" in str(ParallelConfig.from_megatron({"num_layers_in_first_pipeline_stage": 3}).translation[0])
 
 
+@pytest.mark.sweep(13)
 @pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_documents_name_files_and_names_that_exist(document: Path) -> None:
     text = document.read_text()

@@ -26,11 +26,11 @@ def test_ruff_check() -> None:
     run("ruff", "check", ".")
 
 
-@pytest.mark.slow
 def test_mypy() -> None:
     run("mypy")
 
 
+@pytest.mark.sweep(330)
 @pytest.mark.parametrize("path", sorted((ROOT / "meshpar").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_package_names_no_model(path: Path) -> None:
     if path.name in ("cli.py", "demo.py"):

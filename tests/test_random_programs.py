@@ -29,6 +29,7 @@ def checked_against_one_device(seed: int, pool: Pool | None = None) -> Outcome:
     return found
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("seed", SIMULATED)
 def test_random_programs_compute_what_they_compute_on_one_device(seed: int) -> None:
     checked_against_one_device(seed)
@@ -51,6 +52,7 @@ def checked(program: Program) -> typings.Typings:
     return found
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("seed", range(100, 104))
 def test_every_typing_of_random_programs_computes_the_operator(seed: int) -> None:
     found = checked(draw(seed, lines=14))

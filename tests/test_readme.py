@@ -102,12 +102,14 @@ def test_the_tables_name_all_there_is() -> None:
     assert set(modes()["schedule"]) == set(SCHEDULES) and len(modes()) == 4
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("one", "other"), sorted(pairs()))
 def test_two_axes_together(one: str, other: str) -> None:
     ids = torch.randint(32, (8, 8))
     proved(Model(), f"{one}=2,{other}=2", {"ids": ids, "labels": ids}, microbatches=2 if one == "pp" else 1)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in modes().items() for value in values])
 def test_a_mode_on_three_axes(field: str, value: str) -> None:
     proved(Plain(), "pp=2,dp=2,tp=2", {"x": torch.randn(16, 8)}, microbatches=4, **{field: value})

@@ -69,6 +69,7 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.norm(self.up(x)))).square().mean()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mesh", ["wp=2", "wp=2,tp=2", "dp=2,wp=2"])
 def test_an_axis_more_that_divides_weights(mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second tensor axis, outside of the first."""

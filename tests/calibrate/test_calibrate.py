@@ -37,6 +37,7 @@ def with_runtime(**constants: float) -> Hardware:
     return replace(part, measured=replace(part.measured, runtime={**dict.fromkeys(RUNTIME, 0.0), **constants}))
 
 
+@pytest.mark.slow
 def test_the_runtimes_share_comes_out_of_steps(runs: list[mp.DryRun]) -> None:
     """Steps made with known constants: the fit explains them, and gives the constants that these programs can tell apart back."""
     truth = with_runtime(call=3e-5, data=3e-4, action=1e-3, step=2e-3)

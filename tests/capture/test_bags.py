@@ -51,6 +51,7 @@ def _loss(output: Tensor, batch: object) -> Tensor:
 IDS_OF_BAGS = torch.tensor([[1, 3, 0, 2], [0, 0, 0, 0], [8, 8, 7, 0], [23, 9, 1, 1]])
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("rule", ["tp:0", "tp:1", None])
 def test_tables_are_cut_by_vocabulary_or_width(mode: str, rule: str | None) -> None:

@@ -198,6 +198,7 @@ def parametrized() -> nn.Module:
     return Net(*layers, nn.Tanh(), Handles().a)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("make", [Last, old_weight_norm, Handles, Unwilling, holding_unwilling, parametrized])

@@ -32,6 +32,7 @@ def test_the_smallest() -> None:
     assert (captured.parameters, captured.loss, captured.batch_dims) == (("weight", "bias"), None, {"input": 0})
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_causal_language_models(kind: str) -> None:
     model, batch = causal_lm(kind)

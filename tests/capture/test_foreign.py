@@ -108,6 +108,7 @@ CONSTANT: list[tuple[nn.Module, Callable[[Tensor, Batch], Tensor]]] = [
 ]
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(("model", "loss_fn"), CONSTANT, ids=[*NOT_WANTED, "a loss that is a module", "a module of a loss"])
 def test_what_is_constant_is_exact(model: nn.Module, loss_fn: Callable[[Tensor, Batch], Tensor]) -> None:
     batch = {"x": numbers(4, 6)}

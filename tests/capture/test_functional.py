@@ -131,6 +131,7 @@ def _lines(body: Any) -> list[str]:
     )
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("body", PLAIN.values(), ids=PLAIN.keys())
 def test_nothing_in_place_is_written_out_as_torch_does(body: Any, traces: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ours = _lines(body)
@@ -140,6 +141,7 @@ def test_nothing_in_place_is_written_out_as_torch_does(body: Any, traces: list[s
     assert ours == _lines(body) and traces
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("body", TRACED.values(), ids=TRACED.keys())
 def test_the_rest_is_traced(body: Any, traces: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same graph as where torch prepares all operators there are, not only those of the program."""
@@ -149,6 +151,7 @@ def test_the_rest_is_traced(body: Any, traces: list[str], monkeypatch: pytest.Mo
     assert ours == _lines(body)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("body", (PLAIN | SIMPLER | TRACED).values(), ids=(PLAIN | SIMPLER | TRACED).keys())
 def test_values_and_gradients(body: Any) -> None:
     if body in (TRACED["drawn"], TRACED["dropout of features"]):

@@ -179,6 +179,7 @@ def classes(y: Tensor, mask: Tensor) -> Tensor:
 NUMBER = "makes a Python number .* of how many rows a mask chooses"
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("of", "reason", "way_out"),
     [
@@ -239,6 +240,7 @@ class Detects(nn.Module):
         return chosen.sum() / (len(chosen) if self.number else 1) + chosen.topk(1, 0).values.sum()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("inside", "number"), [(False, False), (False, True), (True, False)])
 def test_experts_are_spoken_of_where_they_are_at_fault(inside: bool, number: bool) -> None:
     with pytest.raises(CaptureError) as error:

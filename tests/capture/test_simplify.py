@@ -46,6 +46,7 @@ def ops(captured: Captured) -> list[str]:
 X = torch.randn(3, 4, dtype=torch.double)
 
 
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize(
     ("function", "left"),
     [

@@ -105,7 +105,6 @@ def test_without_typer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert end.value.code == 2 and "pip install 'meshpar[demo]'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"It was the best of times, it was the worst of times. " * 20)

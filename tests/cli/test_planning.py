@@ -67,6 +67,7 @@ def test_a_plan_in_words() -> None:
     assert status == 0 and "torchrun" in text and 'mesh = "' in text and "srun --nodes=2" in text
 
 
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -129,6 +130,7 @@ def test_mistakes_end_with_one_sentence_and_no_trace(
     assert status != 0 and words in " ".join(text.split()) and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_one_measured_step_scales_what_follows(tmp_path: Path) -> None:
     """A step that took twice as long as estimated: every estimate with the file is twice as long."""
     before, path = dry("--mesh", "dp=2")["seconds"], tmp_path / "slow.json"

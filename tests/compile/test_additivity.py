@@ -81,6 +81,7 @@ def step(loss: Loss, samples: int) -> tuple[list[Tensor], list[Tensor], tuple[st
     return both[0], both[1], split.averaged
 
 
+@pytest.mark.sweep(16)
 @pytest.mark.parametrize("name", EXACT)
 def test_sums_add_up_and_means_are_averaged(name: str) -> None:
     ours, right, named = step(EXACT[name], 4)
@@ -89,6 +90,7 @@ def test_sums_add_up_and_means_are_averaged(name: str) -> None:
     assert named == ()
 
 
+@pytest.mark.sweep(16)
 @pytest.mark.parametrize("name", EXACT)
 def test_microbatches_of_one_sample_are_exact_or_named(name: str) -> None:
     """A sum over one sample and a mean over it are one thing."""

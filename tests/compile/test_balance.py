@@ -63,6 +63,7 @@ SKEWED = batch(900, 100, 48, 700, 300)
 """From both ends, the ranks in the middle have much less."""
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", ["bool", "float", "written"])
 def test_pieces_are_as_many_as_documents_need(kind: str) -> None:
     with absent("cp=4") as mesh:

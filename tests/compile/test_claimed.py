@@ -90,6 +90,7 @@ BREAK = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("name", "rule", "linear"), HOLD)
 def test_what_holds_is_exact(name: str, rule: str, linear: Any) -> None:
     add_rule(f"claimed.{name}", rule, linear=linear)
@@ -98,6 +99,7 @@ def test_what_holds_is_exact(name: str, rule: str, linear: Any) -> None:
         assert report.ok, report
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("name", "rule", "linear", "said"), BREAK)
 def test_what_does_not_hold_is_refused(name: str, rule: str, linear: Any, said: str, simulated: Any) -> None:
     add_rule(f"claimed.{name}", rule, linear=linear)

@@ -49,6 +49,7 @@ def waits(pm: mp.ParallelModel, price: Price) -> dict[tuple[str, str], float]:
     return {key: sum(c.exposed for c in comms) / sum(c.seconds for c in comms) for key, comms in found.items()}
 
 
+@pytest.mark.sweep(1)
 def test_the_slower_a_rank_computes_the_less_it_waits(pm: mp.ParallelModel) -> None:
     fast, slow = (waits(pm, replace(Price(), flops=flops, latency=0.0)) for flops in (1e30, 1e3))
     assert set(fast) == set(slow) and all(share == pytest.approx(1.0) for share in fast.values())

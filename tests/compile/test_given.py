@@ -47,6 +47,7 @@ def test_a_plan_can_be_saved_and_given_back(tmp_path: Path) -> None:
     assert made.inputs == {name: f"int64 {list(value.shape)}" for name, value in batch.items()}
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("model", "options", "said"),
     [

@@ -10,6 +10,7 @@ from meshpar.errors import CaptureError
 from tests.hook_models import chain
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(
     ("where", "hook"), [("output", "clamp"), ("twice", "half"), ("weight", "half"), ("module", "half"), ("view", "clamp")]
 )

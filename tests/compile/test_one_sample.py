@@ -71,12 +71,14 @@ def told(net: nn.Module, samples: int, microbatches: int, axes: str = "tp=2") ->
     return [str(one.message).partition("whole batch: ")[2] for one in said if "the samples of a microbatch" in str(one.message)]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", MIXING)
 @pytest.mark.parametrize("microbatches", [3, 4])
 def test_samples_that_meet_are_told_of(name: str, microbatches: int) -> None:
     assert len(told(Net(MIXING[name]), microbatches, microbatches)) == 1
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ALONE)
 def test_nothing_is_told_where_none_meet(name: str) -> None:
     assert told(Net(ALONE[name]), 4, 4) == []

@@ -114,6 +114,7 @@ def part(whole: Tensor, placements: Any, rank: int, names: dict[str, int]) -> Te
     return whole.clone()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("follow", [False, True])
 @pytest.mark.parametrize(("kind", "mesh"), [(Flat, "dp=2,tp=2"), (Routed, "dp=2,tp=2"), (Routed, "ep=2,tp=2")])
 def test_stages_on_two_axes(kind: type[nn.Module], mesh: str, follow: bool, simulated: Any) -> None:
@@ -264,6 +265,7 @@ class Penalised(Running):
         return super().forward(x) + 0.01 * self.penalty(self) * self.scale.mean()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 def test_a_penalty_is_computed_where_its_parameters_are_for_another_batch_too(penalty: Callable[[nn.Module], Tensor], alone: bool) -> None:

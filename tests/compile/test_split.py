@@ -108,6 +108,7 @@ def test_marks_outside() -> None:
 MODELS = ("llama", "llama_tied", "gpt2", "gemma2", "t5", "albert", "unet", "uneven", "ring", "gpt_dropout")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_stages_compute_what_the_whole_computes(name: str) -> None:
     model, batch, captured = captured_model(name)
@@ -238,6 +239,7 @@ def _marked(stage: int | None) -> dict[str, int]:
 # -- lowered graphs ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("name", "count"), [("llama_tied", 2), ("gpt_dropout", 4), ("t5", 3)])
 def test_lowered_graphs(name: str, count: int) -> None:
     """tp=2, all ranks in this process: joined conversions, seeded dropout, collectives."""

@@ -44,6 +44,7 @@ def test_the_process_is_left_as_it_was(pipeline: mp.DryRun) -> None:
     assert not dist.is_initialized() and pipeline.gpus == 8
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_plan() -> None:
     with torch.device("meta"):
         model = Decoder(DENSE)
@@ -78,12 +79,14 @@ def test_the_ledger_has_every_axis_with_its_level_and_frequency(pipeline: mp.Dry
     assert lines["pp", "send"].message == sum(c.nbytes for c in pm.comms() if c.kind == "send" and c.phase == "forward")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("schedule", ["gpipe", "looped-bfs", "interleaved-1f1b", "zero-bubble", "zbv", "dualpipev"])
 def test_every_schedule(schedule: str) -> None:
     found = dry(SHALLOW, "pp=2", 8, microbatches=4, schedule=schedule)
     assert found.fits and found.time.bubble >= 0 and len(found.ranks) == 2
 
 
+@pytest.mark.slow
 def test_experts_and_hybrid_sharding() -> None:
     found = dry(EXPERTS, "dp_replicate=2,dp_shard=2,ep=2", 4, microbatches=2, data_parallel="zero3")
     lines = {(line.axis, line.kind, line.often) for line in found.ledger}
@@ -144,6 +147,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind, mesh, options", CASES, ids=[f"{mesh} {options['data_parallel']}" for _, mesh, options in CASES])
 def test_memory_is_what_gloo_ranks_allocate(gloo: Pool, kind: str, mesh: str, options: dict[str, Any]) -> None:
     """`benchmarks/planner_here/memory.py` has every schedule, mode and recompute."""
@@ -155,6 +159,7 @@ def test_memory_is_what_gloo_ranks_allocate(gloo: Pool, kind: str, mesh: str, op
         assert size == pytest.approx(max(wanted[at * ranks : (at + 1) * ranks]), rel=near)
 
 
+@pytest.mark.slow
 def test_memory_of_a_loss_in_chunks(gloo: Pool) -> None:
     """A megabyte of logits of a rank, of which a sixteenth is there at once; of all positions but the last, which is proved too."""
     warnings.filterwarnings("error", message="the static check")

@@ -24,6 +24,7 @@ TIED = Transformer(layers=3, hidden=64, heads=4, ffn=256, vocab=200, gated=False
 SHARED = Transformer(layers=3, hidden=64, heads=4, ffn=256, vocab=200, experts=4, top_k=2, expert_ffn=32, shared_ffn=48, dense_layers=1)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("sizes", [DENSE, TIED, SHARED], ids=["gated", "tied", "experts"])
 def test_dimensions_are_read_off_the_graph(sizes: Transformer) -> None:
     ids = torch.zeros(2, 32, dtype=torch.long)
@@ -33,6 +34,7 @@ def test_dimensions_are_read_off_the_graph(sizes: Transformer) -> None:
     assert found == replace(sizes, head_dim=sizes.head, kv_heads=sizes.keys) and seq == 32
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name, heads", [("llama", (8, 4)), ("phi3", (8, 4)), ("mixtral", (8, 4))])
 def test_dimensions_of_models_of_transformers(name: str, heads: tuple[int, int]) -> None:
     found, _ = sizes_of(tiny(name), text(4))

@@ -19,6 +19,7 @@ def captured(kind: type[Base], order: Names) -> Captured:
     return capture(kind(order).double().train(), (torch.randn(4, 8, dtype=torch.float64),))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", SAME)
 def test_every_order_gives_one_graph(kind: type[Base]) -> None:
     orders = (NAMES, NAMES[::-1], NAMES[1:] + NAMES[:1])

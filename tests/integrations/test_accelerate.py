@@ -111,6 +111,7 @@ def of_data_ranks(spec: str) -> dict[str, Any]:
         return {**found, "trigger": accelerator.check_trigger()}
 
 
+@pytest.mark.slow
 def test_processes_are_data_ranks(gloo: Pool) -> None:
     rows = sorted(tuple(Rows()[i]["input_ids"][:4].tolist()) for i in range(10))
     for rank, found in enumerate(gloo.run(of_data_ranks, "dp=2,tp=2", world=4, timeout=120)):

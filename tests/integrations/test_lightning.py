@@ -157,6 +157,7 @@ def trainer_loop(spec: str, folder: str, again: bool) -> tuple[list[float], Para
         return losses, whole(pm), tested["val_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("specs", [("tp=2", "dp=2")])
 def test_fabric_saved_on_one_mesh_and_resumed_on_another(gloo: Pool, alone: Any, tmp_path: Path, specs: tuple[str, str]) -> None:
     folder = str(tmp_path / "state")

@@ -123,6 +123,7 @@ def moves(pm: Any, other: Any, name: str, folder: Path) -> None:
             torch.testing.assert_close(mp.full_tensor(parameter), before[key], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", KINDS)
 def test_adapters_on_tp(name: str) -> None:
     model = adapted(name)
@@ -137,6 +138,7 @@ def over_ranks(name: str, spec: str, folder: str, **config: Any) -> None:
     moves(trains(model, wanted, spec, **config), wanted[0], name, Path(folder))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name, spec", [("lora", "pp=2"), ("fused", "dp=2"), ("prompt", "tp=2")])
 def test_adapters_and_their_files_on_processes(gloo: Pool, tmp_path: Path, name: str, spec: str) -> None:
     folder = tmp_path / name

@@ -115,6 +115,7 @@ def spread(xs: Ranked) -> Tensor:
     return per_rank(lambda rank: xs[rank])
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_conversion_means_what_its_types_say_on_simulated_ranks(size: int) -> None:
     table = cases(size)
@@ -145,6 +146,7 @@ def convert_on_a_real_rank(some: str) -> list[str]:
     return wrong
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("some", ["s_to_s", "others"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_conversion_on_gloo_ranks(gloo: Pool, size: int, some: str) -> None:
@@ -348,7 +350,7 @@ def test_shapes_without_values(fake_group: None, device: str, sizes: tuple[int, 
     assert x.grad is not None and x.grad.shape == x.shape
 
 
-@pytest.mark.slow
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("sizes", [(8, 8), (5, 6)], ids=["even", "uneven"])
 def test_compiles_into_one_graph(fake_group: None, sizes: tuple[int, int]) -> None:
     torch.compiler.reset()  # else the sizes of the run before become symbols, those of layouts too

@@ -72,6 +72,7 @@ class TestForms:
 
         assert agrees(op, size, segments, whole(True, window), heads, True) < 1e-13
 
+    @pytest.mark.sweep(16)
     @pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 5)])
     def test_ring(
         self,
@@ -89,6 +90,7 @@ class TestForms:
 
         assert agrees(op, size, segments, whole(causal, window), heads, False) < 1e-13
 
+    @pytest.mark.sweep(16)
     @pytest.mark.parametrize("window", [1, 3, 13])
     def test_halo(self, size: int, heads: tuple[int, int], segments: tuple[tuple[int, int], ...], window: int) -> None:
         """Also where a window reaches over the whole of the rank before."""

@@ -54,6 +54,7 @@ def test_a_result_nobody_uses_has_no_gradient() -> None:
         assert [g.sum().item() for g in local_tensors(x.grad).values()] == [1.0, 1.0]  # type: ignore[arg-type]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_uneven_parts_are_recomputed(recompute: str) -> None:
     """The derivative on each rank must not ask for all ranks to compute the block again."""

@@ -91,6 +91,7 @@ def test_the_picture() -> None:
         assert all(torch.equal(back[rank], x) for rank, x in local_tensors(x).items())
 
 
+@pytest.mark.sweep(21)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("skew", [0.0, 1.0])
 @pytest.mark.parametrize(
@@ -237,6 +238,7 @@ def reference_kept(index: list[list[int]], weights: list[list[float]], capacity:
     return keep
 
 
+@pytest.mark.sweep(23)
 @pytest.mark.parametrize("policy", ["probs", "position"])
 @pytest.mark.parametrize(("factor", "capacity"), [(0.5, 1), (1.0, 2), (1.3, 3), (4.0, 8), (1e-9, 1)])
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -276,6 +278,7 @@ def on_gloo(whole: list[Tensor], tokens: Sequence[int]) -> list[Tensor]:
     return with_gradients(lambda *args: layer(*args, num_experts, mesh), *shares(whole, tokens, dist.get_rank()))
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "skew"), [((5, 4), 0.0), ((0, 6), 1.0), ((3, 0, 6, 2), 0.2), ((1, 1, 1, 1), 1.0)])
 def test_gloo(gloo: Pool, tokens: tuple[int, ...], skew: float, dtype: torch.dtype) -> None:
@@ -350,13 +353,14 @@ def compiled_on_gloo(steps: Sequence[list[Tensor]], tokens: Sequence[int], backe
         return [with_gradients(compiled, *shares(whole, tokens, dist.get_rank())) for whole in steps]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("num_experts", "options", "backend"),
     [
         (2, {}, "aot_eager"),
         (4, {}, "aot_eager"),
         (4, {"capacity_factor": 0.5, "drop_policy": "position"}, "aot_eager"),
-        pytest.param(4, {}, "inductor", marks=pytest.mark.slow),
+        (4, {}, "inductor"),
     ],
     ids=["one expert per rank", "two", "capacity", "inductor"],
 )

@@ -24,6 +24,7 @@ from tests.ops.test_context import LAYOUTS, agrees, taken, whole
 from tests.pool import Pool
 
 
+@pytest.mark.sweep(19)
 @pytest.mark.parametrize("segments", LAYOUTS, ids=["contiguous", "head-tail", "four"])
 @pytest.mark.parametrize("size, heads", [(2, (4, 2)), (4, (3, 1))])
 @pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 5)])

@@ -68,6 +68,7 @@ STEPS: dict[str, tuple[ScoreStep, ...]] = {
 SHOWN = {"all": (False, None), "causal": (True, None), "window": (True, 5)}
 
 
+@pytest.mark.sweep(17)
 @pytest.mark.parametrize("shape", [(2, 6, S, S), (1, 6, 1, S), (S, S), (2, 1, S, 1)], ids=str)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("shown", SHOWN)

@@ -88,6 +88,7 @@ def problem(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype, reductio
     return 3 * torch.randn(shape, dtype=dtype), target, torch.rand(classes, dtype=dtype), grad
 
 
+@pytest.mark.sweep(19)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "class weights"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

@@ -99,6 +99,7 @@ def test_turned_by_constants() -> None:
     assert targets(ComputeAgain(least_bytes=1)(graph)) == before
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("name", "mesh", "config"), [("llama", "tp=2", {"sequence_parallel": True}), ("gpt2", "dp=2", {})])
 def test_steps_of_models(monkeypatch: pytest.MonkeyPatch, name: str, mesh: str, config: dict[str, Any]) -> None:
     warnings.filterwarnings("error", message="the static check")

@@ -47,6 +47,7 @@ def verified(name: str, mesh: str, **config: Any) -> tuple[float, int, list[tupl
     return max(d.largest for d in found.differences), calls, sorted(sent[0]), sorted(sent[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mesh"), [("gpt_oss", "ep=2")])
 def test_models(gloo: Pool, name: str, mesh: str) -> None:
     for worst, calls, cut, whole in gloo.run(verified, name, mesh, world=2, timeout=240.0):

@@ -59,6 +59,7 @@ def test_a_cut_sequence(gloo: Pool) -> None:
         assert sent.count(("all_gather", "forward")) == sent.count(("reduce_scatter", "backward")) == 2
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_rows_and_experts(gloo: Pool, name: str) -> None:
     """Products of rows; a router and a dispatch of what is gathered."""

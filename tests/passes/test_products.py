@@ -48,6 +48,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("error:the static check")
 @pytest.mark.parametrize(("name", "mesh", "dtype", "config"), CASES)
 def test_gradients_are_the_same_bits_and_no_more_is_sent(name: str, mesh: str, dtype: torch.dtype, config: dict[str, Any]) -> None:

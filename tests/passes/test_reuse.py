@@ -118,6 +118,7 @@ def on_ranks(names: list[str], recompute: str) -> dict[str, tuple[int, str]]:
     return found
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("recompute", "names"), [("none", ["falcon"]), ("selective", ["llama"])])
 def test_on_real_ranks(gloo: Pool, recompute: str, names: list[str]) -> None:
     for result in gloo.run(on_ranks, names, recompute, world=2, timeout=240):

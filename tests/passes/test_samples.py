@@ -95,6 +95,7 @@ def really(call: Call) -> bool:
     return bool((torch.stack(seen) & ~torch.eye(4, dtype=torch.bool)).any())
 
 
+@pytest.mark.sweep(11)
 @pytest.mark.parametrize("name", MIXING)
 def test_what_mixes_samples_is_found_at_its_line(name: str) -> None:
     assert really(MIXING[name]) or name in ("the best", "in its order", *NUMBERED)  # (a choice has no gradient)

@@ -74,6 +74,7 @@ def test_every_schedule(gloo: Pool) -> None:
     assert gloo.run(verify, SCHEDULES, world=2, timeout=240) == [[]] * 2
 
 
+@pytest.mark.slow
 def test_models_of_every_shape(gloo: Pool) -> None:
     assert gloo.run(verify, SHAPES, world=2, timeout=240) == [[]] * 2
 
@@ -83,7 +84,7 @@ def test_four_ranks(gloo: Pool) -> None:
     assert gloo.run(verify, FOUR, world=4, timeout=300) == [[]] * 4
 
 
-@pytest.mark.slow
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("case", LANGUAGE, ids=lambda case: f"{case[0]} {case[1]}")
 def test_language_models(gloo: Pool, case: Case) -> None:
     assert gloo.run(verify, [case], world=4, timeout=240) == [[]] * 4

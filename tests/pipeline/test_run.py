@@ -132,6 +132,7 @@ def over_shapes() -> float:
     return worst
 
 
+@pytest.mark.slow
 def test_terms_of_parameters_for_batches_of_many_shapes(gloo: Pool) -> None:
     assert max(gloo.run(over_shapes, world=4, timeout=180)) < 1e-11
 
@@ -149,6 +150,7 @@ def two_steps(name: str, mesh: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {"losses": losses, "first": grads[0], "second": grads[1], "buffers": everyone(dict(pm.named_buffers()))}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["dropout", "batch_norm", "tied", "frozen_start", "balanced"])
 def test_the_same_as_without_a_pipeline(gloo: Pool, name: str) -> None:
     """Noise, running statistics of every microbatch in turn, gradients that add up, terms of the loss that are no sum over samples."""
@@ -260,6 +262,7 @@ def in_flight(schedule: str, microbatches: int) -> dict[str, Any]:
     return {"most": most[0], "sent": len(sent), "left": left, "expected": dict(pm.memory().in_flight), "after": sum(alive.values())}
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("schedule", "expected"), [("1f1b", [2, 1]), ("gpipe", [8, 8])])
 def test_microbatches_in_flight_and_values_let_go(gloo: Pool, schedule: str, expected: list[int]) -> None:
     found = gloo.run(in_flight, schedule, 8, timeout=120)
@@ -428,6 +431,7 @@ def raising(mesh: str, rank: int) -> tuple[str, float]:
     return "no error", 0.0
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("mesh", "rank", "stage"), [("pp=2", 0, 0), ("pp=2", 1, 1), ("pp=2,tp=2", 2, 1)])
 def test_a_stage_that_raises_stops_all_ranks(gloo: Pool, mesh: str, rank: int, stage: int) -> None:
     world = 2 * mesh.count("=")

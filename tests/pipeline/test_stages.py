@@ -49,6 +49,7 @@ def halves() -> tuple[dict[str, Tensor], mp.pipeline.Stage, mp.pipeline.Stage]:
     return batch, first, second
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["llama_tied", "t5", "albert", "unet", "uneven"])
 def test_stages_in_one_process(name: str) -> None:
     model, batch = model_of(name)
@@ -217,6 +218,7 @@ def trained(name: str, schedule: str, world: int) -> tuple[float, dict[str, Tens
     return total, {n: p.grad / 2 for n, p in model.named_parameters() if n in own and p.grad is not None}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("name", "schedule"), [("gpt", "1f1b"), ("t5", "gpipe"), ("gpt", "interleaved")])
 def test_under_a_schedule_of_torch(gloo: Pool, name: str, schedule: str) -> None:
     model, batch = uneven(name)

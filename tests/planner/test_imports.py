@@ -47,6 +47,7 @@ def test_it_imports_numpy_scipy_and_errors_alone(module: str) -> None:
             )
 
 
+@pytest.mark.sweep(18)
 @pytest.mark.parametrize("module", [None, *MODULES])
 def test_examples_run(module: str | None) -> None:
     name = "meshpar.planner" + (f".{module}" if module else "")

@@ -30,7 +30,7 @@ def failing(kind: type[Exception]) -> None:
     dist.barrier()  # would wait for ever
 
 
-@pytest.mark.slow
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_results_by_rank(start: Start) -> None:
     found = run(summed, torch.zeros(2), world=2, start=start)
@@ -38,7 +38,6 @@ def test_results_by_rank(start: Start) -> None:
     assert all(x.tolist() == [1.0, 1.0] for _, x, _ in found)
 
 
-@pytest.mark.slow
 def test_the_message_of_the_rank_that_failed() -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="^rank 1 of 2 failed: the second rank has had enough$"):
@@ -106,7 +105,7 @@ print(report.ok, report.ranks)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("how", ["file", "stdin"])
 def test_a_script_without_a_guard(how: str, tmp_path: Path) -> None:
     Path(tmp_path, "plain.py").write_text(PLAIN)

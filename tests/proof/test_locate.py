@@ -133,6 +133,7 @@ GPT_FAULTS: dict[str, tuple[Plant, str, ParallelConfig, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("fault", GPT_FAULTS)
 def test_a_fault_in_a_transformer(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant, mesh, config, words = GPT_FAULTS[fault]
@@ -166,7 +167,6 @@ def test_a_fault_in_a_rule(plant: Plant, mesh: str, words: str, monkeypatch: pyt
     assert not report.ok and re.search(words, report.where[0]), report
 
 
-@pytest.mark.slow
 def test_a_fault_within_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     patched(collectives, "p_to_i", dropped)(monkeypatch)
     report = verify(gpt(), "pp=2,tp=2", ids(), config=ParallelConfig(sequence_parallel=False, microbatches=2), steps=1)

@@ -54,6 +54,7 @@ class Net(nn.Module):
         return self.down(self.draw(self.up(x))).square().mean()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_both_programs_draw_the_same(draw: str) -> None:
     report = verify(Net(DRAWS[draw]), "dp=2,tp=2", (torch.randn(8, 8),), config=ParallelConfig(microbatches=2)).raise_if_failed()

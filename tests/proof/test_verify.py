@@ -83,6 +83,7 @@ def test_float32() -> None:
     assert report.tolerance == 1e-5 and max(d.largest for d in report.differences) > 1e-9
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("broken", ["i_to_r", "p_to_i"])
 def test_a_missing_collective_is_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(x: Tensor, **where: Any) -> Tensor:
@@ -159,7 +160,6 @@ def test_a_difference_on_ranks_that_exist_says_where_to_look(monkeypatch: pytest
     assert 'mp.verify(model, "tp=2", batch) names the first operation' in report.where[0]
 
 
-@pytest.mark.slow
 def test_real_processes() -> None:
     report = verify(gpt(), "dp=2,tp=2", ids(), processes=True, steps=2)
     assert report.ok, str(report)
@@ -215,6 +215,7 @@ class Pictured(nn.Module):
         return nn.functional.cross_entropy(self.head(self.layer(x).relu()).flatten(0, 1), labels.flatten())
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("mesh", "microbatches"), [("dp=2,tp=2", 1), ("dp=2", 2), ("pp=2", 2)])
 def test_several_rows_of_each_sample(mesh: str, microbatches: int) -> None:
     torch.manual_seed(0)
@@ -293,6 +294,7 @@ class Checkpointed(nn.Module):
         return checkpoint(run, x, use_reentrant=self.how.endswith("reentrant")).square().mean()
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("how", ["reentrant", "plain", "nested reentrant", "nested", "sequential"])
 def test_checkpoints_inside_the_model(how: str) -> None:
     torch.manual_seed(0)
@@ -340,6 +342,7 @@ class Dead(nn.Module):
         return nn.functional.cross_entropy(rows @ rows.t(), torch.arange(len(rows)))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -422,6 +425,7 @@ def test_bfloat16() -> None:
     assert "in units of what bfloat16 does to the model on one device" in str(report)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("broken", ["i_to_r", "p_to_i"])
 def test_a_missing_collective_is_caught_in_bfloat16(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(x: Tensor, **where: Any) -> Tensor:

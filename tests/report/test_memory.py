@@ -55,6 +55,7 @@ def test_what_the_modes_share_out() -> None:
     assert zero3.gathered < zero2.gathered and zero3.parameters == zero2.parameters
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("sequence", [True, False])
 def test_activations_are_near_what_autograd_saves(sequence: bool) -> None:
     kept: dict[int, tuple[int, torch.Tensor]] = {}

@@ -65,6 +65,7 @@ def train_late(mode: str) -> tuple[dict[str, Any], list[str]]:
         return train("dp=2", mode), log
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mode", ["zero3", "zero2", "zero1"])
 def test_nothing_is_read_before_it_has_arrived(gloo: Pool, mode: str) -> None:
     """Gradients are added up over microbatches, and in the second step to what is there: then a sum is read at once."""
@@ -113,6 +114,7 @@ def test_a_sum_is_awaited_when_the_next_one_begins(gloo: Pool) -> None:
         assert sums == ["started", "awaited"] * 3
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("options", "hooks", "gathers", "sums"),
     [

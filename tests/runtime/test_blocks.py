@@ -85,6 +85,7 @@ def test_names_values_and_gradients(mesh: DeviceMesh) -> None:
     assert tree.get_parameter("head.weight") is tree.get_parameter("embed.weight")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}])
 def test_optimizers_step_dtensors_like_plain_parameters(mesh: DeviceMesh, set_to_none: bool, options: dict[str, bool]) -> None:

@@ -253,6 +253,7 @@ def compare(graph: Callable[[World], Grads], world: Ranks) -> None:
             torch.testing.assert_close(part, right, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2", "cp=2", "dp=2,tp=2"])
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.__name__)
 def test_gradients_across_borders(graph: Callable[[World], Grads], mesh: str) -> None:
@@ -294,6 +295,7 @@ def mixtures(world: World) -> Grads:
     return grads(first, "first ") | grads(second, "second ")
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mesh", ["ep=2", "ep=2,tp=2"])
 def test_experts_after_experts(mesh: str) -> None:
     with mp.simulate(4 if "," in mesh else 2):
@@ -337,6 +339,7 @@ def on_ranks(mode: str) -> None:
         compare(graph, Ranks("dp=2", data_parallel=mode))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mode", ["replicate", "zero1", "zero3"])
 def test_on_processes(gloo: Pool, mode: str) -> None:
     gloo.run(on_ranks, mode, world=2, timeout=240)

@@ -65,6 +65,7 @@ def average_against_one_device(spec: str, mode: str) -> list[tuple[float, float]
     return [*zip(ours, theirs, strict=True), *last]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("spec", "mode"), [("dp=2,tp=2", "zero3"), ("dp=2,tp=2", "replicate"), ("dp_replicate=2,dp_shard=2", "zero2"), ("pp=2,tp=2", "zero3")]
 )
@@ -145,6 +146,7 @@ FOUR = [
 ]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("world", "cases"), [(2, [*TWO, ("weights", "pp=2", "zero3")]), (4, FOUR)])
 def test_averages_of_parameters_without_dims(gloo: Pool, tmp_path: Path, world: int, cases: list[tuple[str, str, str]]) -> None:
     for found in gloo.run(average_of_gains, cases, str(tmp_path), world=world, timeout=240):
@@ -245,6 +247,7 @@ def test_averages_with_buffers(gloo: Pool, spec: str, mode: str) -> None:
     assert all(worst < 1e-12 for worst in gloo.run(averages_with_buffers, spec, mode, timeout=120.0))
 
 
+@pytest.mark.slow
 def test_averages_with_buffers_of_simulated_ranks() -> None:
     with mp.simulate(2):
         assert averages_with_buffers("tp=2") < 1e-12

@@ -95,6 +95,7 @@ def expected() -> dict[str, Any]:
     return reference()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "mode, mesh, optimizer",
     [(mode, "dp=2", "fused") for mode in ("zero3", "zero2", "zero1", "replicate")] + [("zero2", "dp=2,tp=2", "foreach")],
@@ -107,6 +108,7 @@ def test_modes_equal_one_process(gloo: Pool, expected: dict[str, Any], mode: str
         assert found["kinds"]["layers.0.fused.weight"] == "DTensor(12, 6)"
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", ["zero3", "zero1"])
 def test_hybrid_sharding(gloo: Pool, expected: dict[str, Any], mode: str) -> None:
     for found in gloo.run(train, "dp_replicate=2,dp_shard=2", mode, world=4):
@@ -247,6 +249,7 @@ def tied_layers(mode: str, recompute: str) -> dict[str, torch.Tensor | None]:
     return {name: full_grad(p) for name, p in tree.named_parameters()}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mode, recompute", [("zero3", "none"), ("zero3", "full"), ("zero1", "none"), ("replicate", "none")])
 def test_blocks_that_share_a_parameter(gloo: Pool, mode: str, recompute: str) -> None:
     net = make_net()

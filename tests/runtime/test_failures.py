@@ -84,6 +84,7 @@ def test_a_mistake_of_all_ranks_leaves_the_groups_usable() -> None:
     assert results == {0: "sum 2", 1: "sum 2"}
 
 
+@pytest.mark.slow
 def test_the_others_raise_the_message_of_the_rank_that_failed_along_a_chain() -> None:
     results, seconds = _run(one_fails_late, 3)
     assert "ValueError: stage 2 is broken" in results[2]

@@ -96,6 +96,7 @@ def keeps(spec: str, kept: Any) -> None:
     assert ("each rank of tp has those of its own heads" in pm.generation) == ("tp" in spec), pm.generation
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("spec", "world", "names"), [("pp=2", 2, tuple(WAYS)), ("dp=2,tp=2", 4, ("beams",))])
 def test_tokens_are_the_models(gloo: Pool, spec: str, world: int, names: tuple[str, ...]) -> None:
     gloo.run(generates, spec, names, world=world, timeout=180)
@@ -105,6 +106,7 @@ def test_heads_that_are_fewer_than_the_ranks(gloo: Pool) -> None:
     gloo.run(generates, "tp=4", ("beams",), num_key_value_heads=2, world=4, timeout=180)
 
 
+@pytest.mark.slow
 def test_a_rank_keeps_its_own_samples_heads_and_layers(gloo: Pool) -> None:
     layers = [[(4, 2)] * 2 + [None] * 2, [(4, 2)] * 2 + [None] * 2, [None] * 2 + [(4, 2)] * 2, [None] * 2 + [(4, 2)] * 2]
     gloo.run(keeps, "pp=2,tp=2", layers, world=4, timeout=180)

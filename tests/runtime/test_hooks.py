@@ -47,6 +47,7 @@ GLOO: list[Case] = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("where", "hook"), SIMULATED, ids=lambda x: x)
 def test_hooks_on_simulated_ranks(where: str, hook: str) -> None:
     model, batch = chain(where, hook)
@@ -65,6 +66,7 @@ def test_the_hooks_of_these_tests_matter(where: str) -> None:
     assert not torch.allclose(*gradients)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("where", ["output", "parameter", "module"])
 def test_verify_sees_a_lost_hook(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = chain(where, "unit")
@@ -408,6 +410,7 @@ def hooked_on_one_rank(spec: str, how: str) -> list[str]:
     return told
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("spec", "world", "how"), [("dp=2", 2, "pm"), ("tp=2", 2, "model"), ("pp=2,dp=2", 4, "pm")])
 def test_a_hook_that_a_rank_lacks_is_named(gloo: Pool, spec: str, world: int, how: str) -> None:
     for told in gloo.run(hooked_on_one_rank, spec, how, world=world, timeout=120):

@@ -60,6 +60,7 @@ LOOPS: dict[str, Loop] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", LOOPS)
 def test_what_a_loop_sets_acts(name: str) -> None:
     torch.manual_seed(0)

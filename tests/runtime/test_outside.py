@@ -66,6 +66,7 @@ def steps(spec: str, **config: Any) -> None:
                 torch.testing.assert_close(grad, named[name], msg=lambda text, name=name: f"{name} on {spec} {config}: {text}")
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("spec", ["dp=2,tp=2", "cp=2"])
 def test_without_stages(spec: str) -> None:
     with mp.simulate(4 if "dp" in spec else 2):
@@ -77,6 +78,7 @@ def staged() -> None:
     steps("pp=2,tp=2", schedule="1f1b")
 
 
+@pytest.mark.slow
 def test_through_the_stages(gloo: Pool) -> None:
     gloo.run(staged, world=4, timeout=240)
 

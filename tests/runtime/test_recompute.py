@@ -140,6 +140,7 @@ def test_an_unknown_mode() -> None:
         wrap(lambda: None, "some", fx.Graph())  # type: ignore[arg-type]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mesh, mode, recompute", [("dp=2,tp=2", "zero3", "selective"), ("dp=2", "zero2", "full")])
 def test_recompute_under_data_and_tensor_parallelism(gloo: Pool, mesh: str, mode: str, recompute: str) -> None:
     for found in gloo.run(train, mesh, mode, recompute, world=4 if "tp" in mesh else 2):

@@ -33,6 +33,7 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_at_most_one_percent_of_the_parameters_stays_whole(mesh: DeviceMesh, name: str) -> None:
     warnings.filterwarnings("error", message="the static check")

@@ -211,6 +211,7 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.sweep(31)
 @pytest.mark.parametrize(("target", "args", "least"), CASES, ids=[f"{c[0].__name__}-{i}" for i, c in enumerate(CASES)])
 def test_every_typing_computes_the_operator(target: Any, args: tuple[Any, ...], least: int) -> None:
     graph, tensors = _graph(target, args)

@@ -71,6 +71,7 @@ def handed(plan: Plan, inside: str) -> set[bool]:
     return {isinstance(t, Shard) for name, one in plan.axes[0].nodes.items() if name in nodes for t in one.handed if t is not None}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("sequence", "encoder", "decoder"), [(True, True, True), (False, False, False), ("auto", False, True)])
 def test_every_stream_is_cut_where_that_costs_less(sequence: bool, encoder: bool, decoder: bool) -> None:
     plan = decided(captured_of(Two(), BATCH), sequence=sequence)
@@ -83,6 +84,7 @@ def test_a_decoder_is_cut_as_if_asked_to() -> None:
     assert decided(captured(), sequence="auto").axes != decided(captured(), sequence=False).axes
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("sequence", [True, "auto"])
 def test_it_is_exact_either_way(sequence: bool) -> None:
     torch.manual_seed(0)

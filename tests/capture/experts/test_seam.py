@@ -74,6 +74,7 @@ def test_operators_are_what_torch_expects(operator: torch.library.CustomOpDef) -
     torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("kind", "layers", "way"),
     [
@@ -182,6 +183,7 @@ class Dense(nn.Module):
         return torch.einsum("tki,tkih,tk->th", y, self.down[index], weights)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("way", ["einsum", "bmm", "gathered"])
 def test_dense_experts_are_ordinary_graphs(way: str) -> None:
     model = Model(Dense(way))
@@ -190,6 +192,7 @@ def test_dense_experts_are_ordinary_graphs(way: str) -> None:
     mp.verify(model, "tp=2", tokens(2, 4)).raise_if_failed()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2"])
 @pytest.mark.parametrize("kind", ["list", "stack"])
 def test_lifted_experts_in_parallel(kind: str, mesh: str) -> None:

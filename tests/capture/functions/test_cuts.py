@@ -52,6 +52,7 @@ class Net(nn.Module):
         return self.b(self.call(self.a(x), self.w)).square().mean()  # type: ignore[no-any-return]
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_gradient_is_no_gradient(kind: str) -> None:
     x, one = torch.linspace(-1, 1, 64, dtype=torch.double).view(8, 8), Net(KINDS[kind]).double()

@@ -49,6 +49,7 @@ CASES = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", CASES)
 def test_an_operator_is_tried_and_kept(kind: str) -> None:
     call, nature = CASES[kind]

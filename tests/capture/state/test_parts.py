@@ -66,6 +66,7 @@ def test_parts_that_change_in_forward_are_refused(change: Callable[[Changing], N
         mp.parallelize(Changing(change), mp.make_mesh("tp=2"), example=(torch.randn(2, 4),))
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_ran_once_is_exact(change: Callable[[Changing], None]) -> None:
     model = Changing(change)

@@ -219,6 +219,7 @@ def test_sections_without_gradients_and_with_another_precision() -> None:
     assert_same(Model(), (torch.tensor([0.5, 1.5], dtype=torch.double),), {}, loss=lambda output: output)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_what_one_rank_sees_counts_for_all(recompute: Any) -> None:
     """The labels of one data rank alone go another way: the step is refused as it would be on one device."""
@@ -322,6 +323,7 @@ CHOOSING: list[Callable[[Tensor, Tensor], Tensor]] = [
 EVEN = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 1], [0, 1, 1, 1, 0, 0]]).bool()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("choose", CHOOSING)
 def test_as_many_rows_of_every_sample(choose: Callable[[Tensor, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
@@ -340,6 +342,7 @@ def _by_index(x: Tensor, mask: Tensor) -> Tensor:
     return x[mask]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2", "pp=2"])
 def test_as_many_rows_of_every_sample_over_a_mesh(mesh: str) -> None:
     torch.manual_seed(0)
@@ -365,6 +368,7 @@ SIZING: list[Callable[[Tensor, Tensor], Tensor]] = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("choose", SIZING)
 def test_sizes_of_the_batch_are_those_of_the_example(choose: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Cumulative sums mix rows, whose number must be known."""
@@ -397,6 +401,7 @@ def test_data_ranks_that_do_not_choose_as_many_are_refused() -> None:
         mp.verify(Mixing(_by_index), "dp=2", batch)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mesh", ["dp=2,tp=2", "pp=2"])
 def test_checks_over_a_mesh(mesh: str) -> None:
     torch.manual_seed(0)

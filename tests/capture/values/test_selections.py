@@ -62,6 +62,7 @@ class Experts(nn.Module):
         return result
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("style", ["index_add", "read_modify_write", "nonzero", "boolean", "overwrite"])
 def test_loops_over_experts(style: str) -> None:
     torch.manual_seed(0)
@@ -130,6 +131,7 @@ class Scoring(nn.Module):
         return {"loss": self.loss(self.head(x), labels)}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss", CHOSEN)
 def test_losses_of_chosen_rows(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
@@ -160,6 +162,7 @@ class Spelling(nn.Module):
         return {"loss": each.square().sum()}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_targets_one_after_the_other(reduction: str) -> None:
     torch.manual_seed(0)
@@ -191,6 +194,7 @@ def test_lengths_of_other_targets_are_as_many_as_in_the_example() -> None:
     assert_same(perturbed(Other(CHOSEN[0])), (), batch)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("function", "reason"),
     [

@@ -232,12 +232,14 @@ def same_as_captured(kind: type[Net]) -> Programs:
     return programs
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", MADE)
 def test_one_graph_for_all_lengths(name: str) -> None:
     count = same_as_captured(MADE[name]).shapes.count
     assert count.made >= len(SHAPES) - 5, count
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", BRANCHING, ids=lambda kind: kind.__name__)
 def test_what_depends_on_the_length_is_noticed(kind: type[Net]) -> None:
     same_as_captured(kind)

@@ -242,6 +242,7 @@ def _gradients(
         )
 
 
+@pytest.mark.sweep(52)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_what_is_derived_holds(name: str) -> None:
     op, tensors, run = call_of(SAMPLES[name])

@@ -143,6 +143,7 @@ def with_fault(name: str, mesh: str, fault: Fault | None, config: ParallelConfig
 PIPELINE = ParallelConfig(microbatches=2)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("name", "mesh", "config"),
     [
@@ -185,6 +186,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize(("name", "mesh", "fault", "axis", "told"), FAULTS, ids=lambda v: v.name if isinstance(v, Fault) else None)
 def test_a_planted_fault_is_found(name: str, mesh: str, fault: Fault, axis: str, told: str) -> None:
     report = with_fault(name, mesh, fault, PIPELINE if "pp" in mesh else None)

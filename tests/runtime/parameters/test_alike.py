@@ -75,6 +75,7 @@ def compare(mesh: str, term: Term, model: nn.Module, right: dict[str, Tensor | N
             torch.testing.assert_close(part, right[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("mesh", ["tp=2", "dp=2", "dp=2,tp=2"])
 @pytest.mark.parametrize("name", EXACT)
 def test_terms_that_count_once(name: str, mesh: str) -> None:
@@ -131,6 +132,7 @@ def on_ranks(mode: str) -> None:
             compare("dp=2", term, *alone(term), data_parallel=mode)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mode", ["replicate", "zero1", "zero3"])
 def test_on_processes(gloo: Pool, mode: str) -> None:
     gloo.run(on_ranks, mode, world=2, timeout=240)

@@ -87,6 +87,7 @@ def check_together(penalty: str, mesh: Any, mode: Any) -> None:
         torch.testing.assert_close(found, model.up.weight.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_on_simulated_ranks(order: str, penalty: str) -> None:
@@ -110,11 +111,13 @@ def on_a_rank(mesh: str, mode: str) -> None:
         check_together(penalty, made, mode)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mode", ["replicate", "zero1", "zero3"])
 def test_on_processes(gloo: Pool, mode: str) -> None:
     gloo.run(on_a_rank, "dp=2", mode, world=2)
 
 
+@pytest.mark.slow
 def test_on_two_axes(gloo: Pool) -> None:
     gloo.run(on_a_rank, "dp=2,tp=2", "zero3", world=4)
 

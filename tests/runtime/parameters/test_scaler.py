@@ -88,6 +88,7 @@ def check(found: list[tuple[list[float], list[float]]]) -> None:
         assert ours[1:] == pytest.approx(theirs[1:], rel=5e-3), found
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("spec", "config"),
     [("dp=2", {}), ("pp=2", {"microbatches": 2}), ("pp=2", {"microbatches": 2, "fused": True}), ("ep=2", {"kind": "Experts"})],
@@ -97,6 +98,7 @@ def test_the_history_is_that_of_one_device(gloo: Pool, spec: str, config: dict[s
         check(found)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("spec", "world", "modes", "config"),
     [
@@ -136,6 +138,7 @@ def overflow_on_one_rank(spec: str) -> list[Any]:
     return found
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("spec", ["pp=2", "dp=2", "tp=2"])
 def test_an_overflow_on_one_rank_is_all_ranks(gloo: Pool, spec: str) -> None:
     for (scale, same), (then, later) in gloo.run(overflow_on_one_rank, spec):

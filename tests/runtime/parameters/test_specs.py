@@ -121,6 +121,7 @@ def save_and_load(mesh_spec: str, mode: str) -> dict[str, Any]:
     return {"read": read, "kinds": kinds, "loaded": loaded, "loss": loss.item(), "marked": all(spec_of(p) for p in tree.parameters())}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mesh, mode", [("dp=2,tp=2", "zero3"), ("tp=2", "zero3"), ("dp=2,tp=2", "replicate")])
 def test_state_dicts_tell_the_true_order(gloo: Pool, mesh: str, mode: str) -> None:
     net = make_net()

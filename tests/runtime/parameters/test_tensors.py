@@ -82,6 +82,7 @@ def test_tensor_parallel(simulated: Any) -> None:
     check(found, names)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("spec", "mode", "names"), [("dp=2", "zero3", ALL), ("dp=2", "replicate", ["adamw", "adafactor", "shampoo", "lbfgs"])]
 )
@@ -90,6 +91,7 @@ def test_data_parallel(gloo: Pool, spec: str, mode: str, names: list[str]) -> No
         check(found, names)
 
 
+@pytest.mark.slow
 def test_tensor_and_data_parallel(gloo: Pool) -> None:
     names = ["adamw", "sgd fused", "rprop", "adafactor", "lamb", "shampoo", "masked", "lbfgs", "clipping"]
     for found in gloo.run(all_optimizers, "dp=2,tp=2", "zero3", names, world=4, timeout=180.0):

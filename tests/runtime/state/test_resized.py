@@ -89,6 +89,7 @@ class LeftBehind(Alike):
         return self.attend(x)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", [Alike, LeftBehind])
 def test_what_was_the_same_for_all_known_lengths_is_not_taken_for_granted(kind: type[Alike]) -> None:
     model = kind().double()
@@ -100,6 +101,7 @@ def test_what_was_the_same_for_all_known_lengths_is_not_taken_for_granted(kind: 
             assert pm.original_module.rest == length % 3
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("kind", "made"), [(Window, 2), (Halves, 4), (Branches, 2), (Remainders, 1)])
 def test_new_lengths_are_exact(kind: type[Mixed], made: int) -> None:
     model = kind().double()

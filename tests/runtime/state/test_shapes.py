@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -117,6 +118,7 @@ def on_ranks(spec: str, microbatches: int) -> tuple[float, int, int, int]:
     return found, pm._makes.shapes.count.captured, pm._makes.planner.plans.made, pm._variants._resized.made
 
 
+@pytest.mark.slow
 def test_ranks_and_stages_do_not_part(gloo: Pool) -> None:
     for found, captured, plans, told in gloo.run(on_ranks, "pp=2,dp=2", 2, world=4, timeout=300):
         assert found < 1e-12

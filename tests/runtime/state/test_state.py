@@ -357,6 +357,7 @@ PLACES = (
 )
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("name", "where"), PLACES)
 def test_what_changes_between_steps_acts(name: str, where: str) -> None:
     build, change, captures = MEMBERS[name]
@@ -567,6 +568,7 @@ def deeper(net: Net, h: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(net.inner(h), y)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -635,6 +637,7 @@ def trained(net: Any) -> None:
     torch.optim.SGD(net.parameters(), 0.1).step()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -803,6 +806,7 @@ class Chain(nn.Module):
         return F.mse_loss(x, y) * (0.1 * self.step)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("spec", "microbatches"), [("dp=2,tp=2", 1), ("pp=2,tp=2", 2)])
 def test_ranks_change_together_or_are_told(gloo: Pool, spec: str, microbatches: int) -> None:
     for worst, numbers, flags in gloo.run(on_ranks, spec, microbatches, world=4, timeout=300):

@@ -91,6 +91,7 @@ def test_masks(layer: nn.Module) -> None:
     assert not [name for name in names(captured) if "nonzero" in name]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("within", "mesh"), [("sample", "dp=2,ep=2"), ("batch", "dp=2,ep=2"), ("batch", "dp=2,tp=2")])
 def test_room_is_counted_as_on_one_device(within: str, mesh: str) -> None:
     torch.manual_seed(0)
@@ -185,6 +186,7 @@ class Dropping(nn.Module):
         return (self.drop(out) if self.where == "sum" else out).view_as(hidden), weights.mean()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("where", "lifted", "drops"), [("expert", True, [0.25]), ("loop", False, [0.5] * E), ("sum", True, [0.5])])
 def test_dropout_is_kept(where: str, lifted: bool, drops: list[float]) -> None:
     captured = capture(Model(Dropping(where)), (), tokens(3, 5))

@@ -22,6 +22,7 @@ def names(captured: Captured) -> list[str]:
     return [str(node.target) for node in captured.graph.nodes]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("style", LIFTED)
 def test_every_way_to_loop(style: str) -> None:
     torch.manual_seed(0)
@@ -36,6 +37,7 @@ def test_every_way_to_loop(style: str) -> None:
     assert len(stacks) == 4
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("style", ["mixtral", "hits", "flat"])
 def test_as_many_positions_as_they_are_wide(style: str) -> None:
     """A square of hidden states is no mask."""
@@ -43,6 +45,7 @@ def test_as_many_positions_as_they_are_wide(style: str) -> None:
     assert names(captured).count("meshpar.dispatch.default") == 1
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("style", ["select", "soft", "capped"])
 def test_other_sums_are_left_as_they_are(style: str) -> None:
     torch.manual_seed(0)
@@ -269,6 +272,7 @@ class TwoLists(MoE):
         return super().mixtral(x, weights, index) + sum(member(x) for member in self.always)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [Unsorted, Unpaired, Inherited, Switch, TwoLists])
 def test_routers_and_layers_of_other_kinds(kind: type[MoE]) -> None:
     torch.manual_seed(0)
