@@ -154,6 +154,7 @@ def test_adapters_on_simulated_ranks(kind: str, spec: str) -> None:
         trains(kind, spec)
 
 
+@pytest.mark.slow
 def test_adapters_where_the_sequence_is_cut() -> None:
     with mp.simulate(4):
         trains("dora", "cp=2,tp=2")

@@ -8,7 +8,7 @@ import meshpar as mp
 from benchmarks.architectures.packages import of
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("task", "kind"), [("text", "rwkv"), ("graph", "messages"), ("sound", "conformer"), ("clicks", "dlrm_max")])
 def test_a_model_by_hand(task: str, kind: str) -> None:
     made = of("plain").made(task, kind)

@@ -130,7 +130,7 @@ def test_forms(kind: str, kv: int, context: Any) -> None:
     mp.verify(Decoder(kind, kv=kv), "cp=4", batch(), config=mp.ParallelConfig(context=context)).raise_if_failed()
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("mesh", "context"), [("cp=2,tp=2", "auto"), ("dp=2,cp=2", "ring"), ("dp=2,cp=2,tp=2", "ring")])
 def test_meshes(mesh: str, context: Any) -> None:
     torch.manual_seed(0)

@@ -113,7 +113,7 @@ def lines(model: nn.Module, mesh: str, context: Any, *, padding: bool = False) -
     return text.split("Attention over")[1].split("\n\n")[0].splitlines()[1:]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("context", "mesh", "kv", "kinds", "padding"),
     [

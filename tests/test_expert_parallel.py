@@ -135,7 +135,7 @@ def test_rows_travel_and_parameters_stay() -> None:
         assert [c.nbytes for c in layer] == [4 * 4 / 2, rows, rows, rows, rows]  # counts; there and back, forward and backward
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mesh_text, recompute", [("ep=2,tp=2", "full"), ("cp=2,ep=2", "none"), ("dp=2,cp=2", "full")])
 def test_the_load_of_every_expert(mesh_text: str, recompute: str) -> None:
     """Rows of samples, and of positions, are counted once each, whichever axis cuts them."""

@@ -212,7 +212,7 @@ class Alternating(nn.Module):
         return x + self.mixtures[self.turn % 2](F.rms_norm(x, x.shape[-1:]))[0]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("spec", ["tp=2", "ep=2", "ep=2,tp=2"])
 def test_parameters_that_a_later_program_uses_first(spec: str) -> None:
     torch.manual_seed(0)

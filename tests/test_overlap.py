@@ -35,7 +35,7 @@ def verified(mesh: str, **config: Any) -> tuple[float, list[bool], list[int]]:
     return max(d.largest for d in found.differences), inside, waiting
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", ["zero1", "zero3"])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_gradients_are_summed_beside_backward_or_after_it(gloo: Pool, mode: str, overlap: bool) -> None:

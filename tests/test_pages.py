@@ -202,7 +202,7 @@ def test_all_scripts_are_known() -> None:
     assert {name for name in PAGES if blocks(name, "python", titled=True)} == set(SCRIPTS)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_of_a_page_run_on_ranks(name: str, gloo: Pool, tmp_path: Path) -> None:
     one, other = gloo.run(scripts, name, str(tmp_path), world=2, timeout=240)

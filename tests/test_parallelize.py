@@ -65,7 +65,7 @@ def steps_against_one_device(spec: str, modes: list[str], microbatches: int) -> 
     return found
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("spec", "modes", "microbatches", "world"),
     [

@@ -54,11 +54,12 @@ def test_what_mixes_samples_sees_the_global_batch(name: str, mesh: str) -> None:
     mp.verify(model, mesh, batch).raise_if_failed()
 
 
+@pytest.mark.slow
 def test_float32_is_exact_to_its_rounding() -> None:
     mp.verify(tiny("mixtral"), "dp=2,tp=2", text(), dtype=torch.float32).raise_if_failed()
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("heads", "kv", "mesh"), [(6, 6, "tp=4"), (4, 1, "tp=4"), (5, 5, "tp=2")])
 def test_heads_that_do_not_divide_are_cut_inside_or_left_whole(heads: int, kv: int, mesh: str) -> None:
     model = tiny("llama", hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=30)
@@ -72,6 +73,7 @@ def test_three_ranks_that_hold_unequal_parts(name: str) -> None:
     mp.verify(model, "tp=3", batch).raise_if_failed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mamba"])
 def test_three_real_ranks_that_hold_unequal_parts(gloo: Pool, name: str) -> None:
     for differences in gloo.run(verified, name, "tp=3", world=3):

@@ -11,7 +11,7 @@ from tests.pool import Pool
 NAMES = [fault.name for fault in FAULTS]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("name", "told"),
     [

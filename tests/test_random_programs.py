@@ -29,7 +29,7 @@ def checked_against_one_device(seed: int, pool: Pool | None = None) -> Outcome:
     return found
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("seed", SIMULATED)
 def test_random_programs_compute_what_they_compute_on_one_device(seed: int) -> None:
     checked_against_one_device(seed)

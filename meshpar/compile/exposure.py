@@ -23,12 +23,13 @@ from typing import Any
 from torch import fx
 
 from meshpar.graph.cost import flops
-from meshpar.graph.facts import Change, Info, facts
+from meshpar.graph.facts import Info, facts
 from meshpar.ops import expert_pieces, pieces, products, ring, token_pieces
+from meshpar.passes.worth import beside_rows, beside_tokens, messages_of
 from meshpar.plan import Comm
+from meshpar.sharding.beside import WAITED, Covers, arriving, leaving, rest
 from meshpar.sharding.conversions import ALL_GATHER
 from meshpar.sharding.price import Price
-from meshpar.sharding.types import Shard
 
 COUNTS = "numbers of rows"
 """What is sent before the rows of experts, as the ledger calls it."""
@@ -45,66 +46,54 @@ _PLACES: Mapping[Any, int] = {
 
 def exposed(node: fx.Node, sent: Comm, seconds: float, price: Price) -> float:
     """The seconds, of those that one of a node's collectives takes, beside which nothing is computed."""
+    return rest(covers(node, sent), seconds, price)
+
+
+def covers(node: fx.Node, sent: Comm) -> Covers:
+    """What is computed beside one of a node's collectives, on any machine."""
     change, phase, kind = facts(node).conversion, sent.phase, sent.kind
     if node.target in _COMPUTING and phase == "backward":
-        return max(0.0, seconds - _left_to(node, price))
+        return ((1.0, _left_to(node)),)
     if node.target is pieces.gathered:
         assert change is not None
-        own = price.compute(flops(node), 0.0)
         if phase == "forward":
             repeat, segments = node.args[4:6]
             in_pieces = not node.kwargs.get("whole") and pieces.is_one_stretch(repeat, segments, change.size)  # type: ignore[arg-type]
-            return _arriving(seconds, own, change.size, _messages(change)) if in_pieces else seconds
-        return max(0.0, seconds - (own if kind == ALL_GATHER else own + _left_to(node, price)))
+            return arriving(flops(node), change.size * messages_of(change)) if in_pieces else WAITED
+        return ((1.0, flops(node) + (0.0 if kind == ALL_GATHER else _left_to(node))),)
     if node.target is pieces.scattered:
         assert change is not None
-        own = price.compute(flops(node), 0.0)
         if phase == "forward":
-            many = _messages(change)
-            return _leaving(seconds, own, many * (change.size - 1), many * change.size)
-        return max(0.0, _arriving(seconds, own, change.size, _messages(change)) - _left_to(node, price))
+            many = messages_of(change)
+            return leaving(flops(node), many * (change.size - 1), many * change.size)
+        return arriving(flops(node), change.size * messages_of(change), _left_to(node))
     if node.target is pieces.reduced and phase == "forward":
-        return _leaving(seconds, price.compute(flops(node), 0.0), pieces.PIECES, pieces.PIECES)
+        return leaving(flops(node), pieces.PIECES, pieces.PIECES)
     if node.target is ring.ring_attention:
-        return _going_round(node, seconds, phase, price)
+        return _going_round(node, phase)
+    twice = 2 if phase == "backward" else 1
     if node.target is expert_pieces.through_experts and sent.node != COUNTS:
-        return max(0.0, seconds - _beside_rows(node, price) * (2 if phase == "backward" else 1))
+        exchange, ends = facts(node).inside[0].exchange, facts(node).inside[2].info
+        assert exchange is not None
+        assert isinstance(ends, Info)
+        return ((1.0, twice * beside_rows(flops(node), exchange.size, ends.shape[0])),)
     if node.target is token_pieces.on_gathered_tokens:
-        return max(0.0, seconds - _beside_tokens(node, price) * (2 if phase == "backward" else 1))
-    return seconds
+        change = facts(node).inside[0].conversion
+        assert change is not None
+        return ((1.0, twice * beside_tokens(flops(node), change.size)),)
+    return WAITED
 
 
-def _beside_tokens(node: fx.Node, price: Price) -> float:
-    """Seconds of what is computed, forward, while tokens come or results leave: half of a rank's own, those of others but for one rank."""
-    change = facts(node).inside[0].conversion
-    assert change is not None
-    return price.compute(flops(node), 0.0) * (change.size - 1.5) / change.size
-
-
-def _going_round(node: fx.Node, seconds: float, phase: str, price: Price) -> float:
-    """What of keys, values and the sums of their gradients takes longer than what is computed beside them."""
+def _going_round(node: fx.Node, phase: str) -> Covers:
+    """Keys, values and the sums of their gradients beside a step of attention each; the last sums go home beside nothing."""
     size: Any = node.kwargs["size"]
-    pairs = 0.5 if node.kwargs.get("causal") else 1.0
-    beside = price.compute(flops(node) * pairs, 0.0) * (size - 1) / size
-    if phase == "forward":
-        return max(0.0, seconds - beside)
-    home = seconds / (2 * size - 1)
-    return home + max(0.0, seconds - home - 2.5 * beside)  # five products for two
+    beside = flops(node) * (0.5 if node.kwargs.get("causal") else 1.0) * (size - 1) / size
+    return ((1.0, beside),) if phase == "forward" else ((1 / (2 * size - 1), 0.0), (1.0, 2.5 * beside))  # five products for two
 
 
-def _beside_rows(node: fx.Node, price: Price) -> float:
-    """Seconds of what is computed, forward, while rows come or return: half of a rank's own, and those of others but for one group."""
-    exchange, ends = facts(node).inside[0].exchange, facts(node).inside[2].info
-    assert exchange is not None
-    assert isinstance(ends, Info)
-    groups = min(expert_pieces.GROUPS, ends.shape[0])
-    own = 1 / exchange.size
-    return price.compute(flops(node), 0.0) * (own / 2 + (1 - own) * (groups - 1) / groups)
-
-
-def _left_to(node: fx.Node, price: Price) -> float:
-    """Seconds of the weight gradients that products left to a node: as many as those of the products."""
-    return sum(price.compute(flops(user), 0.0) for later in _queues(node) for user in later.users if user is not node)
+def _left_to(node: fx.Node) -> float:
+    """The weight gradients that products left to a node: as much as those of the products."""
+    return sum(flops(user) for later in _queues(node) for user in later.users if user is not node)
 
 
 def _queues(node: fx.Node) -> Sequence[fx.Node]:
@@ -112,22 +101,3 @@ def _queues(node: fx.Node) -> Sequence[fx.Node]:
     place = _PLACES[node.target]
     found = node.args[place] if len(node.args) > place else None
     return [found] if isinstance(found, fx.Node) else []
-
-
-def _messages(change: Change) -> int:
-    """The messages of what one rank sends to another, of a value that is cut between them."""
-    cut = change.before if isinstance(change.before, Shard) else change.after
-    assert isinstance(cut, Shard)
-    return pieces.messages(change.whole.shape[cut.dim] // change.size, change.whole.nbytes // change.size, change.size)
-
-
-def _arriving(seconds: float, compute: float, size: int, messages: int) -> float:
-    """Parts are computed as they come, the own one first; beside the last message, all but what it brings."""
-    return max(0.0, seconds - compute * (1 - 1 / (size * messages)))
-
-
-def _leaving(seconds: float, compute: float, messages: int, parts: int) -> float:
-    """Parts leave as they are computed, `messages` of `parts`; how much later than the last part is computed the last one has arrived."""
-    part, one = compute / parts, seconds / messages
-    ends = [k * part + (messages - k + 1) * one for k in range(1, messages + 1)]
-    return min(seconds, max(0.0, max(ends) - compute))

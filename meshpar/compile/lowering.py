@@ -75,7 +75,8 @@ class Lowering:
     def _finished(self, graph: fx.Graph) -> fx.Graph:
         config = self.config
         keeps, overlap = config.recompute != "selective", config.overlap_tensor_parallel
-        return order.finished(graph, results=keeps, overlap=overlap, again=config.recompute == "none")
+        price = None if config.hardware is None else priced(config, self.mesh)
+        return order.finished(graph, results=keeps, overlap=overlap, again=config.recompute == "none", price=price)
 
 
 def in_stages(program: Program) -> Program:

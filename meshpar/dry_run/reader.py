@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar import roles
 from meshpar._torch import resolve_process_group
+from meshpar.compile.exposure import covers
+from meshpar.compile.ledger import entries
 from meshpar.compile.program import Program
 from meshpar.dry_run.rehearsal import Rehearsed
 from meshpar.dry_run.tape import Sounding
@@ -23,6 +25,8 @@ from meshpar.mesh import mesh_sizes
 from meshpar.pipeline.order import Schedule
 from meshpar.planner import AxisSpan, Collective, Layer, Operator, StageLoad, Workload
 from meshpar.planner.workload import Phase
+from meshpar.sharding.beside import WAITED, Covers
+from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, wire_bytes
 
 PHASES: Mapping[str, Phase] = {"forward": "forward", "recompute": "recompute", "backward": "input", "weight": "weight"}
 """Of a tape -> of the planner. Where weight gradients are not put off, backward is one phase."""
@@ -123,17 +127,20 @@ def _stage(one: Rehearsed, groups: Groups, *, fused: bool, regathers: bool) -> S
         once = Counter({key: n for key, n in steady.items() if key[1] in _DATA})
         steady = steady - once
     kept = one.middle.forward.scattered if regathers else one.middle.forward.rest
+    known = {} if regathers else _beside(one.graph, groups)
     layer = Layer(
         f"a {blocks}th of stage {one.index}",
         tuple(_operators(one.middle.calls, fused=fused, parts=blocks)),
-        tuple(_collective(key, n / blocks) for key, n in steady.items()),
+        tuple(made for key, n in steady.items() for made in _collective(key, n / blocks, known)),
         one.elements / blocks,
         one.expert_elements / blocks,
         (kept + one.received) / blocks,
         max(0, one.middle.backward_peak - one.middle.forward.total) / 1.0,
     )
     return StageLoad(
-        ((layer, blocks),), tuple(_collective((kind, axis, "step", size), n) for (kind, axis, _, size), n in once.items()), one.tensors
+        ((layer, blocks),),
+        tuple(made for (kind, axis, _, size), n in once.items() for made in _collective((kind, axis, "step", size), n, {})),
+        one.tensors,
     )
 
 
@@ -156,11 +163,29 @@ def _collectives(calls: Iterable[Sounding], groups: Groups) -> Counter[Collectiv
     return found
 
 
-def _collective(key: CollectiveKey, count: float) -> Collective:
+def _beside(graph: fx.Graph, groups: Groups) -> dict[CollectiveKey, Counter[Covers]]:
+    """What the graph of a stage computes beside its collectives over `tp`, and how many of each kind have that beside them."""
+    found: dict[CollectiveKey, Counter[Covers]] = {}
+    spans = groups.spans()
+    for node in graph.nodes:
+        for sent in entries(node):
+            axis = PLANNERS.get(roles.ROLES[sent.axis].divides) if sent.axis in roles.ROLES else None
+            if axis != PLANNERS["weights"] or sent.kind not in (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE):
+                continue
+            whole = sent.nbytes / wire_bytes(sent.kind, 1.0, spans[axis].size)
+            key = (sent.kind, axis, PHASES[sent.phase], float(round(whole)))
+            found.setdefault(key, Counter())[covers(node, sent)] += sent.count
+    return found
+
+
+def _collective(key: CollectiveKey, count: float, known: Mapping[CollectiveKey, Counter[Covers]]) -> Iterable[Collective]:
+    """Calls of one kind, apart where other things run beside them."""
     kind, axis, phase, size = key
     behind = "compute" if axis in _DATA else BEHIND.get(axis, "")
     name = "parameters and gradients" if axis in _DATA and size > 64 else "values"
-    return Collective(name, kind, axis, phase, size, count, behind)
+    ways = known.get(key) or Counter[Covers]({(): 1} if not known else {WAITED: 1})
+    for beside, part in ways.items():
+        yield Collective(name, kind, axis, phase, size, count * part / ways.total(), behind, beside=beside)
 
 
 def _operators(calls: Sequence[Sounding], *, fused: bool, parts: int) -> list[Operator]:

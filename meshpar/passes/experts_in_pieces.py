@@ -10,35 +10,48 @@ Only where all of it is known to treat rows one by one, by their expert alone, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
-from meshpar.graph.facts import facts, set_facts
+from meshpar.graph.cost import flops
+from meshpar.graph.facts import Exchange, facts, info_of, set_facts
 from meshpar.ops import expert_all_to_all, expert_pieces
+from meshpar.passes import worth
 from meshpar.passes.again import ComputeAgain
 from meshpar.passes.rows_of_experts import between, items, joined, steps
+from meshpar.sharding.price import Price
 
 
 @dataclass(frozen=True)
 class CutExpertsIntoPieces:
     """Compute with the rows of experts while others travel. Changes the graph in place.
 
-    `least_bytes`: of the rows of a rank; fewer are not worth their pieces.
+    `price`: the constants of the machine that will run, which tell where it takes less (`passes/worth.py`). Without them, `least_bytes`: of
+    the rows of a rank; fewer are not worth their pieces.
     """
 
     least_bytes: int = 2**21
+    price: Price | None = None
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         for node in list(graph.nodes):
             exchange = facts(node).exchange
-            if node.target is not expert_all_to_all.send_rows or exchange is None or exchange.rows.nbytes < self.least_bytes:
+            if node.target is not expert_all_to_all.send_rows or exchange is None:
                 continue
             back = _back(node)
-            if back is not None and (inside := between(node, back)) is not None:
+            inside = between(node, back) if back is not None else None
+            if back is not None and inside is not None and self._is_worth(node, exchange, inside):
                 ComputeAgain(within=frozenset(inside))(graph)
                 _join(graph, node, back)
         return graph
+
+    def _is_worth(self, sent: fx.Node, exchange: Exchange, inside: Sequence[fx.Node]) -> bool:
+        if self.price is None:
+            return exchange.rows.nbytes >= self.least_bytes
+        experts = info_of(items(sent)[1]).shape[0]
+        return worth.through_experts(exchange, experts, sum(map(flops, inside)), len(inside), self.price)
 
 
 def _back(sent: fx.Node) -> fx.Node | None:

@@ -48,6 +48,7 @@ from meshpar.passes.weight_gradients import DeferWeightGradients
 from meshpar.passes.written_out import recognise_attention
 from meshpar.plan import AxisPlan
 from meshpar.roles import ROLES
+from meshpar.sharding.price import Price
 
 
 def before(graph: fx.Graph, axes: Sequence[Axis]) -> None:
@@ -96,21 +97,22 @@ def deferred(graph: fx.Graph, parameters: frozenset[str]) -> fx.Graph:
     return DeferWeightGradients(parameters)(graph)
 
 
-def finished(graph: fx.Graph, *, results: bool, overlap: bool, again: bool = False) -> fx.Graph:
+def finished(graph: fx.Graph, *, results: bool, overlap: bool, again: bool = False, price: Price | None = None) -> fx.Graph:
     """The graph that runs. `overlap`: what can be computed while a collective runs, is; memory that nothing reads again is used again.
 
     `results`: also that of results, which recompute may need. `again`: backward may gather and compute again what keeps less, since blocks
-    are not computed again as they are: products beside their own collectives in pieces, and what is cheap.
+    are not computed again as they are: products beside their own collectives in pieces, and what is cheap. `price`: the constants of the
+    machine, where they are known; then pieces are made where they take less there.
     """
     if overlap:
-        graph = HideGradientSums()(_in_pieces(graph) if again else graph)
+        graph = HideGradientSums()(_in_pieces(graph, price) if again else graph)
     if again:
         graph = ComputeAgain()(graph)
     return Reuse(results=results)(graph)
 
 
-def _in_pieces(graph: fx.Graph) -> fx.Graph:
-    for cut in (CutExpertsIntoPieces(), CutTokensIntoPieces(), CutIntoPieces()):
+def _in_pieces(graph: fx.Graph, price: Price | None) -> fx.Graph:
+    for cut in (CutExpertsIntoPieces(price=price), CutTokensIntoPieces(price=price), CutIntoPieces(price=price)):
         graph = cut(graph)
     return graph
 

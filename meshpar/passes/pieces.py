@@ -25,11 +25,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from meshpar.graph.cost import flops
 from meshpar.graph.facts import Change, facts, info_of, set_facts
 from meshpar.graph.op import op_name, operands
 from meshpar.graph.operators import operator_of
 from meshpar.ops import collectives, pieces
+from meshpar.passes import worth
 from meshpar.passes.products import bring, can_come, constants
+from meshpar.sharding.price import Price
 
 aten = torch.ops.aten
 
@@ -38,28 +41,41 @@ aten = torch.ops.aten
 class CutIntoPieces:
     """Compute products while their own collectives run. Changes the graph in place.
 
-    `least_bytes`: of a value as it is whole on the axis; pieces of smaller ones cost more, in products of few rows and messages, than they
-    hide.
+    `price`: the constants of the machine that will run, which tell where it takes less (`passes/worth.py`). Without them, `least_bytes`: of
+    a value as it is whole on the axis; pieces of smaller ones cost more, in products of few rows and messages, than they hide.
     """
 
     least_bytes: int = 2**21
+    price: Price | None = None
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         fixed = constants(graph)
         for node in list(graph.nodes):
             change = facts(node).conversion
-            if change is None or change.whole.nbytes < self.least_bytes:
+            if change is None or (self.price is None and change.whole.nbytes < self.least_bytes):
                 continue
             if node.target is collectives.s_to_r and node.args[1] < len(change.whole.shape) - 1:
                 readers = _readers(node)
                 made = [reader for reader in readers if _is_product(node, reader, fixed)]
-                if made and all(reader in made or _keeps_nothing(node, reader) for reader in readers):
+                alone = all(reader in made or _keeps_nothing(node, reader) for reader in readers)
+                if made and alone and self._is_worth(worth.gathered, change, sum(map(flops, made)), len(made)):
                     _gather(graph, node, made, whole=len(made) < len(readers))
-            elif node.target is collectives.p_to_s and _is_even(node, change) and _is_pending_product(node):
-                _sum(graph, node, pieces.scattered)
-            elif node.target is collectives.p_to_i and _is_pending_product(node):
-                _sum(graph, node, pieces.reduced)
+            elif (target := _target(node, change)) is not None and self._is_worth(_WORTH[target], change, flops(node.args[0])):
+                _sum(graph, node, target)
         return graph
+
+    def _is_worth(self, asked: Callable[..., bool], *call: Any) -> bool:
+        return self.price is None or asked(*call, self.price)
+
+
+_WORTH: Mapping[Callable[..., Tensor], Callable[..., bool]] = {pieces.scattered: worth.scattered, pieces.reduced: worth.reduced}
+
+
+def _target(node: fx.Node, change: Change) -> Callable[..., Tensor] | None:
+    """What a product and its sum become, if they can be in pieces."""
+    if node.target is collectives.p_to_s and _is_even(node, change) and _is_pending_product(node):
+        return pieces.scattered
+    return pieces.reduced if node.target is collectives.p_to_i and _is_pending_product(node) else None
 
 
 def _is_even(node: fx.Node, change: Change) -> bool:

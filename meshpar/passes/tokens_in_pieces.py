@@ -16,6 +16,7 @@ left alone.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -23,12 +24,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from meshpar.graph.cost import flops
 from meshpar.graph.facts import Change, Facts, facts, info_of, set_facts
 from meshpar.graph.op import op_name
 from meshpar.ops import collectives, load, pieces, token_pieces
+from meshpar.passes import worth
 from meshpar.passes.again import ComputeAgain
 from meshpar.passes.products import bring, can_come, constants
 from meshpar.passes.rows_of_experts import between, items, joined, steps
+from meshpar.sharding.price import Price
 from meshpar.sharding.types import Shard, Type
 
 aten = torch.ops.aten
@@ -58,25 +62,34 @@ class _Layer:
 class CutTokensIntoPieces:
     """Compute experts while tokens and results travel. Changes the graph in place.
 
-    `least_bytes`: of the tokens of all ranks; fewer are not worth their pieces.
+    `price`: the constants of the machine that will run, which tell where it takes less (`passes/worth.py`). Without them, `least_bytes`: of
+    the tokens of all ranks; fewer are not worth their pieces.
     """
 
     least_bytes: int = 2**21
+    price: Price | None = None
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         fixed = constants(graph)
         for node in list(graph.nodes):
             change = facts(node).conversion
-            if node.target is not collectives.s_to_r or change is None or change.whole.nbytes < self.least_bytes:
+            if node.target is not collectives.s_to_r or change is None:
                 continue
             layer = _layer_of(node, change, fixed)
-            if layer is not None and (inside := between(layer.dispatch, layer.combine)) is not None:
+            inside = between(layer.dispatch, layer.combine) if layer is not None else None
+            if layer is not None and inside is not None and self._is_worth(change, layer, inside):
                 ComputeAgain(within=frozenset(inside))(graph)
                 own = _own_rows(graph, layer)
                 for product in layer.choosing:
                     _choose_before(graph, layer, own, product)
                 _join(graph, layer, own)
         return graph
+
+    def _is_worth(self, change: Change, layer: _Layer, inside: Sequence[fx.Node]) -> bool:
+        summed = facts(layer.summed).conversion
+        if self.price is None or summed is None:
+            return change.whole.nbytes >= self.least_bytes
+        return worth.on_gathered_tokens(change, summed, sum(map(flops, inside)), len(inside), self.price)
 
 
 def _layer_of(gather: fx.Node, change: Change, fixed: frozenset[fx.Node]) -> _Layer | None:

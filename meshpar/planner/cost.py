@@ -59,6 +59,11 @@ class PhaseTime:
     collectives: tuple[Collective, ...]
     operators: tuple[Operator, ...]
 
+    def per_flop(self, seconds: float) -> float:
+        """Of the `seconds` of its products, those of one FLOP; 0 where there are none."""
+        flops = sum(f for _, f in (*self.matrix, *self.grouped))
+        return seconds / flops if flops else 0.0
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -232,10 +237,12 @@ def _phase_times(phase: PhaseTime, speed: Rates, groups: Mapping[str, RankGroup]
     behind = {"matrix": matrices, "attention": attention, "compute": matrices + attention + elementwise, "": 0.0}
     waiting: dict[tuple[str, int], float] = {}
     for c in phase.collectives:
-        took = c.count * speed.fabric.seconds(c.kind, groups[c.axis], c.bytes, c.copies)
-        if took:
+        took = speed.fabric.seconds(c.kind, groups[c.axis], c.bytes, c.copies)
+        if c.beside and speed.stack.hides_tp:
+            parts[_AXIS_PART[c.axis]] += c.count * _rest(c.beside, took, phase.per_flop(matrices), speed)
+        elif took:
             key = (c.behind, _AXIS_PART[c.axis])
-            waiting[key] = waiting.get(key, 0.0) + took
+            waiting[key] = waiting.get(key, 0.0) + c.count * took
     for (cover, part), took in waiting.items():
         parts[part] += _visible(cover, part, took, behind[cover], speed)
     return tuple(parts)
@@ -272,6 +279,13 @@ def _visible(cover: str, part: int, took: float, room: float, speed: Rates) -> f
         hidden = min(took, k["overlap window"] * room)
         return took - hidden + k["overlap slowdown"] * hidden
     return took
+
+
+def _rest(beside: tuple[tuple[float, float], ...], took: float, per_flop: float, speed: Rates) -> float:
+    """The same where it is known what runs beside which share of it."""
+    k = speed.constants
+    shown = max(0.0, *(share * took - k["overlap window"] * flops * per_flop for share, flops in beside))
+    return shown + k["overlap slowdown"] * (took - shown)
 
 
 def _work_of_all(work: Workload, times: Times) -> float:

@@ -54,6 +54,8 @@ class Collective:
     """What it may hide behind, where the stack does: "matrix" (the products that need it), "attention", "compute" (all of the phase)."""
     copies: int = 1
     """An all-to-all whose rows are copies of fewer ones: how many of each; a domain that needs several is sent one."""
+    beside: tuple[tuple[float, float], ...] = ()
+    """Where a program says what it computes beside it: shares of its time, and for each the FLOPs that run meanwhile, of one call."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,7 @@ def conversion(before: Type, after: Type) -> Conversion | None:
     return None if before == after else CONVERSIONS[type(before), type(after)]
 
 
-def wire_bytes(kind: str, nbytes: int, size: int) -> float:
+def wire_bytes(kind: str, nbytes: float, size: int) -> float:
     """Bytes each device sends for a collective over a tensor of `nbytes` in all, with ring algorithms.
 
     >>> wire_bytes("all_reduce", 1024, 4), wire_bytes("all_gather", 1024, 4), wire_bytes("all_to_all", 1024, 4)

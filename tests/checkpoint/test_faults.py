@@ -79,7 +79,7 @@ def steps_of(act: Act, root: Path) -> int:
     return disk.calls
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("act", [do_reshard, do_save, do_to_hf], ids=["reshard", "save", "to-hf"])
 def test_killed_at_every_step(tmp_path: Path, act: Act) -> None:
     save(tmp_path / "a", TENSORS, "tp=2")

@@ -43,7 +43,7 @@ CERTAIN = [kind for kind in SAME if kind is not Dropouts]
 """Where chance decides, there is no single number to compare with."""
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mesh, kinds", [("tp=2", CERTAIN[::2]), ("tp=2", CERTAIN[1::2]), ("dp=2", [Registered, Counted, Checked])])
 def test_exact_where_nothing_depends_on_the_order(gloo: Pool, mesh: str, kinds: list[type[Base]]) -> None:
     for found in gloo.run(checked, kinds, mesh, world=2, timeout=240):

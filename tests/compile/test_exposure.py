@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import meshpar as mp
-from meshpar.compile.exposure import _arriving, _leaving
 from meshpar.compile.ledger import ledger
 from meshpar.compile.priced import price_of
 from meshpar.passes import order
@@ -19,16 +18,21 @@ from meshpar.plan import Comm
 from meshpar.planner.hardware import hardware
 from meshpar.planner.measured import Curve, Measured
 from meshpar.report.traffic import waited_for
+from meshpar.sharding.beside import Covers, arriving, leaving, rest
 from meshpar.sharding.price import Price
 from tests.models import text, tiny
 
 
 def test_parts_that_arrive_or_leave() -> None:
-    assert _arriving(1.0, 0.0, 4, 1) == 1.0 and _arriving(1.0, 1.0, 4, 1) == pytest.approx(0.25) and _arriving(1.0, 2.0, 4, 1) == 0.0
-    assert _arriving(1.0, 1.0, 2, 4) == pytest.approx(0.125), "of the last message alone nothing is multiplied beside it"
-    assert _leaving(1.0, 0.0, 4, 4) == 1.0
-    assert _leaving(1.0, 4.0, 4, 4) == pytest.approx(0.25), "the last of four parts is computed before it leaves"
-    assert _leaving(1.0, 4.0, 3, 4) == 0.0, "the own part is computed after the last one left"
+    def waited(covers: Covers) -> float:
+        return rest(covers, 1.0, Price(flops=1.0))
+
+    assert waited(arriving(0.0, 4)) == 1.0 and waited(arriving(1.0, 4)) == pytest.approx(0.25) and waited(arriving(2.0, 4)) == 0.0
+    assert waited(arriving(1.0, 8)) == pytest.approx(0.125), "of the last message alone nothing is multiplied beside it"
+    assert waited(arriving(0.5, 2, left=0.5)) == pytest.approx(0.25)
+    assert waited(leaving(0.0, 4, 4)) == 1.0
+    assert waited(leaving(4.0, 4, 4)) == pytest.approx(0.25), "the last of four parts is computed before it leaves"
+    assert waited(leaving(4.0, 3, 4)) == 0.0, "the own part is computed after the last one left"
 
 
 @pytest.fixture(params=[True, False])

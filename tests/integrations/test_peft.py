@@ -138,7 +138,7 @@ def over_ranks(name: str, spec: str, folder: str, **config: Any) -> None:
     moves(trains(model, wanted, spec, **config), wanted[0], name, Path(folder))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name, spec", [("lora", "pp=2"), ("fused", "dp=2"), ("prompt", "tp=2")])
 def test_adapters_and_their_files_on_processes(gloo: Pool, tmp_path: Path, name: str, spec: str) -> None:
     folder = tmp_path / name

@@ -74,6 +74,7 @@ def check(results: list[Result], alone: Result, last: int = STEPS) -> None:
         assert_equal(parameters, alone[1])
 
 
+@pytest.mark.slow
 def test_a_trainer_on_every_kind_of_mesh_and_resumed_on_another(gloo: Pool, alone: Result, tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     check(gloo.run(over_mesh, "tp=2", folder, world=2, timeout=240), alone)

@@ -353,7 +353,7 @@ def compiled_on_gloo(steps: Sequence[list[Tensor]], tokens: Sequence[int], backe
         return [with_gradients(compiled, *shares(whole, tokens, dist.get_rank())) for whole in steps]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("num_experts", "options", "backend"),
     [

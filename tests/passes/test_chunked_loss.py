@@ -67,7 +67,7 @@ def verified(name: str, mesh: str, config: dict[str, Any]) -> tuple[float, bool]
     return max(d.largest for d in found.differences), any(n.target is chunked_loss.cross_entropy for g in graphs for n in g.nodes)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("name", "mesh", "config"),
     [

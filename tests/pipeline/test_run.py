@@ -295,6 +295,7 @@ def test_what_was_sent_is_let_go_when_it_arrives(gloo: Pool) -> None:
     assert gloo.run(sending) == [[True, False]] * 2
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_stages_of_a_rank() -> None:
     model, batch = made("chain8")
 

@@ -95,7 +95,7 @@ def on_ranks(mode: str) -> None:
                 trained("dp=2", way, why, data_parallel=mode, microbatches=microbatches)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", ["replicate", "zero1", "zero3"])
 def test_on_data_ranks(gloo: Pool, mode: str) -> None:
     gloo.run(on_ranks, mode, world=2, timeout=240)

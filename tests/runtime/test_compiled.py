@@ -33,7 +33,7 @@ def trained(mesh: str, compile: Any, settings: Mapping[str, Any], steps: int = 2
     return losses, found, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("mesh", "settings"),
     [

@@ -242,6 +242,7 @@ def averages_with_buffers(spec: str, mode: str = "zero3") -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "mode"), [("pp=2", "zero3")])
 def test_averages_with_buffers(gloo: Pool, spec: str, mode: str) -> None:
     assert all(worst < 1e-12 for worst in gloo.run(averages_with_buffers, spec, mode, timeout=120.0))

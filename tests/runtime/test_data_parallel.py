@@ -199,6 +199,7 @@ def evaluate(mode: str) -> tuple[float, list[str], list[str]]:
     return data_sum(loss, mesh).item(), before, [str(p.placements) for p in tree.parameters()]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_after_an_evaluation_the_shards_are_registered_again(gloo: Pool) -> None:
     loss = make_net()(*make_batch()).item()
     for mode in ("zero3", "zero2", "replicate"):

@@ -102,6 +102,7 @@ def test_tokens_are_the_models(gloo: Pool, spec: str, world: int, names: tuple[s
     gloo.run(generates, spec, names, world=world, timeout=180)
 
 
+@pytest.mark.slow
 def test_heads_that_are_fewer_than_the_ranks(gloo: Pool) -> None:
     gloo.run(generates, "tp=4", ("beams",), num_key_value_heads=2, world=4, timeout=180)
 

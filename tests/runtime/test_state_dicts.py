@@ -111,6 +111,7 @@ def differences(folder: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_difference_in_another_ranks_part(gloo: Pool, tmp_path: Path) -> None:
     values = state_of(plain("gpt")[0])
     values["head.weight"][-1, -1] += 1  # of the last rank's part only

@@ -42,7 +42,7 @@ def train_and_save(kind: str, mesh: str, path: str) -> None:
     mp.checkpoint.save(path, pm, optimizer)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("kind", "mesh"), [("tied", "pp=2"), ("bf16", "tp=2"), ("experts", "ep=2")])
 def test_an_exported_run_loads_with_from_pretrained(gloo: Pool, tmp_path: Path, kind: str, mesh: str) -> None:
     gloo.run(train_and_save, kind, mesh, str(tmp_path / "run"), world=2, timeout=240)

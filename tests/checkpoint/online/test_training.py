@@ -348,6 +348,7 @@ def factored(path: str, spec: str, *, saving: bool) -> dict[str, torch.Tensor]:
     return {**whole(pm), "losses": torch.tensor(losses)}
 
 
+@pytest.mark.slow
 def test_statistics_of_other_shapes_than_their_parameter(gloo: Pool, tmp_path: Path) -> None:
     path = str(tmp_path / "a")
     first = gloo.run(factored, path, "tp=2", saving=True, timeout=SECONDS)[0]

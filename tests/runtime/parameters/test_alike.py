@@ -132,7 +132,7 @@ def on_ranks(mode: str) -> None:
             compare("dp=2", term, *alone(term), data_parallel=mode)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", ["replicate", "zero1", "zero3"])
 def test_on_processes(gloo: Pool, mode: str) -> None:
     gloo.run(on_ranks, mode, world=2, timeout=240)

@@ -128,7 +128,7 @@ def on_every_rank(kind: str, spec: str, modes: tuple[str, ...]) -> None:
             torch.testing.assert_close(mp.full_grad(parameter), model.get_parameter(name).grad, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("kind", "spec", "world", "modes"),
     [

@@ -111,7 +111,7 @@ def on_a_rank(mesh: str, mode: str) -> None:
         check_together(penalty, made, mode)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", ["replicate", "zero1", "zero3"])
 def test_on_processes(gloo: Pool, mode: str) -> None:
     gloo.run(on_a_rank, "dp=2", mode, world=2)

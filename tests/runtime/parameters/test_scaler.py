@@ -98,7 +98,7 @@ def test_the_history_is_that_of_one_device(gloo: Pool, spec: str, config: dict[s
         check(found)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("spec", "world", "modes", "config"),
     [

@@ -75,6 +75,7 @@ def _tolerance(name: str) -> float:
 ALL = [*PER_PARAMETER, *ACROSS]
 
 
+@pytest.mark.slow
 def test_tensor_parallel(simulated: Any) -> None:
     names = ["adamw", "sgd fused", "adam foreach", "rprop", "adafactor", "muon", "lamb", "lars", "shampoo", "orthogonal", "masked", "lbfgs"]
     with simulated(2):
@@ -137,6 +138,7 @@ def experts(names: list[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_whole_experts_on_each_rank(gloo: Pool) -> None:
     names = ["adamw", "adafactor", "orthogonal", "lamb", "masked", "lbfgs", "clipping"]
     for found in gloo.run(experts, names, timeout=120.0):
