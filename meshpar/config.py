@@ -162,7 +162,7 @@ class ParallelConfig(_Fields):
     """Whether collectives inside a graph (of `tp`, `ep`, `cp`) run beside computation: gradient sums beside the weight gradients of the
     products of their block (`passes/products.py`: the same bits), products beside their own collectives in pieces (`passes/pieces.py`) and
     experts beside the exchange of their rows or tokens (`passes/experts_in_pieces.py`, `tokens_in_pieces.py`; all of these the same to
-    rounding), where messages are not small."""
+    rounding), where that takes less by the constants of `hardware`; on CPUs that are not known, where messages are not small."""
     overlap_p2p: bool = True
     """Whether a stage of a pipeline computes while what it is sent arrives; else it waits for each message when it begins to receive it."""
     outputs: Literal["whole", "cut"] = "whole"
@@ -177,7 +177,8 @@ class ParallelConfig(_Fields):
     for the model, or refused (`capture/padding`). None pads samples alone, where microbatches do not divide them."""
     hardware: Hardware | None = None
     """The machine: an accelerator by name ("h100"), a file of `mp.calibrate`, or a `Hardware`. What is decided by price, such as
-    `sequence_parallel="auto"`, is decided by its constants; None takes those of an accelerator of today, at sizes of today."""
+    `sequence_parallel="auto"` and which products run in pieces, is decided by its constants; None takes those of an accelerator of
+    today, at sizes of today."""
     seed: int = 0
     """Seeds the random numbers of steps, dropout above all. Initial values are those of the model, however it was seeded."""
     translation: tuple[Translation, ...] = field(default=(), compare=False, repr=False)

@@ -23,7 +23,7 @@ from typing import Any
 from torch import fx
 
 from meshpar.graph.cost import flops
-from meshpar.graph.facts import Info, facts
+from meshpar.graph.facts import Change, Info, facts
 from meshpar.ops import expert_pieces, pieces, products, ring, token_pieces
 from meshpar.passes.worth import beside_rows, beside_tokens, messages_of
 from meshpar.plan import Comm
@@ -57,9 +57,7 @@ def covers(node: fx.Node, sent: Comm) -> Covers:
     if node.target is pieces.gathered:
         assert change is not None
         if phase == "forward":
-            repeat, segments = node.args[4:6]
-            in_pieces = not node.kwargs.get("whole") and pieces.is_one_stretch(repeat, segments, change.size)  # type: ignore[arg-type]
-            return arriving(flops(node), change.size * messages_of(change)) if in_pieces else WAITED
+            return arriving(flops(node), change.size * messages_of(change)) if _arrives_in_pieces(node, change) else WAITED
         return ((1.0, flops(node) + (0.0 if kind == ALL_GATHER else _left_to(node))),)
     if node.target is pieces.scattered:
         assert change is not None
@@ -82,6 +80,23 @@ def covers(node: fx.Node, sent: Comm) -> Covers:
         assert change is not None
         return ((1.0, twice * beside_tokens(flops(node), change.size)),)
     return WAITED
+
+
+def messages(node: fx.Node, sent: Comm) -> int:
+    """How many calls one of a node's collectives is: messages between two ranks, or parts of a sum."""
+    change, phase = facts(node).conversion, sent.phase
+    if node.target is pieces.reduced and phase == "forward":
+        return pieces.PIECES
+    if change is None or node.target not in (pieces.gathered, pieces.scattered):
+        return 1
+    travels = phase == "forward" and _arrives_in_pieces(node, change) if node.target is pieces.gathered else True
+    return (change.size - 1) * messages_of(change) if travels else 1
+
+
+def _arrives_in_pieces(gathered: fx.Node, change: Change) -> bool:
+    repeat, segments = gathered.args[4:6]
+    at_once = gathered.kwargs.get("whole") or gathered.kwargs.get("at_once")
+    return not at_once and pieces.is_one_stretch(repeat, segments, change.size)  # type: ignore[arg-type]
 
 
 def _going_round(node: fx.Node, phase: str) -> Covers:

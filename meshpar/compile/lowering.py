@@ -75,7 +75,8 @@ class Lowering:
     def _finished(self, graph: fx.Graph) -> fx.Graph:
         config = self.config
         keeps, overlap = config.recompute != "selective", config.overlap_tensor_parallel
-        price = None if config.hardware is None else priced(config, self.mesh)
+        known = config.hardware is not None or self.mesh.device_type != "cpu"  # (no two CPUs are alike)
+        price = priced(config, self.mesh) if known else None
         return order.finished(graph, results=keeps, overlap=overlap, again=config.recompute == "none", price=price)
 
 

@@ -42,7 +42,8 @@ def _measured(measured: Measured, precision: str, ranks: int) -> Price:
     call = measured.runtime["call"]
     link = float("inf") if sums is None else _rate(sums)
     latency = call if sums is None else sums.seconds[0] + call
-    return Price(matrix.rate / crowd, plain.rate / crowd, link, latency, (plain.seconds[0] + call) * crowd, as_is=True)
+    launch, start = ((curve.seconds[0] + call) * crowd for curve in (plain, matrix))
+    return Price(matrix.rate / crowd, plain.rate / crowd, link, latency, launch, start, as_is=True)
 
 
 def _sums(measured: Measured, ranks: int) -> Curve | None:

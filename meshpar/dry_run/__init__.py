@@ -60,9 +60,9 @@ def dry_run(
 
     `model` may be on `meta`: 175 B parameters on 512 ranks take less than a minute and 3 GiB. `example` is the local batch of one data
     rank, of all its microbatches. `hardware` is a name in `planner.HARDWARE`, a file that `mp.calibrate` wrote of a machine, or a
-    `planner.Hardware`. `stack` says whose software:
-    "meshpar" counts what this runtime allocates and overlaps; another of `planner.STACKS` prices the same program as that software would
-    run it (its bytes per parameter, what it keeps and gathers again, its kernels, its overlap).
+    `planner.Hardware`; an accelerator is what the program is made for, too, as with `ParallelConfig(hardware=...)`. `stack` says whose
+    software: "meshpar" counts what this runtime allocates and overlaps; another of `planner.STACKS` prices the same program as that
+    software would run it (its bytes per parameter, what it keeps and gathers again, its kernels, its overlap).
 
     Raises ConfigError for unknown hardware or stacks (with the known ones), a cluster that cannot be, or inside a job; and whatever
     `parallelize` raises.
@@ -75,7 +75,7 @@ def dry_run(
     part, software = hardware if isinstance(hardware, Hardware) else hardware_of(hardware), stack_of(stack)
     Cluster(part, prod(sizes.values()))
     args, kwargs = example_of(model, example)
-    config = _as_kept_by(software, config)
+    config = _as_run_by(software, part, config)
     with absent(sizes) as there:
         check_supported(there)
         programs = Programs(model, there, config, rules=rules, loss_fn=loss_fn)
@@ -95,10 +95,18 @@ def dry_run(
     return _priced(program, stages, work, programs.schedule, config, sizes, part, software, known, grids)
 
 
-def _as_kept_by(software: Stack, config: ParallelConfig) -> ParallelConfig:
-    """Where selective recompute means the core of attention, a fused attention leaves nothing to compute again."""
-    core_only = software.name != OURS and software.selective == "attention" and config.recompute == "selective"
-    return replace(config, recompute="none") if core_only else config
+def _as_run_by(software: Stack, part: Hardware, config: ParallelConfig) -> ParallelConfig:
+    """The configuration where it is said what is left to others to say: to the hardware, by what price things are decided.
+
+    Another stack gathers and sums as it is said to (`Stack.hides_tp`), not in our pieces; where its selective recompute means the core of
+    attention, a fused attention leaves nothing to compute again.
+    """
+    if config.hardware is None and part.measured is None:
+        config = replace(config, hardware=part)
+    if software.name == OURS:
+        return config
+    core_only = software.selective == "attention" and config.recompute == "selective"
+    return replace(config, overlap_tensor_parallel=False, recompute="none" if core_only else config.recompute)
 
 
 def _priced(

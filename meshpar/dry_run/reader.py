@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshpar import roles
 from meshpar._torch import resolve_process_group
-from meshpar.compile.exposure import covers
+from meshpar.compile.exposure import covers, messages
 from meshpar.compile.ledger import entries
 from meshpar.compile.program import Program
 from meshpar.dry_run.rehearsal import Rehearsed
@@ -23,10 +23,11 @@ from meshpar.graph.cost import flops
 from meshpar.graph.facts import Info, facts, info_of
 from meshpar.mesh import mesh_sizes
 from meshpar.pipeline.order import Schedule
+from meshpar.plan import Comm
 from meshpar.planner import AxisSpan, Collective, Layer, Operator, StageLoad, Workload
 from meshpar.planner.workload import Phase
 from meshpar.sharding.beside import WAITED, Covers
-from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, wire_bytes
+from meshpar.sharding.conversions import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, wire_bytes
 
 PHASES: Mapping[str, Phase] = {"forward": "forward", "recompute": "recompute", "backward": "input", "weight": "weight"}
 """Of a tape -> of the planner. Where weight gradients are not put off, backward is one phase."""
@@ -166,16 +167,30 @@ def _collectives(calls: Iterable[Sounding], groups: Groups) -> Counter[Collectiv
 def _beside(graph: fx.Graph, groups: Groups) -> dict[CollectiveKey, Counter[Covers]]:
     """What the graph of a stage computes beside its collectives over `tp`, and how many of each kind have that beside them."""
     found: dict[CollectiveKey, Counter[Covers]] = {}
-    spans = groups.spans()
+    axis = PLANNERS["weights"]
+    size = groups.spans()[axis].size
     for node in graph.nodes:
         for sent in entries(node):
-            axis = PLANNERS.get(roles.ROLES[sent.axis].divides) if sent.axis in roles.ROLES else None
-            if axis != PLANNERS["weights"] or sent.kind not in (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE):
-                continue
-            whole = sent.nbytes / wire_bytes(sent.kind, 1.0, spans[axis].size)
-            key = (sent.kind, axis, PHASES[sent.phase], float(round(whole)))
-            found.setdefault(key, Counter())[covers(node, sent)] += sent.count
+            if sent.axis in roles.ROLES and PLANNERS.get(roles.ROLES[sent.axis].divides) == axis:
+                for kind, whole, known in _calls(node, sent, size):
+                    key = (kind, axis, PHASES[sent.phase], float(int(whole)))
+                    found.setdefault(key, Counter())[known] += sent.count
     return found
+
+
+def _calls(node: fx.Node, sent: Comm, size: int) -> Iterable[tuple[str, float, Covers]]:
+    """The calls that a collective over `size` ranks is: kind, bytes as a tape has them, and what runs beside each."""
+    if sent.kind not in (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE):
+        return
+    whole, known, count = sent.nbytes / wire_bytes(sent.kind, 1.0, size), covers(node, sent), messages(node, sent)
+    if count == 1:
+        yield sent.kind, whole, known
+        return
+    total = known[-1][1]
+    last = known[0][1] if len(known) > 1 else total / count
+    kind, each = (ALL_REDUCE, whole) if sent.kind == ALL_REDUCE else (ALL_TO_ALL, sent.nbytes * size / (size - 1))
+    for work in (*[(total - last) / (count - 1)] * (count - 1), last):
+        yield kind, each / count, ((1.0, work),)
 
 
 def _collective(key: CollectiveKey, count: float, known: Mapping[CollectiveKey, Counter[Covers]]) -> Iterable[Collective]:
@@ -183,7 +198,7 @@ def _collective(key: CollectiveKey, count: float, known: Mapping[CollectiveKey, 
     kind, axis, phase, size = key
     behind = "compute" if axis in _DATA else BEHIND.get(axis, "")
     name = "parameters and gradients" if axis in _DATA and size > 64 else "values"
-    ways = known.get(key) or Counter[Covers]({(): 1} if not known else {WAITED: 1})
+    ways = known.get((kind, axis, phase, float(int(size)))) or Counter[Covers]({(): 1} if not known else {WAITED: 1})
     for beside, part in ways.items():
         yield Collective(name, kind, axis, phase, size, count * part / ways.total(), behind, beside=beside)
 

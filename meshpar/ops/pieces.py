@@ -16,12 +16,12 @@
         rank      first rows of y     next rows                 ...
 
 As many bytes are sent as by the collectives, in size - 1 parts, each to one rank, or (sums) in `PIECES`; the part of a rank is one message,
-or, where it is large and ranks are few, several, of which one is multiplied while the next travels. `gathered` keeps the
-part of x that the rank has, and gathers it again in backward while the gradients of x are computed: one all-gather more, and 1/size of the
-memory (as Megatron does). The gradient sum of `gathered` runs beside the weight gradients, its own and those that others leave (see
-`ops.products`); the gather in the backward of `scattered` is in pieces, too. Rows are multiplied in groups, and parts summed from the own
-one backward: rounding differs from that of whole products. Only sequences that all ranks have equal parts of, of one stretch each,
-travel in pieces.
+or, where it is large and ranks are few, several, of which one is multiplied while the next travels. `gathered` keeps the part of x that the
+rank has, and gathers it again in backward while the gradients of x are computed: one all-gather more, and 1/size of the memory (as Megatron
+does), also where products are computed `at_once`. The gradient sum of `gathered` runs beside the weight gradients, its own and those that
+others leave (see `ops.products`); the gather in the backward of `scattered` is in pieces, too. Rows are multiplied in groups, and parts
+summed from the own one backward: rounding differs from that of whole products. Only sequences that all ranks have equal parts of, of one
+stretch each, travel in pieces.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def gathered(
     others: Matrices = (),
     *,
     whole: bool = False,
+    at_once: bool = False,
     group: str,
     size: int,
     rank: int,
@@ -65,8 +66,8 @@ def gathered(
     """The products of `s_to_r(x)` with `weights`: `x` [..., n, i] cut along `dim`, `weights` [o, i] -> one [..., n * size, o] each.
 
     In backward the gradients of `others`, which are left in `later`, are computed while that of `x` is summed. `whole`: the last result is
-    `s_to_r(x)` itself, for those who read it and do not keep it; then the products are not in pieces. (Nor are they where ranks have
-    unequal parts, or parts of several stretches.)
+    `s_to_r(x)` itself, for those who read it and do not keep it; then the products are not in pieces. Nor are they where ranks have
+    unequal parts, or parts of several stretches, or if all is to be computed `at_once`.
     """
     layout, axis = (dim, repeat, segments), (group, size, rank)
     if not _travels(size, rank):
@@ -76,9 +77,10 @@ def gathered(
             else products.convert(x, later, others, "s_to_r", *layout, group=group, size=size, rank=rank)
         )
         return _of_whole(y, weights, biases, whole)
+    form = (whole, at_once or not is_one_stretch(repeat, segments, size))
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *weights)):
-        return _forward(x, weights, biases, layout, axis, whole)
-    return _Gathered.apply(x, later, layout, axis, whole, len(weights), *weights, *biases, *others)
+        return _forward(x, weights, biases, layout, axis, form)
+    return _Gathered.apply(x, later, layout, axis, form, len(weights), *weights, *biases, *others)
 
 
 def _of_whole(y: Tensor, weights: Matrices, biases: Biases, whole: bool) -> tuple[Tensor, ...]:
@@ -86,9 +88,9 @@ def _of_whole(y: Tensor, weights: Matrices, biases: Biases, whole: bool) -> tupl
     return (*found, y) if whole else found
 
 
-def _forward(x: Tensor, weights: Matrices, biases: Biases, layout: Any, axis: Any, whole: bool) -> tuple[Tensor, ...]:
-    _, repeat, segments = layout
-    if whole or not is_one_stretch(repeat, segments, axis[1]):
+def _forward(x: Tensor, weights: Matrices, biases: Biases, layout: Any, axis: Any, form: tuple[bool, bool]) -> tuple[Tensor, ...]:
+    whole, at_once = form
+    if whole or at_once:
         return _of_whole(all_gather(x, layout, axis), weights, biases, whole)
     return tuple(_products(x, weights, biases, layout[0], axis))
 
@@ -101,7 +103,7 @@ def is_one_stretch(repeat: int, segments: Segments, size: int) -> bool:
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, later: Beside | None, layout: Any, axis: Any, whole: bool, count: int, *rest: Any
+        ctx: Any, x: Tensor, later: Beside | None, layout: Any, axis: Any, form: tuple[bool, bool], count: int, *rest: Any
     ) -> tuple[Tensor, ...]:
         weights, biases, others = rest[:count], rest[count : 2 * count], rest[2 * count :]
         if later is not None:
@@ -109,7 +111,7 @@ class _Gathered(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.later, ctx.layout, ctx.axis, ctx.count, ctx.others = later, layout, axis, count, len(others)
         ctx.set_materialize_grads(False)
-        found = _forward(x, weights, biases, layout, axis, whole)
+        found = _forward(x, weights, biases, layout, axis, form)
         ctx.shape = (*found[0].shape[:-1], x.shape[-1])
         return found
 

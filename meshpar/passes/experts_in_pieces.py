@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from meshpar.graph.cost import flops
 from meshpar.graph.facts import Exchange, facts, info_of, set_facts
 from meshpar.ops import expert_all_to_all, expert_pieces
 from meshpar.passes import worth
@@ -51,7 +50,7 @@ class CutExpertsIntoPieces:
         if self.price is None:
             return exchange.rows.nbytes >= self.least_bytes
         experts = info_of(items(sent)[1]).shape[0]
-        return worth.through_experts(exchange, experts, sum(map(flops, inside)), len(inside), self.price)
+        return worth.through_experts(exchange, experts, worth.products_of(inside), self.price)
 
 
 def _back(sent: fx.Node) -> fx.Node | None:

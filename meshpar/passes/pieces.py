@@ -25,7 +25,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from meshpar.graph.cost import flops
 from meshpar.graph.facts import Change, facts, info_of, set_facts
 from meshpar.graph.op import op_name, operands
 from meshpar.graph.operators import operator_of
@@ -42,7 +41,8 @@ class CutIntoPieces:
     """Compute products while their own collectives run. Changes the graph in place.
 
     `price`: the constants of the machine that will run, which tell where it takes less (`passes/worth.py`). Without them, `least_bytes`: of
-    a value as it is whole on the axis; pieces of smaller ones cost more, in products of few rows and messages, than they hide.
+    a value as it is whole on the axis; pieces of smaller ones cost more, in products of few rows and messages, than they hide. From that
+    size on, what is not gathered in pieces is gathered again in backward all the same, to keep a part of it alone.
     """
 
     least_bytes: int = 2**21
@@ -58,17 +58,21 @@ class CutIntoPieces:
                 readers = _readers(node)
                 made = [reader for reader in readers if _is_product(node, reader, fixed)]
                 alone = all(reader in made or _keeps_nothing(node, reader) for reader in readers)
-                if made and alone and self._is_worth(worth.gathered, change, sum(map(flops, made)), len(made)):
-                    _gather(graph, node, made, whole=len(made) < len(readers))
-            elif (target := _target(node, change)) is not None and self._is_worth(_WORTH[target], change, flops(node.args[0])):
+                at_once = not self._is_worth(worth.gathered, change, made)
+                if made and alone and not (at_once and change.whole.nbytes < self.least_bytes):
+                    _gather(graph, node, made, {"whole": len(made) < len(readers), "at_once": at_once})
+            elif (target := _target(node, change)) is not None and self._is_worth(_WORTH[target], change, [node.args[0]]):
                 _sum(graph, node, target)
         return graph
 
-    def _is_worth(self, asked: Callable[..., bool], *call: Any) -> bool:
-        return self.price is None or asked(*call, self.price)
+    def _is_worth(self, asked: Callable[[Change, worth.Products, Price], bool], change: Change, made: Sequence[Any]) -> bool:
+        return self.price is None or asked(change, worth.products_of(made), self.price)
 
 
-_WORTH: Mapping[Callable[..., Tensor], Callable[..., bool]] = {pieces.scattered: worth.scattered, pieces.reduced: worth.reduced}
+_WORTH: Mapping[Callable[..., Tensor], Callable[[Change, worth.Products, Price], bool]] = {
+    pieces.scattered: worth.scattered,
+    pieces.reduced: worth.reduced,
+}
 
 
 def _target(node: fx.Node, change: Change) -> Callable[..., Tensor] | None:
@@ -153,7 +157,7 @@ def _is_pending_product(node: fx.Node) -> bool:
     )
 
 
-def _gather(graph: fx.Graph, node: fx.Node, users: Sequence[fx.Node], *, whole: bool) -> None:
+def _gather(graph: fx.Graph, node: fx.Node, users: Sequence[fx.Node], form: Mapping[str, bool]) -> None:
     factors = [_factors(user) for user in users]
     for _, weight, bias in factors:
         for value in (weight, bias):
@@ -164,16 +168,16 @@ def _gather(graph: fx.Graph, node: fx.Node, users: Sequence[fx.Node], *, whole: 
         weights = tuple(_outputs_first(user, weight) for user, (_, weight, _) in zip(users, factors, strict=True))
         infos = [replace(info_of(user), shape=(*shape, info_of(user).shape[-1])) for user in users]
         args = (node.args[0], weights, tuple(bias for _, _, bias in factors), *node.args[1:])
-        made = graph.call_function(pieces.gathered, args, {**node.kwargs, "whole": True} if whole else dict(node.kwargs))
+        made = graph.call_function(pieces.gathered, args, {**node.kwargs, **{name: True for name, is_so in form.items() if is_so}})
         read = tuple(facts(_factors(user)[0]) for user in users)
-        set_facts(made, replace(known, info=(*infos, *([info_of(node)] if whole else [])), inside=read))
+        set_facts(made, replace(known, info=(*infos, *([info_of(node)] if form["whole"] else [])), inside=read))
         for index, (user, info) in enumerate(zip(users, infos, strict=True)):
             item = set_facts(graph.call_function(operator.getitem, (made, index)), replace(facts(user), info=info))
             if info != info_of(user):
                 item = set_facts(graph.call_function(aten.reshape.default, (item, list(info_of(user).shape))), facts(user))
             user.replace_all_uses_with(item)
             graph.erase_node(user)
-        if whole:
+        if form["whole"]:
             item = graph.call_function(operator.getitem, (made, len(users)))
             node.replace_all_uses_with(set_facts(item, replace(known, conversion=None)))
     _erase_unread(graph, node)

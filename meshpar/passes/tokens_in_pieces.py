@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from meshpar.graph.cost import flops
 from meshpar.graph.facts import Change, Facts, facts, info_of, set_facts
 from meshpar.graph.op import op_name
 from meshpar.ops import collectives, load, pieces, token_pieces
@@ -89,7 +88,7 @@ class CutTokensIntoPieces:
         summed = facts(layer.summed).conversion
         if self.price is None or summed is None:
             return change.whole.nbytes >= self.least_bytes
-        return worth.on_gathered_tokens(change, summed, sum(map(flops, inside)), len(inside), self.price)
+        return worth.on_gathered_tokens(change, summed, worth.products_of(inside), self.price)
 
 
 def _layer_of(gather: fx.Node, change: Change, fixed: frozenset[fx.Node]) -> _Layer | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from meshpar.errors import ConfigError
 from meshpar.planner.constants import Constants
-from meshpar.planner.hardware import GiB
+from meshpar.planner.hardware import HARDWARE, GiB
 from meshpar.planner.layers import assemble
 from meshpar.planner.mapping import RECOMPUTE, Job, Mapping, complaints
 from meshpar.planner.memory import fullest
@@ -195,6 +195,7 @@ def toml(job: Job, mapping: Mapping) -> str:
     recompute = "none"
     sequence_parallel = true
     precision = "bf16"
+    hardware = "h100"
     <BLANKLINE>
     [batch]
     microbatch = 1
@@ -215,6 +216,7 @@ def toml(job: Job, mapping: Mapping) -> str:
     lines += [f'data_parallel = "{mapping.data_parallel}"', f'recompute = "{recompute}"']
     lines += [f"sequence_parallel = {str(mapping.sequence_parallel and mapping.tp > 1).lower()}"]
     lines += [f'precision = "{job.precision}"'] if job.precision in ("bf16", "fp16", "fp32") else []
+    lines += [f'hardware = "{job.cluster.hardware.name}"'] if job.cluster.hardware.name in HARDWARE else []
     return "\n".join([*lines, "", "[batch]", f"microbatch = {mapping.microbatch}", f"seq = {job.seq}"])
 
 

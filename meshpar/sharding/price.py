@@ -18,6 +18,8 @@ class Price:
     link: float = 2.5e11
     latency: float = 1e-5
     launch: float = 2e-7
+    start: float = 5.8e-6
+    """Seconds of starting a product, whatever its size."""
     as_is: bool = False
     """Whether these are the constants of the machine that will run: then small models are not planned as large ones."""
 

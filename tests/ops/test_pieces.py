@@ -44,9 +44,9 @@ def _compared(kind: str, batch: int, where: Any, layout: Any, n: int) -> dict[st
             elif kind == "gathered, unequal":
                 layout = (1, 1, ((n - 1, 1),))
                 x = x[:, : 2 - (dist.get_rank() == size - 1)].detach().requires_grad_()
-            more = kind == "gathered, and whole"
+            more, form = kind == "gathered, and whole", {"at_once": True} if kind == "gathered, at once" else {}
             if cut:
-                y, z, *whole = pieces.gathered(x, (u, v), (None, bias), *layout, later, (w,), whole=more, **where)
+                y, z, *whole = pieces.gathered(x, (u, v), (None, bias), *layout, later, (w,), whole=more, **form, **where)
                 out = [y, z, products.linear(y, w, None, later, 0), *whole]
             else:
                 one = collectives.s_to_r(x, *layout, **where)
@@ -69,7 +69,13 @@ def _compared(kind: str, batch: int, where: Any, layout: Any, n: int) -> dict[st
     return {str(i): (p - q).abs().max().item() for i, (p, q) in enumerate(zip(*found, strict=True))}  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("kind", ["gathered", "gathered, and whole", "gathered, of stretches", "gathered, unequal", "scattered", "reduced"])
+KINDS = (
+    *("gathered", "gathered, and whole", "gathered, at once", "gathered, of stretches", "gathered, unequal"),
+    *("scattered", "reduced"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("world", "batch"), [(3, 2), (2, 1)])
 def test_values_and_gradients(gloo: Pool, kind: str, world: int, batch: int) -> None:
     for differences in gloo.run(compared, kind, batch, world=world):

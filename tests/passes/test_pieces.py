@@ -21,6 +21,7 @@ from meshpar.passes import order
 from meshpar.passes.pieces import CutIntoPieces
 from meshpar.passes.products import HideGradientSums
 from meshpar.proof.static.expanded import expanded, separated
+from meshpar.sharding.price import Price
 from meshpar.sharding.types import P, R, plain
 from tests.models import text, tiny
 from tests.pool import Pool
@@ -214,3 +215,13 @@ def test_small_values_are_left_alone() -> None:
     graph, *_ = graph_of()
     CutIntoPieces()(graph)
     assert targets(graph)[0] == "s_to_r"
+
+
+def test_what_pieces_do_not_pay_for_is_gathered_again_from_some_size_on() -> None:
+    for least, expected in ((0, ["gathered", "getitem", "getitem"]), (2**20, ["s_to_r", "linear.default", "linear.default"])):
+        graph, *_ = graph_of()
+        CutIntoPieces(least_bytes=least, price=Price(link=1e30, latency=0.0))(graph)
+        assert targets(graph)[:3] == expected and targets(graph)[-2:] == ["linear.default", "p_to_s"]
+        for node in graph.nodes:
+            assert node.target is not pieces.gathered or (node.kwargs.get("at_once") and "whole" not in node.kwargs)
+        assert targets(expanded(graph))[:3] == ["s_to_r", "linear.default", "linear.default"]

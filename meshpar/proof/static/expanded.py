@@ -94,7 +94,7 @@ def _gathered(new: fx.Graph, node: fx.Node, made: dict[fx.Node, Any]) -> list[fx
     x, weights, biases, dim, repeat, segments, *left = given
     change = facts(node).conversion
     assert change is not None
-    where, info = {name: value for name, value in node.kwargs.items() if name != "whole"}, info_of(x)
+    where, info = {name: value for name, value in node.kwargs.items() if name not in ("whole", "at_once")}, info_of(x)
     shape = tuple(change.before.length if d == dim else n for d, n in enumerate(info.shape))  # type: ignore[union-attr]
     if left:
         whole = new.call_function(products.convert, (x, *left, "s_to_r", dim, repeat, segments), where)
