@@ -32,6 +32,8 @@ class Lowering:
     mesh: DeviceMesh
     config: ParallelConfig
     schedule: Schedule | None
+    device: str
+    """Where its programs run: "cuda" also where ranks of it do not exist."""
 
     def program(self, signature: BatchSignature, captured: Captured, plan: Plan) -> Program:
         """That of a step; with a pipeline, by stages (then the ledger is still to come: stages of one rank do not send to each other)."""
@@ -75,7 +77,7 @@ class Lowering:
     def _finished(self, graph: fx.Graph) -> fx.Graph:
         config = self.config
         keeps, overlap = config.recompute != "selective", config.overlap_tensor_parallel
-        known = config.hardware is not None or self.mesh.device_type != "cpu"  # (no two CPUs are alike)
+        known = config.hardware is not None or self.device != "cpu"  # (no two CPUs are alike)
         price = priced(config, self.mesh) if known else None
         return order.finished(graph, results=keeps, overlap=overlap, again=config.recompute == "none", price=price)
 

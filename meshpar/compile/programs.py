@@ -105,7 +105,7 @@ class Programs:
         """As programs are made for them; `first`: as parallelize saw them."""
         self.first: ParameterFacts = dict(self.parameters)
         self.planner = Planner(mesh, config, rules, plan)
-        self.lowering = Lowering(mesh, config, self.planner.schedule)
+        self.lowering = Lowering(mesh, config, self.planner.schedule, mesh.device_type)
         self.seconds = 0.0
         """How long the first program took to make."""
         self.shapes = KnownShapes()

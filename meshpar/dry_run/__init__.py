@@ -60,9 +60,9 @@ def dry_run(
 
     `model` may be on `meta`: 175 B parameters on 512 ranks take less than a minute and 3 GiB. `example` is the local batch of one data
     rank, of all its microbatches. `hardware` is a name in `planner.HARDWARE`, a file that `mp.calibrate` wrote of a machine, or a
-    `planner.Hardware`; an accelerator is what the program is made for, too, as with `ParallelConfig(hardware=...)`. `stack` says whose
-    software: "meshpar" counts what this runtime allocates and overlaps; another of `planner.STACKS` prices the same program as that
-    software would run it (its bytes per parameter, what it keeps and gathers again, its kernels, its overlap).
+    `planner.Hardware`; the program is the one that such ranks would run with this `config` (whose own `hardware` decides what is left to
+    price). `stack` says whose software: "meshpar" counts what this runtime allocates and overlaps; another of `planner.STACKS` prices the
+    same program as that software would run it (its bytes per parameter, what it keeps and gathers again, its kernels, its overlap).
 
     Raises ConfigError for unknown hardware or stacks (with the known ones), a cluster that cannot be, or inside a job; and whatever
     `parallelize` raises.
@@ -75,10 +75,12 @@ def dry_run(
     part, software = hardware if isinstance(hardware, Hardware) else hardware_of(hardware), stack_of(stack)
     Cluster(part, prod(sizes.values()))
     args, kwargs = example_of(model, example)
-    config = _as_run_by(software, part, config)
+    config = _as_run_by(software, config)
     with absent(sizes) as there:
         check_supported(there)
         programs = Programs(model, there, config, rules=rules, loss_fn=loss_fn)
+        if part.measured is None:
+            programs.lowering = replace(programs.lowering, device="cuda")
         program = programs.make(args, kwargs, training=model.training, microbatches=config.microbatches)
         stages = rehearse(programs, program, model, there, config)
         grids = rank_grid(there)
@@ -95,14 +97,9 @@ def dry_run(
     return _priced(program, stages, work, programs.schedule, config, sizes, part, software, known, grids)
 
 
-def _as_run_by(software: Stack, part: Hardware, config: ParallelConfig) -> ParallelConfig:
-    """The configuration where it is said what is left to others to say: to the hardware, by what price things are decided.
-
-    Another stack gathers and sums as it is said to (`Stack.hides_tp`), not in our pieces; where its selective recompute means the core of
-    attention, a fused attention leaves nothing to compute again.
-    """
-    if config.hardware is None and part.measured is None:
-        config = replace(config, hardware=part)
+def _as_run_by(software: Stack, config: ParallelConfig) -> ParallelConfig:
+    """The configuration for a stack: another one gathers and sums as it is said to (`Stack.hides_tp`), not in our pieces; where its
+    selective recompute means the core of attention, a fused attention leaves nothing to compute again."""
     if software.name == OURS:
         return config
     core_only = software.selective == "attention" and config.recompute == "selective"

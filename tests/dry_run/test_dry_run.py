@@ -147,7 +147,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind, mesh, options", CASES, ids=[f"{mesh} {options['data_parallel']}" for _, mesh, options in CASES])
 def test_memory_is_what_gloo_ranks_allocate(gloo: Pool, kind: str, mesh: str, options: dict[str, Any]) -> None:
     """`benchmarks/planner_here/memory.py` has every schedule, mode and recompute."""
