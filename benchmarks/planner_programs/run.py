@@ -6,7 +6,6 @@ The same mapping twice: as `mp.search` estimates it (`planner.search.estimate`),
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -99,8 +98,8 @@ def main() -> None:
     text = "\n".join(table(rows))
     print(text)
     if options.write:
-        marks = re.compile(r"(<!-- table -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        README.write_text(marks.sub(lambda found: found[1] + text + found[2], README.read_text()))
+        before, _, rest = README.read_text().partition("<!-- table -->\n")
+        README.write_text(f"{before}<!-- table -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
 
 
 if __name__ == "__main__":

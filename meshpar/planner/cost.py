@@ -238,7 +238,7 @@ def _phase_times(phase: PhaseTime, speed: Rates, groups: Mapping[str, RankGroup]
     waiting: dict[tuple[str, int], float] = {}
     for c in phase.collectives:
         took = speed.fabric.seconds(c.kind, groups[c.axis], c.bytes, c.copies)
-        if c.beside and speed.stack.hides_tp:
+        if c.beside and machine is None:
             parts[_AXIS_PART[c.axis]] += c.count * _rest(c.beside, took, phase.per_flop(matrices), speed)
         elif took:
             key = (c.behind, _AXIS_PART[c.axis])
