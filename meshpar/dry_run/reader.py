@@ -128,7 +128,7 @@ def _stage(one: Rehearsed, groups: Groups, *, fused: bool, regathers: bool) -> S
         once = Counter({key: n for key, n in steady.items() if key[1] in _DATA})
         steady = steady - once
     kept = one.middle.forward.scattered if regathers else one.middle.forward.rest
-    known = {} if regathers else _beside(one.graph, groups)
+    known = None if regathers else _beside(one.graph, groups)
     layer = Layer(
         f"a {blocks}th of stage {one.index}",
         tuple(_operators(one.middle.calls, fused=fused, parts=blocks)),
@@ -140,12 +140,14 @@ def _stage(one: Rehearsed, groups: Groups, *, fused: bool, regathers: bool) -> S
     )
     return StageLoad(
         ((layer, blocks),),
-        tuple(made for (kind, axis, _, size), n in once.items() for made in _collective((kind, axis, "step", size), n, {})),
+        tuple(made for (kind, axis, _, size), n in once.items() for made in _collective((kind, axis, "step", size), n)),
         one.tensors,
     )
 
 
 CollectiveKey = tuple[str, str, Phase, float]
+Beside = Mapping[CollectiveKey, Counter[Covers]]
+"""What runs beside calls of a kind, and how many of them have that beside them."""
 _DATA = (DATA, ALONE, *(name for name, role in roles.ROLES.items() if role.divides == "samples"))
 BEHIND: Mapping[str, str] = {"tp": "matrix"}
 """Axis -> what its collectives may hide behind, where the stack does."""
@@ -164,7 +166,7 @@ def _collectives(calls: Iterable[Sounding], groups: Groups) -> Counter[Collectiv
     return found
 
 
-def _beside(graph: fx.Graph, groups: Groups) -> dict[CollectiveKey, Counter[Covers]]:
+def _beside(graph: fx.Graph, groups: Groups) -> Beside:
     """What the graph of a stage computes beside its collectives over `tp`, and how many of each kind have that beside them."""
     found: dict[CollectiveKey, Counter[Covers]] = {}
     axis = PLANNERS["weights"]
@@ -193,12 +195,14 @@ def _calls(node: fx.Node, sent: Comm, size: int) -> Iterable[tuple[str, float, C
         yield kind, each / count, ((1.0, work),)
 
 
-def _collective(key: CollectiveKey, count: float, known: Mapping[CollectiveKey, Counter[Covers]]) -> Iterable[Collective]:
-    """Calls of one kind, apart where other things run beside them."""
+def _collective(key: CollectiveKey, count: float, known: Beside | None = None) -> Iterable[Collective]:
+    """Calls of one kind, apart where other things run beside them. `known`: of all calls over `tp`; a stack may tell, for want of it."""
     kind, axis, phase, size = key
     behind = "compute" if axis in _DATA else BEHIND.get(axis, "")
     name = "parameters and gradients" if axis in _DATA and size > 64 else "values"
-    ways = known.get((kind, axis, phase, float(int(size)))) or Counter[Covers]({(): 1} if not known else {WAITED: 1})
+    ways: Counter[Covers] = Counter({(): 1})
+    if known is not None and axis == PLANNERS["weights"]:
+        ways = known.get((kind, axis, phase, float(int(size)))) or Counter({WAITED: 1})
     for beside, part in ways.items():
         yield Collective(name, kind, axis, phase, size, count * part / ways.total(), behind, beside=beside)
 

@@ -102,9 +102,7 @@ def beside_rows(work: float, size: int, experts: int) -> float:
 
 def messages_of(change: Change) -> int:
     """The messages of what one rank sends to another, of a value that is cut between them."""
-    cut = change.before if isinstance(change.before, Shard) else change.after
-    assert isinstance(cut, Shard)
-    return pieces.messages(change.whole.shape[cut.dim] // change.size, change.whole.nbytes // change.size, change.size)
+    return pieces.messages(change.whole.shape[_cut(change).dim] // change.size, change.whole.nbytes // change.size, change.size)
 
 
 def _joined(seconds: tuple[float, float], made: Products, beside: float, parts: int, price: Price) -> bool:
@@ -118,9 +116,13 @@ def _joined(seconds: tuple[float, float], made: Products, beside: float, parts: 
 
 def _is_one_stretch(change: Change) -> bool:
     """Whether what a rank has of the whole lies in one stretch of memory."""
+    return prod(change.whole.shape[: _cut(change).dim]) == 1
+
+
+def _cut(change: Change) -> Shard:
     cut = change.before if isinstance(change.before, Shard) else change.after
     assert isinstance(cut, Shard)
-    return prod(change.whole.shape[: cut.dim]) == 1
+    return cut
 
 
 def _seconds(kind: str, change: Change, price: Price) -> float:

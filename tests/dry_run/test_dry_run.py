@@ -172,6 +172,23 @@ def test_what_is_measured_is_a_whole_step() -> None:
     assert batch()["input_ids"].shape == (16, TOKENS) and sum(p.numel() for p in model_of("dense").parameters()) == DENSE.parameters
 
 
+def test_what_runs_beside_collectives() -> None:
+    """What the graph computes beside those of tp is counted; those over data ranks run beside all computation, as the runtime has it."""
+    sizes = Transformer(layers=2, hidden=1024, heads=16, ffn=4096, vocab=1000)
+    with torch.device("meta"):
+        model = Decoder(sizes)
+    config = mp.ParallelConfig(microbatches=4, sequence_parallel=True, data_parallel="zero3", precision="bf16")
+    read = {stack: mp.dry_run(model, "dp=2,tp=2", config, example=ids(4, 2048), stack=stack) for stack in ("meshpar", "megatron-2024")}
+    sent = {stack: [c for layer, _ in found.workload.stages[0].layers for c in layer.collectives] for stack, found in read.items()}
+    for collectives in sent.values():
+        data = [c for c in collectives if c.axis == "dp" and c.phase != "step"]
+        assert data and all(c.behind == "compute" and not c.beside for c in data)
+    ours, theirs = ([c for c in sent[stack] if c.axis == "tp"] for stack in ("meshpar", "megatron-2024"))
+    assert all(c.beside for c in ours) and any(work > 1e9 for c in ours for _, work in c.beside)
+    assert all(not c.beside and c.behind == "matrix" for c in theirs) and not any(c.kind == "all_to_all" for c in theirs)
+    assert not any(c.kind == "all_to_all" for c in ours), "by the price of an accelerator no piece of these sizes pays"
+
+
 # ---- golden ------------------------------------------------------------------------------------------------------------------------------
 
 GPT = Transformer(layers=96, hidden=12288, heads=96, ffn=4 * 12288, vocab=51200, gated=False, tied=True, positions=2048)
