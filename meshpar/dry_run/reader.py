@@ -146,7 +146,7 @@ def _stage(one: Rehearsed, groups: Groups, *, fused: bool, regathers: bool) -> S
 
 
 CollectiveKey = tuple[str, str, Phase, float]
-Beside = Mapping[CollectiveKey, Counter[Covers]]
+KnownBeside = Mapping[CollectiveKey, Counter[Covers]]
 """What runs beside calls of a kind, and how many of them have that beside them."""
 _DATA = (DATA, ALONE, *(name for name, role in roles.ROLES.items() if role.divides == "samples"))
 BEHIND: Mapping[str, str] = {"tp": "matrix"}
@@ -166,7 +166,7 @@ def _collectives(calls: Iterable[Sounding], groups: Groups) -> Counter[Collectiv
     return found
 
 
-def _beside(graph: fx.Graph, groups: Groups) -> Beside:
+def _beside(graph: fx.Graph, groups: Groups) -> KnownBeside:
     """What the graph of a stage computes beside its collectives over `tp`, and how many of each kind have that beside them."""
     found: dict[CollectiveKey, Counter[Covers]] = {}
     axis = PLANNERS["weights"]
@@ -195,7 +195,7 @@ def _calls(node: fx.Node, sent: Comm, size: int) -> Iterable[tuple[str, float, C
         yield kind, each / count, ((1.0, work),)
 
 
-def _collective(key: CollectiveKey, count: float, known: Beside | None = None) -> Iterable[Collective]:
+def _collective(key: CollectiveKey, count: float, known: KnownBeside | None = None) -> Iterable[Collective]:
     """Calls of one kind, apart where other things run beside them. `known`: of all calls over `tp`; a stack may tell, for want of it."""
     kind, axis, phase, size = key
     behind = "compute" if axis in _DATA else BEHIND.get(axis, "")
